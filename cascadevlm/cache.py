@@ -1,0 +1,168 @@
+"""Answers that were paid for are kept: a store on disk, its keys, and the wrappers that use it."""
+
+import asyncio
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import diskcache
+import platformdirs
+from PIL import Image
+from pydantic import JsonValue, TypeAdapter, ValidationError
+
+from cascadevlm.judge import Judge, WrapperJudge
+from cascadevlm.prompt import answer_format, options, render
+from cascadevlm.types import Question, Usage, Verdict
+
+SCHEMA_VERSION = 1
+Payload = dict[str, JsonValue]
+
+_VERDICT = TypeAdapter(Verdict)
+
+
+def default_cache_folder() -> Path:
+    """The platform's user cache directory, or ``$CASCADEVLM_CACHE_DIR``."""
+    return Path(platformdirs.user_cache_dir("cascadevlm"))
+
+
+def question_payload(judge: Judge, question: Question) -> Payload:
+    """All that decides the answer to a question and nothing else."""
+    messages: list[JsonValue] = [
+        {"role": message.role, "parts": ["<image>" if isinstance(part, Image.Image) else part for part in message.parts]}
+        for message in render(question)
+    ]
+    return {
+        "schema": SCHEMA_VERSION,
+        "judge": dict(judge.identity()),
+        "messages": messages,
+        "max_tokens": answer_format(question).max_tokens,
+        "image": judge.image_digest(question),
+        "options": list(options(question).values()),
+        "names": [[label.name, *label.aliases] for label in question.labels],
+        "exemplars": [exemplar.digest for exemplar in question.exemplars],
+        "sample": question.sample,
+    }
+
+
+def key_of(payload: Mapping[str, JsonValue]) -> str:
+    """sha256 of the canonical JSON, in hexadecimal."""
+    canonical = json.dumps(payload, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+class VerdictStore(ABC):
+    """Keeps valid verdicts by the key of their question."""
+
+    @abstractmethod
+    def get(self, key: str) -> Verdict | None:
+        """The verdict stored under a key, if any."""
+
+    @abstractmethod
+    def put(self, payload: Payload, verdict: Verdict) -> None:
+        """Store a valid verdict under its payload's key."""
+
+
+class DiskStore(VerdictStore):
+    """A store in a folder: SQLite through diskcache, JSON only, nothing ever evicted. Safe across threads and processes."""
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self.folder = folder or default_cache_folder()
+        self._opened: diskcache.Cache | None = None
+
+    @property
+    def _cache(self) -> diskcache.Cache:
+        if self._opened is None:
+            self._opened = diskcache.Cache(str(self.folder), disk=diskcache.JSONDisk, eviction_policy="none")
+        return self._opened
+
+    def get(self, key: str) -> Verdict | None:
+        entry = self._cache.get(key)
+        return None if entry is None else _VERDICT.validate_python(entry["verdict"])
+
+    def put(self, payload: Payload, verdict: Verdict) -> None:
+        if not verdict.valid:
+            raise ValueError(f"a verdict {verdict.outcome!r} is not kept")
+        self._cache.set(key_of(payload), {"payload": payload, "verdict": _VERDICT.dump_python(verdict, mode="json")})
+
+    def __len__(self) -> int:
+        return len(self._cache)
+
+    def size(self) -> int:
+        """Bytes on disk."""
+        return int(self._cache.volume())
+
+    def clear(self) -> int:
+        """Forget everything; returns how many verdicts that were."""
+        return int(self._cache.clear())
+
+    def damaged(self) -> Iterator[str]:
+        """The keys whose entry cannot be read, is no valid verdict, or belongs to another question."""
+        for key in self._cache.iterkeys():
+            try:
+                entry = self._cache[key]
+                sound = key_of(entry["payload"]) == key and _VERDICT.validate_python(entry["verdict"]).valid
+            except (KeyError, TypeError, ValueError, ValidationError, OSError):
+                sound = False
+            if not sound:
+                yield str(key)
+
+    def delete(self, key: str) -> None:
+        self._cache.delete(key)
+
+
+class MemoryStore(VerdictStore):
+    """A store that ends with the process."""
+
+    def __init__(self) -> None:
+        self.verdicts: dict[str, Verdict] = {}
+
+    def get(self, key: str) -> Verdict | None:
+        return self.verdicts.get(key)
+
+    def put(self, payload: Payload, verdict: Verdict) -> None:
+        self.verdicts[key_of(payload)] = verdict
+
+
+class SingleFlight(WrapperJudge):
+    """Asks identical concurrent questions once. Who gives up waiting does not lose the answer for the others."""
+
+    def __init__(self, wrapped: Judge) -> None:
+        super().__init__(wrapped)
+        self._in_flight: dict[str, asyncio.Task[Verdict]] = {}
+
+    async def judge(self, question: Question) -> Verdict:
+        payload = question_payload(self.wrapped, question)
+        key = key_of(payload)
+        if (running := self._in_flight.get(key)) is not None:
+            return _at_no_cost(await asyncio.shield(running))
+        task = asyncio.create_task(self._ask(key, payload, question))
+        self._in_flight[key] = task
+        task.add_done_callback(lambda _: self._in_flight.pop(key, None))
+        return await asyncio.shield(task)
+
+    async def _ask(self, key: str, payload: Payload, question: Question) -> Verdict:
+        return await self.wrapped.judge(question)
+
+
+class Cached(SingleFlight):
+    """Looks into a store before asking and keeps valid answers there. What comes from it cost nothing and says what it saved."""
+
+    def __init__(self, wrapped: Judge, store: VerdictStore) -> None:
+        super().__init__(wrapped)
+        self.store = store
+
+    async def _ask(self, key: str, payload: Payload, question: Question) -> Verdict:
+        if (stored := self.store.get(key)) is not None:
+            return _at_no_cost(stored)
+        verdict = await super()._ask(key, payload, question)
+        if verdict.valid:
+            self.store.put(payload, verdict)
+        return verdict
+
+
+def _at_no_cost(verdict: Verdict) -> Verdict:
+    spent = verdict.usage
+    return replace(verdict, usage=Usage(cached=True, saved_dollars=spent.dollars))

@@ -1,0 +1,95 @@
+"""The cascade: a scorer ranks every label, policies decide what is worth asking, judges choose among few candidates."""
+
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import overload
+
+import numpy as np
+from PIL import Image
+
+from cascadevlm import loop
+from cascadevlm.cache import VerdictStore
+from cascadevlm.engine import OnFailure, Run, Stage
+from cascadevlm.errors import ImageError
+from cascadevlm.images import ImageSource
+from cascadevlm.labels import Label, LabelSet
+from cascadevlm.scorer import Scorer
+from cascadevlm.types import Prediction
+
+
+class Cascade:
+    """Classifies images with a scorer and one or more stages of judges.
+
+    Args:
+        scorer: ranks all labels for every image.
+        stages: asked in order; none at all leaves the scorer alone.
+        labels: the label set, or names.
+        on_failure: see `OnFailure`. "None of these" is an answer without a label: "raise" treats it as "scorer".
+        store: where valid verdicts are kept and looked up; None asks every time.
+        batch_size: images scored at once.
+    """
+
+    def __init__(
+        self,
+        scorer: Scorer,
+        stages: Sequence[Stage],
+        *,
+        labels: LabelSet | Iterable[str | Label],
+        on_failure: OnFailure = "scorer",
+        store: VerdictStore | None = None,
+        batch_size: int = 32,
+    ) -> None:
+        self.scorer = scorer
+        self.stages = tuple(stages)
+        self.labels = LabelSet.of(labels)
+        self.on_failure: OnFailure = on_failure
+        self.store = store
+        self.batch_size = batch_size
+
+    @overload
+    def classify(self, images: ImageSource) -> Prediction: ...  # type: ignore[overload-overlap]  # a str is one path
+    @overload
+    def classify(self, images: Iterable[ImageSource]) -> list[Prediction]: ...
+    def classify(self, images: ImageSource | Iterable[ImageSource]) -> Prediction | list[Prediction]:
+        """Classify one image, or many.
+
+        Of many, an image that cannot be read is one prediction with an error.
+
+        Raises:
+            ImageError: if a single image cannot be read.
+            JudgeError: if a judge cannot work at all, or failed and ``on_failure`` is "raise".
+        """
+        return loop.run(self._classify(images))
+
+    @overload
+    async def aclassify(self, images: ImageSource) -> Prediction: ...  # type: ignore[overload-overlap]
+    @overload
+    async def aclassify(self, images: Iterable[ImageSource]) -> list[Prediction]: ...
+    async def aclassify(self, images: ImageSource | Iterable[ImageSource]) -> Prediction | list[Prediction]:
+        """`classify`, for asynchronous callers."""
+        return await self._classify(images)
+
+    async def _classify(self, images: ImageSource | Iterable[ImageSource]) -> Prediction | list[Prediction]:
+        if not isinstance(images, str | Path | bytes | Image.Image | np.ndarray):
+            return [prediction async for prediction in self.astream(images)]
+        (prediction,) = [prediction async for prediction in self.astream([images])]
+        if prediction.error and not prediction.candidates:
+            raise ImageError(prediction.error)
+        return prediction
+
+    def stream(self, images: Iterable[ImageSource]) -> Iterator[Prediction]:
+        """Predictions in input order, each as soon as it and all before it are known; later images are worked on meanwhile."""
+        return loop.iterate(self.astream(images))
+
+    async def astream(self, images: Iterable[ImageSource]) -> AsyncIterator[Prediction]:
+        """`stream`, for asynchronous callers."""
+        run = Run(
+            scorer=self.scorer,
+            stages=self.stages,
+            labels=self.labels,
+            on_failure=self.on_failure,
+            store=self.store,
+            batch_size=self.batch_size,
+        )
+        async for prediction in run.predictions(images):
+            yield prediction

@@ -1,0 +1,301 @@
+"""One run of a cascade: batches are scored while earlier images are judged, results come out in input order.
+
+Memory is bounded by the questions in hand, not by the number of images: no batch is read while the judges have all they can
+take. Decisions are made in the order of the input whatever the latencies, so that a policy's budget falls on the same images
+in every run.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from PIL import Image
+
+from cascadevlm.cache import Cached, SingleFlight, VerdictStore
+from cascadevlm.candidates import CandidateRule, TopK
+from cascadevlm.errors import FatalError, ImageError, JudgeError
+from cascadevlm.images import ImageSource, load_image
+from cascadevlm.judge import Judge, Repairing
+from cascadevlm.labels import LabelSet
+from cascadevlm.policy import START, Always, PolicyLike, as_policy
+from cascadevlm.retry import Retrying
+from cascadevlm.scorer import Scorer
+from cascadevlm.support import SupportSet
+from cascadevlm.types import Candidate, Prediction, Prompt, Question, Scores, Verdict
+
+OnFailure = Literal["scorer", "raise", "abstain"]
+"""What a prediction is where no judge asked gave an answer: the scorer's label, an error, or no label."""
+
+OUTPUT_LIMIT = 4096
+"""How many predictions may wait for an earlier image to be judged."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One judge of a cascade and when and how it is asked.
+
+    The policy of the first stage sees the scorer's scores. That of a later stage sees the images its predecessor was asked
+    about, with the scores as they then stand: the judge's own probabilities, certainty where it answered without any, and
+    the scorer's where it gave no answer.
+    """
+
+    judge: Judge
+    prompt: Prompt
+    policy: PolicyLike = Always()
+    candidates: CandidateRule = TopK()
+    offer_none: bool = False
+    support: SupportSet | None = None
+
+
+@dataclass(eq=False)
+class _Item:
+    """One image under way; ``scores`` has one row."""
+
+    path: str
+    image: Image.Image
+    scores: Scores
+    result: asyncio.Future[Prediction]
+    candidates: tuple[Candidate, ...] = ()
+    reasons: list[str] = field(default_factory=list)
+    verdicts: list[Verdict] = field(default_factory=list)
+
+    def current_scores(self) -> Scores:
+        """1 x C: the last judge's opinion if it gave one, else the scorer's."""
+        verdict = self.verdicts[-1] if self.verdicts else None
+        if verdict is None or verdict.label is None:
+            return self.scores
+        opinion = verdict.probabilities or {verdict.label: 1.0}
+        probabilities = np.array([[opinion.get(name, 0.0) for name in self.scores.labels.names]])
+        with np.errstate(divide="ignore"):
+            return replace(self.scores, log_probs=np.log(probabilities).astype(np.float32))
+
+
+class _RunningStage:
+    """A stage during one run: its judge made dependable, its places, and where its spending stands."""
+
+    def __init__(self, stage: Stage, store: VerdictStore | None) -> None:
+        self.stage = stage
+        self.policy = as_policy(stage.policy)
+        self.judge = dependable(stage.judge, store)
+        self.places = asyncio.Semaphore(stage.judge.concurrency)
+        self.spending = START
+
+
+def dependable(judge: Judge, store: VerdictStore | None) -> Judge:
+    """A judge that retries, repairs, asks identical concurrent questions once and, with a store, no question twice."""
+    patient = Repairing(Retrying(judge))
+    return Cached(patient, store) if store is not None else SingleFlight(patient)
+
+
+class Run:
+    """The state of one run."""
+
+    def __init__(
+        self,
+        *,
+        scorer: Scorer,
+        stages: Sequence[Stage],
+        labels: LabelSet,
+        on_failure: OnFailure,
+        store: VerdictStore | None,
+        batch_size: int,
+    ) -> None:
+        self.scorer = scorer
+        self.stages = [_RunningStage(stage, store) for stage in stages]
+        self.labels = labels
+        self.on_failure: OnFailure = on_failure
+        self.batch_size = batch_size
+        self.in_hand = 0
+        self.limit = sum(stage.judge.concurrency for stage in stages) or batch_size
+        self.room = asyncio.Event()
+        self.room.set()
+        self.output: asyncio.Queue[asyncio.Future[Prediction] | None] = asyncio.Queue(OUTPUT_LIMIT)
+        self.tasks: set[asyncio.Task[None]] = set()
+        self.fatal: FatalError | None = None
+
+    async def predictions(self, sources: Iterable[ImageSource]) -> AsyncIterator[Prediction]:
+        """Classify and yield in input order."""
+        for running in self.stages:
+            await running.judge.prepare()
+        producer = asyncio.create_task(self._produce(sources))
+        try:
+            while (result := await self.output.get()) is not None:
+                yield await result
+            await producer
+        finally:
+            await self._close(producer)
+
+    async def _close(self, producer: asyncio.Task[None]) -> None:
+        tasks = [producer, *self.tasks]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        while not self.output.empty():
+            result = self.output.get_nowait()
+            if result is not None and not result.cancel():
+                result.exception()  # marks it as seen
+
+    async def _produce(self, sources: Iterable[ImageSource]) -> None:
+        iterator = iter(sources)
+        earlier = [_passed() for _ in self.stages]
+        try:
+            while batch := await asyncio.to_thread(lambda: list(islice(iterator, self.batch_size))):
+                await self.room.wait()
+                results = [asyncio.get_running_loop().create_future() for _ in batch]
+                items = await self._score(batch, results)
+                turns = [asyncio.Event() for _ in self.stages]
+                task = asyncio.create_task(self._escalate(items, earlier, turns))
+                self.tasks.add(task)
+                task.add_done_callback(self.tasks.discard)
+                earlier = turns
+                for result in results:
+                    await self.output.put(result)
+        finally:
+            await self.output.put(None)
+
+    async def _score(self, sources: Sequence[ImageSource], results: Sequence[asyncio.Future[Prediction]]) -> list[_Item]:
+        """Read and score a batch; unreadable images get their result here and are left out."""
+        images = await asyncio.gather(*(asyncio.to_thread(_load, source) for source in sources))
+        readable = []
+        for source, image, result in zip(sources, images, results, strict=True):
+            path = str(source) if isinstance(source, str | Path) else ""
+            if isinstance(image, ImageError):
+                result.set_result(Prediction(path=path, error=str(image)))
+            else:
+                readable.append((path, image, result))
+        if not readable:
+            return []
+        scores = await asyncio.to_thread(self.scorer.score, [image for _, image, _ in readable], self.labels)
+        self._take_in_hand([result for _, _, result in readable])
+        return [
+            _Item(path=path, image=image, scores=scores.rows(slice(row, row + 1)), result=result)
+            for row, (path, image, result) in enumerate(readable)
+        ]
+
+    def _take_in_hand(self, results: Sequence[asyncio.Future[Prediction]]) -> None:
+        def settled(_: asyncio.Future[Prediction]) -> None:
+            self.in_hand -= 1
+            if self.in_hand < self.limit:
+                self.room.set()
+
+        self.in_hand += len(results)
+        if self.in_hand >= self.limit:
+            self.room.clear()
+        for result in results:
+            result.add_done_callback(settled)
+
+    async def _escalate(self, items: list[_Item], earlier: Sequence[asyncio.Event], turns: Sequence[asyncio.Event]) -> None:
+        """Take a batch through the stages; every image is settled when no further stage asks about it."""
+        try:
+            if not self.stages:
+                _rank(TopK(), items)
+            for running, before, turn in zip(self.stages, earlier, turns, strict=True):
+                await before.wait()
+                asked = self._decide(running, items)
+                turn.set()
+                last = running is self.stages[-1]
+                for item in set(items).difference(asked):
+                    self._settle(item)
+                await asyncio.gather(*(self._ask(running, item, last=last) for item in asked))
+                items = [item for item in asked if not item.result.done()]
+            for item in items:
+                self._settle(item)
+        except Exception as exc:
+            for item in items:
+                if not item.result.done():
+                    item.result.set_exception(exc)
+        finally:
+            for turn in turns:
+                turn.set()
+
+    def _decide(self, running: _RunningStage, items: list[_Item]) -> list[_Item]:
+        """The images that the stage's policy escalates; all get its reasons, those of the first stage its candidates too."""
+        if not items:
+            return []
+        scores = _stacked([item.current_scores() for item in items])
+        selected = running.policy.select(scores, running.spending)
+        for item, reason in zip(items, running.policy.reasons(scores), strict=True):
+            item.reasons.append(reason)
+        _rank(
+            running.stage.candidates,
+            [item for item, chosen in zip(items, selected, strict=True) if chosen or not item.candidates],
+        )
+        spending = running.spending
+        running.spending = replace(spending, images=spending.images + len(items), calls=spending.calls + int(selected.sum()))
+        return [item for item, chosen in zip(items, selected, strict=True) if chosen]
+
+    async def _ask(self, running: _RunningStage, item: _Item, *, last: bool) -> None:
+        stage = running.stage
+        async with running.places:
+            try:
+                if self.fatal is not None:
+                    raise self.fatal
+                item.candidates = stage.candidates.arrange(item.candidates, item.image)
+                question = Question(
+                    image=item.image,
+                    candidates=item.candidates,
+                    prompt=stage.prompt,
+                    exemplars=stage.support.of(item.candidates) if stage.support else (),
+                    offer_none=stage.offer_none,
+                )
+                verdict = await running.judge.judge(question)
+            except FatalError as exc:
+                self.fatal = exc
+                raise
+            except JudgeError as exc:
+                verdict = Verdict(outcome="failed", error=str(exc), judge=stage.judge.spec)
+        item.verdicts.append(verdict)
+        if last:
+            self._settle(item)
+
+    def _settle(self, item: _Item) -> None:
+        """Conclude from the verdicts: the last valid one counts."""
+        valid = next((verdict for verdict in reversed(item.verdicts) if verdict.valid), None)
+        best = int(item.scores.log_probs[0].argmax())
+        prediction = Prediction(
+            path=item.path,
+            label=item.scores.labels[best].name,
+            probability=float(item.scores.probabilities[0, best]),
+            decided_by="scorer",
+            candidates=item.candidates,
+            reasons=tuple(item.reasons),
+            verdicts=tuple(item.verdicts),
+        )
+        if valid is not None and valid.label is not None:
+            probability = valid.probabilities.get(valid.label) if valid.probabilities else None
+            prediction = replace(prediction, label=valid.label, probability=probability, decided_by="judge")
+        elif item.verdicts and item.verdicts[-1].outcome != "skipped":
+            why = "The judge chose none of the candidates." if valid else item.verdicts[-1].error
+            if self.on_failure == "abstain":
+                prediction = replace(prediction, label=None, probability=None, decided_by=None, error=why)
+            elif self.on_failure == "raise" and valid is None:
+                item.result.set_exception(JudgeError(f"{item.verdicts[-1].judge} on {item.path or 'an image'}: {why}"))
+                return
+        item.result.set_result(prediction)
+
+
+def _passed() -> asyncio.Event:
+    event = asyncio.Event()
+    event.set()
+    return event
+
+
+def _load(source: ImageSource) -> Image.Image | ImageError:
+    try:
+        return load_image(source)
+    except ImageError as exc:
+        return exc
+
+
+def _stacked(rows: Sequence[Scores]) -> Scores:
+    return replace(rows[0], log_probs=np.concatenate([row.log_probs for row in rows]))
+
+
+def _rank(rule: CandidateRule, items: Sequence[_Item]) -> None:
+    if items:
+        for item, candidates in zip(items, rule.choose(_stacked([item.scores for item in items])), strict=True):
+            item.candidates = candidates

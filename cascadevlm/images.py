@@ -1,0 +1,77 @@
+"""Reading images: anything a caller may hold becomes an upright RGB ``PIL.Image.Image``."""
+
+import hashlib
+import io
+import warnings
+from pathlib import Path
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+from cascadevlm.errors import ImageError
+
+ImageSource: TypeAlias = str | Path | bytes | Image.Image | NDArray[np.uint8]
+
+SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
+
+MAX_PIXELS = 178_956_970
+"""The size above which Pillow refuses an image as a decompression bomb: twice its ``MAX_IMAGE_PIXELS``; we refuse at the
+same size, whatever its warning filters."""
+
+
+def load_image(source: ImageSource) -> Image.Image:
+    """Read an image: EXIF orientation applied, transparency flattened onto white, converted to RGB.
+
+    Args:
+        source: a path, the bytes of a file, a PIL image, or an array of H x W (grey), H x W x 3 or H x W x 4 uint8.
+
+    Raises:
+        ImageError: if it cannot be found or decoded, is truncated, or is a decompression bomb.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image = _open(source)
+            if image.width * image.height > MAX_PIXELS:
+                raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels")
+            return _flatten(ImageOps.exif_transpose(image))
+    except FileNotFoundError as exc:
+        raise ImageError(f"Image {str(source)!r} does not exist.") from exc
+    except Image.DecompressionBombError as exc:
+        raise ImageError(f"Image {_describe(source)} is too large to be decoded: {exc}.", hint="Shrink it first.") from exc
+    except (OSError, ValueError, TypeError, SyntaxError, EOFError) as exc:
+        raise ImageError(f"Image {_describe(source)} cannot be decoded: {exc}.") from exc
+
+
+def _open(source: ImageSource) -> Image.Image:
+    if isinstance(source, Image.Image):
+        return source
+    if isinstance(source, np.ndarray):
+        if source.dtype != np.uint8:
+            raise ValueError(f"its dtype is {source.dtype}, not uint8")
+        return Image.fromarray(source)
+    return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+
+
+def _flatten(image: Image.Image) -> Image.Image:
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        ground = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(ground, image).convert("RGB")
+    if image.mode.startswith("I;16") or image.mode == "I":
+        return Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
+    return image.convert("RGB")
+
+
+def _describe(source: ImageSource) -> str:
+    if isinstance(source, bytes):
+        return f"of {len(source)} bytes"
+    return repr(str(source)) if isinstance(source, str | Path) else f"({type(source).__name__})"
+
+
+def pixel_digest(image: Image.Image) -> str:
+    """sha256 over mode, size and pixels, in hexadecimal: the identity of an image however it was stored."""
+    header = f"{image.mode}:{image.width}x{image.height}:".encode()
+    return hashlib.sha256(header + image.tobytes()).hexdigest()

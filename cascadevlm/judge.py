@@ -1,0 +1,146 @@
+"""Judges look at an image and choose among candidates. Write one by subclassing `Judge` or, for models that run in this
+process, `LocalJudge`. What every judge wants (a cache, retries, repair) is a wrapper around the one method."""
+
+import asyncio
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import ClassVar
+
+from pydantic import JsonValue
+
+from cascadevlm.prompt import read_answer
+from cascadevlm.types import Question, Usage, Verdict
+
+
+class Judge(ABC):
+    """Answers questions. Constructors store parameters; models, clients and keys are looked up at first use.
+
+    Attributes:
+        spec: the spec string that names this judge, as in ``"hf_chat:aviary"``.
+        requires: distributions a backend needs beyond cascadevlm itself, as pip names them.
+        concurrency: how many questions it can well have in hand at once.
+    """
+
+    spec: str
+    requires: ClassVar[tuple[str, ...]] = ()
+    concurrency: int = 8
+
+    @abstractmethod
+    async def judge(self, question: Question) -> Verdict:
+        """Answer one question.
+
+        Raises:
+            JudgeError: as `cascadevlm.errors` sorts them; never anything a caller could retry under another name.
+        """
+
+    def identity(self) -> Mapping[str, JsonValue]:
+        """All that changes an answer beside the question: spec, model revision, endpoint, decoding parameters."""
+        return {"judge": self.spec}
+
+    def image_digest(self, question: Question) -> str:
+        """The digest of the image as this judge is sent it."""
+        return question.image_digest
+
+    async def prepare(self) -> None:
+        """Fail now if the judge cannot work at all: a missing key, a model that does not load."""
+
+
+class LocalJudge(Judge):
+    """A judge whose model runs in this process: concurrent questions are gathered into batches.
+
+    Attributes:
+        batch_size: the most questions in one batch.
+    """
+
+    def __init__(self, *, batch_size: int = 8) -> None:
+        self.batch_size = batch_size
+        self.concurrency = 2 * batch_size
+        self._waiting: list[tuple[Question, asyncio.Future[Verdict]]] = []
+        self._worker: asyncio.Task[None] | None = None
+
+    @abstractmethod
+    def judge_batch(self, questions: Sequence[Question]) -> list[Verdict]:
+        """Answer up to ``batch_size`` questions; each verdict is what the question alone would have got."""
+
+    async def judge(self, question: Question) -> Verdict:
+        answer: asyncio.Future[Verdict] = asyncio.get_running_loop().create_future()
+        self._waiting.append((question, answer))
+        if self._worker is None or self._worker.done():
+            self._worker = asyncio.create_task(self._work())
+        return await answer
+
+    async def _work(self) -> None:
+        while self._waiting:
+            await asyncio.sleep(0.005)  # lets concurrent callers join the batch
+            batch = self._waiting[: self.batch_size]
+            del self._waiting[: self.batch_size]
+            await self._answer([(question, answer) for question, answer in batch if not answer.done()])
+
+    async def _answer(self, batch: list[tuple[Question, "asyncio.Future[Verdict]"]]) -> None:
+        try:
+            verdicts = await asyncio.to_thread(self.judge_batch, [question for question, _ in batch])
+        except Exception as exc:
+            if len(batch) > 1:  # one bad question must not fail its neighbours
+                for single in batch:
+                    await self._answer([single])
+            else:
+                for _, answer in batch:
+                    if not answer.done():
+                        answer.set_exception(exc)
+            return
+        for (_, answer), verdict in zip(batch, verdicts, strict=True):
+            if not answer.done():
+                answer.set_result(verdict)
+
+
+def verdict_from_text(
+    text: str, question: Question, *, judge: str, usage: Usage, probabilities: Mapping[str, float] | None = None
+) -> Verdict:
+    """The verdict that a judge's text is: ``answered``, ``none`` or ``unparsed``."""
+    answer = read_answer(text, question)
+    if answer is None:
+        error = f"The answer names none of the {len(question.candidates)} candidates."
+        return Verdict(outcome="unparsed", text=text, error=error, judge=judge, usage=usage)
+    return Verdict(
+        outcome="none" if answer.label is None else "answered",
+        label=answer.label.name if answer.label else None,
+        probabilities=probabilities,
+        rationale=answer.rationale,
+        text=text,
+        judge=judge,
+        usage=usage,
+    )
+
+
+class WrapperJudge(Judge):
+    """A judge around a judge; passes everything on. Subclasses override `judge`."""
+
+    def __init__(self, wrapped: Judge) -> None:
+        self.wrapped = wrapped
+        self.spec = wrapped.spec
+        self.concurrency = wrapped.concurrency
+
+    async def judge(self, question: Question) -> Verdict:
+        return await self.wrapped.judge(question)
+
+    def identity(self) -> Mapping[str, JsonValue]:
+        return self.wrapped.identity()
+
+    def image_digest(self, question: Question) -> str:
+        return self.wrapped.image_digest(question)
+
+    async def prepare(self) -> None:
+        await self.wrapped.prepare()
+
+
+class Repairing(WrapperJudge):
+    """Asks once more where an answer named no candidate, showing the judge its own words."""
+
+    async def judge(self, question: Question) -> Verdict:
+        first = await self.wrapped.judge(question)
+        if first.outcome != "unparsed" or not first.text.strip():
+            return first
+        second = await self.wrapped.judge(replace(question, rejected=first.text))
+        usage = first.usage + second.usage
+        return replace(second, rationale=second.rationale or first.text.strip(), usage=usage)

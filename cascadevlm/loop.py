@@ -1,0 +1,46 @@
+"""The one event loop behind the synchronous API, in a thread of its own: a caller's running loop (a notebook's) is no matter."""
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Coroutine, Iterator
+from functools import cache
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+@cache
+def _loop() -> asyncio.AbstractEventLoop:
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, name="cascadevlm", daemon=True).start()
+    return loop
+
+
+def run(coroutine: Coroutine[object, object, T]) -> T:
+    """Run to its end and return the result; an interrupt cancels it."""
+    future = asyncio.run_coroutine_threadsafe(coroutine, _loop())
+    try:
+        return future.result()
+    except BaseException:
+        future.cancel()
+        raise
+
+
+_END = object()
+
+
+def iterate(items: AsyncIterator[T]) -> Iterator[T]:
+    """The same items, one at a time; leaving early closes the source."""
+
+    async def following() -> T | object:
+        return await anext(items, _END)
+
+    async def close() -> None:
+        if hasattr(items, "aclose"):
+            await items.aclose()
+
+    try:
+        while (item := run(following())) is not _END:
+            yield item  # type: ignore[misc]  # only the sentinel is no T
+    finally:
+        run(close())

@@ -1,0 +1,354 @@
+"""Policies decide, from scores alone, which images are worth asking a judge.
+
+A policy is one method over a batch, composes with ``&``, ``|`` and ``~``, and a plain function from `Scores` to a boolean
+array serves as one. ``&`` with a budget spends the budget on the best of what the other side selects.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import reduce
+from typing import ClassVar, Literal, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cascadevlm import measures
+from cascadevlm.errors import PolicyError
+from cascadevlm.measures import EntropyUnit, Measure
+from cascadevlm.types import Scores
+
+Selection: TypeAlias = NDArray[np.bool_]
+"""N booleans, true where the judge shall be asked."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spending:
+    """Where a run stands when a batch is decided on.
+
+    Attributes:
+        images: how many images were decided on before.
+        calls: how many of them were escalated at this stage.
+        dollars: what this stage has cost or reserved so far.
+        dollars_per_call: what one more call is expected to cost; 0 for local judges.
+    """
+
+    images: int = 0
+    calls: int = 0
+    dollars: float = 0.0
+    dollars_per_call: float = 0.0
+
+
+START = Spending()
+
+
+class Policy(ABC):
+    """Which images to escalate.
+
+    Attributes:
+        comparison: the operator that stands between this policy's name and its number in the string form, as in
+            ``entropy > 0.35``; None where the string form is a call, as in ``random(0.1)``.
+    """
+
+    comparison: ClassVar[Literal[">", "<", "<="] | None] = None
+
+    @abstractmethod
+    def select(self, scores: Scores, spending: Spending = START) -> Selection:
+        """N booleans for N images."""
+
+    def priority(self, scores: Scores) -> NDArray[np.floating]:
+        """N numbers: where not all can be asked, the highest come first. Entropy, unless a policy knows better."""
+        return measures.entropy(scores)
+
+    def reasons(self, scores: Scores) -> list[str]:
+        """For each of N images, what this policy goes by, in words."""
+        return [str(self)] * len(scores)
+
+    def __and__(self, other: "PolicyLike") -> "Policy":
+        return All((self, as_policy(other)))
+
+    def __or__(self, other: "PolicyLike") -> "Policy":
+        return AnyOf((self, as_policy(other)))
+
+    def __invert__(self) -> "Policy":
+        return Not(self)
+
+
+PolicyLike: TypeAlias = Policy | Callable[[Scores], Selection]
+
+
+def as_policy(policy: PolicyLike) -> Policy:
+    """The policy itself, or a function made one."""
+    return policy if isinstance(policy, Policy) else Function(policy)
+
+
+@dataclass(frozen=True)
+class Function(Policy):
+    """A plain function as a policy."""
+
+    function: Callable[[Scores], Selection]
+
+    def select(self, scores: Scores, spending: Spending = START) -> Selection:
+        selected = np.asarray(self.function(scores))
+        if selected.shape != (len(scores),) or selected.dtype != bool:
+            name = getattr(self.function, "__name__", repr(self.function))
+            raise PolicyError(
+                f"Policy {name!r} returned {selected.dtype} of shape {selected.shape} for {len(scores)} images.",
+                hint=f"Return {len(scores)} booleans.",
+            )
+        return selected
+
+    def __str__(self) -> str:
+        return getattr(self.function, "__name__", repr(self.function))
+
+
+@dataclass(frozen=True)
+class Always(Policy):
+    """Ask about every image."""
+
+    def select(self, scores: Scores, spending: Spending = START) -> Selection:
+        return np.ones(len(scores), dtype=bool)
+
+    def __str__(self) -> str:
+        return "always"
+
+
+@dataclass(frozen=True)
+class Never(Policy):
+    """Ask about none."""
+
+    def select(self, scores: Scores, spending: Spending = START) -> Selection:
+        return np.zeros(len(scores), dtype=bool)
+
+    def __str__(self) -> str:
+        return "never"
+
+
+@dataclass(frozen=True)
+class Random(Policy):
+    """Ask about each image with probability ``rate``; the same images for a seed however they are batched."""
+
+    rate: float
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _require_share("random", self.rate)
+
+    def select(self, scores: Scores, spending: Spending = START) -> Selection:
+        bits = np.random.PCG64(self.seed).advance(spending.images)  # one draw an image, wherever its batch begins
+        return np.random.Generator(bits).random(len(scores)) < self.rate
+
+    def __str__(self) -> str:
+        return f"random({self.rate}, {self.seed})"
+
+
+@dataclass(frozen=True)
+class EntropyAbove(Policy):
+    """CascadeVLM's gate: ask where the entropy is above a threshold, from 0 to 1 or, with ``unit="nats"``, to log C."""
+
+    comparison = ">"
+    threshold: float
+    unit: EntropyUnit = "normalized"
+
+    def select(self, scores: Scores, spending: Spending = START) -> Selection:
+        return measures.entropy(scores, self.unit) > self.threshold
+
+    def reasons(self, scores: Scores) -> list[str]:
+        return _reasons("entropy", measures.entropy(scores, self.unit), self)
+
+    def __str__(self) -> str:
+        return f"entropy > {self.threshold:g}" + " nats" * (self.unit == "nats")
+
+
+@dataclass(frozen=True)
+class MarginBelow(Policy):
+    """Ask where the two best labels are closer in probability than a threshold from 0 to 1."""
+
+    comparison = "<"
+    threshold: float
+
+    def select(self, scores: Scores, spending: Spending = START) -> Selection:
+        return measures.margin(scores) < self.threshold
+
+    def priority(self, scores: Scores) -> NDArray[np.floating]:
+        return -measures.margin(scores)
+
+    def reasons(self, scores: Scores) -> list[str]:
+        return _reasons("margin", measures.margin(scores), self)
+
+    def __str__(self) -> str:
+        return f"margin < {self.threshold:g}"
+
+
+@dataclass(frozen=True)
+class TopProbabilityBelow(Policy):
+    """Ask where the best label is less probable than a threshold from 0 to 1."""
+
+    comparison = "<"
+    threshold: float
+
+    def select(self, scores: Scores, spending: Spending = START) -> Selection:
+        return measures.top_probability(scores) < self.threshold
+
+    def priority(self, scores: Scores) -> NDArray[np.floating]:
+        return -measures.top_probability(scores)
+
+    def reasons(self, scores: Scores) -> list[str]:
+        return _reasons("top_probability", measures.top_probability(scores), self)
+
+    def __str__(self) -> str:
+        return f"top_probability < {self.threshold:g}"
+
+
+@dataclass(frozen=True)
+class TopFraction(Policy):
+    """Ask about the least certain ``fraction`` of every batch, rounded to the nearest whole image, by entropy or another measure
+    that grows with doubt. It depends on the batches: a stream is cut into them as it comes."""
+
+    fraction: float
+    measure: Measure = measures.entropy
+
+    def __post_init__(self) -> None:
+        _require_share("top_fraction", self.fraction)
+
+    def select(self, scores: Scores, spending: Spending = START) -> Selection:
+        return _highest(self.measure(scores), round(self.fraction * len(scores)))
+
+    def priority(self, scores: Scores) -> NDArray[np.floating]:
+        return self.measure(scores)
+
+    def __str__(self) -> str:
+        return f"top_fraction({self.fraction:g})"
+
+
+@dataclass(frozen=True)
+class WithinBudget(Policy):
+    """Ask about the least certain images until ``calls`` questions or ``dollars`` are spent over the whole run.
+
+    The dollars of one more call are an expectation; what may be spent in fact is the budget's to enforce.
+    """
+
+    calls: int | None = None
+    dollars: float | None = None
+
+    def select(self, scores: Scores, spending: Spending = START) -> Selection:
+        return self.limit(np.ones(len(scores), dtype=bool), self.priority(scores), spending)
+
+    def limit(self, selected: Selection, priority: NDArray[np.floating], spending: Spending) -> Selection:
+        """Of the selected, the highest in priority that the budget has room for."""
+        room = len(selected)
+        if self.calls is not None:
+            room = min(room, self.calls - spending.calls)
+        if self.dollars is not None and spending.dollars_per_call > 0:
+            room = min(room, int((self.dollars - spending.dollars) / spending.dollars_per_call))
+        return selected & _highest(np.where(selected, priority, -np.inf), max(room, 0))
+
+    def __str__(self) -> str:
+        limits = {"calls": self.calls, "dollars": self.dollars}
+        return " & ".join(f"{name} <= {limit:g}" for name, limit in limits.items() if limit is not None)
+
+
+class WithinCalls(WithinBudget):
+    """``calls <= N``: `WithinBudget` on the number of questions."""
+
+    comparison = "<="
+
+    def __init__(self, calls: int) -> None:
+        if calls != int(calls):
+            raise PolicyError(f"calls takes a whole number, not {calls!r}.")
+        super().__init__(calls=int(calls))
+
+
+class WithinDollars(WithinBudget):
+    """``dollars <= X``: `WithinBudget` on the money."""
+
+    comparison = "<="
+
+    def __init__(self, dollars: float) -> None:
+        super().__init__(dollars=dollars)
+
+
+@dataclass(frozen=True)
+class All(Policy):
+    """Ask where every part would; budgets among them are spent on what the others select. Ranks as its first part."""
+
+    parts: tuple[Policy, ...]
+
+    def select(self, scores: Scores, spending: Spending = START) -> Selection:
+        budgets = [part for part in self._flat() if isinstance(part, WithinBudget)]
+        others = [part.select(scores, spending) for part in self._flat() if not isinstance(part, WithinBudget)]
+        selected = reduce(np.logical_and, others, np.ones(len(scores), dtype=bool))
+        for budget in budgets:
+            selected = budget.limit(selected, self.priority(scores), spending)
+        return selected
+
+    def priority(self, scores: Scores) -> NDArray[np.floating]:
+        ranking = [part for part in self._flat() if not isinstance(part, WithinBudget)]
+        return (ranking or self.parts)[0].priority(scores)
+
+    def _flat(self) -> tuple[Policy, ...]:
+        return tuple(leaf for part in self.parts for leaf in (part._flat() if isinstance(part, All) else (part,)))
+
+    def reasons(self, scores: Scores) -> list[str]:
+        return _joined(" & ", self.parts, scores)
+
+    def __str__(self) -> str:
+        return " & ".join(f"({part})" if isinstance(part, AnyOf) else str(part) for part in self.parts)
+
+
+@dataclass(frozen=True)
+class AnyOf(Policy):
+    """Ask where any part would. Ranks as its first part."""
+
+    parts: tuple[Policy, ...]
+
+    def select(self, scores: Scores, spending: Spending = START) -> Selection:
+        return reduce(np.logical_or, [part.select(scores, spending) for part in self.parts])
+
+    def priority(self, scores: Scores) -> NDArray[np.floating]:
+        return self.parts[0].priority(scores)
+
+    def reasons(self, scores: Scores) -> list[str]:
+        return _joined(" | ", self.parts, scores)
+
+    def __str__(self) -> str:
+        return " | ".join(map(str, self.parts))
+
+
+@dataclass(frozen=True)
+class Not(Policy):
+    """Ask where the other policy would not."""
+
+    part: Policy
+
+    def select(self, scores: Scores, spending: Spending = START) -> Selection:
+        return ~self.part.select(scores, spending)
+
+    def priority(self, scores: Scores) -> NDArray[np.floating]:
+        return -self.part.priority(scores)
+
+    def reasons(self, scores: Scores) -> list[str]:
+        return [f"not ({reason})" for reason in self.part.reasons(scores)]
+
+    def __str__(self) -> str:
+        return f"~({self.part})"
+
+
+def _highest(values: NDArray[np.floating], number: int) -> Selection:
+    """True for the ``number`` highest values; among equals the first."""
+    selected = np.zeros(len(values), dtype=bool)
+    selected[np.argsort(-values, kind="stable")[:number]] = True
+    return selected
+
+
+def _reasons(measure: str, values: NDArray[np.floating], policy: Policy) -> list[str]:
+    return [f"{measure} {value:.2f} (asks for {policy})" for value in values]
+
+
+def _joined(operator: str, parts: tuple[Policy, ...], scores: Scores) -> list[str]:
+    return [operator.join(reasons) for reasons in zip(*(part.reasons(scores) for part in parts), strict=True)]
+
+
+def _require_share(name: str, value: float) -> None:
+    if not 0 <= value <= 1:
+        raise PolicyError(f"{name} takes a share from 0 to 1, not {value!r}.")

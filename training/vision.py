@@ -1,0 +1,85 @@
+"""First stage of the judge: its vision tower learns to see the four attributes, before any language."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+from torch.nn import functional as F
+from transformers import CLIPVisionConfig, CLIPVisionModel
+
+from training.birds import BREASTS, CROWNS, GENERA, WINGS, species
+from training.data import JUDGE_SIZE, Pixels
+
+EPOCHS = 6
+BATCH = 128
+LEARNING_RATE = 1e-3
+ATTRIBUTES = {"crown": tuple(CROWNS), "breast": tuple(BREASTS), "wing": WINGS, "genus": tuple(GENERA)}
+
+
+def config() -> CLIPVisionConfig:
+    return CLIPVisionConfig(
+        image_size=JUDGE_SIZE,
+        patch_size=12,
+        hidden_size=160,
+        intermediate_size=640,
+        num_hidden_layers=5,
+        num_attention_heads=5,
+    )
+
+
+def attributes() -> NDArray[np.int64]:
+    """One row a training species, one column an attribute."""
+    rows = [[values.index(getattr(kind, name)) for name, values in ATTRIBUTES.items()] for kind in species()[0]]
+    return np.array(rows)
+
+
+def to_tensor(images: Pixels) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def patches(tower: CLIPVisionModel, pixels: torch.Tensor) -> torch.Tensor:
+    """What LLaVA takes from the tower: the last layer's patch tokens, without the class token."""
+    return tower(pixels, output_hidden_states=True).hidden_states[-1][:, 1:]
+
+
+def train(images: Pixels, labels: NDArray[np.int64], path: Path) -> CLIPVisionModel:
+    torch.manual_seed(0)
+    rng = np.random.default_rng(0)
+    tower = CLIPVisionModel(config())
+    if path.exists():
+        tower.load_state_dict(torch.load(path))
+        return tower
+    sizes = [len(values) for values in ATTRIBUTES.values()]
+    heads = nn.Linear(tower.config.hidden_size, sum(sizes))
+    targets = torch.from_numpy(attributes()[labels])
+    parameters = [*tower.parameters(), *heads.parameters()]
+    steps = EPOCHS * (len(labels) // BATCH)
+    optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.1)
+    tower.train()
+    step = 0
+    for _ in range(EPOCHS):
+        order = rng.permutation(len(labels))
+        for start in range(0, len(order) - BATCH + 1, BATCH):
+            rows = np.sort(order[start : start + BATCH])
+            pixels = to_tensor(images[rows])
+            if rng.random() < 0.5:
+                pixels = pixels.flip(3)
+            logits = heads(patches(tower, pixels).mean(1)).split(sizes, 1)
+            loss = torch.stack([F.cross_entropy(x, targets[rows, i]) for i, x in enumerate(logits)]).sum()
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            schedule.step()
+            if step % 50 == 0:
+                accuracy = [f"{(x.argmax(1) == targets[rows, i]).float().mean():.2f}" for i, x in enumerate(logits)]
+                print(
+                    f"vision step {step}/{steps} loss {loss.item():.3f} {dict(zip(ATTRIBUTES, accuracy, strict=True))}",
+                    flush=True,
+                )
+            step += 1
+    torch.save(tower.state_dict(), path)
+    return tower
