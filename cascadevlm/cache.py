@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 import json
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -11,7 +12,7 @@ from pathlib import Path
 import diskcache
 import platformdirs
 from PIL import Image
-from pydantic import JsonValue, TypeAdapter, ValidationError
+from pydantic import JsonValue, TypeAdapter
 
 from cascadevlm.judge import Judge, WrapperJudge
 from cascadevlm.prompt import answer_format, options, render
@@ -21,6 +22,7 @@ SCHEMA_VERSION = 1
 Payload = dict[str, JsonValue]
 
 _VERDICT = TypeAdapter(Verdict)
+_DAMAGE = (KeyError, TypeError, ValueError, OSError, zlib.error)
 
 
 def default_cache_folder() -> Path:
@@ -79,8 +81,10 @@ class DiskStore(VerdictStore):
         return self._opened
 
     def get(self, key: str) -> Verdict | None:
-        entry = self._cache.get(key)
-        return None if entry is None else _VERDICT.validate_python(entry["verdict"])
+        try:
+            return _VERDICT.validate_python(self._cache[key]["verdict"])
+        except _DAMAGE:  # a missing entry is a KeyError; a damaged one is asked again and overwritten
+            return None
 
     def put(self, payload: Payload, verdict: Verdict) -> None:
         if not verdict.valid:
@@ -104,13 +108,10 @@ class DiskStore(VerdictStore):
             try:
                 entry = self._cache[key]
                 sound = key_of(entry["payload"]) == key and _VERDICT.validate_python(entry["verdict"]).valid
-            except (KeyError, TypeError, ValueError, ValidationError, OSError):
+            except _DAMAGE:
                 sound = False
             if not sound:
                 yield str(key)
-
-    def delete(self, key: str) -> None:
-        self._cache.delete(key)
 
 
 class MemoryStore(VerdictStore):

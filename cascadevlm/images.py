@@ -71,6 +71,11 @@ def _describe(source: ImageSource) -> str:
     return repr(str(source)) if isinstance(source, str | Path) else f"({type(source).__name__})"
 
 
+def image_files(folder: Path) -> list[Path]:
+    """The image files below a folder, sorted."""
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+
+
 def pixel_digest(image: Image.Image) -> str:
     """sha256 over mode, size and pixels, in hexadecimal: the identity of an image however it was stored."""
     header = f"{image.mode}:{image.width}x{image.height}:".encode()

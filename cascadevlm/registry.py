@@ -3,7 +3,7 @@
 import difflib
 import inspect
 from collections.abc import Iterable
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint, PackageNotFoundError, entry_points, version
 from pathlib import Path
 from types import ModuleType
 from typing import Literal, TypeVar, cast
@@ -79,9 +79,36 @@ def load(point: EntryPoint) -> object:
         return point.load()
     except ModuleNotFoundError as exc:
         package = (exc.name or "").partition(".")[0]
+        if package == point.module.partition(".")[0]:
+            raise BackendError(f"{point.name!r} ({point.value}) cannot be imported: {exc}.") from exc
         raise BackendError(f"{point.name!r} needs the package {package!r}.", hint=f"Install it: pip install {package}") from exc
     except (ImportError, AttributeError) as exc:
         raise BackendError(f"{point.name!r} ({point.value}) cannot be imported: {exc}.") from exc
+
+
+def describe(kind: Kind, point: EntryPoint) -> dict[str, str]:
+    """An entry point for a person: kind, name, package and what it needs that is not installed."""
+    package = f"{point.dist.name} {point.dist.version}" if point.dist else ""
+    try:
+        required = getattr(load(point), "requires", ())
+        missing = [name for name in required if not _is_installed(name)]
+        needs = f"pip install {' '.join(missing)}" if missing else "nothing more"
+    except BackendError as exc:
+        needs = str(exc)
+    return {
+        "kind": "policy" if kind == "policies" else kind.removesuffix("s"),
+        "name": point.name,
+        "package": package,
+        "needs": needs,
+    }
+
+
+def _is_installed(distribution: str) -> bool:
+    try:
+        version(distribution)
+    except PackageNotFoundError:
+        return False
+    return True
 
 
 def load_policy_class(name: str) -> type[Policy]:

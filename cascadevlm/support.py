@@ -5,14 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cascadevlm.errors import InputError
-from cascadevlm.images import SUFFIXES, load_image
+from cascadevlm.images import image_files, load_image
 from cascadevlm.labels import LabelSet
 from cascadevlm.types import Candidate, Exemplar
-
-
-def image_files(folder: Path) -> list[Path]:
-    """The image files below a folder, sorted."""
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ CHAT_TEMPLATE = (
 )
 PATCHES = (JUDGE_SIZE // 12) ** 2
 PROMPTS = {name: packaged_prompt(cascadevlm_prompts, name) for name in ("select", "select_cot", "select_fewshot")}
-BATCH = 48
+BATCH = 32
 LEARNING_RATE = 1e-3
 BLANK = Image.new("RGB", (8, 8))
 

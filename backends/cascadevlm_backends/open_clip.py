@@ -1,0 +1,168 @@
+"""``open_clip:``: every model open_clip knows, as a scorer.
+
+The model is ``NAME/PRETRAINED`` (``ViT-B-16-SigLIP2/webli``), ``hf-hub:ORG/NAME``, ``local-dir:FOLDER``, or ``aviary`` for the
+bundled one. Preprocessing, tokenizer, logit scale and bias are the model's own.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from cascadevlm.errors import BackendError
+from cascadevlm.registry import nearest
+from cascadevlm.scorer import DEFAULT_TEMPLATES, EmbeddingScorer
+from cascadevlm_backends._torch import DtypeName, choose_device, choose_dtype
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import torch
+
+AVIARY = Path(__file__).parent / "aviary" / "scorer"
+TEXTS_AT_ONCE = 256
+
+
+class _TwoTowers(Protocol):
+    """What we use of open_clip's models."""
+
+    logit_scale: "torch.Tensor"
+
+    def encode_image(self, image: "torch.Tensor", normalize: bool) -> "torch.Tensor": ...
+    def encode_text(self, text: "torch.Tensor", normalize: bool) -> "torch.Tensor": ...
+    def state_dict(self) -> "dict[str, torch.Tensor]": ...
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    model: _TwoTowers
+    preprocess: "Callable[[Image.Image], torch.Tensor]"
+    tokenize: "Callable[[list[str]], torch.Tensor]"
+    device: str
+    dtype: "torch.dtype"
+    scale: float
+    bias: float
+    digest: str
+
+
+class OpenClipScorer(EmbeddingScorer):
+    """A model of open_clip.
+
+    Args:
+        model: see the module.
+        templates: texts in which ``{label}`` stands for a class.
+        device: ``"cuda"``, ``"mps"``, ``"cpu"`` …; the best there is, unless given.
+        dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"``; what suits the device, unless given.
+
+    Raises:
+        BackendError: at first use, if open_clip knows no such model or cannot load it.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        templates: Sequence[str] = DEFAULT_TEMPLATES,
+        device: str | None = None,
+        dtype: DtypeName = "auto",
+    ) -> None:
+        super().__init__(templates=templates)
+        self.model = model
+        self.device = device
+        self.dtype: DtypeName = dtype
+
+    def embed_images(self, images: Sequence[Image.Image]) -> NDArray[np.float32]:
+        import torch
+
+        loaded = self._loaded
+        with torch.inference_mode():
+            pixels = torch.stack([loaded.preprocess(image) for image in images])
+            return _array(loaded.model.encode_image(pixels.to(loaded.device, loaded.dtype), normalize=True))
+
+    def embed_texts(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        import torch
+
+        loaded = self._loaded
+        with torch.inference_mode():
+            blocks = [texts[start : start + TEXTS_AT_ONCE] for start in range(0, len(texts), TEXTS_AT_ONCE)]
+            tokens = (loaded.tokenize(list(block)).to(loaded.device) for block in blocks)
+            return np.concatenate([_array(loaded.model.encode_text(block, normalize=True)) for block in tokens])
+
+    def logits(self, similarities: NDArray[np.float32]) -> NDArray[np.float32]:
+        return similarities * np.float32(self._loaded.scale) + np.float32(self._loaded.bias)
+
+    def model_fingerprint(self) -> str:
+        loaded = self._loaded
+        precision = str(loaded.dtype).removeprefix("torch.")
+        return f"open_clip:{self.model}|weights={loaded.digest}|{precision}"
+
+    @cached_property
+    def _loaded(self) -> _Loaded:
+        import open_clip
+        import torch
+
+        device = choose_device(self.device)
+        dtype = choose_dtype(device, self.dtype)
+        name, pretrained = self._name_and_pretrained()
+        precision = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
+        try:
+            model, _, preprocess = open_clip.create_model_and_transforms(
+                name, pretrained=pretrained, precision=precision, device=device
+            )
+            tokenize = open_clip.get_tokenizer(name)
+        except (OSError, RuntimeError, ValueError) as exc:
+            reason = str(exc).splitlines()[0]
+            raise BackendError(
+                f"open_clip cannot load {self.model!r}: {reason}", hint="Is the name right and the hub or folder in reach?"
+            ) from exc
+        model.eval()
+        bias = getattr(model, "logit_bias", None)
+        return _Loaded(
+            model=model,
+            preprocess=preprocess,
+            tokenize=tokenize,
+            device=device,
+            dtype=dtype,
+            scale=float(model.logit_scale.exp()),
+            bias=0.0 if bias is None else float(bias),
+            digest=_digest(model, preprocess),
+        )
+
+    def _name_and_pretrained(self) -> tuple[str, str | None]:
+        import open_clip
+
+        if self.model == "aviary":
+            return f"local-dir:{AVIARY}", None
+        if self.model.startswith(("hf-hub:", "local-dir:")):
+            return self.model, None
+        name, _, pretrained = self.model.partition("/")
+        known = open_clip.list_models()
+        if name not in known:
+            raise BackendError(f"open_clip knows no model {name!r}.", hint=nearest(name, known))
+        tags = open_clip.list_pretrained_tags_by_model(name)
+        if pretrained not in tags:
+            hint = f"Write {name}/TAG, with one of: {', '.join(tags)}." if tags else "It has no pretrained weights."
+            raise BackendError(f"open_clip has no weights {pretrained!r} for {name!r}.", hint=hint)
+        return name, pretrained
+
+
+def _array(features: "torch.Tensor") -> NDArray[np.float32]:
+    array: NDArray[np.float32] = features.float().cpu().numpy()
+    return array
+
+
+def _digest(model: _TwoTowers, preprocess: object) -> str:
+    """Of the weights, in the precision they run in, and of the preprocessing."""
+    import torch
+
+    digest = hashlib.sha256(repr(preprocess).encode())
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,148 @@
+"""``recorded:``: scores and verdicts from a file, through the same interfaces as the models that gave them.
+
+A record is JSON lines, two kinds of them: ``{"scores": …}`` and ``{"verdict": …}``, each with the digest of the image's pixels.
+`RecordingScorer` and `RecordingJudge` write one around any scorer and judge; ``recorded:FILE`` replays it.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from pydantic import JsonValue, TypeAdapter
+
+from cascadevlm.cache import key_of
+from cascadevlm.errors import BackendError, PermanentError
+from cascadevlm.images import pixel_digest
+from cascadevlm.judge import Judge, WrapperJudge
+from cascadevlm.labels import LabelSet
+from cascadevlm.scorer import Scorer
+from cascadevlm.types import Question, Scores, Verdict
+
+Line = dict[str, JsonValue]
+
+_VERDICT = TypeAdapter(Verdict)
+
+
+class RecordingScorer(Scorer):
+    """Scores as another scorer does and appends what it gave to a record."""
+
+    def __init__(self, wrapped: Scorer, path: str | Path) -> None:
+        self.wrapped = wrapped
+        self.path = Path(path)
+
+    def score(self, images: Sequence[Image.Image], labels: LabelSet) -> Scores:
+        scores = self.wrapped.score(images, labels)
+        for image, row in zip(images, scores.log_probs, strict=True):
+            line = {"labels": list(labels.names), "fingerprint": scores.fingerprint, "log_probs": row.tolist()}
+            _append(self.path, {"image": pixel_digest(image), "scores": line})
+        return scores
+
+
+class RecordingJudge(WrapperJudge):
+    """Judges as another judge does and appends its valid verdicts to a record."""
+
+    def __init__(self, wrapped: Judge, path: str | Path) -> None:
+        super().__init__(wrapped)
+        self.path = Path(path)
+
+    async def judge(self, question: Question) -> Verdict:
+        verdict = await self.wrapped.judge(question)
+        if verdict.valid:
+            _append(self.path, {**_asked(question), "verdict": verdict.to_dict()})
+        return verdict
+
+
+class RecordedScorer(Scorer):
+    """Replays the scores of a record.
+
+    Raises:
+        BackendError: when scoring, if the file is no record, or holds no scores of an image for this label set.
+    """
+
+    def __init__(self, model: str) -> None:
+        self.path = Path(model)
+
+    def score(self, images: Sequence[Image.Image], labels: LabelSet) -> Scores:
+        rows = [self._row(image, labels) for image in images]
+        log_probs = np.array([row for row, _ in rows], dtype=np.float32).reshape(len(images), len(labels))
+        return Scores(log_probs=log_probs, labels=labels, fingerprint=rows[0][1] if rows else "")
+
+    def _row(self, image: Image.Image, labels: LabelSet) -> tuple[list[float], str]:
+        key = pixel_digest(image), labels.names
+        if key not in self._rows:
+            raise BackendError(
+                f"Record {str(self.path)!r} has no scores of an image ({key[0][:12]}…) for these {len(labels)} labels.",
+                hint="Give the images and labels it was recorded with, in their order.",
+            )
+        return self._rows[key]
+
+    @cached_property
+    def _rows(self) -> dict[tuple[str, tuple[str, ...]], tuple[list[float], str]]:
+        rows = {}
+        for line in _read(self.path):
+            if isinstance(scores := line.get("scores"), dict):
+                names = TypeAdapter(tuple[str, ...]).validate_python(scores["labels"])
+                log_probs = TypeAdapter(list[float]).validate_python(scores["log_probs"])
+                rows[str(line["image"]), names] = log_probs, str(scores["fingerprint"])
+        return rows
+
+
+class RecordedJudge(Judge):
+    """Replays the verdicts of a record; a question that was never asked fails.
+
+    Raises:
+        BackendError: when first asked, if the file is no record.
+    """
+
+    def __init__(self, model: str) -> None:
+        self.spec = f"recorded:{model}"
+        self.path = Path(model)
+
+    async def judge(self, question: Question) -> Verdict:
+        verdict = self._verdicts.get(key_of(_asked(question)))
+        if verdict is None:
+            raise PermanentError(f"Record {str(self.path)!r} has no answer to this question.")
+        return verdict
+
+    def identity(self) -> Mapping[str, JsonValue]:
+        return {"judge": self.spec, "verdicts": key_of({key: verdict.to_dict() for key, verdict in self._verdicts.items()})}
+
+    async def prepare(self) -> None:
+        self._verdicts  # noqa: B018  # reads the file
+
+    @cached_property
+    def _verdicts(self) -> dict[str, Verdict]:
+        verdicts = {}
+        for line in _read(self.path):
+            if "verdict" in line:
+                verdict = _VERDICT.validate_python(line.pop("verdict"))
+                verdicts[key_of(line)] = verdict
+        return verdicts
+
+
+def _asked(question: Question) -> Line:
+    return {
+        "image": question.image_digest,
+        "candidates": [label.name for label in question.labels],
+        "prompt": question.prompt.name,
+        "offer_none": question.offer_none,
+        "exemplars": [exemplar.digest for exemplar in question.exemplars],
+        "rejected": question.rejected,
+        "sample": question.sample,
+    }
+
+
+def _append(path: Path, line: Mapping[str, object]) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def _read(path: Path) -> list[Line]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+        return [TypeAdapter(Line).validate_json(line) for line in lines if line]
+    except (OSError, ValueError) as exc:
+        raise BackendError(f"Record {str(path)!r} cannot be read: {str(exc).splitlines()[0]}.") from exc

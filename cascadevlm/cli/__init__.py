@@ -1,0 +1,42 @@
+"""The command line. Commands import what they need when they run, so that ``--help`` is quick."""
+
+import sys
+from typing import Annotated
+
+import typer
+
+from cascadevlm.cli import backends, cache, classify, demo
+from cascadevlm.errors import CascadeError, InputError
+
+WORK_FAILED = 1
+CALL_WAS_WRONG = 2
+
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Fine-grained image classification: a CLIP scorer ranks, a policy decides, a vision-language model judges.",
+)
+
+
+@app.callback()
+def options(debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False) -> None:
+    """Options of all commands."""
+
+
+app.command()(demo.demo)
+app.command()(classify.classify)
+app.command()(backends.backends)
+app.add_typer(cache.app, name="cache")
+
+
+def main() -> None:
+    """The ``cascadevlm`` program: of an error of ours it shows one sentence."""
+    try:
+        app()
+    except CascadeError as exc:
+        if "--debug" in sys.argv:
+            raise
+        typer.secho(f"Error: {exc}", fg="red", err=True)
+        sys.exit(CALL_WAS_WRONG if isinstance(exc, InputError) else WORK_FAILED)

@@ -1,0 +1,25 @@
+"""``cascadevlm backends``."""
+
+import json
+from typing import Annotated
+
+import typer
+
+
+def backends(as_json: Annotated[bool, typer.Option("--json", help="One JSON array.")] = False) -> None:
+    """List what is installed: scorers, judges, policies and prompts, from which package, and what each needs."""
+    from typing import get_args
+
+    from rich.console import Console
+    from rich.table import Table
+
+    from cascadevlm.registry import Kind, describe, installed
+
+    found = [describe(kind, point) for kind in get_args(Kind) for point in installed(kind).values()]
+    if as_json:
+        typer.echo(json.dumps(found))
+        return
+    table = Table("kind", "name", "package", "needs", box=None, header_style="bold")
+    for row in found:
+        table.add_row(row["kind"], row["name"], row["package"], row["needs"])
+    Console(highlight=False).print(table)

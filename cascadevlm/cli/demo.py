@@ -1,0 +1,68 @@
+"""``cascadevlm demo``."""
+
+import json
+import time
+from typing import Annotated
+
+import typer
+
+
+def demo(
+    images: Annotated[int | None, typer.Option(min=1, help="How many of the bundled images; all, unless given.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="End with one JSON object and show nothing else.")] = False,
+) -> None:
+    """Run the bundled cascade on the bundled images: drawn birds of species its models were never trained on."""
+    from importlib import resources
+    from pathlib import Path
+
+    from rich.console import Console
+
+    from cascadevlm.cli.show import prediction_block, print_summary
+    from cascadevlm.config import Config, read_toml
+    from cascadevlm.labels import LabelSet
+
+    console = Console(quiet=as_json, highlight=False)
+    with resources.as_file(resources.files("cascadevlm_backends") / "aviary") as folder:
+        paths: list[Path] = sorted((folder / "images").glob("*.jpg"))
+        labels = LabelSet.of(path.stem for path in paths)
+        cascade = Config.parse(read_toml(folder / "cascade.toml"), name="cascade.toml").build(labels)
+        paths = paths[:images]
+        console.print(
+            f"Classifying {len(paths)} images among {len(labels)} species never seen in training: open_clip:aviary ranks, "
+            "hf_chat:aviary judges where the ranking is unsure. The true species is underlined.\n"
+        )
+        began = time.perf_counter()
+        predictions = []
+        for number, (path, prediction) in enumerate(zip(paths, cascade.stream(paths), strict=True), start=1):
+            predictions.append(prediction)
+            console.print(prediction_block(prediction, title=f"{number}/{len(paths)} {path.name}", truth=path.stem))
+        seconds = time.perf_counter() - began
+
+    truths = [path.stem for path in paths]
+    ranked = [[c.label.name for c in sorted(p.candidates, key=lambda c: c.rank)] for p in predictions]
+    count = len(paths)
+    figures = {
+        "n": count,
+        "scorer_top1": sum(truth == names[0] for truth, names in zip(truths, ranked, strict=True)) / count,
+        "scorer_top5": sum(truth in names[:5] for truth, names in zip(truths, ranked, strict=True)) / count,
+        "cascade_accuracy": sum(truth == p.label for truth, p in zip(truths, predictions, strict=True)) / count,
+        "escalated": sum(p.escalated for p in predictions) / count,
+        "judge_calls": sum(p.cost.requests for p in predictions),
+        "seconds": round(seconds, 2),
+    }
+    if as_json:
+        typer.echo(json.dumps(figures))
+        return
+    print_summary(
+        console,
+        "Summary",
+        {
+            "images": str(count),
+            "scorer alone, right": f"{figures['scorer_top1']:.0%}",
+            "truth among the scorer's five best": f"{figures['scorer_top5']:.0%}",
+            "cascade, right": f"{figures['cascade_accuracy']:.0%}",
+            "escalated to the judge": f"{figures['escalated']:.0%} ({figures['judge_calls']} calls)",
+            "cost": f"${sum(p.cost.dollars for p in predictions):.2f} (both models ran on this machine)",
+            "seconds": f"{seconds:.1f}",
+        },
+    )

@@ -1,0 +1,57 @@
+"""What the terminal shows of predictions."""
+
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from cascadevlm.types import Prediction, Verdict
+
+BAR_WIDTH = 12
+
+
+def prediction_block(prediction: Prediction, *, title: str, truth: str | None = None) -> RenderableType:
+    """One image: the candidates with bars, why it was escalated or kept, what each judge said, and the outcome."""
+    if not prediction.candidates:
+        return Group(Text(title, style="bold"), Text(f"  {prediction.error}", style="red"), "")
+    lines: list[RenderableType] = [Text(title, style="bold"), _candidates(prediction, truth)]
+    decision = "escalated" if prediction.escalated else "kept"
+    if prediction.reasons:
+        lines.append(Text(f"  {decision}: {'; '.join(prediction.reasons)}", style="dim"))
+    lines += [_verdict(verdict) for verdict in prediction.verdicts]
+    lines += [_outcome(prediction, truth), ""]
+    return Group(*lines)
+
+
+def _candidates(prediction: Prediction, truth: str | None) -> Table:
+    table = Table.grid(padding=(0, 1))
+    for candidate in sorted(prediction.candidates, key=lambda candidate: candidate.rank):
+        full = round(candidate.probability * BAR_WIDTH)
+        bar = Text("█" * full, style="cyan").append("░" * (BAR_WIDTH - full), style="dim")
+        name = Text(candidate.label.name, style="underline" if candidate.label.name == truth else "")
+        table.add_row(" ", bar, f"{candidate.probability:.2f}", name)
+    return table
+
+
+def _verdict(verdict: Verdict) -> Text:
+    said = verdict.rationale or verdict.text or verdict.error
+    line = Text(f"  {verdict.judge}: ", style="magenta").append(" ".join(said.split()) or verdict.outcome, style="italic default")
+    return line.append(f" ({verdict.outcome})", style="dim") if verdict.outcome != "answered" else line
+
+
+def _outcome(prediction: Prediction, truth: str | None) -> Text:
+    line = Text("  → ")
+    if prediction.label is None:
+        return line.append(f"no label: {prediction.error}", style="yellow")
+    style = "bold" if truth is None else "bold green" if prediction.label == truth else "bold red"
+    line.append(prediction.label, style=style).append(f"  by {prediction.decided_by}", style="dim")
+    if truth is not None and prediction.label != truth:
+        line.append(f"  (is: {truth})", style="dim")
+    return line
+
+
+def print_summary(console: Console, title: str, rows: dict[str, str]) -> None:
+    """A two-column table of headline figures."""
+    table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2))
+    for name, value in rows.items():
+        table.add_row(name, Text(value, justify="right"))
+    console.print(table)

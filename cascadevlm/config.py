@@ -1,0 +1,213 @@
+"""Configuration: one TOML file, validated; it builds a cascade from specs and names."""
+
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Self
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
+
+from cascadevlm.cache import DiskStore, VerdictStore
+from cascadevlm.candidates import CandidateRule, CumulativeMass, Order, TopK
+from cascadevlm.cascade import Cascade
+from cascadevlm.engine import OnFailure, Stage
+from cascadevlm.errors import ConfigError
+from cascadevlm.labels import LabelSet
+from cascadevlm.policy_language import parse_policy
+from cascadevlm.registry import Option, load_judge, load_prompt, load_scorer, nearest
+from cascadevlm.support import SupportSet
+
+Options = dict[str, Option]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ScorerConfig(_Section):
+    """``[scorer]``: the spec, its templates (where the backend takes any) and the backend's own ``options``."""
+
+    use: str
+    templates: list[str] | None = None
+    options: Options = {}
+
+
+class CandidatesConfig(_Section):
+    """``candidates = {…}``: the ``k`` best, or those that reach ``mass``; and the order they are shown in."""
+
+    k: Annotated[int, Field(ge=1)] | None = None
+    mass: Annotated[float, Field(gt=0, le=1)] | None = None
+    minimum: int = 2
+    maximum: int = 10
+    order: Order = "ranked"
+    seed: int = 0
+
+    def build(self) -> CandidateRule:
+        """The rule.
+
+        Raises:
+            ConfigError: unless exactly one of ``k`` and ``mass`` is given.
+        """
+        if (self.k is None) == (self.mass is None):
+            raise ConfigError("candidates wants either k or mass.", hint="For example: candidates = { mass = 0.95 }.")
+        if self.k is not None:
+            return TopK(k=self.k, order=self.order, seed=self.seed)
+        assert self.mass is not None
+        return CumulativeMass(mass=self.mass, minimum=self.minimum, maximum=self.maximum, order=self.order, seed=self.seed)
+
+
+class SupportConfig(_Section):
+    """``support = {…}``: a folder of reference images by class, and how many of each to show."""
+
+    folder: Path
+    shots: Annotated[int, Field(ge=1)] = 1
+
+
+class StageConfig(_Section):
+    """``[[stage]]``: a judge and when and how it is asked."""
+
+    judge: str
+    policy: str = "always"
+    candidates: Annotated[int, Field(ge=1)] | CandidatesConfig = 5
+    prompt: str = "select"
+    offer_none: bool = False
+    support: SupportConfig | None = None
+    options: Options = {}
+
+    def build(self, labels: LabelSet) -> Stage:
+        """The stage, its judge not yet loaded."""
+        rule = TopK(k=self.candidates) if isinstance(self.candidates, int) else self.candidates.build()
+        return Stage(
+            judge=load_judge(self.judge, **self.options),
+            prompt=load_prompt(self.prompt),
+            policy=parse_policy(self.policy),
+            candidates=rule,
+            offer_none=self.offer_none,
+            support=SupportSet.read(self.support.folder, labels, shots=self.support.shots) if self.support else None,
+        )
+
+
+class CacheConfig(_Section):
+    """``[cache]``: whether verdicts are kept, and where."""
+
+    enabled: bool = True
+    folder: Path | None = None
+
+    def build(self) -> VerdictStore | None:
+        """The store, not yet opened."""
+        return DiskStore(self.folder) if self.enabled else None
+
+
+class Config(_Section):
+    """The whole file."""
+
+    scorer: ScorerConfig
+    stage: tuple[StageConfig, ...] = ()
+    labels: Path | tuple[str, ...] | None = None
+    on_failure: OnFailure = "scorer"
+    batch_size: Annotated[int, Field(ge=1)] = 32
+    cache: CacheConfig = CacheConfig()
+
+    @classmethod
+    def parse(cls, data: Mapping[str, JsonValue], *, name: str = "config") -> Self:
+        """Validate what a TOML file holds. Paths, those in specs too, are relative to the working directory.
+
+        Raises:
+            ConfigError: naming the key that is wrong and, if it is unknown, the nearest valid one.
+        """
+        try:
+            return cls.model_validate(data)
+        except ValidationError as exc:
+            raise ConfigError(f"{name}: {_explain(cls, exc)}") from exc
+
+    def build(self, labels: LabelSet | None = None) -> Cascade:
+        """The cascade, its models not yet loaded.
+
+        Raises:
+            ConfigError: if neither the argument nor the file names labels.
+            InputError: if a spec, policy, prompt or path in the file is wrong.
+        """
+        if labels is None:
+            if self.labels is None:
+                raise ConfigError("There are no labels.", hint="Give a file of class names.")
+            labels = LabelSet.read(self.labels) if isinstance(self.labels, Path) else LabelSet.of(self.labels)
+        templates: Options = {} if self.scorer.templates is None else {"templates": self.scorer.templates}
+        return Cascade(
+            load_scorer(self.scorer.use, **templates, **self.scorer.options),
+            [stage.build(labels) for stage in self.stage],
+            labels=labels,
+            on_failure=self.on_failure,
+            store=self.cache.build(),
+            batch_size=self.batch_size,
+        )
+
+
+def read_toml(path: Path) -> dict[str, JsonValue]:
+    """What a TOML file holds.
+
+    Raises:
+        ConfigError: if it cannot be read.
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as exc:
+        raise ConfigError(f"Config file {str(path)!r} cannot be read: {exc.strerror}.") from exc
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
+        raise ConfigError(f"Config file {str(path)!r} is no TOML: {exc}.") from exc
+
+
+def override(data: dict[str, JsonValue], key: str, value: JsonValue) -> None:
+    """Set one value, as ``stage.0.judge``; sections and stages that are not there yet are made.
+
+    Raises:
+        ConfigError: if the path leads through something that is no section.
+    """
+    *parents, last = key.split(".")
+    here: JsonValue = data
+    for step, following in zip(parents, [*parents[1:], last], strict=True):
+        empty: JsonValue = [] if following.isdigit() else {}
+        if isinstance(here, dict):
+            here = here.setdefault(step, empty)
+        elif isinstance(here, list) and step.isdigit() and int(step) <= len(here):
+            if int(step) == len(here):
+                here.append({})
+            here = here[int(step)]
+        else:
+            raise ConfigError(f"{key!r} cannot be set: there is nothing at {step!r}.")
+    if not isinstance(here, dict):
+        raise ConfigError(f"{key!r} cannot be set: it is no key of a section.")
+    here[last] = value
+
+
+def toml_value(text: str) -> JsonValue:
+    """A value as TOML writes it; what is no TOML value is a string."""
+    try:
+        value: JsonValue = tomllib.loads(f"value = {text}")["value"]
+        return value
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _explain(model: type[BaseModel], error: ValidationError) -> str:
+    """The first thing wrong, in one sentence."""
+    first = error.errors()[0]
+    *parents, key = first["loc"]
+    where = ".".join(map(str, first["loc"]))
+    if first["type"] == "extra_forbidden":
+        return f"There is no key {where!r}. {nearest(str(key), _keys(model, parents))}"
+    if first["type"] == "missing":
+        return f"The key {where!r} is missing."
+    return f"{where}: {first['msg']} (given: {first['input']!r})."
+
+
+def _keys(model: type[BaseModel], path: list[int | str]) -> list[str]:
+    """The valid keys of the section at a path."""
+    sections: dict[str, type[BaseModel]] = {
+        "scorer": ScorerConfig,
+        "stage": StageConfig,
+        "cache": CacheConfig,
+        "support": SupportConfig,
+        "candidates": CandidatesConfig,
+    }
+    named = [step for step in path if step in sections]
+    return list((sections[str(named[-1])] if named else model).model_fields)

@@ -1,0 +1,32 @@
+"""Render images of the species held out, a folder for each: ``python -m training.render FOLDER --each 20 --seed 2``."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from training.birds import individuals, species
+
+TEST_SEED = 2
+SAMPLE_SEED = 3
+
+
+def render_files(folder: Path, *, each: int, seed: int) -> list[tuple[Path, str]]:
+    """Write ``each`` PNG files of every species held out; returns paths and names."""
+    kinds = species()[1]
+    written = []
+    for number, (index, image) in enumerate(individuals(kinds, each, seed)):
+        path = folder / kinds[index].name / f"{number // len(kinds):04}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image.save(path)
+        written.append((path, kinds[index].name))
+    return written
+
+
+def main(folder: Path, each: Annotated[int, typer.Option()] = 20, seed: Annotated[int, typer.Option()] = TEST_SEED) -> None:
+    """Seed 1 is the training set's, 3 that of the bundled samples."""
+    print(f"{len(render_files(folder, each=each, seed=seed))} images in {folder}")
+
+
+if __name__ == "__main__":
+    typer.run(main)
