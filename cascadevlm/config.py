@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Self
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, ValidationError
 
 from cascadevlm.cache import DiskStore, VerdictStore
 from cascadevlm.candidates import CandidateRule, CumulativeMass, Order, TopK
@@ -56,6 +56,11 @@ class CandidatesConfig(_Section):
         return CumulativeMass(mass=self.mass, minimum=self.minimum, maximum=self.maximum, order=self.order, seed=self.seed)
 
 
+def _k_alone(value: JsonValue) -> JsonValue:
+    """``candidates = 5`` is short for ``candidates = { k = 5 }``."""
+    return {"k": value} if isinstance(value, int) else value
+
+
 class SupportConfig(_Section):
     """``support = {…}``: a folder of reference images by class, and how many of each to show."""
 
@@ -68,7 +73,7 @@ class StageConfig(_Section):
 
     judge: str
     policy: str = "always"
-    candidates: Annotated[int, Field(ge=1)] | CandidatesConfig = 5
+    candidates: Annotated[CandidatesConfig, BeforeValidator(_k_alone)] = CandidatesConfig(k=5)
     prompt: str = "select"
     offer_none: bool = False
     support: SupportConfig | None = None
@@ -76,12 +81,11 @@ class StageConfig(_Section):
 
     def build(self, labels: LabelSet) -> Stage:
         """The stage, its judge not yet loaded."""
-        rule = TopK(k=self.candidates) if isinstance(self.candidates, int) else self.candidates.build()
         return Stage(
             judge=load_judge(self.judge, **self.options),
             prompt=load_prompt(self.prompt),
             policy=parse_policy(self.policy),
-            candidates=rule,
+            candidates=self.candidates.build(),
             offer_none=self.offer_none,
             support=SupportSet.read(self.support.folder, labels, shots=self.support.shots) if self.support else None,
         )

@@ -1,0 +1,113 @@
+"""A scorer and a judge that do as they are told, pictures and a question to try them with."""
+
+import asyncio
+import hashlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import numpy as np
+from PIL import Image
+from pydantic import JsonValue
+
+from cascadevlm.images import pixel_digest
+from cascadevlm.judge import Judge, verdict_from_text
+from cascadevlm.labels import Label, LabelSet
+from cascadevlm.registry import load_prompt
+from cascadevlm.scorer import Scorer
+from cascadevlm.types import Candidate, Question, Scores, Usage, Verdict
+
+
+class FakeScorer(Scorer):
+    """Scores by a table from the colour of an image's first pixel, or at random but always the same for the same image.
+
+    Args:
+        model: any text; part of the fingerprint.
+        table: logits by colour.
+    """
+
+    def __init__(self, model: str = "fake", *, table: Mapping[tuple[int, int, int], Sequence[float]] | None = None) -> None:
+        self.model = model
+        self.table = table
+
+    def score(self, images: Sequence[Image.Image], labels: LabelSet) -> Scores:
+        logits = np.array([self._logits(image, labels) for image in images])
+        return Scores.from_logits(logits, labels, fingerprint=f"fake:{self.model}")
+
+    def _logits(self, image: Image.Image, labels: LabelSet) -> Sequence[float]:
+        if self.table is not None:
+            colour = image.getpixel((0, 0))
+            assert isinstance(colour, tuple)
+            return self.table[colour[0], colour[1], colour[2]]
+        seeds = (hashlib.sha256(f"{pixel_digest(image)}:{label.name}".encode()).digest() for label in labels)
+        return [float(np.random.default_rng(int.from_bytes(seed)).normal(0, 2)) for seed in seeds]
+
+
+Reply = str | Exception
+"""What a fake judge says, or the error it raises instead."""
+
+
+class FakeJudge(Judge):
+    """Answers as told and remembers every question.
+
+    Args:
+        model: any text; part of the spec.
+        reply: the text it answers with, an error to raise, a list of either to go through, or a function of the question.
+        dollars: what each answer costs.
+        seconds: how long it takes.
+    """
+
+    def __init__(
+        self,
+        model: str = "fake",
+        *,
+        reply: Reply | Iterable[Reply] | Callable[[Question], Reply] = "ANSWER: A",
+        dollars: float = 0.0,
+        seconds: float = 0.0,
+    ) -> None:
+        self.spec = f"fake:{model}"
+        self.reply = iter(reply) if not isinstance(reply, Exception | str) and not callable(reply) else reply
+        self.dollars = dollars
+        self.seconds = seconds
+        self.questions: list[Question] = []
+        self.most_at_once = 0
+        self._at_once = 0
+
+    async def judge(self, question: Question) -> Verdict:
+        self.questions.append(question)
+        self._at_once += 1
+        self.most_at_once = max(self.most_at_once, self._at_once)
+        try:
+            await asyncio.sleep(self.seconds)
+            reply = self._next(question)
+        finally:
+            self._at_once -= 1
+        if isinstance(reply, Exception):
+            raise reply
+        usage = Usage(input_tokens=100, output_tokens=10, dollars=self.dollars, seconds=self.seconds, requests=1)
+        return verdict_from_text(reply, question, judge=self.spec, usage=usage)
+
+    def _next(self, question: Question) -> Reply:
+        if isinstance(self.reply, str | Exception):
+            return self.reply
+        return self.reply(question) if callable(self.reply) else next(self.reply)
+
+    def identity(self) -> Mapping[str, JsonValue]:
+        return {"judge": self.spec}
+
+
+def picture(colour: tuple[int, int, int] = (200, 30, 30), size: tuple[int, int] = (48, 32)) -> Image.Image:
+    """A plain RGB image."""
+    return Image.new("RGB", size, colour)
+
+
+def noise(seed: int, size: tuple[int, int] = (48, 32)) -> Image.Image:
+    """An RGB image unlike any other."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def question(names: Sequence[str] = ("red finch", "blue finch", "grey owl"), *, image: Image.Image | None = None) -> Question:
+    """A question about these candidates, worded by the ``select`` prompt."""
+    candidates = [
+        Candidate(label=Label(name=name), probability=1 / len(names), rank=rank) for rank, name in enumerate(names, start=1)
+    ]
+    return Question(image=image or picture(), candidates=tuple(candidates), prompt=load_prompt("select"))
