@@ -14,6 +14,7 @@
         ├── RateLimited               too many requests; says how long to wait, if the provider did
         ├── TransientError            a server, connection or time-out error that may pass
         ├── PermanentError            this question will never be answered
+        ├── BudgetExhausted           it was not asked, for want of money
         └── FatalError                no question will be answered (authentication, exhausted quota); stops the run
 
 A ``retryable`` error may be raised again by the same question and not by the next attempt: the retry wrapper decides when
@@ -66,7 +67,15 @@ class BackendError(InputError):
 
 
 class JudgeError(CascadeError):
-    """The judge gave no usable answer."""
+    """The judge gave no usable answer.
+
+    Attributes:
+        may_be_billed: whether the provider may charge for the request all the same, as when the connection broke off.
+    """
+
+    def __init__(self, message: str, *, hint: str = "", may_be_billed: bool = False) -> None:
+        super().__init__(message, hint=hint)
+        self.may_be_billed = may_be_billed
 
 
 class RateLimited(JudgeError):
@@ -87,6 +96,10 @@ class TransientError(JudgeError):
 
 class PermanentError(JudgeError):
     """This question will never be answered, other questions may."""
+
+
+class BudgetExhausted(JudgeError):
+    """The question was not asked: what it may cost is more than is left."""
 
 
 class FatalError(JudgeError):

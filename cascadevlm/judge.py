@@ -42,6 +42,14 @@ class Judge(ABC):
         """The digest of the image as this judge is sent it."""
         return question.image_digest
 
+    def worst_case(self, question: Question) -> int:
+        """The most that one request for this question can cost, in nanodollars; nothing for local judges."""
+        return 0
+
+    def worst_case_tokens(self, question: Question) -> int:
+        """The most tokens, in and out, that one request for this question can take; counted against rate limits."""
+        return 0
+
     async def prepare(self) -> None:
         """Fail now if the judge cannot work at all: a missing key, a model that does not load."""
 
@@ -129,6 +137,12 @@ class WrapperJudge(Judge):
 
     def image_digest(self, question: Question) -> str:
         return self.wrapped.image_digest(question)
+
+    def worst_case(self, question: Question) -> int:
+        return self.wrapped.worst_case(question)
+
+    def worst_case_tokens(self, question: Question) -> int:
+        return self.wrapped.worst_case_tokens(question)
 
     async def prepare(self) -> None:
         await self.wrapped.prepare()

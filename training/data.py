@@ -1,4 +1,4 @@
-"""Render the training images once, at the two resolutions the models see."""
+"""Render the training images once, at the resolution the judge sees; the scorer sees them shrunk further."""
 
 import multiprocessing
 from pathlib import Path
@@ -9,7 +9,7 @@ from PIL import Image
 
 from training.birds import render, species
 
-SCORER_SIZE = 36
+SCORER_SIZE = 28
 JUDGE_SIZE = 96
 EACH = 200
 SEED = 1
@@ -17,28 +17,31 @@ SEED = 1
 Pixels = NDArray[np.uint8]
 
 
-def _individual(key: tuple[int, int]) -> tuple[Pixels, Pixels]:
+def _individual(key: tuple[int, int]) -> Pixels:
     index, number = key
-    image = render(species()[0][index], np.random.default_rng((SEED, index, number)))
-    return _shrink(image, SCORER_SIZE), _shrink(image, JUDGE_SIZE)
+    return shrink(render(species()[0][index], np.random.default_rng((SEED, index, number))), JUDGE_SIZE)
 
 
-def _shrink(image: Image.Image, size: int) -> Pixels:
+def shrink(image: Image.Image, size: int) -> Pixels:
+    """``size`` x ``size`` x 3, antialiased as both models' own preprocessing does it."""
     return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC))
 
 
-def load(build: Path) -> tuple[Pixels, Pixels, NDArray[np.int64]]:
-    """Training images for scorer and judge, N x S x S x 3, and the index of each one's species; rendered at first use."""
-    paths = build / "scorer.npy", build / "judge.npy"
+def load(build: Path) -> tuple[Pixels, NDArray[np.int64]]:
+    """Training images for the judge, N x S x S x 3, and the index of each one's species; rendered at first use."""
+    path = build / "judge.npy"
     labels = np.repeat(np.arange(len(species()[0])), EACH)
-    if not all(path.exists() for path in paths):
+    if not path.exists():
         build.mkdir(parents=True, exist_ok=True)
         keys = [(index, number) for index in range(len(species()[0])) for number in range(EACH)]
-        small = np.empty((len(keys), SCORER_SIZE, SCORER_SIZE, 3), np.uint8)
-        large = np.empty((len(keys), JUDGE_SIZE, JUDGE_SIZE, 3), np.uint8)
+        images = np.empty((len(keys), JUDGE_SIZE, JUDGE_SIZE, 3), np.uint8)
         with multiprocessing.Pool() as pool:
-            for row, images in enumerate(pool.imap(_individual, keys, chunksize=64)):
-                small[row], large[row] = images
-        np.save(paths[0], small)
-        np.save(paths[1], large)
-    return np.load(paths[0]), np.load(paths[1], mmap_mode="r"), labels
+            for row, image in enumerate(pool.imap(_individual, keys, chunksize=64)):
+                images[row] = image
+        np.save(path, images)
+    return np.load(path, mmap_mode="r"), labels
+
+
+def for_scorer(images: Pixels) -> Pixels:
+    """The same images at the scorer's resolution."""
+    return np.stack([shrink(Image.fromarray(image), SCORER_SIZE) for image in images])

@@ -23,12 +23,12 @@ def sample_images(folder: Path) -> None:
 
 
 def main() -> None:
-    small, large, labels = data.load(BUILD)
+    images, labels = data.load(BUILD)
     if not (AVIARY / "scorer" / "open_clip_model.safetensors").exists():
-        scorer.train(small, labels, AVIARY / "scorer")
-    tower = vision.train(large, labels, BUILD / "vision.pt")
+        scorer.train(data.for_scorer(images), labels, AVIARY / "scorer")
+    tower = vision.train(images, labels, BUILD / "vision.pt")
     if not (AVIARY / "judge" / "model.safetensors").exists():
-        language.train(tower, large, labels, AVIARY / "judge", BUILD, LANGUAGE_STEPS)
+        language.train(tower, images, labels, AVIARY / "judge", BUILD, LANGUAGE_STEPS)
     sample_images(AVIARY / "images")
     (AVIARY / "labels.txt").write_text("".join(f"{kind.name}\n" for kind in species()[1]))
 

@@ -36,7 +36,7 @@ def attributes() -> NDArray[np.int64]:
 
 
 def to_tensor(images: Pixels) -> torch.Tensor:
-    return torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return torch.from_numpy(np.array(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def patches(tower: CLIPVisionModel, pixels: torch.Tensor) -> torch.Tensor:

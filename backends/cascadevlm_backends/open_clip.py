@@ -129,8 +129,8 @@ class OpenClipScorer(EmbeddingScorer):
             tokenize=tokenize,
             device=device,
             dtype=dtype,
-            scale=float(model.logit_scale.exp()),
-            bias=0.0 if bias is None else float(bias),
+            scale=model.logit_scale.detach().exp().item(),
+            bias=0.0 if bias is None else bias.item(),
             digest=_digest(model, preprocess),
         )
 

@@ -1,0 +1,175 @@
+"""``hf:``: the two-tower models of transformers as scorers: CLIP, Chinese-CLIP, ALIGN, SigLIP and SigLIP 2, NaFlex too.
+
+The model is an id on the Hugging Face hub or a folder. Preprocessing, tokenizer, logit scale and bias are the model's own.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from safetensors import SafetensorError
+
+from cascadevlm.errors import BackendError
+from cascadevlm.scorer import DEFAULT_TEMPLATES, EmbeddingScorer
+from cascadevlm_backends._torch import DtypeName, choose_device, choose_dtype, directory_digest
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import BatchFeature, PreTrainedConfig
+    from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+SIGMOID_TYPES = frozenset({"siglip", "siglip2"})
+MODEL_TYPES = SIGMOID_TYPES | {"align", "chinese_clip", "clip"}
+TEXTS_AT_ONCE = 256
+
+
+class _TwoTowers(Protocol):
+    """What the classes of transformers for these models have in common."""
+
+    config: "PreTrainedConfig"
+
+    def get_image_features(self, **inputs: "torch.Tensor") -> "BaseModelOutputWithPooling": ...
+
+    def get_text_features(self, **inputs: "torch.Tensor") -> "BaseModelOutputWithPooling": ...
+
+
+class _Processor(Protocol):
+    def __call__(self, **options: object) -> "BatchFeature": ...
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    model: _TwoTowers
+    processor: _Processor
+    device: str
+    dtype: "torch.dtype"
+    scale: float
+    bias: float
+    fingerprint: str
+
+
+class HfScorer(EmbeddingScorer):
+    """A model of transformers.
+
+    Args:
+        model: an id on the hub or a folder.
+        templates: texts in which ``{label}`` stands for a class.
+        device: ``"cuda"``, ``"mps"``, ``"cpu"`` …; the best there is, unless given.
+        dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"``; what suits the device, unless given.
+        revision: a commit, branch or tag of the hub; the main branch, unless given.
+
+    Raises:
+        BackendError: at first use, if the model is of no supported type or cannot be loaded.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        templates: Sequence[str] = DEFAULT_TEMPLATES,
+        device: str | None = None,
+        dtype: DtypeName = "auto",
+        revision: str | None = None,
+    ) -> None:
+        super().__init__(templates=templates)
+        self.model = model
+        self.device = device
+        self.dtype: DtypeName = dtype
+        self.revision = revision
+
+    def embed_images(self, images: Sequence[Image.Image]) -> NDArray[np.float32]:
+        import torch
+
+        loaded = self._loaded
+        with torch.inference_mode():
+            inputs = loaded.processor(images=list(images), return_tensors="pt").to(loaded.device, loaded.dtype)
+            return _unit_rows(loaded.model.get_image_features(**inputs))
+
+    def embed_texts(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        blocks = [texts[start : start + TEXTS_AT_ONCE] for start in range(0, len(texts), TEXTS_AT_ONCE)]
+        return np.concatenate([self._embed_texts(block) for block in blocks])
+
+    def _embed_texts(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        import torch
+
+        loaded = self._loaded
+        config = loaded.model.config
+        sigmoid = config.model_type in SIGMOID_TYPES
+        with torch.inference_mode():
+            inputs = loaded.processor(
+                # SigLIP was trained on lower case, which the tokenizer that comes with SigLIP 2 (Gemma's) does not see to.
+                text=[text.lower() if sigmoid else text for text in texts],
+                # SigLIP takes the last position for its embedding, padding or not: it must stand where it stood in training.
+                padding="max_length" if sigmoid else "longest",
+                truncation=True,
+                max_length=config.text_config.max_position_embeddings,
+                return_tensors="pt",
+            ).to(loaded.device)
+            return _unit_rows(loaded.model.get_text_features(**inputs))
+
+    def logits(self, similarities: NDArray[np.float32]) -> NDArray[np.float32]:
+        return similarities * np.float32(self._loaded.scale) + np.float32(self._loaded.bias)
+
+    def model_fingerprint(self) -> str:
+        return self._loaded.fingerprint
+
+    @cached_property
+    def _loaded(self) -> _Loaded:
+        device = choose_device(self.device)
+        dtype = choose_dtype(device, self.dtype)
+        try:
+            return self._load(device, dtype)
+        except ImportError as exc:
+            raise BackendError(
+                f"The tokenizer of {self.model!r} needs a package that is missing.",
+                hint="Install it: pip install sentencepiece protobuf",
+            ) from exc
+        except (OSError, RuntimeError, ValueError, SafetensorError) as exc:
+            reason = str(exc).strip().partition("\n")[0].partition(". ")[0].removesuffix(".")
+            raise BackendError(
+                f"transformers cannot load {self.model!r}: {reason}.",
+                hint="Give the id of a model on a hub in reach, or a complete folder.",
+            ) from exc
+
+    def _load(self, device: str, dtype: "torch.dtype") -> _Loaded:
+        import torch
+        from transformers import AutoConfig, AutoModel, AutoProcessor
+        from transformers.utils.hub import cached_file, extract_commit_hash
+
+        folder = Path(self.model)
+        commit = extract_commit_hash(cached_file(self.model, "config.json", revision=self.revision), None)
+        config = AutoConfig.from_pretrained(self.model, revision=commit, trust_remote_code=False)
+        if config.model_type not in MODEL_TYPES:
+            raise BackendError(
+                f"{self.model!r} is of type {config.model_type!r}, not a two-tower model known here.",
+                hint=f"Supported: {', '.join(sorted(MODEL_TYPES))}.",
+            )
+        # In full precision first, for the logit scale: in bfloat16 CLIP's 100 would be 98.9.
+        model = AutoModel.from_pretrained(self.model, config=config, revision=commit, dtype=torch.float32)
+        processor = AutoProcessor.from_pretrained(self.model, revision=commit)  # type: ignore[no-untyped-call]
+        scale = 1 / model.temperature if config.model_type == "align" else model.logit_scale.exp()
+        preprocessing = hashlib.sha256(processor.image_processor.to_json_string().encode()).hexdigest()[:12]
+        identity = f"{folder.name}@{directory_digest(folder)[:16]}" if folder.is_dir() else f"{self.model}@{commit}"
+        return _Loaded(
+            model=model.to(device, dtype).eval(),
+            processor=processor,
+            device=device,
+            dtype=dtype,
+            scale=scale.item(),
+            bias=model.logit_bias.item() if config.model_type in SIGMOID_TYPES else 0.0,
+            fingerprint=f"hf:{identity}|{str(dtype).removeprefix('torch.')}|preprocessing={preprocessing}",
+        )
+
+
+def _unit_rows(features: "BaseModelOutputWithPooling") -> NDArray[np.float32]:
+    import torch
+
+    assert features.pooler_output is not None
+    array: NDArray[np.float32] = torch.nn.functional.normalize(features.pooler_output.float(), dim=-1).cpu().numpy()
+    return array

@@ -1,0 +1,54 @@
+"""How many requests are in flight, and how many a minute."""
+
+import asyncio
+import time
+
+from aiolimiter import AsyncLimiter
+
+from cascadevlm.errors import RateLimited
+from cascadevlm.judge import Judge, WrapperJudge
+from cascadevlm.types import Question, Verdict
+
+
+class Paced(WrapperJudge):
+    """Keeps between 1 and the judge's ``concurrency`` requests in flight: halved when the provider says it is too many, one more
+    for every round of successes (additive increase, multiplicative decrease; Chiu and Jain 1989).
+
+    Args:
+        requests_per_minute: the most to begin in any minute.
+        tokens_per_minute: the most tokens, by worst case, to ask for in any minute.
+    """
+
+    def __init__(
+        self, wrapped: Judge, *, requests_per_minute: float | None = None, tokens_per_minute: float | None = None
+    ) -> None:
+        super().__init__(wrapped)
+        self.limit = float(self.concurrency)
+        self._in_flight = 0
+        self._decreased = -float("inf")
+        self._room = asyncio.Condition()
+        self._requests = AsyncLimiter(requests_per_minute, 60) if requests_per_minute else None
+        self._tokens = AsyncLimiter(tokens_per_minute, 60) if tokens_per_minute else None
+
+    async def judge(self, question: Question) -> Verdict:
+        if self._requests:
+            await self._requests.acquire()
+        if self._tokens:
+            await self._tokens.acquire(min(self.wrapped.worst_case_tokens(question), self._tokens.max_rate))
+        async with self._room:
+            await self._room.wait_for(lambda: self._in_flight < int(self.limit))
+            self._in_flight += 1
+        began = time.monotonic()
+        try:
+            verdict = await self.wrapped.judge(question)
+            self.limit = min(self.concurrency, self.limit + 1 / self.limit)
+            return verdict
+        except RateLimited:
+            if began > self._decreased:  # the requests of one burst fail together and count once
+                self.limit = max(1.0, self.limit / 2)
+                self._decreased = time.monotonic()
+            raise
+        finally:
+            self._in_flight -= 1
+            async with self._room:
+                self._room.notify(2)  # one left, and the limit may have grown by one

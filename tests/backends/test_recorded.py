@@ -1,0 +1,103 @@
+"""What was recorded of real runs comes back through the same interfaces."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cascadevlm import Cascade, Stage
+from cascadevlm.errors import BackendError, PermanentError
+from cascadevlm.judge import Judge
+from cascadevlm.labels import LabelSet
+from cascadevlm.registry import load_judge, load_prompt, load_scorer
+from cascadevlm.scorer import Scorer
+from cascadevlm.testing import FakeJudge, FakeScorer, JudgeContract, ScorerContract, noise, question
+from cascadevlm_backends.recorded import RecordingJudge, RecordingScorer
+
+LABELS = LabelSet.of(["ant", "bee", "cicada", "dragonfly"])
+
+
+def test_a_cascade_replays_itself(tmp_path: Path) -> None:
+    path = tmp_path / "record.jsonl"
+    images = [noise(seed) for seed in range(6)]
+    judge = RecordingJudge(FakeJudge(reply="I see wings.\nANSWER: B", dollars=0.01), path)
+    recording = Cascade(
+        RecordingScorer(FakeScorer(), path), [Stage(judge=judge, prompt=load_prompt("select_cot"))], labels=LABELS
+    )
+    first = recording.classify(images)
+    stage = Stage(judge=load_judge(f"recorded:{path}"), prompt=load_prompt("select_cot"))
+    second = Cascade(load_scorer(f"recorded:{path}"), [stage], labels=LABELS).classify(images)
+    assert [p.to_dict() for p in second] == [p.to_dict() for p in first]
+
+
+def test_scores_are_exact_and_keep_their_fingerprint(tmp_path: Path) -> None:
+    path = tmp_path / "record.jsonl"
+    given = RecordingScorer(FakeScorer("v1"), path).score([noise(1), noise(2)], LABELS)
+    replayed = load_scorer(f"recorded:{path}").score([noise(2)], LABELS)
+    np.testing.assert_array_equal(replayed.log_probs[0], given.log_probs[1])
+    assert replayed.fingerprint == given.fingerprint == "fake:v1"
+
+
+def test_nothing_is_made_up(tmp_path: Path) -> None:
+    path = tmp_path / "record.jsonl"
+    RecordingScorer(FakeScorer(), path).score([noise(1)], LABELS)
+    scorer = load_scorer(f"recorded:{path}")
+    with pytest.raises(BackendError, match="has no scores of an image"):
+        scorer.score([noise(9)], LABELS)
+    with pytest.raises(BackendError, match="has no scores of an image"):
+        scorer.score([noise(1)], LabelSet.of(["bee", "ant", "cicada", "dragonfly"]))
+
+
+async def test_another_question_is_not_answered(tmp_path: Path) -> None:
+    path = tmp_path / "record.jsonl"
+    await RecordingJudge(FakeJudge(), path).judge(question(["ant", "bee"]))
+    judge = load_judge(f"recorded:{path}")
+    assert (await judge.judge(question(["ant", "bee"]))).label == "ant"
+    for other in (question(["bee", "ant"]), question(["ant", "bee", "cicada"]), question(["ant", "bee"], image=noise(3))):
+        with pytest.raises(PermanentError, match="no answer to this question"):
+            await judge.judge(other)
+
+
+async def test_only_valid_verdicts_are_recorded(tmp_path: Path) -> None:
+    path = tmp_path / "record.jsonl"
+    await RecordingJudge(FakeJudge(reply="no idea\nat all"), path).judge(question())
+    assert not path.exists()
+
+
+async def test_what_is_no_record(tmp_path: Path) -> None:
+    (tmp_path / "bad.jsonl").write_text('{"image": 1\n')
+    for name in ("none.jsonl", "bad.jsonl"):
+        with pytest.raises(BackendError, match="cannot be read"):
+            await load_judge(f"recorded:{tmp_path / name}").prepare()
+
+
+class TestRecordedScorer(ScorerContract):
+    """Each test runs twice: a first time to be recorded, then against the record."""
+
+    @pytest.fixture(autouse=True)
+    def _record(self, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+        self.path = tmp_path / "record.jsonl"
+        self.path.touch()
+        self.scorer: Scorer = RecordingScorer(FakeScorer(), self.path)
+        request.function()
+        self.scorer = load_scorer(f"recorded:{self.path}")
+
+    def make(self) -> Scorer:
+        return self.scorer
+
+
+class TestRecordedJudge(JudgeContract):
+    """As above."""
+
+    @pytest.fixture(autouse=True)
+    async def _record(self, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+        self.path = tmp_path / "record.jsonl"
+        self.path.touch()
+        self.judge: Judge = RecordingJudge(FakeJudge(), self.path)
+        running = request.function()
+        if running is not None:
+            await running
+        self.judge = load_judge(f"recorded:{self.path}")
+
+    def make(self) -> Judge:
+        return self.judge

@@ -1,0 +1,133 @@
+"""The command line as a user types it, with the bundled models."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from cascadevlm.testing import noise
+
+
+def run(*arguments: str | Path, check: bool = True, stdin: str = "") -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, "-c", "from cascadevlm.cli import main; main()", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, input=stdin)
+    assert not check or done.returncode == 0, done.stderr
+    return done
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for seed in range(3):
+        noise(seed, (60, 60)).save(folder / f"{seed}.png")
+    (tmp_path / "labels.txt").write_text("red-crowned white-breasted plain owl\nblue-crowned grey-breasted barred duck\n")
+    return folder
+
+
+def test_demo_runs_the_real_cascade() -> None:
+    figures = json.loads(run("demo", "--json").stdout.splitlines()[-1])
+    assert set(figures) == {"n", "scorer_top1", "scorer_top5", "cascade_accuracy", "escalated", "judge_calls", "seconds"}
+    assert figures["n"] == 48
+    assert figures["cascade_accuracy"] > figures["scorer_top1"] + 0.1
+    assert 0 < figures["escalated"] < 0.7
+    assert figures["judge_calls"] >= figures["escalated"] * 48
+
+
+def test_demo_shows_every_image_and_a_summary() -> None:
+    shown = run("demo", "--images", "6").stdout
+    assert "6/6" in shown
+    assert "hf_chat:aviary: I see" in shown
+    assert "cascade, right" in shown
+
+
+def test_classify_gives_json_lines(images: Path) -> None:
+    arguments = ["classify", images, "--labels", images.parent / "labels.txt", "--scorer", "open_clip:aviary", "--json"]
+    rows = [json.loads(line) for line in run(*arguments).stdout.splitlines()]
+    assert [Path(row["path"]).name for row in rows] == ["0.png", "1.png", "2.png"]
+    for row in rows:
+        assert {"path", "label", "probability", "decided_by", "candidates", "verdict", "cost"} <= set(row)
+        assert row["decided_by"] == "scorer"
+        assert row["candidates"][0]["probability"] == row["probability"]
+
+
+def test_classify_asks_the_judge_as_told(images: Path) -> None:
+    row = json.loads(
+        run(
+            *("classify", images / "0.png", "--labels", images.parent / "labels.txt", "--scorer", "open_clip:aviary"),
+            *("--judge", "hf_chat:aviary", "--policy", "always", "--candidates", "2", "--prompt", "select_cot"),
+            *("--set", "cache.enabled=false", "--json"),
+        ).stdout
+    )
+    assert row["verdict"]["judge"] == "hf_chat:aviary"
+    assert row["verdict"]["text"].startswith("I see")
+
+
+def test_an_unreadable_file_is_one_failed_row(images: Path) -> None:
+    (images / "1.png").write_bytes(b"no image")
+    arguments = ["classify", images, "--labels", images.parent / "labels.txt", "--scorer", "open_clip:aviary", "--json"]
+    done = run(*arguments, check=False)
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert done.returncode == 1
+    assert [row["label"] is None for row in rows] == [False, True, False]
+    assert "1.png" in rows[1]["error"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["classify", "nowhere.png", "--scorer", "open_clip:aviary", "--labels", "LABELS"], "'nowhere.png' does not exist"),
+        (["classify", "IMAGES"], "There is no scorer"),
+        (["classify", "IMAGES", "--scorer", "open_clip:aviary"], "There are no labels"),
+        (["classify", "IMAGES", "--scorer", "aviary", "--labels", "LABELS"], "'aviary' names no scorer"),
+        (["classify", "IMAGES", "--scorer", "open_clop:x", "--labels", "LABELS"], "Did you mean 'open_clip'?"),
+        (["classify", "IMAGES", "--config", "none.toml"], "'none.toml' cannot be read"),
+    ],
+)
+def test_wrong_calls_are_one_sentence(images: Path, arguments: list[str], sentence: str) -> None:
+    known = {"IMAGES": str(images), "LABELS": str(images.parent / "labels.txt")}
+    done = run(*(known.get(argument, argument) for argument in arguments), check=False)
+    assert done.returncode == 2
+    assert sentence in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_debug_shows_the_traceback() -> None:
+    assert "Traceback" in run("--debug", "classify", "nowhere.png", "--scorer", "open_clip:aviary", check=False).stderr
+
+
+def test_cache_is_filled_used_verified_and_cleared(images: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "cache"
+    classify = [
+        *("classify", images, "--labels", images.parent / "labels.txt", "--scorer", "open_clip:aviary"),
+        *("--judge", "hf_chat:aviary", "--policy", "always", "--set", f"cache.folder={folder}", "--json"),
+    ]
+    first = [json.loads(line) for line in run(*classify).stdout.splitlines()]
+    kept = json.loads(run("cache", "info", "--folder", folder, "--json").stdout)["verdicts"]
+    assert kept == sum(row["verdict"]["outcome"] in ("answered", "none") for row in first) > 0
+    second = [json.loads(line) for line in run(*classify).stdout.splitlines()]
+    assert sum(row["cost"]["cached"] for row in second) == kept
+    assert [row["label"] for row in second] == [row["label"] for row in first]
+    assert json.loads(run("cache", "verify", "--folder", folder, "--json").stdout) == {"verdicts": kept, "damaged": []}
+    assert run("cache", "clear", "--folder", folder, stdin="n\n", check=False).returncode == 1
+    assert json.loads(run("cache", "clear", "--folder", folder, "--yes", "--json").stdout) == {"removed": kept}
+    assert json.loads(run("cache", "info", "--folder", folder, "--json").stdout)["verdicts"] == 0
+
+
+def test_backends_are_listed() -> None:
+    rows = {(row["kind"], row["name"]): row for row in json.loads(run("backends", "--json").stdout)}
+    assert {("scorer", "open_clip"), ("scorer", "hf"), ("judge", "hf_chat"), ("policy", "entropy")} <= set(rows)
+    assert all(row["package"].startswith("cascadevlm ") and row["needs"] == "nothing more" for row in rows.values())
+
+
+def test_a_photo_turned_by_its_camera_is_seen_upright(images: Path) -> None:
+    upright = Image.open(images / "0.png").convert("RGB")
+    exif = upright.getexif()
+    exif[0x0112] = 6
+    upright.rotate(90, expand=True).save(images / "turned.png", exif=exif)
+    arguments = ["--labels", images.parent / "labels.txt", "--scorer", "open_clip:aviary", "--json"]
+    rows = [json.loads(line) for line in run("classify", images / "0.png", images / "turned.png", *arguments).stdout.splitlines()]
+    assert rows[0]["probability"] == rows[1]["probability"]

@@ -1,0 +1,29 @@
+"""What importing costs, and which way imports go."""
+
+import subprocess
+import sys
+
+HEAVY = "torch transformers open_clip openai anthropic scipy numpy pydantic"
+
+
+def loaded_by(code: str) -> set[str]:
+    script = f"import sys; {code}; print(*(name for name in {HEAVY.split()!r} if name in sys.modules))"
+    return set(subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout.split())
+
+
+def test_importing_the_package_or_the_command_line_loads_nothing_heavy() -> None:
+    assert loaded_by("import cascadevlm") == set()
+    assert loaded_by("import cascadevlm.cli") == set()
+
+
+def test_the_whole_core_does_without_models_and_sdks() -> None:
+    core = "import cascadevlm; [getattr(cascadevlm, name) for name in cascadevlm.__all__]; import cascadevlm.config"
+    assert not loaded_by(core) & {"torch", "transformers", "open_clip", "openai", "anthropic"}
+
+
+def test_all_public_names_are_there() -> None:
+    import cascadevlm
+
+    assert {"Cascade", "Stage", "Scorer", "Judge", "LabelSet"} <= set(cascadevlm.__all__)
+    for name in cascadevlm.__all__:
+        assert getattr(cascadevlm, name).__name__ == name
