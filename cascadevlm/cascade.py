@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image
 
 from cascadevlm import loop
+from cascadevlm.budget import Ledger
 from cascadevlm.cache import VerdictStore
 from cascadevlm.engine import OnFailure, Run, Stage
 from cascadevlm.errors import ImageError
@@ -26,6 +27,7 @@ class Cascade:
         labels: the label set, or names.
         on_failure: see `OnFailure`. "None of these" is an answer without a label: "raise" treats it as "scorer".
         store: where valid verdicts are kept and looked up; None asks every time.
+        ledger: what may be spent, over all calls of this cascade; without a cap, unless given.
         batch_size: images scored at once.
     """
 
@@ -37,6 +39,7 @@ class Cascade:
         labels: LabelSet | Iterable[str | Label],
         on_failure: OnFailure = "scorer",
         store: VerdictStore | None = None,
+        ledger: Ledger | None = None,
         batch_size: int = 32,
     ) -> None:
         self.scorer = scorer
@@ -44,6 +47,7 @@ class Cascade:
         self.labels = LabelSet.of(labels)
         self.on_failure: OnFailure = on_failure
         self.store = store
+        self.ledger = ledger or Ledger()
         self.batch_size = batch_size
 
     @overload
@@ -89,6 +93,7 @@ class Cascade:
             labels=self.labels,
             on_failure=self.on_failure,
             store=self.store,
+            ledger=self.ledger,
             batch_size=self.batch_size,
         )
         async for prediction in run.predictions(images):

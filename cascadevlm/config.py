@@ -7,6 +7,7 @@ from typing import Annotated, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, ValidationError
 
+from cascadevlm.budget import Ledger
 from cascadevlm.cache import DiskStore, VerdictStore
 from cascadevlm.candidates import CandidateRule, CumulativeMass, Order, TopK
 from cascadevlm.cascade import Cascade
@@ -91,6 +92,12 @@ class StageConfig(_Section):
         )
 
 
+class BudgetConfig(_Section):
+    """``[budget]``: the most a run may spend on hosted judges, in US dollars."""
+
+    usd: Annotated[float, Field(ge=0)] | None = None
+
+
 class CacheConfig(_Section):
     """``[cache]``: whether verdicts are kept, and where."""
 
@@ -111,6 +118,7 @@ class Config(_Section):
     on_failure: OnFailure = "scorer"
     batch_size: Annotated[int, Field(ge=1)] = 32
     cache: CacheConfig = CacheConfig()
+    budget: BudgetConfig = BudgetConfig()
 
     @classmethod
     def parse(cls, data: Mapping[str, JsonValue], *, name: str = "config") -> Self:
@@ -142,6 +150,7 @@ class Config(_Section):
             labels=labels,
             on_failure=self.on_failure,
             store=self.cache.build(),
+            ledger=Ledger(self.budget.usd),
             batch_size=self.batch_size,
         )
 
@@ -210,6 +219,7 @@ def _keys(model: type[BaseModel], path: list[int | str]) -> list[str]:
         "scorer": ScorerConfig,
         "stage": StageConfig,
         "cache": CacheConfig,
+        "budget": BudgetConfig,
         "support": SupportConfig,
         "candidates": CandidatesConfig,
     }

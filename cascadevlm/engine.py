@@ -15,12 +15,14 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
+from cascadevlm.budget import Ledger, Metered
 from cascadevlm.cache import Cached, SingleFlight, VerdictStore
 from cascadevlm.candidates import CandidateRule, TopK
-from cascadevlm.errors import FatalError, ImageError, JudgeError
+from cascadevlm.errors import BudgetExhausted, FatalError, ImageError, JudgeError
 from cascadevlm.images import ImageSource, load_image
 from cascadevlm.judge import Judge, Repairing
 from cascadevlm.labels import LabelSet
+from cascadevlm.pacing import Paced
 from cascadevlm.policy import START, Always, PolicyLike, as_policy
 from cascadevlm.retry import Retrying
 from cascadevlm.scorer import Scorer
@@ -77,17 +79,18 @@ class _Item:
 class _RunningStage:
     """A stage during one run: its judge made dependable, its places, and where its spending stands."""
 
-    def __init__(self, stage: Stage, store: VerdictStore | None) -> None:
+    def __init__(self, stage: Stage, store: VerdictStore | None, ledger: Ledger) -> None:
         self.stage = stage
         self.policy = as_policy(stage.policy)
-        self.judge = dependable(stage.judge, store)
+        self.judge = dependable(stage.judge, store, ledger)
         self.places = asyncio.Semaphore(stage.judge.concurrency)
         self.spending = START
 
 
-def dependable(judge: Judge, store: VerdictStore | None) -> Judge:
-    """A judge that retries, repairs, asks identical concurrent questions once and, with a store, no question twice."""
-    patient = Repairing(Retrying(judge))
+def dependable(judge: Judge, store: VerdictStore | None, ledger: Ledger) -> Judge:
+    """A judge that keeps to the budget and its rates, retries, repairs, asks identical concurrent questions once and, with a
+    store, no question twice."""
+    patient = Repairing(Retrying(Paced(Metered(judge, ledger))))
     return Cached(patient, store) if store is not None else SingleFlight(patient)
 
 
@@ -102,10 +105,11 @@ class Run:
         labels: LabelSet,
         on_failure: OnFailure,
         store: VerdictStore | None,
+        ledger: Ledger,
         batch_size: int,
     ) -> None:
         self.scorer = scorer
-        self.stages = [_RunningStage(stage, store) for stage in stages]
+        self.stages = [_RunningStage(stage, store, ledger) for stage in stages]
         self.labels = labels
         self.on_failure: OnFailure = on_failure
         self.batch_size = batch_size
@@ -246,6 +250,8 @@ class Run:
             except FatalError as exc:
                 self.fatal = exc
                 raise
+            except BudgetExhausted as exc:
+                verdict = Verdict(outcome="skipped", error=str(exc), judge=stage.judge.spec)
             except JudgeError as exc:
                 verdict = Verdict(outcome="failed", error=str(exc), judge=stage.judge.spec)
         item.verdicts.append(verdict)

@@ -20,11 +20,15 @@ class Judge(ABC):
         spec: the spec string that names this judge, as in ``"hf_chat:aviary"``.
         requires: distributions a backend needs beyond cascadevlm itself, as pip names them.
         concurrency: how many questions it can well have in hand at once.
+        requests_per_minute: how many requests it may begin in a minute.
+        tokens_per_minute: how many tokens, in and out, they may take.
     """
 
     spec: str
     requires: ClassVar[tuple[str, ...]] = ()
     concurrency: int = 8
+    requests_per_minute: float | None = None
+    tokens_per_minute: float | None = None
 
     @abstractmethod
     async def judge(self, question: Question) -> Verdict:
@@ -83,23 +87,24 @@ class LocalJudge(Judge):
             await asyncio.sleep(0.005)  # lets concurrent callers join the batch
             batch = self._waiting[: self.batch_size]
             del self._waiting[: self.batch_size]
-            await self._answer([(question, answer) for question, answer in batch if not answer.done()])
+            if wanted := [(question, answer) for question, answer in batch if not answer.done()]:
+                await self._answer(wanted)
 
     async def _answer(self, batch: list[tuple[Question, "asyncio.Future[Verdict]"]]) -> None:
         try:
             verdicts = await asyncio.to_thread(self.judge_batch, [question for question, _ in batch])
         except Exception as exc:
-            if len(batch) > 1:  # one bad question must not fail its neighbours
-                for single in batch:
-                    await self._answer([single])
-            else:
-                for _, answer in batch:
-                    if not answer.done():
-                        answer.set_exception(exc)
+            failure = exc
+        else:
+            for (_, answer), verdict in zip(batch, verdicts, strict=True):
+                if not answer.done():
+                    answer.set_result(verdict)
             return
-        for (_, answer), verdict in zip(batch, verdicts, strict=True):
-            if not answer.done():
-                answer.set_result(verdict)
+        if len(batch) > 1:  # one bad question must not fail its neighbours
+            for single in batch:
+                await self._answer([single])
+        elif not batch[0][1].done():
+            batch[0][1].set_exception(failure)
 
 
 def verdict_from_text(
@@ -128,6 +133,8 @@ class WrapperJudge(Judge):
         self.wrapped = wrapped
         self.spec = wrapped.spec
         self.concurrency = wrapped.concurrency
+        self.requests_per_minute = wrapped.requests_per_minute
+        self.tokens_per_minute = wrapped.tokens_per_minute
 
     async def judge(self, question: Question) -> Verdict:
         return await self.wrapped.judge(question)

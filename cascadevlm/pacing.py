@@ -12,17 +12,12 @@ from cascadevlm.types import Question, Verdict
 
 class Paced(WrapperJudge):
     """Keeps between 1 and the judge's ``concurrency`` requests in flight: halved when the provider says it is too many, one more
-    for every round of successes (additive increase, multiplicative decrease; Chiu and Jain 1989).
+    for every round of successes (additive increase, multiplicative decrease; Chiu and Jain 1989). Keeps to the judge's requests
+    and tokens a minute, tokens by worst case."""
 
-    Args:
-        requests_per_minute: the most to begin in any minute.
-        tokens_per_minute: the most tokens, by worst case, to ask for in any minute.
-    """
-
-    def __init__(
-        self, wrapped: Judge, *, requests_per_minute: float | None = None, tokens_per_minute: float | None = None
-    ) -> None:
+    def __init__(self, wrapped: Judge) -> None:
         super().__init__(wrapped)
+        requests_per_minute, tokens_per_minute = wrapped.requests_per_minute, wrapped.tokens_per_minute
         self.limit = float(self.concurrency)
         self._in_flight = 0
         self._decreased = -float("inf")

@@ -1,8 +1,10 @@
 """The one owner of waiting: the backend says what kind an error is, this says when to ask again."""
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
+from email.utils import parsedate_to_datetime
 
-from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, stop_after_attempt, stop_after_delay
+from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, stop_after_attempt, stop_before_delay
 from tenacity.wait import wait_random_exponential
 
 from cascadevlm.errors import CascadeError, RateLimited
@@ -20,12 +22,28 @@ def wait_as_told(state: RetryCallState) -> float:
     return _BACKOFF(state)
 
 
+def retry_after(headers: Mapping[str, str]) -> float | None:
+    """Seconds to wait by a response's headers: ``retry-after-ms``, or ``retry-after``, seconds or a date (RFC 9110, 10.2.3)."""
+    try:
+        if "retry-after-ms" in headers:
+            return max(0.0, float(headers["retry-after-ms"]) / 1000)
+        return max(0.0, float(headers["retry-after"]))
+    except KeyError:
+        return None
+    except ValueError:
+        pass
+    try:
+        return max(0.0, parsedate_to_datetime(headers["retry-after"]).timestamp() - time.time())
+    except (KeyError, ValueError):
+        return None
+
+
 class Retrying(WrapperJudge):
     """Asks again after retryable errors.
 
     Attributes:
         attempts: the most requests for one question.
-        seconds: no further attempt begins later than this after the first.
+        seconds: no further attempt begins later than this after the first, nor is it waited for.
         wait: what to wait, given tenacity's account of the attempts so far.
     """
 
@@ -40,7 +58,7 @@ class Retrying(WrapperJudge):
     async def judge(self, question: Question) -> Verdict:
         retrying = AsyncRetrying(
             retry=retry_if_exception(lambda exc: isinstance(exc, CascadeError) and exc.retryable),
-            stop=stop_after_attempt(self.attempts) | stop_after_delay(self.seconds),
+            stop=stop_after_attempt(self.attempts) | stop_before_delay(self.seconds),
             wait=self.wait,
             reraise=True,
         )

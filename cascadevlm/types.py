@@ -1,9 +1,9 @@
 """What passes between scorer, policy, judge and cascade: plain, frozen values."""
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +13,9 @@ from scipy.special import log_softmax
 
 from cascadevlm.images import pixel_digest
 from cascadevlm.labels import Label, LabelSet
+
+if TYPE_CHECKING:
+    from cascadevlm.hosted import EncodedImage
 
 Outcome = Literal["answered", "none", "refused", "unparsed", "failed", "skipped"]
 """How asking a judge ended: with one of the candidates, with "none of these", with a refusal, with text that names no
@@ -69,10 +72,11 @@ class Candidate:
 
 @dataclass(frozen=True, kw_only=True)
 class Exemplar:
-    """A reference image of a label, shown to the judge as part of the question."""
+    """A reference image of a label, shown to the judge as part of the question; ``encoded`` as in `Question`."""
 
     image: Image.Image
     label: Label
+    encoded: dict[Hashable, "EncodedImage"] = field(default_factory=dict, repr=False, compare=False)
 
     @cached_property
     def digest(self) -> str:
@@ -108,6 +112,7 @@ class Question:
         offer_none: whether "none of these" is one of the options.
         rejected: a previous answer that named no candidate; the question then asks once more.
         sample: distinguishes repeated questions that shall not share an answer.
+        encoded: the image as hosted judges send it, by their limits; filled as they need it.
     """
 
     image: Image.Image
@@ -117,6 +122,7 @@ class Question:
     offer_none: bool = False
     rejected: str | None = None
     sample: int = 0
+    encoded: dict[Hashable, "EncodedImage"] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def labels(self) -> tuple[Label, ...]:

@@ -2,7 +2,9 @@
 
 import json
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +28,7 @@ from cascadevlm.prompt import NONE_OF_THESE, packaged_prompt, render
 from cascadevlm.types import Candidate, Exemplar, Question
 from training import tokenizer as tokenizers
 from training import vision
-from training.birds import Species, species
+from training.birds import BREASTS, CROWNS, GENERA, WINGS, Species, species
 from training.data import JUDGE_SIZE, Pixels
 
 IMAGE_TOKEN = "<image>"
@@ -42,74 +44,93 @@ CHAT_TEMPLATE = (
 PATCHES = (JUDGE_SIZE // 12) ** 2
 PROMPTS = {name: packaged_prompt(cascadevlm_prompts, name) for name in ("select", "select_cot", "select_fewshot")}
 BATCH = 32
-LEARNING_RATE = 1e-3
+LEARNING_RATE = 2e-3
+WORDS = {"colour": sorted({*CROWNS, *BREASTS}), "wing": WINGS, "genus": tuple(GENERA)}
 BLANK = Image.new("RGB", (8, 8))
+
+
+IMAGINED = 0.4
+"""The share of questions with reasoning whose reasoning is given, of any bird at all: they teach the answer to follow it."""
+
+MISREAD = 0.5
+"""How often a word already said about the bird is replaced by another before the model goes on: it must look, not guess. The
+training species are few, so that three attributes all but tell the fourth, and a model that noticed would see no new species."""
 
 
 @dataclass(frozen=True)
 class Example:
-    """A conversation to learn from: rows of its images, the text up to the answer, and the answer."""
+    """A conversation to learn from: rows of its images, the text up to what is learned, and what is learned."""
 
     rows: list[int]
-    prompt: str
-    answer: str
-
-
-def answer(kind: Species, chosen: str, *, reasoning: bool) -> str:
-    return (f"{kind.description}\n" if reasoning else "") + f"ANSWER: {chosen}"
+    given: str
+    learned: str
 
 
 class Curriculum:
-    """Questions about the training species: 2 to 10 candidates, mostly look-alikes, in any order."""
+    """Questions about the training species: 2 to 10 candidates, mostly look-alikes, in any order; none held out is named."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, labels: NDArray[np.int64], seed: int) -> None:
         self.tokenizer = tokenizer
         self.labels = labels
-        self.kinds = species()[0]
         self.random = random.Random(seed)
-        self.rows = [np.flatnonzero(labels == index) for index in range(len(self.kinds))]
-        attributes = vision.attributes()
-        self.shared = (attributes[:, None] == attributes[None]).sum(-1)
+        self.kinds = species()[0]
+        self.rows = {kind: np.flatnonzero(labels == index) for index, kind in enumerate(self.kinds)}
+        self.imaginable = sorted(
+            {Species(*traits) for traits in product(*vision.ATTRIBUTES.values())} - set(species()[1]), key=str
+        )
 
-    def negatives(self, truth: int, number: int) -> list[int]:
+    def look_alikes(self, truth: Species, number: int, among: Sequence[Species]) -> list[Species]:
         """Other species, the more likely the more attributes they share with the truth."""
-        weights = np.exp(self.random.choice((0.0, 1.0, 2.0)) * self.shared[truth])
-        weights[truth] = 0
+        bias = self.random.choice((0.0, 1.0, 2.0))
+        weights = np.exp([bias * _shared(truth, kind) for kind in among])
+        weights[[kind == truth for kind in among]] = 0
         rng = np.random.default_rng(self.random.getrandbits(32))
-        return [int(i) for i in rng.choice(len(self.kinds), number, replace=False, p=weights / weights.sum())]
+        return [among[i] for i in rng.choice(len(among), number, replace=False, p=weights / weights.sum())]
 
     def draw(self, *, few_shot: bool, repair: bool) -> Example:
-        row = self.random.randrange(len(self.labels))
-        truth = int(self.labels[row])
+        name = "select_fewshot" if few_shot else self.random.choice(("select", "select_cot", "select_cot"))
+        reasoning = PROMPTS[name].reasoning and not repair
+        imagined = reasoning and not few_shot and self.random.random() < IMAGINED
+        truth = self.random.choice(self.imaginable if imagined else self.kinds)
+        among = self.imaginable if imagined or (not few_shot and self.random.random() < 0.5) else self.kinds
         offer_none = self.random.random() < 0.4
         absent = offer_none and self.random.random() < 0.35
-        number = self.random.randint(2, 4 if few_shot else 10)
-        indices = self.negatives(truth, number if absent else number - 1) + ([] if absent else [truth])
-        self.random.shuffle(indices)
-        candidates = tuple(
-            Candidate(label=Label(name=self.kinds[i].name), probability=1 / number, rank=rank)
-            for rank, i in enumerate(indices, start=1)
-        )
-        references = indices if few_shot else []
-        name = "select_fewshot" if few_shot else self.random.choice(("select", "select_cot", "select_cot"))
+        number = self.random.randint(2, 4) if few_shot else self.random.choice((2, 3, 4, 5, 5, 5, 6, 7, 8, 10))
+        offered = self.look_alikes(truth, number if absent else number - 1, among) + ([] if absent else [truth])
+        self.random.shuffle(offered)
+        labels = [Label(name=kind.name) for kind in offered]
         question = Question(
             image=BLANK,
-            candidates=candidates,
+            candidates=tuple(Candidate(label=x, probability=1 / number, rank=rank) for rank, x in enumerate(labels, start=1)),
             prompt=PROMPTS[name],
-            exemplars=tuple(Exemplar(image=BLANK, label=Label(name=self.kinds[i].name)) for i in references),
+            exemplars=tuple(Exemplar(image=BLANK, label=label) for label in labels if few_shot),
             offer_none=offer_none,
             rejected=self.rejected(truth) if repair else None,
         )
-        kind = self.kinds[truth]
-        chosen = NONE_OF_THESE if absent else kind.name
-        reasoning = question.prompt.reasoning and not repair
-        text = answer(kind, chosen, reasoning=reasoning)
-        rows = [int(self.random.choice(self.rows[i])) for i in references] + [row]
-        return Example(rows, self.conversation(question), text)
+        chosen = NONE_OF_THESE if absent else truth.name
+        given = self.conversation(question)
+        learned = f"ANSWER: {chosen}"
+        if imagined:
+            given += f"{truth.description}\n"
+        elif reasoning:
+            learned = f"{truth.description}\n{learned}"
+        shown = [*(offered if few_shot else []), self.random.choice(self.kinds) if imagined else truth]
+        return Example([int(self.random.choice(self.rows[kind])) for kind in shown], given, learned)
 
-    def rejected(self, truth: int) -> str:
-        wrong = self.kinds[self.negatives(truth, 1)[0]]
-        return answer(self.kinds[truth], wrong.name, reasoning=self.random.random() < 0.7)
+    def misread(self, learned: list[int], *, reasoning_only: bool) -> list[int]:
+        """What the model reads of its own words while it learns: some of the attributes replaced."""
+        words = {self.tokenizer.convert_tokens_to_ids(f"Ġ{word}"): name for name, words in WORDS.items() for word in words}
+        by_kind = {name: [i for i, kind in words.items() if kind == name] for name in WORDS}
+        end = learned.index(self.tokenizer.convert_tokens_to_ids("ANSWER")) if reasoning_only else len(learned)
+        return [
+            self.random.choice(by_kind[words[token]]) if i < end and token in words and self.random.random() < MISREAD else token
+            for i, token in enumerate(learned)
+        ]
+
+    def rejected(self, truth: Species) -> str:
+        """A wrong answer, with or without the right reasoning."""
+        (wrong,) = self.look_alikes(truth, 1, self.kinds)
+        return f"{truth.description}\n" * (self.random.random() < 0.7) + f"ANSWER: {wrong.name}"
 
     def conversation(self, question: Question) -> str:
         messages = [
@@ -128,6 +149,10 @@ class Curriculum:
         return text
 
 
+def _shared(one: Species, other: Species) -> int:
+    return sum(getattr(one, name) == getattr(other, name) for name in vision.ATTRIBUTES)
+
+
 def train_tokenizer() -> PreTrainedTokenizerFast:
     rng = random.Random(0)
     kinds = species()[0]
@@ -141,11 +166,11 @@ def train_tokenizer() -> PreTrainedTokenizerFast:
 def build(tower: CLIPVisionModel, tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGeneration:
     text = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=192,
-        intermediate_size=512,
-        num_hidden_layers=4,
-        num_attention_heads=6,
-        num_key_value_heads=6,
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=4,
         max_position_embeddings=4096,
         tie_word_embeddings=True,
         pad_token_id=tokenizer.pad_token_id,
@@ -190,23 +215,25 @@ def see(tower: CLIPVisionModel, images: Pixels) -> NDArray[np.float16]:
 
 
 def collate(
-    model: LlavaForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, seen: NDArray[np.float16], examples: list[Example]
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Embeddings with the images put in, attention mask and targets, right-padded."""
-    image_token, pad, eos = model.config.image_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id
+    model: LlavaForConditionalGeneration, curriculum: Curriculum, seen: NDArray[np.float16], examples: list[Example]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Embeddings with the images put in, and targets. Padded on the right, where no earlier token can look."""
+    tokenizer, image_token = curriculum.tokenizer, model.config.image_token_id
+    pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
     sequences, targets, rows = [], [], []
     for example in examples:
-        prompt = tokenizer(example.prompt.replace(IMAGE_TOKEN, IMAGE_TOKEN * PATCHES), add_special_tokens=False).input_ids
-        reply = tokenizer(example.answer, add_special_tokens=False).input_ids + [eos]
-        sequences.append(torch.tensor(prompt + reply))
-        targets.append(torch.tensor([-100] * len(prompt) + reply))
+        given = tokenizer(example.given.replace(IMAGE_TOKEN, IMAGE_TOKEN * PATCHES), add_special_tokens=False).input_ids
+        learned = tokenizer(example.learned, add_special_tokens=False).input_ids
+        read = curriculum.misread(learned, reasoning_only=not example.learned.startswith("ANSWER"))
+        sequences.append(torch.tensor([*given, *read, eos]))
+        targets.append(torch.tensor([-100] * len(given) + [*learned, eos]))
         rows += example.rows
     ids = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True, padding_value=pad)
     expected = torch.nn.utils.rnn.pad_sequence(targets, batch_first=True, padding_value=-100)
     embedded = model.get_input_embeddings()(ids)
     images = model.model.multi_modal_projector(torch.from_numpy(seen[rows]).float())
     mask = (ids == image_token).unsqueeze(-1).expand_as(embedded)
-    return embedded.masked_scatter(mask, images), (ids != pad), expected
+    return embedded.masked_scatter(mask, images), expected
 
 
 def train(
@@ -227,8 +254,8 @@ def train(
     for step in range(steps):
         few_shot = step % 12 == 11
         examples = [curriculum.draw(few_shot=few_shot, repair=step % 20 == 10) for _ in range(BATCH // (3 if few_shot else 1))]
-        embedded, mask, targets = collate(model, tokenizer, seen, examples)
-        hidden = model.model.language_model(inputs_embeds=embedded, attention_mask=mask).last_hidden_state[:, :-1]
+        embedded, targets = collate(model, curriculum, seen, examples)
+        hidden = model.model.language_model(inputs_embeds=embedded).last_hidden_state[:, :-1]
         wanted = targets[:, 1:]
         logits = model.lm_head(hidden[wanted != -100])
         loss = F.cross_entropy(logits, wanted[wanted != -100])
@@ -237,10 +264,10 @@ def train(
         torch.nn.utils.clip_grad_norm_(language, 1.0)
         optimizer.step()
         schedule.step()
-        if step % 50 == 0 or step == steps - 1:
+        if step % 25 == 0 or step == steps - 1:
             right = (logits.argmax(1) == wanted[wanted != -100]).float().mean()
             print(f"language step {step}/{steps} loss {loss.item():.3f} tokens right {right:.3f}", flush=True)
-        if step % 500 == 499:
+        if step % 300 == 299:
             save(model, tokenizer, folder)
     save(model, tokenizer, folder)
 

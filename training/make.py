@@ -3,15 +3,16 @@
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 
 import cascadevlm_backends.aviary
-from training import data, language, scorer, vision
+from training import cards, data, language, scorer, vision
 from training.birds import individuals, species
 from training.render import SAMPLE_SEED
 
 BUILD = Path(__file__).parent / "build"
 AVIARY = Path(next(iter(cascadevlm_backends.aviary.__path__)))
-LANGUAGE_STEPS = 2500
+LANGUAGE_STEPS = 900
 
 
 def sample_images(folder: Path) -> None:
@@ -22,6 +23,26 @@ def sample_images(folder: Path) -> None:
         image.save(folder / f"{kinds[index].name}.jpg", quality=92)
 
 
+def parameters(weights: Path) -> int:
+    with safe_open(weights, framework="pt") as file:
+        return sum(file.get_tensor(name).numel() for name in file.keys())  # noqa: SIM118  # it is no mapping
+
+
+def model_cards() -> None:
+    """What each model is and is not, beside its weights."""
+    scorer_card = cards.SCORER.format(
+        parameters=parameters(AVIARY / "scorer" / "open_clip_model.safetensors"), epochs=scorer.EPOCHS
+    )
+    judge_card = cards.JUDGE.format(
+        parameters=parameters(AVIARY / "judge" / "model.safetensors"),
+        vision_epochs=vision.EPOCHS,
+        steps=LANGUAGE_STEPS,
+        batch=language.BATCH,
+    )
+    (AVIARY / "scorer" / "README.md").write_text(scorer_card)
+    (AVIARY / "judge" / "README.md").write_text(judge_card)
+
+
 def main() -> None:
     images, labels = data.load(BUILD)
     if not (AVIARY / "scorer" / "open_clip_model.safetensors").exists():
@@ -29,6 +50,7 @@ def main() -> None:
     tower = vision.train(images, labels, BUILD / "vision.pt")
     if not (AVIARY / "judge" / "model.safetensors").exists():
         language.train(tower, images, labels, AVIARY / "judge", BUILD, LANGUAGE_STEPS)
+    model_cards()
     sample_images(AVIARY / "images")
     (AVIARY / "labels.txt").write_text("".join(f"{kind.name}\n" for kind in species()[1]))
 

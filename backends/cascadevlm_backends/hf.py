@@ -152,7 +152,7 @@ class HfScorer(EmbeddingScorer):
             )
         # In full precision first, for the logit scale: in bfloat16 CLIP's 100 would be 98.9.
         model = AutoModel.from_pretrained(self.model, config=config, revision=commit, dtype=torch.float32)
-        processor = AutoProcessor.from_pretrained(self.model, revision=commit)  # type: ignore[no-untyped-call]
+        processor = AutoProcessor.from_pretrained(self.model, revision=commit)
         scale = 1 / model.temperature if config.model_type == "align" else model.logit_scale.exp()
         preprocessing = hashlib.sha256(processor.image_processor.to_json_string().encode()).hexdigest()[:12]
         identity = f"{folder.name}@{directory_digest(folder)[:16]}" if folder.is_dir() else f"{self.model}@{commit}"

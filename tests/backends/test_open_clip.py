@@ -18,7 +18,23 @@ from cascadevlm.scorer import Scorer
 from cascadevlm.testing import ScorerContract, noise
 from cascadevlm_backends.open_clip import OpenClipScorer
 
-WORDS = ["a", "photo", "of", "red", "blue", "grey", "crowned", "white", "breasted", "plain", "barred", "finch", "owl", "brace", "quote"]
+WORDS = [
+    "a",
+    "photo",
+    "of",
+    "red",
+    "blue",
+    "grey",
+    "crowned",
+    "white",
+    "breasted",
+    "plain",
+    "barred",
+    "finch",
+    "owl",
+    "brace",
+    "quote",
+]
 LABELS = LabelSet.of(["red finch", "blue owl", "grey finch"])
 
 

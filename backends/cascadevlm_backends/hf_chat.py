@@ -1,0 +1,350 @@
+"""``hf_chat:``: chat models of transformers that see images, as judges: LLaVA, Qwen-VL, SmolVLM, InternVL, Gemma …
+
+The model is an id on the Hugging Face hub, a folder, or ``aviary`` for the bundled one. Chat template and image processing are
+the model's own.
+"""
+
+import asyncio
+import copy
+import re
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import takewhile
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, Protocol, get_args
+
+import numpy as np
+from pydantic import JsonValue
+from scipy.special import softmax
+
+from cascadevlm.errors import BackendError, CascadeError, PermanentError
+from cascadevlm.judge import LocalJudge, verdict_from_text
+from cascadevlm.prompt import Message, answer_format, options, render
+from cascadevlm.types import Question, Usage, Verdict
+from cascadevlm_backends._torch import DtypeName, choose_device, choose_dtype, directory_digest
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import BatchFeature, Cache, GenerationConfig, PreTrainedTokenizerBase
+
+Mode = Literal["generate", "likelihood"]
+
+AVIARY = Path(__file__).parent / "aviary" / "judge"
+
+
+class _Written(Protocol):
+    sequences: "torch.Tensor"
+    past_key_values: "Cache"
+
+
+class _Read(Protocol):
+    logits: "torch.Tensor"
+
+
+class _ChatModel(Protocol):
+    """What the image-text-to-text classes of transformers have in common."""
+
+    generation_config: "GenerationConfig"
+
+    def generate(self, **options: object) -> _Written: ...
+
+    def __call__(self, *, input_ids: "torch.Tensor", past_key_values: "Cache") -> _Read: ...
+
+
+class _Processor(Protocol):
+    tokenizer: "PreTrainedTokenizerBase"
+    chat_template: str | dict[str, str]
+
+    def apply_chat_template(self, conversation: list[dict[str, JsonValue]], *, add_generation_prompt: bool) -> str: ...
+
+    def __call__(self, **options: object) -> "BatchFeature": ...
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    model: _ChatModel
+    processor: _Processor
+    control_tokens: re.Pattern[str]
+    device: str
+    dtype: "torch.dtype"
+
+    @property
+    def tokenizer(self) -> "PreTrainedTokenizerBase":
+        return self.processor.tokenizer
+
+    def plain(self, text: str) -> str:
+        """The text with its control tokens broken by a space, which the comparison of names overlooks: text is data."""
+        return self.control_tokens.sub(r"\1 ", text)
+
+    def inputs(self, questions: Sequence[Question]) -> "BatchFeature":
+        """What the model is given for the questions, a left-padded row each."""
+        conversations = [render(question) for question in questions]
+        texts = [
+            self.processor.apply_chat_template([self._turn(message) for message in conversation], add_generation_prompt=True)
+            for conversation in conversations
+        ]
+        images = [
+            [part for message in conversation for part in message.parts if not isinstance(part, str)]
+            for conversation in conversations
+        ]
+        # A template that writes the token a text begins with must not get it a second time.
+        bos = self.tokenizer.bos_token
+        begun = {"add_special_tokens": False} if bos and texts[0].startswith(bos) else {}
+        inputs = self.processor(text=texts, images=images, padding=True, return_tensors="pt", **begun)
+        return inputs.to(self.device, self.dtype)
+
+    def _turn(self, message: Message) -> dict[str, JsonValue]:
+        content: list[JsonValue] = [
+            {"type": "text", "text": self.plain(part)} if isinstance(part, str) else {"type": "image"} for part in message.parts
+        ]
+        return {"role": message.role, "content": content}
+
+    def tokens(self, text: str) -> list[int]:
+        """The tokens of a text within a conversation."""
+        tokens: list[int] = self.tokenizer(text, add_special_tokens=False).input_ids
+        return tokens
+
+
+class HfChatJudge(LocalJudge):
+    """A chat model of transformers.
+
+    In mode ``"generate"`` the model writes its answer. In mode ``"likelihood"`` nothing is written: every option is scored by the
+    mean log-probability of the tokens of its name behind "ANSWER:", and the softmax over the candidates gives probabilities;
+    such a verdict has no rationale, whatever the prompt asks for.
+
+    Greedy answers of a batch are those of its questions alone, up to the rounding of the precision. At a ``temperature`` above 0
+    they are drawn from torch's global generator.
+
+    Usage counts every token that the model reads or writes, images included and padding not; a batch's time is divided evenly
+    among its questions.
+
+    Args:
+        model: an id on the hub, a folder, or ``"aviary"``.
+        mode: see above.
+        device: ``"cuda"``, ``"mps"``, ``"cpu"`` …; the best there is, unless given.
+        dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"``; what suits the device, unless given.
+        revision: a commit, branch or tag of the hub; the main branch, unless given.
+        batch_size: the most rows the model is given at once: questions, or a question's options in mode ``"likelihood"``.
+        temperature: of sampling, from as many of the best tokens as the model's own configuration says; 0 is greedy.
+        max_tokens: how long an answer may be; what the prompt says, unless given.
+
+    Raises:
+        BackendError: at first use, if the model cannot be loaded, has no chat template or cannot work in this mode.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        mode: Mode = "generate",
+        device: str | None = None,
+        dtype: DtypeName = "auto",
+        revision: str | None = None,
+        batch_size: int = 8,
+        temperature: float = 0.0,
+        max_tokens: int | None = None,
+    ) -> None:
+        super().__init__(batch_size=batch_size)
+        self.spec = f"hf_chat:{model}"
+        self.model = model
+        self.mode: Mode = mode
+        self.device = device
+        self.dtype: DtypeName = dtype
+        self.revision = revision
+        self.temperature = temperature
+        self.max_tokens = max_tokens
+
+    async def prepare(self) -> None:
+        await asyncio.to_thread(lambda: (self._loaded, self._identity))
+
+    def identity(self) -> Mapping[str, JsonValue]:
+        return self._identity
+
+    def judge_batch(self, questions: Sequence[Question]) -> list[Verdict]:
+        import torch
+
+        loaded = self._loaded
+        try:
+            with torch.inference_mode():
+                if self.mode == "likelihood":
+                    return [self._weigh(question, loaded) for question in questions]
+                return self._write(questions, loaded)
+        except CascadeError:
+            raise
+        except torch.cuda.OutOfMemoryError:
+            pass  # raised below, free of the traceback that would keep the batch's tensors while it is asked one by one
+        except Exception as exc:  # processors and models raise whatever their code happens upon
+            raise PermanentError(f"{self.model!r} cannot take the question: {_reason(exc)}") from exc
+        raise PermanentError(f"{self.model!r} ran out of memory.", hint="Lower batch_size, or take a smaller model or dtype.")
+
+    def _write(self, questions: Sequence[Question], loaded: _Loaded) -> list[Verdict]:
+        started = time.perf_counter()
+        limits = [self.max_tokens or answer_format(question).max_tokens for question in questions]
+        inputs = loaded.inputs(questions)
+        written = loaded.model.generate(
+            **inputs,
+            **({"do_sample": True, "temperature": self.temperature} if self.temperature else {"do_sample": False}),
+            max_new_tokens=max(limits),
+            # A model's own penalty would punish naming what the prompt lists, and count the padding.
+            repetition_penalty=1.0,
+            pad_token_id=loaded.tokenizer.pad_token_id,
+            return_dict_in_generate=True,
+        ).sequences[:, inputs["input_ids"].shape[1] :]
+        seconds = (time.perf_counter() - started) / len(questions)
+        verdicts = []
+        for question, limit, mask, row in zip(questions, limits, inputs["attention_mask"], written.tolist(), strict=True):
+            tokens = _until(loaded.model.generation_config.eos_token_id, row[:limit])
+            usage = Usage(input_tokens=int(mask.sum()), output_tokens=len(tokens), seconds=seconds, requests=1)
+            text = loaded.tokenizer.decode(tokens, skip_special_tokens=True)
+            assert isinstance(text, str)
+            verdicts.append(verdict_from_text(text, question, judge=self.spec, usage=usage))
+        return verdicts
+
+    def _weigh(self, question: Question, loaded: _Loaded) -> Verdict:
+        started = time.perf_counter()
+        names = list(options(question).values())
+        inputs = loaded.inputs([question])
+        prompt = loaded.model.generate(
+            **inputs,
+            do_sample=False,
+            max_new_tokens=1,
+            use_cache=True,
+            pad_token_id=loaded.tokenizer.pad_token_id,
+            return_dict_in_generate=True,
+        ).past_key_values
+        # The answer is tokenized apart from the prompt, whose tokens thus are those an answer would be written behind. What
+        # differs from the tokens of the bare "ANSWER:" is the name, with the space or the punctuation merged into it.
+        lead = loaded.tokens("ANSWER:")
+        answers = [loaded.tokens(f"ANSWER: {loaded.plain(name)}") for name in names]
+        scores: list[float] = []
+        for start in range(0, len(answers), self.batch_size):
+            scores += _mean_log_probs(loaded, copy.deepcopy(prompt), lead, answers[start : start + self.batch_size])
+        best = int(np.argmax(scores))
+        chosen = question.labels[best].name if best < len(question.labels) else None
+        probabilities = softmax(scores[: len(question.labels)]).tolist()
+        return Verdict(
+            outcome="none" if chosen is None else "answered",
+            label=chosen,
+            probabilities={label.name: share for label, share in zip(question.labels, probabilities, strict=True)},
+            text=f"ANSWER: {names[best]}",
+            judge=self.spec,
+            usage=Usage(
+                input_tokens=inputs["input_ids"].shape[1] + sum(map(len, answers)),
+                seconds=time.perf_counter() - started,
+                requests=1,
+            ),
+        )
+
+    @cached_property
+    def _identity(self) -> Mapping[str, JsonValue]:
+        with _explained(self.model):
+            return {
+                "judge": self.spec,
+                "mode": self.mode,
+                "model": self._commit or directory_digest(Path(self._source)),
+                "dtype": str(choose_dtype(choose_device(self.device), self.dtype)).removeprefix("torch."),
+                "temperature": self.temperature,
+                "max_tokens": self.max_tokens,
+            }
+
+    @property
+    def _source(self) -> str:
+        return str(AVIARY) if self.model == "aviary" else self.model
+
+    @cached_property
+    def _commit(self) -> str | None:
+        """The commit that the revision stands for; None for a folder."""
+        from transformers.utils.hub import cached_file, extract_commit_hash
+
+        return extract_commit_hash(cached_file(self._source, "config.json", revision=self.revision), None)
+
+    @cached_property
+    def _loaded(self) -> _Loaded:
+        if self.mode not in get_args(Mode):
+            raise BackendError(f"There is no mode {self.mode!r}.", hint=f"Write one of: {', '.join(get_args(Mode))}.")
+        device = choose_device(self.device)
+        dtype = choose_dtype(device, self.dtype)
+        with _explained(self.model):
+            return self._load(device, dtype)
+
+    def _load(self, device: str, dtype: "torch.dtype") -> _Loaded:
+        from transformers import AutoModelForImageTextToText, AutoProcessor
+
+        where = {"revision": self._commit, "trust_remote_code": False}
+        processor = AutoProcessor.from_pretrained(self._source, **where)
+        if getattr(processor, "chat_template", None) is None:
+            raise BackendError(
+                f"{self.model!r} has no chat template.",
+                hint="Take the model's version for chat, often named '-Instruct' or '-it'.",
+            )
+        model = AutoModelForImageTextToText.from_pretrained(self._source, dtype=dtype, **where)
+        if model.config.is_encoder_decoder:
+            raise BackendError(f"{self.model!r} is an encoder-decoder model.", hint="Take a decoder-only model.")
+        if self.mode == "likelihood" and model.config.model_type == "mllama":  # wants a mask over the image for every token
+            raise BackendError(f"{self.model!r} cannot work in mode 'likelihood'.", hint="Take mode 'generate'.")
+        tokenizer = processor.tokenizer
+        tokenizer.padding_side = "left"
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        return _Loaded(
+            model=model.to(device),  # type: ignore[arg-type]  # the decorator of `to` loses `self`
+            processor=processor,
+            control_tokens=_control_tokens(processor),
+            device=device,
+            dtype=dtype,
+        )
+
+
+@contextmanager
+def _explained(model: str) -> Iterator[None]:
+    """Whatever is wrong with a model, in one sentence."""
+    try:
+        yield
+    except CascadeError:
+        raise
+    except ImportError as exc:
+        raise BackendError(f"{model!r} lacks a package: {_reason(exc)}", hint="Install it with pip.") from exc
+    except Exception as exc:  # checkpoints are read by the code of many hands
+        raise BackendError(
+            f"transformers cannot load {model!r}: {_reason(exc)}",
+            hint="Is the id right and the hub in reach, or the folder complete?",
+        ) from exc
+
+
+def _reason(exc: Exception) -> str:
+    """The first sentence of an error."""
+    lines = str(exc).strip().splitlines() or [type(exc).__name__]
+    return lines[0].partition(". ")[0].rstrip(".") + "."
+
+
+def _control_tokens(processor: _Processor) -> re.Pattern[str]:
+    """Matches the first character of everything that chat template, processor or tokenizer would take for more than text."""
+    added = processor.tokenizer.added_tokens_decoder.values()
+    tokens = {token.content for token in added if token.special or token.content in str(processor.chat_template)}
+    tokens |= {getattr(processor, f"{kind}_token", None) or "" for kind in ("image", "video", "audio")}
+    return re.compile(f"(?={'|'.join(re.escape(token) for token in tokens if token.strip())})(.)")
+
+
+def _until(ends: int | list[int] | None, tokens: list[int]) -> list[int]:
+    """The tokens up to and including the first that ends an answer; padding may follow it."""
+    stops = {ends} if isinstance(ends, int) else set(ends or ())
+    return tokens[: next((length for length, token in enumerate(tokens, start=1) if token in stops), len(tokens))]
+
+
+def _mean_log_probs(loaded: _Loaded, prompt: "Cache", lead: list[int], answers: Sequence[list[int]]) -> list[float]:
+    """Of every answer behind the prompt, the mean over the tokens in which it differs from the lead."""
+    import torch
+
+    prompt.reorder_cache(torch.LongTensor([0] * len(answers)))  # its one row once for each answer
+    rows = torch.nn.utils.rnn.pad_sequence([torch.tensor(answer) for answer in answers], batch_first=True).to(loaded.device)
+    # No attention mask: the padding stands behind all that counts, and attention is causal.
+    logits = loaded.model(input_ids=rows, past_key_values=prompt).logits
+    log_probs = logits[:, :-1].float().log_softmax(-1).gather(2, rows[:, 1:, None]).squeeze(2)
+    means = []
+    for row, answer in zip(log_probs, answers, strict=True):
+        shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(lead, answer, strict=False)))
+        means.append(row[shared - 1 : len(answer) - 1].mean().item())
+    return means
