@@ -166,4 +166,4 @@ class Cached(SingleFlight):
 
 def _at_no_cost(verdict: Verdict) -> Verdict:
     spent = verdict.usage
-    return replace(verdict, usage=Usage(cached=True, saved_dollars=spent.dollars))
+    return replace(verdict, usage=Usage(cached=True, saved_dollars=spent.dollars + spent.saved_dollars))

@@ -33,10 +33,12 @@ def load_image(source: ImageSource) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = _open(source)
-            if image.width * image.height > MAX_PIXELS:
-                raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels")
-            return _flatten(ImageOps.exif_transpose(image))
+            if isinstance(source, Image.Image):
+                return _upright_rgb(source)
+            if isinstance(source, np.ndarray):
+                return _upright_rgb(_from_array(source))
+            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+                return _upright_rgb(image)
     except FileNotFoundError as exc:
         raise ImageError(f"Image {str(source)!r} does not exist.") from exc
     except Image.DecompressionBombError as exc:
@@ -45,14 +47,16 @@ def load_image(source: ImageSource) -> Image.Image:
         raise ImageError(f"Image {_describe(source)} cannot be decoded: {exc}.") from exc
 
 
-def _open(source: ImageSource) -> Image.Image:
-    if isinstance(source, Image.Image):
-        return source
-    if isinstance(source, np.ndarray):
-        if source.dtype != np.uint8:
-            raise ValueError(f"its dtype is {source.dtype}, not uint8")
-        return Image.fromarray(source)
-    return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+def _from_array(array: NDArray[np.uint8]) -> Image.Image:
+    if array.dtype != np.uint8:
+        raise ValueError(f"its dtype is {array.dtype}, not uint8")
+    return Image.fromarray(array)
+
+
+def _upright_rgb(image: Image.Image) -> Image.Image:
+    if image.width * image.height > MAX_PIXELS:
+        raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels")
+    return _flatten(ImageOps.exif_transpose(image))
 
 
 def _flatten(image: Image.Image) -> Image.Image:

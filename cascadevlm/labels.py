@@ -105,9 +105,9 @@ class LabelSet:
         except UnicodeDecodeError as exc:
             raise LabelError(f"Labels file {str(path)!r} is not UTF-8 text.", hint="Save it as UTF-8.") from exc
         except ValidationError as exc:
-            first = exc.errors()[0]
-            where = ".".join(map(str, first["loc"]))
-            raise LabelError(f"Labels file {str(path)!r}, entry {where}: {first['msg']}.") from exc
+            last = exc.errors()[-1]  # an entry is tried as a name first, as an object last
+            where = ".".join(map(str, last["loc"]))
+            raise LabelError(f"Labels file {str(path)!r}, entry {where}: {last['msg']}.") from exc
         except LabelError as exc:
             raise LabelError(f"Labels {str(path)!r}: {exc}") from exc
 

@@ -57,7 +57,8 @@ def parse_policy(text: str) -> Policy:
         tree = _parser().parse(text)
         policy = _Builder(text).transform(tree)
     except UnexpectedInput as exc:
-        column = exc.column - 1 if exc.column and exc.column > 0 else len(text.rstrip())
+        ended = isinstance(exc, UnexpectedToken) and exc.token.type == "$END"
+        column = len(text.rstrip()) if ended else exc.column - 1
         expected = exc.accepts if isinstance(exc, UnexpectedToken) else getattr(exc, "allowed", None)
         words = sorted({_WORDS.get(name, name) for name in expected or ()})
         raise _pointing(text, column, f"expected {' or '.join(words)}") from exc

@@ -68,7 +68,7 @@ def test_labels_are_wanted() -> None:
 
 
 def test_an_unknown_option_of_a_backend_is_refused() -> None:
-    with pytest.raises(InputError, match="'hf_chat' has no option 'modes'. Did you mean 'mode'"):
+    with pytest.raises(InputError, match=r"'hf_chat' has no option 'modes'\. Did you mean 'mode'"):
         Config.parse(data(options={"modes": "likelihood"})).build(LABELS)
 
 

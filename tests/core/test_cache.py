@@ -1,0 +1,157 @@
+import asyncio
+import contextlib
+import json
+import sqlite3
+import subprocess
+import sys
+import zlib
+from dataclasses import replace
+from pathlib import Path
+
+import diskcache
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cascadevlm.cache import Cached, DiskStore, MemoryStore, SingleFlight, key_of, question_payload
+from cascadevlm.errors import TransientError
+from cascadevlm.judge import Judge
+from cascadevlm.labels import Label
+from cascadevlm.registry import load_prompt
+from cascadevlm.testing import FakeJudge, noise, picture, question
+from cascadevlm.types import Exemplar, Question, Usage, Verdict
+
+JUDGE = FakeJudge()
+
+
+def key(asked: Question, judge: Judge = JUDGE) -> str:
+    return key_of(question_payload(judge, asked))
+
+
+def variants() -> list[Question]:
+    base = question()
+    one_pixel = picture()
+    one_pixel.putpixel((5, 5), (0, 0, 0))
+    aliased = tuple(
+        replace(c, label=Label(name=c.label.name, aliases=("bird",) * (i == 0))) for i, c in enumerate(base.candidates)
+    )
+    return [
+        base,
+        replace(base, image=one_pixel, encoded={}),
+        replace(base, candidates=base.candidates[::-1]),
+        replace(base, candidates=base.candidates[:2]),
+        replace(base, candidates=aliased),
+        replace(base, prompt=load_prompt("select_cot")),
+        replace(base, prompt=replace(base.prompt, max_tokens=9)),
+        replace(base, offer_none=True),
+        replace(base, rejected="a sparrow"),
+        replace(base, sample=1),
+        replace(base, prompt=load_prompt("select_fewshot"), exemplars=(Exemplar(image=noise(1), label=base.labels[0]),)),
+        replace(base, prompt=load_prompt("select_fewshot"), exemplars=(Exemplar(image=noise(2), label=base.labels[0]),)),
+    ]
+
+
+def test_whatever_changes_the_answer_changes_the_key() -> None:
+    keys = [key(asked) for asked in variants()] + [key(question(), FakeJudge("other"))]
+    assert len(set(keys)) == len(keys)
+
+
+def test_what_does_not_change_the_answer_does_not_change_the_key() -> None:
+    base = question()
+    surer = replace(base, candidates=tuple(replace(c, probability=0.9, rank=c.rank + 1) for c in base.candidates))
+    renamed = replace(base, prompt=replace(base.prompt, name="mine"))
+    assert key(base) == key(question()) == key(surer) == key(renamed)
+
+
+def test_keys_are_the_same_in_another_process() -> None:
+    code = "from tests.core.test_cache import *; print(*map(key, variants()))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2])
+    assert done.stdout.split() == [key(asked) for asked in variants()]
+
+
+@given(
+    st.lists(st.text(min_size=1).filter(str.strip), min_size=2, max_size=5, unique_by=lambda name: " ".join(name.split())),
+    st.data(),
+)
+def test_any_other_order_is_another_key(names: list[str], data: st.DataObject) -> None:
+    order = data.draw(st.permutations(names))
+    assert (key(question(names)) == key(question(order))) == (list(order) == names)
+
+
+async def test_an_answer_is_bought_once_and_says_what_it_saves(tmp_path: Path) -> None:
+    judge = FakeJudge(reply="Red.\nANSWER: A", dollars=0.02)
+    first = await Cached(judge, DiskStore(tmp_path)).judge(question())
+    again = await Cached(judge, DiskStore(tmp_path)).judge(question())
+    assert len(judge.questions) == 1
+    assert first.usage.dollars == 0.02
+    assert again.usage == Usage(cached=True, saved_dollars=0.02)
+    assert replace(again, usage=first.usage) == first
+
+
+@pytest.mark.parametrize("reply", ["what?\nno", "", TransientError("down")])
+async def test_only_answers_are_kept(reply: str | Exception) -> None:
+    store = MemoryStore()
+    judge = FakeJudge(reply=[reply, "ANSWER: B"])
+    with contextlib.suppress(TransientError):
+        await Cached(judge, store).judge(question())
+    assert not store.verdicts
+    assert (await Cached(judge, store).judge(question())).label == "blue finch"
+    with pytest.raises(ValueError, match="not kept"):
+        DiskStore(Path("unused")).put({}, Verdict(outcome="refused"))
+
+
+async def test_none_of_these_is_an_answer(tmp_path: Path) -> None:
+    asked = replace(question(), offer_none=True)
+    judge = Cached(FakeJudge(reply="ANSWER: none of these"), DiskStore(tmp_path))
+    assert [(await judge.judge(asked)).outcome for _ in range(2)] == ["none", "none"]
+    assert len(judge.wrapped.questions) == 1  # type: ignore[attr-defined]
+
+
+async def test_identical_concurrent_questions_are_asked_once() -> None:
+    judge = FakeJudge(seconds=0.01, dollars=0.5)
+    asked_once = SingleFlight(judge)
+    verdicts = await asyncio.gather(
+        *(asked_once.judge(question()) for _ in range(10)), asked_once.judge(question(["x y", "z z"]))
+    )
+    assert len(judge.questions) == 2
+    assert sum(verdict.usage.dollars for verdict in verdicts) == 1.0
+    await asked_once.judge(question())
+    assert len(judge.questions) == 3
+
+
+async def test_who_stops_waiting_does_not_lose_the_answer() -> None:
+    store, judge = MemoryStore(), FakeJudge(seconds=0.02)
+    waiting = asyncio.create_task(Cached(judge, store).judge(question()))
+    await asyncio.sleep(0.005)
+    waiting.cancel()
+    await asyncio.sleep(0.05)
+    assert len(store.verdicts) == 1
+
+
+async def test_nothing_but_json_is_stored_and_nothing_evicted(tmp_path: Path) -> None:
+    store = DiskStore(tmp_path)
+    await Cached(FakeJudge(), store).judge(question())
+    with sqlite3.connect(tmp_path / "cache.db") as database:
+        (value,) = database.execute("select value from Cache").fetchone()
+        (policy,) = database.execute("select value from Settings where key = 'eviction_policy'").fetchone()
+    assert json.loads(zlib.decompress(value))["verdict"]["label"] == "red finch"
+    assert policy == "none"
+
+
+async def test_damage_is_found_and_asked_again(tmp_path: Path) -> None:
+    store, judge = DiskStore(tmp_path), FakeJudge()
+    for asked in variants()[:4]:
+        await Cached(judge, store).judge(asked)
+    assert list(store.damaged()) == []
+    with diskcache.Cache(str(tmp_path), disk=diskcache.JSONDisk) as raw:
+        swapped, sound, wrong = sorted(set(raw.iterkeys()) - {key(variants()[0])})
+        raw[swapped] = raw[sound]
+        raw[wrong] = {"payload": raw[wrong]["payload"], "verdict": {"outcome": "answered"}}
+    with sqlite3.connect(tmp_path / "cache.db") as database:
+        database.execute("update Cache set value = x'00' where rowid = 1")  # the first question's
+    assert len(list(store.damaged())) == 3
+    before = len(judge.questions)
+    for asked in variants()[:4]:
+        await Cached(judge, store).judge(asked)
+    assert before < len(judge.questions)
+    assert (store.clear(), len(store)) == (4, 0)

@@ -1,0 +1,156 @@
+"""Batching, repair, retries, the fakes' own contracts."""
+
+import asyncio
+import time
+from collections.abc import Sequence
+from email.utils import formatdate
+
+import pytest
+from tenacity import wait_none
+
+from cascadevlm.errors import FatalError, PermanentError, RateLimited, TransientError
+from cascadevlm.judge import Judge, LocalJudge, Repairing, verdict_from_text
+from cascadevlm.retry import Retrying, retry_after, wait_as_told
+from cascadevlm.scorer import Scorer
+from cascadevlm.testing import FakeJudge, FakeScorer, JudgeContract, ScorerContract, question
+from cascadevlm.types import Question, Usage, Verdict
+
+
+class Local(LocalJudge):
+    """Answers with the first candidate; chokes on any called "poison"."""
+
+    def __init__(self, batch_size: int) -> None:
+        super().__init__(batch_size=batch_size)
+        self.spec = "local:test"
+        self.batches: list[int] = []
+
+    def judge_batch(self, questions: Sequence[Question]) -> list[Verdict]:
+        self.batches.append(len(questions))
+        time.sleep(0.005)
+        if any(q.labels[0].name == "poison" for q in questions):
+            raise PermanentError("poisoned")
+        return [verdict_from_text("ANSWER: A", q, judge=self.spec, usage=Usage(requests=1)) for q in questions]
+
+
+async def test_concurrent_questions_share_batches() -> None:
+    judge = Local(batch_size=4)
+    verdicts = await asyncio.gather(*(judge.judge(question([f"bird {i}", "other"])) for i in range(10)))
+    assert [verdict.label for verdict in verdicts] == [f"bird {i}" for i in range(10)]
+    assert judge.batches == [4, 4, 2]
+
+
+async def test_one_bad_question_does_not_fail_its_neighbours() -> None:
+    judge = Local(batch_size=4)
+    names = ["one", "poison", "two"]
+    outcomes = await asyncio.gather(*(judge.judge(question([name, "other"])) for name in names), return_exceptions=True)
+    assert [getattr(outcome, "label", outcome.__class__.__name__) for outcome in outcomes] == ["one", "PermanentError", "two"]
+    assert (await judge.judge(question(["three", "other"]))).label == "three"
+
+
+async def test_a_cancelled_question_leaves_its_batch_alone() -> None:
+    judge = Local(batch_size=4)
+    first, second = (asyncio.create_task(judge.judge(question([name, "other"]))) for name in ("one", "two"))
+    await asyncio.sleep(0)
+    first.cancel()
+    assert (await second).label == "two"
+
+
+def test_a_local_judge_serves_one_event_loop_after_another() -> None:
+    judge = Local(batch_size=2)
+    assert [asyncio.run(judge.judge(question())).label for _ in range(2)] == ["red finch"] * 2
+
+
+async def test_an_answer_that_names_nothing_is_asked_about_once_more() -> None:
+    judge = FakeJudge(reply=["A sparrow.", "ANSWER: B", "ANSWER: C"], dollars=0.1)
+    verdict = await Repairing(judge).judge(question())
+    assert (verdict.label, verdict.rationale, verdict.usage.requests) == ("blue finch", "A sparrow.", 2)
+    assert verdict.usage.dollars == pytest.approx(0.2)
+    assert judge.questions[1].rejected == "A sparrow."
+    assert (await Repairing(judge).judge(question())).usage.requests == 1
+
+
+async def test_it_is_not_asked_a_third_time() -> None:
+    judge = FakeJudge(reply="A sparrow.")
+    assert (await Repairing(judge).judge(question())).outcome == "unparsed"
+    assert len(judge.questions) == 2
+
+
+async def test_silence_is_not_repaired() -> None:
+    judge = FakeJudge(reply="")
+    assert (await Repairing(judge).judge(question())).outcome == "unparsed"
+    assert len(judge.questions) == 1
+
+
+@pytest.mark.parametrize("error", [RateLimited("slow down", retry_after=0), TransientError("again")])
+async def test_what_may_pass_is_tried_again(error: Exception) -> None:
+    judge = FakeJudge(reply=[error, error, "ANSWER: A"])
+    assert (await Retrying(judge, wait=wait_none()).judge(question())).label == "red finch"
+
+
+@pytest.mark.parametrize("error", [PermanentError("no"), FatalError("never"), ValueError("bug")])
+async def test_what_will_not_pass_is_not(error: Exception) -> None:
+    judge = FakeJudge(reply=error)
+    with pytest.raises(type(error)):
+        await Retrying(judge, wait=wait_none()).judge(question())
+    assert len(judge.questions) == 1
+
+
+async def test_attempts_and_time_are_bounded() -> None:
+    judge = FakeJudge(reply=TransientError("down"))
+    with pytest.raises(TransientError):
+        await Retrying(judge, attempts=3, wait=wait_none()).judge(question())
+    assert len(judge.questions) == 3
+    slow = FakeJudge(reply=RateLimited("later", retry_after=3600))
+    with pytest.raises(RateLimited):
+        await asyncio.wait_for(Retrying(slow, seconds=5).judge(question()), timeout=2)
+    assert len(slow.questions) == 1
+
+
+async def test_the_wait_is_what_this_response_says() -> None:
+    waits: list[float] = []
+
+    def remember(state: object) -> float:
+        waits.append(wait_as_told(state))  # type: ignore[arg-type]
+        return 0
+
+    judge = FakeJudge(reply=[RateLimited("", retry_after=7), RateLimited(""), TransientError(""), "ANSWER: A"])
+    await Retrying(judge, wait=remember).judge(question())
+    assert waits[0] == 7
+    assert all(0 <= wait <= 60 for wait in waits[1:])
+
+
+@pytest.mark.parametrize(
+    ("headers", "seconds"),
+    [
+        ({}, None),
+        ({"retry-after": "2.5"}, 2.5),
+        ({"retry-after": "2", "retry-after-ms": "1500"}, 1.5),
+        ({"retry-after": formatdate(time.time() - 100, usegmt=True)}, 0),
+        ({"retry-after": "soon"}, None),
+        ({"retry-after-ms": "soon"}, None),
+        ({"retry-after": "-3"}, 0),
+    ],
+)
+def test_retry_after(headers: dict[str, str], seconds: float | None) -> None:
+    assert retry_after(headers) == seconds
+
+
+def test_retry_after_a_date() -> None:
+    seconds = retry_after({"retry-after": formatdate(time.time() + 30, usegmt=True)})
+    assert seconds is not None
+    assert 25 < seconds <= 30
+
+
+class TestFakeScorer(ScorerContract):
+    def make(self) -> Scorer:
+        return FakeScorer()
+
+
+class TestFakeJudge(JudgeContract):
+    def make(self) -> Judge:
+        return FakeJudge(reply="Seen.\nANSWER: A")
+
+
+class TestLocalJudge(JudgeContract):
+    def make(self) -> Judge:
+        return Local(batch_size=3)

@@ -1,0 +1,228 @@
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from cascadevlm import measures
+from cascadevlm.candidates import CumulativeMass, TopK
+from cascadevlm.errors import InputError, PolicyError
+from cascadevlm.labels import LabelSet
+from cascadevlm.policy import (
+    Always,
+    EntropyAbove,
+    MarginBelow,
+    Never,
+    Policy,
+    Random,
+    Spending,
+    TopFraction,
+    TopProbabilityBelow,
+    WithinBudget,
+    as_policy,
+)
+from cascadevlm.policy_language import parse_policy
+from cascadevlm.testing import noise
+from cascadevlm.types import Scores
+
+
+def make_scores(seed: int, images: int, classes: int, sharpness: float = 3.0) -> Scores:
+    logits = np.random.default_rng(seed).normal(0, sharpness, (images, classes))
+    return Scores.from_logits(logits, LabelSet.of(f"class {i}" for i in range(classes)), "test")
+
+
+scores = st.builds(make_scores, st.integers(0, 10_000), st.integers(1, 60), st.integers(1, 12), st.floats(0, 50))
+shares = st.floats(0, 1)
+rules = st.one_of(
+    st.builds(EntropyAbove, shares),
+    st.builds(MarginBelow, shares),
+    st.builds(TopProbabilityBelow, shares),
+    st.builds(TopFraction, shares),
+    st.builds(Random, shares, st.integers(0, 5)),
+    st.just(Always()),
+    st.just(Never()),
+)
+
+
+@given(scores)
+def test_measures_agree_with_scipy(given_scores: Scores) -> None:
+    probabilities = np.exp(given_scores.log_probs.astype(np.float64))
+    nats = stats.entropy(probabilities, axis=1)
+    np.testing.assert_allclose(measures.entropy(given_scores, "nats"), nats, atol=1e-4)
+    if len(given_scores.labels) > 1:
+        np.testing.assert_allclose(measures.entropy(given_scores), nats / np.log(len(given_scores.labels)), atol=1e-4)
+        ordered = np.sort(probabilities, axis=1)
+        np.testing.assert_allclose(measures.margin(given_scores), ordered[:, -1] - ordered[:, -2], atol=1e-5)
+    np.testing.assert_allclose(measures.top_probability(given_scores), probabilities.max(axis=1), atol=1e-5)
+
+
+def test_entropy_runs_from_certain_to_uniform() -> None:
+    labels = LabelSet.of(list("abcd"))
+    certain, uniform = [0.0, -np.inf, -np.inf, -np.inf], [np.log(0.25)] * 4
+    extremes = Scores(log_probs=np.array([certain, uniform], dtype=np.float32), labels=labels, fingerprint="")
+    np.testing.assert_allclose(measures.entropy(extremes), [0, 1], atol=1e-6)
+
+
+@given(scores, rules, rules)
+def test_composition_is_boolean_algebra(given_scores: Scores, a: Policy, b: Policy) -> None:
+    both, either, neither = (a & b).select(given_scores), (a | b).select(given_scores), (~(a | b)).select(given_scores)
+    np.testing.assert_array_equal(both, a.select(given_scores) & b.select(given_scores))
+    np.testing.assert_array_equal(either, a.select(given_scores) | b.select(given_scores))
+    np.testing.assert_array_equal(neither, (~a & ~b).select(given_scores))
+    np.testing.assert_array_equal((~~a).select(given_scores), a.select(given_scores))
+
+
+@given(scores, shares, st.integers(0, 9), st.data())
+def test_random_does_not_depend_on_batches(given_scores: Scores, rate: float, seed: int, data: st.DataObject) -> None:
+    cut = data.draw(st.integers(0, len(given_scores)))
+    policy = Random(rate, seed)
+    parts = [
+        policy.select(given_scores.rows(slice(0, cut))),
+        policy.select(given_scores.rows(slice(cut, None)), Spending(images=cut)),
+    ]
+    np.testing.assert_array_equal(np.concatenate(parts), policy.select(given_scores))
+
+
+def test_random_asks_about_its_share() -> None:
+    many = make_scores(0, 20_000, 2)
+    assert abs(Random(0.3, 1).select(many).mean() - 0.3) < 0.015
+    assert (Random(0.3, 1).select(many) != Random(0.3, 2).select(many)).any()
+
+
+@given(scores, shares)
+def test_top_fraction_takes_the_least_certain(given_scores: Scores, fraction: float) -> None:
+    selected = TopFraction(fraction).select(given_scores)
+    assert selected.sum() == round(fraction * len(given_scores))
+    if selected.any() and not selected.all():
+        entropy = measures.entropy(given_scores)
+        assert entropy[selected].min() >= entropy[~selected].max()
+
+
+@given(scores, rules, st.integers(0, 40), st.integers(0, 40))
+def test_a_budget_of_calls_is_never_exceeded_nor_wasted(given_scores: Scores, rule: Policy, calls: int, spent: int) -> None:
+    selected = (rule & WithinBudget(calls=calls)).select(given_scores, Spending(calls=spent))
+    wanted = rule.select(given_scores)
+    assert selected.sum() == min(wanted.sum(), max(calls - spent, 0))
+    assert not (selected & ~wanted).any()
+
+
+@given(scores, st.floats(0, 1), st.floats(0, 1), st.floats(0.001, 0.5))
+def test_a_budget_of_dollars_is_never_exceeded(given_scores: Scores, dollars: float, spent: float, each: float) -> None:
+    selected = WithinBudget(dollars=dollars).select(given_scores, Spending(dollars=spent, dollars_per_call=each))
+    assert selected.sum() * each <= max(dollars - spent, 0) + 1e-9
+    assert WithinBudget(dollars=0).select(given_scores).all()  # local judges cost nothing and are never blocked
+
+
+def test_a_budget_goes_to_the_best_of_what_the_other_side_selects() -> None:
+    given_scores = make_scores(3, 50, 5)
+    selected = (MarginBelow(0.5) & WithinBudget(calls=4)).select(given_scores)
+    margin = measures.margin(given_scores)
+    assert set(np.flatnonzero(selected)) == set(np.argsort(margin)[:4])
+
+
+def test_a_function_is_a_policy() -> None:
+    given_scores = make_scores(1, 6, 3)
+
+    def odd(scores: Scores) -> "np.typing.NDArray[np.bool_]":
+        return np.arange(len(scores)) % 2 == 1
+
+    policy = as_policy(odd) & Always()
+    assert policy.select(given_scores).tolist() == [False, True] * 3
+    assert str(as_policy(odd)) == "odd"
+
+
+@pytest.mark.parametrize(
+    "wrong", [lambda scores: True, lambda scores: np.zeros(len(scores)), lambda scores: np.ones(3, dtype=bool)]
+)
+def test_a_function_of_the_wrong_shape_is_told_so(wrong: object) -> None:
+    with pytest.raises(PolicyError, match="Return 5 booleans"):
+        as_policy(wrong).select(make_scores(1, 5, 3))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("text", "policy"),
+    [
+        ("entropy > 0.35", EntropyAbove(0.35)),
+        ("entropy>1.5nats", EntropyAbove(1.5, "nats")),
+        ("margin < .2 & calls <= 500", MarginBelow(0.2) & parse_policy("calls <= 500")),
+        ("~always | random(0.1, seed=7)", ~Always() | Random(0.1, 7)),
+        ("never | always & never", Never() | (Always() & Never())),
+        ("(never | always) & never", (Never() | Always()) & Never()),
+        ("top_fraction(2e-1)", TopFraction(0.2)),
+        ("never()", Never()),
+    ],
+)
+def test_the_string_form(text: str, policy: Policy) -> None:
+    assert parse_policy(text) == policy
+
+
+@given(rules, rules, rules)
+def test_a_policy_says_itself_in_the_string_form(a: Policy, b: Policy, c: Policy) -> None:
+    policy = (a | ~b) & c
+    again = parse_policy(str(parse_policy(str(policy))))
+    assert str(again) == str(policy)
+
+
+@pytest.mark.parametrize(
+    ("text", "column", "sentence"),
+    [
+        ("entropy < 0.3", 9, "entropy is compared with '>', not '<'"),
+        ("margin < 0.1 & entropi > 0.3", 16, "no policy 'entropi'. Did you mean 'entropy'?"),
+        ("entropy >", 10, "expected a number"),
+        ("entropy > 0.3 && never", 16, "expected '(' or '~' or a policy"),
+        ("(never", 7, "')'"),
+        ("margin", 1, "as in 'margin < 0.5'"),
+        ("random > 0.5", 1, "is not compared"),
+        ("random(2)", 1, "a share from 0 to 1, not 2"),
+        ("random(0.1, sed=3)", 1, "'sed'"),
+        ("calls <= 2.5", 1, "a whole number"),
+        ("never; import os", 6, "expected"),
+        ("", 1, "expected"),
+    ],
+)
+def test_mistakes_are_pointed_at(text: str, column: int, sentence: str) -> None:
+    with pytest.raises(PolicyError) as caught:
+        parse_policy(text)
+    message = str(caught.value)
+    assert sentence in message
+    assert f"column {column}:" in message
+    assert message.splitlines()[-1].index("^") == column + 1
+
+
+@given(scores, st.floats(0.01, 1), st.integers(1, 3), st.integers(3, 8))
+def test_cumulative_mass_is_the_smallest_set(given_scores: Scores, mass: float, minimum: int, maximum: int) -> None:
+    rule = CumulativeMass(mass=mass, minimum=minimum, maximum=maximum)
+    for row, candidates in zip(given_scores.probabilities, rule.choose(given_scores), strict=True):
+        chosen = [candidate.probability for candidate in candidates]
+        assert chosen == sorted(chosen, reverse=True)
+        assert [candidate.rank for candidate in candidates] == list(range(1, len(candidates) + 1))
+        assert min(minimum, len(row)) <= len(candidates) <= maximum
+        if minimum < len(candidates):
+            assert sum(chosen[:-1]) < mass
+        if len(candidates) < min(maximum, len(row)):
+            assert sum(chosen) >= mass - 2e-6
+
+
+@given(scores, st.integers(1, 20))
+def test_top_k_are_the_k_best(given_scores: Scores, k: int) -> None:
+    for row, candidates in zip(given_scores.probabilities, TopK(k=k).choose(given_scores), strict=True):
+        np.testing.assert_allclose([c.probability for c in candidates], np.sort(row)[::-1][:k])
+
+
+def test_orders_are_arrangements_and_shuffles_hang_on_seed_and_image_alone() -> None:
+    (candidates,) = TopK(k=8).choose(make_scores(0, 1, 8))
+    assert TopK(k=8).arrange(candidates, noise(0)) == candidates
+    assert TopK(k=8, order="reversed").arrange(candidates, noise(0)) == candidates[::-1]
+    shuffled = {seed: TopK(k=8, order="shuffled", seed=seed).arrange(candidates, noise(0)) for seed in range(4)}
+    assert all(sorted(order, key=lambda c: c.rank) == list(candidates) for order in shuffled.values())
+    assert len(set(shuffled.values())) == 4
+    assert TopK(k=8, order="shuffled").arrange(candidates, noise(0)) == shuffled[0]
+    assert TopK(k=8, order="shuffled").arrange(candidates, noise(1)) != shuffled[0]
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: TopK(k=0), lambda: CumulativeMass(mass=0), lambda: CumulativeMass(minimum=5, maximum=3)]
+)
+def test_impossible_candidate_rules_are_refused(make: object) -> None:
+    with pytest.raises(InputError):
+        make()  # type: ignore[operator]
