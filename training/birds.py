@@ -101,6 +101,15 @@ def species() -> tuple[tuple[Species, ...], tuple[Species, ...]]:
     return tuple(s for f in training for s in f), tuple(s for f in held_out for s in f)
 
 
+@cache
+def practice_species() -> tuple[Species, ...]:
+    """All 800 combinations of attributes outside the families held out, for the judge to learn to see with: were they few, three
+    attributes would all but tell the fourth, and the judge would guess it instead of looking."""
+    held_out = {(kind.crown, kind.breast, kind.genus) for kind in species()[1]}
+    everything = (Species(*traits) for traits in product(CROWNS, BREASTS, WINGS, GENERA))
+    return tuple(kind for kind in everything if (kind.crown, kind.breast, kind.genus) not in held_out)
+
+
 Points = NDArray[np.float64]
 
 

@@ -2,9 +2,7 @@
 
 import json
 import random
-from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +26,7 @@ from cascadevlm.prompt import NONE_OF_THESE, packaged_prompt, render
 from cascadevlm.types import Candidate, Exemplar, Question
 from training import tokenizer as tokenizers
 from training import vision
-from training.birds import BREASTS, CROWNS, GENERA, WINGS, Species, species
+from training.birds import BREASTS, CROWNS, GENERA, WINGS, Species, practice_species
 from training.data import JUDGE_SIZE, Pixels
 
 IMAGE_TOKEN = "<image>"
@@ -49,12 +47,8 @@ WORDS = {"colour": sorted({*CROWNS, *BREASTS}), "wing": WINGS, "genus": tuple(GE
 BLANK = Image.new("RGB", (8, 8))
 
 
-IMAGINED = 0.4
-"""The share of questions with reasoning whose reasoning is given, of any bird at all: they teach the answer to follow it."""
-
 MISREAD = 0.5
-"""How often a word already said about the bird is replaced by another before the model goes on: it must look, not guess. The
-training species are few, so that three attributes all but tell the fourth, and a model that noticed would see no new species."""
+"""How often a word already said about the bird is replaced by another before the model goes on: it must look, not guess."""
 
 
 @dataclass(frozen=True)
@@ -67,36 +61,31 @@ class Example:
 
 
 class Curriculum:
-    """Questions about the training species: 2 to 10 candidates, mostly look-alikes, in any order; none held out is named."""
+    """Questions about the practice species: 2 to 10 candidates, mostly look-alikes, in any order; none held out is named."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, labels: NDArray[np.int64], seed: int) -> None:
         self.tokenizer = tokenizer
         self.labels = labels
         self.random = random.Random(seed)
-        self.kinds = species()[0]
+        self.kinds = practice_species()
         self.rows = {kind: np.flatnonzero(labels == index) for index, kind in enumerate(self.kinds)}
-        self.imaginable = sorted(
-            {Species(*traits) for traits in product(*vision.ATTRIBUTES.values())} - set(species()[1]), key=str
-        )
+        self.traits = vision.attributes(self.kinds)
 
-    def look_alikes(self, truth: Species, number: int, among: Sequence[Species]) -> list[Species]:
+    def look_alikes(self, truth: Species, number: int) -> list[Species]:
         """Other species, the more likely the more attributes they share with the truth."""
-        bias = self.random.choice((0.0, 1.0, 2.0))
-        weights = np.exp([bias * _shared(truth, kind) for kind in among])
-        weights[[kind == truth for kind in among]] = 0
+        index = self.kinds.index(truth)
+        weights = np.exp(self.random.choice((0.0, 1.0, 2.0)) * (self.traits == self.traits[index]).sum(axis=1))
+        weights[index] = 0
         rng = np.random.default_rng(self.random.getrandbits(32))
-        return [among[i] for i in rng.choice(len(among), number, replace=False, p=weights / weights.sum())]
+        return [self.kinds[i] for i in rng.choice(len(self.kinds), number, replace=False, p=weights / weights.sum())]
 
     def draw(self, *, few_shot: bool, repair: bool) -> Example:
         name = "select_fewshot" if few_shot else self.random.choice(("select", "select_cot", "select_cot"))
-        reasoning = PROMPTS[name].reasoning and not repair
-        imagined = reasoning and not few_shot and self.random.random() < IMAGINED
-        truth = self.random.choice(self.imaginable if imagined else self.kinds)
-        among = self.imaginable if imagined or (not few_shot and self.random.random() < 0.5) else self.kinds
+        truth = self.random.choice(self.kinds)
         offer_none = self.random.random() < 0.4
         absent = offer_none and self.random.random() < 0.35
         number = self.random.randint(2, 4) if few_shot else self.random.choice((2, 3, 4, 5, 5, 5, 6, 7, 8, 10))
-        offered = self.look_alikes(truth, number if absent else number - 1, among) + ([] if absent else [truth])
+        offered = self.look_alikes(truth, number if absent else number - 1) + ([] if absent else [truth])
         self.random.shuffle(offered)
         labels = [Label(name=kind.name) for kind in offered]
         question = Question(
@@ -107,15 +96,13 @@ class Curriculum:
             offer_none=offer_none,
             rejected=self.rejected(truth) if repair else None,
         )
-        chosen = NONE_OF_THESE if absent else truth.name
-        given = self.conversation(question)
-        learned = f"ANSWER: {chosen}"
-        if imagined:
-            given += f"{truth.description}\n"
-        elif reasoning:
-            learned = f"{truth.description}\n{learned}"
-        shown = [*(offered if few_shot else []), self.random.choice(self.kinds) if imagined else truth]
-        return Example([int(self.random.choice(self.rows[kind])) for kind in shown], given, learned)
+        reasoning = f"{truth.description}\n" * (PROMPTS[name].reasoning and not repair)
+        shown = [*(offered if few_shot else []), truth]
+        return Example(
+            rows=[int(self.random.choice(self.rows[kind])) for kind in shown],
+            given=self.conversation(question),
+            learned=f"{reasoning}ANSWER: {NONE_OF_THESE if absent else truth.name}",
+        )
 
     def misread(self, learned: list[int], *, reasoning_only: bool) -> list[int]:
         """What the model reads of its own words while it learns: some of the attributes replaced."""
@@ -129,7 +116,7 @@ class Curriculum:
 
     def rejected(self, truth: Species) -> str:
         """A wrong answer, with or without the right reasoning."""
-        (wrong,) = self.look_alikes(truth, 1, self.kinds)
+        (wrong,) = self.look_alikes(truth, 1)
         return f"{truth.description}\n" * (self.random.random() < 0.7) + f"ANSWER: {wrong.name}"
 
     def conversation(self, question: Question) -> str:
@@ -149,13 +136,9 @@ class Curriculum:
         return text
 
 
-def _shared(one: Species, other: Species) -> int:
-    return sum(getattr(one, name) == getattr(other, name) for name in vision.ATTRIBUTES)
-
-
 def train_tokenizer() -> PreTrainedTokenizerFast:
     rng = random.Random(0)
-    kinds = species()[0]
+    kinds = practice_species()
     texts = [f"ANSWER: {kind.name}\n{kind.description}\nANSWER: {NONE_OF_THESE}" for kind in kinds]
     texts += [f"{letter}) {kind.name}\n" for kind in kinds for letter in "ABCDEFGHIJK"]
     texts += [f"USER: ASSISTANT: {prompt.text}\n" for prompt in PROMPTS.values()] * 200
@@ -236,14 +219,9 @@ def collate(
     return embedded.masked_scatter(mask, images), expected
 
 
-def train(
-    tower: CLIPVisionModel, images: Pixels, labels: NDArray[np.int64], folder: Path, build_folder: Path, steps: int
-) -> None:
+def train(tower: CLIPVisionModel, images: Pixels, labels: NDArray[np.int64], folder: Path, steps: int) -> None:
     torch.manual_seed(0)
-    cache = build_folder / "seen.npy"
-    if not cache.exists():
-        np.save(cache, see(tower, images))
-    seen = np.load(cache, mmap_mode="r")
+    seen = see(tower, images)
     tokenizer = train_tokenizer()
     model = build(tower, tokenizer)
     curriculum = Curriculum(tokenizer, labels, seed=0)

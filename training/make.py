@@ -7,12 +7,12 @@ from safetensors import safe_open
 
 import cascadevlm_backends.aviary
 from training import cards, data, language, scorer, vision
-from training.birds import individuals, species
+from training.birds import individuals, practice_species, species
 from training.render import SAMPLE_SEED
 
 BUILD = Path(__file__).parent / "build"
 AVIARY = Path(next(iter(cascadevlm_backends.aviary.__path__)))
-LANGUAGE_STEPS = 900
+LANGUAGE_STEPS = 800
 
 
 def sample_images(folder: Path) -> None:
@@ -35,7 +35,6 @@ def model_cards() -> None:
     )
     judge_card = cards.JUDGE.format(
         parameters=parameters(AVIARY / "judge" / "model.safetensors"),
-        vision_epochs=vision.EPOCHS,
         steps=LANGUAGE_STEPS,
         batch=language.BATCH,
     )
@@ -44,12 +43,16 @@ def model_cards() -> None:
 
 
 def main() -> None:
-    images, labels = data.load(BUILD)
+    kinds, practice = species()[0], practice_species()
+    images, labels = data.load(BUILD / "species.npy", kinds, each=200, seed=1)
+    practice_images, practice_labels = data.load(BUILD / "practice.npy", practice, each=36, seed=5)
     if not (AVIARY / "scorer" / "open_clip_model.safetensors").exists():
         scorer.train(data.for_scorer(images), labels, AVIARY / "scorer")
-    tower = vision.train(images, labels, BUILD / "vision.pt")
     if not (AVIARY / "judge" / "model.safetensors").exists():
-        language.train(tower, images, labels, AVIARY / "judge", BUILD, LANGUAGE_STEPS)
+        tower, heads = vision.new()
+        vision.train(tower, heads, images, vision.attributes(kinds)[labels], epochs=6, learning_rate=1e-3)
+        vision.train(tower, heads, practice_images, vision.attributes(practice)[practice_labels], epochs=2, learning_rate=6e-4)
+        language.train(tower, practice_images, practice_labels, AVIARY / "judge", LANGUAGE_STEPS)
     model_cards()
     sample_images(AVIARY / "images")
     (AVIARY / "labels.txt").write_text("".join(f"{kind.name}\n" for kind in species()[1]))

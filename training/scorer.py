@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from training import tokenizer as tokenizers
 from training.birds import species
-from training.data import EACH, SCORER_SIZE, Pixels
+from training.data import SCORER_SIZE, Pixels
 
 CONTEXT_LENGTH = 24
 TEMPLATES = ("a photo of a {}.", "a {}.", "{}", "a picture of a {}, a kind of bird.", "a close-up photo of a {}.")
@@ -61,16 +61,17 @@ def train(images: Pixels, labels: NDArray[np.int64], folder: Path) -> None:
     names = [kind.name for kind in species()[0]]
     texts = torch.stack([tokenize([template.format(name) for name in names]) for template in TEMPLATES])
 
-    rows_of = labels.argsort(kind="stable").reshape(len(names), EACH)
-    steps = EPOCHS * EACH
+    rows_of = labels.argsort(kind="stable").reshape(len(names), -1)
+    each = rows_of.shape[1]
+    steps = EPOCHS * each
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.1, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.1)
     model.train()
     target = torch.arange(len(names))
     for step in range(steps):
-        if step % EACH == 0:
+        if step % each == 0:
             order = np.stack([rng.permutation(row) for row in rows_of])
-        pixels = torch.from_numpy(images[order[:, step % EACH]]).permute(0, 3, 1, 2).float() / 127.5 - 1
+        pixels = torch.from_numpy(images[order[:, step % each]]).permute(0, 3, 1, 2).float() / 127.5 - 1
         if rng.random() < 0.5:
             pixels = pixels.flip(3)
         template = torch.from_numpy(rng.integers(len(TEMPLATES), size=len(names)))

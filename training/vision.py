@@ -1,6 +1,6 @@
 """First stage of the judge: its vision tower learns to see the four attributes, before any language."""
 
-from pathlib import Path
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -9,12 +9,10 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from training.birds import BREASTS, CROWNS, GENERA, WINGS, species
+from training.birds import BREASTS, CROWNS, GENERA, WINGS, Species
 from training.data import JUDGE_SIZE, Pixels
 
-EPOCHS = 6
 BATCH = 128
-LEARNING_RATE = 1e-3
 ATTRIBUTES = {"crown": tuple(CROWNS), "breast": tuple(BREASTS), "wing": WINGS, "genus": tuple(GENERA)}
 
 
@@ -29,9 +27,9 @@ def config() -> CLIPVisionConfig:
     )
 
 
-def attributes() -> NDArray[np.int64]:
-    """One row a training species, one column an attribute."""
-    rows = [[values.index(getattr(kind, name)) for name, values in ATTRIBUTES.items()] for kind in species()[0]]
+def attributes(kinds: Sequence[Species]) -> NDArray[np.int64]:
+    """One row a species, one column an attribute."""
+    rows = [[values.index(getattr(kind, name)) for name, values in ATTRIBUTES.items()] for kind in kinds]
     return np.array(rows)
 
 
@@ -44,24 +42,21 @@ def patches(tower: CLIPVisionModel, pixels: torch.Tensor) -> torch.Tensor:
     return tower(pixels, output_hidden_states=True).hidden_states[-1][:, 1:]
 
 
-def train(images: Pixels, labels: NDArray[np.int64], path: Path) -> CLIPVisionModel:
-    torch.manual_seed(0)
+def train(
+    tower: CLIPVisionModel, heads: nn.Linear, images: Pixels, traits: NDArray[np.int64], *, epochs: int, learning_rate: float
+) -> None:
+    """Teach the tower N images with their N x 4 attributes, read off by linear heads over the mean of its patches."""
     rng = np.random.default_rng(0)
-    tower = CLIPVisionModel(config())
-    if path.exists():
-        tower.load_state_dict(torch.load(path))
-        return tower
     sizes = [len(values) for values in ATTRIBUTES.values()]
-    heads = nn.Linear(tower.config.hidden_size, sum(sizes))
-    targets = torch.from_numpy(attributes()[labels])
+    targets = torch.from_numpy(traits)
     parameters = [*tower.parameters(), *heads.parameters()]
-    steps = EPOCHS * (len(labels) // BATCH)
-    optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.1)
+    steps = epochs * (len(images) // BATCH)
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.1)
     tower.train()
     step = 0
-    for _ in range(EPOCHS):
-        order = rng.permutation(len(labels))
+    for _ in range(epochs):
+        order = rng.permutation(len(images))
         for start in range(0, len(order) - BATCH + 1, BATCH):
             rows = np.sort(order[start : start + BATCH])
             pixels = to_tensor(images[rows])
@@ -76,10 +71,12 @@ def train(images: Pixels, labels: NDArray[np.int64], path: Path) -> CLIPVisionMo
             schedule.step()
             if step % 50 == 0:
                 accuracy = [f"{(x.argmax(1) == targets[rows, i]).float().mean():.2f}" for i, x in enumerate(logits)]
-                print(
-                    f"vision step {step}/{steps} loss {loss.item():.3f} {dict(zip(ATTRIBUTES, accuracy, strict=True))}",
-                    flush=True,
-                )
+                print(f"vision step {step}/{steps} loss {loss.item():.3f} {' '.join(accuracy)}", flush=True)
             step += 1
-    torch.save(tower.state_dict(), path)
-    return tower
+
+
+def new() -> tuple[CLIPVisionModel, nn.Linear]:
+    """An untrained tower and its heads."""
+    torch.manual_seed(0)
+    tower = CLIPVisionModel(config())
+    return tower, nn.Linear(tower.config.hidden_size, sum(map(len, ATTRIBUTES.values())))
