@@ -1,4 +1,4 @@
-"""Make everything that is bundled: ``python -m training.make``, about two hours on two cores. What is done is not repeated."""
+"""Make everything that is bundled: ``python -m training.make``, an hour or two on two cores. What is done is not repeated."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from training.render import SAMPLE_SEED
 
 BUILD = Path(__file__).parent / "build"
 AVIARY = Path(next(iter(cascadevlm_backends.aviary.__path__)))
-LANGUAGE_STEPS = 800
+LANGUAGE_STEPS = 900
 
 
 def sample_images(folder: Path) -> None:
@@ -35,6 +35,7 @@ def model_cards() -> None:
     )
     judge_card = cards.JUDGE.format(
         parameters=parameters(AVIARY / "judge" / "model.safetensors"),
+        epochs=vision.EPOCHS,
         steps=LANGUAGE_STEPS,
         batch=language.BATCH,
     )
@@ -42,17 +43,26 @@ def model_cards() -> None:
     (AVIARY / "judge" / "README.md").write_text(judge_card)
 
 
+def make_scorer(folder: Path) -> None:
+    images, labels = data.load(BUILD / "species.npy", species()[0], each=200, seed=1)
+    scorer.train(data.for_scorer(images), labels, folder)
+
+
+def make_judge(folder: Path) -> None:
+    kinds, weights = practice_species(), BUILD / "vision.pt"
+    images, labels = data.load(BUILD / "practice.npy", kinds, each=36, seed=5)
+    if not weights.exists():
+        torch.save(vision.train(images, vision.attributes(kinds)[labels]).state_dict(), weights)
+    tower = vision.new()
+    tower.load_state_dict(torch.load(weights))
+    language.train(tower, images, labels, folder, LANGUAGE_STEPS)
+
+
 def main() -> None:
-    kinds, practice = species()[0], practice_species()
-    images, labels = data.load(BUILD / "species.npy", kinds, each=200, seed=1)
-    practice_images, practice_labels = data.load(BUILD / "practice.npy", practice, each=36, seed=5)
     if not (AVIARY / "scorer" / "open_clip_model.safetensors").exists():
-        scorer.train(data.for_scorer(images), labels, AVIARY / "scorer")
+        make_scorer(AVIARY / "scorer")
     if not (AVIARY / "judge" / "model.safetensors").exists():
-        tower, heads = vision.new()
-        vision.train(tower, heads, images, vision.attributes(kinds)[labels], epochs=6, learning_rate=1e-3)
-        vision.train(tower, heads, practice_images, vision.attributes(practice)[practice_labels], epochs=2, learning_rate=6e-4)
-        language.train(tower, practice_images, practice_labels, AVIARY / "judge", LANGUAGE_STEPS)
+        make_judge(AVIARY / "judge")
     model_cards()
     sample_images(AVIARY / "images")
     (AVIARY / "labels.txt").write_text("".join(f"{kind.name}\n" for kind in species()[1]))

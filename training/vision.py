@@ -13,6 +13,8 @@ from training.birds import BREASTS, CROWNS, GENERA, WINGS, Species
 from training.data import JUDGE_SIZE, Pixels
 
 BATCH = 128
+EPOCHS = 7
+LEARNING_RATE = 1e-3
 ATTRIBUTES = {"crown": tuple(CROWNS), "breast": tuple(BREASTS), "wing": WINGS, "genus": tuple(GENERA)}
 
 
@@ -42,20 +44,25 @@ def patches(tower: CLIPVisionModel, pixels: torch.Tensor) -> torch.Tensor:
     return tower(pixels, output_hidden_states=True).hidden_states[-1][:, 1:]
 
 
-def train(
-    tower: CLIPVisionModel, heads: nn.Linear, images: Pixels, traits: NDArray[np.int64], *, epochs: int, learning_rate: float
-) -> None:
-    """Teach the tower N images with their N x 4 attributes, read off by linear heads over the mean of its patches."""
+def new() -> CLIPVisionModel:
+    torch.manual_seed(0)
+    return CLIPVisionModel(config())
+
+
+def train(images: Pixels, traits: NDArray[np.int64]) -> CLIPVisionModel:
+    """A tower taught N images with their N x 4 attributes, read off by linear heads over the mean of its patches."""
+    tower = new()
     rng = np.random.default_rng(0)
     sizes = [len(values) for values in ATTRIBUTES.values()]
+    heads = nn.Linear(tower.config.hidden_size, sum(sizes))
     targets = torch.from_numpy(traits)
     parameters = [*tower.parameters(), *heads.parameters()]
-    steps = epochs * (len(images) // BATCH)
-    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.1)
+    steps = EPOCHS * (len(images) // BATCH)
+    optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.1)
     tower.train()
     step = 0
-    for _ in range(epochs):
+    for _ in range(EPOCHS):
         order = rng.permutation(len(images))
         for start in range(0, len(order) - BATCH + 1, BATCH):
             rows = np.sort(order[start : start + BATCH])
@@ -73,10 +80,4 @@ def train(
                 accuracy = [f"{(x.argmax(1) == targets[rows, i]).float().mean():.2f}" for i, x in enumerate(logits)]
                 print(f"vision step {step}/{steps} loss {loss.item():.3f} {' '.join(accuracy)}", flush=True)
             step += 1
-
-
-def new() -> tuple[CLIPVisionModel, nn.Linear]:
-    """An untrained tower and its heads."""
-    torch.manual_seed(0)
-    tower = CLIPVisionModel(config())
-    return tower, nn.Linear(tower.config.hidden_size, sum(map(len, ATTRIBUTES.values())))
+    return tower
