@@ -42,18 +42,28 @@ class Ledger:
         Raises:
             BudgetExhausted: if it would not fit even if all promises came back unspent.
         """
-        while (waiter := self._try_to_reserve(nanodollars)) is not None:
+        while (waiter := self._try_to_reserve(nanodollars, asyncio.get_running_loop())) is not None:
             await waiter
 
-    def _try_to_reserve(self, nanodollars: int) -> "asyncio.Future[None] | None":
+    def reserve_now(self, nanodollars: int) -> None:
+        """Promise an amount.
+
+        Raises:
+            BudgetExhausted: if it does not fit beside what is promised already.
+        """
+        self._try_to_reserve(nanodollars, None)
+
+    def _try_to_reserve(self, nanodollars: int, loop: asyncio.AbstractEventLoop | None) -> "asyncio.Future[None] | None":
+        """Promise an amount, or give a future of the loop that is done when money has come back."""
         with self._lock:
-            if self.cap is not None and self._spent + nanodollars > self.cap:
-                left, wanted = (amount / NANODOLLARS for amount in (self.cap - self._spent, nanodollars))
-                raise BudgetExhausted(f"The budget has ${left:.4f} left and this question may cost ${wanted:.4f}.")
             if self.cap is None or self._spent + self._reserved + nanodollars <= self.cap:
                 self._reserved += nanodollars
                 return None
-            loop = asyncio.get_running_loop()
+            if loop is None or self._spent + nanodollars > self.cap:
+                left = self.cap - self._spent - (self._reserved if loop is None else 0)
+                raise BudgetExhausted(
+                    f"The budget has ${left / NANODOLLARS:.4f} left and this question may cost ${nanodollars / NANODOLLARS:.4f}."
+                )
             self._waiting.append((loop, loop.create_future()))
             return self._waiting[-1][1]
 

@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 import json
+import os
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
@@ -27,7 +28,7 @@ _DAMAGE = (KeyError, TypeError, ValueError, OSError, zlib.error)
 
 def default_cache_folder() -> Path:
     """The platform's user cache directory, or ``$CASCADEVLM_CACHE_DIR``."""
-    return Path(platformdirs.user_cache_dir("cascadevlm"))
+    return Path(os.environ.get("CASCADEVLM_CACHE_DIR") or platformdirs.user_cache_dir("cascadevlm"))
 
 
 def question_payload(judge: Judge, question: Question) -> Payload:
@@ -138,7 +139,7 @@ class SingleFlight(WrapperJudge):
         payload = question_payload(self.wrapped, question)
         key = key_of(payload)
         if (running := self._in_flight.get(key)) is not None:
-            return _at_no_cost(await asyncio.shield(running))
+            return at_no_cost(await asyncio.shield(running))
         task = asyncio.create_task(self._ask(key, payload, question))
         self._in_flight[key] = task
         task.add_done_callback(lambda _: self._in_flight.pop(key, None))
@@ -157,13 +158,14 @@ class Cached(SingleFlight):
 
     async def _ask(self, key: str, payload: Payload, question: Question) -> Verdict:
         if (stored := self.store.get(key)) is not None:
-            return _at_no_cost(stored)
+            return at_no_cost(stored)
         verdict = await super()._ask(key, payload, question)
         if verdict.valid:
             self.store.put(payload, verdict)
         return verdict
 
 
-def _at_no_cost(verdict: Verdict) -> Verdict:
+def at_no_cost(verdict: Verdict) -> Verdict:
+    """A verdict given again: it costs nothing and says what it saved."""
     spent = verdict.usage
     return replace(verdict, usage=Usage(cached=True, saved_dollars=spent.dollars + spent.saved_dollars))

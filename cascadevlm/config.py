@@ -143,7 +143,7 @@ class Config(_Section):
             if self.labels is None:
                 raise ConfigError("There are no labels.", hint="Give a file of class names.")
             labels = LabelSet.read(self.labels) if isinstance(self.labels, Path) else LabelSet.of(self.labels)
-        templates: Options = {} if self.scorer.templates is None else {"templates": self.scorer.templates}
+        templates: Options = {} if self.scorer.templates is None else {"templates": [*self.scorer.templates]}
         return Cascade(
             load_scorer(self.scorer.use, **templates, **self.scorer.options),
             [stage.build(labels) for stage in self.stage],

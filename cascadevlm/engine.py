@@ -7,6 +7,7 @@ in every run.
 
 import asyncio
 from collections.abc import AsyncIterator, Iterable, Sequence
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
-from cascadevlm.budget import Ledger, Metered
+from cascadevlm.budget import NANODOLLARS, Ledger, Metered
 from cascadevlm.cache import Cached, SingleFlight, VerdictStore
 from cascadevlm.candidates import CandidateRule, TopK
 from cascadevlm.errors import BudgetExhausted, FatalError, ImageError, JudgeError
@@ -51,6 +52,16 @@ class Stage:
     candidates: CandidateRule = TopK()
     offer_none: bool = False
     support: SupportSet | None = None
+
+    def question(self, image: Image.Image, candidates: tuple[Candidate, ...]) -> Question:
+        """What the judge is asked about an image, the candidates in the order they are to be shown."""
+        return Question(
+            image=image,
+            candidates=candidates,
+            prompt=self.prompt,
+            exemplars=self.support.of(candidates) if self.support else (),
+            offer_none=self.offer_none,
+        )
 
 
 @dataclass(eq=False)
@@ -123,15 +134,15 @@ class Run:
 
     async def predictions(self, sources: Iterable[ImageSource]) -> AsyncIterator[Prediction]:
         """Classify and yield in input order."""
-        for running in self.stages:
-            await running.judge.prepare()
-        producer = asyncio.create_task(self._produce(sources))
-        try:
+        async with AsyncExitStack() as stack:
+            for running in self.stages:
+                stack.push_async_callback(running.judge.aclose)
+                await running.judge.prepare()
+            producer = asyncio.create_task(self._produce(sources))
+            stack.push_async_callback(self._close, producer)
             while (result := await self.output.get()) is not None:
                 yield await result
             await producer
-        finally:
-            await self._close(producer)
 
     async def _close(self, producer: asyncio.Task[None]) -> None:
         tasks = [producer, *self.tasks]
@@ -221,6 +232,8 @@ class Run:
         if not items:
             return []
         scores = _stacked([item.current_scores() for item in items])
+        if running.spending == START:
+            running.spending = replace(START, dollars_per_call=_usual_dollars(running.stage, items[0]))
         selected = running.policy.select(scores, running.spending)
         for item, reason in zip(items, running.policy.reasons(scores), strict=True):
             item.reasons.append(reason)
@@ -228,8 +241,13 @@ class Run:
             running.stage.candidates,
             [item for item, chosen in zip(items, selected, strict=True) if chosen or not item.candidates],
         )
-        spending = running.spending
-        running.spending = replace(spending, images=spending.images + len(items), calls=spending.calls + int(selected.sum()))
+        spending, calls = running.spending, int(selected.sum())
+        running.spending = replace(
+            spending,
+            images=spending.images + len(items),
+            calls=spending.calls + calls,
+            dollars=spending.dollars + calls * spending.dollars_per_call,
+        )
         return [item for item, chosen in zip(items, selected, strict=True) if chosen]
 
     async def _ask(self, running: _RunningStage, item: _Item, *, last: bool) -> None:
@@ -239,14 +257,7 @@ class Run:
                 if self.fatal is not None:
                     raise self.fatal
                 item.candidates = stage.candidates.arrange(item.candidates, item.image)
-                question = Question(
-                    image=item.image,
-                    candidates=item.candidates,
-                    prompt=stage.prompt,
-                    exemplars=stage.support.of(item.candidates) if stage.support else (),
-                    offer_none=stage.offer_none,
-                )
-                verdict = await running.judge.judge(question)
+                verdict = await running.judge.judge(stage.question(item.image, item.candidates))
             except FatalError as exc:
                 self.fatal = exc
                 raise
@@ -295,6 +306,11 @@ def _load(source: ImageSource) -> Image.Image | ImageError:
         return load_image(source)
     except ImageError as exc:
         return exc
+
+
+def _usual_dollars(stage: Stage, item: _Item) -> float:
+    (candidates,) = stage.candidates.choose(item.scores)
+    return stage.judge.usual_case(stage.question(item.image, candidates)) / NANODOLLARS
 
 
 def _stacked(rows: Sequence[Scores]) -> Scores:

@@ -5,30 +5,45 @@ import hashlib
 import io
 import json
 import os
+import time
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Awaitable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import ClassVar, Literal
+from pathlib import Path
+from typing import ClassVar, Literal, TypeAlias, TypeVar
 from urllib.parse import urlsplit
 
 from PIL import Image
-from pydantic import JsonValue, TypeAdapter, ValidationError
+from pydantic import JsonValue, ValidationError
 
 from cascadevlm.budget import NANODOLLARS
-from cascadevlm.errors import BackendError, FatalError, JudgeError, PermanentError, RateLimited, TransientError
+from cascadevlm.errors import BackendError, CascadeError, FatalError, JudgeError, PermanentError, RateLimited, TransientError
 from cascadevlm.judge import Judge, verdict_from_text
 from cascadevlm.pricing import FREE, Price, find_price
 from cascadevlm.prompt import answer_format, options, render
 from cascadevlm.retry import retry_after
 from cascadevlm.types import Exemplar, Question, Usage, Verdict
 
+LOCAL_ONLY = "CASCADEVLM_LOCAL_ONLY"
+"""The environment variable that keeps judges from paid endpoints, whatever the configuration says."""
+
+NO_KEY = "no-key-needed"
+"""What servers on this machine are sent in place of a key."""
+
 LOSSLESS_PIXELS = 256 * 256
 """Images up to this size go as PNG: JPEG would blur what little they show."""
 
 JPEG_QUALITY = 90
-MESSAGE_OVERHEAD_TOKENS = 64
-"""More than any provider adds for roles and separators of our three messages."""
+FIXED_TOKENS = 600
+"""More than any provider adds for roles, separators, a schema's fixed part and the instructions of a forced tool."""
+
+REASONING_TOKENS = 4096
+"""Room for the thoughts of models that have them, so that an answer is not cut off before it begins."""
+
+USUAL_BYTES_PER_TOKEN = 4
+USUAL_SHARE_OF_LIMIT = 1 / 3
+"""How long English text is in tokens, and how much of its limit an answer takes: for estimates alone."""
 
 UNKNOWN_IMAGE_PIXELS_PER_TOKEN = 14 * 14
 """For models without a published rule: one token for the smallest patch in use, more than any model is known to take."""
@@ -123,45 +138,91 @@ def normalised(masses: Mapping[str, float]) -> Mapping[str, float] | None:
     return {name: mass / total for name, mass in masses.items()} if total > 0 else None
 
 
-OVERLOADED = frozenset({503, 529})
-NEVER_CONNECTED = frozenset({"ConnectError", "ConnectTimeout", "PoolTimeout", "ClientConnectorError"})
+OVERLOADED = frozenset({429, 503, 529})
+NEVER_CONNECTED = frozenset({"ConnectError", "ConnectTimeout", "PoolTimeout"})
 EXHAUSTED = ("insufficient_quota", "billing_hard_limit_reached", "billing_error", "spend_limit")
 
 
+def error_of_status(status: int, message: str, *, wait: float | None = None) -> JudgeError:
+    """The error that a response's status amounts to; it was not billed."""
+    if status == 402 or any(word in message for word in EXHAUSTED):
+        return FatalError(message, hint="The account's quota or spending limit is exhausted.")
+    if status in OVERLOADED:
+        return RateLimited(message, retry_after=wait)
+    if status in (401, 403, 404):
+        return FatalError(message)
+    return TransientError(message) if status >= 500 or status in (408, 409) else PermanentError(message)
+
+
 def translate(exc: Exception, errors: Mapping[str, type[JudgeError]], *, secret: str) -> JudgeError:
-    """One of ours for an SDK's exception, by the name of its class or the nearest of its bases.
+    """One of ours for whatever came out of an SDK: by its status where it has one, else by the name of its class or the nearest
+    of its bases. A request that broke off after it was sent may have been answered, and so billed.
 
     Args:
         errors: ours by the names of the SDK's classes.
         secret: the key, which must not get into a message.
     """
-    kind = next((errors[base.__name__] for base in type(exc).__mro__ if base.__name__ in errors), TransientError)
-    status = getattr(exc, "status_code", None)
-    message = f"{type(exc).__name__}: {exc}".replace(secret, "***")[:500]
-    headers = getattr(getattr(exc, "response", None), "headers", {})
-    if any(word in message for word in EXHAUSTED):
-        return FatalError(message, hint="The account's quota or spending limit is exhausted.")
-    if kind is RateLimited or status in OVERLOADED:
-        return RateLimited(message, retry_after=retry_after(headers))
-    if kind is JudgeError:  # a status without a class of its own
-        kind = TransientError if status is None or status >= 500 or status == 408 else PermanentError
-    broke_off = status is None and type(exc.__cause__).__name__ not in NEVER_CONNECTED
-    return kind(message, may_be_billed=broke_off and kind is TransientError)
+    code = getattr(exc, "code", None)
+    message = f"{type(exc).__name__}: {exc}" + (f" ({code})" if code else "")
+    message = (message.replace(secret, "***") if secret else message)[:500]
+    status, response = getattr(exc, "status_code", None), getattr(exc, "response", None)
+    if isinstance(status, int) and status >= 400:
+        return error_of_status(status, message, wait=retry_after(response.headers if response is not None else {}))
+    unknown = TransientError if isinstance(exc, ValueError) else PermanentError  # a ValueError: a body that is no JSON
+    kind = next((errors[name] for name in _class_names(exc) if name in errors), unknown)
+    return kind(message, may_be_billed=not _never_connected(exc))
+
+
+def _class_names(exc: BaseException) -> list[str]:
+    return [base.__name__ for base in type(exc).__mro__]
+
+
+def _never_connected(exc: BaseException) -> bool:
+    """Whether no connection was made, by the exception's causes. Through aiohttp only its own word counts: the transport tells a
+    connection closed after the request as one that was never made."""
+    causes = []
+    cause: BaseException | None = exc
+    while cause is not None:
+        causes.append(cause)
+        cause = cause.__cause__ or cause.__context__
+    from_aiohttp = [cause for cause in causes if type(cause).__module__.partition(".")[0] == "aiohttp"]
+    if from_aiohttp:
+        return any("ClientConnectorError" in _class_names(cause) for cause in from_aiohttp)
+    return any(type(cause).__name__ in NEVER_CONNECTED for cause in causes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchLimits:
+    """What a provider takes in one batch: so many requests, and so many bytes of them."""
+
+    requests: int
+    bytes: int
+
+
+T = TypeVar("T")
+
+PriceOption: TypeAlias = Mapping[str, JsonValue] | float | None
+"""Dollars per million tokens, as in `Price`; 0 for nothing; None for what the table says."""
 
 
 class HostedJudge(Judge):
     """A judge behind an API that charges by the token.
 
     Attributes:
-        provider: whose prices hold.
+        provider: whose prices hold, at its own ``hosts``.
         limits: what the provider accepts.
+        batch_limits: what its batch API accepts.
+        errors: ours for every exception of its SDK, by name; those that come with a status are judged by that.
         model: as the provider names it.
         base_url: another endpoint than the provider's.
         api_key_env: the environment variable that holds the key.
     """
 
     provider: ClassVar[str]
+    hosts: ClassVar[tuple[str, ...]]
     limits: ClassVar[ImageLimits]
+    batch_limits: ClassVar[BatchLimits]
+    errors: ClassVar[Mapping[str, type[JudgeError]]]
 
     def __init__(
         self,
@@ -169,7 +230,7 @@ class HostedJudge(Judge):
         *,
         base_url: str | None,
         api_key_env: str,
-        price: Mapping[str, JsonValue] | float | None,
+        price: PriceOption,
         concurrency: int,
         requests_per_minute: float | None,
         tokens_per_minute: float | None,
@@ -184,33 +245,50 @@ class HostedJudge(Judge):
         self.requests_per_minute = requests_per_minute
         self.tokens_per_minute = tokens_per_minute
         self.max_tokens = max_tokens
+        self._runs = 0
+
+    @property
+    def host(self) -> str | None:
+        """Of the endpoint; None for the provider's own."""
+        return urlsplit(self.base_url).hostname if self.base_url else None
+
+    @property
+    def is_own_endpoint(self) -> bool:
+        """Whether the endpoint is the provider's own."""
+        return self.host in (None, *self.hosts)
 
     @property
     def is_local(self) -> bool:
         """Whether the endpoint is on this machine, and so free and without a key."""
-        return urlsplit(self.base_url or "").hostname in ("localhost", "127.0.0.1", "::1")
+        return self.host in ("localhost", "127.0.0.1", "::1")
 
     @cached_property
     def price(self) -> Price:
-        """What the model charges: as given, nothing on this machine, else as the table says.
+        """What the model charges: as given, on top of what the table says of the provider's own models; nothing on this machine.
 
         Raises:
-            BackendError: if the price is unknown.
+            BackendError: if the price is unknown or wrong.
         """
-        if self.given_price is not None:
-            try:
-                return FREE if self.given_price == 0 else TypeAdapter(Price).validate_python(self.given_price)
-            except ValidationError as exc:
-                problem = exc.errors()[0]
-                where = ".".join(map(str, problem["loc"]))
-                raise BackendError(f"The price of {self.spec!r} is wrong at {where!r}: {problem['msg']}.") from exc
-        price = FREE if self.is_local else find_price(self.provider, self.model)
-        if price is None:
-            raise BackendError(
-                f"The price of {self.spec!r} is unknown.",
-                hint="Give options = { price = { input = 2.5, output = 10 } } (dollars per million tokens), or price = 0.",
-            )
-        return price
+        if self.given_price is None and self.is_local:
+            return FREE
+        known = find_price(self.provider, self.model) if self.is_own_endpoint else None
+        if isinstance(self.given_price, int | float):
+            if self.given_price == 0:
+                return FREE
+            raise BackendError(f"The price of {self.spec!r} is {self.given_price!r}.", hint="Give input and output, or 0.")
+        if self.given_price is None:
+            if known is None:
+                raise BackendError(
+                    f"The price of {self.spec!r}{f' at {self.host}' if self.host else ''} is unknown.",
+                    hint="Give options = { price = { input = 2.5, output = 10 } } (dollars per million tokens), or price = 0.",
+                )
+            return known
+        try:
+            return Price.model_validate({**(known.model_dump() if known else {}), **self.given_price})
+        except ValidationError as exc:
+            problem = exc.errors()[0]
+            where = ".".join(map(str, problem["loc"]))
+            raise BackendError(f"The price of {self.spec!r} is wrong at {where!r}: {problem['msg']}.") from exc
 
     def api_key(self) -> str:
         """The key from the environment; any text does on this machine.
@@ -218,14 +296,21 @@ class HostedJudge(Judge):
         Raises:
             BackendError: naming the variable, if it is not set.
         """
-        key = os.environ.get(self.api_key_env) or ("local" if self.is_local else None)
+        key = os.environ.get(self.api_key_env) or (NO_KEY if self.is_local else None)
         if key is None:
             raise BackendError(f"{self.spec!r} needs a key.", hint=f"Set the environment variable {self.api_key_env}.")
         return key
 
     async def prepare(self) -> None:
+        self._runs += 1
         self.price  # noqa: B018  # raises where it is unknown
         self.connect()
+
+    async def aclose(self) -> None:
+        """Close the connections when the last run has ended; another event loop could not use them."""
+        self._runs -= 1
+        if self._runs <= 0:
+            await self.disconnect()
 
     @abstractmethod
     def connect(self) -> None:
@@ -235,6 +320,10 @@ class HostedJudge(Judge):
             BackendError: if there is no key.
         """
 
+    @abstractmethod
+    async def disconnect(self) -> None:
+        """Close the client, unless it is the user's own."""
+
     def encoded(self, shown: Question | Exemplar) -> EncodedImage:
         """The image of a question or exemplar as it is sent; encoded at the first call."""
         if self.limits not in shown.encoded:
@@ -243,15 +332,51 @@ class HostedJudge(Judge):
 
     def sent(self, image: Image.Image, question: Question) -> EncodedImage:
         """A rendered image of a question, its own or an exemplar's, as it is sent."""
-        shown = next(shown for shown in (question, *question.exemplars) if shown.image is image)
-        return self.encoded(shown)
+        if image is question.image:
+            return self.encoded(question)
+        return next(self.encoded(exemplar) for exemplar in question.exemplars if exemplar.image is image)
 
     def image_digest(self, question: Question) -> str:
         return self.encoded(question).digest
 
-    def read(self, reply: Reply, question: Question) -> Verdict:
+    def require_allowed(self) -> None:
+        """Refuse to be connected where only this machine may be asked, as in tests.
+
+        Raises:
+            BackendError: if ``$CASCADEVLM_LOCAL_ONLY`` is set and the endpoint is elsewhere.
+        """
+        if os.environ.get(LOCAL_ONLY) and not self.is_local:
+            raise BackendError(f"{self.spec!r} is not on this machine, and {LOCAL_ONLY} is set.")
+
+    @property
+    @abstractmethod
+    def secret(self) -> str:
+        """The key in use, to be kept out of messages."""
+
+    async def call(self, request: Awaitable[T]) -> T:
+        """The result of a request to the provider.
+
+        Raises:
+            JudgeError: in place of whatever the SDK raises, by `translate`.
+        """
+        try:
+            return await request
+        except CascadeError:
+            raise
+        except Exception as exc:
+            shows_key = self.secret in str(exc)
+            raise translate(exc, self.errors, secret=self.secret) from (None if shows_key else exc)
+
+    async def ask(self, request: Awaitable[Reply], question: Question) -> Verdict:
+        """The verdict of one request, timed."""
+        began = time.perf_counter()
+        verdict = self.read(await self.call(request), question)
+        return replace(verdict, usage=replace(verdict.usage, seconds=time.perf_counter() - began))
+
+    def read(self, reply: Reply, question: Question, *, batch: bool = False) -> Verdict:
         """The verdict a reply amounts to; refusals and answers cut off are no reason to ask again."""
-        usage = replace(reply.usage, dollars=self.price.nanodollars(reply.usage) / NANODOLLARS, requests=1)
+        bill = self.price.nanodollars(reply.usage, batch=batch)
+        usage = replace(reply.usage, dollars=bill / NANODOLLARS, requests=1)
         if reply.refusal is not None:
             return Verdict(outcome="refused", text=reply.text, error=reply.refusal, judge=self.spec, usage=usage)
         if reply.cut_off:
@@ -261,21 +386,29 @@ class HostedJudge(Judge):
         return verdict_from_text(text, question, judge=self.spec, usage=usage, probabilities=reply.probabilities)
 
     def output_limit(self, question: Question) -> int:
-        """The most tokens an answer may have."""
-        return self.max_tokens or answer_format(question).max_tokens
+        """The most tokens an answer may have, thoughts included."""
+        return self.max_tokens or answer_format(question).max_tokens + (REASONING_TOKENS if self.price.reasons else 0)
 
-    def worst_case_usage(self, question: Question) -> Usage:
-        """No tokenizer makes more tokens of a text than it has bytes."""
+    def _input_bytes(self, question: Question) -> int:
+        """Of the text, and of a schema's names."""
         text = sum(len(part.encode()) for message in render(question) for part in message.parts if isinstance(part, str))
-        schema = 3 * sum(len(name.encode()) for name in options(question).values())
-        images = sum(self._image_tokens(self.encoded(shown)) for shown in (question, *question.exemplars))
-        return Usage(
-            input_tokens=text + schema + images + MESSAGE_OVERHEAD_TOKENS + self.fixed_input_tokens,
-            output_tokens=self.output_limit(question),
-        )
+        return text + 3 * sum(len(name.encode()) for name in options(question).values())
 
-    fixed_input_tokens: ClassVar[int] = 512
-    """What a backend's own instructions, schema and tool definitions take at most."""
+    def _image_tokens_of(self, question: Question) -> int:
+        images = [self.encoded(question), *(self.encoded(exemplar) for exemplar in question.exemplars)]
+        return sum(map(self._image_tokens, images))
+
+    def most_tokens(self, question: Question) -> tuple[int, int]:
+        """The most tokens that a request can take, in and out. No tokenizer makes more tokens of a text than it has bytes."""
+        return self._input_bytes(question) + self._image_tokens_of(question) + FIXED_TOKENS, self.output_limit(question)
+
+    def usual_case(self, question: Question) -> int:
+        text = self._input_bytes(question) // USUAL_BYTES_PER_TOKEN
+        usage = Usage(
+            input_tokens=text + self._image_tokens_of(question),
+            output_tokens=int(self.output_limit(question) * USUAL_SHARE_OF_LIMIT),
+        )
+        return self.price.nanodollars(usage)
 
     def _image_tokens(self, image: EncodedImage) -> int:
         if self.price.image is None:
@@ -283,8 +416,46 @@ class HostedJudge(Judge):
         return self.price.image.tokens(image.width, image.height)
 
     def worst_case(self, question: Question) -> int:
-        return self.price.nanodollars(self.worst_case_usage(question))
+        return self._worst_case(question, batch=False)
+
+    def batch_worst_case(self, question: Question) -> int:
+        """`worst_case`, in the batch API."""
+        return self._worst_case(question, batch=True)
+
+    def _worst_case(self, question: Question, *, batch: bool) -> int:
+        input_tokens, output_tokens = self.most_tokens(question)
+        limit = self.price.input_limit
+        if limit is not None and input_tokens > limit:
+            raise PermanentError(f"The question may take {input_tokens} tokens, and the price is known up to {limit}.")
+        return self.price.worst_case(input_tokens, output_tokens, batch=batch)
 
     def worst_case_tokens(self, question: Question) -> int:
-        usage = self.worst_case_usage(question)
-        return usage.input_tokens + usage.output_tokens
+        return sum(self.most_tokens(question))
+
+    @abstractmethod
+    def batch_row(self, key: str, question: Question) -> JsonValue:
+        """A question as the batch API takes it, under ``key``."""
+
+    @abstractmethod
+    async def submit_batch(self, rows: Path, token: str) -> str:
+        """Submit a file of rows, one JSON object a line; returns the batch's id. ``token`` is how `find_batch` will know it."""
+
+    @abstractmethod
+    async def find_batch(self, token: str) -> str | None:
+        """The id of a batch that was submitted before, if it was."""
+
+    @abstractmethod
+    async def batch_results(self, batch_id: str) -> Mapping[str, JsonValue] | None:
+        """What came back, by key; None while the batch runs. Rows without an answer may be missing.
+
+        Raises:
+            PermanentError: if the provider refused the batch as a whole.
+        """
+
+    @abstractmethod
+    def of_batch_row(self, row: JsonValue, question: Question) -> Reply:
+        """A row of results, read.
+
+        Raises:
+            JudgeError: what it says instead of an answer.
+        """

@@ -50,12 +50,19 @@ class Judge(ABC):
         """The most that one request for this question can cost, in nanodollars; nothing for local judges."""
         return 0
 
+    def usual_case(self, question: Question) -> int:
+        """What one request for this question is expected to cost, in nanodollars; for estimates."""
+        return 0
+
     def worst_case_tokens(self, question: Question) -> int:
         """The most tokens, in and out, that one request for this question can take; counted against rate limits."""
         return 0
 
     async def prepare(self) -> None:
-        """Fail now if the judge cannot work at all: a missing key, a model that does not load."""
+        """Fail now if the judge cannot work at all: a missing key, a model that does not load. Once at the beginning of a run."""
+
+    async def aclose(self) -> None:
+        """Let go of connections; once at the end of a run."""
 
 
 class LocalJudge(Judge):
@@ -148,11 +155,17 @@ class WrapperJudge(Judge):
     def worst_case(self, question: Question) -> int:
         return self.wrapped.worst_case(question)
 
+    def usual_case(self, question: Question) -> int:
+        return self.wrapped.usual_case(question)
+
     def worst_case_tokens(self, question: Question) -> int:
         return self.wrapped.worst_case_tokens(question)
 
     async def prepare(self) -> None:
         await self.wrapped.prepare()
+
+    async def aclose(self) -> None:
+        await self.wrapped.aclose()
 
 
 class Repairing(WrapperJudge):

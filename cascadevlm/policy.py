@@ -29,8 +29,8 @@ class Spending:
     Attributes:
         images: how many images were decided on before.
         calls: how many of them were escalated at this stage.
-        dollars: what this stage has cost or reserved so far.
-        dollars_per_call: what one more call is expected to cost; 0 for local judges.
+        dollars: what those calls are expected to cost.
+        dollars_per_call: what one more is expected to cost, by the first image of the run; 0 for local judges.
     """
 
     images: int = 0

@@ -8,6 +8,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Literal, TypeVar, cast
 
+from pydantic import JsonValue
+
 from cascadevlm.errors import BackendError, PolicyError, PromptError
 from cascadevlm.judge import Judge
 from cascadevlm.policy import Policy
@@ -16,7 +18,7 @@ from cascadevlm.scorer import Scorer
 from cascadevlm.types import Prompt
 
 Kind = Literal["scorers", "judges", "policies", "prompts"]
-Option = str | int | float | bool | list[str] | dict[str, str] | None
+Option = JsonValue
 T = TypeVar("T", Scorer, Judge)
 
 

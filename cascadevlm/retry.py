@@ -38,14 +38,19 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
         return None
 
 
-class Retrying(WrapperJudge):
-    """Asks again after retryable errors.
+def patient(*, attempts: int = 6, seconds: float = 300, wait: Callable[[RetryCallState], float] = wait_as_told) -> AsyncRetrying:
+    """Calls again after retryable errors, at most ``attempts`` times; no attempt begins ``seconds`` after the first, nor is it
+    waited for."""
+    return AsyncRetrying(
+        retry=retry_if_exception(lambda exc: isinstance(exc, CascadeError) and exc.retryable),
+        stop=stop_after_attempt(attempts) | stop_before_delay(seconds),
+        wait=wait,
+        reraise=True,
+    )
 
-    Attributes:
-        attempts: the most requests for one question.
-        seconds: no further attempt begins later than this after the first, nor is it waited for.
-        wait: what to wait, given tenacity's account of the attempts so far.
-    """
+
+class Retrying(WrapperJudge):
+    """Asks again after retryable errors: see `patient`."""
 
     def __init__(
         self, wrapped: Judge, *, attempts: int = 6, seconds: float = 300, wait: Callable[[RetryCallState], float] = wait_as_told
@@ -56,10 +61,5 @@ class Retrying(WrapperJudge):
         self.wait = wait
 
     async def judge(self, question: Question) -> Verdict:
-        retrying = AsyncRetrying(
-            retry=retry_if_exception(lambda exc: isinstance(exc, CascadeError) and exc.retryable),
-            stop=stop_after_attempt(self.attempts) | stop_before_delay(self.seconds),
-            wait=self.wait,
-            reraise=True,
-        )
+        retrying = patient(attempts=self.attempts, seconds=self.seconds, wait=self.wait)
         return await retrying(self.wrapped.judge, question)

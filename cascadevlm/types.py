@@ -136,10 +136,16 @@ class Question:
 
 @dataclass(frozen=True, kw_only=True)
 class Usage:
-    """What a verdict took: tokens, US dollars, seconds, requests; and what a cached verdict saved, in dollars."""
+    """What a verdict took: tokens, US dollars, seconds, requests; and what a cached verdict saved, in dollars.
+
+    ``input_tokens`` are all of the input, with what the provider's own prompt cache gave or took (``cached_input_tokens``,
+    ``cache_write_tokens``), which has its own price.
+    """
 
     input_tokens: int = 0
     output_tokens: int = 0
+    cached_input_tokens: int = 0
+    cache_write_tokens: int = 0
     dollars: float = 0.0
     seconds: float = 0.0
     requests: int = 0
@@ -150,6 +156,8 @@ class Usage:
         return Usage(
             input_tokens=self.input_tokens + other.input_tokens,
             output_tokens=self.output_tokens + other.output_tokens,
+            cached_input_tokens=self.cached_input_tokens + other.cached_input_tokens,
+            cache_write_tokens=self.cache_write_tokens + other.cache_write_tokens,
             dollars=self.dollars + other.dollars,
             seconds=self.seconds + other.seconds,
             requests=self.requests + other.requests,

@@ -6,27 +6,31 @@ part of a question (reference images, the wording before them) can be kept in th
 
 import importlib.util
 import json
-import time
 from collections.abc import Mapping
-from dataclasses import replace
+from datetime import datetime
 from functools import cached_property
-from typing import TYPE_CHECKING, ClassVar, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, Literal, cast
 
 from pydantic import JsonValue
 
-from cascadevlm.errors import FatalError, JudgeError, PermanentError, RateLimited, TransientError
-from cascadevlm.hosted import HostedJudge, ImageLimits, Reply, answer_schema, translate
-from cascadevlm.prompt import Part, render
+from cascadevlm.errors import FatalError, JudgeError, PermanentError, TransientError
+from cascadevlm.hosted import BatchLimits, HostedJudge, ImageLimits, PriceOption, Reply, answer_schema
+from cascadevlm.prompt import Message, Part, render
 from cascadevlm.types import Question, Usage, Verdict
 
 if TYPE_CHECKING:
     import anthropic
     import httpx2
-    from anthropic.types import ContentBlockParam, ImageBlockParam, MessageParam, TextBlockParam
+    from anthropic.types import AssistantMessageParam, ImageBlockParam, OutputConfigParam, TextBlockParam, UserMessageParam
+    from anthropic.types import Message as AnthropicMessage
+    from anthropic.types.message_create_params import MessageCreateParamsNonStreaming as MessageParams
+    from anthropic.types.messages.batch_create_params import Request
 
 Structured = Literal["schema", "tool", "none"]
+Thinking = Literal["adaptive", "disabled", "between_tools"]
+Effort = Literal["low", "medium", "high", "xhigh", "max"]
 
-MINIMUM_THINKING_TOKENS = 1024
 TOOL = "answer"
 
 
@@ -35,15 +39,17 @@ class AnthropicJudge(HostedJudge):
 
     Args:
         model: as Anthropic names it.
-        structured: hold the answer to the candidates by a ``"schema"``, by a forced ``"tool"``, or not at all.
-        thinking_tokens: how many tokens the model may think before it answers, at least 1,024; it does not think, unless given.
+        structured: hold the answer to the candidates by a ``"schema"``, by a forced ``"tool"`` (which models that always think
+            refuse), or not at all.
+        thinking: as the model takes it, or a number of tokens, for models that take a budget; the model's default, unless given.
+        effort: how much the model thinks; the model's default, unless given.
         cache_prompt: mark the reference images for the provider's prompt cache: worth it where many questions show the same.
         base_url: of another server; ``api_key_env`` names the variable with its key.
         headers: sent with every request.
         client: your own `anthropic.AsyncAnthropic`; its retries should be off.
-        temperature: the endpoint's default, unless given.
-        max_tokens: of an answer; the prompt's, unless given. Thinking comes on top.
-        price: dollars per million tokens, ``{"input": …, "output": …}``, or 0; the table's, unless given.
+        temperature: the endpoint's default, unless given; models that think accept no other.
+        max_tokens: of an answer, thoughts included; the prompt's, and room for thoughts where a model has them, unless given.
+        price: see `PriceOption`.
         concurrency: the most requests in flight.
         requests_per_minute: the most requests to begin in a minute.
         tokens_per_minute: the most tokens, by worst case, in a minute.
@@ -51,14 +57,29 @@ class AnthropicJudge(HostedJudge):
     """
 
     provider: ClassVar[str] = "anthropic"
+    hosts: ClassVar[tuple[str, ...]] = ("api.anthropic.com",)
     limits: ClassVar[ImageLimits] = ImageLimits(longest_side=1568, max_bytes=3_700_000)  # 5 MB once in base64
+    batch_limits: ClassVar[BatchLimits] = BatchLimits(requests=100_000, bytes=250_000_000)
+    errors: ClassVar[Mapping[str, type[JudgeError]]] = {
+        "AnthropicError": FatalError,
+        "APIError": TransientError,
+        "APIStatusError": PermanentError,
+        "APIConnectionError": TransientError,
+        "APITimeoutError": TransientError,
+        "APIResponseValidationError": TransientError,
+        "APIWebhookValidationError": PermanentError,
+        "CredentialsError": FatalError,
+        "IdentityTokenFileError": FatalError,
+        "RetryableError": TransientError,
+    }
 
     def __init__(
         self,
         model: str,
         *,
         structured: Structured = "schema",
-        thinking_tokens: int | None = None,
+        thinking: Thinking | int | None = None,
+        effort: Effort | None = None,
         cache_prompt: bool = False,
         base_url: str | None = None,
         api_key_env: str = "ANTHROPIC_API_KEY",
@@ -66,7 +87,7 @@ class AnthropicJudge(HostedJudge):
         client: "anthropic.AsyncAnthropic | None" = None,
         temperature: float | None = None,
         max_tokens: int | None = None,
-        price: Mapping[str, JsonValue] | float | None = None,
+        price: PriceOption = None,
         concurrency: int = 16,
         requests_per_minute: float | None = None,
         tokens_per_minute: float | None = None,
@@ -74,7 +95,7 @@ class AnthropicJudge(HostedJudge):
     ) -> None:
         super().__init__(
             model,
-            base_url=base_url,
+            base_url=str(client.base_url) if client else base_url,
             api_key_env=api_key_env,
             price=price,
             concurrency=concurrency,
@@ -83,7 +104,8 @@ class AnthropicJudge(HostedJudge):
             max_tokens=max_tokens,
         )
         self.structured: Structured = structured
-        self.thinking_tokens = thinking_tokens
+        self.thinking: Thinking | int | None = thinking
+        self.effort: Effort | None = effort
         self.cache_prompt = cache_prompt
         self.headers = headers
         self.client = client
@@ -93,9 +115,10 @@ class AnthropicJudge(HostedJudge):
     def identity(self) -> Mapping[str, JsonValue]:
         return {
             "judge": self.spec,
-            "endpoint": self.base_url or (str(self.client.base_url) if self.client else None),
+            "endpoint": self.base_url,
             "structured": self.structured,
-            "thinking_tokens": self.thinking_tokens,
+            "thinking": self.thinking,
+            "effort": self.effort,
             "temperature": self.temperature,
             "max_tokens": self.max_tokens,
         }
@@ -103,8 +126,17 @@ class AnthropicJudge(HostedJudge):
     def connect(self) -> None:
         self._client  # noqa: B018  # raises where there is no key
 
+    async def disconnect(self) -> None:
+        if self.client is None and "_client" in vars(self):
+            await vars(self).pop("_client").close()
+
+    @property
+    def secret(self) -> str:
+        return self._client.api_key or ""
+
     @cached_property
     def _client(self) -> "anthropic.AsyncAnthropic":
+        self.require_allowed()
         if self.client is not None:
             return self.client
         import anthropic
@@ -119,47 +151,49 @@ class AnthropicJudge(HostedJudge):
         )
 
     def output_limit(self, question: Question) -> int:
-        return super().output_limit(question) + (self.thinking_tokens or 0)
+        budget = self.thinking if isinstance(self.thinking, int) else 0
+        return self.max_tokens or super().output_limit(question) + budget
 
     async def judge(self, question: Question) -> Verdict:
-        began = time.perf_counter()
-        try:
-            reply = await self._ask(question)
-        except Exception as exc:
-            raise translate(exc, ERRORS, secret=self._client.api_key or "") from exc
-        verdict = self.read(reply, question)
-        return replace(verdict, usage=replace(verdict.usage, seconds=time.perf_counter() - began))
+        return await self.ask(self._ask(question), question)
 
     async def _ask(self, question: Question) -> Reply:
-        from anthropic import omit
+        return _of_message(await self._client.messages.create(**self._params(question), extra_body=self._sampling))
 
+    @property
+    def _sampling(self) -> dict[str, JsonValue]:
+        """What the SDK has no parameter for any more, and older models still take."""
+        return {} if self.temperature is None else {"temperature": self.temperature}
+
+    def _params(self, question: Question) -> "MessageParams":
         schema = answer_schema(question)
-        tool = self.structured == "tool"
-        message = await self._client.messages.create(
-            model=self.model,
-            max_tokens=self.output_limit(question),
-            messages=self._messages(question),
-            output_config={"format": {"type": "json_schema", "schema": schema}} if self.structured == "schema" else omit,
-            tools=[{"name": TOOL, "description": "Say which candidate is shown.", "input_schema": schema}] if tool else omit,
-            tool_choice={"type": "tool", "name": TOOL} if tool else omit,
-            temperature=omit if self.temperature is None else self.temperature,
-            thinking={"type": "enabled", "budget_tokens": self.thinking_tokens} if self.thinking_tokens else omit,
-        )
-        texts = [block.text for block in message.content if block.type == "text"]
-        texts += [json.dumps(block.input) for block in message.content if block.type == "tool_use"]
-        return Reply(
-            text="\n".join(texts),
-            usage=_usage(message.usage),
-            refusal="The model refused to answer." if message.stop_reason == "refusal" else None,
-            cut_off=message.stop_reason == "max_tokens",
-        )
+        messages = [self._message(message, question) for message in render(question)]
+        params: MessageParams = {"model": self.model, "max_tokens": self.output_limit(question), "messages": messages}
+        output: OutputConfigParam = {}
+        if self.structured == "schema":
+            output["format"] = {"type": "json_schema", "schema": schema}
+        if self.effort is not None:
+            output["effort"] = self.effort
+        if output:
+            params["output_config"] = output
+        if self.structured == "tool":
+            params["tools"] = [{"name": TOOL, "description": "Say which candidate is shown.", "input_schema": schema}]
+            params["tool_choice"] = {"type": "tool", "name": TOOL}
+        match self.thinking:
+            case int(budget):
+                params["thinking"] = {"type": "enabled", "budget_tokens": budget}
+            case "adaptive":
+                params["thinking"] = {"type": "adaptive"}
+            case "disabled":
+                params["thinking"] = {"type": "disabled"}
+            case "between_tools":
+                params["thinking"] = {"type": "between_tools"}
+        return params
 
-    def _messages(self, question: Question) -> "list[MessageParam]":
-        messages: list[MessageParam] = []
-        for message in render(question):
-            content: list[ContentBlockParam] = [self._block(part, question) for part in message.parts]
-            messages.append({"role": message.role, "content": content})
-        return messages
+    def _message(self, message: Message, question: Question) -> "UserMessageParam | AssistantMessageParam":
+        if message.role == "user":
+            return {"role": "user", "content": [self._block(part, question) for part in message.parts]}
+        return {"role": "assistant", "content": "".join(map(str, message.parts))}
 
     def _block(self, part: Part, question: Question) -> "TextBlockParam | ImageBlockParam":
         if isinstance(part, str):
@@ -173,15 +207,61 @@ class AnthropicJudge(HostedJudge):
             block["cache_control"] = {"type": "ephemeral"}
         return block
 
+    def batch_row(self, key: str, question: Question) -> JsonValue:
+        return {"custom_id": key, "params": {**cast(dict[str, JsonValue], self._params(question)), **self._sampling}}
 
-def _usage(usage: "anthropic.types.Usage") -> Usage:
-    """Ours counts cached and newly cached tokens among the input, Anthropic's beside it."""
-    read, written = usage.cache_read_input_tokens or 0, usage.cache_creation_input_tokens or 0
-    return Usage(
-        input_tokens=usage.input_tokens + read + written,
-        cached_input_tokens=read,
-        cache_write_tokens=written,
-        output_tokens=usage.output_tokens,
+    async def submit_batch(self, rows: Path, token: str) -> str:
+        requests: list[Request] = [json.loads(line) for line in rows.read_text(encoding="utf-8").splitlines()]
+        return (await self._client.messages.batches.create(requests=requests)).id
+
+    async def find_batch(self, token: str) -> str | None:
+        """Anthropic's batches carry nothing of ours, so the token's time and number of requests must do."""
+        began, count, _ = token.split("/")
+        found = None
+        async for batch in self._client.messages.batches.list():
+            if batch.created_at < datetime.fromisoformat(began):
+                break
+            counts = batch.request_counts
+            total = counts.processing + counts.succeeded + counts.errored + counts.canceled + counts.expired
+            found = batch.id if total == int(count) else found
+        return found
+
+    async def batch_results(self, batch_id: str) -> Mapping[str, JsonValue] | None:
+        batch = await self._client.messages.batches.retrieve(batch_id)
+        if batch.processing_status != "ended":
+            return None
+        return {
+            row.custom_id: row.result.model_dump(mode="json")
+            async for row in await self._client.messages.batches.results(batch_id)
+        }
+
+    def of_batch_row(self, row: JsonValue, question: Question) -> Reply:
+        from anthropic.types import Message as AnthropicMessage
+
+        assert isinstance(row, dict)
+        match row["type"]:
+            case "succeeded":
+                return _of_message(AnthropicMessage.model_validate(row["message"]))
+            case "errored" if "invalid_request" in str(row["error"]):
+                raise PermanentError(f"The batch refused the question: {row['error']}")
+            case kind:
+                raise TransientError(f"The batch has no answer: {row.get('error') or kind}")
+
+
+def _of_message(message: "AnthropicMessage") -> Reply:
+    texts = [block.text for block in message.content if block.type == "text"]
+    texts += [json.dumps(block.input) for block in message.content if block.type == "tool_use"]
+    read, written = message.usage.cache_read_input_tokens or 0, message.usage.cache_creation_input_tokens or 0
+    return Reply(
+        text="\n".join(texts),
+        usage=Usage(
+            input_tokens=message.usage.input_tokens + read + written,  # Anthropic counts them apart
+            cached_input_tokens=read,
+            cache_write_tokens=written,
+            output_tokens=message.usage.output_tokens,
+        ),
+        refusal="The model refused to answer." if message.stop_reason == "refusal" else None,
+        cut_off=message.stop_reason == "max_tokens",
     )
 
 
@@ -192,38 +272,3 @@ def _http_client() -> "httpx2.AsyncClient | None":
     import anthropic
 
     return anthropic.DefaultAioHttpClient()
-
-
-ERRORS: Mapping[str, type[JudgeError]] = {
-    "AnthropicError": FatalError,
-    "APIError": TransientError,
-    "APIStatusError": JudgeError,
-    "APIConnectionError": TransientError,
-    "APITimeoutError": TransientError,
-    "APIResponseValidationError": TransientError,
-    "APIWebhookValidationError": PermanentError,
-    "AuthenticationError": FatalError,
-    "BadRequestError": PermanentError,
-    "ClientClosedRequestError": TransientError,
-    "ConflictError": TransientError,
-    "ContentTooLargeError": PermanentError,
-    "CredentialsError": FatalError,
-    "DeadlineExceededError": TransientError,
-    "GatewayTimeoutError": TransientError,
-    "HTTPNotImplementedError": PermanentError,
-    "IdentityTokenFileError": FatalError,
-    "InternalServerError": TransientError,
-    "NotFoundError": FatalError,
-    "OverloadedError": RateLimited,
-    "PaymentRequiredError": FatalError,
-    "PermissionDeniedError": FatalError,
-    "PreconditionFailedError": PermanentError,
-    "RateLimitError": RateLimited,
-    "RequestHeaderFieldsTooLargeError": PermanentError,
-    "RequestTimeoutError": TransientError,
-    "RequestTooLargeError": PermanentError,
-    "RetryableError": TransientError,
-    "ServiceUnavailableError": RateLimited,
-    "UnprocessableEntityError": PermanentError,
-}
-"""Ours for every exception of the SDK, by name; a status without a class of its own is judged by its number."""

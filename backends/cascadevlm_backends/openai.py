@@ -5,17 +5,28 @@ hold an answer to a schema it is asked to; where it cannot, the lettered prompt 
 """
 
 import importlib.util
+import json
 import math
-import time
 from collections.abc import Awaitable, Mapping
 from dataclasses import replace
 from functools import cached_property
-from typing import TYPE_CHECKING, ClassVar, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, Literal, cast
 
 from pydantic import JsonValue
 
-from cascadevlm.errors import FatalError, JudgeError, PermanentError, RateLimited, TransientError
-from cascadevlm.hosted import HostedJudge, ImageLimits, Reply, answer_schema, choices, normalised, translate
+from cascadevlm.errors import BackendError, FatalError, JudgeError, PermanentError, TransientError
+from cascadevlm.hosted import (
+    BatchLimits,
+    HostedJudge,
+    ImageLimits,
+    PriceOption,
+    Reply,
+    answer_schema,
+    choices,
+    error_of_status,
+    normalised,
+)
 from cascadevlm.prompt import Message, Part, options, render
 from cascadevlm.types import Question, Usage, Verdict
 
@@ -23,17 +34,21 @@ if TYPE_CHECKING:
     import httpx2
     import openai
     from openai.types import CompletionUsage, DecisionInputPartUnionParam
-    from openai.types.chat import ChatCompletionContentPartParam, ChatCompletionMessageParam
+    from openai.types.chat import ChatCompletion, ChatCompletionContentPartParam, ChatCompletionMessageParam
     from openai.types.chat.chat_completion import ChoiceLogprobs
+    from openai.types.chat.completion_create_params import CompletionCreateParamsNonStreaming as ChatParams
     from openai.types.decision_create_params import InputUnionMember1DecisionInputUserMessage as DecisionMessage
-    from openai.types.responses import ResponseInputContentParam, ResponseInputParam, ResponseTextConfigParam
-    from openai.types.shared_params import ResponseFormatJSONSchema
+    from openai.types.responses import Response, ResponseInputContentParam, ResponseInputParam
+    from openai.types.responses.response_create_params import ResponseCreateParamsNonStreaming as ResponseParams
 
 Mode = Literal["answer", "decision"]
 Api = Literal["chat", "responses"]
 Detail = Literal["auto", "low", "high"]
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
 TOP_LOGPROBS = 20
+AS_JSON = "\nGive the answer as JSON: the field answer names the one shown."
+FILTERED = "The provider's content filter stopped the answer."
 
 
 class OpenAIJudge(HostedJudge):
@@ -51,9 +66,9 @@ class OpenAIJudge(HostedJudge):
         client: your own `openai.AsyncOpenAI`; its retries should be off.
         detail: how closely the model looks at images.
         temperature: the endpoint's default, unless given; models that reason accept no other.
-        max_tokens: of an answer; the prompt's, unless given.
+        max_tokens: of an answer, thoughts included; the prompt's, and room for thoughts where a model has them, unless given.
         reasoning_effort: for models that reason.
-        price: dollars per million tokens, ``{"input": …, "output": …}``, or 0; the table's, unless given.
+        price: see `PriceOption`.
         concurrency: the most requests in flight.
         requests_per_minute: the most requests to begin in a minute.
         tokens_per_minute: the most tokens, by worst case, in a minute.
@@ -61,7 +76,22 @@ class OpenAIJudge(HostedJudge):
     """
 
     provider: ClassVar[str] = "openai"
+    hosts: ClassVar[tuple[str, ...]] = ("api.openai.com",)
     limits: ClassVar[ImageLimits] = ImageLimits(longest_side=2048, max_bytes=20_000_000)
+    batch_limits: ClassVar[BatchLimits] = BatchLimits(requests=50_000, bytes=190_000_000)
+    errors: ClassVar[Mapping[str, type[JudgeError]]] = {
+        "OpenAIError": FatalError,
+        "APIError": TransientError,
+        "APIStatusError": PermanentError,
+        "APIConnectionError": TransientError,
+        "APITimeoutError": TransientError,
+        "APIResponseValidationError": TransientError,
+        "ContentFilterFinishReasonError": PermanentError,
+        "InvalidWebhookSignatureError": PermanentError,
+        "LengthFinishReasonError": PermanentError,
+        "WebSocketConnectionClosedError": TransientError,
+        "WebSocketQueueFullError": TransientError,
+    }
 
     def __init__(
         self,
@@ -79,8 +109,8 @@ class OpenAIJudge(HostedJudge):
         detail: Detail = "auto",
         temperature: float | None = None,
         max_tokens: int | None = None,
-        reasoning_effort: str | None = None,
-        price: Mapping[str, JsonValue] | float | None = None,
+        reasoning_effort: Effort | None = None,
+        price: PriceOption = None,
         concurrency: int = 16,
         requests_per_minute: float | None = None,
         tokens_per_minute: float | None = None,
@@ -88,7 +118,7 @@ class OpenAIJudge(HostedJudge):
     ) -> None:
         super().__init__(
             model,
-            base_url=base_url,
+            base_url=str(client.base_url) if client else base_url,
             api_key_env=api_key_env,
             price=price,
             concurrency=concurrency,
@@ -105,14 +135,14 @@ class OpenAIJudge(HostedJudge):
         self.client = client
         self.detail: Detail = detail
         self.temperature = temperature
-        self.reasoning_effort = reasoning_effort
+        self.reasoning_effort: Effort | None = reasoning_effort
         self.timeout = timeout
-        self._takes_schema: bool | None = structured
+        self._takes_schema = structured
 
     def identity(self) -> Mapping[str, JsonValue]:
         return {
             "judge": self.spec,
-            "endpoint": self.base_url or (str(self.client.base_url) if self.client else None),
+            "endpoint": self.base_url,
             "mode": self.mode,
             "api": self.api,
             "structured": self.structured,
@@ -126,8 +156,17 @@ class OpenAIJudge(HostedJudge):
     def connect(self) -> None:
         self._client  # noqa: B018  # raises where there is no key
 
+    async def disconnect(self) -> None:
+        if self.client is None and "_client" in vars(self):
+            await vars(self).pop("_client").close()
+
+    @property
+    def secret(self) -> str:
+        return self._client.api_key
+
     @cached_property
     def _client(self) -> "openai.AsyncOpenAI":
+        self.require_allowed()
         if self.client is not None:
             return self.client
         import openai
@@ -144,87 +183,93 @@ class OpenAIJudge(HostedJudge):
 
     async def judge(self, question: Question) -> Verdict:
         if self.mode == "decision":
-            return await self._ask(question, self._choose(question))
-        ask = self._respond if self.api == "responses" else self._complete
-        if self._takes_schema is False:
-            return await self._ask(question, ask(question, False))
+            return await self.ask(self._choose(question), question)
+        if self._takes_schema is not None:
+            return await self.ask(self._answer(question, self._takes_schema), question)
         try:
-            verdict = await self._ask(question, ask(question, True))
+            verdict = await self.ask(self._answer(question, True), question)
         except PermanentError:
-            if self._takes_schema:
-                raise
-            verdict = await self._ask(question, ask(question, False))
+            verdict = await self.ask(self._answer(question, False), question)
             self._takes_schema = False
         else:
             self._takes_schema = True
         return verdict
 
-    async def _ask(self, question: Question, request: Awaitable[Reply]) -> Verdict:
-        began = time.perf_counter()
-        try:
-            reply = await request
-        except Exception as exc:
-            raise translate(exc, ERRORS, secret=self._client.api_key) from exc
-        verdict = self.read(reply, question)
-        return replace(verdict, usage=replace(verdict.usage, seconds=time.perf_counter() - began))
+    def _answer(self, question: Question, structured: bool) -> Awaitable[Reply]:
+        return self._respond(question, structured) if self.api == "responses" else self._complete(question, structured)
 
     async def _complete(self, question: Question, structured: bool) -> Reply:
-        from openai import omit
-
-        limit = self.output_limit(question)
-        by_key = self.logprobs
-        completion = await self._client.chat.completions.create(
-            model=self.model,
-            messages=self._chat_messages(question, structured),
-            response_format=_response_format(question, by_key) if structured else omit,
-            temperature=omit if self.temperature is None else self.temperature,
-            max_completion_tokens=omit if self.base_url else limit,
-            max_tokens=limit if self.base_url else omit,  # what servers other than OpenAI's understand
-            reasoning_effort=self.reasoning_effort or omit,
-            logprobs=True if self.logprobs else omit,
-            top_logprobs=TOP_LOGPROBS if self.logprobs else omit,
+        return self._of_completion(
+            await self._client.chat.completions.create(**self._chat_params(question, structured)), question
         )
+
+    async def _respond(self, question: Question, structured: bool) -> Reply:
+        return _of_response(await self._client.responses.create(**self._response_params(question, structured)))
+
+    def _chat_params(self, question: Question, structured: bool) -> "ChatParams":
+        messages: list[ChatCompletionMessageParam] = []
+        for message in _worded(question, structured):
+            if message.role == "assistant":
+                messages.append({"role": "assistant", "content": "".join(map(str, message.parts))})
+            else:
+                messages.append({"role": "user", "content": [self._chat_part(part, question) for part in message.parts]})
+        params: ChatParams = {"model": self.model, "messages": messages}
+        if self.is_own_endpoint:
+            params["max_completion_tokens"] = self.output_limit(question)
+        else:
+            params["max_tokens"] = self.output_limit(question)  # what other servers understand
+        if structured:
+            schema = answer_schema(question, by_key=self.logprobs)
+            params["response_format"] = {
+                "type": "json_schema",
+                "json_schema": {"name": "verdict", "strict": True, "schema": schema},
+            }
+        if self.temperature is not None:
+            params["temperature"] = self.temperature
+        if self.reasoning_effort is not None:
+            params["reasoning_effort"] = self.reasoning_effort
+        if self.logprobs:
+            params["logprobs"] = True
+            params["top_logprobs"] = TOP_LOGPROBS
+        return params
+
+    def _of_completion(self, completion: "ChatCompletion", question: Question) -> Reply:
+        if not completion.choices:
+            raise TransientError("The response holds no answer.", may_be_billed=True)
         choice = completion.choices[0]
-        content = choice.message.content or ""
-        filtered = "The provider's content filter stopped the answer." if choice.finish_reason == "content_filter" else None
         return Reply(
-            text=content,
-            usage=_usage(completion.usage),
-            refusal=choice.message.refusal or filtered,
+            text=choice.message.content or "",
+            usage=_chat_usage(completion.usage),
+            refusal=choice.message.refusal or (FILTERED if choice.finish_reason == "content_filter" else None),
             cut_off=choice.finish_reason == "length",
             probabilities=_probabilities(choice.logprobs, question) if choice.logprobs else None,
         )
 
-    async def _respond(self, question: Question, structured: bool) -> Reply:
-        from openai import omit
-
-        response = await self._client.responses.create(
-            model=self.model,
-            input=self._response_input(question, structured),
-            text=_text_format(question) if structured else omit,
-            temperature=omit if self.temperature is None else self.temperature,
-            max_output_tokens=self.output_limit(question),
-            reasoning={"effort": self.reasoning_effort} if self.reasoning_effort else omit,
-            store=False,
-        )
-        refusals = [
-            part.refusal for item in response.output if item.type == "message" for part in item.content if part.type == "refusal"
-        ]
-        why = response.incomplete_details.reason if response.incomplete_details else None
-        if why == "content_filter":
-            refusals.append("The provider's content filter stopped the answer.")
-        usage = response.usage
-        return Reply(
-            text=response.output_text,
-            usage=_tokens(usage.input_tokens, usage.output_tokens, usage.input_tokens_details.cached_tokens)
-            if usage
-            else Usage(),
-            refusal=refusals[0] if refusals else None,
-            cut_off=why == "max_output_tokens",
-        )
+    def _response_params(self, question: Question, structured: bool) -> "ResponseParams":
+        messages: ResponseInputParam = []
+        for message in _worded(question, structured):
+            if message.role == "assistant":
+                messages.append({"role": "assistant", "content": "".join(map(str, message.parts))})
+            else:
+                messages.append({"role": "user", "content": [self._response_part(part, question) for part in message.parts]})
+        params: ResponseParams = {
+            "model": self.model,
+            "input": messages,
+            "max_output_tokens": self.output_limit(question),
+            "store": False,
+        }
+        if structured:
+            params["text"] = {
+                "format": {"type": "json_schema", "name": "verdict", "strict": True, "schema": answer_schema(question)}
+            }
+        if self.temperature is not None:
+            params["temperature"] = self.temperature
+        if self.reasoning_effort is not None:
+            params["reasoning"] = {"effort": self.reasoning_effort}
+        return params
 
     async def _choose(self, question: Question) -> Reply:
-        """The decisions endpoint: one choice question about the whole conversation."""
+        """The decisions endpoint: one choice question about the conversation."""
         names = choices(question, by_key=False)
         decision = await self._client.decisions.create(
             model=self.model,
@@ -238,40 +283,26 @@ class OpenAIJudge(HostedJudge):
             ],
         )
         (answer,) = decision.answers
-        usage = decision.usage
-        tokens = _tokens(usage.input_tokens, usage.output_tokens, usage.input_tokens_details.cached_tokens)
+        details = decision.usage.input_tokens_details
+        usage = Usage(
+            input_tokens=decision.usage.input_tokens,
+            output_tokens=decision.usage.output_tokens,
+            cached_input_tokens=details.cached_tokens,
+        )
         if answer.type != "choice":
-            return Reply(text="", usage=tokens, refusal="The model declined to decide.")
+            return Reply(text="", usage=usage, refusal="The model declined to decide.")
         by_name = {str(option.value): option.probability for option in answer.probabilities}
         labels = dict(zip(names, (label.name for label in question.labels), strict=False))
         return Reply(
             text=f"ANSWER: {answer.choice}",
-            usage=tokens,
-            probabilities=normalised({labels[name]: by_name.get(name, 0.0) for name in labels}),
+            usage=usage,
+            probabilities=normalised({label: by_name.get(name, 0.0) for name, label in labels.items()}),
         )
-
-    def _chat_messages(self, question: Question, structured: bool) -> "list[ChatCompletionMessageParam]":
-        messages: list[ChatCompletionMessageParam] = []
-        for message in _worded(question, structured):
-            if message.role == "assistant":
-                messages.append({"role": "assistant", "content": "".join(map(str, message.parts))})
-            else:
-                messages.append({"role": "user", "content": [self._chat_part(part, question) for part in message.parts]})
-        return messages
 
     def _chat_part(self, part: Part, question: Question) -> "ChatCompletionContentPartParam":
         if isinstance(part, str):
             return {"type": "text", "text": part}
         return {"type": "image_url", "image_url": {"url": self.sent(part, question).data_url, "detail": self.detail}}
-
-    def _response_input(self, question: Question, structured: bool) -> "ResponseInputParam":
-        messages: ResponseInputParam = []
-        for message in _worded(question, structured):
-            if message.role == "assistant":
-                messages.append({"role": "assistant", "content": "".join(map(str, message.parts))})
-            else:
-                messages.append({"role": "user", "content": [self._response_part(part, question) for part in message.parts]})
-        return messages
 
     def _response_part(self, part: Part, question: Question) -> "ResponseInputContentParam":
         if isinstance(part, str):
@@ -287,8 +318,60 @@ class OpenAIJudge(HostedJudge):
                 content.append({"type": "input_image", "image_url": self.sent(part, question).data_url})
         return [{"role": "user", "content": content}]
 
+    def batch_row(self, key: str, question: Question) -> JsonValue:
+        if self.mode == "decision":
+            raise BackendError(f"{self.spec!r} has no batches of decisions.", hint='Use mode = "answer".')
+        structured = self.structured is not False
+        if self.api == "responses":
+            url, body = "/v1/responses", cast(JsonValue, self._response_params(question, structured))
+        else:
+            url, body = "/v1/chat/completions", cast(JsonValue, self._chat_params(question, structured))
+        return {"custom_id": key, "method": "POST", "url": url, "body": body}
 
-AS_JSON = "\nGive the answer as JSON: the field answer names the one shown."
+    async def submit_batch(self, rows: Path, token: str) -> str:
+        file = await self._client.files.create(file=rows, purpose="batch")
+        batch = await self._client.batches.create(
+            completion_window="24h",
+            endpoint="/v1/responses" if self.api == "responses" else "/v1/chat/completions",
+            input_file_id=file.id,
+            metadata={"cascadevlm": token},
+        )
+        return batch.id
+
+    async def find_batch(self, token: str) -> str | None:
+        async for batch in self._client.batches.list():
+            if (batch.metadata or {}).get("cascadevlm") == token:
+                return batch.id
+        return None
+
+    async def batch_results(self, batch_id: str) -> Mapping[str, JsonValue] | None:
+        batch = await self._client.batches.retrieve(batch_id)
+        if batch.status not in ("completed", "expired", "cancelled", "failed"):
+            return None
+        rows: dict[str, JsonValue] = {}
+        for file_id in (batch.output_file_id, batch.error_file_id):
+            if file_id is not None:
+                content = await self._client.files.content(file_id)
+                rows |= {row["custom_id"]: row for row in map(json.loads, content.text.splitlines())}
+        if batch.status == "failed" and not rows:
+            reasons = [error.message for error in (batch.errors.data if batch.errors else None) or () if error.message]
+            raise PermanentError(f"{self.spec} refused batch {batch_id}: {' '.join(reasons) or 'no reason given'}")
+        return rows
+
+    def of_batch_row(self, row: JsonValue, question: Question) -> Reply:
+        from openai.types.chat import ChatCompletion
+        from openai.types.responses import Response
+
+        assert isinstance(row, dict)
+        response = row.get("response")
+        if not isinstance(response, dict) or row.get("error"):
+            raise TransientError(f"The batch has no answer: {row.get('error') or 'no reason given'}")
+        status, body = response.get("status_code"), response.get("body")
+        if status != 200:
+            raise error_of_status(int(str(status)), str(body))
+        if self.api == "responses":
+            return _of_response(Response.model_validate(body))
+        return self._of_completion(ChatCompletion.model_validate(body), question)
 
 
 def _worded(question: Question, structured: bool) -> tuple[Message, ...]:
@@ -298,24 +381,37 @@ def _worded(question: Question, structured: bool) -> tuple[Message, ...]:
     return (*messages[:-1], replace(messages[-1], parts=(*messages[-1].parts, AS_JSON)))
 
 
-def _response_format(question: Question, by_key: bool) -> "ResponseFormatJSONSchema":
-    schema = answer_schema(question, by_key=by_key)
-    return {"type": "json_schema", "json_schema": {"name": "verdict", "strict": True, "schema": schema}}
+def _of_response(response: "Response") -> Reply:
+    parts = [part for item in response.output if item.type == "message" for part in item.content]
+    refusals = [part.refusal for part in parts if part.type == "refusal"]
+    why = response.incomplete_details.reason if response.incomplete_details else None
+    usage = Usage()
+    if response.usage:
+        details = response.usage.input_tokens_details
+        usage = Usage(
+            input_tokens=response.usage.input_tokens,
+            output_tokens=response.usage.output_tokens,
+            cached_input_tokens=details.cached_tokens,
+            cache_write_tokens=details.cache_write_tokens,
+        )
+    return Reply(
+        text=response.output_text,
+        usage=usage,
+        refusal=refusals[0] if refusals else FILTERED if why == "content_filter" else None,
+        cut_off=why == "max_output_tokens",
+    )
 
 
-def _text_format(question: Question) -> "ResponseTextConfigParam":
-    return {"format": {"type": "json_schema", "name": "verdict", "strict": True, "schema": answer_schema(question)}}
-
-
-def _tokens(into: int, out: int, cached: int) -> Usage:
-    return Usage(input_tokens=into, output_tokens=out, cached_input_tokens=cached)
-
-
-def _usage(usage: "CompletionUsage | None") -> Usage:
+def _chat_usage(usage: "CompletionUsage | None") -> Usage:
     if usage is None:
         return Usage()
     details = usage.prompt_tokens_details
-    return _tokens(usage.prompt_tokens, usage.completion_tokens, (details and details.cached_tokens) or 0)
+    return Usage(
+        input_tokens=usage.prompt_tokens,
+        output_tokens=usage.completion_tokens,
+        cached_input_tokens=(details and details.cached_tokens) or 0,
+        cache_write_tokens=(details and details.cache_write_tokens) or 0,
+    )
 
 
 def _probabilities(logprobs: "ChoiceLogprobs", question: Question) -> Mapping[str, float] | None:
@@ -345,28 +441,3 @@ def _http_client() -> "httpx2.AsyncClient | None":
     import openai
 
     return openai.DefaultAioHttpClient()
-
-
-ERRORS: Mapping[str, type[JudgeError]] = {
-    "OpenAIError": FatalError,
-    "APIError": TransientError,
-    "APIStatusError": JudgeError,
-    "APIConnectionError": TransientError,
-    "APITimeoutError": TransientError,
-    "APIResponseValidationError": TransientError,
-    "AuthenticationError": FatalError,
-    "BadRequestError": PermanentError,
-    "ConflictError": TransientError,
-    "ContentFilterFinishReasonError": PermanentError,
-    "InternalServerError": TransientError,
-    "InvalidWebhookSignatureError": PermanentError,
-    "LengthFinishReasonError": PermanentError,
-    "NotFoundError": FatalError,
-    "OAuthError": FatalError,
-    "PermissionDeniedError": FatalError,
-    "RateLimitError": RateLimited,
-    "UnprocessableEntityError": PermanentError,
-    "WebSocketConnectionClosedError": TransientError,
-    "WebSocketQueueFullError": TransientError,
-}
-"""Ours for every exception of the SDK, by name; a status without a class of its own is judged by its number."""

@@ -1,0 +1,98 @@
+"""What can go wrong with a request, and how either provider words it."""
+
+from collections.abc import Mapping
+from dataclasses import KW_ONLY, dataclass
+from typing import Literal, NamedTuple, TypeAlias
+from uuid import uuid4
+
+Json: TypeAlias = Mapping[str, object]
+Provider: TypeAlias = Literal["openai", "anthropic"]
+
+ErrorKind: TypeAlias = Literal[
+    "rate_limit",
+    "server_error",
+    "unavailable",
+    "overloaded",
+    "bad_request",
+    "unauthorized",
+    "forbidden",
+    "not_found",
+    "quota",
+]
+"""Answered by an error status."""
+
+ConnectionKind: TypeAlias = Literal["reset", "slow", "truncated", "invalid_json"]
+"""The connection breaks, drags on, ends within the answer, or carries something else than JSON; a row of a batch has none."""
+
+VerdictKind: TypeAlias = Literal["wrong_label", "not_offered_letter", "empty", "huge", "refusal", "content_filter", "length"]
+"""A proper response whose answer is of no use."""
+
+FaultKind: TypeAlias = ErrorKind | ConnectionKind | VerdictKind | Literal["expired"]
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What goes wrong with one request.
+
+    Attributes:
+        kind: what; ``"expired"`` is for the rows of batches alone.
+        retry_after: sent with an error: seconds or an HTTP date.
+        retry_after_ms: sent with an error: milliseconds.
+        seconds: before the first byte of a slow answer.
+    """
+
+    kind: FaultKind
+    _: KW_ONLY
+    retry_after: float | str | None = None
+    retry_after_ms: float | None = None
+    seconds: float = 1.0
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """What the response says about waiting."""
+        told = {"retry-after": self.retry_after, "retry-after-ms": self.retry_after_ms}
+        return {name: str(value) for name, value in told.items() if value is not None}
+
+
+class Problem(Exception):
+    """A request that gets an error for an answer."""
+
+    def __init__(self, kind: str, message: str = "") -> None:
+        super().__init__(message)
+        self.kind = kind
+
+    def reply(self, provider: Provider) -> tuple[int, Json]:
+        """Status and body in the provider's form."""
+        error = ERRORS[self.kind]
+        message = str(self) or error.message
+        if provider == "anthropic":
+            status, type_ = error.anthropic
+            return status, {"type": "error", "error": {"type": type_, "message": message}, "request_id": new_id("req")}
+        status, type_, code = error.openai
+        return status, {"error": {"message": message, "type": type_, "param": None, "code": code}}
+
+
+class Error(NamedTuple):
+    """An error in both providers' terms: status, type and, with OpenAI, code."""
+
+    message: str
+    openai: tuple[int, str, str | None]
+    anthropic: tuple[int, str]
+
+
+ERRORS: Mapping[str, Error] = {
+    "rate_limit": Error("Rate limit reached.", (429, "requests", "rate_limit_exceeded"), (429, "rate_limit_error")),
+    "server_error": Error("The server had an error.", (500, "server_error", None), (500, "api_error")),
+    "unavailable": Error("The service is unavailable.", (503, "server_error", None), (503, "api_error")),
+    "overloaded": Error("Overloaded.", (529, "server_error", "overloaded"), (529, "overloaded_error")),
+    "bad_request": Error("Invalid request.", (400, "invalid_request_error", None), (400, "invalid_request_error")),
+    "unauthorized": Error("Wrong key.", (401, "invalid_request_error", "invalid_api_key"), (401, "authentication_error")),
+    "forbidden": Error("Not allowed.", (403, "permission_error", None), (403, "permission_error")),
+    "not_found": Error("Not found.", (404, "invalid_request_error", "not_found"), (404, "not_found_error")),
+    "quota": Error("No credit is left.", (429, "insufficient_quota", "insufficient_quota"), (402, "billing_error")),
+}
+
+
+def new_id(prefix: str) -> str:
+    """An identifier as the providers make them."""
+    return f"{prefix}_{uuid4().hex}"

@@ -1,0 +1,8 @@
+"""What holds for all tests: no hub, no paid endpoint, and a cache of their own."""
+
+import os
+import tempfile
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["CASCADEVLM_LOCAL_ONLY"] = "1"
+os.environ["CASCADEVLM_CACHE_DIR"] = tempfile.mkdtemp(prefix="cascadevlm-tests-")
