@@ -93,9 +93,10 @@ class StageConfig(_Section):
 
 
 class BudgetConfig(_Section):
-    """``[budget]``: the most a run may spend on hosted judges, in US dollars."""
+    """``[budget]``: the most a run may spend on hosted judges, and what the command line spends without asking, in US dollars."""
 
     usd: Annotated[float, Field(ge=0)] | None = None
+    ask_above_usd: Annotated[float, Field(ge=0)] = 1.0
 
 
 class CacheConfig(_Section):

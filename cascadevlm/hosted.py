@@ -290,6 +290,10 @@ class HostedJudge(Judge):
             where = ".".join(map(str, problem["loc"]))
             raise BackendError(f"The price of {self.spec!r} is wrong at {where!r}: {problem['msg']}.") from exc
 
+    @property
+    def costs_money(self) -> bool:
+        return self.price != FREE
+
     def api_key(self) -> str:
         """The key from the environment; any text does on this machine.
 

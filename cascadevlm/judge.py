@@ -30,6 +30,15 @@ class Judge(ABC):
     requests_per_minute: float | None = None
     tokens_per_minute: float | None = None
 
+    @property
+    def costs_money(self) -> bool:
+        """Whether its answers are paid for.
+
+        Raises:
+            BackendError: if the price is unknown.
+        """
+        return False
+
     @abstractmethod
     async def judge(self, question: Question) -> Verdict:
         """Answer one question.

@@ -1,98 +1,102 @@
 """``cascadevlm classify``."""
 
 import json
-from pathlib import Path
-from typing import Annotated
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from cascadevlm.cli import options
 from cascadevlm.errors import InputError
 
-DEFAULT_POLICY = "entropy > 0.35"
+if TYPE_CHECKING:
+    from cascadevlm.types import Prediction
 
 
 def classify(
-    paths: Annotated[list[Path], typer.Argument(metavar="PATH…", help="Image files, or folders of them.")],
-    labels: Annotated[Path | None, typer.Option(help="Class names: a text, CSV or JSON file, or a folder of folders.")] = None,
-    config: Annotated[Path | None, typer.Option(help="A TOML file; the options below override it.")] = None,
-    scorer: Annotated[str | None, typer.Option(help="backend:model, as in open_clip:ViT-B-16-SigLIP2/webli.")] = None,
-    judge: Annotated[str | None, typer.Option(help="backend:model of the first stage, as in hf_chat:aviary.")] = None,
-    policy: Annotated[str | None, typer.Option(help=f"When to ask, as in 'margin < 0.2'. [default: {DEFAULT_POLICY}]")] = None,
-    candidates: Annotated[int | None, typer.Option(min=1, help="How many the judge is offered. [default: 5]")] = None,
-    prompt: Annotated[str | None, typer.Option(help="A prompt's name or file. [default: select]")] = None,
-    settings: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any other key, as in on_failure=abstain.")
-    ] = None,
+    paths: options.Paths,
+    labels: options.Labels = None,
+    config: options.ConfigFile = None,
+    scorer: options.ScorerSpec = None,
+    judge: options.JudgeSpec = None,
+    policy: options.PolicyText = None,
+    candidates: options.CandidateCount = None,
+    prompt: options.PromptName = None,
+    settings: options.Settings = None,
+    batch: Annotated[bool, typer.Option("--batch", help="Ask hosted judges through their batch APIs: cheaper, hours.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask before spending money.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
 ) -> None:
     """Classify images."""
     from rich.console import Console
 
-    from cascadevlm.cli.show import prediction_block, print_summary
-    from cascadevlm.config import Config, override, read_toml, toml_value
-    from cascadevlm.labels import LabelSet
+    from cascadevlm.cli.show import prediction_block, print_summary, spending_rows
     from cascadevlm.types import Usage
 
-    data = read_toml(config) if config else {}
-    overrides = {
-        "scorer.use": scorer,
-        "stage.0.judge": judge,
-        "stage.0.policy": policy or (DEFAULT_POLICY if judge and not config else None),
-        "stage.0.candidates": candidates,
-        "stage.0.prompt": prompt,
-    }
-    for key, value in overrides.items():
-        if value is not None:
-            override(data, key, value)
-    for setting in settings or ():
-        key, equals, text = setting.partition("=")
-        if not equals:
-            raise InputError(f"--set {setting!r} sets nothing.", hint="Write KEY=VALUE.")
-        override(data, key.strip(), toml_value(text))
-    if "scorer" not in data:
-        raise InputError("There is no scorer.", hint="Give --scorer or --config, for example --scorer open_clip:aviary.")
-    cascade = Config.parse(data, name=str(config or "options")).build(LabelSet.read(labels) if labels else None)
-
-    files = _image_files(paths)
+    chosen = options.choose(
+        paths=paths,
+        labels=labels,
+        config=config,
+        scorer=scorer,
+        judge=judge,
+        policy=policy,
+        candidates=candidates,
+        prompt=prompt,
+        settings=settings,
+    )
+    if not yes:
+        _confirm(chosen)
     console = Console(highlight=False)
     total = Usage()
     escalated = failed = 0
-    for number, prediction in enumerate(cascade.stream(files), start=1):
+    for number, prediction in enumerate(_predictions(chosen, batch=batch), start=1):
         if as_json:
             typer.echo(json.dumps(prediction.to_dict()))
         else:
-            console.print(prediction_block(prediction, title=f"{number}/{len(files)} {prediction.path}"))
+            console.print(prediction_block(prediction, title=f"{number}/{len(chosen.files)} {prediction.path}"))
         total += prediction.cost
         escalated += prediction.escalated
         failed += not prediction.candidates
     if not as_json:
-        rows = {
-            "images": str(len(files)),
-            "escalated": str(escalated),
-            "judge calls": str(total.requests),
-            "cost": f"${total.dollars:.4f}",
-            "saved by the cache": f"${total.saved_dollars:.4f}",
-            "unreadable": str(failed),
-        }
-        print_summary(console, "Summary", rows)
+        rows = {"images": str(len(chosen.files)), "escalated": str(escalated), "judge calls": str(total.requests)}
+        rows |= spending_rows(total, escalated=escalated, images=len(chosen.files))
+        print_summary(console, "Summary", rows | {"unreadable": str(failed)})
     if failed:
         raise typer.Exit(1)
 
 
-def _image_files(paths: list[Path]) -> list[Path]:
-    """The files, and those below the folders.
+def _predictions(chosen: options.Chosen, *, batch: bool) -> "Iterator[Prediction]":
+    if not batch:
+        return chosen.cascade.stream(chosen.files)
+    from cascadevlm import loop
+    from cascadevlm.batch import stream_in_batches
+
+    def progress(line: str) -> None:
+        typer.echo(line, err=True)
+
+    return loop.iterate(stream_in_batches(chosen.cascade, chosen.files, progress=progress))
+
+
+def _confirm(chosen: options.Chosen) -> None:
+    """Ask, where the run may cost more than the configuration lets pass.
 
     Raises:
-        InputError: if a path does not exist or a folder holds no image.
+        InputError: if there is nobody to ask.
     """
-    from cascadevlm.images import image_files
+    from cascadevlm.estimate import estimate
 
-    files = []
-    for path in paths:
-        if not path.exists():
-            raise InputError(f"{str(path)!r} does not exist.")
-        found = image_files(path) if path.is_dir() else [path]
-        if not found:
-            raise InputError(f"Folder {str(path)!r} holds no images.")
-        files += found
-    return files
+    limit = chosen.config.budget.ask_above_usd
+    cap = chosen.config.budget.usd
+    if (cap is not None and cap <= limit) or not any(stage.judge.costs_money for stage in chosen.cascade.stages):
+        return
+    estimates = estimate(chosen.cascade, chosen.files)
+    usual, most = sum(each.dollars for each in estimates), sum(each.dollars_range[1] for each in estimates)
+    most = most if cap is None else min(most, cap)
+    if most <= limit:
+        return
+    calls = sum(each.calls for each in estimates)
+    message = f"About {calls} questions to hosted judges, ${usual:.2f}, at most ${most:.2f}."
+    if not sys.stdin.isatty():
+        raise InputError(message, hint="Give --yes to go on.")
+    typer.confirm(f"{message} Go on?", abort=True, err=True)

@@ -4,7 +4,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from cascadevlm.types import Prediction, Verdict
+from cascadevlm.types import Prediction, Usage, Verdict
 
 BAR_WIDTH = 12
 
@@ -47,6 +47,16 @@ def _outcome(prediction: Prediction, truth: str | None) -> Text:
     if truth is not None and prediction.label != truth:
         line.append(f"  (is: {truth})", style="dim")
     return line
+
+
+def spending_rows(total: Usage, *, escalated: int, images: int) -> dict[str, str]:
+    """What was spent, what the cache saved, and what asking the judge about everything would have cost, at the mean price."""
+    everything = (total.dollars + total.saved_dollars) / escalated * images if escalated else None
+    return {
+        "spent": f"${total.dollars:.4f}",
+        "saved by the cache": f"${total.saved_dollars:.4f}",
+        "with the judge on everything": "unknown" if everything is None else f"${everything:.4f}",
+    }
 
 
 def print_summary(console: Console, title: str, rows: dict[str, str]) -> None:

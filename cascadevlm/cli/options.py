@@ -1,0 +1,93 @@
+"""The options that say what to run, shared by the commands that run a cascade."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from cascadevlm.errors import InputError
+
+if TYPE_CHECKING:
+    from cascadevlm.cascade import Cascade
+    from cascadevlm.config import Config
+
+DEFAULT_POLICY = "entropy > 0.35"
+
+Paths = Annotated[list[Path], typer.Argument(metavar="PATH…", help="Image files, or folders of them.")]
+Labels = Annotated[Path | None, typer.Option(help="Class names: a text, CSV or JSON file, or a folder of folders.")]
+ConfigFile = Annotated[Path | None, typer.Option(help="A TOML file; the options below override it.")]
+ScorerSpec = Annotated[str | None, typer.Option(help="backend:model, as in open_clip:ViT-B-16-SigLIP2/webli.")]
+JudgeSpec = Annotated[str | None, typer.Option(help="backend:model of the first stage, as in hf_chat:aviary.")]
+PolicyText = Annotated[str | None, typer.Option(help=f"When to ask, as in 'margin < 0.2'. [default: {DEFAULT_POLICY}]")]
+CandidateCount = Annotated[int | None, typer.Option(min=1, help="How many the judge is offered. [default: 5]")]
+PromptName = Annotated[str | None, typer.Option(help="A prompt's name or file. [default: select]")]
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any other key, as in on_failure=abstain.")
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chosen:
+    """What the options amount to."""
+
+    config: "Config"
+    cascade: "Cascade"
+    files: list[Path]
+
+
+def choose(
+    *,
+    paths: list[Path],
+    labels: Path | None,
+    config: Path | None,
+    scorer: str | None,
+    judge: str | None,
+    policy: str | None,
+    candidates: int | None,
+    prompt: str | None,
+    settings: list[str] | None,
+) -> Chosen:
+    """The configuration that the options make, its cascade, and the images.
+
+    Raises:
+        InputError: if something in them is wrong.
+    """
+    from cascadevlm.config import Config, override, read_toml, toml_value
+    from cascadevlm.labels import LabelSet
+
+    data = read_toml(config) if config else {}
+    overrides = {
+        "scorer.use": scorer,
+        "stage.0.judge": judge,
+        "stage.0.policy": policy or (DEFAULT_POLICY if judge and not config else None),
+        "stage.0.candidates": candidates,
+        "stage.0.prompt": prompt,
+    }
+    for key, value in overrides.items():
+        if value is not None:
+            override(data, key, value)
+    for setting in settings or ():
+        key, equals, text = setting.partition("=")
+        if not equals:
+            raise InputError(f"--set {setting!r} sets nothing.", hint="Write KEY=VALUE.")
+        override(data, key.strip(), toml_value(text))
+    if "scorer" not in data:
+        raise InputError("There is no scorer.", hint="Give --scorer or --config, for example --scorer open_clip:aviary.")
+    parsed = Config.parse(data, name=str(config or "options"))
+    cascade = parsed.build(LabelSet.read(labels) if labels else None)
+    return Chosen(config=parsed, cascade=cascade, files=_image_files(paths))
+
+
+def _image_files(paths: list[Path]) -> list[Path]:
+    from cascadevlm.images import image_files
+
+    files = []
+    for path in paths:
+        if not path.exists():
+            raise InputError(f"{str(path)!r} does not exist.")
+        found = image_files(path) if path.is_dir() else [path]
+        if not found:
+            raise InputError(f"Folder {str(path)!r} holds no images.")
+        files += found
+    return files
