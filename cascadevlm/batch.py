@@ -1,26 +1,35 @@
 """Providers' batch APIs: escalated questions go out in bulk, at a discount, and come back within a day.
 
-The cascade is run until it has no question left that has not been answered: every run collects what is new, submits it and waits
-for the answers. What was submitted is kept on disk, so that a run cut off anywhere goes on where it was and nothing is paid
-for twice.
+Stage by stage, the cascade is run until no question is left that has not been answered: every run collects what is new, which is
+then submitted and waited for. What was submitted is kept on disk, so that a run cut off anywhere goes on where it was and nothing
+is paid for twice. One run at a time may use a folder.
 """
 
-import asyncio
 import json
 import uuid
+from asyncio import sleep
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
 from pathlib import Path
 
 from pydantic import BaseModel, JsonValue
 
 from cascadevlm.budget import NANODOLLARS, Ledger
-from cascadevlm.cache import Payload, VerdictStore, at_no_cost, default_cache_folder, key_of, question_payload
+from cascadevlm.cache import (
+    MemoryStore,
+    Payload,
+    VerdictStore,
+    at_no_cost,
+    default_cache_folder,
+    key_of,
+    question_payload,
+)
 from cascadevlm.cascade import Cascade
-from cascadevlm.engine import OnFailure
-from cascadevlm.errors import BackendError, FatalError, JudgeError, PermanentError
+from cascadevlm.engine import OnFailure, Stage
+from cascadevlm.errors import BackendError, BudgetExhausted, FatalError, JudgeError, PermanentError, TransientError
 from cascadevlm.hosted import HostedJudge
 from cascadevlm.images import ImageSource
 from cascadevlm.judge import WrapperJudge
@@ -32,6 +41,9 @@ MOST_ATTEMPTS = 3
 
 POLL_SECONDS = 30.0
 
+CLOCK_SKEW = timedelta(minutes=5)
+"""How far this machine's clock may be ahead of the provider's."""
+
 
 class Waiting(JudgeError):
     """The question is in a batch that has not come back."""
@@ -40,13 +52,11 @@ class Waiting(JudgeError):
 class Chunk(BaseModel):
     """One batch: its questions by key, with what each may cost in nanodollars, and, once known, its id and what came back.
 
-    A chunk that was ``attempted`` and has no id may have been submitted all the same: ``token`` is how the provider's list is
-    searched for it.
+    ``token`` is how the provider's list is searched for a batch whose id got lost.
     """
 
     name: str
     token: str = ""
-    attempted: bool = False
     batch_id: str | None = None
     worst_cases: dict[str, int] = {}
     results: dict[str, JsonValue] | None = None
@@ -59,67 +69,184 @@ class BatchJudge(WrapperJudge):
         wrapped: the judge whose provider has the batch API.
         folder: where the state of its batches is kept.
         ledger: what may be spent.
+
+    Attributes:
+        closed: whether no more questions are taken.
+        concluding: whether answers come with their bills; until then, what they cost stays reserved.
     """
 
     def __init__(self, wrapped: HostedJudge, folder: Path, ledger: Ledger) -> None:
         super().__init__(wrapped)
+        self.requests_per_minute = self.tokens_per_minute = None  # limits of the other API
         self.hosted = wrapped
-        self.folder = folder / key_of(dict(wrapped.identity()))[:16]
+        self.folder = folder
         self.ledger = ledger
+        self.closed = False
         self.concluding = False
         self.chunks: list[Chunk] = []
-        self._open = Chunk(name=uuid.uuid4().hex)
+        self._open: Chunk | None = None
         self._open_bytes = 0
         self._reserved: dict[str, int] = {}
-        self._concluded: set[str] = set()
-        self._lock = asyncio.Lock()
+        self._asked: set[str] = set()
+        self._told: set[str] = set()
 
     def worst_case(self, question: Question) -> int:
         return 0  # reserved when a question is put into a batch
 
-    async def prepare(self) -> None:
-        """Take up the batches of an earlier run."""
-        await super().prepare()
-        if self.chunks:
-            return
+    def usual_case(self, question: Question) -> int:
+        return round(self.hosted.usual_case(question) * (Decimal(1) - self.hosted.price.batch_discount))
+
+    async def take_up(self) -> None:
+        """Take up the batches of an earlier run; what it had not submitted is collected again."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        for path in sorted(self.folder.glob("*.json"), key=lambda path: path.stat().st_mtime):
-            chunk = Chunk.model_validate_json(path.read_bytes())
-            self.chunks.append(chunk)
+        states = [Chunk.model_validate_json(path.read_bytes()) for path in self.folder.glob("*.json")]
+        self.chunks = sorted(states, key=lambda chunk: chunk.token)
+        for chunk in list(self.chunks):
+            if chunk.batch_id is None:
+                chunk.batch_id = await patient()(self._find, chunk)
+                if chunk.batch_id is None:
+                    self.chunks.remove(chunk)
+                    self._forget(chunk)
+                else:
+                    self._save(chunk)
+        for path in self.folder.glob("*.jsonl"):
+            path.unlink()
+        for chunk in self.chunks:
             for key, worst_case in chunk.worst_cases.items():
-                self._reserve(key, worst_case)
+                try:
+                    self._reserve(key, worst_case)
+                except BudgetExhausted:  # a smaller budget than the earlier run's; the money is as good as gone
+                    continue
 
     async def judge(self, question: Question) -> Verdict:
         key = key_of(question_payload(self.hosted, question))
+        self._asked.add(key)
         asked = [chunk for chunk in self.chunks if key in chunk.worst_cases]
-        if key in self._open.worst_cases or (asked and asked[-1].results is None):
-            raise Waiting("The batch has not come back.")
-        try:
-            if asked and asked[-1].results is not None and key in asked[-1].results:
-                return self._conclude(key, asked[-1].results[key], question)
-            lost: JudgeError = PermanentError("The batch came back without an answer to the question.")
-        except JudgeError as exc:
-            if not exc.retryable:
-                raise
-            lost = exc
-        if len(asked) >= MOST_ATTEMPTS:
-            raise PermanentError(str(lost)) from lost
-        async with self._lock:
-            if key not in self._open.worst_cases:
-                await self._add(key, question)
+        if asked:
+            results = asked[-1].results
+            if results is None:
+                raise Waiting("The batch has not come back.")
+            try:
+                return self._conclude(key, self._read(results.get(key), question))
+            except JudgeError as exc:
+                if self.closed or not exc.retryable or exc.may_be_billed or len(asked) >= MOST_ATTEMPTS:
+                    self._give_up(key, exc)
+                    raise PermanentError(str(exc)) from exc
+        self._collect(key, question)
         raise Waiting("The question was put into a batch.")
 
-    def _conclude(self, key: str, row: JsonValue, question: Question) -> Verdict:
-        """The verdict; its reservation shrinks to the bill, which counts as spent when the last run takes it."""
-        verdict = self.hosted.read(self.hosted.of_batch_row(row, question), question, batch=True)
-        bill = round(verdict.usage.dollars * NANODOLLARS)
-        self._reserve(key, 0 if self.concluding else bill)
+    def _read(self, row: JsonValue, question: Question) -> Verdict:
+        if row is None:
+            raise TransientError("The batch came back without an answer to the question.")
+        try:
+            return self.hosted.read(self.hosted.of_batch_row(row, question), question, batch=True)
+        except (KeyError, TypeError, ValueError) as exc:
+            raise PermanentError(f"The answer in the batch cannot be read: {exc}", may_be_billed=True) from exc
+
+    def _conclude(self, key: str, verdict: Verdict) -> Verdict:
         if not self.concluding:
+            bill = round(verdict.usage.dollars * NANODOLLARS)
+            self._reserve(key, min(bill, self._reserved.get(key, 0)))
             return replace(verdict, usage=Usage())
-        if key in self._concluded:
+        self._release(key)  # the bill counts as spent from now on
+        if key in self._told:
             return at_no_cost(verdict)
-        self._concluded.add(key)
+        self._told.add(key)
         return verdict
+
+    def _give_up(self, key: str, error: JudgeError) -> None:
+        """No answer will come; where one may be billed all the same, it is counted as the worst case."""
+        if not error.may_be_billed:
+            self._release(key)
+        elif self.concluding:
+            self._release(key, spent=self._reserved.get(key, 0))
+
+    def _collect(self, key: str, question: Question) -> None:
+        worst_case = self.hosted.batch_worst_case(question)
+        row = json.dumps(self.hosted.batch_row(key, question)).encode() + b"\n"
+        limits = self.hosted.batch_limits
+        if len(row) > limits.bytes:
+            raise PermanentError(f"The question takes {len(row)} bytes, more than a whole batch may.")
+        if self.closed:
+            raise BudgetExhausted("The budget had too little left for this question when the batches were filled.")
+        self._reserve(key, worst_case)
+        chunk = self._open
+        if chunk is None or self._open_bytes + len(row) > limits.bytes or len(chunk.worst_cases) == limits.requests:
+            chunk = self._open = Chunk(name=uuid.uuid4().hex)
+            self._open_bytes = 0
+            self.chunks.append(chunk)
+        with self._rows(chunk).open("ab") as file:
+            file.write(row)
+        chunk.worst_cases[key] = worst_case
+        self._open_bytes += len(row)
+
+    async def submit(self) -> None:
+        """Submit what has been collected, if anything."""
+        self._open = None
+        for chunk in self.chunks:
+            if chunk.batch_id is None:
+                began = (datetime.now(UTC) - CLOCK_SKEW).isoformat(timespec="microseconds")
+                chunk.token = f"{began}/{len(chunk.worst_cases)}/{chunk.name}"
+                self._save(chunk)
+                chunk.batch_id = await self._submit(chunk)
+                self._save(chunk)
+                self._rows(chunk).unlink()
+
+    async def _submit(self, chunk: Chunk) -> str:
+        """Submit a chunk; an attempt that broke off may have submitted it already."""
+        attempted = False
+
+        async def once() -> str:
+            nonlocal attempted
+            if attempted and (earlier := await self._find(chunk)) is not None:
+                return earlier
+            attempted = True
+            return await self.hosted.call(self.hosted.submit_batch(self._rows(chunk), chunk.token))
+
+        return await patient()(once)
+
+    async def _find(self, chunk: Chunk) -> str | None:
+        """The id of a chunk that was submitted, if it was."""
+        found = await self.hosted.call(self.hosted.find_batch(chunk.token))
+        return None if any(found == other.batch_id for other in self.chunks) else found
+
+    async def wait(self, poll_seconds: float) -> None:
+        """Wait until all that was asked has come back.
+
+        Raises:
+            FatalError: if the provider refused a batch as a whole, or does not give it out.
+        """
+        for chunk in self._awaited():
+            while (results := await self._results(chunk)) is None:
+                await sleep(poll_seconds)
+            chunk.results = dict(results)
+            self._save(chunk)
+
+    async def _results(self, chunk: Chunk) -> Mapping[str, JsonValue] | None:
+        assert chunk.batch_id is not None
+        batch_id = chunk.batch_id
+        try:
+            return await patient()(lambda: self.hosted.call(self.hosted.batch_results(batch_id)))
+        except PermanentError as exc:
+            self._forget(chunk)
+            raise FatalError(str(exc)) from exc
+        except FatalError as exc:
+            hint = f"Use the key it was submitted with, or delete {self._state(chunk)} to ask its questions again."
+            raise FatalError(f"Batch {batch_id} cannot be fetched: {exc}", hint=hint) from exc
+
+    def _awaited(self) -> list[Chunk]:
+        """The chunks with questions of this run that have not come back."""
+        return [chunk for chunk in self.chunks if chunk.results is None and not self._asked.isdisjoint(chunk.worst_cases)]
+
+    @property
+    def in_flight(self) -> int:
+        """How many questions have not come back."""
+        return sum(len(self._asked.intersection(chunk.worst_cases)) for chunk in self._awaited())
+
+    @property
+    def reserved(self) -> int:
+        """Nanodollars promised to questions in batches."""
+        return sum(self._reserved.values())
 
     def _reserve(self, key: str, nanodollars: int) -> None:
         """Change what is reserved for a question.
@@ -134,78 +261,34 @@ class BatchJudge(WrapperJudge):
             self.ledger.settle(before - nanodollars, 0)
         self._reserved[key] = nanodollars
 
-    async def _add(self, key: str, question: Question) -> None:
-        worst_case = self.hosted.batch_worst_case(question)
-        row = json.dumps(self.hosted.batch_row(key, question)).encode() + b"\n"
-        limits = self.hosted.batch_limits
-        if len(row) > limits.bytes:
-            raise PermanentError(f"The question takes {len(row)} bytes, more than a whole batch may.")
-        self._reserve(key, worst_case)
-        if self._open_bytes + len(row) > limits.bytes or len(self._open.worst_cases) == limits.requests:
-            await self.submit()
-        with self._rows(self._open).open("ab") as file:
-            file.write(row)
-        self._open.worst_cases[key] = worst_case
-        self._open_bytes += len(row)
+    def _release(self, key: str, *, spent: int = 0) -> None:
+        self.ledger.settle(self._reserved.pop(key, 0), spent)
 
-    async def submit(self) -> None:
-        """Submit what has been collected, if anything."""
-        chunk, self._open, self._open_bytes = self._open, Chunk(name=uuid.uuid4().hex), 0
-        if chunk.worst_cases:
-            began = datetime.now(UTC).isoformat(timespec="seconds")
-            chunk.token = f"{began}/{len(chunk.worst_cases)}/{chunk.name}"
-            self.chunks.append(chunk)
-            await self._submit(chunk)
+    def release_unasked(self) -> None:
+        """Let go of what is reserved for an earlier run's questions that this one has not asked."""
+        for key in self._reserved.keys() - self._asked:
+            self._release(key)
 
-    async def _submit(self, chunk: Chunk) -> None:
-        """Submit a chunk, unless an attempt that broke off had submitted it already."""
+    def release(self) -> None:
+        """Let go of all that is reserved."""
+        for key in list(self._reserved):
+            self._release(key)
 
-        async def once() -> str:
-            if chunk.attempted and (earlier := await self.hosted.call(self.hosted.find_batch(chunk.token))):
-                return earlier
-            chunk.attempted = True
-            self._save(chunk)
-            return await self.hosted.call(self.hosted.submit_batch(self._rows(chunk), chunk.token))
+    def conclude(self) -> None:
+        """From now on, answers come with their bills."""
+        self.closed = self.concluding = True
+        self._asked.clear()
 
-        chunk.batch_id = await patient()(once)
-        self._save(chunk)
-
-    async def wait(self, poll_seconds: float) -> None:
-        """Wait until all that was submitted has come back.
-
-        Raises:
-            FatalError: if the provider refused a batch as a whole.
-        """
+    def finish(self, store: VerdictStore) -> None:
+        """Forget what has been answered, now or in the store. Answers to questions of another run are kept for it."""
         for chunk in self.chunks:
-            if chunk.batch_id is None:
-                await self._submit(chunk)
-            while chunk.results is None:
-                results: Mapping[str, JsonValue] | None
-                try:
-                    results = await patient()(self._results, chunk)
-                except PermanentError as exc:
-                    self._forget(chunk)
-                    raise FatalError(str(exc)) from exc
-                if results is None:
-                    await asyncio.sleep(poll_seconds)
-                else:
-                    chunk.results = dict(results)
-                    self._save(chunk)
-
-    async def _results(self, chunk: Chunk) -> Mapping[str, JsonValue] | None:
-        assert chunk.batch_id is not None
-        return await self.hosted.call(self.hosted.batch_results(chunk.batch_id))
-
-    @property
-    def in_flight(self) -> int:
-        """How many questions have not come back."""
-        return sum(len(chunk.worst_cases) for chunk in self.chunks if chunk.results is None)
-
-    def finish(self) -> None:
-        """Forget the batches: their answers have been taken."""
-        for chunk in self.chunks:
-            self._forget(chunk)
-        self.chunks = []
+            left = {key for key in chunk.worst_cases if key not in self._asked and store.get(key) is None}
+            if not left:
+                self._forget(chunk)
+            elif chunk.results is not None and len(left) < len(chunk.worst_cases):
+                chunk.worst_cases = {key: worst for key, worst in chunk.worst_cases.items() if key in left}
+                chunk.results = {key: row for key, row in chunk.results.items() if key in left}
+                self._save(chunk)
 
     def _forget(self, chunk: Chunk) -> None:
         self._state(chunk).unlink(missing_ok=True)
@@ -223,8 +306,8 @@ class BatchJudge(WrapperJudge):
         return self.folder / f"{chunk.name}.jsonl"
 
 
-class _ReadOnly(VerdictStore):
-    """Keeps nothing: what a batch cost is told by the run that ends with it."""
+class _Collecting(VerdictStore):
+    """Keeps nothing that came from a batch: what that cost is told by the run that ends with it."""
 
     def __init__(self, store: VerdictStore) -> None:
         self.store = store
@@ -233,7 +316,22 @@ class _ReadOnly(VerdictStore):
         return self.store.get(key)
 
     def put(self, payload: Payload, verdict: Verdict) -> None:
-        pass
+        if verdict.usage.requests:
+            self.store.put(payload, verdict)
+
+
+def _in_batches(stages: Sequence[Stage], folder: Path, ledger: Ledger) -> list[Stage]:
+    """The stages, with hosted judges in batches; each has a folder, by what it is and how many like it went before."""
+    replaced: list[Stage] = []
+    names: list[str] = []
+    for stage in stages:
+        if isinstance(stage.judge, HostedJudge):
+            name = key_of(dict(stage.judge.identity()))[:16]
+            names.append(name)
+            judge = BatchJudge(stage.judge, folder / f"{name}-{names.count(name)}", ledger)
+            stage = replace(stage, judge=judge)
+        replaced.append(stage)
+    return replaced
 
 
 async def stream_in_batches(
@@ -246,6 +344,8 @@ async def stream_in_batches(
 ) -> AsyncIterator[Prediction]:
     """As `Cascade.astream`, with the questions to hosted judges in their providers' batches: half the price, up to a day.
 
+    Other judges are asked once; by the time predictions are made, their answers come from the store.
+
     Args:
         folder: where the state of batches is kept; beside the user's cache, unless given. The same again resumes.
         poll_seconds: how often to ask whether a batch is done.
@@ -253,17 +353,15 @@ async def stream_in_batches(
 
     Raises:
         BackendError: if no judge of the cascade has a batch API.
+        FatalError: if a provider refuses a batch.
     """
-    folder = folder or default_cache_folder() / "batches"
-    stages = [
-        replace(stage, judge=BatchJudge(stage.judge, folder, cascade.ledger)) if isinstance(stage.judge, HostedJudge) else stage
-        for stage in cascade.stages
-    ]
+    stages = _in_batches(cascade.stages, folder or default_cache_folder() / "batches", cascade.ledger)
     judges = [stage.judge for stage in stages if isinstance(stage.judge, BatchJudge)]
     if not judges:
         raise BackendError("No judge of this cascade has a batch API.", hint="openai: and anthropic: have.")
+    store = MemoryStore() if cascade.store is None else cascade.store
 
-    def run(store: VerdictStore | None, on_failure: OnFailure) -> AsyncIterator[Prediction]:
+    def run(stages: Sequence[Stage], store: VerdictStore, on_failure: OnFailure) -> AsyncIterator[Prediction]:
         return Cascade(
             cascade.scorer,
             stages,
@@ -274,23 +372,39 @@ async def stream_in_batches(
             batch_size=cascade.batch_size,
         ).astream(images)
 
+    async def collect(stages: Sequence[Stage], judge: BatchJudge) -> None:
+        """Until all questions to the judge, the last stage's, have come back and no more fit into the budget."""
+        while True:
+            before, escalated, skipped = judge.reserved, 0, 0
+            async for prediction in run(stages, _Collecting(store), "scorer"):
+                escalated += prediction.escalated
+                skipped += any(verdict.outcome == "skipped" for verdict in prediction.verdicts)
+            judge.release_unasked()
+            await judge.submit()
+            if judge.in_flight:
+                progress(f"{escalated} of {len(images)} images escalated; {judge.in_flight} questions wait for their batches.")
+                await judge.wait(poll_seconds)
+            elif not skipped or judge.reserved >= before:
+                return
+
     async with AsyncExitStack() as stack:
         for judge in judges:  # connected from beginning to end, not only while a run lasts
             stack.push_async_callback(judge.aclose)
+            stack.callback(judge.release)
             await judge.prepare()
-        while True:
-            escalated = [prediction.escalated async for prediction in run(cascade.store and _ReadOnly(cascade.store), "scorer")]
-            for judge in judges:
-                await judge.submit()
-            waiting = sum(judge.in_flight for judge in judges)
-            if not waiting:
-                break
-            progress(f"{sum(escalated)} of {len(escalated)} images escalated; {waiting} questions wait for their batches.")
-            for judge in judges:
-                await judge.wait(poll_seconds)
+            await judge.take_up()
+        for depth, stage in enumerate(stages, start=1):
+            if isinstance(stage.judge, BatchJudge):
+                await collect(stages[:depth], stage.judge)
+                stage.judge.closed = True
         for judge in judges:
-            judge.concluding = True
-        async for prediction in run(cascade.store, cascade.on_failure):
-            yield prediction
+            judge.conclude()
+        try:
+            async for prediction in run(stages, store, cascade.on_failure):
+                yield prediction
+        except JudgeError:  # the run has ended in a failure, which the next is not to find again
+            for judge in judges:
+                judge.finish(store)
+            raise
         for judge in judges:
-            judge.finish()
+            judge.finish(store)

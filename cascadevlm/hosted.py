@@ -3,7 +3,6 @@
 import base64
 import hashlib
 import io
-import json
 import os
 import time
 from abc import abstractmethod
@@ -15,7 +14,7 @@ from typing import ClassVar, Literal, TypeAlias, TypeVar
 from urllib.parse import urlsplit
 
 from PIL import Image
-from pydantic import JsonValue, ValidationError
+from pydantic import BaseModel, JsonValue, ValidationError
 
 from cascadevlm.budget import NANODOLLARS
 from cascadevlm.errors import BackendError, CascadeError, FatalError, JudgeError, PermanentError, RateLimited, TransientError
@@ -121,15 +120,27 @@ def answer_schema(question: Question, *, by_key: bool = False) -> dict[str, obje
     return {"type": "object", "properties": properties, "required": list(properties), "additionalProperties": False}
 
 
+class _JsonAnswer(BaseModel):
+    answer: str
+    reasoning: str = ""
+
+
+def _json_answer(text: str) -> _JsonAnswer | None:
+    try:
+        return _JsonAnswer.model_validate_json(text)
+    except ValidationError:
+        return None
+
+
+def is_json_answer(text: str) -> bool:
+    """Whether a text is JSON as `answer_schema` wants it, whatever the answer."""
+    return _json_answer(text) is not None
+
+
 def text_of_json(text: str) -> str:
     """An answer given as JSON in the form that prompts ask for; any other text unchanged."""
-    try:
-        fields = json.loads(text)
-    except ValueError:
-        return text
-    if not isinstance(fields, dict) or not isinstance(fields.get("answer"), str):
-        return text
-    return f"{fields.get('reasoning') or ''}\nANSWER: {fields['answer']}".strip()
+    given = _json_answer(text)
+    return f"{given.reasoning}\nANSWER: {given.answer}".strip() if given else text
 
 
 def normalised(masses: Mapping[str, float]) -> Mapping[str, float] | None:
@@ -248,9 +259,14 @@ class HostedJudge(Judge):
         self._runs = 0
 
     @property
+    def endpoint(self) -> str | None:
+        """Where the model is: ``base_url``, or what the SDK takes from the environment; None for the provider's own."""
+        return self.base_url or os.environ.get(f"{self.provider.upper()}_BASE_URL") or None
+
+    @property
     def host(self) -> str | None:
         """Of the endpoint; None for the provider's own."""
-        return urlsplit(self.base_url).hostname if self.base_url else None
+        return urlsplit(self.endpoint).hostname if self.endpoint else None
 
     @property
     def is_own_endpoint(self) -> bool:
@@ -386,8 +402,10 @@ class HostedJudge(Judge):
         if reply.cut_off:
             error = f"The answer was cut off at {self.output_limit(question)} tokens; raise max_tokens."
             return Verdict(outcome="failed", text=reply.text, error=error, judge=self.spec, usage=usage)
-        text = text_of_json(reply.text)
-        return verdict_from_text(text, question, judge=self.spec, usage=usage, probabilities=reply.probabilities)
+        verdict = verdict_from_text(
+            text_of_json(reply.text), question, judge=self.spec, usage=usage, probabilities=reply.probabilities
+        )
+        return replace(verdict, text=reply.text)
 
     def output_limit(self, question: Question) -> int:
         """The most tokens an answer may have, thoughts included."""

@@ -1,6 +1,7 @@
 """What every local model has to settle: the device, the precision, and which files it is made of."""
 
 import hashlib
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
@@ -12,6 +13,14 @@ if TYPE_CHECKING:
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 
 MODEL_FILES = frozenset({".json", ".safetensors", ".bin", ".pt", ".pth", ".txt", ".model", ".jinja", ".py"})
+
+
+def hide_progress_in_logs() -> None:
+    """Keep transformers' progress bars to terminals."""
+    from transformers.utils import logging
+
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
 
 
 def choose_device(device: str | None) -> str:

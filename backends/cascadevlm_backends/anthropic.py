@@ -115,7 +115,7 @@ class AnthropicJudge(HostedJudge):
     def identity(self) -> Mapping[str, JsonValue]:
         return {
             "judge": self.spec,
-            "endpoint": self.base_url,
+            "endpoint": self.endpoint,
             "structured": self.structured,
             "thinking": self.thinking,
             "effort": self.effort,
@@ -143,7 +143,7 @@ class AnthropicJudge(HostedJudge):
 
         return anthropic.AsyncAnthropic(
             api_key=self.api_key(),
-            base_url=self.base_url,
+            base_url=self.endpoint,
             default_headers=self.headers,
             max_retries=0,
             timeout=self.timeout,
@@ -215,16 +215,16 @@ class AnthropicJudge(HostedJudge):
         return (await self._client.messages.batches.create(requests=requests)).id
 
     async def find_batch(self, token: str) -> str | None:
-        """Anthropic's batches carry nothing of ours, so the token's time and number of requests must do."""
+        """Anthropic's batches carry nothing of ours, so the token's time and number of requests must do; the newest counts."""
         began, count, _ = token.split("/")
-        found = None
         async for batch in self._client.messages.batches.list():
             if batch.created_at < datetime.fromisoformat(began):
                 break
             counts = batch.request_counts
             total = counts.processing + counts.succeeded + counts.errored + counts.canceled + counts.expired
-            found = batch.id if total == int(count) else found
-        return found
+            if total == int(count):
+                return batch.id
+        return None
 
     async def batch_results(self, batch_id: str) -> Mapping[str, JsonValue] | None:
         batch = await self._client.messages.batches.retrieve(batch_id)

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 
 from cascadevlm.errors import BackendError
 from cascadevlm.scorer import DEFAULT_TEMPLATES, EmbeddingScorer
-from cascadevlm_backends._torch import DtypeName, choose_device, choose_dtype, directory_digest
+from cascadevlm_backends._torch import DtypeName, choose_device, choose_dtype, directory_digest, hide_progress_in_logs
 
 if TYPE_CHECKING:
     import torch
@@ -142,6 +142,7 @@ class HfScorer(EmbeddingScorer):
         from transformers import AutoConfig, AutoModel, AutoProcessor
         from transformers.utils.hub import cached_file, extract_commit_hash
 
+        hide_progress_in_logs()
         folder = Path(self.model)
         commit = extract_commit_hash(cached_file(self.model, "config.json", revision=self.revision), None)
         config = AutoConfig.from_pretrained(self.model, revision=commit, trust_remote_code=False)

@@ -24,7 +24,7 @@ from cascadevlm.errors import BackendError, CascadeError, PermanentError
 from cascadevlm.judge import LocalJudge, verdict_from_text
 from cascadevlm.prompt import Message, answer_format, options, render
 from cascadevlm.types import Question, Usage, Verdict
-from cascadevlm_backends._torch import DtypeName, choose_device, choose_dtype, directory_digest
+from cascadevlm_backends._torch import DtypeName, choose_device, choose_dtype, directory_digest, hide_progress_in_logs
 
 if TYPE_CHECKING:
     import torch
@@ -273,6 +273,7 @@ class HfChatJudge(LocalJudge):
     def _load(self, device: str, dtype: "torch.dtype") -> _Loaded:
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
+        hide_progress_in_logs()
         where = {"revision": self._commit, "trust_remote_code": False}
         processor = AutoProcessor.from_pretrained(self._source, **where)
         if getattr(processor, "chat_template", None) is None:

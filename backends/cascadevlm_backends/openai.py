@@ -25,6 +25,7 @@ from cascadevlm.hosted import (
     answer_schema,
     choices,
     error_of_status,
+    is_json_answer,
     normalised,
 )
 from cascadevlm.prompt import Message, Part, options, render
@@ -142,7 +143,7 @@ class OpenAIJudge(HostedJudge):
     def identity(self) -> Mapping[str, JsonValue]:
         return {
             "judge": self.spec,
-            "endpoint": self.base_url,
+            "endpoint": self.endpoint,
             "mode": self.mode,
             "api": self.api,
             "structured": self.structured,
@@ -173,7 +174,7 @@ class OpenAIJudge(HostedJudge):
 
         return openai.AsyncOpenAI(
             api_key=self.api_key(),
-            base_url=self.base_url,
+            base_url=self.endpoint,
             organization=self.organization,
             default_headers=self.headers,
             max_retries=0,
@@ -186,14 +187,25 @@ class OpenAIJudge(HostedJudge):
             return await self.ask(self._choose(question), question)
         if self._takes_schema is not None:
             return await self.ask(self._answer(question, self._takes_schema), question)
+        return await self._find_out(question)
+
+    async def _find_out(self, question: Question) -> Verdict:
+        """Ask for JSON by a schema and, where the endpoint refuses or takes no notice of it, by the prompt alone."""
+        bill = Usage()
         try:
             verdict = await self.ask(self._answer(question, True), question)
         except PermanentError:
-            verdict = await self.ask(self._answer(question, False), question)
-            self._takes_schema = False
+            pass
         else:
-            self._takes_schema = True
-        return verdict
+            if verdict.outcome in ("refused", "failed"):
+                return verdict
+            if is_json_answer(verdict.text):
+                self._takes_schema = True
+                return verdict
+            bill = verdict.usage
+        verdict = await self.ask(self._answer(question, False), question)
+        self._takes_schema = False
+        return replace(verdict, usage=bill + verdict.usage)
 
     def _answer(self, question: Question, structured: bool) -> Awaitable[Reply]:
         return self._respond(question, structured) if self.api == "responses" else self._complete(question, structured)
@@ -352,7 +364,7 @@ class OpenAIJudge(HostedJudge):
         for file_id in (batch.output_file_id, batch.error_file_id):
             if file_id is not None:
                 content = await self._client.files.content(file_id)
-                rows |= {row["custom_id"]: row for row in map(json.loads, content.text.splitlines())}
+                rows |= {row["custom_id"]: row for row in map(json.loads, content.content.splitlines())}
         if batch.status == "failed" and not rows:
             reasons = [error.message for error in (batch.errors.data if batch.errors else None) or () if error.message]
             raise PermanentError(f"{self.spec} refused batch {batch_id}: {' '.join(reasons) or 'no reason given'}")

@@ -1,14 +1,14 @@
 """The command line as a user types it, with the bundled models."""
 
 import json
+import shutil
 import subprocess
 import sys
+from importlib import resources
 from pathlib import Path
 
 import pytest
 from PIL import Image
-
-from cascadevlm.testing import noise
 
 
 def run(*arguments: str | Path, check: bool = True, stdin: str = "") -> "subprocess.CompletedProcess[str]":
@@ -20,11 +20,14 @@ def run(*arguments: str | Path, check: bool = True, stdin: str = "") -> "subproc
 
 @pytest.fixture
 def images(tmp_path: Path) -> Path:
+    """Three of the bundled birds, and a file of their names and two more beside them."""
     folder = tmp_path / "images"
     folder.mkdir()
-    for seed in range(3):
-        noise(seed, (60, 60)).save(folder / f"{seed}.png")
-    (tmp_path / "labels.txt").write_text("red-crowned white-breasted plain owl\nblue-crowned grey-breasted barred duck\n")
+    with resources.as_file(resources.files("cascadevlm_backends") / "aviary" / "images") as bundled:
+        birds = sorted(bundled.glob("*.jpg"))
+        for number, bird in enumerate(birds[:3]):
+            shutil.copy(bird, folder / f"{number}.jpg")
+        (tmp_path / "labels.txt").write_text("".join(f"{bird.stem}\n" for bird in birds[:5]))
     return folder
 
 
@@ -47,7 +50,7 @@ def test_demo_shows_every_image_and_a_summary() -> None:
 def test_classify_gives_json_lines(images: Path) -> None:
     arguments = ["classify", images, "--labels", images.parent / "labels.txt", "--scorer", "open_clip:aviary", "--json"]
     rows = [json.loads(line) for line in run(*arguments).stdout.splitlines()]
-    assert [Path(row["path"]).name for row in rows] == ["0.png", "1.png", "2.png"]
+    assert [Path(row["path"]).name for row in rows] == ["0.jpg", "1.jpg", "2.jpg"]
     for row in rows:
         assert {"path", "label", "probability", "decided_by", "candidates", "verdict", "cost"} <= set(row)
         assert row["decided_by"] == "scorer"
@@ -57,7 +60,7 @@ def test_classify_gives_json_lines(images: Path) -> None:
 def test_classify_asks_the_judge_as_told(images: Path) -> None:
     row = json.loads(
         run(
-            *("classify", images / "0.png", "--labels", images.parent / "labels.txt", "--scorer", "open_clip:aviary"),
+            *("classify", images / "0.jpg", "--labels", images.parent / "labels.txt", "--scorer", "open_clip:aviary"),
             *("--judge", "hf_chat:aviary", "--policy", "always", "--candidates", "2", "--prompt", "select_cot"),
             *("--set", "cache.enabled=false", "--json"),
         ).stdout
@@ -67,13 +70,13 @@ def test_classify_asks_the_judge_as_told(images: Path) -> None:
 
 
 def test_an_unreadable_file_is_one_failed_row(images: Path) -> None:
-    (images / "1.png").write_bytes(b"no image")
+    (images / "1.jpg").write_bytes(b"no image")
     arguments = ["classify", images, "--labels", images.parent / "labels.txt", "--scorer", "open_clip:aviary", "--json"]
     done = run(*arguments, check=False)
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert done.returncode == 1
     assert [row["label"] is None for row in rows] == [False, True, False]
-    assert "1.png" in rows[1]["error"]
+    assert "1.jpg" in rows[1]["error"]
 
 
 @pytest.mark.parametrize(
@@ -124,10 +127,10 @@ def test_backends_are_listed() -> None:
 
 
 def test_a_photo_turned_by_its_camera_is_seen_upright(images: Path) -> None:
-    upright = Image.open(images / "0.png").convert("RGB")
+    upright = Image.open(images / "0.jpg").convert("RGB")
     exif = upright.getexif()
     exif[0x0112] = 6
     upright.rotate(90, expand=True).save(images / "turned.png", exif=exif)
     arguments = ["--labels", images.parent / "labels.txt", "--scorer", "open_clip:aviary", "--json"]
-    rows = [json.loads(line) for line in run("classify", images / "0.png", images / "turned.png", *arguments).stdout.splitlines()]
+    rows = [json.loads(line) for line in run("classify", images / "0.jpg", images / "turned.png", *arguments).stdout.splitlines()]
     assert rows[0]["probability"] == rows[1]["probability"]
