@@ -1,3 +1,5 @@
+__all__: list[str]
+
 from .candidates import CumulativeMass as CumulativeMass
 from .candidates import TopK as TopK
 from .cascade import Cascade as Cascade

@@ -5,6 +5,7 @@ Amounts are whole nanodollars, so that sums are exact: a dollar per million toke
 
 import asyncio
 import threading
+from contextlib import suppress
 
 from cascadevlm.errors import BudgetExhausted, JudgeError
 from cascadevlm.judge import Judge, WrapperJudge
@@ -74,7 +75,8 @@ class Ledger:
             self._spent += spent
             waiting, self._waiting = self._waiting, []
         for loop, waiter in waiting:
-            loop.call_soon_threadsafe(_wake, waiter)
+            with suppress(RuntimeError):  # who waited gave up, and its loop is closed
+                loop.call_soon_threadsafe(_wake, waiter)
 
 
 def _wake(waiter: "asyncio.Future[None]") -> None:

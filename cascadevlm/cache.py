@@ -145,6 +145,14 @@ class SingleFlight(WrapperJudge):
         task.add_done_callback(lambda _: self._in_flight.pop(key, None))
         return await asyncio.shield(task)
 
+    async def aclose(self) -> None:
+        """Give up what nobody waits for any more: it would be asked again and again after the run."""
+        tasks = list(self._in_flight.values())
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await super().aclose()
+
     async def _ask(self, key: str, payload: Payload, question: Question) -> Verdict:
         return await self.wrapped.judge(question)
 

@@ -257,7 +257,9 @@ class Run:
                 if self.fatal is not None:
                     raise self.fatal
                 item.candidates = stage.candidates.arrange(item.candidates, item.image)
-                verdict = await running.judge.judge(stage.question(item.image, item.candidates))
+                question = stage.question(item.image, item.candidates)
+                await asyncio.to_thread(running.judge.image_digest, question)  # encodes and hashes beside the event loop, once
+                verdict = await running.judge.judge(question)
             except FatalError as exc:
                 self.fatal = exc
                 raise

@@ -2,17 +2,19 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.stats import binomtest
 
 from cascadevlm.budget import NANODOLLARS
 from cascadevlm.cascade import Cascade
 from cascadevlm.engine import Stage
-from cascadevlm.errors import ImageError
+from cascadevlm.errors import ImageError, InputError
 from cascadevlm.images import ImageSource, load_image
 from cascadevlm.policy import as_policy
+from cascadevlm.types import Scores
 
 SAMPLE = 200
 """Images scored, unless asked otherwise: the share escalated is then known to about seven points."""
@@ -28,13 +30,13 @@ class Estimate:
     Attributes:
         judge: its spec.
         images: that the run has.
-        sample: how many of them were scored.
-        deferral_rate: the share that the policy escalates.
+        sample: how many of them were looked at.
+        deferral_rate: the share that the policy escalates; images that cannot be read are not.
         deferral_range: its 95 % confidence interval (Wilson 1927).
         calls: how many questions that is; those already in the cache are not taken off.
         dollars: what they usually cost, by the rules for images, four bytes of text a token and answers a third of their limit.
         dollars_range: from the interval's lower end at that price to its upper end at the worst case of every question.
-        minutes: at the judge's concurrency and rate limits; 0 where the judge runs on this machine.
+        minutes: at the judge's concurrency and rate limits; 0 where the judge charges nothing, as nothing is known of its speed.
     """
 
     judge: str
@@ -55,49 +57,81 @@ def estimate(cascade: Cascade, images: Sequence[ImageSource], *, sample: int = S
     that have to be asked for twice are left out of account.
 
     Raises:
+        InputError: if there are no images.
         ImageError: if none of the sample can be read.
         BackendError: if the price of a judge is unknown.
+        PermanentError: if a question may take more tokens than the price is known for.
     """
-    pictures = []
-    for index in sorted(np.random.default_rng(seed).permutation(len(images))[:sample]):
-        try:
-            pictures.append(load_image(images[index]))
-        except ImageError:
-            continue
-    if not pictures:
-        raise ImageError("None of the images sampled can be read.")
-    scores = cascade.scorer.score(pictures, cascade.labels)
-    escalated = np.ones(len(pictures), dtype=bool)
+    if not images:
+        raise InputError("There are no images.")
+    looked_at = np.sort(np.random.default_rng(seed).permutation(len(images))[:sample])
+    readable, scores = _score(cascade, [images[index] for index in looked_at])
+    escalated = np.ones(len(readable), dtype=bool)
     estimates = []
     for stage in cascade.stages:
         escalated &= as_policy(stage.policy).select(scores)
-        asked = zip(pictures, stage.candidates.choose(scores), escalated, strict=True)
-        questions = [stage.question(picture, candidates) for picture, candidates, chosen in asked if chosen]
-        usual = np.mean([stage.judge.usual_case(question) for question in questions] or [0]) / NANODOLLARS
-        worst = np.mean([stage.judge.worst_case(question) for question in questions] or [0]) / NANODOLLARS
-        rate = float(escalated.mean())
-        interval = binomtest(int(escalated.sum()), len(pictures)).proportion_ci(method="wilson")
+        priced = escalated if escalated.any() else ~escalated  # where none is asked about, all say what one would cost
+        usual, worst, tokens = _mean_price(stage, readable, scores, priced)
+        rate = int(escalated.sum()) / len(looked_at)
+        interval = binomtest(int(escalated.sum()), len(looked_at)).proportion_ci(method="wilson")
         calls = round(rate * len(images))
         estimates.append(
             Estimate(
                 judge=stage.judge.spec,
                 images=len(images),
-                sample=len(pictures),
+                sample=len(looked_at),
                 deferral_rate=rate,
                 deferral_range=(float(interval.low), float(interval.high)),
                 calls=calls,
-                dollars=float(calls * usual),
+                dollars=calls * usual,
                 dollars_range=(
-                    float(interval.low * len(images) * usual),
-                    float(math.ceil(interval.high * len(images)) * worst),
+                    float(interval.low) * len(images) * usual,
+                    math.ceil(float(interval.high) * len(images)) * worst,
                 ),
-                minutes=_minutes(stage, calls) if worst else 0.0,
+                minutes=_minutes(stage, calls, tokens) if worst else 0.0,
             )
         )
     return estimates
 
 
-def _minutes(stage: Stage, calls: int) -> float:
-    minutes = calls * SECONDS_PER_CALL / stage.judge.concurrency / 60
-    limit = stage.judge.requests_per_minute
-    return max(minutes, calls / limit) if limit else minutes
+def _score(cascade: Cascade, images: Sequence[ImageSource]) -> tuple[list[ImageSource], Scores]:
+    """Those that can be read, and their scores; no more of them decoded at once than the cascade would have."""
+    readable: list[ImageSource] = []
+    parts: list[Scores] = []
+    for start in range(0, len(images), cascade.batch_size):
+        pictures = []
+        for source in images[start : start + cascade.batch_size]:
+            try:
+                pictures.append(load_image(source))
+            except ImageError:
+                continue
+            readable.append(source)
+        if pictures:
+            parts.append(cascade.scorer.score(pictures, cascade.labels))
+    if not parts:
+        raise ImageError("None of the images sampled can be read.")
+    return readable, replace(parts[0], log_probs=np.concatenate([part.log_probs for part in parts]))
+
+
+def _mean_price(
+    stage: Stage, images: Sequence[ImageSource], scores: Scores, priced: NDArray[np.bool_]
+) -> tuple[float, float, float]:
+    """Of the questions about some of the images: usual dollars, most dollars, most tokens."""
+    prices = []
+    for source, candidates, wanted in zip(images, stage.candidates.choose(scores), priced, strict=True):
+        if wanted:
+            question = stage.question(load_image(source), candidates)
+            judge = stage.judge
+            prices.append((judge.usual_case(question), judge.worst_case(question), judge.worst_case_tokens(question)))
+    usual, worst, tokens = (float(mean) for mean in np.mean(prices, axis=0))
+    return usual / NANODOLLARS, worst / NANODOLLARS, tokens
+
+
+def _minutes(stage: Stage, calls: int, tokens: float) -> float:
+    judge = stage.judge
+    minutes = [calls * SECONDS_PER_CALL / judge.concurrency / 60]
+    if judge.requests_per_minute:
+        minutes.append(calls / judge.requests_per_minute)
+    if judge.tokens_per_minute:
+        minutes.append(calls * tokens / judge.tokens_per_minute)
+    return max(minutes)

@@ -5,7 +5,7 @@ import re
 import unicodedata
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
@@ -19,6 +19,7 @@ def one_line(text: str) -> str:
     return " ".join(text.split())
 
 
+@lru_cache(100_000)
 def fold(text: str) -> str:
     """The form in which names are compared: no case, accents or punctuation, single spaces.
 

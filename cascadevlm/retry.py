@@ -2,7 +2,9 @@
 
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from email.utils import parsedate_to_datetime
+from math import isfinite
 
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, stop_after_attempt, stop_before_delay
 from tenacity.wait import wait_random_exponential
@@ -24,18 +26,13 @@ def wait_as_told(state: RetryCallState) -> float:
 
 def retry_after(headers: Mapping[str, str]) -> float | None:
     """Seconds to wait by a response's headers: ``retry-after-ms``, or ``retry-after``, seconds or a date (RFC 9110, 10.2.3)."""
-    try:
-        if "retry-after-ms" in headers:
-            return max(0.0, float(headers["retry-after-ms"]) / 1000)
-        return max(0.0, float(headers["retry-after"]))
-    except KeyError:
-        return None
-    except ValueError:
-        pass
-    try:
+    for name, units_per_second in (("retry-after-ms", 1000), ("retry-after", 1)):
+        with suppress(KeyError, ValueError):
+            if isfinite(seconds := float(headers[name]) / units_per_second):
+                return max(0.0, seconds)
+    with suppress(KeyError, ValueError, OverflowError):
         return max(0.0, parsedate_to_datetime(headers["retry-after"]).timestamp() - time.time())
-    except (KeyError, ValueError):
-        return None
+    return None
 
 
 def patient(*, attempts: int = 6, seconds: float = 300, wait: Callable[[RetryCallState], float] = wait_as_told) -> AsyncRetrying:

@@ -62,7 +62,7 @@ def demo(
             "truth among the scorer's five best": f"{figures['scorer_top5']:.0%}",
             "cascade, right": f"{figures['cascade_accuracy']:.0%}",
             "escalated to the judge": f"{figures['escalated']:.0%} ({figures['judge_calls']} calls)",
-            "cost": f"${sum(p.cost.dollars for p in predictions):.2f} (both models ran on this machine)",
+            "cost": f"${sum(p.cost.dollars for p in predictions):.2f} (local models)",
             "seconds": f"{seconds:.1f}",
         },
     )

@@ -1,6 +1,7 @@
 """What the terminal shows of predictions."""
 
 from rich.console import Console, Group, RenderableType
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -12,14 +13,18 @@ BAR_WIDTH = 12
 def prediction_block(prediction: Prediction, *, title: str, truth: str | None = None) -> RenderableType:
     """One image: the candidates with bars, why it was escalated or kept, what each judge said, and the outcome."""
     if not prediction.candidates:
-        return Group(Text(title, style="bold"), Text(f"  {prediction.error}", style="red"), "")
+        return Group(Text(title, style="bold"), _indented(Text(prediction.error, style="red")), "")
     lines: list[RenderableType] = [Text(title, style="bold"), _candidates(prediction, truth)]
     decision = "escalated" if prediction.escalated else "kept"
     if prediction.reasons:
-        lines.append(Text(f"  {decision}: {'; '.join(prediction.reasons)}", style="dim"))
-    lines += [_verdict(verdict) for verdict in prediction.verdicts]
-    lines += [_outcome(prediction, truth), ""]
+        lines.append(_indented(Text(f"{decision}: {'; '.join(prediction.reasons)}", style="dim")))
+    lines += [_indented(_verdict(verdict)) for verdict in prediction.verdicts]
+    lines += [_indented(_outcome(prediction, truth)), ""]
     return Group(*lines)
+
+
+def _indented(text: Text) -> Padding:
+    return Padding(text, (0, 0, 0, 2))
 
 
 def _candidates(prediction: Prediction, truth: str | None) -> Table:
@@ -34,12 +39,12 @@ def _candidates(prediction: Prediction, truth: str | None) -> Table:
 
 def _verdict(verdict: Verdict) -> Text:
     said = verdict.rationale or verdict.text or verdict.error
-    line = Text(f"  {verdict.judge}: ", style="magenta").append(" ".join(said.split()) or verdict.outcome, style="italic default")
+    line = Text(f"{verdict.judge}: ", style="magenta").append(" ".join(said.split()) or verdict.outcome, style="italic default")
     return line.append(f" ({verdict.outcome})", style="dim") if verdict.outcome != "answered" else line
 
 
 def _outcome(prediction: Prediction, truth: str | None) -> Text:
-    line = Text("  → ")
+    line = Text("→ ")
     if prediction.label is None:
         return line.append(f"no label: {prediction.error}", style="yellow")
     style = "bold" if truth is None else "bold green" if prediction.label == truth else "bold red"

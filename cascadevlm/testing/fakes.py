@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache
 
 import numpy as np
 from PIL import Image
@@ -13,7 +14,7 @@ from cascadevlm.judge import Judge, verdict_from_text
 from cascadevlm.labels import Label, LabelSet
 from cascadevlm.registry import load_prompt
 from cascadevlm.scorer import Scorer
-from cascadevlm.types import Candidate, Question, Scores, Usage, Verdict
+from cascadevlm.types import Candidate, Prompt, Question, Scores, Usage, Verdict
 
 
 class FakeScorer(Scorer):
@@ -105,9 +106,14 @@ def noise(seed: int, size: tuple[int, int] = (48, 32)) -> Image.Image:
     return Image.fromarray(pixels)
 
 
+@cache
+def _select() -> Prompt:
+    return load_prompt("select")
+
+
 def question(names: Sequence[str] = ("red finch", "blue finch", "grey owl"), *, image: Image.Image | None = None) -> Question:
     """A question about these candidates, worded by the ``select`` prompt."""
     candidates = [
         Candidate(label=Label(name=name), probability=1 / len(names), rank=rank) for rank, name in enumerate(names, start=1)
     ]
-    return Question(image=image or picture(), candidates=tuple(candidates), prompt=load_prompt("select"))
+    return Question(image=image or picture(), candidates=tuple(candidates), prompt=_select())

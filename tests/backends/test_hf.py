@@ -80,7 +80,7 @@ def siglip_text(tokenizer: PreTrainedTokenizerBase) -> dict[str, float]:
 def siglip() -> Built:
     backend = Tokenizer(WordLevel(vocabulary("<unk>", "</s>", " "), unk_token="<unk>"))
     backend.pre_tokenizer = Split("", "isolated")
-    tokenizer = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+    tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend, unk_token="<unk>", pad_token="</s>", model_input_names=["input_ids"]
     )
     config = SiglipConfig(text_config=siglip_text(tokenizer), vision_config=TOWER | PICTURE)
@@ -147,7 +147,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for family, build in FAMILIES.items():
         config, *preprocessing = build()
         torch.manual_seed(0)
-        model = AutoModel.from_config(config)  # type: ignore[no-untyped-call]
+        model = AutoModel.from_config(config)
         with torch.no_grad():
             if family == "align":
                 model.temperature.fill_(1 / SCALE)
@@ -162,7 +162,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def probabilities_of_transformers(folder: Path, **padding: object) -> NDArray[np.float32]:
     model = AutoModel.from_pretrained(folder)
-    processor = AutoProcessor.from_pretrained(folder)  # type: ignore[no-untyped-call]
+    processor = AutoProcessor.from_pretrained(folder)
     with torch.inference_mode():
         inputs = processor(images=IMAGES, text=TEXTS, return_tensors="pt", **padding)
         probabilities: NDArray[np.float32] = model(**inputs).logits_per_image.softmax(dim=1).numpy()

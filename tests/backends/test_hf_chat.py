@@ -83,7 +83,7 @@ def tokenizer(*specials: str, bos: str | None = None, **named: str) -> PreTraine
     backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in tokens])
     if bos:
         backend.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, vocabulary[bos])])
-    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+    return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         pad_token="<pad>",
         eos_token="<|im_end|>",
@@ -110,7 +110,7 @@ def llava() -> Built:
         image_token_id=tokens.convert_tokens_to_ids("<image>"),
         vision_feature_layer=-1,
     )
-    return config, LlavaProcessor(  # type: ignore[no-untyped-call]
+    return config, LlavaProcessor(
         CLIPImageProcessor(size=EDGE, crop_size=CROP),
         tokens,
         patch_size=12,
@@ -131,7 +131,7 @@ def llava_next() -> Built:
         image_grid_pinpoints=grids,
         vision_feature_layer=-1,
     )
-    return config, LlavaNextProcessor(  # type: ignore[no-untyped-call]
+    return config, LlavaNextProcessor(
         LlavaNextImageProcessor(size=EDGE, crop_size=CROP, image_grid_pinpoints=grids),
         tokens,
         patch_size=12,
@@ -242,7 +242,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
         folder = tmp_path_factory.mktemp(family)
         config, processor = FAMILIES[family]()
         torch.manual_seed(0)
-        AutoModelForImageTextToText.from_config(config).save_pretrained(folder)  # type: ignore[no-untyped-call]
+        AutoModelForImageTextToText.from_config(config).save_pretrained(folder)
         processor.save_pretrained(folder)
         return str(folder)
 
@@ -314,7 +314,7 @@ def test_batch_answers_as_one_by_one(family: str, folders: Folders) -> None:
 def likelihoods(folder: str, asked: Question) -> list[float]:
     """The straightforward way: every answer written out behind the prompt and read from the start, images and all."""
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
-    processor = AutoProcessor.from_pretrained(folder)  # type: ignore[no-untyped-call]
+    processor = AutoProcessor.from_pretrained(folder)
     parts = [part for message in render(asked) for part in message.parts]
     content = [{"type": "text", "text": part} if isinstance(part, str) else {"type": "image"} for part in parts]
     prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
@@ -413,7 +413,7 @@ async def test_sampling_draws_answers(tiny: str) -> None:
 
 async def test_half_precision_checkpoint_runs_in_full_precision_on_the_cpu(tiny: str, tmp_path: Path) -> None:
     AutoModelForImageTextToText.from_pretrained(tiny, dtype=torch.float16).save_pretrained(tmp_path)
-    AutoProcessor.from_pretrained(tiny).save_pretrained(tmp_path)  # type: ignore[no-untyped-call]
+    AutoProcessor.from_pretrained(tiny).save_pretrained(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "float16"
     half, full = (HfChatJudge(model, mode="likelihood", device="cpu") for model in (str(tmp_path), tiny))
     assert half.identity()["dtype"] == "float32"
@@ -494,14 +494,14 @@ async def test_model_without_images_is_refused(tiny: str, tmp_path: Path) -> Non
     tokens = tokenizer()
     tokens.chat_template = CHATML
     config = AutoConfig.for_model("llama", **text(tokens))
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)  # type: ignore[no-untyped-call]
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     tokens.save_pretrained(tmp_path)
     with pytest.raises(BackendError, match="Unrecognized configuration class"):
         await HfChatJudge(str(tmp_path), device="cpu").prepare()
 
 
 async def test_missing_chat_template_is_named(tiny: str, tmp_path: Path) -> None:
-    AutoProcessor.from_pretrained(tiny).save_pretrained(tmp_path)  # type: ignore[no-untyped-call]
+    AutoProcessor.from_pretrained(tiny).save_pretrained(tmp_path)
     (tmp_path / "chat_template.jinja").unlink()
     (tmp_path / "config.json").write_bytes((Path(tiny) / "config.json").read_bytes())
     with pytest.raises(BackendError, match="has no chat template"):

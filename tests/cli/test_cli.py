@@ -1,21 +1,44 @@
 """The command line as a user types it, with the bundled models."""
 
+import io
 import json
 import shutil
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from importlib import resources
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 from PIL import Image
 
+from cascadevlm.cli import main
 
-def run(*arguments: str | Path, check: bool = True, stdin: str = "") -> "subprocess.CompletedProcess[str]":
-    command = [sys.executable, "-c", "from cascadevlm.cli import main; main()", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, input=stdin)
-    assert not check or done.returncode == 0, done.stderr
-    return done
+Done = subprocess.CompletedProcess[str]
+
+
+def run_alone(*arguments: str) -> Done:
+    """In a process of its own, as a user would."""
+    command = [str(Path(sys.executable).with_name("cascadevlm")), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def run(*arguments: str | Path, check: bool = True, stdin: str = "") -> Done:
+    """In this process, which has torch loaded already."""
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    argv = ["cascadevlm", *map(str, arguments)]
+    with redirect_stdout(out), redirect_stderr(err), patch("sys.argv", argv), patch("sys.stdin", io.StringIO(stdin)):
+        try:
+            main()
+        except SystemExit as exc:
+            code = int(exc.code or 0)
+    assert not check or code == 0, err.getvalue()
+    return Done(argv, code, out.getvalue(), err.getvalue())
+
+
+def classify(images: Path) -> list[str | Path]:
+    return ["classify", images, "--labels", images.parent / "labels.txt", "--scorer", "open_clip:aviary", "--json"]
 
 
 @pytest.fixture
@@ -32,7 +55,7 @@ def images(tmp_path: Path) -> Path:
 
 
 def test_demo_runs_the_real_cascade() -> None:
-    figures = json.loads(run("demo", "--json").stdout.splitlines()[-1])
+    figures = json.loads(run_alone("demo", "--json").stdout.splitlines()[-1])
     assert set(figures) == {"n", "scorer_top1", "scorer_top5", "cascade_accuracy", "escalated", "judge_calls", "seconds"}
     assert figures["n"] == 48
     assert figures["cascade_accuracy"] > figures["scorer_top1"] + 0.1
@@ -48,7 +71,15 @@ def test_demo_shows_every_image_and_a_summary() -> None:
 
 
 def test_classify_gives_json_lines(images: Path) -> None:
-    arguments = ["classify", images, "--labels", images.parent / "labels.txt", "--scorer", "open_clip:aviary", "--json"]
+    arguments: list[str | Path] = [
+        "classify",
+        images,
+        "--labels",
+        images.parent / "labels.txt",
+        "--scorer",
+        "open_clip:aviary",
+        "--json",
+    ]
     rows = [json.loads(line) for line in run(*arguments).stdout.splitlines()]
     assert [Path(row["path"]).name for row in rows] == ["0.jpg", "1.jpg", "2.jpg"]
     for row in rows:
@@ -71,7 +102,15 @@ def test_classify_asks_the_judge_as_told(images: Path) -> None:
 
 def test_an_unreadable_file_is_one_failed_row(images: Path) -> None:
     (images / "1.jpg").write_bytes(b"no image")
-    arguments = ["classify", images, "--labels", images.parent / "labels.txt", "--scorer", "open_clip:aviary", "--json"]
+    arguments: list[str | Path] = [
+        "classify",
+        images,
+        "--labels",
+        images.parent / "labels.txt",
+        "--scorer",
+        "open_clip:aviary",
+        "--json",
+    ]
     done = run(*arguments, check=False)
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert done.returncode == 1
@@ -99,12 +138,12 @@ def test_wrong_calls_are_one_sentence(images: Path, arguments: list[str], senten
 
 
 def test_debug_shows_the_traceback() -> None:
-    assert "Traceback" in run("--debug", "classify", "nowhere.png", "--scorer", "open_clip:aviary", check=False).stderr
+    assert "Traceback" in run_alone("--debug", "classify", "nowhere.png", "--scorer", "open_clip:aviary").stderr
 
 
 def test_cache_is_filled_used_verified_and_cleared(images: Path, tmp_path: Path) -> None:
     folder = tmp_path / "cache"
-    classify = [
+    classify: list[str | Path] = [
         *("classify", images, "--labels", images.parent / "labels.txt", "--scorer", "open_clip:aviary"),
         *("--judge", "hf_chat:aviary", "--policy", "always", "--set", f"cache.folder={folder}", "--json"),
     ]
@@ -131,6 +170,6 @@ def test_a_photo_turned_by_its_camera_is_seen_upright(images: Path) -> None:
     exif = upright.getexif()
     exif[0x0112] = 6
     upright.rotate(90, expand=True).save(images / "turned.png", exif=exif)
-    arguments = ["--labels", images.parent / "labels.txt", "--scorer", "open_clip:aviary", "--json"]
+    arguments: list[str | Path] = ["--labels", images.parent / "labels.txt", "--scorer", "open_clip:aviary", "--json"]
     rows = [json.loads(line) for line in run("classify", images / "0.jpg", images / "turned.png", *arguments).stdout.splitlines()]
     assert rows[0]["probability"] == rows[1]["probability"]

@@ -205,7 +205,8 @@ def test_none_of_these_is_no_failure(on_failure: str, label: str | None) -> None
 
 
 def test_a_fatal_error_stops_the_run_at_once() -> None:
-    judge = FakeJudge(reply=["ANSWER: A", FatalError("wrong key")] + [FatalError("again")] * 500, seconds=0.001)
+    replies: list[str | Exception] = ["ANSWER: A", FatalError("wrong key"), *[FatalError("again")] * 500]
+    judge = FakeJudge(reply=replies, seconds=0.001)
     stream = cascade(stage(judge), batch_size=4).stream(numbered(400))
     assert next(stream).label == "red bird"
     with pytest.raises(FatalError, match=r"wrong key|again"):

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from cascadevlm.errors import ImageError, LabelError
-from cascadevlm.images import load_image, pixel_digest
+from cascadevlm.images import ImageSource, load_image, pixel_digest
 from cascadevlm.labels import Label, LabelSet, fold
 from cascadevlm.testing import noise, picture
 
@@ -88,7 +88,7 @@ def test_all_sources_give_the_same_image(tmp_path: Path) -> None:
     image = noise(1)
     image.save(tmp_path / "image.png")
     data = (tmp_path / "image.png").read_bytes()
-    sources = [tmp_path / "image.png", str(tmp_path / "image.png"), data, image, np.asarray(image)]
+    sources: list[ImageSource] = [tmp_path / "image.png", str(tmp_path / "image.png"), data, image, np.asarray(image)]
     assert len({pixel_digest(load_image(source)) for source in sources}) == 1
 
 
@@ -117,14 +117,16 @@ def test_what_is_no_image(tmp_path: Path) -> None:
     noise(1, (200, 200)).save(whole, "JPEG")
     (tmp_path / "cut.jpg").write_bytes(whole.getvalue()[:2000])
     (tmp_path / "text.jpg").write_text("hello")
-    for source in (
+    sources: list[ImageSource] = [
         tmp_path / "cut.jpg",
         tmp_path / "text.jpg",
         tmp_path / "none.jpg",
         b"",
-        np.zeros((2, 2), np.float32),
+        np.zeros((2, 2), np.float32),  # type: ignore[list-item]
+        np.zeros((2, 2, 7), np.uint8),
         tmp_path,
-    ):
+    ]
+    for source in sources:
         with pytest.raises(ImageError):
             load_image(source)
 

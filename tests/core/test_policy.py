@@ -124,7 +124,8 @@ def test_a_function_is_a_policy() -> None:
     given_scores = make_scores(1, 6, 3)
 
     def odd(scores: Scores) -> "np.typing.NDArray[np.bool_]":
-        return np.arange(len(scores)) % 2 == 1
+        selected: np.typing.NDArray[np.bool_] = np.arange(len(scores)) % 2 == 1
+        return selected
 
     policy = as_policy(odd) & Always()
     assert policy.select(given_scores).tolist() == [False, True] * 3

@@ -1,0 +1,143 @@
+"""What cascadevlm adds to the calls it makes: ``python -m benchmarks.hosted``.
+
+Against a server on this machine (in a process of its own, 50 ms an answer), the same images are judged by a bare loop over the
+SDK and by a cascade, with as many requests in flight. Both read the file, encode the image and send the same request. Process
+CPU time per image, several rounds in turns; the ratio of the medians is what counts. Then questions are replayed from the cache
+on disk, on one core.
+"""
+
+import asyncio
+import base64
+import io
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Coroutine, Sequence
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import openai
+import typer
+from PIL import Image
+
+from cascadevlm import Cascade, LabelSet, Scorer, Scores, Stage, load_judge, load_prompt
+from cascadevlm.cache import Cached, DiskStore
+from cascadevlm.hosted import JPEG_QUALITY
+from cascadevlm.images import load_image
+from cascadevlm.testing import FakeJudge, noise, question
+from cascadevlm.testing.server import JudgeServer
+
+NAMES = [f"species {number}" for number in range(5)]
+SIDE = 300  # noise of this size is a JPEG of some 100 KB
+SERVER = """
+import time
+from cascadevlm.testing.server import JudgeServer
+with JudgeServer(latency=0.05, check_images=False, keep_requests=False) as server:
+    print(server.openai_url, flush=True)
+    time.sleep(3600)
+"""
+
+
+class Uniform(Scorer):
+    """Costs nothing, so that only the judging is measured."""
+
+    def score(self, images: Sequence[Image.Image], labels: LabelSet) -> Scores:
+        return Scores.from_logits(np.zeros((len(images), len(labels))), labels, fingerprint="uniform")
+
+
+async def bare(url: str, paths: list[Path], in_flight: int, body: dict[str, object]) -> None:
+    """The loop that a user would write: the same request, with the image put in."""
+    places = asyncio.Semaphore(in_flight)
+
+    def encoded(path: Path) -> str:
+        buffer = io.BytesIO()
+        with Image.open(path) as image:
+            image.convert("RGB").save(buffer, "JPEG", quality=JPEG_QUALITY)
+        return base64.b64encode(buffer.getvalue()).decode()
+
+    async with openai.AsyncOpenAI(
+        api_key="none", base_url=url, max_retries=0, http_client=openai.DefaultAioHttpClient()
+    ) as client:
+
+        async def ask(path: Path) -> None:
+            async with places:
+                data = await asyncio.to_thread(encoded, path)
+                messages = json.loads(json.dumps(body["messages"]))
+                for part in messages[0]["content"]:
+                    if part["type"] == "image_url":
+                        part["image_url"]["url"] = f"data:image/jpeg;base64,{data}"
+                completion = await client.chat.completions.create(**{**body, "messages": messages})
+                assert completion.choices[0].message.content
+
+        await asyncio.gather(*(ask(path) for path in paths))
+
+
+async def cascaded(url: str, paths: list[Path], in_flight: int) -> None:
+    judge = load_judge("openai:bench", base_url=url, structured=False, concurrency=in_flight)
+    cascade = Cascade(Uniform(), [Stage(judge=judge, prompt=load_prompt("select"))], labels=NAMES)
+    async for prediction in cascade.astream(paths):
+        assert prediction.decided_by == "judge", prediction
+
+
+async def request_body(path: Path) -> dict[str, object]:
+    """What a cascade sends for one image, so that the bare loop sends the same."""
+    async with JudgeServer() as server:
+        await cascaded(server.openai_url, [path], 1)
+        return dict(server.requests[0].body)
+
+
+def cpu_per_image(paths: list[Path], run: Coroutine[None, None, None]) -> float:
+    began = time.process_time()
+    asyncio.run(run)
+    return (time.process_time() - began) / len(paths)
+
+
+async def replay(folder: Path, count: int) -> float:
+    """Questions a second, all from the cache; their images are encoded and hashed before."""
+    judge = Cached(FakeJudge(), DiskStore(folder))
+    questions = [question(NAMES, image=noise(number)) for number in range(count)]
+    for asked in questions:
+        await judge.judge(asked)
+    began = time.perf_counter()
+    for asked in questions:
+        assert (await judge.judge(asked)).usage.cached
+    return count / (time.perf_counter() - began)
+
+
+def main(
+    images: Annotated[int, typer.Option(help="Images a round.")] = 600,
+    rounds: Annotated[int, typer.Option(help="Rounds of each, in turns.")] = 5,
+) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [Path(folder) / f"{number}.jpg" for number in range(images)]
+        for number, path in enumerate(paths):
+            noise(number, (SIDE, SIDE)).save(path, quality=JPEG_QUALITY)
+        load_image(paths[0])
+        body = asyncio.run(request_body(paths[0]))
+        server = subprocess.Popen([sys.executable, "-c", SERVER], stdout=subprocess.PIPE, text=True)
+        assert server.stdout
+        url = server.stdout.readline().strip()
+        figures: dict[str, object] = {"bytes_per_image": paths[0].stat().st_size}
+        try:
+            for in_flight in (32, 256):
+                bare_cpu, ours_cpu = [], []
+                for _ in range(rounds):
+                    bare_cpu.append(cpu_per_image(paths, bare(url, paths, in_flight, body)))
+                    ours_cpu.append(cpu_per_image(paths, cascaded(url, paths, in_flight)))
+                figures[f"in_flight_{in_flight}"] = {
+                    "bare_ms": round(statistics.median(bare_cpu) * 1000, 2),
+                    "cascade_ms": round(statistics.median(ours_cpu) * 1000, 2),
+                    "ratio": round(statistics.median(ours_cpu) / statistics.median(bare_cpu), 3),
+                }
+        finally:
+            server.terminate()
+        figures["replayed_per_second"] = round(asyncio.run(replay(Path(folder) / "cache", 5000)))
+    print(json.dumps(figures, indent=2))
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,69 @@
+"""What the tests of hosted judges share: the three protocols, their price, and cascades that ask them."""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from typing import TypeAlias
+
+import pytest
+from pydantic import JsonValue
+
+from cascadevlm import Cascade, Stage, load_prompt
+from cascadevlm.budget import Ledger
+from cascadevlm.cache import VerdictStore
+from cascadevlm.hosted import HostedJudge
+from cascadevlm.images import ImageSource
+from cascadevlm.testing import FakeScorer, noise
+from cascadevlm.testing.server import Fault, JudgeServer
+from cascadevlm_backends.anthropic import AnthropicJudge
+from cascadevlm_backends.openai import OpenAIJudge
+
+LABELS = ["red finch", "blue finch", "grey owl"]
+PRICE: Mapping[str, JsonValue] = {"input": 1, "output": 10}
+USAGE = (300, 20)
+BILL = 300 * 1000 + 20 * 10_000
+"""Nanodollars for what servers are told to say was used, at that price."""
+
+Make: TypeAlias = Callable[..., HostedJudge]
+
+
+def chat(server: JudgeServer, **options: object) -> HostedJudge:
+    options = {"base_url": server.openai_url, "price": PRICE, "structured": True, **options}
+    return OpenAIJudge("gpt-4o", **options)  # type: ignore[arg-type]
+
+
+def responses(server: JudgeServer, **options: object) -> HostedJudge:
+    return chat(server, api="responses", **options)
+
+
+def messages(server: JudgeServer, **options: object) -> HostedJudge:
+    options = {"base_url": server.anthropic_url, "price": PRICE, **options}
+    return AnthropicJudge("claude-sonnet-5", **options)  # type: ignore[arg-type]
+
+
+EVERY = pytest.mark.parametrize("make", [chat, responses, messages], ids=["chat", "responses", "messages"])
+EITHER = pytest.mark.parametrize("make", [chat, messages], ids=["openai", "anthropic"])
+
+
+def cascade(judge: HostedJudge, *, ledger: Ledger | None = None, store: VerdictStore | None = None, **stage: object) -> Cascade:
+    """One that asks the judge about every image."""
+    asking = replace(Stage(judge=judge, prompt=load_prompt("select")), **stage)  # type: ignore[arg-type]
+    return Cascade(FakeScorer(), [asking], labels=LABELS, ledger=ledger, store=store)
+
+
+def images(count: int) -> list[ImageSource]:
+    return [noise(seed, (24, 24)) for seed in range(count)]
+
+
+def always(fault: Fault) -> Callable[[int], Fault | None]:
+    return lambda _: fault
+
+
+def one_in_three(faults: Iterable[Fault]) -> Callable[[int], Fault | None]:
+    kinds = list(faults)
+    return lambda number: kinds[number // 3 % len(kinds)] if number % 3 == 1 else None
+
+
+@pytest.fixture
+def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Retries at once, unless a response says otherwise."""
+    monkeypatch.setattr("cascadevlm.retry._BACKOFF", lambda _: 0.0)

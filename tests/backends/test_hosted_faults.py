@@ -1,0 +1,202 @@
+"""Whatever a provider does: what becomes of the image, how often it was asked, what is counted, what is kept."""
+
+import io
+import json
+import logging
+import time
+import traceback
+from pathlib import Path
+from typing import get_args
+
+import pytest
+
+from cascadevlm.budget import NANODOLLARS, Ledger
+from cascadevlm.cache import DiskStore, MemoryStore
+from cascadevlm.engine import Stage
+from cascadevlm.errors import FatalError, RateLimited
+from cascadevlm.registry import load_prompt
+from cascadevlm.testing import noise
+from cascadevlm.testing.server import Fault, FaultKind, JudgeServer
+from cascadevlm.testing.server.faults import ERRORS
+from tests.backends.hosted_judges import BILL, EITHER, EVERY, USAGE, Make, always, cascade, images, no_waiting, one_in_three
+
+__all__ = ["no_waiting"]
+
+TIMEOUT = 0.2
+WORST = "worst"
+"""Counted as the most it can be: nobody knows whether it was billed."""
+
+# kind: (ends as, requests, what each of them is counted as) if every request fails so; the same if only the first does
+TABLE: dict[FaultKind, tuple[tuple[str, int, list[int | str]], tuple[str, int, list[int | str]]]] = {
+    "rate_limit": (("failed", 6, [0] * 6), ("answered", 2, [0, BILL])),
+    "server_error": (("failed", 6, [0] * 6), ("answered", 2, [0, BILL])),
+    "unavailable": (("failed", 6, [0] * 6), ("answered", 2, [0, BILL])),
+    "overloaded": (("failed", 6, [0] * 6), ("answered", 2, [0, BILL])),
+    "bad_request": (("failed", 1, [0]), ("failed", 1, [0])),
+    "unauthorized": (("fatal", 1, [0]), ("fatal", 1, [0])),
+    "forbidden": (("fatal", 1, [0]), ("fatal", 1, [0])),
+    "not_found": (("fatal", 1, [0]), ("fatal", 1, [0])),
+    "quota": (("fatal", 1, [0]), ("fatal", 1, [0])),
+    "reset": (("failed", 6, [WORST] * 6), ("answered", 2, [WORST, BILL])),
+    "slow": (("failed", 6, [WORST] * 6), ("answered", 2, [WORST, BILL])),
+    "truncated": (("failed", 6, [WORST] * 6), ("answered", 2, [WORST, BILL])),
+    "invalid_json": (("failed", 6, [WORST] * 6), ("answered", 2, [WORST, BILL])),
+    "wrong_label": (("unparsed", 2, [BILL] * 2), ("answered", 2, [BILL] * 2)),
+    "not_offered_letter": (("unparsed", 2, [BILL] * 2), ("answered", 2, [BILL] * 2)),
+    "huge": (("unparsed", 2, [BILL] * 2), ("answered", 2, [BILL] * 2)),
+    "empty": (("unparsed", 1, [BILL]), ("unparsed", 1, [BILL])),
+    "refusal": (("refused", 1, [BILL]), ("refused", 1, [BILL])),
+    "content_filter": (("refused", 1, [BILL]), ("refused", 1, [BILL])),
+    "length": (("failed", 1, [BILL]), ("failed", 1, [BILL])),
+}
+
+
+@EVERY
+@pytest.mark.parametrize("once", [False, True], ids=["always", "once"])
+@pytest.mark.parametrize("kind", TABLE)
+@pytest.mark.filterwarnings("ignore:Sending a large body:ResourceWarning")  # aiohttp's, of a huge answer shown again
+@pytest.mark.usefixtures("no_waiting")
+async def test_what_comes_of_a_fault(kind: FaultKind, once: bool, make: Make) -> None:
+    ends_as, requests, counted = TABLE[kind][once]
+    fault = Fault(kind, seconds=30)
+    ledger, store = Ledger(), MemoryStore()
+    async with JudgeServer(usage=USAGE, faults=[fault] if once else always(fault)) as server:
+        judge = make(server, timeout=TIMEOUT if kind == "slow" else 20)
+        asking = cascade(judge, ledger=ledger, store=store)
+        if ends_as == "fatal":
+            with pytest.raises(FatalError):
+                await asking.aclassify([noise(1)])
+        else:
+            (prediction,) = await asking.aclassify([noise(1)])
+            verdict = prediction.verdict
+            assert verdict is not None
+            assert verdict.outcome == ends_as
+            assert (prediction.decided_by == "judge") == (ends_as == "answered")
+            assert bool(verdict.error) == (ends_as != "answered")
+            stage = Stage(judge=judge, prompt=load_prompt("select"))
+            worst = judge.worst_case(stage.question(noise(1), prediction.candidates))
+            assert worst > BILL
+            assert ledger._spent == sum(worst if amount == WORST else int(amount) for amount in counted)
+            assert verdict.usage.dollars == pytest.approx(counted.count(BILL) * BILL / NANODOLLARS)
+    assert len(server.requests) == requests
+    assert len(store.verdicts) == (ends_as == "answered")
+    assert ledger._reserved == 0
+    assert ends_as != "fatal" or ledger._spent == 0
+
+
+def test_the_table_has_every_fault() -> None:
+    assert set(TABLE) == {kind for part in get_args(FaultKind) for kind in (get_args(part) or [part])} - {"expired"}
+
+
+@EVERY
+async def test_the_wait_is_what_the_response_says(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[float | None] = []
+
+    def remember(state: object) -> float:
+        error = state.outcome.exception()  # type: ignore[attr-defined]
+        assert isinstance(error, RateLimited)
+        waits.append(error.retry_after)
+        return 0
+
+    monkeypatch.setattr("cascadevlm.retry._BACKOFF", remember)
+    told = [Fault("rate_limit", retry_after=0.01), Fault("overloaded", retry_after_ms=20), Fault("unavailable")]
+    async with JudgeServer(usage=USAGE, faults=told) as server:
+        (prediction,) = await cascade(make(server)).aclassify([noise(1)])
+    assert prediction.decided_by == "judge"
+    assert waits == [None]  # the others were waited for as told
+    assert len(server.requests) == 4
+
+
+@EITHER
+@pytest.mark.parametrize("kind", ["unauthorized", "quota"])
+def test_what_stops_one_question_stops_the_run(kind: FaultKind, make: Make) -> None:
+    with JudgeServer(usage=USAGE, faults=always(Fault(kind)), latency=0.02) as server, pytest.raises(FatalError):
+        cascade(make(server, concurrency=5)).classify(images(100))
+    assert 1 <= len(server.requests) <= 5
+
+
+@EITHER
+def test_nothing_is_asked_after_the_run(make: Make) -> None:
+    later = Fault("rate_limit", retry_after=0.1)
+    with JudgeServer(faults=lambda number: Fault("unauthorized") if number == 3 else later) as server:
+        with pytest.raises(FatalError):
+            cascade(make(server, concurrency=4)).classify(images(20))
+        asked = len(server.requests)
+        time.sleep(0.4)
+        assert len(server.requests) == asked
+
+
+MIXED = [
+    Fault(kind, retry_after_ms=1)
+    for kind in (
+        *("rate_limit", "server_error", "reset", "overloaded", "bad_request", "truncated", "wrong_label"),
+        *("invalid_json", "refusal", "unavailable", "empty", "length", "content_filter", "not_offered_letter"),
+    )
+]
+
+
+@EITHER
+@pytest.mark.usefixtures("no_waiting")
+async def test_a_thousand_images_while_a_third_of_the_calls_fail(make: Make) -> None:
+    store, ledger, failing = MemoryStore(), Ledger(), one_in_three(MIXED)
+    sick = True
+    async with JudgeServer(usage=USAGE, faults=lambda number: failing(number) if sick else None) as server:
+        asking = cascade(make(server), store=store, ledger=ledger)
+        predictions = await asking.aclassify(images(1000))
+        verdicts = [prediction.verdict for prediction in predictions]
+        outcomes = [verdict.outcome for verdict in verdicts if verdict is not None]
+        assert len(outcomes) == 1000
+        answered = outcomes.count("answered")
+        assert len(store.verdicts) == answered
+        assert {"answered", "failed", "refused", "unparsed"} == set(outcomes)
+        assert 700 < answered < 1000
+        assert all(verdict.error for verdict in verdicts if verdict is not None and not verdict.valid)
+        assert all(prediction.label for prediction in predictions)
+        assert ledger._reserved == 0
+        before, sick = len(server.requests), False
+        assert before > 1000
+        again = await asking.aclassify(images(1000))
+        assert len(server.requests) - before == 1000 - answered
+    assert all(prediction.verdict is not None and prediction.verdict.outcome == "answered" for prediction in again)
+    assert sum(prediction.cost.cached for prediction in again) == answered
+    labels = [(earlier.label, later.label) for earlier, later in zip(predictions, again, strict=True) if later.cost.cached]
+    assert all(earlier == later for earlier, later in labels)
+
+
+KEY = "sk-marker-7f3a9c"
+
+
+@EVERY
+@pytest.mark.usefixtures("no_waiting")
+def test_the_key_shows_nowhere(
+    make: Make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    """Even where the provider repeats it in every error."""
+    for name in ("OPENAI_API_KEY", "ANTHROPIC_API_KEY"):
+        monkeypatch.setenv(name, KEY)
+    for kind, error in ERRORS.items():
+        monkeypatch.setitem(ERRORS, kind, error._replace(message=f"Incorrect API key provided: {KEY}. Bearer {KEY}"))
+    caplog.set_level(logging.DEBUG)
+    shown = io.StringIO()
+    errors = 0
+    for number, kind in enumerate(TABLE):
+        with JudgeServer(usage=USAGE, faults=[Fault(kind, seconds=30)]) as server:
+            judge = make(server, timeout=TIMEOUT if kind == "slow" else 20)
+            try:
+                (prediction,) = cascade(judge, store=DiskStore(tmp_path / "cache")).classify([noise(number)])
+                print(json.dumps(prediction.to_dict()), repr(prediction), file=shown)
+            except FatalError as exc:
+                errors += 1
+                print(str(exc), repr(exc), traceback.format_exc(), file=shown)
+            print(repr(judge), json.dumps(dict(judge.identity())), file=shown)
+        received = server.requests[0].headers
+        assert KEY in (received.get("x-api-key") or received.get("authorization", ""))  # so it was in use
+    assert errors == 4
+    assert shown.getvalue().count("***") > 20  # where the provider repeated it
+    ours = [record for record in caplog.records if record.name.startswith("cascadevlm")]
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert files
+    for text in (shown.getvalue(), *(record.getMessage() for record in ours)):
+        assert KEY not in text
+    for path in files:
+        assert KEY.encode() not in path.read_bytes()

@@ -1,0 +1,74 @@
+"""What the command line says and asks about money, against a hosted judge on this machine that has a price."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from cascadevlm.testing import noise
+from cascadevlm.testing.server import JudgeServer
+from tests.cli.test_cli import run
+
+PRICE = "{ input = 1000, output = 1000 }"
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[JudgeServer]:
+    with JudgeServer(batch_polls=0) as running:
+        yield running
+
+
+@pytest.fixture
+def call(server: JudgeServer, tmp_path: Path) -> list[str | Path]:
+    """Arguments that classify four images, a judge that costs a dollar per thousand tokens asked about each."""
+    for seed in range(4):
+        noise(seed, (60, 60)).save(tmp_path / f"{seed}.png")
+    (tmp_path / "labels.txt").write_text("red finch\nblue finch\ngrey owl\n")
+    return [
+        *(tmp_path, "--labels", tmp_path / "labels.txt", "--scorer", "open_clip:aviary", "--judge", "openai:priced"),
+        *("--policy", "always", "--set", f"stage.0.options.base_url={server.openai_url}"),
+        *("--set", f"stage.0.options.price={PRICE}", "--set", f"cache.folder={tmp_path / 'cache'}"),
+    ]
+
+
+def test_a_run_that_may_cost_more_than_a_dollar_is_asked_about(call: list[str | Path], server: JudgeServer) -> None:
+    before = len(server.requests)
+    done = run("classify", *call, check=False)
+    assert done.returncode == 2
+    assert "About 4 questions" in done.stderr
+    assert "--yes" in done.stderr
+    assert len(server.requests) == before
+
+
+def test_with_yes_it_runs_and_the_second_run_is_free(call: list[str | Path]) -> None:
+    first = [json.loads(line) for line in run("classify", *call, "--yes", "--json").stdout.splitlines()]
+    assert [row["cost"]["dollars"] for row in first] == [pytest.approx(1.02)] * 4
+    shown = run("classify", *call, "--yes").stdout
+    assert "$0.0000" in shown
+    assert "$4.0800" in shown
+
+
+def test_a_small_run_or_a_small_cap_is_not_asked_about(call: list[str | Path]) -> None:
+    run("classify", *call, "--set", "budget.ask_above_usd=100", "--json")
+    capped = run("classify", *call, "--set", "budget.usd=0.5", "--set", "cache.enabled=false", "--json").stdout
+    assert [json.loads(line)["verdict"]["outcome"] for line in capped.splitlines()] == ["skipped"] * 4
+
+
+def test_estimate_tells_calls_and_dollars_and_asks_nobody(call: list[str | Path], server: JudgeServer) -> None:
+    before = len(server.requests)
+    (stage,) = json.loads(run("estimate", *call, "--json").stdout)
+    assert (stage["calls"], stage["deferral_rate"]) == (4, 1.0)
+    low, high = stage["dollars_range"]
+    assert 0 < low <= stage["dollars"] <= high
+    assert "openai:priced" in run("estimate", *call).stdout
+    assert len(server.requests) == before
+
+
+def test_batch_costs_half(call: list[str | Path], server: JudgeServer) -> None:
+    before = len(server.requests)
+    halved = "{ input = 1000, output = 1000, batch_discount = 0.5 }"
+    arguments = [*call, "--set", f"stage.0.options.price={halved}", "--batch", "--yes", "--json"]
+    rows = [json.loads(line) for line in run("classify", *arguments).stdout.splitlines()]
+    assert [row["cost"]["dollars"] for row in rows] == [pytest.approx(0.51)] * 4
+    assert len(server.requests) == before
