@@ -73,6 +73,7 @@ class BatchJudge(WrapperJudge):
     Attributes:
         closed: whether no more questions are taken.
         concluding: whether answers come with their bills; until then, what they cost stays reserved.
+        freed: whether money has come back since this was last set to False.
     """
 
     def __init__(self, wrapped: HostedJudge, folder: Path, ledger: Ledger) -> None:
@@ -83,10 +84,12 @@ class BatchJudge(WrapperJudge):
         self.ledger = ledger
         self.closed = False
         self.concluding = False
+        self.freed = False
         self.chunks: list[Chunk] = []
         self._open: Chunk | None = None
         self._open_bytes = 0
         self._reserved: dict[str, int] = {}
+        self._short: dict[str, int] = {}
         self._asked: set[str] = set()
         self._told: set[str] = set()
 
@@ -113,10 +116,7 @@ class BatchJudge(WrapperJudge):
             path.unlink()
         for chunk in self.chunks:
             for key, worst_case in chunk.worst_cases.items():
-                try:
-                    self._reserve(key, worst_case)
-                except BudgetExhausted:  # a smaller budget than the earlier run's; the money is as good as gone
-                    continue
+                self._owe(key, worst_case)
 
     async def judge(self, question: Question) -> Verdict:
         key = key_of(question_payload(self.hosted, question))
@@ -130,7 +130,7 @@ class BatchJudge(WrapperJudge):
                 return self._conclude(key, self._read(results.get(key), question))
             except JudgeError as exc:
                 if self.closed or not exc.retryable or exc.may_be_billed or len(asked) >= MOST_ATTEMPTS:
-                    self._give_up(key, exc)
+                    self._give_up(key, asked[-1].worst_cases[key] if exc.may_be_billed else 0)
                     raise PermanentError(str(exc)) from exc
         self._collect(key, question)
         raise Waiting("The question was put into a batch.")
@@ -145,8 +145,7 @@ class BatchJudge(WrapperJudge):
 
     def _conclude(self, key: str, verdict: Verdict) -> Verdict:
         if not self.concluding:
-            bill = round(verdict.usage.dollars * NANODOLLARS)
-            self._reserve(key, min(bill, self._reserved.get(key, 0)))
+            self._owe(key, round(verdict.usage.dollars * NANODOLLARS))
             return replace(verdict, usage=Usage())
         self._release(key)  # the bill counts as spent from now on
         if key in self._told:
@@ -154,12 +153,12 @@ class BatchJudge(WrapperJudge):
         self._told.add(key)
         return verdict
 
-    def _give_up(self, key: str, error: JudgeError) -> None:
+    def _give_up(self, key: str, bill: int) -> None:
         """No answer will come; where one may be billed all the same, it is counted as the worst case."""
-        if not error.may_be_billed:
-            self._release(key)
-        elif self.concluding:
-            self._release(key, spent=self._reserved.get(key, 0))
+        if self.concluding or not bill:
+            self._release(key, spent=0 if key in self._told else bill)
+        if self.concluding:
+            self._told.add(key)
 
     def _collect(self, key: str, question: Question) -> None:
         worst_case = self.hosted.batch_worst_case(question)
@@ -169,6 +168,8 @@ class BatchJudge(WrapperJudge):
             raise PermanentError(f"The question takes {len(row)} bytes, more than a whole batch may.")
         if self.closed:
             raise BudgetExhausted("The budget had too little left for this question when the batches were filled.")
+        for owed, nanodollars in self._short.copy().items():  # what was submitted before has a prior claim
+            self._reserve(owed, nanodollars)
         self._reserve(key, worst_case)
         chunk = self._open
         if chunk is None or self._open_bytes + len(row) > limits.bytes or len(chunk.worst_cases) == limits.requests:
@@ -225,8 +226,12 @@ class BatchJudge(WrapperJudge):
     async def _results(self, chunk: Chunk) -> Mapping[str, JsonValue] | None:
         assert chunk.batch_id is not None
         batch_id = chunk.batch_id
+
+        async def once() -> Mapping[str, JsonValue] | None:
+            return await self.hosted.call(self.hosted.batch_results(batch_id))
+
         try:
-            return await patient()(lambda: self.hosted.call(self.hosted.batch_results(batch_id)))
+            return await patient()(once)
         except PermanentError as exc:
             self._forget(chunk)
             raise FatalError(str(exc)) from exc
@@ -243,11 +248,6 @@ class BatchJudge(WrapperJudge):
         """How many questions have not come back."""
         return sum(len(self._asked.intersection(chunk.worst_cases)) for chunk in self._awaited())
 
-    @property
-    def reserved(self) -> int:
-        """Nanodollars promised to questions in batches."""
-        return sum(self._reserved.values())
-
     def _reserve(self, key: str, nanodollars: int) -> None:
         """Change what is reserved for a question.
 
@@ -259,14 +259,26 @@ class BatchJudge(WrapperJudge):
             self.ledger.reserve_now(nanodollars - before)
         else:
             self.ledger.settle(before - nanodollars, 0)
+            self.freed |= nanodollars < before
         self._reserved[key] = nanodollars
+        self._short.pop(key, None)
+
+    def _owe(self, key: str, nanodollars: int) -> None:
+        """Reserve what will have to be paid; what the budget has not is remembered."""
+        try:
+            self._reserve(key, nanodollars)
+        except BudgetExhausted:
+            self._short[key] = nanodollars
 
     def _release(self, key: str, *, spent: int = 0) -> None:
-        self.ledger.settle(self._reserved.pop(key, 0), spent)
+        reserved = self._reserved.pop(key, 0)
+        self.ledger.settle(reserved, spent)
+        self.freed |= reserved > 0
+        self._short.pop(key, None)
 
     def release_unasked(self) -> None:
         """Let go of what is reserved for an earlier run's questions that this one has not asked."""
-        for key in self._reserved.keys() - self._asked:
+        for key in {*self._reserved, *self._short} - self._asked:
             self._release(key)
 
     def release(self) -> None:
@@ -278,6 +290,8 @@ class BatchJudge(WrapperJudge):
         """From now on, answers come with their bills."""
         self.closed = self.concluding = True
         self._asked.clear()
+        if self._short:  # bills above what is promised for them would wait for each other
+            self.release()
 
     def finish(self, store: VerdictStore) -> None:
         """Forget what has been answered, now or in the store. Answers to questions of another run are kept for it."""
@@ -375,7 +389,8 @@ async def stream_in_batches(
     async def collect(stages: Sequence[Stage], judge: BatchJudge) -> None:
         """Until all questions to the judge, the last stage's, have come back and no more fit into the budget."""
         while True:
-            before, escalated, skipped = judge.reserved, 0, 0
+            escalated = skipped = 0
+            judge.freed = False
             async for prediction in run(stages, _Collecting(store), "scorer"):
                 escalated += prediction.escalated
                 skipped += any(verdict.outcome == "skipped" for verdict in prediction.verdicts)
@@ -384,7 +399,7 @@ async def stream_in_batches(
             if judge.in_flight:
                 progress(f"{escalated} of {len(images)} images escalated; {judge.in_flight} questions wait for their batches.")
                 await judge.wait(poll_seconds)
-            elif not skipped or judge.reserved >= before:
+            elif not (skipped and judge.freed):
                 return
 
     async with AsyncExitStack() as stack:

@@ -8,6 +8,7 @@
     │   ├── ImageError                a file or array that is no usable image
     │   ├── PolicyError               a policy that cannot be parsed or answers in the wrong shape
     │   ├── PromptError               a template that is missing or names unknown variables
+    │   ├── DataError                 labelled data, or a record of a run, that is incomplete or contradicts itself
     │   ├── ConfigError               a configuration that does not validate
     │   └── BackendError              a backend that is unknown, not installed or misconfigured
     └── JudgeError                    the judge gave no usable answer
@@ -56,6 +57,10 @@ class PolicyError(InputError):
 
 class PromptError(InputError):
     """A prompt template that is missing or names unknown variables."""
+
+
+class DataError(InputError):
+    """Labelled data, or a record of a run, that is incomplete or contradicts itself."""
 
 
 class ConfigError(InputError):

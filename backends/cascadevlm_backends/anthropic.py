@@ -71,6 +71,16 @@ class AnthropicJudge(HostedJudge):
         "CredentialsError": FatalError,
         "IdentityTokenFileError": FatalError,
         "RetryableError": TransientError,
+        **dict.fromkeys(
+            (  # of what no judge uses: other ways in, streams, tools
+                "MissingDependencyError",
+                "MutuallyExclusiveAuthError",
+                "StreamAlreadyConsumed",
+                "ToolsetUsageError",
+                "WorkloadIdentityError",
+            ),
+            FatalError,
+        ),
     }
 
     def __init__(

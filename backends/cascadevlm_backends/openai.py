@@ -92,6 +92,21 @@ class OpenAIJudge(HostedJudge):
         "LengthFinishReasonError": PermanentError,
         "WebSocketConnectionClosedError": TransientError,
         "WebSocketQueueFullError": TransientError,
+        **dict.fromkeys(
+            (  # of what no judge uses: other clients, streams, agents
+                "APIRemovedInV1",
+                "AgentFilePreparationError",
+                "AgentFileStagingError",
+                "AgentOutputParseError",
+                "AgentTurnResultError",
+                "MissingDependencyError",
+                "MutuallyExclusiveAuthError",
+                "StreamAlreadyConsumed",
+                "SubjectTokenProviderError",
+                "_AmbiguousModuleClientUsageError",
+            ),
+            FatalError,
+        ),
     }
 
     def __init__(
