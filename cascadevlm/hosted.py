@@ -151,12 +151,15 @@ def normalised(masses: Mapping[str, float]) -> Mapping[str, float] | None:
 
 OVERLOADED = frozenset({429, 503, 529})
 NEVER_CONNECTED = frozenset({"ConnectError", "ConnectTimeout", "PoolTimeout"})
+MOST_OF_A_MESSAGE = 500
 EXHAUSTED = ("insufficient_quota", "billing_hard_limit_reached", "billing_error", "spend_limit")
 
 
 def error_of_status(status: int, message: str, *, wait: float | None = None) -> JudgeError:
     """The error that a response's status amounts to; it was not billed."""
-    if status == 402 or any(word in message for word in EXHAUSTED):
+    exhausted = status == 402 or any(word in message for word in EXHAUSTED)
+    message = message[:MOST_OF_A_MESSAGE]
+    if exhausted:
         return FatalError(message, hint="The account's quota or spending limit is exhausted.")
     if status in OVERLOADED:
         return RateLimited(message, retry_after=wait)
@@ -175,13 +178,13 @@ def translate(exc: Exception, errors: Mapping[str, type[JudgeError]], *, secret:
     """
     code = getattr(exc, "code", None)
     message = f"{type(exc).__name__}: {exc}" + (f" ({code})" if code else "")
-    message = (message.replace(secret, "***") if secret else message)[:500]
+    message = message.replace(secret, "***") if secret else message
     status, response = getattr(exc, "status_code", None), getattr(exc, "response", None)
     if isinstance(status, int) and status >= 400:
         return error_of_status(status, message, wait=retry_after(response.headers if response is not None else {}))
     unknown = TransientError if isinstance(exc, ValueError) else PermanentError  # a ValueError: a body that is no JSON
     kind = next((errors[name] for name in _class_names(exc) if name in errors), unknown)
-    return kind(message, may_be_billed=not _never_connected(exc))
+    return kind(message[:MOST_OF_A_MESSAGE], may_be_billed=not _never_connected(exc))
 
 
 def _class_names(exc: BaseException) -> list[str]:

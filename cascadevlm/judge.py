@@ -177,6 +177,10 @@ class WrapperJudge(Judge):
         await self.wrapped.aclose()
 
 
+MOST_REJECTED_TEXT = 4_000
+"""How much of a rejected answer, from its end, a judge is shown again, in characters."""
+
+
 class Repairing(WrapperJudge):
     """Asks once more where an answer named no candidate, showing the judge its own words."""
 
@@ -184,6 +188,6 @@ class Repairing(WrapperJudge):
         first = await self.wrapped.judge(question)
         if first.outcome != "unparsed" or not first.text.strip():
             return first
-        second = await self.wrapped.judge(replace(question, rejected=first.text))
+        second = await self.wrapped.judge(replace(question, rejected=first.text[-MOST_REJECTED_TEXT:]))
         usage = first.usage + second.usage
         return replace(second, rationale=second.rationale or first.text.strip(), usage=usage)

@@ -204,6 +204,11 @@ class OpenAIJudge(HostedJudge):
             return await self.ask(self._answer(question, self._takes_schema), question)
         return await self._find_out(question)
 
+    def worst_case(self, question: Question) -> int:
+        """Finding out may take a second request."""
+        finding_out = self.mode == "answer" and self._takes_schema is None
+        return super().worst_case(question) * (2 if finding_out else 1)
+
     async def _find_out(self, question: Question) -> Verdict:
         """Ask for JSON by a schema and, where the endpoint refuses or takes no notice of it, by the prompt alone."""
         bill = Usage()
