@@ -32,7 +32,7 @@ from cascadevlm.testing import FakeJudge, noise, question
 from cascadevlm.testing.server import JudgeServer
 
 NAMES = [f"species {number}" for number in range(5)]
-SIDE = 300  # noise of this size is a JPEG of some 100 KB
+SIDE = 330  # noise of this size is a JPEG of some 100 KB
 SERVER = """
 import time
 from cascadevlm.testing.server import JudgeServer

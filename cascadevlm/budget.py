@@ -57,7 +57,7 @@ class Ledger:
     def _try_to_reserve(self, nanodollars: int, loop: asyncio.AbstractEventLoop | None) -> "asyncio.Future[None] | None":
         """Promise an amount, or give a future of the loop that is done when money has come back."""
         with self._lock:
-            if self.cap is None or self._spent + self._reserved + nanodollars <= self.cap:
+            if nanodollars == 0 or self.cap is None or self._spent + self._reserved + nanodollars <= self.cap:
                 self._reserved += nanodollars
                 return None
             if loop is None or self._spent + nanodollars > self.cap:

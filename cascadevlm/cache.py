@@ -4,6 +4,8 @@ import asyncio
 import hashlib
 import json
 import os
+import sqlite3
+import warnings
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
@@ -15,6 +17,7 @@ import platformdirs
 from PIL import Image
 from pydantic import JsonValue, TypeAdapter
 
+from cascadevlm.errors import BackendError
 from cascadevlm.judge import Judge, WrapperJudge
 from cascadevlm.prompt import answer_format, options, render
 from cascadevlm.types import Question, Usage, Verdict
@@ -78,19 +81,24 @@ class DiskStore(VerdictStore):
     @property
     def _cache(self) -> diskcache.Cache:
         if self._opened is None:
-            self._opened = diskcache.Cache(str(self.folder), disk=diskcache.JSONDisk, eviction_policy="none")
+            try:
+                self._opened = diskcache.Cache(str(self.folder), disk=diskcache.JSONDisk, eviction_policy="none")
+            except (OSError, sqlite3.Error, diskcache.Timeout) as exc:
+                hint = "Set CASCADEVLM_CACHE_DIR, or cache.folder, to one that can."
+                raise BackendError(f"The cache folder {str(self.folder)!r} cannot be used: {exc}.", hint=hint) from exc
         return self._opened
 
     def get(self, key: str) -> Verdict | None:
         try:
-            return _VERDICT.validate_python(self._cache[key]["verdict"])
+            return _VERDICT.validate_python(self._cache.get(key, retry=True)["verdict"])
         except _DAMAGE:  # a missing entry is a KeyError; a damaged one is asked again and overwritten
             return None
 
     def put(self, payload: Payload, verdict: Verdict) -> None:
         if not verdict.valid:
             raise ValueError(f"a verdict {verdict.outcome!r} is not kept")
-        self._cache.set(key_of(payload), {"payload": payload, "verdict": _VERDICT.dump_python(verdict, mode="json")})
+        entry = {"payload": payload, "verdict": _VERDICT.dump_python(verdict, mode="json")}
+        self._cache.set(key_of(payload), entry, retry=True)
 
     def __len__(self) -> int:
         return len(self._cache)
@@ -169,7 +177,10 @@ class Cached(SingleFlight):
             return at_no_cost(stored)
         verdict = await super()._ask(key, payload, question)
         if verdict.valid:
-            self.store.put(payload, verdict)
+            try:
+                self.store.put(payload, verdict)
+            except (OSError, sqlite3.Error) as exc:  # a full disk: the answer is paid for and counts all the same
+                warnings.warn(f"An answer could not be kept in the cache: {exc}", RuntimeWarning, stacklevel=2)
         return verdict
 
 

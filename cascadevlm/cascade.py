@@ -1,6 +1,7 @@
 """The cascade: a scorer ranks every label, policies decide what is worth asking, judges choose among few candidates."""
 
-from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
+from contextlib import aclosing
 from pathlib import Path
 from typing import overload
 
@@ -85,7 +86,7 @@ class Cascade:
         """Predictions in input order, each as soon as it and all before it are known; later images are worked on meanwhile."""
         return loop.iterate(self.astream(images))
 
-    async def astream(self, images: Iterable[ImageSource]) -> AsyncIterator[Prediction]:
+    async def astream(self, images: Iterable[ImageSource]) -> AsyncGenerator[Prediction, None]:
         """`stream`, for asynchronous callers."""
         run = Run(
             scorer=self.scorer,
@@ -96,5 +97,6 @@ class Cascade:
             ledger=self.ledger,
             batch_size=self.batch_size,
         )
-        async for prediction in run.predictions(images):
-            yield prediction
+        async with aclosing(run.predictions(images)) as predictions:
+            async for prediction in predictions:
+                yield prediction

@@ -95,7 +95,7 @@ class StageConfig(_Section):
 class BudgetConfig(_Section):
     """``[budget]``: the most a run may spend on hosted judges, and what the command line spends without asking, in US dollars."""
 
-    usd: Annotated[float, Field(ge=0)] | None = None
+    usd: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
     ask_above_usd: Annotated[float, Field(ge=0)] = 1.0
 
 
@@ -144,9 +144,13 @@ class Config(_Section):
             if self.labels is None:
                 raise ConfigError("There are no labels.", hint="Give a file of class names.")
             labels = LabelSet.read(self.labels) if isinstance(self.labels, Path) else LabelSet.of(self.labels)
-        templates: Options = {} if self.scorer.templates is None else {"templates": [*self.scorer.templates]}
+        options = dict(self.scorer.options)
+        if self.scorer.templates is not None:
+            if "templates" in options:
+                raise ConfigError("scorer.templates are given twice.", hint="Take them out of scorer.options.")
+            options["templates"] = [*self.scorer.templates]
         return Cascade(
-            load_scorer(self.scorer.use, **templates, **self.scorer.options),
+            load_scorer(self.scorer.use, **options),
             [stage.build(labels) for stage in self.stage],
             labels=labels,
             on_failure=self.on_failure,
@@ -206,7 +210,7 @@ def _explain(model: type[BaseModel], error: ValidationError) -> str:
     """The first thing wrong, in one sentence."""
     first = error.errors()[0]
     *parents, key = first["loc"]
-    where = ".".join(map(str, first["loc"]))
+    where = ".".join(str(step) for step in first["loc"] if "[" not in str(step))  # brackets: pydantic's own steps
     if first["type"] == "extra_forbidden":
         return f"There is no key {where!r}. {nearest(str(key), _keys(model, parents))}"
     if first["type"] == "missing":

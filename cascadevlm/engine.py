@@ -6,7 +6,7 @@ in every run.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -19,7 +19,7 @@ from PIL import Image
 from cascadevlm.budget import NANODOLLARS, Ledger, Metered
 from cascadevlm.cache import Cached, SingleFlight, VerdictStore
 from cascadevlm.candidates import CandidateRule, TopK
-from cascadevlm.errors import BudgetExhausted, FatalError, ImageError, JudgeError
+from cascadevlm.errors import BudgetExhausted, FatalError, ImageError, JudgeError, PromptError
 from cascadevlm.images import ImageSource, load_image
 from cascadevlm.judge import Judge, Repairing
 from cascadevlm.labels import LabelSet
@@ -33,6 +33,9 @@ from cascadevlm.types import Candidate, Prediction, Prompt, Question, Scores, Ve
 OnFailure = Literal["scorer", "raise", "abstain"]
 """What a prediction is where no judge asked gave an answer: the scorer's label, an error, or no label."""
 
+LARGE_PIXELS = 1_000_000
+"""From this size on, shrinking and encoding an image takes longer than a thread is worth."""
+
 OUTPUT_LIMIT = 4096
 """How many predictions may wait for an earlier image to be judged."""
 
@@ -44,6 +47,9 @@ class Stage:
     The policy of the first stage sees the scorer's scores. That of a later stage sees the images its predecessor was asked
     about, with the scores as they then stand: the judge's own probabilities, certainty where it answered without any, and
     the scorer's where it gave no answer.
+
+    Raises:
+        PromptError: if the prompt shows reference images and there is no support set.
     """
 
     judge: Judge
@@ -52,6 +58,10 @@ class Stage:
     candidates: CandidateRule = TopK()
     offer_none: bool = False
     support: SupportSet | None = None
+
+    def __post_init__(self) -> None:
+        if self.support is None and self.prompt.shows_references:
+            raise PromptError(f"Prompt {self.prompt.name!r} shows $references.", hint="Give the stage a support folder.")
 
     def question(self, image: Image.Image, candidates: tuple[Candidate, ...]) -> Question:
         """What the judge is asked about an image, the candidates in the order they are to be shown."""
@@ -132,7 +142,7 @@ class Run:
         self.tasks: set[asyncio.Task[None]] = set()
         self.fatal: FatalError | None = None
 
-    async def predictions(self, sources: Iterable[ImageSource]) -> AsyncIterator[Prediction]:
+    async def predictions(self, sources: Iterable[ImageSource]) -> AsyncGenerator[Prediction, None]:
         """Classify and yield in input order."""
         async with AsyncExitStack() as stack:
             for running in self.stages:
@@ -155,22 +165,27 @@ class Run:
                 result.exception()  # marks it as seen
 
     async def _produce(self, sources: Iterable[ImageSource]) -> None:
+        try:
+            await self._produce_all(sources)
+        except Exception:  # cancelled, there is nobody to tell
+            await self.output.put(None)
+            raise
+        await self.output.put(None)
+
+    async def _produce_all(self, sources: Iterable[ImageSource]) -> None:
         iterator = iter(sources)
         earlier = [_passed() for _ in self.stages]
-        try:
-            while batch := await asyncio.to_thread(lambda: list(islice(iterator, self.batch_size))):
-                await self.room.wait()
-                results = [asyncio.get_running_loop().create_future() for _ in batch]
-                items = await self._score(batch, results)
-                turns = [asyncio.Event() for _ in self.stages]
-                task = asyncio.create_task(self._escalate(items, earlier, turns))
-                self.tasks.add(task)
-                task.add_done_callback(self.tasks.discard)
-                earlier = turns
-                for result in results:
-                    await self.output.put(result)
-        finally:
-            await self.output.put(None)
+        while batch := await asyncio.to_thread(lambda: list(islice(iterator, self.batch_size))):
+            await self.room.wait()
+            results = [asyncio.get_running_loop().create_future() for _ in batch]
+            items = await self._score(batch, results)
+            turns = [asyncio.Event() for _ in self.stages]
+            task = asyncio.create_task(self._escalate(items, earlier, turns))
+            self.tasks.add(task)
+            task.add_done_callback(self.tasks.discard)
+            earlier = turns
+            for result in results:
+                await self.output.put(result)
 
     async def _score(self, sources: Sequence[ImageSource], results: Sequence[asyncio.Future[Prediction]]) -> list[_Item]:
         """Read and score a batch; unreadable images get their result here and are left out."""
@@ -258,7 +273,8 @@ class Run:
                     raise self.fatal
                 item.candidates = stage.candidates.arrange(item.candidates, item.image)
                 question = stage.question(item.image, item.candidates)
-                await asyncio.to_thread(running.judge.image_digest, question)  # encodes and hashes beside the event loop, once
+                if item.image.width * item.image.height > LARGE_PIXELS:  # encode and hash it beside the event loop, once for all
+                    await asyncio.to_thread(running.judge.image_digest, question)
                 verdict = await running.judge.judge(question)
             except FatalError as exc:
                 self.fatal = exc
@@ -272,8 +288,9 @@ class Run:
             self._settle(item)
 
     def _settle(self, item: _Item) -> None:
-        """Conclude from the verdicts: the last valid one counts."""
-        valid = next((verdict for verdict in reversed(item.verdicts) if verdict.valid), None)
+        """Conclude from the verdicts: the last answer counts."""
+        answered = next((verdict for verdict in reversed(item.verdicts) if verdict.label is not None), None)
+        asked = [verdict for verdict in item.verdicts if verdict.outcome != "skipped"]
         best = int(item.scores.log_probs[0].argmax())
         prediction = Prediction(
             path=item.path,
@@ -284,15 +301,16 @@ class Run:
             reasons=tuple(item.reasons),
             verdicts=tuple(item.verdicts),
         )
-        if valid is not None and valid.label is not None:
-            probability = valid.probabilities.get(valid.label) if valid.probabilities else None
-            prediction = replace(prediction, label=valid.label, probability=probability, decided_by="judge")
-        elif item.verdicts and item.verdicts[-1].outcome != "skipped":
-            why = "The judge chose none of the candidates." if valid else item.verdicts[-1].error
+        if answered is not None and answered.label is not None:
+            probability = answered.probabilities.get(answered.label) if answered.probabilities else None
+            prediction = replace(prediction, label=answered.label, probability=probability, decided_by="judge")
+        elif asked:
+            chose_none = any(verdict.valid for verdict in asked)
+            why = "The judge chose none of the candidates." if chose_none else asked[-1].error
             if self.on_failure == "abstain":
                 prediction = replace(prediction, label=None, probability=None, decided_by=None, error=why)
-            elif self.on_failure == "raise" and valid is None:
-                item.result.set_exception(JudgeError(f"{item.verdicts[-1].judge} on {item.path or 'an image'}: {why}"))
+            elif self.on_failure == "raise" and not chose_none:
+                item.result.set_exception(JudgeError(f"{asked[-1].judge} on {item.path or 'an image'}: {why}"))
                 return
         item.result.set_result(prediction)
 

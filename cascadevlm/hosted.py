@@ -96,10 +96,10 @@ def encode_image(image: Image.Image, limits: ImageLimits) -> EncodedImage:
 
 @dataclass(frozen=True, kw_only=True)
 class Reply:
-    """What came back from a provider, before it is read: the text, why there is none, and what is billed."""
+    """What came back from a provider, before it is read: the text, why there is none, and what is billed, if it says."""
 
     text: str
-    usage: Usage
+    usage: Usage | None
     refusal: str | None = None
     cut_off: bool = False
     probabilities: Mapping[str, float] | None = None
@@ -288,6 +288,10 @@ class HostedJudge(Judge):
         Raises:
             BackendError: if the price is unknown or wrong.
         """
+        if self.endpoint and (urlsplit(self.endpoint).scheme not in ("http", "https") or not self.host):
+            raise BackendError(
+                f"{self.endpoint!r} is no address of {self.spec!r}.", hint="Write http://host:port/v1 or https://…"
+            )
         if self.given_price is None and self.is_local:
             return FREE
         known = find_price(self.provider, self.model) if self.is_own_endpoint else None
@@ -398,8 +402,9 @@ class HostedJudge(Judge):
 
     def read(self, reply: Reply, question: Question, *, batch: bool = False) -> Verdict:
         """The verdict a reply amounts to; refusals and answers cut off are no reason to ask again."""
-        bill = self.price.nanodollars(reply.usage, batch=batch)
-        usage = replace(reply.usage, dollars=bill / NANODOLLARS, requests=1)
+        used = reply.usage or self._unknown_usage(question)
+        bill = self.price.nanodollars(used, batch=batch)
+        usage = replace(used, dollars=bill / NANODOLLARS, requests=1)
         if reply.refusal is not None:
             return Verdict(outcome="refused", text=reply.text, error=reply.refusal, judge=self.spec, usage=usage)
         if reply.cut_off:
@@ -410,9 +415,19 @@ class HostedJudge(Judge):
         )
         return replace(verdict, text=reply.text)
 
+    def _unknown_usage(self, question: Question) -> Usage:
+        """What a request that is paid for is taken to have used where the endpoint does not say: the most."""
+        if not self.costs_money:
+            return Usage()
+        input_tokens, output_tokens = self.most_tokens(question)
+        return Usage(input_tokens=input_tokens, output_tokens=output_tokens)
+
     def output_limit(self, question: Question) -> int:
-        """The most tokens an answer may have, thoughts included."""
-        return self.max_tokens or answer_format(question).max_tokens + (REASONING_TOKENS if self.price.reasons else 0)
+        """The most tokens an answer may have: the prompt's, the longest name's and, for models that have any, its thoughts."""
+        if self.max_tokens is not None:
+            return self.max_tokens
+        name = max(len(name.encode()) for name in options(question).values()) // USUAL_BYTES_PER_TOKEN
+        return answer_format(question).max_tokens + name + (REASONING_TOKENS if self.price.reasons else 0)
 
     def _input_bytes(self, question: Question) -> int:
         """Of the text, and of a schema's names."""

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import threading
 import warnings
 from pathlib import Path
 from typing import TypeAlias
@@ -21,6 +22,9 @@ MAX_PIXELS = 178_956_970
 same size, whatever its warning filters."""
 
 
+_OPENING = threading.Lock()
+
+
 def load_image(source: ImageSource) -> Image.Image:
     """Read an image: EXIF orientation applied, transparency flattened onto white, converted to RGB.
 
@@ -31,20 +35,24 @@ def load_image(source: ImageSource) -> Image.Image:
         ImageError: if it cannot be found or decoded, is truncated, or is a decompression bomb.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            if isinstance(source, Image.Image):
-                return _upright_rgb(source)
-            if isinstance(source, np.ndarray):
-                return _upright_rgb(_from_array(source))
-            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-                return _upright_rgb(image)
+        if isinstance(source, Image.Image):
+            return _upright_rgb(source)
+        if isinstance(source, np.ndarray):
+            return _upright_rgb(_from_array(source))
+        with _open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+            return _upright_rgb(image)
     except FileNotFoundError as exc:
         raise ImageError(f"Image {str(source)!r} does not exist.") from exc
     except Image.DecompressionBombError as exc:
         raise ImageError(f"Image {_describe(source)} is too large to be decoded: {exc}.", hint="Shrink it first.") from exc
     except (OSError, ValueError, TypeError, SyntaxError, EOFError) as exc:
         raise ImageError(f"Image {_describe(source)} cannot be decoded: {exc}.") from exc
+
+
+def _open(source: str | Path | io.BytesIO) -> Image.Image:
+    with _OPENING, warnings.catch_warnings():  # warning filters belong to the process, not to a thread
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        return Image.open(source)
 
 
 def _from_array(array: NDArray[np.uint8]) -> Image.Image:
@@ -64,6 +72,8 @@ def _flatten(image: Image.Image) -> Image.Image:
         image = image.convert("RGBA")
         ground = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(ground, image).convert("RGB")
+    if image.mode == "F":
+        raise ValueError("its pixels are floating-point numbers; save it with 8 or 16 bits")
     if image.mode.startswith("I;16") or image.mode == "I":
         return Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
     return image.convert("RGB")

@@ -9,6 +9,7 @@ from typing import ClassVar
 
 from pydantic import JsonValue
 
+from cascadevlm.errors import FatalError, JudgeError
 from cascadevlm.prompt import read_answer
 from cascadevlm.types import Question, Usage, Verdict
 
@@ -188,6 +189,11 @@ class Repairing(WrapperJudge):
         first = await self.wrapped.judge(question)
         if first.outcome != "unparsed" or not first.text.strip():
             return first
-        second = await self.wrapped.judge(replace(question, rejected=first.text[-MOST_REJECTED_TEXT:]))
+        try:
+            second = await self.wrapped.judge(replace(question, rejected=first.text[-MOST_REJECTED_TEXT:]))
+        except FatalError:
+            raise
+        except JudgeError:
+            return first
         usage = first.usage + second.usage
         return replace(second, rationale=second.rationale or first.text.strip(), usage=usage)

@@ -25,7 +25,7 @@ def fold(text: str) -> str:
 
     A name made of punctuation alone keeps it, since nothing else would be left to compare.
     """
-    decomposed = unicodedata.normalize("NFKD", text.casefold())
+    decomposed = unicodedata.normalize("NFKD", unicodedata.normalize("NFKD", text).casefold())  # as Unicode matches caselessly
     bare = "".join(c for c in decomposed if not unicodedata.combining(c))
     words = re.sub(r"[\W_]+", " ", bare).strip()
     return words or one_line(bare)
@@ -91,7 +91,7 @@ class LabelSet:
         path = Path(path)
         try:
             if path.is_dir():
-                labels = [Label(name=entry.name) for entry in sorted(path.iterdir()) if entry.is_dir()]
+                labels = [Label(name=entry.name) for entry in sorted(path.iterdir()) if _is_class(entry)]
             elif path.suffix.lower() == ".csv":
                 labels = _read_csv(path)
             elif path.suffix.lower() == ".json":
@@ -124,6 +124,10 @@ class LabelSet:
 
     def __getitem__(self, index: int) -> Label:
         return self.labels[index]
+
+
+def _is_class(entry: Path) -> bool:
+    return entry.is_dir() and not entry.name.startswith(".")
 
 
 def _read_csv(path: Path) -> list[Label]:

@@ -1,6 +1,7 @@
 """The one event loop behind the synchronous API, in a thread of its own: a caller's running loop (a notebook's) is no matter."""
 
 import asyncio
+import os
 import threading
 from collections.abc import AsyncIterator, Coroutine, Iterator
 from functools import cache
@@ -14,6 +15,10 @@ def _loop() -> asyncio.AbstractEventLoop:
     loop = asyncio.new_event_loop()
     threading.Thread(target=loop.run_forever, name="cascadevlm", daemon=True).start()
     return loop
+
+
+if hasattr(os, "register_at_fork"):  # a forked child has no thread for the loop
+    os.register_at_fork(after_in_child=_loop.cache_clear)
 
 
 def run(coroutine: Coroutine[object, object, T]) -> T:

@@ -9,6 +9,9 @@ from cascadevlm.errors import RateLimited
 from cascadevlm.judge import Judge, WrapperJudge
 from cascadevlm.types import Question, Verdict
 
+TOKEN_BURST = 1 / 10
+"""The share of a minute's tokens that may be taken at once."""
+
 
 class Paced(WrapperJudge):
     """Keeps between 1 and the judge's ``concurrency`` requests in flight: halved when the provider says it is too many, one more
@@ -22,14 +25,18 @@ class Paced(WrapperJudge):
         self._in_flight = 0
         self._decreased = -float("inf")
         self._room = asyncio.Condition()
-        self._requests = AsyncLimiter(requests_per_minute, 60) if requests_per_minute else None
-        self._tokens = AsyncLimiter(tokens_per_minute, 60) if tokens_per_minute else None
+        self._requests = AsyncLimiter(1, 60 / requests_per_minute) if requests_per_minute else None  # evenly, no burst
+        self._tokens = AsyncLimiter(tokens_per_minute * TOKEN_BURST, 60 * TOKEN_BURST) if tokens_per_minute else None
 
     async def judge(self, question: Question) -> Verdict:
         if self._requests:
             await self._requests.acquire()
         if self._tokens:
-            await self._tokens.acquire(min(self.wrapped.worst_case_tokens(question), self._tokens.max_rate))
+            wanted = float(self.wrapped.worst_case_tokens(question))
+            while wanted > 0:
+                share = min(wanted, self._tokens.max_rate)
+                await self._tokens.acquire(share)
+                wanted -= share
         async with self._room:
             await self._room.wait_for(lambda: self._in_flight < int(self.limit))
             self._in_flight += 1

@@ -6,7 +6,7 @@ array serves as one. ``&`` with a budget spends the budget on the best of what t
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import reduce
 from typing import ClassVar, Literal, TypeAlias
 
@@ -133,9 +133,11 @@ class Random(Policy):
 
     def __post_init__(self) -> None:
         _require_share("random", self.rate)
+        if self.seed != int(self.seed) or self.seed < 0:
+            raise PolicyError(f"random takes a whole number as its seed, not {self.seed!r}.")
 
     def select(self, scores: Scores, spending: Spending = START) -> Selection:
-        bits = np.random.PCG64(self.seed).advance(spending.images)  # one draw an image, wherever its batch begins
+        bits = np.random.PCG64(int(self.seed)).advance(spending.images)  # one draw an image, wherever its batch begins
         return np.random.Generator(bits).random(len(scores)) < self.rate
 
     def __str__(self) -> str:
@@ -206,7 +208,7 @@ class TopFraction(Policy):
     that grows with doubt. It depends on the batches: a stream is cut into them as it comes."""
 
     fraction: float
-    measure: Measure = measures.entropy
+    measure: Measure = field(default=measures.entropy, kw_only=True)
 
     def __post_init__(self) -> None:
         _require_share("top_fraction", self.fraction)

@@ -10,7 +10,7 @@ import string
 import tomllib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from importlib import resources
 from itertools import count
 from pathlib import Path
@@ -101,11 +101,16 @@ def options(question: Question) -> dict[str, str]:
     Keys are letters, as in a spreadsheet past Z. Where one of them is also the name of a candidate, numbers are taken, or
     numbers behind ever more ``#``: an answer must never mean two things.
     """
-    names = [one_line(label.name) for label in question.labels] + [NONE_OF_THESE] * question.offer_none
-    taken = {fold(name) for label in question.labels for name in (label.name, *label.aliases)}
+    return dict(_options(question.labels, question.offer_none))
+
+
+@lru_cache(10_000)  # wanted several times a question
+def _options(labels: tuple[Label, ...], offer_none: bool) -> tuple[tuple[str, str], ...]:
+    names = [one_line(label.name) for label in labels] + [NONE_OF_THESE] * offer_none
+    taken = {fold(name) for label in labels for name in (label.name, *label.aliases)}
     for keys in _key_schemes(len(names)):
         if not taken & {fold(key) for key in keys}:
-            return dict(zip(keys, names, strict=True))
+            return tuple(zip(keys, names, strict=True))
     raise AssertionError("there are more key schemes than names")
 
 
@@ -163,7 +168,7 @@ def _candidate_lines(question: Question) -> str:
 
 def _references(prompt: Prompt, question: Question) -> Iterator[Part]:
     if not question.exemplars:
-        raise PromptError(f"Prompt {prompt.name!r} shows $references.", hint="Give the stage a support folder.")
+        yield "(none)"
     for number, exemplar in enumerate(question.exemplars):
         yield "\n" * bool(number)
         yield exemplar.image

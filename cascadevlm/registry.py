@@ -8,7 +8,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Literal, TypeVar, cast
 
-from pydantic import JsonValue
+from pydantic import ConfigDict, JsonValue, TypeAdapter, ValidationError
 
 from cascadevlm.errors import BackendError, PolicyError, PromptError
 from cascadevlm.judge import Judge
@@ -35,7 +35,7 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f"Did you mean {close[0]!r}?" if close else f"Known: {', '.join(sorted(known))}."
 
 
-def load_scorer(spec: str, **options: Option) -> Scorer:
+def load_scorer(spec: str, /, **options: Option) -> Scorer:
     """The scorer that ``backend:model`` names, with the backend's own options.
 
     Raises:
@@ -44,7 +44,7 @@ def load_scorer(spec: str, **options: Option) -> Scorer:
     return cast(Scorer, _load("scorers", spec, options))
 
 
-def load_judge(spec: str, **options: Option) -> Judge:
+def load_judge(spec: str, /, **options: Option) -> Judge:
     """The judge that ``backend:model`` names; as `load_scorer`."""
     judge = cast(Judge, _load("judges", spec, options))
     judge.spec = spec
@@ -65,10 +65,26 @@ def _load(kind: Literal["scorers", "judges"], spec: str, options: dict[str, Opti
     parameters = inspect.signature(factory).parameters
     takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     known = [name for name, parameter in parameters.items() if parameter.kind is parameter.KEYWORD_ONLY]
-    for option in options:
-        if option not in known and not takes_all:
+    checked: dict[str, object] = {}
+    for option, value in options.items():
+        if option in known:
+            checked[option] = _checked(backend, option, value, parameters[option].annotation)
+        elif takes_all:
+            checked[option] = value
+        else:
             raise BackendError(f"{backend!r} has no option {option!r}.", hint=nearest(option, known))
-    return factory(model, **options)
+    return factory(model, **checked)
+
+
+def _checked(backend: str, option: str, value: object, annotation: type[object] | str) -> object:
+    """The value of an option as its annotation wants it; annotations in quotes are for objects, not for configuration."""
+    if isinstance(annotation, str) or annotation is inspect.Parameter.empty:
+        return value
+    try:
+        return TypeAdapter(annotation, config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value)
+    except ValidationError as exc:
+        problem = exc.errors()[-1]["msg"]
+        raise BackendError(f"{backend!r}, option {option!r}: {problem} (given: {value!r}).") from exc
 
 
 def load(point: EntryPoint) -> object:

@@ -9,7 +9,7 @@ from math import isfinite
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, stop_after_attempt, stop_before_delay
 from tenacity.wait import wait_random_exponential
 
-from cascadevlm.errors import CascadeError, RateLimited
+from cascadevlm.errors import CascadeError, FatalError, RateLimited
 from cascadevlm.judge import Judge, WrapperJudge
 from cascadevlm.types import Question, Verdict
 
@@ -47,7 +47,8 @@ def patient(*, attempts: int = 6, seconds: float = 300, wait: Callable[[RetryCal
 
 
 class Retrying(WrapperJudge):
-    """Asks again after retryable errors: see `patient`."""
+    """Asks again after retryable errors: see `patient`. A provider that wants to be left alone for longer than ``seconds`` stops
+    the run: every further question would fail as this one did."""
 
     def __init__(
         self, wrapped: Judge, *, attempts: int = 6, seconds: float = 300, wait: Callable[[RetryCallState], float] = wait_as_told
@@ -59,4 +60,10 @@ class Retrying(WrapperJudge):
 
     async def judge(self, question: Question) -> Verdict:
         retrying = patient(attempts=self.attempts, seconds=self.seconds, wait=self.wait)
-        return await retrying(self.wrapped.judge, question)
+        try:
+            return await retrying(self.wrapped.judge, question)
+        except RateLimited as exc:
+            if exc.retry_after is None or exc.retry_after < self.seconds:
+                raise
+            hint = "Answers so far are in the cache: run it again then."
+            raise FatalError(f"The provider wants no request for {exc.retry_after:.0f} seconds: {exc}", hint=hint) from exc

@@ -1,5 +1,6 @@
 """What passes between scorer, policy, judge and cascade: plain, frozen values."""
 
+import string
 from collections.abc import Hashable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -47,6 +48,8 @@ class Scores:
     def __post_init__(self) -> None:
         if self.log_probs.ndim != 2 or self.log_probs.shape[1] != len(self.labels):
             raise ValueError(f"log_probs has shape {self.log_probs.shape}, not (N, {len(self.labels)})")
+        if np.isnan(self.log_probs).any():
+            raise ValueError("log_probs holds NaN: the scorer gave numbers that are no scores")
 
     def __len__(self) -> int:
         return len(self.log_probs)
@@ -98,6 +101,11 @@ class Prompt:
     text: str
     reasoning: bool
     max_tokens: int
+
+    @property
+    def shows_references(self) -> bool:
+        """Whether it has a place for reference images."""
+        return "references" in string.Template(self.text).get_identifiers()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,6 +239,11 @@ class Prediction:
     @property
     def escalated(self) -> bool:
         return bool(self.verdicts)
+
+    @property
+    def asked(self) -> bool:
+        """Whether a judge was asked, or its answer known; not so where the budget was spent."""
+        return any(verdict.outcome != "skipped" for verdict in self.verdicts)
 
     @property
     def verdict(self) -> Verdict | None:

@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal, cast
 
-from pydantic import JsonValue
+from pydantic import JsonValue, PositiveFloat, PositiveInt
 
 from cascadevlm.errors import FatalError, JudgeError, PermanentError, TransientError
 from cascadevlm.hosted import BatchLimits, HostedJudge, ImageLimits, PriceOption, Reply, answer_schema
@@ -88,7 +88,7 @@ class AnthropicJudge(HostedJudge):
         model: str,
         *,
         structured: Structured = "schema",
-        thinking: Thinking | int | None = None,
+        thinking: Thinking | PositiveInt | None = None,
         effort: Effort | None = None,
         cache_prompt: bool = False,
         base_url: str | None = None,
@@ -96,12 +96,12 @@ class AnthropicJudge(HostedJudge):
         headers: Mapping[str, str] | None = None,
         client: "anthropic.AsyncAnthropic | None" = None,
         temperature: float | None = None,
-        max_tokens: int | None = None,
+        max_tokens: PositiveInt | None = None,
         price: PriceOption = None,
-        concurrency: int = 16,
-        requests_per_minute: float | None = None,
-        tokens_per_minute: float | None = None,
-        timeout: float = 120,
+        concurrency: PositiveInt = 16,
+        requests_per_minute: PositiveFloat | None = None,
+        tokens_per_minute: PositiveFloat | None = None,
+        timeout: PositiveFloat = 120,
     ) -> None:
         super().__init__(
             model,

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol, get_args
 
 import numpy as np
-from pydantic import JsonValue
+from pydantic import JsonValue, NonNegativeFloat, PositiveInt
 from scipy.special import softmax
 
 from cascadevlm.errors import BackendError, CascadeError, PermanentError
@@ -143,9 +143,9 @@ class HfChatJudge(LocalJudge):
         device: str | None = None,
         dtype: DtypeName = "auto",
         revision: str | None = None,
-        batch_size: int = 8,
-        temperature: float = 0.0,
-        max_tokens: int | None = None,
+        batch_size: PositiveInt = 8,
+        temperature: NonNegativeFloat = 0.0,
+        max_tokens: PositiveInt | None = None,
     ) -> None:
         super().__init__(batch_size=batch_size)
         self.spec = f"hf_chat:{model}"

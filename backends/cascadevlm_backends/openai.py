@@ -4,6 +4,7 @@ vLLM, Ollama, LM Studio, OpenRouter, Azure and ``transformers serve`` are reache
 hold an answer to a schema it is asked to; where it cannot, the lettered prompt alone does, found out with the first question.
 """
 
+import asyncio
 import importlib.util
 import json
 import math
@@ -13,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal, cast
 
-from pydantic import JsonValue
+from pydantic import JsonValue, PositiveFloat, PositiveInt
 
 from cascadevlm.errors import BackendError, FatalError, JudgeError, PermanentError, TransientError
 from cascadevlm.hosted import (
@@ -124,13 +125,13 @@ class OpenAIJudge(HostedJudge):
         client: "openai.AsyncOpenAI | None" = None,
         detail: Detail = "auto",
         temperature: float | None = None,
-        max_tokens: int | None = None,
+        max_tokens: PositiveInt | None = None,
         reasoning_effort: Effort | None = None,
         price: PriceOption = None,
-        concurrency: int = 16,
-        requests_per_minute: float | None = None,
-        tokens_per_minute: float | None = None,
-        timeout: float = 120,
+        concurrency: PositiveInt = 16,
+        requests_per_minute: PositiveFloat | None = None,
+        tokens_per_minute: PositiveFloat | None = None,
+        timeout: PositiveFloat = 120,
     ) -> None:
         super().__init__(
             model,
@@ -154,6 +155,7 @@ class OpenAIJudge(HostedJudge):
         self.reasoning_effort: Effort | None = reasoning_effort
         self.timeout = timeout
         self._takes_schema = structured
+        self._finding_out = asyncio.Lock()
 
     def identity(self) -> Mapping[str, JsonValue]:
         return {
@@ -175,6 +177,7 @@ class OpenAIJudge(HostedJudge):
     async def disconnect(self) -> None:
         if self.client is None and "_client" in vars(self):
             await vars(self).pop("_client").close()
+        self._finding_out = asyncio.Lock()  # the next run may be in another event loop
 
     @property
     def secret(self) -> str:
@@ -200,32 +203,24 @@ class OpenAIJudge(HostedJudge):
     async def judge(self, question: Question) -> Verdict:
         if self.mode == "decision":
             return await self.ask(self._choose(question), question)
-        if self._takes_schema is not None:
-            return await self.ask(self._answer(question, self._takes_schema), question)
-        return await self._find_out(question)
-
-    def worst_case(self, question: Question) -> int:
-        """Finding out may take a second request."""
-        finding_out = self.mode == "answer" and self._takes_schema is None
-        return super().worst_case(question) * (2 if finding_out else 1)
+        if self._takes_schema is None:
+            async with self._finding_out:
+                if self._takes_schema is None:
+                    return await self._find_out(question)
+        return await self.ask(self._answer(question, self._takes_schema), question)
 
     async def _find_out(self, question: Question) -> Verdict:
-        """Ask for JSON by a schema and, where the endpoint refuses or takes no notice of it, by the prompt alone."""
-        bill = Usage()
+        """Ask for JSON by a schema: an endpoint that refuses it, or answers in other words, is asked by the prompt alone from now
+        on. A refusal costs nothing, so that both requests go by one reservation."""
         try:
             verdict = await self.ask(self._answer(question, True), question)
         except PermanentError:
-            pass
-        else:
-            if verdict.outcome in ("refused", "failed"):
-                return verdict
-            if is_json_answer(verdict.text):
-                self._takes_schema = True
-                return verdict
-            bill = verdict.usage
-        verdict = await self.ask(self._answer(question, False), question)
-        self._takes_schema = False
-        return replace(verdict, usage=bill + verdict.usage)
+            verdict = await self.ask(self._answer(question, False), question)
+            self._takes_schema = False
+            return verdict
+        if verdict.outcome not in ("refused", "failed") and verdict.text.strip():
+            self._takes_schema = is_json_answer(verdict.text)
+        return verdict
 
     def _answer(self, question: Question, structured: bool) -> Awaitable[Reply]:
         return self._respond(question, structured) if self.api == "responses" else self._complete(question, structured)
@@ -417,7 +412,7 @@ def _of_response(response: "Response") -> Reply:
     parts = [part for item in response.output if item.type == "message" for part in item.content]
     refusals = [part.refusal for part in parts if part.type == "refusal"]
     why = response.incomplete_details.reason if response.incomplete_details else None
-    usage = Usage()
+    usage = None
     if response.usage:
         details = response.usage.input_tokens_details
         usage = Usage(
@@ -434,9 +429,9 @@ def _of_response(response: "Response") -> Reply:
     )
 
 
-def _chat_usage(usage: "CompletionUsage | None") -> Usage:
+def _chat_usage(usage: "CompletionUsage | None") -> Usage | None:
     if usage is None:
-        return Usage()
+        return None
     details = usage.prompt_tokens_details
     return Usage(
         input_tokens=usage.prompt_tokens,

@@ -6,12 +6,13 @@ A record is JSON lines, two kinds of them: ``{"scores": …}`` and ``{"verdict":
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from pydantic import JsonValue, TypeAdapter
+from pydantic import BaseModel, ConfigDict, JsonValue
 
 from cascadevlm.cache import key_of
 from cascadevlm.errors import BackendError, PermanentError
@@ -23,7 +24,21 @@ from cascadevlm.types import Question, Scores, Verdict
 
 Line = dict[str, JsonValue]
 
-_VERDICT = TypeAdapter(Verdict)
+
+class _RecordedScores(BaseModel):
+    labels: tuple[str, ...]
+    log_probs: list[float]
+    fingerprint: str
+
+
+class _RecordLine(BaseModel):
+    """Scores or a verdict; beside a verdict, what was asked."""
+
+    model_config = ConfigDict(extra="allow")
+
+    image: str
+    scores: _RecordedScores | None = None
+    verdict: Verdict | None = None
 
 
 class RecordingScorer(Scorer):
@@ -83,15 +98,13 @@ class RecordedScorer(Scorer):
     def _rows(self) -> dict[tuple[str, tuple[str, ...]], tuple[list[float], str]]:
         rows = {}
         for line in _read(self.path):
-            if isinstance(scores := line.get("scores"), dict):
-                names = TypeAdapter(tuple[str, ...]).validate_python(scores["labels"])
-                log_probs = TypeAdapter(list[float]).validate_python(scores["log_probs"])
-                rows[str(line["image"]), names] = log_probs, str(scores["fingerprint"])
+            if line.scores is not None:
+                rows[line.image, line.scores.labels] = line.scores.log_probs, line.scores.fingerprint
         return rows
 
 
 class RecordedJudge(Judge):
-    """Replays the verdicts of a record; a question that was never asked fails.
+    """Replays the verdicts of a record, at no cost; a question that was never asked fails.
 
     Raises:
         BackendError: when first asked, if the file is no record.
@@ -105,7 +118,8 @@ class RecordedJudge(Judge):
         verdict = self._verdicts.get(key_of(_asked(question)))
         if verdict is None:
             raise PermanentError(f"Record {str(self.path)!r} has no answer to this question.")
-        return verdict
+        usage = verdict.usage
+        return replace(verdict, usage=replace(usage, dollars=0.0, saved_dollars=usage.dollars + usage.saved_dollars))
 
     def identity(self) -> Mapping[str, JsonValue]:
         return {"judge": self.spec, "verdicts": key_of({key: verdict.to_dict() for key, verdict in self._verdicts.items()})}
@@ -117,9 +131,8 @@ class RecordedJudge(Judge):
     def _verdicts(self) -> dict[str, Verdict]:
         verdicts = {}
         for line in _read(self.path):
-            if "verdict" in line:
-                verdict = _VERDICT.validate_python(line.pop("verdict"))
-                verdicts[key_of(line)] = verdict
+            if line.verdict is not None:
+                verdicts[key_of({"image": line.image, **(line.model_extra or {})})] = line.verdict
         return verdicts
 
 
@@ -140,9 +153,9 @@ def _append(path: Path, line: Mapping[str, object]) -> None:
         file.write(json.dumps(line) + "\n")
 
 
-def _read(path: Path) -> list[Line]:
+def _read(path: Path) -> list[_RecordLine]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
-        return [TypeAdapter(Line).validate_json(line) for line in lines if line]
+        return [_RecordLine.model_validate_json(line) for line in lines if line]
     except (OSError, ValueError) as exc:
         raise BackendError(f"Record {str(path)!r} cannot be read: {str(exc).splitlines()[0]}.") from exc

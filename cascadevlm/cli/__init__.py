@@ -34,10 +34,11 @@ app.add_typer(cache.app, name="cache")
 
 def main() -> None:
     """The ``cascadevlm`` program: of an error of ours it shows one sentence."""
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]  # wherever it stands
     try:
-        app()
+        app(arguments)
     except CascadeError as exc:
-        if "--debug" in sys.argv:
+        if len(arguments) < len(sys.argv) - 1:
             raise
         typer.secho(f"Error: {exc}", fg="red", err=True)
         sys.exit(CALL_WAS_WRONG if isinstance(exc, InputError) else WORK_FAILED)

@@ -8,7 +8,7 @@ import typer
 
 app = typer.Typer(help="The cache of verdicts.", no_args_is_help=True)
 
-Folder = Annotated[Path | None, typer.Option(help="The cache; the user's own, unless given.")]
+Folder = Annotated[Path | None, typer.Option(exists=True, file_okay=False, help="The cache; the user's own, unless given.")]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object.")]
 
 

@@ -54,11 +54,11 @@ def _outcome(prediction: Prediction, truth: str | None) -> Text:
     return line
 
 
-def spending_rows(total: Usage, *, escalated: int, images: int) -> dict[str, str]:
+def spending_rows(total: Usage, *, spent: float, asked: int, images: int) -> dict[str, str]:
     """What was spent, what the cache saved, and what asking the judge about everything would have cost, at the mean price."""
-    everything = (total.dollars + total.saved_dollars) / escalated * images if escalated else None
+    everything = (total.dollars + total.saved_dollars) / asked * images if asked else None
     return {
-        "spent": f"${total.dollars:.4f}",
+        "spent": f"${spent:.4f}",
         "saved by the cache": f"${total.saved_dollars:.4f}",
         "with the judge on everything": "unknown" if everything is None else f"${everything:.4f}",
     }

@@ -1,5 +1,6 @@
 """What is sent through each protocol, and how answers are read: both providers' own clients against the loopback server."""
 
+import asyncio
 import io
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
@@ -310,7 +311,8 @@ async def test_thinking_as_claude_takes_it(thinking: object, sent: object, max_t
         await judge.disconnect()
     body = last_body(server)
     assert body.get("thinking") == sent
-    assert body["max_tokens"] == max_tokens + question().prompt.max_tokens
+    longest_name = len("blue finch") // 4  # an answer has to have room for it
+    assert body["max_tokens"] == max_tokens + question().prompt.max_tokens + longest_name
     assert body["output_config"]["effort"] == "medium"  # type: ignore[index,call-overload]
     assert body["temperature"] == 0.5
     assert server.requests[0].headers["x-project"] == "birds"
@@ -338,3 +340,12 @@ async def test_with_nothing_said_nothing_is_sent() -> None:
             body = last_body(server)
             assert not {"temperature", "reasoning_effort", "reasoning", "thinking", "logprobs"} & set(body)
             assert "effort" not in str(body.get("output_config"))
+
+
+async def test_an_endpoint_that_takes_no_notice_of_the_schema_is_not_given_it_again() -> None:
+    async with JudgeServer(answer="ANSWER: B") as server:
+        judge = chat(server, structured=None)
+        verdicts = await asyncio.gather(*(judge.judge(question(image=noise(seed))) for seed in range(8)))
+        await judge.disconnect()
+    assert [verdict.outcome for verdict in verdicts] == ["answered"] * 8
+    assert sorted("response_format" in request.body for request in server.requests) == [False] * 7 + [True]

@@ -101,7 +101,7 @@ async def test_attempts_and_time_are_bounded() -> None:
         await Retrying(judge, attempts=3, wait=wait_none()).judge(question())
     assert len(judge.questions) == 3
     slow = FakeJudge(reply=RateLimited("later", retry_after=3600))
-    with pytest.raises(RateLimited):
+    with pytest.raises(FatalError, match="no request for 3600 seconds"):
         await asyncio.wait_for(Retrying(slow, seconds=5).judge(question()), timeout=2)
     assert len(slow.questions) == 1
 

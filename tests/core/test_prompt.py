@@ -6,11 +6,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from cascadevlm.engine import Stage
 from cascadevlm.errors import PromptError
 from cascadevlm.labels import Label, LabelSet, fold, one_line
 from cascadevlm.prompt import NONE_OF_THESE, options, parse_template, read_answer, read_prompt, render
 from cascadevlm.registry import load_prompt
-from cascadevlm.testing import noise, question
+from cascadevlm.testing import FakeJudge, noise, question
 from cascadevlm.types import Exemplar, Question
 
 HEAD = "+++\nreasoning = true\nmax_tokens = 9\n+++\n"
@@ -141,8 +142,9 @@ def test_references_come_first_with_their_names() -> None:
     )
     images = [part for message in render(asked) for part in message.parts if isinstance(part, Image.Image)]
     assert images == [exemplars[0].image, exemplars[1].image, asked.image]
+    assert text_of(replace(asked, exemplars=())).startswith("Reference images:\n(none)\n")
     with pytest.raises(PromptError, match="support folder"):
-        render(replace(asked, exemplars=()))
+        Stage(judge=FakeJudge(), prompt=load_prompt("select_fewshot"))
 
 
 def test_a_repair_shows_the_judge_its_own_words() -> None:
