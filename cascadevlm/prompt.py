@@ -125,11 +125,7 @@ def _letters(index: int) -> str:
 
 
 def render(question: Question) -> tuple[Message, ...]:
-    """The conversation to put to a judge: one user turn, or three where an earlier answer named no candidate.
-
-    Raises:
-        PromptError: if the template wants references and the question brings none.
-    """
+    """The conversation to put to a judge: one user turn, or three where an earlier answer named no candidate."""
     asked = Message("user", _fill(question.prompt, question))
     if question.rejected is None:
         return (asked,)

@@ -56,7 +56,7 @@ def predictions(judge: Judge) -> list[Prediction]:
 
 
 def test_served_judge_gives_the_same_verdicts(url: str) -> None:
-    served = predictions(load_judge(f"openai:{AVIARY / 'judge'}", base_url=url, temperature=0.0))
+    served = predictions(load_judge(f"openai:{AVIARY / 'judge'}", base_url=url, temperature=0.0, structured=False))
     local = predictions(load_judge("hf_chat:aviary"))
     assert [(p.label, p.verdict and p.verdict.outcome, p.verdict and p.verdict.text) for p in served] == [
         (p.label, p.verdict and p.verdict.outcome, p.verdict and p.verdict.text) for p in local
