@@ -64,7 +64,7 @@ MESSAGES: list[MessageParam] = [
 class Clients:
     """Either provider's, and one plain question through each endpoint."""
 
-    def __init__(self, server: JudgeServer, *, timeout: float = 5) -> None:
+    def __init__(self, server: JudgeServer, *, timeout: float = 30) -> None:
         self.server = server
         self.timeout = timeout
 
