@@ -10,6 +10,7 @@ import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import diskcache
@@ -150,8 +151,13 @@ class SingleFlight(WrapperJudge):
             return at_no_cost(await asyncio.shield(running))
         task = asyncio.create_task(self._ask(key, payload, question))
         self._in_flight[key] = task
-        task.add_done_callback(lambda _: self._in_flight.pop(key, None))
+        task.add_done_callback(partial(self._landed, key))
         return await asyncio.shield(task)
+
+    def _landed(self, key: str, task: asyncio.Task[Verdict]) -> None:
+        self._in_flight.pop(key, None)
+        if not task.cancelled():
+            task.exception()  # marks it as seen: whoever asked may have given up
 
     async def aclose(self) -> None:
         """Give up what nobody waits for any more: it would be asked again and again after the run."""

@@ -34,6 +34,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with resources.as_file(aviary) as bundled:
         for source, name in zip(sorted((bundled / "images").glob("*.jpg")), ("one.jpg", "two.jpg"), strict=False):
             shutil.copy(source, folder / "images" / name)
+            (folder / "labelled" / source.stem).mkdir(parents=True)
+            shutil.copy(source, folder / "labelled" / source.stem)
         shutil.copy(bundled / "labels.txt", folder)
     with JudgeServer() as server, pytest.MonkeyPatch.context() as patch:
         patch.setenv("OPENAI_BASE_URL", server.openai_url)

@@ -1,7 +1,8 @@
 """``recorded:``: scores and verdicts from a file, through the same interfaces as the models that gave them.
 
 A record is JSON lines, two kinds of them: ``{"scores": …}`` and ``{"verdict": …}``, each with the digest of the image's pixels.
-`RecordingScorer` and `RecordingJudge` write one around any scorer and judge; ``recorded:FILE`` replays it.
+`RecordingScorer` and `RecordingJudge` write one around any scorer and judge; ``recorded:FILE`` replays it. So does
+``recorded:FOLDER`` what `cascadevlm.record` wrote of a run; of several stages, ``recorded:FOLDER#2`` the second's judge.
 """
 
 import json
@@ -15,14 +16,13 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict, JsonValue
 
 from cascadevlm.cache import key_of
-from cascadevlm.errors import BackendError, PermanentError
+from cascadevlm.errors import BackendError, BudgetExhausted, PermanentError
 from cascadevlm.images import pixel_digest
 from cascadevlm.judge import Judge, WrapperJudge
 from cascadevlm.labels import LabelSet
+from cascadevlm.record import asked_of, read_record, read_verdicts
 from cascadevlm.scorer import Scorer
 from cascadevlm.types import Question, Scores, Verdict
-
-Line = dict[str, JsonValue]
 
 
 class _RecordedScores(BaseModel):
@@ -66,7 +66,7 @@ class RecordingJudge(WrapperJudge):
     async def judge(self, question: Question) -> Verdict:
         verdict = await self.wrapped.judge(question)
         if verdict.valid:
-            _append(self.path, {**_asked(question), "verdict": verdict.to_dict()})
+            _append(self.path, {**asked_of(question), "verdict": verdict.to_dict()})
         return verdict
 
 
@@ -75,6 +75,7 @@ class RecordedScorer(Scorer):
 
     Raises:
         BackendError: when scoring, if the file is no record, or holds no scores of an image for this label set.
+        DataError: when scoring, if the folder is no whole record.
     """
 
     def __init__(self, model: str) -> None:
@@ -85,7 +86,7 @@ class RecordedScorer(Scorer):
         log_probs = np.array([row for row, _ in rows], dtype=np.float32).reshape(len(images), len(labels))
         return Scores(log_probs=log_probs, labels=labels, fingerprint=rows[0][1] if rows else "")
 
-    def _row(self, image: Image.Image, labels: LabelSet) -> tuple[list[float], str]:
+    def _row(self, image: Image.Image, labels: LabelSet) -> tuple[Sequence[float], str]:
         key = pixel_digest(image), labels.names
         if key not in self._rows:
             raise BackendError(
@@ -95,7 +96,13 @@ class RecordedScorer(Scorer):
         return self._rows[key]
 
     @cached_property
-    def _rows(self) -> dict[tuple[str, tuple[str, ...]], tuple[list[float], str]]:
+    def _rows(self) -> Mapping[tuple[str, tuple[str, ...]], tuple[Sequence[float], str]]:
+        if self.path.is_dir():
+            record = read_record(self.path)
+            given = zip(record.digests, record.scores.log_probs, record.readable, strict=True)
+            return {
+                (digest, record.labels.names): (row, record.scores.fingerprint) for digest, row, readable in given if readable
+            }
         rows = {}
         for line in _read(self.path):
             if line.scores is not None:
@@ -106,46 +113,58 @@ class RecordedScorer(Scorer):
 class RecordedJudge(Judge):
     """Replays the verdicts of a record, at no cost; a question that was never asked fails.
 
+    What failed or was skipped in a run does so again.
+
     Raises:
-        BackendError: when first asked, if the file is no record.
+        BackendError: when first asked, if the file is no record, or it is not said which of several stages is meant.
+        DataError: when first asked, if the folder is no whole record.
     """
 
     def __init__(self, model: str) -> None:
         self.spec = f"recorded:{model}"
-        self.path = Path(model)
+        self.model = model
 
     async def judge(self, question: Question) -> Verdict:
-        verdict = self._verdicts.get(key_of(_asked(question)))
+        verdict = self._verdicts.get(key_of(asked_of(question)))
         if verdict is None:
-            raise PermanentError(f"Record {str(self.path)!r} has no answer to this question.")
+            raise PermanentError(f"Record {self.model!r} has no answer to this question.")
+        if verdict.outcome == "failed":
+            raise PermanentError(verdict.error)
+        if verdict.outcome == "skipped":
+            raise BudgetExhausted(verdict.error)
         usage = verdict.usage
         return replace(verdict, usage=replace(usage, dollars=0.0, saved_dollars=usage.dollars + usage.saved_dollars))
 
     def identity(self) -> Mapping[str, JsonValue]:
-        return {"judge": self.spec, "verdicts": key_of({key: verdict.to_dict() for key, verdict in self._verdicts.items()})}
+        return {"judge": self.spec, "verdicts": self._digest}
 
     async def prepare(self) -> None:
-        self._verdicts  # noqa: B018  # reads the file
+        self._verdicts  # noqa: B018  # reads the record
+
+    @cached_property
+    def _digest(self) -> str:
+        return key_of({key: verdict.to_dict() for key, verdict in self._verdicts.items()})
 
     @cached_property
     def _verdicts(self) -> dict[str, Verdict]:
+        folder, _, stage = self.model.rpartition("#")
+        if stage.isdecimal() and Path(folder).is_dir():
+            return self._of_run(Path(folder), int(stage))
+        if Path(self.model).is_dir():
+            return self._of_run(Path(self.model), None)
         verdicts = {}
-        for line in _read(self.path):
+        for line in _read(Path(self.model)):
             if line.verdict is not None:
                 verdicts[key_of({"image": line.image, **(line.model_extra or {})})] = line.verdict
         return verdicts
 
-
-def _asked(question: Question) -> Line:
-    return {
-        "image": question.image_digest,
-        "candidates": [label.name for label in question.labels],
-        "prompt": question.prompt.name,
-        "offer_none": question.offer_none,
-        "exemplars": [exemplar.digest for exemplar in question.exemplars],
-        "rejected": question.rejected,
-        "sample": question.sample,
-    }
+    def _of_run(self, folder: Path, stage: int | None) -> dict[str, Verdict]:
+        stages = read_verdicts(folder)
+        number = 1 if stage is None and len(stages) == 1 else stage or 0
+        if not 1 <= number <= len(stages):
+            hint = f"Say which: recorded:{folder}#1 is the first's judge." if stages else "Give one whose cascade had a judge."
+            raise BackendError(f"Record {str(folder)!r} has {len(stages)} stages.", hint=hint)
+        return {key_of(asked): verdict for asked, verdict in stages[number - 1]}
 
 
 def _append(path: Path, line: Mapping[str, object]) -> None:

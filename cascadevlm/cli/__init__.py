@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from cascadevlm.cli import backends, cache, classify, demo, estimate
+from cascadevlm.cli import backends, cache, classify, demo, estimate, evaluate, sweep
 from cascadevlm.errors import CascadeError, InputError
 
 WORK_FAILED = 1
@@ -28,6 +28,8 @@ def options(debug: Annotated[bool, typer.Option("--debug", help="Show the traceb
 app.command()(demo.demo)
 app.command()(classify.classify)
 app.command()(estimate.estimate)
+app.command()(evaluate.evaluate)
+app.command()(sweep.sweep)
 app.command()(backends.backends)
 app.add_typer(cache.app, name="cache")
 

@@ -1,7 +1,6 @@
 """``cascadevlm classify``."""
 
 import json
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated
@@ -9,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cascadevlm.cli import options
-from cascadevlm.errors import InputError
 
 if TYPE_CHECKING:
     from cascadevlm.types import Prediction
@@ -34,6 +32,7 @@ def classify(
 
     from rich.console import Console
 
+    from cascadevlm.cli.money import confirm
     from cascadevlm.cli.show import prediction_block, print_summary, spending_rows
     from cascadevlm.types import Outcome, Usage
 
@@ -49,7 +48,7 @@ def classify(
         settings=settings,
     )
     if not yes:
-        _confirm(chosen)
+        confirm(chosen.config, chosen.cascade, chosen.files)
     console = Console(highlight=False)
     total = Usage()
     counts: Counter[str] = Counter()
@@ -81,31 +80,3 @@ def _predictions(chosen: options.Chosen, *, batch: bool) -> "Iterator[Prediction
         typer.echo(line, err=True)
 
     return loop.iterate(stream_in_batches(chosen.cascade, chosen.files, progress=progress))
-
-
-def _confirm(chosen: options.Chosen) -> None:
-    """Ask, where the run may cost more than the configuration lets pass.
-
-    Raises:
-        InputError: if there is nobody to ask.
-    """
-    from cascadevlm import loop
-    from cascadevlm.estimate import estimate
-
-    limit, cap = chosen.config.budget.ask_above_usd, chosen.config.budget.usd
-    paid = [stage.judge for stage in chosen.cascade.stages if stage.judge.costs_money]
-    for judge in paid:  # a missing key is told before anything is read
-        loop.run(judge.prepare())
-        loop.run(judge.aclose())
-    if not paid or (cap is not None and cap <= limit):
-        return
-    estimates = estimate(chosen.cascade, chosen.files)
-    usual, most = sum(each.dollars for each in estimates), sum(each.dollars_range[1] for each in estimates)
-    most = most if cap is None else min(most, cap)
-    if most <= limit:
-        return
-    calls = sum(each.calls for each in estimates)
-    message = f"About {calls} questions to hosted judges, ${usual:.2f}, up to about ${most:.2f}."
-    if not sys.stdin.isatty():
-        raise InputError(message, hint="Give --yes to go on, or a cap: --set budget.usd=5.")
-    typer.confirm(f"{message} Go on?", abort=True, err=True)

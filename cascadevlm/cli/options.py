@@ -36,10 +36,7 @@ class Chosen:
     files: list[Path]
 
 
-def choose(
-    *,
-    paths: list[Path],
-    labels: Path | None,
+def parse(
     config: Path | None,
     scorer: str | None,
     judge: str | None,
@@ -47,14 +44,13 @@ def choose(
     candidates: int | None,
     prompt: str | None,
     settings: list[str] | None,
-) -> Chosen:
-    """The configuration that the options make, its cascade, and the images.
+) -> "Config":
+    """The configuration that the options make.
 
     Raises:
         InputError: if something in them is wrong.
     """
     from cascadevlm.config import Config, override, read_toml, toml_value
-    from cascadevlm.labels import LabelSet
 
     data = read_toml(config) if config else {}
     overrides = {
@@ -74,7 +70,29 @@ def choose(
         override(data, key.strip(), toml_value(text))
     if "scorer" not in data:
         raise InputError("There is no scorer.", hint="Give --scorer or --config, for example --scorer open_clip:aviary.")
-    parsed = Config.parse(data, name=str(config or "options"))
+    return Config.parse(data, name=str(config or "options"))
+
+
+def choose(
+    *,
+    paths: list[Path],
+    labels: Path | None,
+    config: Path | None,
+    scorer: str | None,
+    judge: str | None,
+    policy: str | None,
+    candidates: int | None,
+    prompt: str | None,
+    settings: list[str] | None,
+) -> Chosen:
+    """The configuration that the options make, its cascade, and the images.
+
+    Raises:
+        InputError: if something in them is wrong.
+    """
+    from cascadevlm.labels import LabelSet
+
+    parsed = parse(config, scorer, judge, policy, candidates, prompt, settings)
     cascade = parsed.build(LabelSet.read(labels) if labels else None)
     return Chosen(config=parsed, cascade=cascade, files=_image_files(paths))
 

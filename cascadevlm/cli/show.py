@@ -1,11 +1,16 @@
 """What the terminal shows of predictions."""
 
+from typing import TYPE_CHECKING
+
 from rich.console import Console, Group, RenderableType
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
 from cascadevlm.types import Prediction, Usage, Verdict
+
+if TYPE_CHECKING:
+    from cascadevlm.metrics import Evaluation
 
 BAR_WIDTH = 12
 
@@ -62,6 +67,39 @@ def spending_rows(total: Usage, *, spent: float, asked: int, images: int) -> dic
         "saved by the cache": f"${total.saved_dollars:.4f}",
         "with the judge on everything": "unknown" if everything is None else f"${everything:.4f}",
     }
+
+
+def evaluation_rows(evaluation: "Evaluation") -> dict[str, str]:
+    """The headline figures of an evaluation."""
+    kept, escalated = evaluation.scorer_accuracy_kept, evaluation.scorer_accuracy_escalated
+    before, after = evaluation.scorer_calibration_error, evaluation.calibration_error
+    return {
+        "images": f"{evaluation.images} ({evaluation.unreadable} unreadable)",
+        "scorer, right": _share(evaluation.scorer_accuracy, evaluation.scorer_accuracy_interval),
+        "cascade, right": _share(evaluation.cascade_accuracy, evaluation.cascade_accuracy_interval),
+        "cascade, mean over classes": _share(evaluation.macro_accuracy, evaluation.macro_accuracy_interval),
+        "truth among the scorer's best": ", ".join(f"{k}: {_share(x)}" for k, x in evaluation.top_k_recall.items()),
+        "truth among the candidates": _share(evaluation.coverage),
+        "escalated": _share(evaluation.deferral_rate),
+        "scorer, on kept and escalated": f"{_share(kept)}, {_share(escalated)}",
+        "judge, on escalated": _share(evaluation.judge_accuracy_escalated),
+        "rescued, harmed, abstained": f"{evaluation.rescued}, {evaluation.harmed}, {evaluation.abstained}",
+        "calibration error, scorer and final": f"{_number(before)}, {_number(after)}",
+        "outcomes": ", ".join(f"{outcome} {count}" for outcome, count in evaluation.outcomes.items() if count) or "none",
+        "dollars, a thousand images": f"${evaluation.dollars:.4f}, ${evaluation.dollars_per_thousand or 0:.4f}",
+        "paid in this run": f"${evaluation.paid_dollars:.4f}",
+        "seconds a question, p50 and p95": f"{_number(evaluation.latency_p50)}, {_number(evaluation.latency_p95)}",
+    }
+
+
+def _share(share: float | None, interval: tuple[float, float] | None = None) -> str:
+    if share is None:
+        return "unknown"
+    return f"{share:.1%}" + (f" ({interval[0]:.1%} to {interval[1]:.1%})" if interval else "")
+
+
+def _number(value: float | None) -> str:
+    return "unknown" if value is None else f"{value:.3f}"
 
 
 def print_summary(console: Console, title: str, rows: dict[str, str]) -> None:

@@ -72,14 +72,24 @@ class Clients:
     def openai(self) -> openai.AsyncOpenAI:
         url = self.server.openai_url
         return openai.AsyncOpenAI(
-            base_url=url, api_key="k", max_retries=0, timeout=self.timeout, _strict_response_validation=True
+            base_url=url,
+            api_key="k",
+            max_retries=0,
+            timeout=self.timeout,
+            http_client=openai.DefaultAioHttpClient(),
+            _strict_response_validation=True,
         )
 
     @cached_property
     def anthropic(self) -> anthropic.AsyncAnthropic:
         url = self.server.anthropic_url
         return anthropic.AsyncAnthropic(
-            base_url=url, api_key="k", max_retries=0, timeout=self.timeout, _strict_response_validation=True
+            base_url=url,
+            api_key="k",
+            max_retries=0,
+            timeout=self.timeout,
+            http_client=anthropic.DefaultAioHttpClient(),
+            _strict_response_validation=True,
         )
 
     async def __aenter__(self) -> Self:

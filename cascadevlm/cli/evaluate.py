@@ -1,0 +1,64 @@
+"""``cascadevlm evaluate``."""
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cascadevlm.cli import options
+
+
+def evaluate(
+    data: Annotated[
+        Path, typer.Argument(help="Labelled images: a folder of folders, a table with path and label, a saved dataset.")
+    ],
+    labels: options.Labels = None,
+    config: options.ConfigFile = None,
+    scorer: options.ScorerSpec = None,
+    judge: options.JudgeSpec = None,
+    policy: options.PolicyText = None,
+    candidates: options.CandidateCount = None,
+    prompt: options.PromptName = None,
+    settings: options.Settings = None,
+    split: Annotated[str | None, typer.Option(help="Only this split of the data.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only so many images, at random, every class in its share.")] = None,
+    judge_all: Annotated[
+        bool, typer.Option("--judge-all", help="Ask the judge about everything, for sweep to work with.")
+    ] = False,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="The folder for the record; none, unless given.")] = None,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask before spending money.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+) -> None:
+    """Measure a cascade on labelled images: accuracy, deferral, rescues and harms, calibration, dollars."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from cascadevlm.cli.money import confirm
+    from cascadevlm.cli.show import evaluation_rows, print_summary
+    from cascadevlm.data import read_data
+    from cascadevlm.evaluate import asking_everything, record_run
+    from cascadevlm.labels import LabelSet
+    from cascadevlm.metrics import evaluate as evaluated
+
+    parsed = options.parse(config, scorer, judge, policy, candidates, prompt, settings)
+    where = labels or (data if parsed.labels is None and data.is_dir() else None)
+    cascade = parsed.build(LabelSet.read(where) if where else None)
+    given = read_data(data, cascade.labels)
+    given = given.split(split) if split else given
+    given = given.subset(limit) if limit else given
+    if judge_all:
+        cascade = asking_everything(cascade)
+    if not yes:
+        confirm(parsed, cascade, given.images)
+    with tempfile.TemporaryDirectory() as scratch, Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("images", total=len(given))
+        record = record_run(cascade, given, output or Path(scratch), config=parsed, progress=lambda _: progress.advance(task))
+    evaluation = evaluated(record)
+    if output:
+        (output / "summary.json").write_text(json.dumps(evaluation.to_dict(), indent=2) + "\n", encoding="utf-8")
+    if as_json:
+        typer.echo(json.dumps(evaluation.to_dict()))
+    else:
+        print_summary(Console(highlight=False), "Evaluation", evaluation_rows(evaluation))

@@ -1,0 +1,39 @@
+"""Asking before money is spent."""
+
+import sys
+from collections.abc import Sequence
+
+import typer
+
+from cascadevlm import loop
+from cascadevlm.cascade import Cascade
+from cascadevlm.config import Config
+from cascadevlm.errors import InputError
+from cascadevlm.estimate import estimate
+from cascadevlm.images import ImageSource
+
+
+def confirm(config: Config, cascade: Cascade, images: Sequence[ImageSource]) -> None:
+    """Ask, where the run may cost more than the configuration lets pass.
+
+    Raises:
+        InputError: if there is nobody to ask.
+        BackendError: if a judge cannot work at all, before anything is read.
+    """
+    limit, cap = config.budget.ask_above_usd, config.budget.usd
+    paid = [stage.judge for stage in cascade.stages if stage.judge.costs_money]
+    for judge in paid:
+        loop.run(judge.prepare())
+        loop.run(judge.aclose())
+    if not paid or (cap is not None and cap <= limit):
+        return
+    estimates = estimate(cascade, images)
+    usual, most = sum(each.dollars for each in estimates), sum(each.dollars_range[1] for each in estimates)
+    most = most if cap is None else min(most, cap)
+    if most <= limit:
+        return
+    calls = sum(each.calls for each in estimates)
+    message = f"About {calls} questions to hosted judges, ${usual:.2f}, up to about ${most:.2f}."
+    if not sys.stdin.isatty():
+        raise InputError(message, hint="Give --yes to go on, or a cap: --set budget.usd=5.")
+    typer.confirm(f"{message} Go on?", abort=True, err=True)

@@ -1,0 +1,35 @@
+"""``cascadevlm sweep``."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def sweep(
+    run: Annotated[Path, typer.Argument(help="The folder of a record made by: evaluate --judge-all -o FOLDER.")],
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object, with all the points of all the curves.")] = False,
+) -> None:
+    """Try every policy at every threshold on a record, asking nobody."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from cascadevlm.record import read_record
+    from cascadevlm.sweep import sweep as swept
+
+    result = swept(read_record(run))
+    if as_json:
+        typer.echo(json.dumps(result.to_dict()))
+        return
+    shares = (0.1, 0.2, 0.3, 0.5)
+    table = Table(*("ranking", "area", *(f"{share:.0%} asked" for share in shares)), box=None, header_style="bold")
+    for curve in result.curves:
+        points = [f"{curve.at(share):.1%}" for share in shares]
+        table.add_row(curve.name, f"{curve.area:.4f}", *points)
+    console = Console(highlight=False)
+    console.print(f"Accuracy: scorer alone {result.scorer_accuracy:.1%}, judge on everything {result.judge_accuracy:.1%}.\n")
+    console.print(table)
+    console.print("\nNone is better and cheaper:")
+    for name, rate, accuracy, dollars in result.pareto:
+        console.print(f"  {name}, asking about {rate:.0%}: {accuracy:.1%} for ${dollars:.2f} a thousand images")

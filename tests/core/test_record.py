@@ -1,0 +1,400 @@
+"""Records of real runs: what is written is what the predictions said, for us and for others."""
+
+import asyncio
+import json
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet
+import pytest
+
+from cascadevlm import Cascade, Stage, TopK, load_judge, load_prompt, load_scorer
+from cascadevlm.budget import Ledger
+from cascadevlm.cache import MemoryStore, VerdictStore
+from cascadevlm.data import Data, read_data
+from cascadevlm.engine import OnFailure
+from cascadevlm.errors import BackendError, DataError, JudgeError, PermanentError
+from cascadevlm.judge import Judge
+from cascadevlm.labels import LabelSet
+from cascadevlm.policy import EntropyAbove
+from cascadevlm.record import NOBODY, KeepingScorer, KeepingStage, Record, read_record, read_verdicts, write_record
+from cascadevlm.scorer import Scorer
+from cascadevlm.testing import FakeJudge, FakeScorer, noise
+from cascadevlm.testing.fakes import Reply
+from cascadevlm.types import Prediction, Question, Usage, Verdict
+
+NAMES = ['the "quoted" ant', "bee\nof two lines", "Zikade, größer als 🦗", "dragonfly", "earwig", "firefly"]
+LABELS = LabelSet.of(NAMES)
+UNREADABLE = (3, 9)
+TABLES = ("images", "predictions", "verdicts")
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Data:
+    """16 images, two of them no images."""
+    rows = []
+    for number in range(16):
+        file = tmp_path / "images" / f"{number:02} é.png"
+        file.parent.mkdir(exist_ok=True)
+        noise(number).save(file)
+        if number in UNREADABLE:
+            file.write_bytes(b"no image")
+        split = "test" if number % 2 else "train"
+        rows.append({"path": f"images/{file.name}", "label": NAMES[number % len(NAMES)], "split": split})
+    table = tmp_path / "data.jsonl"
+    table.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return read_data(table, LABELS)
+
+
+class Priced(FakeJudge):
+    """Costs a cent a question, and says so before."""
+
+    def worst_case(self, question: Question) -> int:
+        return 10_000_000
+
+
+class Opinionated(Judge):
+    """Gives probabilities."""
+
+    spec = "fake:opinionated"
+
+    async def judge(self, question: Question) -> Verdict:
+        names = [label.name for label in question.labels]
+        opinion = dict(zip(names, [0.2, 0.7, 0.1], strict=False))
+        usage = Usage(input_tokens=7, output_tokens=3, cached_input_tokens=2, cache_write_tokens=1, dollars=0.002, requests=1)
+        return Verdict(outcome="answered", label=names[1], probabilities=opinion, judge=self.spec, usage=usage)
+
+
+def replies(question: Question) -> Reply:
+    """Of every kind, and always the same to the same question."""
+    kinds: list[Reply] = [
+        "I see wings.\nANSWER: B",
+        "ANSWER: A",
+        "ANSWER: none of these",
+        "no idea at all",
+        PermanentError('It "failed"\nbadly.'),
+    ]
+    return kinds[int(question.image_digest[:4], 16) % len(kinds)]
+
+
+def two_stages() -> list[Stage]:
+    """The second has other candidates, in another order, and money for some questions only."""
+    cheap = Priced("cheap", reply=replies, dollars=0.01)
+    select = load_prompt("select")
+    return [
+        Stage(judge=cheap, prompt=load_prompt("select_cot"), policy=EntropyAbove(0.3), candidates=TopK(k=4), offer_none=True),
+        Stage(judge=Opinionated(), prompt=select, policy=EntropyAbove(0.2), candidates=TopK(k=3, order="shuffled")),
+    ]
+
+
+def recorded(
+    folder: Path,
+    data: Data,
+    stages: list[Stage],
+    *,
+    scorer: Scorer | None = None,
+    dollars: float | None = None,
+    store: VerdictStore | None = None,
+    on_failure: OnFailure = "scorer",
+    count: int | None = None,
+) -> list[Prediction]:
+    """Run a cascade and record it; only the first ``count``, if given."""
+    keeping, kept = KeepingScorer(scorer or FakeScorer()), [KeepingStage.of(stage) for stage in stages]
+    cascade = Cascade(keeping, kept, labels=LABELS, on_failure=on_failure, store=store, ledger=Ledger(dollars), batch_size=5)
+    predictions = write_record(
+        folder,
+        data=data,
+        predictions=cascade.stream(data.images),
+        scorer=keeping,
+        stages=kept,
+        labels=LABELS,
+        config={"on_failure": on_failure},
+        spec="fake:fake",
+    )
+    return list(predictions) if count is None else [next(predictions) for _ in range(count)]
+
+
+def columns(names: list[str]) -> list[int]:
+    return [NAMES.index(name) for name in names]
+
+
+def check(record: Record, data: Data, predictions: list[Prediction], judges: list[str]) -> None:
+    """The arrays against the predictions, one image at a time."""
+    assert len(record) == len(predictions) == len(data)
+    assert record.labels == LABELS
+    assert record.names == data.names
+    assert [NAMES[truth] for truth in record.truths] == list(data.truths)
+    assert record.readable.tolist() == [bool(p.candidates) for p in predictions]
+    assert record.predicted.tolist() == [NOBODY if p.label is None else NAMES.index(p.label) for p in predictions]
+    np.testing.assert_array_equal(record.probabilities, [np.nan if p.probability is None else p.probability for p in predictions])
+    assert record.decided_by == tuple(p.decided_by or "" for p in predictions)
+    assert [stage.judge for stage in record.stages] == judges
+    for image, prediction in enumerate(predictions):
+        best = min(prediction.candidates, key=lambda c: c.rank, default=None)
+        assert record.scored[image] == (NOBODY if best is None else NAMES.index(best.label.name))
+        for candidate in prediction.candidates:
+            column = NAMES.index(candidate.label.name)
+            assert record.scores.probabilities[image, column] == np.float32(candidate.probability)
+        for number, stage in enumerate(record.stages):
+            verdict = prediction.verdicts[number] if number < len(prediction.verdicts) else None
+            usage = verdict.usage if verdict else Usage()
+            assert stage.asked[image] == (verdict is not None and verdict.outcome != "skipped")
+            assert stage.outcomes[image] == (verdict.outcome if verdict else "")
+            assert stage.answers[image] == (NAMES.index(verdict.label) if verdict and verdict.label else NOBODY)
+            assert stage.dollars[image] == usage.dollars + usage.saved_dollars
+            assert stage.paid[image] == usage.dollars
+            assert (stage.input_tokens[image], stage.output_tokens[image]) == (usage.input_tokens, usage.output_tokens)
+            assert stage.seconds[image] == usage.seconds
+        if prediction.verdicts:
+            last = record.stages[len(prediction.verdicts) - 1].candidates[image]
+            assert last[last != NOBODY].tolist() == columns([c.label.name for c in prediction.candidates])
+
+
+@pytest.mark.parametrize("on_failure", ["scorer", "abstain"])
+@pytest.mark.parametrize("dollars", [None, 0.05])
+def test_what_is_read_is_what_the_predictions_said(
+    tmp_path: Path, data: Data, on_failure: OnFailure, dollars: float | None
+) -> None:
+    stages = two_stages()
+    predictions = recorded(tmp_path / "run", data, stages, dollars=dollars, on_failure=on_failure)
+    record = read_record(tmp_path / "run")
+    check(record, data, predictions, ["fake:cheap", "fake:opinionated"])
+    outcomes = {verdict.outcome for p in predictions for verdict in p.verdicts}
+    assert outcomes >= ({"answered", "none", "unparsed", "failed"} if dollars is None else {"answered", "skipped"})
+    assert set(record.decided_by) == {"", "scorer", "judge"}
+    assert record.judged is record.stages[1]
+    assert record.info is not None
+    assert record.info.config == {"on_failure": on_failure}
+    assert record.info.fingerprint == record.scores.fingerprint == "fake:fake"
+    assert record.info.versions["cascadevlm"]
+
+
+def test_every_stage_keeps_the_candidates_it_showed(tmp_path: Path, data: Data) -> None:
+    shown: dict[str, list[list[int]]] = {}
+
+    def remembering(question: Question) -> str:
+        if not question.rejected:
+            shown.setdefault(question.image_digest, []).append(columns([label.name for label in question.labels]))
+        return "ANSWER: none of these" if question.offer_none else "ANSWER: A"
+
+    stages = [replace(stage, judge=FakeJudge(reply=remembering), policy=EntropyAbove(0)) for stage in two_stages()]
+    recorded(tmp_path / "run", data, stages)
+    record = read_record(tmp_path / "run")
+    for image, digest in enumerate(record.digests):
+        kept = [[c for c in stage.candidates[image].tolist() if c != NOBODY] for stage in record.stages]
+        assert kept == (shown[digest] if record.readable[image] else [[], []])
+    assert record.stages[0].rationales[0] == "ANSWER: none of these"
+
+
+def test_the_cache_is_counted_as_what_it_saved(tmp_path: Path, data: Data) -> None:
+    store = MemoryStore()
+    stages = [Stage(judge=Priced(dollars=0.01), prompt=load_prompt("select"))]
+    recorded(tmp_path / "first", data, stages, store=store)
+    predictions = recorded(tmp_path / "second", data, stages, store=store)
+    check(read_record(tmp_path / "second"), data, predictions, ["fake:fake"])
+    first, second = (read_record(tmp_path / name).judged for name in ("first", "second"))
+    np.testing.assert_array_equal(first.dollars, second.dollars)
+    assert first.paid.sum() == pytest.approx(0.14)
+    assert second.paid.sum() == 0
+
+
+def test_others_read_it_without_us(tmp_path: Path, data: Data) -> None:
+    predictions = recorded(tmp_path / "run", data, two_stages())
+    images, predicted, verdicts = (pyarrow.parquet.read_table(tmp_path / "run" / f"{name}.parquet") for name in TABLES)
+    assert images.column_names == ["name", "truth", "split", "digest"]
+    assert images["truth"].to_pylist() == [NAMES[number % len(NAMES)] for number in range(16)]
+    assert images["split"].to_pylist() == ["train", "test"] * 8
+    assert [digest is None for digest in images["digest"].to_pylist()] == [row in UNREADABLE for row in range(16)]
+    assert predicted["label"].to_pylist() == [p.label for p in predictions]
+    assert predicted["error"].to_pylist() == [p.error for p in predictions]
+    rows = verdicts.to_pylist()
+    given = [(image, stage, v) for image, p in enumerate(predictions) for stage, v in enumerate(p.verdicts)]
+    assert [(row["image"], row["stage"], row["outcome"], row["label"]) for row in rows] == [
+        (image, stage, verdict.outcome, verdict.label) for image, stage, verdict in given
+    ]
+    for row, (_, stage, verdict) in zip(rows, given, strict=True):
+        assert row["judge"] == ["fake:cheap", "fake:opinionated"][stage]
+        assert row["error"] == verdict.error
+        assert row["prompt"] == ["select_cot", "select"][stage]
+        assert {name: row[name] for name in asdict(verdict.usage)} == asdict(verdict.usage)
+    frame = verdicts.to_pandas()
+    assert frame.groupby("stage")["dollars"].sum()[0] == pytest.approx(
+        sum(p.verdicts[0].usage.dollars for p in predictions if p.verdicts)
+    )
+    assert np.isnan(np.load(tmp_path / "run" / "scores.npy")).any(axis=1).nonzero()[0].tolist() == list(UNREADABLE)
+    lines = (tmp_path / "run" / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
+    told = [json.loads(line) for line in lines]
+    assert [line["path"] for line in told] == list(data.names)
+    assert [line["truth"] for line in told] == list(data.truths)
+    assert [line["label"] for line in told] == [p.label for p in predictions]
+
+
+def test_what_a_judge_says_need_not_be_unicode(tmp_path: Path, data: Data) -> None:
+    """A hosted judge's JSON may hold half a character."""
+    recorded(tmp_path / "run", data, [Stage(judge=FakeJudge(reply="wings \ud83d\nANSWER: A"), prompt=load_prompt("select"))])
+    assert read_record(tmp_path / "run").judged.rationales[0] == "wings \\ud83d"
+
+
+def test_a_scorer_alone_is_a_record_too(tmp_path: Path, data: Data) -> None:
+    predictions = recorded(tmp_path / "run", data, [])
+    record = read_record(tmp_path / "run")
+    check(record, data, predictions, [])
+    with pytest.raises(DataError, match="no judge"):
+        _ = record.judged
+
+
+def test_nothing_readable_is_a_record_too(tmp_path: Path, data: Data) -> None:
+    broken = data.take(np.array(UNREADABLE))
+    predictions = recorded(tmp_path / "run", broken, two_stages())
+    record = read_record(tmp_path / "run")
+    check(record, broken, predictions, ["fake:cheap", "fake:opinionated"])
+    assert not record.readable.any()
+
+
+def test_what_a_scorer_kept_before_is_no_part_of_a_record(tmp_path: Path, data: Data) -> None:
+    scorer = KeepingScorer(FakeScorer())
+    scorer.score([noise(99)], LABELS)
+    cascade = Cascade(scorer, [], labels=LABELS)
+    written = write_record(
+        tmp_path / "run",
+        data=data,
+        predictions=cascade.stream(data.images),
+        scorer=scorer,
+        stages=[],
+        labels=LABELS,
+        config={},
+        spec="fake:fake",
+    )
+    predictions = list(written)
+    check(read_record(tmp_path / "run"), data, predictions, [])
+
+
+def test_a_second_record_is_refused_before_anything_runs(tmp_path: Path, data: Data) -> None:
+    recorded(tmp_path / "run", data, two_stages())
+    scorer = KeepingScorer(FakeScorer())
+    with pytest.raises(DataError, match="holds a record already"):
+        write_record(
+            tmp_path / "run", data=data, predictions=[], scorer=scorer, stages=[], labels=LABELS, config={}, spec="fake:fake"
+        )
+    assert len(read_record(tmp_path / "run")) == len(data)
+
+
+def test_a_folder_that_cannot_be_made_is_said_at_once(tmp_path: Path, data: Data) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match="cannot be made"):
+        recorded(tmp_path / "file" / "run", data, [])
+
+
+def test_an_interrupted_run_is_no_record_and_can_be_run_again(tmp_path: Path, data: Data) -> None:
+    recorded(tmp_path / "run", data, two_stages(), count=7)
+    assert len((tmp_path / "run" / "predictions.jsonl").read_text().splitlines()) == 7
+    for read in (read_record, read_verdicts):
+        with pytest.raises(DataError, match=r"holds no whole record: its run was interrupted\."):
+            read(tmp_path / "run")
+    predictions = recorded(tmp_path / "run", data, two_stages())
+    check(read_record(tmp_path / "run"), data, predictions, ["fake:cheap", "fake:opinionated"])
+
+
+def test_a_run_that_fails_leaves_no_record(tmp_path: Path, data: Data) -> None:
+    stage = Stage(judge=FakeJudge(reply=PermanentError("no")), prompt=load_prompt("select"))
+    with pytest.raises(JudgeError):
+        recorded(tmp_path / "run", data, [stage], on_failure="raise")
+    with pytest.raises(DataError, match="interrupted"):
+        read_record(tmp_path / "run")
+
+
+@pytest.mark.parametrize("part", ["run.json", "scores.npy", "images.parquet", "verdicts.parquet", "predictions.parquet"])
+@pytest.mark.parametrize("damage", [Path.unlink, lambda file: file.write_bytes(b""), lambda file: file.write_bytes(b"{}")])
+def test_what_is_missing_or_damaged_is_one_sentence(
+    tmp_path: Path, data: Data, part: str, damage: Callable[[Path], object]
+) -> None:
+    folder = tmp_path / "run"
+    recorded(folder, data, two_stages())
+    damage(folder / part)
+    with pytest.raises(DataError, match="holds no whole record") as caught:
+        read_record(folder)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 500 + len(str(folder))
+
+
+def test_parts_of_different_runs_are_no_record(tmp_path: Path, data: Data) -> None:
+    recorded(tmp_path / "whole", data, [])
+    recorded(tmp_path / "half", data.split("test"), [])
+    for part in ("scores.npy", "images.parquet", "predictions.parquet"):
+        whole = (tmp_path / "whole" / part).read_bytes()
+        (tmp_path / "whole" / part).write_bytes((tmp_path / "half" / part).read_bytes())
+        with pytest.raises(DataError, match="not of the same images"):
+            read_record(tmp_path / "whole")
+        (tmp_path / "whole" / part).write_bytes(whole)
+
+
+def test_a_folder_that_is_none(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"it lacks run\.json, scores\.npy"):
+        read_record(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("dollars", [None, 0.05])
+def test_a_run_replays_from_its_folder_at_no_cost(tmp_path: Path, data: Data, dollars: float | None) -> None:
+    first = recorded(tmp_path / "run", data, two_stages(), dollars=dollars, on_failure="abstain")
+    replaying = [
+        replace(stage, judge=load_judge(f"recorded:{tmp_path / 'run'}#{number}"))
+        for number, stage in enumerate(two_stages(), start=1)
+    ]
+    again = recorded(
+        tmp_path / "again", data, replaying, scorer=load_scorer(f"recorded:{tmp_path / 'run'}"), dollars=0, on_failure="abstain"
+    )
+    for replayed, given in zip(again, first, strict=True):
+        assert replayed.cost.dollars == 0
+        assert replayed.cost.saved_dollars == pytest.approx(given.cost.dollars)
+        verdicts = tuple(
+            replace(new, judge=old.judge, usage=old.usage) for new, old in zip(replayed.verdicts, given.verdicts, strict=True)
+        )
+        assert replace(replayed, verdicts=verdicts).to_dict() == given.to_dict()
+    before, after = read_record(tmp_path / "run"), read_record(tmp_path / "again")
+    np.testing.assert_array_equal(before.scores.log_probs, after.scores.log_probs)
+    assert before.scores.fingerprint == after.scores.fingerprint
+    for old, new in zip(before.stages, after.stages, strict=True):
+        np.testing.assert_allclose(old.dollars, new.dollars)
+        assert new.paid.sum() == 0
+
+
+async def test_another_question_is_not_answered_from_a_folder(tmp_path: Path, data: Data) -> None:
+    stage = Stage(judge=FakeJudge(), prompt=load_prompt("select"), candidates=TopK(k=3))
+    (prediction, *_) = await Cascade(FakeScorer(), [stage], labels=LABELS).aclassify([noise(0)])
+    ask = stage.question(noise(0), prediction.candidates)
+    kept = [KeepingStage.of(stage)]
+    scorer = KeepingScorer(FakeScorer())
+    written = write_record(
+        tmp_path / "run",
+        data=data,
+        predictions=await Cascade(scorer, kept, labels=LABELS).aclassify(data.images),
+        scorer=scorer,
+        stages=kept,
+        labels=LABELS,
+        config={},
+        spec="fake:fake",
+    )
+    assert len(list(written)) == len(data)
+    judge = load_judge(f"recorded:{tmp_path / 'run'}")
+    assert (await judge.judge(ask)).label == prediction.label
+    others = [
+        replace(ask, candidates=ask.candidates[::-1]),
+        replace(ask, candidates=ask.candidates[:2]),
+        replace(ask, prompt=load_prompt("select_cot")),
+        replace(ask, offer_none=True),
+        stage.question(noise(77), prediction.candidates),
+    ]
+    for other in others:
+        with pytest.raises(PermanentError, match="no answer to this question"):
+            await judge.judge(other)
+
+
+async def test_which_stage_is_meant_must_be_said(tmp_path: Path, data: Data) -> None:
+    for count, names in ((2, ["", "#0", "#3"]), (0, ["", "#1"])):
+        folder = tmp_path / f"run{count}"
+        await asyncio.to_thread(recorded, folder, data, two_stages()[:count])
+        for name in names:
+            with pytest.raises(BackendError, match=f"has {count} stages"):
+                await load_judge(f"recorded:{folder}{name}").prepare()

@@ -1,0 +1,157 @@
+"""Sweeping a record, against runs of the policies themselves and against sums done otherwise."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from sklearn.metrics import accuracy_score
+
+from cascadevlm.errors import DataError
+from cascadevlm.labels import LabelSet
+from cascadevlm.measures import entropy, margin, top_probability
+from cascadevlm.policy import EntropyAbove, MarginBelow, Never, TopProbabilityBelow
+from cascadevlm.record import NOBODY, Judged, Record
+from cascadevlm.sweep import sweep, under
+from cascadevlm.types import Scores
+
+LABELS = LabelSet.of(["ant", "bee", "cicada", "dragonfly"])
+
+
+def record(seed: int, size: int = 60, *, unanswered: float = 0.1, unreadable: int = 0) -> Record:
+    """A judge better than the scorer, and some questions without an answer."""
+    rng = np.random.default_rng(seed)
+    truths = rng.integers(0, len(LABELS), size)
+    logits = rng.normal(size=(size, len(LABELS)))
+    logits[np.arange(size), truths] += rng.exponential(1.0, size)
+    scores = Scores.from_logits(logits, LABELS, fingerprint="x")
+    answers = np.where(rng.random(size) < 0.8, truths, rng.integers(0, len(LABELS), size))
+    answers[rng.random(size) < unanswered] = NOBODY
+    readable = np.arange(size) >= unreadable
+    judged = Judged(
+        judge="fake:judge",
+        asked=readable,
+        outcomes=tuple("answered" if answer != NOBODY else "unparsed" for answer in answers),
+        answers=np.where(readable, answers, NOBODY),
+        candidates=np.tile(np.arange(len(LABELS)), (size, 1)),
+        rationales=("",) * size,
+        dollars=rng.uniform(0.001, 0.01, size) * readable,
+        seconds=np.zeros(size),
+        input_tokens=np.zeros(size, dtype=np.int64),
+        output_tokens=np.zeros(size, dtype=np.int64),
+        paid=np.zeros(size),
+    )
+    return Record(
+        scores=scores,
+        readable=readable,
+        names=tuple(map(str, range(size))),
+        truths=truths,
+        stages=(judged,),
+        predicted=answers,
+        probabilities=np.full(size, np.nan),
+        decided_by=("judge",) * size,
+    )
+
+
+@given(st.integers(0, 10_000), st.integers(1, 80))
+def test_every_point_is_what_the_policy_gives(seed: int, size: int) -> None:
+    given_record = record(seed, size)
+    policies = {"entropy": EntropyAbove, "margin": MarginBelow, "top_probability": TopProbabilityBelow}
+    for curve in sweep(given_record).curves:
+        if curve.thresholds is None:
+            continue
+        for rate, accuracy, dollars, threshold in zip(
+            curve.deferral_rates, curve.accuracies, curve.dollars, curve.thresholds, strict=True
+        ):
+            if not np.isfinite(threshold):
+                continue
+            live = under(given_record, policies[curve.name](threshold))
+            if live.judged.asked.mean() == rate:  # equal values at the threshold have no threshold between them
+                assert accuracy_score(live.truths, live.predicted) == pytest.approx(accuracy)
+                assert live.judged.dollars.sum() * 1000 / size == pytest.approx(dollars)
+
+
+@given(st.integers(0, 10_000))
+def test_curves_begin_with_the_scorer_and_end_with_the_judge(seed: int) -> None:
+    result = sweep(record(seed))
+    for curve in result.curves:
+        assert curve.accuracies[0] == pytest.approx(result.scorer_accuracy)
+        assert curve.accuracies[-1] == pytest.approx(result.judge_accuracy)
+        assert curve.area == pytest.approx(np.mean(curve.accuracies))
+    oracle, *others = result.curves
+    assert oracle.name == "oracle"
+    assert all((oracle.accuracies >= other.accuracies - 1e-12).all() for other in others)
+
+
+@given(st.integers(0, 10_000))
+def test_no_point_beats_one_of_the_pareto_set(seed: int) -> None:
+    result = sweep(record(seed))
+    points = [
+        (dollars, accuracy)
+        for curve in result.curves[1:]
+        for dollars, accuracy in zip(curve.dollars, curve.accuracies, strict=True)
+    ]
+    for _, _, accuracy, dollars in result.pareto:
+        assert not any(cost <= dollars and right > accuracy + 1e-12 for cost, right in points)
+    for cost, right in points:
+        assert any(accuracy >= right - 1e-12 and dollars <= cost + 1e-12 for _, _, accuracy, dollars in result.pareto)
+
+
+def test_random_escalation_is_the_mean_of_many() -> None:
+    given_record = record(1, 400)
+    (curve,) = [curve for curve in sweep(given_record).curves if curve.name == "random"]
+    rng = np.random.default_rng(0)
+    drawn = [
+        (under(given_record, lambda scores: rng.random(len(scores)) < 0.5).predicted == given_record.truths).mean()
+        for _ in range(300)
+    ]
+    assert np.mean(drawn) == pytest.approx(curve.at(0.5), abs=0.005)
+
+
+def test_thresholds_separate_the_images() -> None:
+    given_record = record(2)
+    for curve in sweep(given_record).curves:
+        if curve.thresholds is None:
+            continue
+        measure, asks_above = {
+            "entropy": (entropy, True),
+            "margin": (margin, False),
+            "top_probability": (top_probability, False),
+        }[curve.name]
+        values = measure(given_record.scores)
+        asked = [np.mean(values > t if asks_above else values < t) for t in curve.thresholds]
+        np.testing.assert_allclose(asked, curve.deferral_rates)
+
+
+def test_nothing_is_swept_that_was_not_asked() -> None:
+    gated = under(record(3), EntropyAbove(0.5))
+    with pytest.raises(DataError, match="--judge-all"):
+        sweep(gated)
+    with pytest.raises(DataError, match="was not asked"):
+        under(gated, EntropyAbove(0.1))
+
+
+def test_a_policy_that_never_asks_leaves_the_scorer() -> None:
+    alone = under(record(4), Never())
+    np.testing.assert_array_equal(alone.predicted, alone.scored)
+    assert set(alone.decided_by) == {"scorer"}
+    assert alone.judged.dollars.sum() == 0
+
+
+def test_unreadable_images_are_no_part_of_a_sweep() -> None:
+    whole, part = record(5, 50, unreadable=20), record(5, 50)
+    result = sweep(whole)
+    rows = np.arange(20, 50)
+    assert result.scorer_accuracy == pytest.approx((part.scored[rows] == part.truths[rows]).mean())
+
+
+def test_a_sweep_is_json() -> None:
+    data = json.loads(json.dumps(sweep(record(6)).to_dict(), allow_nan=False))
+    assert {curve["name"] for curve in data["curves"]} == {"oracle", "entropy", "margin", "top_probability", "random"}
+
+
+def test_records_without_a_judge_are_refused() -> None:
+    with pytest.raises(DataError, match="no judge"):
+        sweep(replace(record(7), stages=()))
