@@ -376,15 +376,7 @@ async def stream_in_batches(
     store = MemoryStore() if cascade.store is None else cascade.store
 
     def run(stages: Sequence[Stage], store: VerdictStore, on_failure: OnFailure) -> AsyncIterator[Prediction]:
-        return Cascade(
-            cascade.scorer,
-            stages,
-            labels=cascade.labels,
-            on_failure=on_failure,
-            store=store,
-            ledger=cascade.ledger,
-            batch_size=cascade.batch_size,
-        ).astream(images)
+        return cascade.altered(stages=stages, store=store, on_failure=on_failure).astream(images)
 
     async def collect(stages: Sequence[Stage], judge: BatchJudge) -> None:
         """Until all questions to the judge, the last stage's, have come back and no more fit into the budget."""

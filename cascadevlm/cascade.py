@@ -51,6 +51,25 @@ class Cascade:
         self.ledger = ledger or Ledger()
         self.batch_size = batch_size
 
+    def altered(
+        self,
+        *,
+        scorer: Scorer | None = None,
+        stages: Sequence[Stage] | None = None,
+        on_failure: OnFailure | None = None,
+        store: VerdictStore | None = None,
+    ) -> "Cascade":
+        """The same cascade, and the same ledger, but for what is given."""
+        return Cascade(
+            self.scorer if scorer is None else scorer,
+            self.stages if stages is None else stages,
+            labels=self.labels,
+            on_failure=on_failure or self.on_failure,
+            store=self.store if store is None else store,
+            ledger=self.ledger,
+            batch_size=self.batch_size,
+        )
+
     @overload
     def classify(self, images: ImageSource) -> Prediction: ...  # type: ignore[overload-overlap]  # a str is one path
     @overload

@@ -14,15 +14,7 @@ from cascadevlm.types import Prediction
 
 def asking_everything(cascade: Cascade) -> Cascade:
     """The cascade with every judge asked about every image, so that its record can be swept."""
-    return Cascade(
-        cascade.scorer,
-        [replace(stage, policy=Always()) for stage in cascade.stages],
-        labels=cascade.labels,
-        on_failure=cascade.on_failure,
-        store=cascade.store,
-        ledger=cascade.ledger,
-        batch_size=cascade.batch_size,
-    )
+    return cascade.altered(stages=[replace(stage, policy=Always()) for stage in cascade.stages])
 
 
 def record_run(
@@ -44,19 +36,10 @@ def record_run(
         DataError: if there is a record in the folder.
     """
     scorer, stages = KeepingScorer(cascade.scorer), [KeepingStage.of(stage) for stage in cascade.stages]
-    keeping = Cascade(
-        scorer,
-        stages,
-        labels=cascade.labels,
-        on_failure=cascade.on_failure,
-        store=cascade.store,
-        ledger=cascade.ledger,
-        batch_size=cascade.batch_size,
-    )
     for prediction in write_record(
         folder,
         data=data,
-        predictions=keeping.stream(data.images),
+        predictions=cascade.altered(scorer=scorer, stages=stages).stream(data.images),
         scorer=scorer,
         stages=stages,
         labels=cascade.labels,

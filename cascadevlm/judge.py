@@ -153,6 +153,10 @@ class WrapperJudge(Judge):
         self.requests_per_minute = wrapped.requests_per_minute
         self.tokens_per_minute = wrapped.tokens_per_minute
 
+    @property
+    def costs_money(self) -> bool:
+        return self.wrapped.costs_money
+
     async def judge(self, question: Question) -> Verdict:
         return await self.wrapped.judge(question)
 

@@ -231,49 +231,40 @@ def write_record(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as exc:
         raise DataError(f"The folder {str(folder)!r} cannot be made: {exc.strerror}.") from exc
-    return _writing(folder, data, predictions, scorer, stages, labels, config, spec)
 
+    def writing() -> Iterator[Prediction]:
+        began = datetime.now(UTC)
+        taken = []
+        with (folder / "predictions.jsonl").open("w", encoding="utf-8") as lines:
+            for name, truth, prediction in zip(data.names, data.truths, predictions, strict=True):
+                lines.write(json.dumps({**prediction.to_dict(), "path": name, "truth": truth}) + "\n")
+                lines.flush()
+                taken.append(prediction)
+                yield prediction
+        readable = np.array([bool(prediction.candidates) for prediction in taken], dtype=bool)
+        known = iter(scorer.digests[len(scorer.digests) - readable.sum() :])
+        digests = [next(known) if read else None for read in readable]
+        log_probs = np.full((len(taken), len(labels)), np.nan, dtype=np.float32)
+        if readable.any():
+            log_probs[readable] = np.concatenate([scores.log_probs for scores in scorer.kept])[-readable.sum() :]
+        np.save(folder / "scores.npy", log_probs)
+        _write_tables(folder, data, taken, digests, stages)
+        info = RunInfo(
+            config=dict(config),
+            labels=list(labels),
+            scorer=spec,
+            fingerprint=scorer.kept[-1].fingerprint if readable.any() else "",
+            judges=[stage.judge.spec for stage in stages],
+            began=began,
+            seconds=(datetime.now(UTC) - began).total_seconds(),
+            versions=_versions(),
+            machine=f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
+        )
+        unfinished = folder / "run.json.part"
+        unfinished.write_text(info.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        unfinished.replace(folder / "run.json")
 
-def _writing(
-    folder: Path,
-    data: Data,
-    predictions: Iterable[Prediction],
-    scorer: KeepingScorer,
-    stages: Sequence[KeepingStage],
-    labels: LabelSet,
-    config: Mapping[str, JsonValue],
-    spec: str,
-) -> Iterator[Prediction]:
-    began = datetime.now(UTC)
-    taken = []
-    with (folder / "predictions.jsonl").open("w", encoding="utf-8") as lines:
-        for name, truth, prediction in zip(data.names, data.truths, predictions, strict=True):
-            lines.write(json.dumps({**prediction.to_dict(), "path": name, "truth": truth}) + "\n")
-            lines.flush()
-            taken.append(prediction)
-            yield prediction
-    readable = np.array([bool(prediction.candidates) for prediction in taken], dtype=bool)
-    known = iter(scorer.digests[len(scorer.digests) - readable.sum() :])
-    digests = [next(known) if read else None for read in readable]
-    log_probs = np.full((len(taken), len(labels)), np.nan, dtype=np.float32)
-    if readable.any():
-        log_probs[readable] = np.concatenate([scores.log_probs for scores in scorer.kept])[-readable.sum() :]
-    np.save(folder / "scores.npy", log_probs)
-    _write_tables(folder, data, taken, digests, stages)
-    info = RunInfo(
-        config=dict(config),
-        labels=list(labels),
-        scorer=spec,
-        fingerprint=scorer.kept[-1].fingerprint if readable.any() else "",
-        judges=[stage.judge.spec for stage in stages],
-        began=began,
-        seconds=(datetime.now(UTC) - began).total_seconds(),
-        versions=_versions(),
-        machine=f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
-    )
-    unfinished = folder / "run.json.part"
-    unfinished.write_text(info.model_dump_json(indent=2) + "\n", encoding="utf-8")
-    unfinished.replace(folder / "run.json")
+    return writing()
 
 
 def _versions() -> dict[str, str]:

@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -10,6 +11,7 @@ import typer
 from cascadevlm.cli import options
 
 if TYPE_CHECKING:
+    from cascadevlm.cascade import Cascade
     from cascadevlm.types import Prediction
 
 
@@ -36,47 +38,38 @@ def classify(
     from cascadevlm.cli.show import prediction_block, print_summary, spending_rows
     from cascadevlm.types import Outcome, Usage
 
-    chosen = options.choose(
-        paths=paths,
-        labels=labels,
-        config=config,
-        scorer=scorer,
-        judge=judge,
-        policy=policy,
-        candidates=candidates,
-        prompt=prompt,
-        settings=settings,
-    )
+    parsed = options.parse(config, scorer, judge, policy, candidates, prompt, settings)
+    cascade, files = options.build(parsed, labels), options.image_files(paths)
     if not yes:
-        confirm(chosen.config, chosen.cascade, chosen.files)
+        confirm(parsed, cascade, files)
     console = Console(highlight=False)
     total = Usage()
     counts: Counter[str] = Counter()
-    for number, prediction in enumerate(_predictions(chosen, batch=batch), start=1):
+    for number, prediction in enumerate(_predictions(cascade, files, batch=batch), start=1):
         if as_json:
             typer.echo(json.dumps(prediction.to_dict()))
         else:
-            console.print(prediction_block(prediction, title=f"{number}/{len(chosen.files)} {prediction.path}"))
+            console.print(prediction_block(prediction, title=f"{number}/{len(files)} {prediction.path}"))
         total += prediction.cost
         counts["asked"] += prediction.asked
         counts["unreadable"] += not prediction.candidates
         counts[prediction.verdict.outcome if prediction.verdict else "kept"] += bool(prediction.candidates)
-    spent = chosen.cascade.ledger.spent_dollars
-    rows = {"images": str(len(chosen.files)), "judge calls": str(total.requests)}
+    spent = cascade.ledger.spent_dollars
+    rows = {"images": str(len(files)), "judge calls": str(total.requests)}
     rows |= {outcome: str(counts[outcome]) for outcome in ("kept", *get_args(Outcome), "unreadable") if counts[outcome]}
-    rows |= spending_rows(total, spent=spent, asked=counts["asked"], images=len(chosen.files))
+    rows |= spending_rows(total, spent=spent, asked=counts["asked"], images=len(files))
     print_summary(Console(highlight=False, stderr=True) if as_json else console, "Summary", rows)
     if counts["unreadable"] or counts["failed"] == counts["asked"] > 0:
         raise typer.Exit(1)
 
 
-def _predictions(chosen: options.Chosen, *, batch: bool) -> "Iterator[Prediction]":
+def _predictions(cascade: "Cascade", files: list[Path], *, batch: bool) -> "Iterator[Prediction]":
     if not batch:
-        return chosen.cascade.stream(chosen.files)
+        return cascade.stream(files)
     from cascadevlm import loop
     from cascadevlm.batch import stream_in_batches
 
     def progress(line: str) -> None:
         typer.echo(line, err=True)
 
-    return loop.iterate(stream_in_batches(chosen.cascade, chosen.files, progress=progress))
+    return loop.iterate(stream_in_batches(cascade, files, progress=progress))

@@ -28,18 +28,9 @@ def estimate(
 
     from cascadevlm.estimate import estimate as estimated
 
-    chosen = options.choose(
-        paths=paths,
-        labels=labels,
-        config=config,
-        scorer=scorer,
-        judge=judge,
-        policy=policy,
-        candidates=candidates,
-        prompt=prompt,
-        settings=settings,
-    )
-    estimates = estimated(chosen.cascade, chosen.files, sample=sample)
+    parsed = options.parse(config, scorer, judge, policy, candidates, prompt, settings)
+    cascade, files = options.build(parsed, labels), options.image_files(paths)
+    estimates = estimated(cascade, files, sample=sample)
     if as_json:
         typer.echo(json.dumps([asdict(each) for each in estimates]))
         return
@@ -55,5 +46,5 @@ def estimate(
             f"{each.minutes:.0f}" if each.minutes else "as fast as this machine",
         )
     console = Console(highlight=False)
-    console.print(f"{estimates[0].images if estimates else len(chosen.files)} images, by a sample of {sample} of them at most.")
+    console.print(f"{estimates[0].images if estimates else len(files)} images, by a sample of {sample} of them at most.")
     console.print(table)

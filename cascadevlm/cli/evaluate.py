@@ -39,12 +39,11 @@ def evaluate(
     from cascadevlm.cli.show import evaluation_rows, print_summary
     from cascadevlm.data import read_data
     from cascadevlm.evaluate import asking_everything, record_run
-    from cascadevlm.labels import LabelSet
     from cascadevlm.metrics import evaluate as evaluated
 
     parsed = options.parse(config, scorer, judge, policy, candidates, prompt, settings)
     where = labels or (data if parsed.labels is None and data.is_dir() else None)
-    cascade = parsed.build(LabelSet.read(where) if where else None)
+    cascade = options.build(parsed, where)
     given = read_data(data, cascade.labels)
     given = given.split(split) if split else given
     given = given.subset(limit) if limit else given

@@ -1,6 +1,5 @@
 """The options that say what to run, shared by the commands that run a cascade."""
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -25,15 +24,6 @@ PromptName = Annotated[str | None, typer.Option(help="A prompt's name or file. [
 Settings = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any other key, as in on_failure=abstain.")
 ]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Chosen:
-    """What the options amount to."""
-
-    config: "Config"
-    cascade: "Cascade"
-    files: list[Path]
 
 
 def parse(
@@ -73,38 +63,26 @@ def parse(
     return Config.parse(data, name=str(config or "options"))
 
 
-def choose(
-    *,
-    paths: list[Path],
-    labels: Path | None,
-    config: Path | None,
-    scorer: str | None,
-    judge: str | None,
-    policy: str | None,
-    candidates: int | None,
-    prompt: str | None,
-    settings: list[str] | None,
-) -> Chosen:
-    """The configuration that the options make, its cascade, and the images.
-
-    Raises:
-        InputError: if something in them is wrong.
-    """
+def build(config: "Config", labels: Path | None) -> "Cascade":
+    """The cascade of a configuration, with the labels of a file where one is given."""
     from cascadevlm.labels import LabelSet
 
-    parsed = parse(config, scorer, judge, policy, candidates, prompt, settings)
-    cascade = parsed.build(LabelSet.read(labels) if labels else None)
-    return Chosen(config=parsed, cascade=cascade, files=_image_files(paths))
+    return config.build(LabelSet.read(labels) if labels else None)
 
 
-def _image_files(paths: list[Path]) -> list[Path]:
-    from cascadevlm.images import image_files
+def image_files(paths: list[Path]) -> list[Path]:
+    """The files, and those below the folders.
+
+    Raises:
+        InputError: if a path does not exist or a folder holds no image.
+    """
+    from cascadevlm.images import image_files as files_below
 
     files = []
     for path in paths:
         if not path.exists():
             raise InputError(f"{str(path)!r} does not exist.")
-        found = image_files(path) if path.is_dir() else [path]
+        found = files_below(path) if path.is_dir() else [path]
         if not found:
             raise InputError(f"Folder {str(path)!r} holds no images.")
         files += found
