@@ -1,4 +1,4 @@
-"""Evaluating a cascade on labelled images: a run and its record, for the metrics to be computed of."""
+"""Evaluating a cascade on labelled images: a run and its record, and its metrics as another policy would have had them."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -7,8 +7,11 @@ from pathlib import Path
 from cascadevlm.cascade import Cascade
 from cascadevlm.config import Config
 from cascadevlm.data import Data
-from cascadevlm.policy import Always
-from cascadevlm.record import KeepingScorer, KeepingStage, Record, read_record, write_record
+from cascadevlm.metrics import Evaluation, evaluate
+from cascadevlm.policy import Always, PolicyLike
+from cascadevlm.record import Record, read_record
+from cascadevlm.recording import KeepingScorer, KeepingStage, write_record
+from cascadevlm.sweep import under
 from cascadevlm.types import Prediction
 
 
@@ -48,3 +51,20 @@ def record_run(
     ):
         progress(prediction)
     return read_record(folder)
+
+
+def can_replay(record: Record) -> bool:
+    """Whether the record has one stage, whose judge was asked about every image, so that it tells what any policy would give."""
+    return len(record.stages) == 1 and bool(record.judged.asked[record.readable].all())
+
+
+def evaluate_replayed(record: Record, policy: PolicyLike) -> Evaluation:
+    """Evaluate a run in which the judge was asked about everything as one under a policy.
+
+    What the judge says of the images that the policy keeps is known then; ``paid_dollars`` are those of the whole run.
+
+    Raises:
+        DataError: if the policy asks what was not asked.
+    """
+    evaluation = evaluate(under(record, policy), everything=record.judged)
+    return replace(evaluation, paid_dollars=float(record.judged.paid.sum()))

@@ -4,6 +4,7 @@ Columns are columns of the score matrix, as in `cascadevlm.record`: a prediction
 A figure that no image tells anything about is None, or NaN within an array; never 0.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TypeAlias, cast, get_args
@@ -270,9 +271,9 @@ def evaluate(record: Record, *, seed: int = 0, everything: Judged | None = None)
 
     known, known_right = asked, judge_right
     if everything is not None:
-        elsewhere = ~escalated & _asked(everything)[readable]
+        elsewhere = ~escalated & everything.asked[readable]
         known, known_right = asked | elsewhere, np.where(elsewhere, everything.answers[readable] == truths, judge_right)
-    seconds = np.concatenate([np.zeros(0), *(stage.seconds[_asked(stage)] for stage in record.stages)])
+    seconds = np.concatenate([np.zeros(0), *(stage.seconds[stage.asked] for stage in record.stages)])
     dollars = _total(record, "dollars")
     per_class = per_class_accuracy(predicted, truths, classes)
     return Evaluation(
@@ -309,12 +310,6 @@ def evaluate(record: Record, *, seed: int = 0, everything: Judged | None = None)
     )
 
 
-def _asked(judged: Judged) -> Bools:
-    """N: whether the question was put; it was not where the budget was spent, though a record's ``asked`` counts it."""
-    put: Bools = judged.asked & (np.array(judged.outcomes, dtype=str) != "skipped")
-    return put
-
-
 def _last_asked(record: Record) -> tuple[Bools, Bools, Columns, Bools]:
     """Of the readable images, over all stages: whether escalated, whether a judge was asked, the last answer (as the cascade
     concludes from it), and whether the candidates that were shown last held the truth."""
@@ -323,9 +318,8 @@ def _last_asked(record: Record) -> tuple[Bools, Bools, Columns, Bools]:
     escalated, asked, covered = np.zeros((3, len(truths)), dtype=bool)
     answers = np.full(len(truths), NOBODY, dtype=np.int64)
     for stage in record.stages:
-        put = _asked(stage)[readable]
-        given = np.where(put, stage.answers[readable], NOBODY)
-        escalated = escalated | stage.asked[readable]
+        put, given = stage.asked[readable], stage.answers[readable]
+        escalated = escalated | (np.array(stage.outcomes, dtype=str)[readable] != "")
         asked = asked | put
         answers = np.where(given != NOBODY, given, answers)
         covered = np.where(put, (stage.candidates[readable] == truths[:, None]).any(axis=1), covered)
@@ -333,12 +327,12 @@ def _last_asked(record: Record) -> tuple[Bools, Bools, Columns, Bools]:
 
 
 def _total(record: Record, field: str) -> float:
-    return float(sum(getattr(stage, field)[stage.asked].sum() for stage in record.stages))
+    return float(sum(getattr(stage, field).sum() for stage in record.stages))
 
 
 def _outcome_counts(record: Record) -> dict[str, int]:
-    outcomes = np.concatenate([np.array([], dtype=str), *(np.array(s.outcomes, dtype=str)[s.asked] for s in record.stages)])
-    return {outcome: int((outcomes == outcome).sum()) for outcome in get_args(Outcome)}
+    counts = Counter(outcome for stage in record.stages for outcome in stage.outcomes)
+    return {outcome: counts[outcome] for outcome in get_args(Outcome)}
 
 
 def _by_class(record: Record, of_scorer: NDArray[np.float64], of_cascade: NDArray[np.float64]) -> dict[str, ClassEvaluation]:

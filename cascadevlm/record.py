@@ -3,7 +3,9 @@
 ::
 
     run.json              the frozen configuration, the labels, fingerprints, versions, when and where
-    scores.npy            N x C float32, log-probabilities; NaN rows for images that could not be read
+    scores.npy            N x C float32, log-probabilities; NaN rows for images that could not be read. Of more than 1,000
+                          labels, N x 50: those of the best, in descending order
+    columns.npy           only then, N x 50 int32: the labels that these are of; -1 for images that could not be read
     images.parquet        N rows: name, truth, split, digest of the pixels (null if they could not be read)
     verdicts.parquet      a row for every verdict: image (its row), stage, judge, what was asked, outcome, label, what the judge
                           said and what that took
@@ -11,33 +13,29 @@
     predictions.jsonl     the same with all that `Prediction.to_dict` tells, written while the run goes on
     summary.json          the metrics, once evaluated
 
+Of more than 1,000 labels, reading shares what the best 50 leave of the probability evenly among the others. The 50 are exact, and
+with them candidates, recall, margin and top probability; entropy comes out a little high, and the others' own probabilities are
+lost.
+
 ``run.json`` comes last: without it, the run was interrupted. Every policy, threshold and fusion rule is a function of these, so
 that all of them can be tried without asking anybody; ``recorded:`` replays them.
 """
 
-import json
-import platform
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
-from datetime import UTC, datetime
+from dataclasses import dataclass, fields
+from datetime import datetime
 from functools import cached_property
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
-from PIL import Image
-from pydantic import BaseModel, JsonValue, ValidationError
+from numpy.typing import ArrayLike, NDArray
+from pydantic import BaseModel, ConfigDict, JsonValue, TypeAdapter, ValidationError
 
-from cascadevlm.data import Data
-from cascadevlm.engine import Stage
 from cascadevlm.errors import CascadeError, DataError
-from cascadevlm.images import pixel_digest
 from cascadevlm.labels import Label, LabelSet
-from cascadevlm.scorer import Scorer
-from cascadevlm.types import Candidate, Prediction, Question, Scores, Usage, Verdict
+from cascadevlm.types import Scores, Usage, Verdict
 
 if TYPE_CHECKING:
     import pyarrow
@@ -48,15 +46,22 @@ NOBODY = -1
 Columns = NDArray[np.int64]
 """Columns of the score matrix, or `NOBODY`."""
 
-PACKAGES = ("cascadevlm", "torch", "transformers", "open_clip_torch", "openai", "anthropic")
-"""Those whose versions are recorded, where they are installed."""
-
 PARTS = ("run.json", "scores.npy", "images.parquet", "verdicts.parquet", "predictions.parquet")
 """What a whole record has at least."""
+
+MOST_WHOLE = 1000
+"""The largest label set whose log-probabilities are all recorded."""
+
+BEST = 50
+"""How many are recorded of an image where there are more labels."""
+
+Number = TypeVar("Number", bound=np.generic)
 
 
 class RunInfo(BaseModel):
     """``run.json``."""
+
+    model_config = ConfigDict(title="run.json")
 
     format: Literal[1] = 1
     config: dict[str, JsonValue]
@@ -153,162 +158,13 @@ class Record:
         return self.stages[-1]
 
 
-class KeepingScorer(Scorer):
-    """Scores as another scorer does and keeps all of it, with the digests of the images."""
-
-    def __init__(self, wrapped: Scorer) -> None:
-        self.wrapped = wrapped
-        self.kept: list[Scores] = []
-        self.digests: list[str] = []
-
-    def score(self, images: Sequence[Image.Image], labels: LabelSet) -> Scores:
-        scores = self.wrapped.score(images, labels)
-        self.digests.extend(pixel_digest(image) for image in images)
-        self.kept.append(scores)
-        return scores
+def scores_kept(labels: LabelSet) -> int:
+    """How many log-probabilities of an image a record holds."""
+    return BEST if len(labels) > MOST_WHOLE else len(labels)
 
 
-def asked_of(question: Question) -> dict[str, JsonValue]:
-    """What tells one recorded question from another, beside its judge."""
-    return {
-        "image": question.image_digest,
-        "candidates": [label.name for label in question.labels],
-        "prompt": question.prompt.name,
-        "offer_none": question.offer_none,
-        "exemplars": [exemplar.digest for exemplar in question.exemplars],
-        "rejected": question.rejected,
-        "sample": question.sample,
-    }
-
-
-@dataclass(frozen=True, kw_only=True)
-class KeepingStage(Stage):
-    """Asks as another stage does and keeps what it asked, by the digest of the image: a prediction tells only what was shown
-    last."""
-
-    kept: dict[str, dict[str, JsonValue]] = field(default_factory=dict, repr=False, compare=False)
-
-    @classmethod
-    def of(cls, stage: Stage) -> "KeepingStage":
-        """One that asks as this one does and has kept nothing yet."""
-        return cls(**{each.name: getattr(stage, each.name) for each in fields(Stage)})
-
-    def question(self, image: Image.Image, candidates: tuple[Candidate, ...]) -> Question:
-        question = super().question(image, candidates)
-        self.kept[question.image_digest] = asked_of(question)
-        return question
-
-
-def write_record(
-    folder: Path,
-    *,
-    data: Data,
-    predictions: Iterable[Prediction],
-    scorer: KeepingScorer,
-    stages: Sequence[KeepingStage],
-    labels: LabelSet,
-    config: Mapping[str, JsonValue],
-    spec: str,
-) -> Iterator[Prediction]:
-    """Write a record while predictions come in, and pass them on. The folder is whole when the last has been taken.
-
-    Args:
-        folder: made, unless it is there; what an interrupted run left in it is overwritten.
-        data: what the predictions are of.
-        predictions: of the data, in its order.
-        scorer: of the cascade; what it kept before is left out.
-        stages: of the cascade.
-        labels: of the cascade.
-        config: what the cascade was built from.
-        spec: of the scorer.
-
-    Raises:
-        DataError: at once, if the folder holds a record already or cannot be made.
-    """
-    if (folder / "run.json").exists():
-        raise DataError(f"{str(folder)!r} holds a record already.", hint="Give another folder.")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as exc:
-        raise DataError(f"The folder {str(folder)!r} cannot be made: {exc.strerror}.") from exc
-
-    def writing() -> Iterator[Prediction]:
-        began = datetime.now(UTC)
-        taken = []
-        with (folder / "predictions.jsonl").open("w", encoding="utf-8") as lines:
-            for name, truth, prediction in zip(data.names, data.truths, predictions, strict=True):
-                lines.write(json.dumps({**prediction.to_dict(), "path": name, "truth": truth}) + "\n")
-                lines.flush()
-                taken.append(prediction)
-                yield prediction
-        readable = np.array([bool(prediction.candidates) for prediction in taken], dtype=bool)
-        known = iter(scorer.digests[len(scorer.digests) - readable.sum() :])
-        digests = [next(known) if read else None for read in readable]
-        log_probs = np.full((len(taken), len(labels)), np.nan, dtype=np.float32)
-        if readable.any():
-            log_probs[readable] = np.concatenate([scores.log_probs for scores in scorer.kept])[-readable.sum() :]
-        np.save(folder / "scores.npy", log_probs)
-        _write_tables(folder, data, taken, digests, stages)
-        info = RunInfo(
-            config=dict(config),
-            labels=list(labels),
-            scorer=spec,
-            fingerprint=scorer.kept[-1].fingerprint if readable.any() else "",
-            judges=[stage.judge.spec for stage in stages],
-            began=began,
-            seconds=(datetime.now(UTC) - began).total_seconds(),
-            versions=_versions(),
-            machine=f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
-        )
-        unfinished = folder / "run.json.part"
-        unfinished.write_text(info.model_dump_json(indent=2) + "\n", encoding="utf-8")
-        unfinished.replace(folder / "run.json")
-
-    return writing()
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
-def _write_tables(
-    folder: Path,
-    data: Data,
-    predictions: Sequence[Prediction],
-    digests: Sequence[str | None],
-    stages: Sequence[KeepingStage],
-) -> None:
-    import pyarrow
-    import pyarrow.parquet
-
-    rows: dict[str, list[dict[str, object]]] = {
-        "images": [
-            {"name": name, "truth": truth, "split": split, "digest": digest}
-            for name, truth, split, digest in zip(data.names, data.truths, data.splits, digests, strict=True)
-        ],
-        "predictions": [
-            {"name": name, "label": p.label, "probability": p.probability, "decided_by": p.decided_by, "error": p.error}
-            for name, p in zip(data.names, predictions, strict=True)
-        ],
-        "verdicts": [
-            stage.kept[digest] | _verdict_columns(verdict) | {"image": image, "stage": number, "judge": stage.judge.spec}
-            for image, (prediction, digest) in enumerate(zip(predictions, digests, strict=True))
-            for number, (stage, verdict) in enumerate(zip(stages, prediction.verdicts, strict=False))  # later ones said nothing
-            if digest is not None
-        ],
-    }
-    for name, schema in _schemas().items():
-        columns = [pyarrow.array([_valid(row[each.name]) for row in rows[name]], each.type) for each in schema]
-        pyarrow.parquet.write_table(pyarrow.Table.from_arrays(columns, schema=schema), folder / f"{name}.parquet")
-
-
-def _schemas() -> "dict[str, pyarrow.Schema]":
+def table_schemas() -> "dict[str, pyarrow.Schema]":
+    """The columns of the tables, by the names of their files."""
     import pyarrow
     from pyarrow import bool_, float64, int64, list_, map_, string
 
@@ -329,24 +185,6 @@ def _schemas() -> "dict[str, pyarrow.Schema]":
     }
 
 
-def _verdict_columns(verdict: Verdict) -> dict[str, object]:
-    columns = {each.name: getattr(verdict, each.name) for each in fields(Verdict) if each.name not in ("judge", "usage")}
-    opinion = verdict.probabilities
-    return columns | asdict(verdict.usage) | {"probabilities": None if opinion is None else list(opinion.items())}
-
-
-def _verdict(row: Mapping[str, Any]) -> Verdict:
-    opinion = row["probabilities"]
-    said = {name: row[name] for name in ("outcome", "label", "rationale", "text", "error", "judge")}
-    usage = Usage(**{each.name: row[each.name] for each in fields(Usage)})
-    return Verdict(**said, probabilities=None if opinion is None else dict(opinion), usage=usage)
-
-
-def _valid(value: object) -> object:
-    """What a judge says need not be valid Unicode; a table wants it."""
-    return value.encode(errors="backslashreplace").decode() if isinstance(value, str) else value
-
-
 def read_record(folder: str | Path) -> Record:
     """The record in a folder.
 
@@ -360,19 +198,21 @@ def read_record(folder: str | Path) -> Record:
         column = {name: number for number, name in enumerate(labels.names)}
         images, predictions = (_read_table(folder, name).to_pydict() for name in ("images", "predictions"))
         log_probs = np.load(folder / "scores.npy")
-        if log_probs.shape != (len(images["name"]), len(labels)) or predictions["name"] != images["name"]:
+        if log_probs.shape != (len(images["name"]), scores_kept(labels)) or predictions["name"] != images["name"]:
             raise ValueError("its parts are not of the same images")
         readable = ~np.isnan(log_probs).any(axis=1)
+        if log_probs.shape[1] < len(labels):
+            log_probs = _spread(log_probs, np.load(folder / "columns.npy"), len(labels))
         log_probs[~readable] = -np.log(len(labels))
-        verdicts = _read_table(folder, "verdicts").to_pylist()
+        verdicts = _read_table(folder, "verdicts")
+        stages = verdicts["stage"].to_numpy()
         return Record(
             scores=Scores(log_probs=log_probs, labels=labels, fingerprint=info.fingerprint),
             readable=readable,
             names=tuple(images["name"]),
             truths=np.array([column[name] for name in images["truth"]], dtype=np.int64),
             stages=tuple(
-                _judged([row for row in verdicts if row["stage"] == stage], judge, len(readable), column)
-                for stage, judge in enumerate(info.judges)
+                _judged(verdicts.filter(stages == stage), judge, len(readable), column) for stage, judge in enumerate(info.judges)
             ),
             predicted=np.array([column.get(label, NOBODY) for label in predictions["label"]], dtype=np.int64),
             probabilities=np.array([np.nan if p is None else p for p in predictions["probability"]], dtype=np.float64),
@@ -383,7 +223,7 @@ def read_record(folder: str | Path) -> Record:
 
 
 def read_verdicts(folder: str | Path) -> tuple[list[tuple[dict[str, JsonValue], Verdict]], ...]:
-    """For every stage, what was asked, as `asked_of` tells it, and what the judge said.
+    """For every stage, what was asked, as `cascadevlm.recording.asked_of` tells it, and what the judge said.
 
     Raises:
         DataError: as `read_record`.
@@ -393,10 +233,13 @@ def read_verdicts(folder: str | Path) -> tuple[list[tuple[dict[str, JsonValue], 
         info = RunInfo.model_validate_json((folder / "run.json").read_bytes())
         digests = _read_table(folder, "images").to_pydict()["digest"]
         stages: tuple[list[tuple[dict[str, JsonValue], Verdict]], ...] = tuple([] for _ in info.judges)
+        verdict = TypeAdapter(Verdict)
         for row in _read_table(folder, "verdicts").to_pylist():
             asked = {name: row[name] for name in ("candidates", "prompt", "offer_none", "exemplars")}
             asked |= {"image": digests[row["image"]], "rejected": None, "sample": 0}
-            stages[row["stage"]].append((asked, _verdict(row)))
+            opinion = row["probabilities"]
+            said = row | {"probabilities": None if opinion is None else dict(opinion), "usage": row}
+            stages[row["stage"]].append((asked, verdict.validate_python(said)))
         return stages
 
 
@@ -416,7 +259,7 @@ def _reading(folder: Path) -> Iterator[None]:
     except ValidationError as exc:
         first = exc.errors()[0]
         where = ".".join(map(str, first["loc"]))
-        raise DataError(f"{str(folder)!r} holds no whole record: run.json, {where}: {first['msg']}.", hint=hint) from exc
+        raise DataError(f"{str(folder)!r} holds no whole record: {exc.title}, {where}: {first['msg']}.", hint=hint) from exc
     except (OSError, EOFError, ValueError, KeyError, IndexError, CascadeError, pyarrow.ArrowException) as exc:
         why = str(exc).partition("\n")[0].rstrip(".")
         raise DataError(f"{str(folder)!r} holds no whole record: {why}.", hint=hint) from exc
@@ -425,39 +268,46 @@ def _reading(folder: Path) -> Iterator[None]:
 def _read_table(folder: Path, name: str) -> "pyarrow.Table":
     import pyarrow.parquet
 
-    schema = _schemas()[name]
+    schema = table_schemas()[name]
     return pyarrow.parquet.read_table(folder / f"{name}.parquet").select(schema.names).cast(schema)
 
 
-def _judged(rows: Sequence[Mapping[str, Any]], judge: str, size: int, column: Mapping[str, int]) -> Judged:
-    images = np.array([row["image"] for row in rows], dtype=np.int64)
-    by_image = {row["image"]: row for row in rows}
+def _spread(best: NDArray[np.float32], columns: NDArray[np.int32], classes: int) -> NDArray[np.float32]:
+    """N x C log-probabilities from the best K: the other labels share the rest evenly, each with less than the least of the K."""
+    left = np.maximum(1 - np.exp(best, dtype=np.float64).sum(axis=1, keepdims=True), np.finfo(np.float32).eps)
+    share = np.log(left / (classes - best.shape[1])).astype(np.float32)
+    whole = np.repeat(np.minimum(share, np.nextafter(best[:, -1:], np.float32(-np.inf))), classes, axis=1)
+    np.put_along_axis(whole, columns, best, axis=1)
+    return whole
 
-    def numbers(name: str) -> NDArray[np.float64]:
-        whole = np.zeros(size)
-        whole[images] = [row[name] for row in rows]
+
+def _judged(rows: "pyarrow.Table", judge: str, size: int, column: Mapping[str, int]) -> Judged:
+    """What one stage's rows tell of N images."""
+    said = rows.to_pydict()
+    images = np.array(said["image"], dtype=np.int64)
+
+    def spread(values: ArrayLike, whole: NDArray[Number]) -> NDArray[Number]:
+        whole[images] = values
         return whole
 
-    def texts(*names: str) -> tuple[str, ...]:
-        """The first of the columns that has a text."""
-        return tuple(
-            next((row[name] for name in names if row[name]), "") if (row := by_image.get(i)) else "" for i in range(size)
-        )
+    def numbers(name: str) -> NDArray[np.float64]:
+        return spread(said[name], np.zeros(size))
 
-    asked = np.zeros(size, dtype=bool)
-    asked[images] = [row["outcome"] != "skipped" for row in rows]
-    answers = np.full(size, NOBODY, dtype=np.int64)
-    answers[images] = [NOBODY if row["label"] is None else column[row["label"]] for row in rows]
-    candidates = np.full((size, max((len(row["candidates"]) for row in rows), default=0)), NOBODY, dtype=np.int64)
-    for row in rows:
-        candidates[row["image"], : len(row["candidates"])] = [column[name] for name in row["candidates"]]
+    def texts(values: list[str]) -> tuple[str, ...]:
+        return tuple(spread(values, np.full(size, "", dtype=object)).tolist())
+
+    candidates = np.full((size, max(map(len, said["candidates"]), default=0)), NOBODY, dtype=np.int64)
+    for image, names in zip(images, said["candidates"], strict=True):
+        candidates[image, : len(names)] = [column[name] for name in names]
     return Judged(
         judge=judge,
-        asked=asked,
-        outcomes=texts("outcome"),
-        answers=answers,
+        asked=spread([outcome != "skipped" for outcome in said["outcome"]], np.zeros(size, dtype=bool)),
+        outcomes=texts(said["outcome"]),
+        answers=spread(
+            [NOBODY if label is None else column[label] for label in said["label"]], np.full(size, NOBODY, dtype=np.int64)
+        ),
         candidates=candidates,
-        rationales=texts("rationale", "text"),
+        rationales=texts([rationale or text for rationale, text in zip(said["rationale"], said["text"], strict=True)]),
         dollars=numbers("dollars") + numbers("saved_dollars"),
         seconds=numbers("seconds"),
         input_tokens=numbers("input_tokens").astype(np.int64),

@@ -12,12 +12,18 @@ from pydantic import JsonValue
 
 from cascadevlm import measures
 from cascadevlm.errors import DataError
-from cascadevlm.policy import PolicyLike, as_policy
+from cascadevlm.policy import PolicyLike, Spending, as_policy
 from cascadevlm.record import NOBODY, Columns, Record
-from cascadevlm.types import Scores
 
 STEP = 0.05
 """Between the shares of images escalated at which curves are given."""
+
+MEASURES: Mapping[str, tuple[measures.Measure, int]] = {
+    "entropy": (measures.entropy, 1),
+    "margin": (measures.margin, -1),
+    "top_probability": (measures.top_probability, -1),
+}
+"""By the name that policies call them; 1 where the judge is asked above the threshold, -1 where it is asked below."""
 
 Values = NDArray[np.float64]
 
@@ -63,9 +69,9 @@ class Sweep:
     """The curves of a record, with random escalation and an oracle that knows where the judge is right for comparison.
 
     Attributes:
-        scorer_accuracy: with nobody asked.
-        judge_accuracy: with everything asked.
-        curves: by area, best first.
+        scorer_accuracy: with nobody asked; of several records, the best one's.
+        judge_accuracy: with everything asked; of several records, the best one's.
+        curves: the oracle's, of each record, then the others by area, best first.
         pareto: of all points of all curves but the oracle's, those that no other beats in both accuracy and dollars: name of the
             curve, deferral rate, accuracy and dollars per thousand images, from the cheapest on.
     """
@@ -86,26 +92,33 @@ class Sweep:
 
 
 def final_answers(record: Record) -> Columns:
-    """N columns: the judge's answer where it gave one, else the scorer's."""
+    """N columns: the judge's answer where it gave one, else the scorer's, or none in a record of a cascade that abstains."""
     answers = record.judged.answers
-    return np.where(answers == NOBODY, record.scored, answers)
+    abstains = record.info is not None and record.info.config.get("on_failure") == "abstain"
+    return answers if abstains else np.where(answers == NOBODY, record.scored, answers)
 
 
 def under(record: Record, policy: PolicyLike) -> Record:
     """The record as it would be, had its last stage had this policy: questions that it would not have asked are left out.
 
+    A policy that depends on batches or keeps to a budget sees all images as one batch, and a call at its mean price.
+
     Raises:
         DataError: if it would have asked what was not asked.
     """
-    wanted = np.zeros(len(record), dtype=bool)
-    wanted[record.readable] = as_policy(policy).select(record.scores.rows(record.readable))
     judged = record.judged
+    price = float(judged.dollars.sum() / max(judged.asked.sum(), 1))
+    wanted = np.zeros(len(record), dtype=bool)
+    wanted[record.readable] = as_policy(policy).select(record.scores.rows(record.readable), Spending(dollars_per_call=price))
     if lacking := int((wanted & ~judged.asked).sum()):
         raise DataError(
             f"The policy {policy} asks about {lacking} images that the judge was not asked about.", hint="Use --judge-all."
         )
     answers = np.where(wanted, judged.answers, NOBODY)
+    predicted = np.where(wanted, final_answers(record), record.scored)
     by_judge = answers != NOBODY
+    decided_by = np.where(by_judge, "judge", np.where(predicted != NOBODY, "scorer", ""))
+    probabilities = np.where(decided_by == "scorer", record.scores.probabilities.max(axis=1), np.nan)
     stage = replace(
         judged,
         asked=wanted,
@@ -118,13 +131,12 @@ def under(record: Record, policy: PolicyLike) -> Record:
         output_tokens=judged.output_tokens * wanted,
         paid=judged.paid * wanted,
     )
-    probabilities = record.scores.probabilities.max(axis=1).astype(np.float64)
     return replace(
         record,
         stages=(*record.stages[:-1], stage),
-        predicted=np.where(by_judge, answers, record.scored),
-        probabilities=np.where(by_judge, np.nan, probabilities),
-        decided_by=tuple(np.where(by_judge, "judge", np.where(record.readable, "scorer", "")).tolist()),
+        predicted=predicted,
+        probabilities=np.where(by_judge, record.probabilities, probabilities),
+        decided_by=tuple(decided_by.tolist()),
     )
 
 
@@ -132,30 +144,64 @@ def _where(wanted: NDArray[np.bool_], texts: tuple[str, ...]) -> tuple[str, ...]
     return tuple(text if kept else "" for text, kept in zip(texts, wanted, strict=True))
 
 
-def sweep(record: Record, *, steps: int = round(1 / STEP)) -> Sweep:
+def sweep(record: Record | Mapping[str, Record], *, steps: int = round(1 / STEP)) -> Sweep:
     """Every measure over all its thresholds.
 
     Args:
+        record: or several by name, of the same images: other candidates, prompts or judges; their curves are then called
+            "measure (name)".
         steps: how many points a curve has beside its beginning.
 
     Raises:
-        DataError: if the judge was not asked about every image that could be read.
+        DataError: if a judge was not asked about every image that could be read, there is none, or several records are not of the
+            same images.
     """
+    records = {"": record} if isinstance(record, Record) else record
+    _require_same_images(records)
+    curves = [
+        [replace(curve, name=f"{curve.name} ({name})" if len(records) > 1 else curve.name) for curve in _curves(each, steps)]
+        for name, each in records.items()
+    ]
+    oracles = [oracle for oracle, *_ in curves]
+    others = sorted((curve for _, *own in curves for curve in own), key=lambda curve: -curve.area)
+    return Sweep(
+        scorer_accuracy=max(float(oracle.accuracies[0]) for oracle in oracles),
+        judge_accuracy=max(float(oracle.accuracies[-1]) for oracle in oracles),
+        curves=(*oracles, *others),
+        pareto=_pareto(others),
+    )
+
+
+def _require_same_images(records: Mapping[str, Record]) -> None:
+    (first, reference), *others = records.items()
+    truths = np.array(reference.labels.names)[reference.truths]
+    for name, record in others:
+        if record.names != reference.names or not np.array_equal(np.array(record.labels.names)[record.truths], truths):
+            raise DataError(
+                f"The records {first!r} and {name!r} are not of the same images.", hint="Evaluate both on the same data."
+            )
+
+
+def _curves(record: Record, steps: int) -> list[Curve]:
+    """The oracle's, the measures', and that of random escalation."""
     if not record.judged.asked[record.readable].all():
         raise DataError("The judge was not asked about every image.", hint="Make the record with: evaluate --judge-all.")
     rows = np.flatnonzero(record.readable)
+    if not len(rows):
+        raise DataError("None of the record's images could be read.")
     scores = record.scores.rows(rows)
     truths = record.truths[rows]
     scorer_right = record.scored[rows] == truths
-    judge_right = final_answers(record)[rows] == truths
-    gain = judge_right.astype(np.int64) - scorer_right
+    gain = (final_answers(record)[rows] == truths).astype(np.int64) - scorer_right
     dollars = record.judged.dollars[rows]
-    curves = [
-        _curve(name, doubt, scorer_right, gain, dollars, steps, sign=sign) for name, (doubt, sign) in _rankings(scores).items()
-    ]
     rates = np.linspace(0, 1, steps + 1)
     random = scorer_right.mean() + rates * gain.mean()
-    curves.append(
+    return [
+        _curve("oracle", gain.astype(np.float64), scorer_right, gain, dollars, steps, sign=0),
+        *(
+            _curve(name, sign * measure(scores).astype(np.float64), scorer_right, gain, dollars, steps, sign=sign)
+            for name, (measure, sign) in MEASURES.items()
+        ),
         Curve(
             name="random",
             deferral_rates=rates,
@@ -163,26 +209,8 @@ def sweep(record: Record, *, steps: int = round(1 / STEP)) -> Sweep:
             dollars=1000 * rates * dollars.mean(),
             thresholds=None,
             area=float(random.mean()),
-        )
-    )
-    curves.sort(key=lambda curve: -curve.area)
-    pareto = _pareto(curves)
-    oracle = _curve("oracle", gain.astype(np.float64), scorer_right, gain, dollars, steps, sign=0)
-    return Sweep(
-        scorer_accuracy=float(scorer_right.mean()),
-        judge_accuracy=float(judge_right.mean()),
-        curves=(oracle, *curves),
-        pareto=pareto,
-    )
-
-
-def _rankings(scores: Scores) -> Mapping[str, tuple[Values, int]]:
-    """Doubt by each measure: N numbers, the larger the sooner asked, and what the measure's own values are of it."""
-    return {
-        "entropy": (measures.entropy(scores).astype(np.float64), 1),
-        "margin": (-measures.margin(scores).astype(np.float64), -1),
-        "top_probability": (-measures.top_probability(scores).astype(np.float64), -1),
-    }
+        ),
+    ]
 
 
 def _curve(

@@ -3,6 +3,11 @@
 import os
 import tempfile
 
+from hypothesis import settings
+
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["CASCADEVLM_LOCAL_ONLY"] = "1"
 os.environ["CASCADEVLM_CACHE_DIR"] = tempfile.mkdtemp(prefix="cascadevlm-tests-")
+
+settings.register_profile("tests", deadline=None)  # a busy machine is no defect
+settings.load_profile("tests")

@@ -20,7 +20,8 @@ from cascadevlm.errors import BackendError, BudgetExhausted, PermanentError
 from cascadevlm.images import pixel_digest
 from cascadevlm.judge import Judge, WrapperJudge
 from cascadevlm.labels import LabelSet
-from cascadevlm.record import asked_of, read_record, read_verdicts
+from cascadevlm.record import read_record, read_verdicts
+from cascadevlm.recording import asked_of
 from cascadevlm.scorer import Scorer
 from cascadevlm.types import Question, Scores, Verdict
 

@@ -25,7 +25,7 @@ def evaluate(
     split: Annotated[str | None, typer.Option(help="Only this split of the data.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only so many images, at random, every class in its share.")] = None,
     judge_all: Annotated[
-        bool, typer.Option("--judge-all", help="Ask the judge about everything, for sweep to work with.")
+        bool, typer.Option("--judge-all", help="Ask the judge about everything, for sweep to work with; report the policy.")
     ] = False,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="The folder for the record; none, unless given.")] = None,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask before spending money.")] = False,
@@ -38,7 +38,7 @@ def evaluate(
     from cascadevlm.cli.money import confirm
     from cascadevlm.cli.show import evaluation_rows, print_summary
     from cascadevlm.data import read_data
-    from cascadevlm.evaluate import asking_everything, record_run
+    from cascadevlm.evaluate import asking_everything, can_replay, evaluate_replayed, record_run
     from cascadevlm.metrics import evaluate as evaluated
 
     parsed = options.parse(config, scorer, judge, policy, candidates, prompt, settings)
@@ -47,17 +47,22 @@ def evaluate(
     given = read_data(data, cascade.labels)
     given = given.split(split) if split else given
     given = given.subset(limit) if limit else given
-    if judge_all:
-        cascade = asking_everything(cascade)
+    asking = asking_everything(cascade) if judge_all else cascade
     if not yes:
-        confirm(parsed, cascade, given.images)
+        confirm(parsed, asking, given.images)
     with tempfile.TemporaryDirectory() as scratch, Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("images", total=len(given))
-        record = record_run(cascade, given, output or Path(scratch), config=parsed, progress=lambda _: progress.advance(task))
-    evaluation = evaluated(record)
+        record = record_run(asking, given, output or Path(scratch), config=parsed, progress=lambda _: progress.advance(task))
+    replays = judge_all and can_replay(record)
+    if judge_all and not replays:
+        typer.echo("These are the figures of asking everything: a policy is replayed if one judge was asked about all.", err=True)
+    evaluation = evaluate_replayed(record, cascade.stages[0].policy) if replays else evaluated(record)
     if output:
         (output / "summary.json").write_text(json.dumps(evaluation.to_dict(), indent=2) + "\n", encoding="utf-8")
     if as_json:
         typer.echo(json.dumps(evaluation.to_dict()))
     else:
-        print_summary(Console(highlight=False), "Evaluation", evaluation_rows(evaluation))
+        rows = evaluation_rows(evaluation)
+        if replays and evaluation.judge_accuracy is not None:
+            rows["judge, on everything"] = f"{evaluation.judge_accuracy:.1%}"
+        print_summary(Console(highlight=False), "Evaluation", rows)

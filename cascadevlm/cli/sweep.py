@@ -8,17 +8,20 @@ import typer
 
 
 def sweep(
-    run: Annotated[Path, typer.Argument(help="The folder of a record made by: evaluate --judge-all -o FOLDER.")],
+    runs: Annotated[
+        list[Path],
+        typer.Argument(metavar="RUN…", help="Folders of records made by: evaluate --judge-all -o FOLDER; of the same images."),
+    ],
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object, with all the points of all the curves.")] = False,
 ) -> None:
-    """Try every policy at every threshold on a record, asking nobody."""
+    """Try every policy at every threshold on a record, or on several against each other, asking nobody."""
     from rich.console import Console
     from rich.table import Table
 
     from cascadevlm.record import read_record
     from cascadevlm.sweep import sweep as swept
 
-    result = swept(read_record(run))
+    result = swept({str(run): read_record(run) for run in runs})
     if as_json:
         typer.echo(json.dumps(result.to_dict()))
         return
@@ -28,7 +31,8 @@ def sweep(
         points = [f"{curve.at(share):.1%}" for share in shares]
         table.add_row(curve.name, f"{curve.area:.4f}", *points)
     console = Console(highlight=False)
-    console.print(f"Accuracy: scorer alone {result.scorer_accuracy:.1%}, judge on everything {result.judge_accuracy:.1%}.\n")
+    best = f"scorer alone {result.scorer_accuracy:.1%}, judge on everything {result.judge_accuracy:.1%}"
+    console.print(f"{'Best accuracy' if len(runs) > 1 else 'Accuracy'}: {best}.\n")
     console.print(table)
     console.print("\nNone is better and cheaper:")
     for name, rate, accuracy, dollars in result.pareto:

@@ -35,8 +35,39 @@ def test_what_the_judge_said_of_everything_can_be_swept(birds: Path) -> None:
     result = json.loads(run("sweep", birds / "run", "--json").stdout)
     summary = json.loads((birds / "run" / "summary.json").read_text())
     assert result["scorer_accuracy"] == summary["scorer_accuracy"]
-    assert result["judge_accuracy"] == summary["cascade_accuracy"]
+    assert result["judge_accuracy"] == summary["judge_accuracy"]
     assert "entropy" in run("sweep", birds / "run").stdout
+
+
+def test_what_is_reported_of_everything_judged_is_the_policy(birds: Path) -> None:
+    gated = json.loads(run("evaluate", birds / "data", "--config", CONFIG, "--json").stdout)
+    summary = json.loads((birds / "run" / "summary.json").read_text())
+    of_this_run = ("paid_dollars", "input_tokens", "output_tokens", "latency_p50", "latency_p95")
+    known_now = ("judge_accuracy", "judge_accuracy_kept")
+    assert gated["judge_accuracy_kept"] is None
+    assert summary["judge_accuracy_kept"] is not None
+    for name in gated.keys() - {*of_this_run, *known_now}:
+        assert summary[name] == gated[name], name
+
+
+def test_the_accuracy_of_the_judge_alone_is_shown(birds: Path) -> None:
+    shown = run("evaluate", birds / "data", "--config", CONFIG, "--limit", "3", "--judge-all").stdout
+    assert "judge, on everything" in shown
+
+
+def test_of_several_stages_the_run_is_reported_as_it_was(birds: Path) -> None:
+    second = ("--set", "stage.1.judge=hf_chat:aviary", "--set", "stage.1.policy=never")
+    done = run("evaluate", birds / "data", "--config", CONFIG, "--limit", "3", *second, "--judge-all", "--json")
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert "figures of asking everything" in done.stderr
+    assert json.loads(done.stdout)["deferral_rate"] == 1
+
+
+def test_several_records_are_swept_as_one(birds: Path) -> None:
+    run("evaluate", birds / "data", "--config", CONFIG, "--candidates", "2", "--judge-all", "-o", birds / "two", "--json")
+    result = json.loads(run("sweep", birds / "run", birds / "two", "--json").stdout)
+    assert {f"entropy ({birds / name})" for name in ("run", "two")} < {curve["name"] for curve in result["curves"]}
+    assert "Best accuracy" in run("sweep", birds / "run", birds / "two").stdout
 
 
 def test_a_part_of_the_data(birds: Path) -> None:

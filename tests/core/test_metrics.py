@@ -51,7 +51,7 @@ def judged(
     put = np.array([outcome not in ("", "skipped") for outcome in outcomes])
     return Judged(
         judge="fake:judge",
-        asked=np.array([outcome != "" for outcome in outcomes]),
+        asked=put,
         outcomes=tuple(outcomes),
         answers=np.array(answers, dtype=np.int64),
         candidates=np.array(candidates, dtype=np.int64),
@@ -443,5 +443,5 @@ def test_the_figures_of_a_record_hold_together(seed: int, size: int, classes: in
     if asked:
         assert found.judge_accuracy == pytest.approx(accuracy_score(given_record.truths[asked], stage.answers[asked]))
         assert found.coverage == pytest.approx(np.mean([given_record.truths[row] in stage.candidates[row] for row in asked]))
-    assert sum(found.outcomes.values()) == stage.asked.sum()
+    assert sum(found.outcomes.values()) == sum(outcome != "" for outcome in stage.outcomes)
     assert sum(kind.images for kind in found.per_class.values()) == readable.sum()

@@ -2,13 +2,16 @@
 
 import asyncio
 import json
-from collections.abc import Callable
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet
 import pytest
+from PIL import Image
 
 from cascadevlm import Cascade, Stage, TopK, load_judge, load_prompt, load_scorer
 from cascadevlm.budget import Ledger
@@ -16,14 +19,20 @@ from cascadevlm.cache import MemoryStore, VerdictStore
 from cascadevlm.data import Data, read_data
 from cascadevlm.engine import OnFailure
 from cascadevlm.errors import BackendError, DataError, JudgeError, PermanentError
+from cascadevlm.evaluate import can_replay, evaluate_replayed
+from cascadevlm.images import pixel_digest
 from cascadevlm.judge import Judge
 from cascadevlm.labels import LabelSet
-from cascadevlm.policy import EntropyAbove
-from cascadevlm.record import NOBODY, KeepingScorer, KeepingStage, Record, read_record, read_verdicts, write_record
+from cascadevlm.measures import entropy
+from cascadevlm.metrics import evaluate, top_k_recall
+from cascadevlm.policy import Always, EntropyAbove
+from cascadevlm.record import NOBODY, Record, read_record, read_verdicts
+from cascadevlm.recording import KeepingScorer, KeepingStage, write_record
 from cascadevlm.scorer import Scorer
+from cascadevlm.sweep import sweep, under
 from cascadevlm.testing import FakeJudge, FakeScorer, noise
 from cascadevlm.testing.fakes import Reply
-from cascadevlm.types import Prediction, Question, Usage, Verdict
+from cascadevlm.types import Prediction, Question, Scores, Usage, Verdict
 
 NAMES = ['the "quoted" ant', "bee\nof two lines", "Zikade, größer als 🦗", "dragonfly", "earwig", "firefly"]
 LABELS = LabelSet.of(NAMES)
@@ -99,17 +108,18 @@ def recorded(
     store: VerdictStore | None = None,
     on_failure: OnFailure = "scorer",
     count: int | None = None,
+    labels: LabelSet = LABELS,
 ) -> list[Prediction]:
     """Run a cascade and record it; only the first ``count``, if given."""
     keeping, kept = KeepingScorer(scorer or FakeScorer()), [KeepingStage.of(stage) for stage in stages]
-    cascade = Cascade(keeping, kept, labels=LABELS, on_failure=on_failure, store=store, ledger=Ledger(dollars), batch_size=5)
+    cascade = Cascade(keeping, kept, labels=labels, on_failure=on_failure, store=store, ledger=Ledger(dollars), batch_size=5)
     predictions = write_record(
         folder,
         data=data,
         predictions=cascade.stream(data.images),
         scorer=keeping,
         stages=kept,
-        labels=LABELS,
+        labels=labels,
         config={"on_failure": on_failure},
         spec="fake:fake",
     )
@@ -271,6 +281,70 @@ def test_what_a_scorer_kept_before_is_no_part_of_a_record(tmp_path: Path, data: 
     check(read_record(tmp_path / "run"), data, predictions, [])
 
 
+class Tempered(Scorer):
+    """At random but always the same for the same image; from all labels alike to one far above the others."""
+
+    def score(self, images: Sequence[Image.Image], labels: LabelSet) -> Scores:
+        digests = [int(pixel_digest(image), 16) for image in images]
+        logits = [np.random.default_rng(digest).normal(0, (0, 0.1, 3, 100)[digest % 4], len(labels)) for digest in digests]
+        return Scores.from_logits(np.array(logits), labels, fingerprint="tempered")
+
+
+def test_of_many_labels_the_best_50_are_kept(tmp_path: Path, data: Data) -> None:
+    labels = LabelSet.of([f"class {number}" for number in range(1195)] + NAMES)
+    predictions = recorded(tmp_path / "run", data, two_stages(), scorer=Tempered(), labels=labels)
+    record = read_record(tmp_path / "run")
+    rows = np.flatnonzero(record.readable)
+    images = [Image.open(data.names[row]) for row in rows]
+    whole, read = Tempered().score(images, labels), record.scores.rows(rows)
+    ranking, ranking_read = (np.argsort(-scores.log_probs, axis=1, kind="stable")[:, :50] for scores in (whole, read))
+    np.testing.assert_array_equal(ranking_read, ranking)
+    best, best_read = (np.take_along_axis(scores.log_probs, ranking, axis=1) for scores in (whole, read))
+    np.testing.assert_array_equal(best_read, best)
+    np.testing.assert_allclose(record.scores.probabilities.sum(axis=1, dtype=np.float64), 1, atol=2e-6)
+    truths = record.truths[rows]
+    assert top_k_recall(read.log_probs, truths, [1, 20]) == top_k_recall(whole.log_probs, truths, [1, 20])
+    assert (entropy(read) >= entropy(whole) - 1e-6).all()
+    assert record.readable.tolist() == [row not in UNREADABLE for row in range(16)]
+    np.testing.assert_array_equal(record.scored[rows], ranking[:, 0])
+    assert [NOBODY if p.label is None else labels.names.index(p.label) for p in predictions] == record.predicted.tolist()
+
+    scores, columns = (np.load(tmp_path / "run" / f"{name}.npy") for name in ("scores", "columns"))
+    assert (scores.shape, scores.dtype, columns.shape, columns.dtype) == ((16, 50), np.float32, (16, 50), np.int32)
+    assert (np.diff(scores[rows], axis=1) <= 0).all()
+    assert (columns[list(UNREADABLE)] == NOBODY).all()
+    recorded(tmp_path / "again", data, [], scorer=load_scorer(f"recorded:{tmp_path / 'run'}"), labels=labels)
+    np.testing.assert_array_equal(np.load(tmp_path / "again" / "columns.npy"), columns)
+    (tmp_path / "run" / "columns.npy").unlink()
+    with pytest.raises(DataError, match=r"columns\.npy"):
+        read_record(tmp_path / "run")
+
+
+def test_what_is_kept_of_many_labels_is_no_more_than_what_is_written() -> None:
+    scorer = KeepingScorer(Tempered())
+    scores = scorer.score([noise(0), noise(1)], LabelSet.of(f"class {number}" for number in range(1001)))
+    assert scores.log_probs.shape == (2, 1001)
+    assert [batch.shape for batch in (*scorer.log_probs, *scorer.columns)] == [(2, 50)] * 2
+    assert not np.shares_memory(scorer.log_probs[0], scores.log_probs)
+
+
+def test_a_record_is_read_without_pandas(tmp_path: Path, data: Data) -> None:
+    recorded(tmp_path / "run", data, two_stages())
+    program = """
+import sys
+class Missing:
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        if name in ("pandas", "polars"):
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Missing)
+from cascadevlm.record import read_record, read_verdicts
+print(len(read_record(sys.argv[1])), len(read_verdicts(sys.argv[1])))
+"""
+    done = subprocess.run([sys.executable, "-c", program, tmp_path / "run"], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["16", "2"]
+
+
 def test_a_second_record_is_refused_before_anything_runs(tmp_path: Path, data: Data) -> None:
     recorded(tmp_path / "run", data, two_stages())
     scorer = KeepingScorer(FakeScorer())
@@ -333,6 +407,29 @@ def test_parts_of_different_runs_are_no_record(tmp_path: Path, data: Data) -> No
 def test_a_folder_that_is_none(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"it lacks run\.json, scores\.npy"):
         read_record(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("on_failure", ["scorer", "abstain"])
+def test_a_policy_replayed_is_as_it_would_have_run(tmp_path: Path, data: Data, on_failure: OnFailure) -> None:
+    policy = EntropyAbove(0.7)
+    everything, gated = (
+        replace(two_stages()[0], judge=Priced(reply=replies, dollars=0.01), policy=each) for each in (Always(), policy)
+    )
+    recorded(tmp_path / "everything", data, [everything], on_failure=on_failure)
+    recorded(tmp_path / "gated", data, [gated], on_failure=on_failure)
+    record, live = read_record(tmp_path / "everything"), read_record(tmp_path / "gated")
+    replayed = under(record, policy)
+    assert 0 < live.judged.asked.sum() < record.judged.asked.sum()
+    assert evaluate(replayed) == evaluate(live)
+    np.testing.assert_array_equal(replayed.predicted, live.predicted)
+    np.testing.assert_array_equal(replayed.probabilities, live.probabilities)
+    assert replayed.decided_by == live.decided_by
+    assert sweep(record).judge_accuracy == (record.predicted == record.truths)[record.readable].mean()
+    assert can_replay(record)
+    assert not can_replay(live)
+    known = evaluate_replayed(record, policy)
+    assert known.judge_accuracy == evaluate(record).judge_accuracy_escalated
+    assert known.paid_dollars == evaluate(record).paid_dollars > evaluate(live).paid_dollars
 
 
 @pytest.mark.parametrize("dollars", [None, 0.05])

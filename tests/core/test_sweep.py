@@ -12,7 +12,7 @@ from sklearn.metrics import accuracy_score
 from cascadevlm.errors import DataError
 from cascadevlm.labels import LabelSet
 from cascadevlm.measures import entropy, margin, top_probability
-from cascadevlm.policy import EntropyAbove, MarginBelow, Never, TopProbabilityBelow
+from cascadevlm.policy import EntropyAbove, MarginBelow, Never, TopProbabilityBelow, WithinDollars
 from cascadevlm.record import NOBODY, Judged, Record
 from cascadevlm.sweep import sweep, under
 from cascadevlm.types import Scores
@@ -150,6 +150,53 @@ def test_unreadable_images_are_no_part_of_a_sweep() -> None:
 def test_a_sweep_is_json() -> None:
     data = json.loads(json.dumps(sweep(record(6)).to_dict(), allow_nan=False))
     assert {curve["name"] for curve in data["curves"]} == {"oracle", "entropy", "margin", "top_probability", "random"}
+
+
+def test_several_records_are_swept_against_each_other() -> None:
+    first = record(8)
+    answers = np.where(np.arange(60) % 3 == 0, first.truths, first.judged.answers)
+    better = replace(first, stages=(replace(first.judged, answers=answers, dollars=first.judged.dollars * 3),))
+    alone = {"a": sweep(first), "b/c": sweep(better)}
+    both = sweep({"a": first, "b/c": better})
+    expected = {f"{curve.name} ({name})": curve for name, result in alone.items() for curve in result.curves}
+    assert [curve.name for curve in both.curves[:2]] == ["oracle (a)", "oracle (b/c)"]
+    assert {curve.name: replace(curve, name="").to_dict() for curve in both.curves} == {
+        name: replace(curve, name="").to_dict() for name, curve in expected.items()
+    }
+    areas = [curve.area for curve in both.curves[2:]]
+    assert areas == sorted(areas, reverse=True)
+    assert both.judge_accuracy == alone["b/c"].judge_accuracy > alone["a"].judge_accuracy
+    assert {name.rpartition(" ")[2] for name, *_ in both.pareto} == {"(a)", "(b/c)"}
+    for _, _, accuracy, dollars in both.pareto:
+        for other in (*alone["a"].pareto, *alone["b/c"].pareto):
+            assert not (other[3] <= dollars and other[2] > accuracy + 1e-12)
+    assert sweep({"a": first}).to_dict() == alone["a"].to_dict()
+
+
+def test_records_of_other_images_are_not_compared() -> None:
+    first = record(8)
+    relabelled = LabelSet.of(reversed(LABELS.names))
+    scores = Scores(log_probs=first.scores.log_probs[:, ::-1], labels=relabelled, fingerprint="x")
+    same = replace(first, scores=scores, truths=len(LABELS) - 1 - first.truths)
+    assert len(sweep({"a": first, "b": same}).curves) == 10
+    renamed = replace(first, names=(*first.names[1:], first.names[0]))
+    for other in (renamed, replace(first, truths=first.truths[::-1]), record(8, 50)):
+        with pytest.raises(DataError, match="'a' and 'b' are not of the same images"):
+            sweep({"a": first, "b": other})
+
+
+@given(st.integers(0, 10_000))
+def test_a_budget_of_dollars_is_kept_at_the_mean_price(seed: int) -> None:
+    given_record = record(seed)
+    price = given_record.judged.dollars.mean()
+    live = under(given_record, WithinDollars(7.5 * price))
+    asked = np.argsort(-entropy(given_record.scores), kind="stable")[:7]
+    assert set(np.flatnonzero(live.judged.asked)) == set(asked)
+
+
+def test_nothing_readable_cannot_be_swept() -> None:
+    with pytest.raises(DataError, match="None of the record's images"):
+        sweep(record(1, 5, unreadable=5))
 
 
 def test_records_without_a_judge_are_refused() -> None:
