@@ -1,0 +1,202 @@
+"""``cascadevlm compare``."""
+
+import json
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import combinations
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from cascadevlm.cli import options
+from cascadevlm.errors import InputError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from cascadevlm.cache import VerdictStore
+    from cascadevlm.cascade import Cascade
+    from cascadevlm.compare import Comparison
+    from cascadevlm.config import Config
+    from cascadevlm.judge import Judge
+    from cascadevlm.labels import LabelSet
+    from cascadevlm.scorer import Scorer
+
+MOST_SHOWN = 20
+"""Images on which not all agree; the rest are counted, and in the JSON."""
+
+
+def compare(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN…", help="Two or more: folders of records, or configurations.")],
+    data: Annotated[Path | None, typer.Option(help="Labelled images to run the configurations over, as for evaluate.")] = None,
+    labels: options.Labels = None,
+    split: Annotated[str | None, typer.Option(help="Only this split of the data.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only so many images, at random, every class in its share.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="A folder for the records of the configurations; none, unless given.")
+    ] = None,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask before spending money.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object, with all the images on which they disagree.")] = False,
+) -> None:
+    """Compare runs over the same images. No judge is asked twice what several configurations want to know."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from cascadevlm.cli.money import confirm
+    from cascadevlm.compare import compare as compared
+    from cascadevlm.compare import labelled, require_same
+    from cascadevlm.config import Config, read_toml
+    from cascadevlm.data import read_data
+    from cascadevlm.evaluate import record_run
+    from cascadevlm.record import read_record, scores_kept
+    from cascadevlm.registry import load_scorer
+
+    names = _names(runs)
+    records = {name: read_record(path) for name, path in zip(names, runs, strict=True) if path.is_dir()}
+    configs = {
+        name: Config.parse(read_toml(path), name=str(path)) for name, path in zip(names, runs, strict=True) if name not in records
+    }
+    if configs and data is None:
+        raise InputError(f"There are no images to run {next(iter(configs))!r} over.", hint="Give --data.")
+    if not configs and (data or labels or split or limit or output):
+        hint = "Leave out --data, --labels, --split, --limit and --output, or give a configuration."
+        raise InputError("There is nothing to run: all that is to be compared are records.", hint=hint)
+    cascades, given = {}, {}
+    for name, config in configs.items():
+        assert data is not None
+        where = labels or (data if config.labels is None and data.is_dir() else None)
+        cascades[name] = options.build(config, where)
+        images = read_data(data, cascades[name].labels)
+        images = images.split(split) if split else images
+        given[name] = images.subset(limit) if limit else images
+    of_records = {name: labelled(record) for name, record in records.items()}
+    require_same(of_records | {name: (cascades[name].labels, each.names, each.truths) for name, each in given.items()})
+    cascades = _sharing(cascades, configs)
+    if not yes:
+        for name, config in configs.items():
+            confirm(config, cascades[name], given[name].images)
+    with tempfile.TemporaryDirectory() as scratch, Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("images", total=sum(map(len, given.values())))
+        scored: dict[tuple[str, LabelSet], Path] = {}
+        for name, config in configs.items():
+            folder = (output or Path(scratch)) / name
+            known = scored.setdefault((repr(config.scorer), cascades[name].labels), folder)
+            whole = scores_kept(cascades[name].labels) == len(cascades[name].labels)
+            scorer = load_scorer(f"recorded:{known}") if whole and known != folder else None
+            records[name] = record_run(
+                cascades[name].altered(scorer=scorer),
+                given[name],
+                folder,
+                config=config,
+                progress=lambda _: progress.advance(task),
+            )
+    comparison = compared({name: records[name] for name in names})
+    if as_json:
+        typer.echo(json.dumps(comparison.to_dict()))
+        return
+    console = Console(highlight=False, markup=False)  # names may have brackets
+    console.print(f"{comparison.images} images ({comparison.unreadable} more could not be read in every run).\n")
+    for table in (_runs(comparison), _pairs(comparison), _agreement(comparison)):
+        console.print(table, "")
+    console.print(*_disagreements(comparison), sep="\n", soft_wrap=True)
+
+
+def _names(runs: Sequence[Path]) -> list[str]:
+    """Folders by their name, configurations by theirs without its ending.
+
+    Raises:
+        InputError: unless there are two or more, with names of their own.
+    """
+    if len(runs) < 2:
+        raise InputError("There is nothing to compare with.", hint="Give two records or configurations, or more.")
+    names = [path.resolve().name if path.is_dir() else path.stem for path in runs]
+    for (name, path), (other, its_path) in combinations(zip(names, runs, strict=True), 2):
+        if name == other:
+            raise InputError(f"{str(path)!r} and {str(its_path)!r} are both named {name!r}.", hint="Rename one of them.")
+    return names
+
+
+def _sharing(cascades: "dict[str, Cascade]", configs: "dict[str, Config]") -> "dict[str, Cascade]":
+    """The cascades with one store of verdicts for all, the first's where it has one, and equal models loaded once."""
+    from cascadevlm.cache import MemoryStore
+
+    stores = [cascade.store for cascade in cascades.values()]
+    store: VerdictStore = MemoryStore() if not stores or stores[0] is None else stores[0]
+    scorers: dict[str, Scorer] = {}
+    judges: dict[str, Judge] = {}
+    return {
+        name: cascade.altered(
+            scorer=scorers.setdefault(repr(configs[name].scorer), cascade.scorer),
+            stages=[
+                replace(stage, judge=judges.setdefault(repr((config.judge, config.options)), stage.judge))
+                for stage, config in zip(cascade.stages, configs[name].stage, strict=True)
+            ],
+            store=store,
+        )
+        for name, cascade in cascades.items()
+    }
+
+
+def _runs(comparison: "Comparison") -> "Table":
+    from rich.table import Table
+
+    table = Table("", "right", "95 %", "escalated", "$ a thousand", "paid", "s, p50", "s, p95", box=None, header_style="bold")
+    for name, run in comparison.runs.items():
+        seconds = ["-" if each is None else f"{each:.3f}" for each in (run.latency_p50, run.latency_p95)]
+        table.add_row(
+            name,
+            f"{run.accuracy:.1%}",
+            _in_percent(run.accuracy_interval),
+            f"{run.deferral_rate:.1%}",
+            f"{run.dollars_per_thousand:.4f}",
+            f"${run.paid_dollars:.4f}",
+            *seconds,
+        )
+    return table
+
+
+def _pairs(comparison: "Comparison") -> "Table":
+    from rich.table import Table
+
+    several = len(comparison.pairs) > 1
+    adjusted = ["p (Holm)"] * several
+    table = Table("", "", "gain", "95 %", "p", *adjusted, "only right", "judges agree", box=None, header_style="bold")
+    for pair in comparison.pairs:
+        judges = "-" if pair.judges is None else f"{pair.judges.agreement:.1%} of {pair.judges.images}"
+        table.add_row(
+            pair.first,
+            pair.second,
+            f"{pair.difference:+.1%}",
+            _in_percent(pair.difference_interval, "+"),
+            f"{pair.p_value:.3f}",
+            *[f"{pair.p_value_holm:.3f}"] * several,
+            f"{pair.only_first}, {pair.only_second}",
+            judges,
+        )
+    return table
+
+
+def _agreement(comparison: "Comparison") -> "Table":
+    from rich.table import Table
+
+    table = Table("agreement", *comparison.runs, box=None, header_style="bold")
+    for name, row in zip(comparison.runs, comparison.agreement, strict=True):
+        table.add_row(name, *(f"{share:.1%}" for share in row))
+    return table
+
+
+def _disagreements(comparison: "Comparison") -> list[str]:
+    """Lines of text: each image with its truth, and below what each run says of it."""
+    width = max(map(len, comparison.runs))
+    lines = [f"{len(comparison.disagreements)} images on which not all say the same"]
+    for each in comparison.disagreements[:MOST_SHOWN]:
+        lines.append(f"  {each.name}: {each.truth}")
+        lines += [f"    {name:{width}}  {label or '-'}" for name, label in each.labels.items()]
+    rest = len(comparison.disagreements) - MOST_SHOWN
+    return lines + [f"  and {rest} more, with --json"] * (rest > 0)
+
+
+def _in_percent(interval: tuple[float, float] | None, sign: str = "") -> str:
+    return "-" if interval is None else f"{100 * interval[0]:{sign}.1f} to {100 * interval[1]:{sign}.1f}"

@@ -1,0 +1,260 @@
+"""``cascadevlm study``."""
+
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, TypeVar
+
+import typer
+
+from cascadevlm.cli import options
+from cascadevlm.errors import InputError
+
+if TYPE_CHECKING:
+    from cascadevlm.cascade import Cascade
+    from cascadevlm.config import Config
+    from cascadevlm.study import Study
+
+app = typer.Typer(help="The studies of the CascadeVLM paper, on your data and models.", no_args_is_help=True)
+
+Data = Annotated[Path, typer.Argument(help="Labelled images: a folder of folders, a table with path and label, a saved dataset.")]
+Run = Annotated[Path, typer.Argument(help="The folder of a record made by: evaluate --judge-all -o FOLDER.")]
+AnyRun = Annotated[Path, typer.Argument(help="The folder of a record made by: evaluate -o FOLDER.")]
+Split = Annotated[str | None, typer.Option(help="Only this split of the data.")]
+Limit = Annotated[int | None, typer.Option(min=1, help="Only so many images, at random, every class in its share.")]
+Output = Annotated[
+    Path | None,
+    typer.Option("--output", "-o", file_okay=False, help="A folder for study-NAME.json and the records; none, unless given."),
+]
+Result = Annotated[
+    Path | None, typer.Option("--output", "-o", file_okay=False, help="A folder for study-NAME.json; none, unless given.")
+]
+Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask before spending money.")]
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON object.")]
+
+Number = TypeVar("Number", int, float)
+
+
+@app.command()
+def candidates(
+    data: Data,
+    k: Annotated[str, typer.Option(help="The numbers of candidates.")] = "1,2,3,5,10",
+    labels: options.Labels = None,
+    config: options.ConfigFile = None,
+    scorer: options.ScorerSpec = None,
+    judge: options.JudgeSpec = None,
+    policy: options.PolicyText = None,
+    prompt: options.PromptName = None,
+    settings: options.Settings = None,
+    split: Split = None,
+    limit: Limit = None,
+    output: Output = None,
+    yes: Yes = False,
+    as_json: AsJson = False,
+) -> None:
+    """Study the effect of the number of candidates."""
+    from cascadevlm.study import study_candidates
+
+    studied = partial(study_candidates, ks=_numbers("--k", k, int))
+    parsed = options.parse(config, scorer, judge, policy, None, prompt, settings)
+    _study(studied, parsed, data, labels, split, limit, output, yes=yes, as_json=as_json)
+
+
+@app.command()
+def order(
+    data: Data,
+    labels: options.Labels = None,
+    config: options.ConfigFile = None,
+    scorer: options.ScorerSpec = None,
+    judge: options.JudgeSpec = None,
+    policy: options.PolicyText = None,
+    candidates: options.CandidateCount = None,
+    prompt: options.PromptName = None,
+    settings: options.Settings = None,
+    split: Split = None,
+    limit: Limit = None,
+    output: Output = None,
+    yes: Yes = False,
+    as_json: AsJson = False,
+) -> None:
+    """Study the effect of the order of the candidates: ranked, reversed, shuffled; and the judge's position bias."""
+    from cascadevlm.study import study_order
+
+    parsed = options.parse(config, scorer, judge, policy, candidates, prompt, settings)
+    _study(study_order, parsed, data, labels, split, limit, output, yes=yes, as_json=as_json)
+
+
+@app.command()
+def reasoning(
+    data: Data,
+    labels: options.Labels = None,
+    config: options.ConfigFile = None,
+    scorer: options.ScorerSpec = None,
+    judge: options.JudgeSpec = None,
+    policy: options.PolicyText = None,
+    candidates: options.CandidateCount = None,
+    settings: options.Settings = None,
+    split: Split = None,
+    limit: Limit = None,
+    output: Output = None,
+    yes: Yes = False,
+    as_json: AsJson = False,
+) -> None:
+    """Study the effect of chain-of-thought: the prompt select_cot against select."""
+    from cascadevlm.study import study_reasoning
+
+    parsed = options.parse(config, scorer, judge, policy, candidates, None, settings)
+    _study(study_reasoning, parsed, data, labels, split, limit, output, yes=yes, as_json=as_json)
+
+
+@app.command()
+def shots(
+    data: Data,
+    support: Annotated[Path, typer.Option(help="A folder of exemplars, a sub-folder for every class.")],
+    shots: Annotated[str, typer.Option(help="The numbers of exemplars a class.")] = "0,1,2",
+    labels: options.Labels = None,
+    config: options.ConfigFile = None,
+    scorer: options.ScorerSpec = None,
+    judge: options.JudgeSpec = None,
+    policy: options.PolicyText = None,
+    candidates: options.CandidateCount = None,
+    settings: options.Settings = None,
+    split: Split = None,
+    limit: Limit = None,
+    output: Output = None,
+    yes: Yes = False,
+    as_json: AsJson = False,
+) -> None:
+    """Study the effect of exemplars: the prompt select_fewshot against select_cot, which shows none."""
+    from cascadevlm.study import study_shots
+
+    studied = partial(study_shots, support=support, shots=_numbers("--shots", shots, int))
+    parsed = options.parse(config, scorer, judge, policy, candidates, None, settings)
+    _study(studied, parsed, data, labels, split, limit, output, yes=yes, as_json=as_json)
+
+
+@app.command()
+def threshold(
+    run: Run,
+    thresholds: Annotated[
+        str | None, typer.Option(help="As in 0.1,0.2; those that ask about 0, 5, … 100 %, unless given.")
+    ] = None,
+    output: Result = None,
+    as_json: AsJson = False,
+) -> None:
+    """Study the effect of the entropy threshold, on a record, asking nobody."""
+    from cascadevlm.record import read_record
+    from cascadevlm.study import study_threshold
+
+    chosen = _numbers("--thresholds", thresholds, float) if thresholds else None
+    _finish(study_threshold(read_record(run), thresholds=chosen), output, as_json=as_json)
+
+
+@app.command()
+def errors(run: AnyRun, output: Result = None, as_json: AsJson = False) -> None:
+    """Split the errors of a record by their causes, asking nobody."""
+    from cascadevlm.record import read_record
+    from cascadevlm.study import study_errors
+
+    _finish(study_errors(read_record(run)), output, as_json=as_json)
+
+
+def _numbers(option: str, text: str, number: Callable[[str], Number]) -> list[Number]:
+    try:
+        return [number(part) for part in text.split(",")]
+    except ValueError as exc:
+        raise InputError(f"{option} takes numbers with commas between them, not {text!r}.") from exc
+
+
+def _study(
+    studied: "Callable[..., Study]",
+    parsed: "Config",
+    data: Path,
+    labels: Path | None,
+    split: str | None,
+    limit: int | None,
+    output: Path | None,
+    *,
+    yes: bool,
+    as_json: bool,
+) -> None:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from cascadevlm.cli.money import confirm
+    from cascadevlm.data import read_data
+
+    where = labels or (data if parsed.labels is None and data.is_dir() else None)
+    cascade = options.build(parsed, where)
+    given = read_data(data, cascade.labels)
+    given = given.split(split) if split else given
+    given = given.subset(limit) if limit else given
+    progress = Progress(console=Console(stderr=True), transient=True)
+    task = progress.add_task("questions")
+
+    def begin(together: "Cascade") -> None:
+        if not yes:
+            confirm(parsed, together, given.images)
+        progress.update(task, total=len(given) * len(together.stages))
+        progress.start()
+
+    try:
+        study = studied(cascade, given, config=parsed, folder=output, begin=begin, progress=lambda _: progress.advance(task))
+    finally:
+        progress.stop()
+    _finish(study, output, as_json=as_json)
+
+
+def _finish(study: "Study", output: Path | None, *, as_json: bool) -> None:
+    """Write the study to the folder, if there is one, and show it."""
+    if output:
+        output.mkdir(parents=True, exist_ok=True)
+        (output / f"study-{study.name}.json").write_text(json.dumps(study.to_dict(), indent=2) + "\n", encoding="utf-8")
+    if as_json:
+        typer.echo(json.dumps(study.to_dict()))
+    else:
+        _show(study)
+
+
+def _show(study: "Study") -> None:
+    """A table whose longer side goes down."""
+    from rich.console import Console
+    from rich.table import Table
+
+    columns = [
+        ["", *(row.variant for row in study.rows)],
+        ["accuracy", *(_cell("", row.accuracy) for row in study.rows)],
+        ["interval", *("–".join(f"{end:.0%}" for end in row.interval or ()) for row in study.rows)],
+        *([name, *(_cell(name, getattr(row, name)) for row in study.rows)] for name in ("calls", "dollars", "seconds")),
+        *([name.replace("_", " "), *(_cell(name, row.figures[name]) for row in study.rows)] for name in study.rows[0].figures),
+    ]
+    lines = columns if len(columns) > len(study.rows) else zip(*columns, strict=True)
+    first, *others = lines
+    table = Table(box=None, header_style="bold", padding=(0, 1), collapse_padding=True, pad_edge=False)
+    table.add_column(first[0], no_wrap=True)
+    for heading in first[1:]:
+        table.add_column(heading, justify="right")
+    for line in others:
+        table.add_row(*line)
+    console = Console(highlight=False)
+    console.print(study.question + "\n")
+    console.print(table)
+    for note in study.notes:
+        console.print(f"\n{note}")
+
+
+def _cell(name: str, value: float | None) -> str:
+    """A figure by its name: what is nothing else is a share."""
+    if value is None:
+        return ""
+    match name.rpartition("_")[2]:
+        case "dollars":
+            return f"${value:.4f}"
+        case "seconds":
+            return f"{value:.1f}"
+        case "calls" | "tokens" | "errors":
+            return f"{value:.0f}"
+        case "value" | "threshold":
+            return f"{value:.3g}"
+    return f"{value:.1%}"
