@@ -3,7 +3,6 @@ __all__: list[str]
 from .candidates import CumulativeMass as CumulativeMass
 from .candidates import TopK as TopK
 from .cascade import Cascade as Cascade
-from .engine import Stage as Stage
 from .errors import CascadeError as CascadeError
 from .judge import Judge as Judge
 from .judge import LocalJudge as LocalJudge
@@ -15,6 +14,7 @@ from .registry import load_prompt as load_prompt
 from .registry import load_scorer as load_scorer
 from .scorer import EmbeddingScorer as EmbeddingScorer
 from .scorer import Scorer as Scorer
+from .stage import Stage as Stage
 from .types import (
     Candidate as Candidate,
 )

@@ -28,12 +28,13 @@ from cascadevlm.cache import (
     question_payload,
 )
 from cascadevlm.cascade import Cascade
-from cascadevlm.engine import OnFailure, Stage
+from cascadevlm.engine import OnFailure
 from cascadevlm.errors import BackendError, BudgetExhausted, FatalError, JudgeError, PermanentError, TransientError
 from cascadevlm.hosted import HostedJudge
 from cascadevlm.images import ImageSource
 from cascadevlm.judge import WrapperJudge
 from cascadevlm.retry import patient
+from cascadevlm.stage import Stage
 from cascadevlm.types import Prediction, Question, Usage, Verdict
 
 MOST_ATTEMPTS = 3

@@ -11,6 +11,7 @@ from PIL import Image
 
 from cascadevlm.errors import InputError
 from cascadevlm.images import pixel_digest
+from cascadevlm.record import NOBODY, Columns
 from cascadevlm.types import Candidate, Scores
 
 Order = Literal["ranked", "reversed", "shuffled"]
@@ -29,19 +30,27 @@ class CandidateRule(ABC):
     seed: int = 0
 
     @abstractmethod
+    def most(self) -> int:
+        """How many candidates an image may get."""
+
+    @abstractmethod
     def sizes(self, descending: NDArray[np.floating]) -> NDArray[np.intp]:
-        """How many candidates each of N images gets, given its N x C probabilities in descending order."""
+        """How many candidates each of N images gets, given the probabilities of its best labels, N x K in descending order."""
+
+    def columns(self, scores: Scores) -> Columns:
+        """N x K columns of the score matrix, best first; of equals the first. `NOBODY` beyond an image's last candidate."""
+        best = _best(scores.log_probs, min(self.most(), len(scores.labels)))
+        sizes = self.sizes(np.take_along_axis(scores.probabilities, best, axis=1))
+        return np.where(np.arange(best.shape[1]) < sizes[:, None], best, NOBODY)
 
     def choose(self, scores: Scores) -> list[tuple[Candidate, ...]]:
         """The candidates of N images, best first."""
-        ranking = np.argsort(-scores.log_probs, axis=1, kind="stable")
-        descending = np.take_along_axis(scores.probabilities, ranking, axis=1)
         return [
             tuple(
-                Candidate(label=scores.labels[column], probability=float(descending[row, rank]), rank=rank + 1)
-                for rank, column in enumerate(ranking[row, :size])
+                Candidate(label=scores.labels[column], probability=float(scores.probabilities[row, column]), rank=rank)
+                for rank, column in enumerate(columns[columns != NOBODY], start=1)
             )
-            for row, size in enumerate(self.sizes(descending))
+            for row, columns in enumerate(self.columns(scores))
         ]
 
     def arrange(self, candidates: tuple[Candidate, ...], image: Image.Image) -> tuple[Candidate, ...]:
@@ -65,8 +74,11 @@ class TopK(CandidateRule):
         if self.k < 1:
             raise InputError(f"A judge needs at least 1 candidate, not {self.k}.")
 
+    def most(self) -> int:
+        return self.k
+
     def sizes(self, descending: NDArray[np.floating]) -> NDArray[np.intp]:
-        return np.full(len(descending), min(self.k, descending.shape[1]))
+        return np.full(len(descending), self.k)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,8 +95,20 @@ class CumulativeMass(CandidateRule):
         if not 1 <= self.minimum <= self.maximum:
             raise InputError(f"minimum {self.minimum} and maximum {self.maximum} must be at least 1 and in order.")
 
+    def most(self) -> int:
+        return self.maximum
+
     def sizes(self, descending: NDArray[np.floating]) -> NDArray[np.intp]:
-        reached: NDArray[np.intp] = (descending.cumsum(axis=1) < self.mass - 1e-6).sum(
-            axis=1
-        ) + 1  # float32 sums stop a little short of 1
-        return reached.clip(self.minimum, self.maximum).clip(max=descending.shape[1])
+        short = descending.cumsum(axis=1) < self.mass - 1e-6  # float32 sums stop a little short of 1
+        reached: NDArray[np.intp] = short.sum(axis=1) + 1
+        return reached.clip(self.minimum, self.maximum)
+
+
+def _best(values: NDArray[np.floating], number: int) -> Columns:
+    """N x K columns of the highest of N x C values in descending order, of equals the first; without sorting all C."""
+    last = np.partition(values, -number, axis=1)[:, [-number]]
+    above, equal = values > last, values == last
+    room = number - above.sum(axis=1, keepdims=True)
+    columns = np.nonzero(above | (equal & (equal.cumsum(axis=1) <= room)))[1].reshape(len(values), number)
+    order = np.argsort(-np.take_along_axis(values, columns, axis=1), axis=1, kind="stable")
+    return np.take_along_axis(columns, order, axis=1)

@@ -11,11 +11,12 @@ from PIL import Image
 from cascadevlm import loop
 from cascadevlm.budget import Ledger
 from cascadevlm.cache import VerdictStore
-from cascadevlm.engine import OnFailure, Run, Stage
+from cascadevlm.engine import OnFailure, Run
 from cascadevlm.errors import ImageError
 from cascadevlm.images import ImageSource
 from cascadevlm.labels import Label, LabelSet
 from cascadevlm.scorer import Scorer
+from cascadevlm.stage import Stage
 from cascadevlm.types import Prediction
 
 
@@ -27,6 +28,8 @@ class Cascade:
         stages: asked in order; none at all leaves the scorer alone.
         labels: the label set, or names.
         on_failure: see `OnFailure`. "None of these" is an answer without a label: "raise" treats it as "scorer".
+        accept: the least probable label that is given; an image whose label is less probable is abstained from. Judges' answers
+            without a probability are given.
         store: where valid verdicts are kept and looked up; None asks every time.
         ledger: what may be spent, over all calls of this cascade; without a cap, unless given.
         batch_size: images scored at once.
@@ -39,6 +42,7 @@ class Cascade:
         *,
         labels: LabelSet | Iterable[str | Label],
         on_failure: OnFailure = "scorer",
+        accept: float = 0.0,
         store: VerdictStore | None = None,
         ledger: Ledger | None = None,
         batch_size: int = 32,
@@ -47,6 +51,7 @@ class Cascade:
         self.stages = tuple(stages)
         self.labels = LabelSet.of(labels)
         self.on_failure: OnFailure = on_failure
+        self.accept = accept
         self.store = store
         self.ledger = ledger or Ledger()
         self.batch_size = batch_size
@@ -65,6 +70,7 @@ class Cascade:
             self.stages if stages is None else stages,
             labels=self.labels,
             on_failure=on_failure or self.on_failure,
+            accept=self.accept,
             store=self.store if store is None else store,
             ledger=self.ledger,
             batch_size=self.batch_size,
@@ -112,6 +118,7 @@ class Cascade:
             stages=self.stages,
             labels=self.labels,
             on_failure=self.on_failure,
+            accept=self.accept,
             store=self.store,
             ledger=self.ledger,
             batch_size=self.batch_size,

@@ -11,11 +11,14 @@ from cascadevlm.budget import Ledger
 from cascadevlm.cache import DiskStore, VerdictStore
 from cascadevlm.candidates import CandidateRule, CumulativeMass, Order, TopK
 from cascadevlm.cascade import Cascade
-from cascadevlm.engine import OnFailure, Stage
+from cascadevlm.decision.calibration import Calibration, FusionRule, read_calibration
+from cascadevlm.decision.live import CalibratedScorer
+from cascadevlm.engine import OnFailure
 from cascadevlm.errors import ConfigError
 from cascadevlm.labels import LabelSet
 from cascadevlm.policy_language import parse_policy
 from cascadevlm.registry import Option, load_judge, load_prompt, load_scorer, nearest
+from cascadevlm.stage import Stage
 from cascadevlm.support import SupportSet
 
 Options = dict[str, Option]
@@ -73,22 +76,31 @@ class StageConfig(_Section):
     """``[[stage]]``: a judge and when and how it is asked."""
 
     judge: str
-    policy: str = "always"
+    policy: str | None = None
     candidates: Annotated[CandidatesConfig, BeforeValidator(_k_alone)] = CandidatesConfig(k=5)
     prompt: str = "select"
     offer_none: bool = False
     support: SupportConfig | None = None
+    widen: Annotated[int, Field(ge=0)] = 0
     options: Options = {}
 
-    def build(self, labels: LabelSet) -> Stage:
-        """The stage, its judge not yet loaded."""
+    def build(self, labels: LabelSet, calibration: Calibration | None, number: int, fusion: FusionRule) -> Stage:
+        """The stage, its judge not yet loaded.
+
+        Raises:
+            ConfigError: if the calibration is of another judge.
+        """
+        policy = self.policy or (calibration.policy if calibration else None) or "always"
         return Stage(
             judge=load_judge(self.judge, **self.options),
             prompt=load_prompt(self.prompt),
-            policy=parse_policy(self.policy),
+            policy=parse_policy(policy),
             candidates=self.candidates.build(),
             offer_none=self.offer_none,
             support=SupportSet.read(self.support.folder, labels, shots=self.support.shots) if self.support else None,
+            fusion=fusion,
+            model=calibration.judge_of(number, self.model_dump(mode="json")) if calibration else None,
+            widen=self.widen,
         )
 
 
@@ -116,6 +128,9 @@ class Config(_Section):
     scorer: ScorerConfig
     stage: tuple[StageConfig, ...] = ()
     labels: Path | tuple[str, ...] | None = None
+    calibration: Path | None = None
+    fusion: FusionRule | None = None
+    accept: Annotated[float, Field(ge=0, le=1)] | None = None
     on_failure: OnFailure = "scorer"
     batch_size: Annotated[int, Field(ge=1)] = 32
     cache: CacheConfig = CacheConfig()
@@ -149,11 +164,16 @@ class Config(_Section):
             if "templates" in options:
                 raise ConfigError("scorer.templates are given twice.", hint="Take them out of scorer.options.")
             options["templates"] = [*self.scorer.templates]
+        scorer = load_scorer(self.scorer.use, **options)
+        calibration = read_calibration(self.calibration) if self.calibration else None
+        fusion = self.fusion or (calibration.fusion if calibration else "judge")
+        accept = self.accept if self.accept is not None else calibration.accept if calibration else None
         return Cascade(
-            load_scorer(self.scorer.use, **options),
-            [stage.build(labels) for stage in self.stage],
+            CalibratedScorer(scorer, calibration) if calibration else scorer,
+            [stage.build(labels, calibration, number, fusion) for number, stage in enumerate(self.stage)],
             labels=labels,
             on_failure=self.on_failure,
+            accept=accept or 0.0,
             store=self.cache.build(),
             ledger=Ledger(self.budget.usd),
             batch_size=self.batch_size,

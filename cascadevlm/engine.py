@@ -6,7 +6,7 @@ in every run.
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Collection, Iterable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -19,16 +19,16 @@ from PIL import Image
 from cascadevlm.budget import NANODOLLARS, Ledger, Metered
 from cascadevlm.cache import Cached, SingleFlight, VerdictStore
 from cascadevlm.candidates import CandidateRule, TopK
-from cascadevlm.errors import BudgetExhausted, FatalError, ImageError, JudgeError, PromptError
+from cascadevlm.errors import BudgetExhausted, FatalError, ImageError, JudgeError
 from cascadevlm.images import ImageSource, load_image
 from cascadevlm.judge import Judge, Repairing
 from cascadevlm.labels import LabelSet
 from cascadevlm.pacing import Paced
-from cascadevlm.policy import START, Always, PolicyLike, as_policy
+from cascadevlm.policy import START, as_policy
 from cascadevlm.retry import Retrying
 from cascadevlm.scorer import Scorer
-from cascadevlm.support import SupportSet
-from cascadevlm.types import Candidate, Prediction, Prompt, Question, Scores, Verdict
+from cascadevlm.stage import Stage
+from cascadevlm.types import Candidate, Prediction, Scores, Verdict
 
 OnFailure = Literal["scorer", "raise", "abstain"]
 """What a prediction is where no judge asked gave an answer: the scorer's label, an error, or no label."""
@@ -40,61 +40,46 @@ OUTPUT_LIMIT = 4096
 """How many predictions may wait for an earlier image to be judged."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Stage:
-    """One judge of a cascade and when and how it is asked.
-
-    The policy of the first stage sees the scorer's scores. That of a later stage sees the images its predecessor was asked
-    about, with the scores as they then stand: the judge's own probabilities, certainty where it answered without any, and
-    the scorer's where it gave no answer.
-
-    Raises:
-        PromptError: if the prompt shows reference images and there is no support set.
-    """
-
-    judge: Judge
-    prompt: Prompt
-    policy: PolicyLike = Always()
-    candidates: CandidateRule = TopK()
-    offer_none: bool = False
-    support: SupportSet | None = None
-
-    def __post_init__(self) -> None:
-        if self.support is None and self.prompt.shows_references:
-            raise PromptError(f"Prompt {self.prompt.name!r} shows $references.", hint="Give the stage a support folder.")
-
-    def question(self, image: Image.Image, candidates: tuple[Candidate, ...]) -> Question:
-        """What the judge is asked about an image, the candidates in the order they are to be shown."""
-        return Question(
-            image=image,
-            candidates=candidates,
-            prompt=self.prompt,
-            exemplars=self.support.of(candidates) if self.support else (),
-            offer_none=self.offer_none,
-        )
-
-
 @dataclass(eq=False)
 class _Item:
-    """One image under way; ``scores`` has one row."""
+    """One image under way.
+
+    Attributes:
+        scores: the scorer's, 1 x C.
+        belief: 1 x C, what candidates are chosen by: the scores, less what judges rejected, or fused with what they said.
+        fused: whether the belief is what the last judge that was heard said, too.
+    """
 
     path: str
     image: Image.Image
     scores: Scores
+    belief: Scores
     result: asyncio.Future[Prediction]
+    fused: bool = False
     candidates: tuple[Candidate, ...] = ()
     reasons: list[str] = field(default_factory=list)
     verdicts: list[Verdict] = field(default_factory=list)
 
     def current_scores(self) -> Scores:
-        """1 x C: the last judge's opinion if it gave one, else the scorer's."""
+        """1 x C: the last judge's opinion if it gave one that stands alone, else the belief."""
         verdict = self.verdicts[-1] if self.verdicts else None
-        if verdict is None or verdict.label is None:
-            return self.scores
+        if self.fused or verdict is None or verdict.label is None:
+            return self.belief
         opinion = verdict.probabilities or {verdict.label: 1.0}
         probabilities = np.array([[opinion.get(name, 0.0) for name in self.scores.labels.names]])
         with np.errstate(divide="ignore"):
             return replace(self.scores, log_probs=np.log(probabilities).astype(np.float32))
+
+    def hear(self, stage: Stage, verdict: Verdict) -> None:
+        """Learn from what a judge said of the candidates; errors and spent budgets say nothing."""
+        if verdict.outcome in ("failed", "skipped"):
+            return
+        if stage.fusion == "bayes" and stage.asking is not None:
+            self.belief, self.fused = stage.asking.fuse(self.belief, self.candidates, verdict), True
+        elif verdict.label is not None:
+            self.fused = False
+        elif verdict.outcome == "none":
+            self.belief = _without(self.belief, {candidate.label.name for candidate in self.candidates})
 
 
 class _RunningStage:
@@ -103,6 +88,8 @@ class _RunningStage:
     def __init__(self, stage: Stage, store: VerdictStore | None, ledger: Ledger) -> None:
         self.stage = stage
         self.policy = as_policy(stage.policy)
+        if stage.asking is not None:
+            self.policy = self.policy.informed(stage.asking.gain)
         self.judge = dependable(stage.judge, store, ledger)
         self.places = asyncio.Semaphore(stage.judge.concurrency)
         self.spending = START
@@ -125,6 +112,7 @@ class Run:
         stages: Sequence[Stage],
         labels: LabelSet,
         on_failure: OnFailure,
+        accept: float,
         store: VerdictStore | None,
         ledger: Ledger,
         batch_size: int,
@@ -133,6 +121,7 @@ class Run:
         self.stages = [_RunningStage(stage, store, ledger) for stage in stages]
         self.labels = labels
         self.on_failure: OnFailure = on_failure
+        self.accept = accept
         self.batch_size = batch_size
         self.in_hand = 0
         self.limit = sum(stage.judge.concurrency for stage in stages) or batch_size
@@ -202,8 +191,8 @@ class Run:
         scores = await asyncio.to_thread(self.scorer.score, [image for _, image, _ in readable], self.labels)
         self._take_in_hand([result for _, _, result in readable])
         return [
-            _Item(path=path, image=image, scores=scores.rows(slice(row, row + 1)), result=result)
-            for row, (path, image, result) in enumerate(readable)
+            _Item(path=path, image=image, scores=one, belief=one, result=result)
+            for (path, image, result), one in zip(readable, _rows(scores), strict=True)
         ]
 
     def _take_in_hand(self, results: Sequence[asyncio.Future[Prediction]]) -> None:
@@ -266,6 +255,24 @@ class Run:
         return [item for item, chosen in zip(items, selected, strict=True) if chosen]
 
     async def _ask(self, running: _RunningStage, item: _Item, *, last: bool) -> None:
+        verdict = await self._verdict(running, item)
+        item.hear(running.stage, verdict)
+        for _ in range(running.stage.widen):
+            shown = item.candidates
+            if verdict.outcome != "none" or not _widened(running.stage.candidates, item):
+                break
+            wider = await self._verdict(running, item)
+            if wider.outcome in ("failed", "skipped"):
+                item.candidates = shown
+                break
+            item.hear(running.stage, wider)
+            verdict = replace(wider, usage=verdict.usage + wider.usage)
+        item.verdicts.append(verdict)
+        if last:
+            self._settle(item)
+
+    async def _verdict(self, running: _RunningStage, item: _Item) -> Verdict:
+        """What the judge says of an image, among its candidates."""
         stage = running.stage
         async with running.places:
             try:
@@ -275,44 +282,49 @@ class Run:
                 question = stage.question(item.image, item.candidates)
                 if item.image.width * item.image.height > LARGE_PIXELS:  # encode and hash it beside the event loop, once for all
                     await asyncio.to_thread(running.judge.image_digest, question)
-                verdict = await running.judge.judge(question)
+                return await running.judge.judge(question)
             except FatalError as exc:
                 self.fatal = exc
                 raise
             except BudgetExhausted as exc:
-                verdict = Verdict(outcome="skipped", error=str(exc), judge=stage.judge.spec)
+                return Verdict(outcome="skipped", error=str(exc), judge=stage.judge.spec)
             except JudgeError as exc:
-                verdict = Verdict(outcome="failed", error=str(exc), judge=stage.judge.spec)
-        item.verdicts.append(verdict)
-        if last:
-            self._settle(item)
+                return Verdict(outcome="failed", error=str(exc), judge=stage.judge.spec)
 
     def _settle(self, item: _Item) -> None:
         """Conclude from the verdicts: the last answer counts."""
         answered = next((verdict for verdict in reversed(item.verdicts) if verdict.label is not None), None)
         asked = [verdict for verdict in item.verdicts if verdict.outcome != "skipped"]
-        best = int(item.scores.log_probs[0].argmax())
+        decisive = item.belief if item.fused else item.scores
+        best = int(decisive.log_probs[0].argmax())
         prediction = Prediction(
             path=item.path,
-            label=item.scores.labels[best].name,
-            probability=float(item.scores.probabilities[0, best]),
-            decided_by="scorer",
+            label=decisive.labels[best].name,
+            probability=float(decisive.probabilities[0, best]),
+            decided_by="fusion" if item.fused else "scorer",
             candidates=item.candidates,
             reasons=tuple(item.reasons),
             verdicts=tuple(item.verdicts),
         )
-        if answered is not None and answered.label is not None:
-            probability = answered.probabilities.get(answered.label) if answered.probabilities else None
+        if answered is not None and not item.fused:
+            probability = answered.probabilities.get(answered.label or "") if answered.probabilities else None
             prediction = replace(prediction, label=answered.label, probability=probability, decided_by="judge")
-        elif asked:
+        elif answered is None and asked:
             chose_none = any(verdict.valid for verdict in asked)
             why = "The judge chose none of the candidates." if chose_none else asked[-1].error
             if self.on_failure == "abstain":
-                prediction = replace(prediction, label=None, probability=None, decided_by=None, error=why)
+                prediction = _abstained(prediction, why)
             elif self.on_failure == "raise" and not chose_none:
                 item.result.set_exception(JudgeError(f"{asked[-1].judge} on {item.path or 'an image'}: {why}"))
                 return
+        if prediction.probability is not None and prediction.probability < self.accept:
+            why = f"{prediction.label!r} has a probability of {prediction.probability:.2f}, below {self.accept:g}."
+            prediction = _abstained(prediction, why)
         item.result.set_result(prediction)
+
+
+def _abstained(prediction: Prediction, why: str) -> Prediction:
+    return replace(prediction, label=None, probability=None, decided_by=None, error=why)
 
 
 def _passed() -> asyncio.Event:
@@ -337,7 +349,31 @@ def _stacked(rows: Sequence[Scores]) -> Scores:
     return replace(rows[0], log_probs=np.concatenate([row.log_probs for row in rows]))
 
 
+def _rows(scores: Scores) -> list[Scores]:
+    """Each image's, 1 x C."""
+    return [scores.rows(slice(row, row + 1)) for row in range(len(scores))]
+
+
 def _rank(rule: CandidateRule, items: Sequence[_Item]) -> None:
+    """Give each image its candidates, leaving out what judges rejected."""
     if items:
-        for item, candidates in zip(items, rule.choose(_stacked([item.scores for item in items])), strict=True):
-            item.candidates = candidates
+        for item, candidates in zip(items, rule.choose(_stacked([item.belief for item in items])), strict=True):
+            item.candidates = tuple(candidate for candidate in candidates if candidate.probability > 0)
+
+
+def _widened(rule: CandidateRule, item: _Item) -> bool:
+    """Give an image further candidates; whether there are any."""
+    shown = item.candidates
+    _rank(rule, [item])
+    if {candidate.label for candidate in item.candidates} <= {candidate.label for candidate in shown}:
+        item.candidates = shown
+        return False
+    return True
+
+
+def _without(scores: Scores, rejected: Collection[str]) -> Scores:
+    """1 x C, some labels impossible; unchanged, where there would be none left."""
+    impossible = np.isin(scores.labels.names, list(rejected)) | (scores.probabilities[0] == 0)
+    if impossible.all():
+        return scores
+    return Scores.from_logits(np.where(impossible, -np.inf, scores.log_probs), scores.labels, scores.fingerprint)

@@ -10,10 +10,10 @@ from scipy.stats import binomtest
 
 from cascadevlm.budget import NANODOLLARS
 from cascadevlm.cascade import Cascade
-from cascadevlm.engine import Stage
 from cascadevlm.errors import ImageError, InputError
 from cascadevlm.images import ImageSource, load_image
 from cascadevlm.policy import as_policy
+from cascadevlm.stage import Stage
 from cascadevlm.types import Scores
 
 SAMPLE = 200

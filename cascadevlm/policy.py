@@ -6,7 +6,7 @@ array serves as one. ``&`` with a budget spends the budget on the best of what t
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import reduce
 from typing import ClassVar, Literal, TypeAlias
 
@@ -63,6 +63,10 @@ class Policy(ABC):
     def reasons(self, scores: Scores) -> list[str]:
         """For each of N images, what this policy goes by, in words."""
         return [str(self)] * len(scores)
+
+    def informed(self, gain: Measure) -> "Policy":
+        """The same policy, knowing the expected gain in accuracy from asking; itself, unless it goes by that."""
+        return self
 
     def __and__(self, other: "PolicyLike") -> "Policy":
         return All((self, as_policy(other)))
@@ -203,6 +207,50 @@ class TopProbabilityBelow(Policy):
 
 
 @dataclass(frozen=True)
+class GainAbove(Policy):
+    """Ask where the expected gain in accuracy is above a threshold from 0 to 1: `cascadevlm.decision.JudgeModel.gain`.
+
+    Raises:
+        PolicyError: when deciding, if the stage has no model of its judge.
+    """
+
+    comparison = ">"
+    threshold: float
+    gain: Measure | None = field(default=None, kw_only=True, repr=False)
+
+    def informed(self, gain: Measure) -> Policy:
+        return replace(self, gain=gain)
+
+    def select(self, scores: Scores, spending: Spending = START) -> Selection:
+        return self.priority(scores) > self.threshold
+
+    def priority(self, scores: Scores) -> NDArray[np.floating]:
+        if self.gain is None:
+            raise PolicyError(
+                f"The policy '{self}' needs a calibration.", hint='Make one with cascadevlm calibrate; calibration = "FILE".'
+            )
+        return self.gain(scores)
+
+    def reasons(self, scores: Scores) -> list[str]:
+        return _reasons("gain", self.priority(scores), self)
+
+    def __str__(self) -> str:
+        return f"gain > {self.threshold:g}"
+
+
+@dataclass(frozen=True)
+class GainPerDollarAbove(GainAbove):
+    """Ask where the expected gain in accuracy is worth its price: above a threshold of expected right answers per dollar. Where
+    asking costs nothing, wherever there is a gain."""
+
+    def select(self, scores: Scores, spending: Spending = START) -> Selection:
+        return self.priority(scores) > self.threshold * spending.dollars_per_call
+
+    def __str__(self) -> str:
+        return f"gain_per_dollar > {self.threshold:g}"
+
+
+@dataclass(frozen=True)
 class TopFraction(Policy):
     """Ask about the least certain ``fraction`` of every batch, rounded to the nearest whole image, by entropy or another measure
     that grows with doubt. It depends on the batches: a stream is cut into them as it comes."""
@@ -225,13 +273,21 @@ class TopFraction(Policy):
 
 @dataclass(frozen=True)
 class WithinBudget(Policy):
-    """Ask about the least certain images until ``calls`` questions or ``dollars`` are spent over the whole run.
+    """Ask about the least certain images until ``calls`` questions or ``dollars`` are spent over the whole run; about those of
+    the highest gain, where the stage has a model of its judge.
 
     The dollars of one more call are an expectation; what may be spent in fact is the budget's to enforce.
     """
 
     calls: int | None = None
     dollars: float | None = None
+    gain: Measure | None = field(default=None, kw_only=True, repr=False)
+
+    def informed(self, gain: Measure) -> Policy:
+        return WithinBudget(self.calls, self.dollars, gain=gain)
+
+    def priority(self, scores: Scores) -> NDArray[np.floating]:
+        return super().priority(scores) if self.gain is None else self.gain(scores)
 
     def select(self, scores: Scores, spending: Spending = START) -> Selection:
         return self.limit(np.ones(len(scores), dtype=bool), self.priority(scores), spending)
@@ -276,6 +332,9 @@ class All(Policy):
 
     parts: tuple[Policy, ...]
 
+    def informed(self, gain: Measure) -> Policy:
+        return All(tuple(part.informed(gain) for part in self.parts))
+
     def select(self, scores: Scores, spending: Spending = START) -> Selection:
         budgets = [part for part in self._flat() if isinstance(part, WithinBudget)]
         others = [part.select(scores, spending) for part in self._flat() if not isinstance(part, WithinBudget)]
@@ -304,6 +363,9 @@ class AnyOf(Policy):
 
     parts: tuple[Policy, ...]
 
+    def informed(self, gain: Measure) -> Policy:
+        return AnyOf(tuple(part.informed(gain) for part in self.parts))
+
     def select(self, scores: Scores, spending: Spending = START) -> Selection:
         return reduce(np.logical_or, [part.select(scores, spending) for part in self.parts])
 
@@ -322,6 +384,9 @@ class Not(Policy):
     """Ask where the other policy would not."""
 
     part: Policy
+
+    def informed(self, gain: Measure) -> Policy:
+        return Not(self.part.informed(gain))
 
     def select(self, scores: Scores, spending: Spending = START) -> Selection:
         return ~self.part.select(scores, spending)

@@ -75,6 +75,10 @@ class RunInfo(BaseModel):
     machine: str
 
 
+def _some(texts: tuple[str, ...], rows: NDArray[np.intp]) -> tuple[str, ...]:
+    return tuple(texts[row] for row in rows.tolist())
+
+
 @dataclass(frozen=True, kw_only=True)
 class Judged:
     """What one stage's judge said of N images.
@@ -105,6 +109,41 @@ class Judged:
     output_tokens: NDArray[np.int64]
     paid: NDArray[np.float64]
 
+    def take(self, rows: NDArray[np.intp]) -> "Judged":
+        """The same of some of the images."""
+        return Judged(
+            judge=self.judge,
+            asked=self.asked[rows],
+            outcomes=_some(self.outcomes, rows),
+            answers=self.answers[rows],
+            candidates=self.candidates[rows],
+            rationales=_some(self.rationales, rows),
+            dollars=self.dollars[rows],
+            seconds=self.seconds[rows],
+            input_tokens=self.input_tokens[rows],
+            output_tokens=self.output_tokens[rows],
+            paid=self.paid[rows],
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fused:
+    """What scorer and judges say together of N images, by a calibration.
+
+    Attributes:
+        labels: N columns, the most probable label once the last stage's judge was asked.
+        probabilities: N, of that label.
+        gain: N, the expected gain in accuracy from asking the last stage's judge.
+    """
+
+    labels: Columns
+    probabilities: NDArray[np.float64]
+    gain: NDArray[np.float64]
+
+    def take(self, rows: NDArray[np.intp]) -> "Fused":
+        """The same of some of the images."""
+        return Fused(labels=self.labels[rows], probabilities=self.probabilities[rows], gain=self.gain[rows])
+
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
@@ -121,6 +160,7 @@ class Record:
         decided_by: N, as in `Prediction`; "" where there is no label.
         digests: N, of the images' pixels; "" where they could not be read. Empty for records made of arrays.
         info: ``run.json``; None for records made of arrays.
+        fused: what the opinions are together, where a calibration was applied (`cascadevlm.decision.decided`).
     """
 
     scores: Scores
@@ -133,9 +173,26 @@ class Record:
     decided_by: tuple[str, ...]
     digests: tuple[str, ...] = ()
     info: RunInfo | None = None
+    fused: Fused | None = None
 
     def __len__(self) -> int:
         return len(self.truths)
+
+    def take(self, rows: NDArray[np.intp]) -> "Record":
+        """The record of some of the images, in this order."""
+        return Record(
+            scores=self.scores.rows(rows),
+            readable=self.readable[rows],
+            names=_some(self.names, rows),
+            truths=self.truths[rows],
+            stages=tuple(stage.take(rows) for stage in self.stages),
+            predicted=self.predicted[rows],
+            probabilities=self.probabilities[rows],
+            decided_by=_some(self.decided_by, rows),
+            digests=_some(self.digests, rows) if self.digests else (),
+            info=self.info,
+            fused=self.fused and self.fused.take(rows),
+        )
 
     @property
     def labels(self) -> LabelSet:

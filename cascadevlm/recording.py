@@ -15,12 +15,12 @@ from PIL import Image
 from pydantic import JsonValue
 
 from cascadevlm.data import Data
-from cascadevlm.engine import Stage
 from cascadevlm.errors import DataError
 from cascadevlm.images import pixel_digest
 from cascadevlm.labels import LabelSet
 from cascadevlm.record import NOBODY, RunInfo, scores_kept, table_schemas
 from cascadevlm.scorer import Scorer
+from cascadevlm.stage import Stage
 from cascadevlm.types import Candidate, Prediction, Question, Scores, Verdict
 
 PACKAGES = ("cascadevlm", "torch", "transformers", "open_clip_torch", "openai", "anthropic")

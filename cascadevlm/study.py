@@ -35,7 +35,6 @@ from cascadevlm.candidates import Order, TopK
 from cascadevlm.cascade import Cascade
 from cascadevlm.config import Config, override
 from cascadevlm.data import Data
-from cascadevlm.engine import Stage
 from cascadevlm.errors import BudgetExhausted, DataError, InputError
 from cascadevlm.evaluate import asking_everything, record_run
 from cascadevlm.images import pixel_digest
@@ -45,6 +44,7 @@ from cascadevlm.policy import Always, EntropyAbove, PolicyLike
 from cascadevlm.record import NOBODY, Columns, Judged, Record
 from cascadevlm.registry import load_prompt
 from cascadevlm.scorer import Scorer
+from cascadevlm.stage import Stage
 from cascadevlm.support import SupportSet
 from cascadevlm.sweep import sweep, under
 from cascadevlm.types import Prediction, Scores

@@ -92,10 +92,16 @@ class Sweep:
 
 
 def final_answers(record: Record) -> Columns:
-    """N columns: the judge's answer where it gave one, else the scorer's, or none in a record of a cascade that abstains."""
+    """N columns: what is concluded where the judge is asked.
+
+    Its answer where it gave one, else the scorer's, or none in a record of a cascade that abstains; of fused opinions, theirs.
+    """
     answers = record.judged.answers
     abstains = record.info is not None and record.info.config.get("on_failure") == "abstain"
-    return answers if abstains else np.where(answers == NOBODY, record.scored, answers)
+    otherwise = record.scored if record.fused is None else record.fused.labels
+    if abstains:
+        otherwise = np.full(len(record), NOBODY)
+    return np.where(answers == NOBODY, otherwise, answers if record.fused is None else record.fused.labels)
 
 
 def under(record: Record, policy: PolicyLike) -> Record:
@@ -109,16 +115,22 @@ def under(record: Record, policy: PolicyLike) -> Record:
     judged = record.judged
     price = float(judged.dollars.sum() / max(judged.asked.sum(), 1))
     wanted = np.zeros(len(record), dtype=bool)
-    wanted[record.readable] = as_policy(policy).select(record.scores.rows(record.readable), Spending(dollars_per_call=price))
+    informed = as_policy(policy)
+    if record.fused is not None:
+        gain = record.fused.gain[record.readable]
+        informed = informed.informed(lambda scores: gain)
+    wanted[record.readable] = informed.select(record.scores.rows(record.readable), Spending(dollars_per_call=price))
     if lacking := int((wanted & ~judged.asked).sum()):
         raise DataError(
             f"The policy {policy} asks about {lacking} images that the judge was not asked about.", hint="Use --judge-all."
         )
     answers = np.where(wanted, judged.answers, NOBODY)
     predicted = np.where(wanted, final_answers(record), record.scored)
-    by_judge = answers != NOBODY
-    decided_by = np.where(by_judge, "judge", np.where(predicted != NOBODY, "scorer", ""))
+    by_judge = answers != NOBODY if record.fused is None else wanted
+    by_whom = "judge" if record.fused is None else "fusion"
+    decided_by = np.where(predicted == NOBODY, "", np.where(by_judge, by_whom, "scorer"))
     probabilities = np.where(decided_by == "scorer", record.scores.probabilities.max(axis=1), np.nan)
+    of_judge = record.probabilities if record.fused is None else record.fused.probabilities
     stage = replace(
         judged,
         asked=wanted,
@@ -135,7 +147,7 @@ def under(record: Record, policy: PolicyLike) -> Record:
         record,
         stages=(*record.stages[:-1], stage),
         predicted=predicted,
-        probabilities=np.where(by_judge, record.probabilities, probabilities),
+        probabilities=np.where(by_judge & (predicted != NOBODY), of_judge, probabilities),
         decided_by=tuple(decided_by.tolist()),
     )
 
@@ -194,13 +206,16 @@ def _curves(record: Record, steps: int) -> list[Curve]:
     scorer_right = record.scored[rows] == truths
     gain = (final_answers(record)[rows] == truths).astype(np.int64) - scorer_right
     dollars = record.judged.dollars[rows]
+    rankings = {name: (sign * measure(scores).astype(np.float64), sign) for name, (measure, sign) in MEASURES.items()}
+    if record.fused is not None:
+        rankings["gain"] = record.fused.gain[rows], 1
     rates = np.linspace(0, 1, steps + 1)
     random = scorer_right.mean() + rates * gain.mean()
     return [
         _curve("oracle", gain.astype(np.float64), scorer_right, gain, dollars, steps, sign=0),
         *(
-            _curve(name, sign * measure(scores).astype(np.float64), scorer_right, gain, dollars, steps, sign=sign)
-            for name, (measure, sign) in MEASURES.items()
+            _curve(name, doubt, scorer_right, gain, dollars, steps, sign=sign)
+            for name, (doubt, sign) in rankings.items()
         ),
         Curve(
             name="random",

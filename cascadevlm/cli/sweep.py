@@ -12,16 +12,25 @@ def sweep(
         list[Path],
         typer.Argument(metavar="RUN…", help="Folders of records made by: evaluate --judge-all -o FOLDER; of the same images."),
     ],
+    calibration: Annotated[
+        Path | None, typer.Option(help="A file made by calibrate: show what it gains on the images it was not fitted on.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object, with all the points of all the curves.")] = False,
 ) -> None:
     """Try every policy at every threshold on a record, or on several against each other, asking nobody."""
     from rich.console import Console
     from rich.table import Table
 
+    from cascadevlm.decision.calibration import decided, held_out, read_calibration
     from cascadevlm.record import read_record
     from cascadevlm.sweep import sweep as swept
 
-    result = swept({str(run): read_record(run) for run in runs})
+    records = {str(run): read_record(run) for run in runs}
+    if calibration is not None:
+        learned = read_calibration(calibration)
+        records = {name: held_out(record, learned) for name, record in records.items()}
+        records |= {f"{name}, {calibration}": decided(record, learned) for name, record in records.items()}
+    result = swept(records)
     if as_json:
         typer.echo(json.dumps(result.to_dict()))
         return
@@ -32,7 +41,7 @@ def sweep(
         table.add_row(curve.name, f"{curve.area:.4f}", *points)
     console = Console(highlight=False)
     best = f"scorer alone {result.scorer_accuracy:.1%}, judge on everything {result.judge_accuracy:.1%}"
-    console.print(f"{'Best accuracy' if len(runs) > 1 else 'Accuracy'}: {best}.\n")
+    console.print(f"{'Best accuracy' if len(records) > 1 else 'Accuracy'}: {best}.\n")
     console.print(table)
     console.print("\nNone is better and cheaper:")
     for name, rate, accuracy, dollars in result.pareto:

@@ -12,9 +12,9 @@ import pytest
 
 from cascadevlm.budget import NANODOLLARS, Ledger
 from cascadevlm.cache import DiskStore, MemoryStore
-from cascadevlm.engine import Stage
 from cascadevlm.errors import FatalError, RateLimited
 from cascadevlm.registry import load_prompt
+from cascadevlm.stage import Stage
 from cascadevlm.testing import noise
 from cascadevlm.testing.server import Fault, FaultKind, JudgeServer
 from cascadevlm.testing.server.faults import ERRORS

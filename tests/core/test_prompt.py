@@ -6,11 +6,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from cascadevlm.engine import Stage
 from cascadevlm.errors import PromptError
 from cascadevlm.labels import Label, LabelSet, fold, one_line
 from cascadevlm.prompt import NONE_OF_THESE, options, parse_template, read_answer, read_prompt, render
 from cascadevlm.registry import load_prompt
+from cascadevlm.stage import Stage
 from cascadevlm.testing import FakeJudge, noise, question
 from cascadevlm.types import Exemplar, Question
 

@@ -1,0 +1,249 @@
+"""What was learned of a scorer and its judges from a record, in one readable JSON file that other models are refused with."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import JsonValue, TypeAdapter, ValidationError
+
+from cascadevlm.decision.judge_model import NONE_CHOSEN, Answers, JudgeModel, fit_judge
+from cascadevlm.decision.scorer_calibration import ScorerCalibration, fit_scorer
+from cascadevlm.decision.without_labels import fit_without_labels
+from cascadevlm.errors import ConfigError, DataError
+from cascadevlm.record import NOBODY, Fused, Judged, Record
+from cascadevlm.types import Scores
+
+FusionRule = Literal["judge", "bayes"]
+"""Whose word is final: the judge's where it gave an answer, or the more probable label by both."""
+
+SETTINGS = ("judge", "prompt", "offer_none", "options")
+"""Of a stage's configuration: what changes the judge's answers, beside the candidates."""
+
+FEWEST = 20
+"""Fewer images tell too little of a scorer and a judge."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibratedJudge:
+    """A judge's model and what the judge was.
+
+    Attributes:
+        judge: its spec.
+        settings: of its stage, as far as they change its answers (`SETTINGS`); empty for records made of arrays.
+        model: how it chooses.
+    """
+
+    judge: str
+    settings: dict[str, JsonValue]
+    model: JudgeModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """The decision layer's knowledge.
+
+    Attributes:
+        labels: names of the C labels, in column order.
+        fingerprint: of the scorer that it holds for.
+        scorer: makes that scorer's log-probabilities calibrated.
+        judges: of every stage.
+        images: how many it was fitted on.
+        labelled: whether their truths were known; if not, the judge was taken for a noisy annotator.
+        fitted_on: names of these images, so that they can be left out where the outcome is measured.
+        policy: when to ask, if it was chosen for a target.
+        fusion: whose word is final.
+        accept: the least probable label that is not abstained from, if an error was to be guaranteed.
+        figures: what was measured when it was fitted: before and after calibration, and on held-out images.
+        made: when.
+    """
+
+    labels: tuple[str, ...]
+    fingerprint: str
+    scorer: ScorerCalibration
+    judges: tuple[CalibratedJudge, ...]
+    images: int
+    labelled: bool
+    fitted_on: tuple[str, ...]
+    policy: str | None = None
+    fusion: FusionRule = "bayes"
+    accept: float | None = None
+    figures: dict[str, JsonValue] = field(default_factory=dict)
+    made: datetime = field(default_factory=lambda: datetime.now(UTC))
+    format: Literal[1] = 1
+
+    def calibrated(self, scores: Scores) -> Scores:
+        """The scores with calibrated probabilities.
+
+        Raises:
+            ConfigError: if they are of another scorer or label set.
+        """
+        if scores.labels.names != self.labels:
+            raise ConfigError(
+                f"The calibration is of {len(self.labels)} other labels, or of these in another order.",
+                hint="Make one for this label set: cascadevlm calibrate.",
+            )
+        if scores.fingerprint != self.fingerprint:
+            raise ConfigError(
+                f"The calibration is of the scorer {self.fingerprint!r}, not of {scores.fingerprint!r}.",
+                hint="Make one for this scorer: cascadevlm calibrate.",
+            )
+        return replace(scores, log_probs=self.scorer(scores.log_probs).astype(np.float32))
+
+    def judge_of(self, stage: int, settings: Mapping[str, JsonValue]) -> JudgeModel:
+        """The model of a stage's judge.
+
+        Args:
+            stage: its number, from 0 on.
+            settings: of the stage, as its configuration has them.
+
+        Raises:
+            ConfigError: if there is none, or it is of another judge, prompt or options.
+        """
+        hint = "Make one for this judge: cascadevlm calibrate."
+        if stage >= len(self.judges):
+            raise ConfigError(f"The calibration knows {len(self.judges)} judges, not {stage + 1}.", hint=hint)
+        known = self.judges[stage]
+        for name, value in known.settings.items():
+            if settings[name] != value:
+                raise ConfigError(f"The calibration is of {name} {value!r}, not of {settings[name]!r}.", hint=hint)
+        return known.model
+
+    def write(self, path: Path) -> None:
+        """Write the file.
+
+        Raises:
+            DataError: if it cannot be written.
+        """
+        try:
+            path.write_bytes(_ADAPTER.dump_json(self, indent=2) + b"\n")
+        except OSError as exc:
+            raise DataError(f"{str(path)!r} cannot be written: {exc.strerror}.") from exc
+
+
+_ADAPTER = TypeAdapter(Calibration)
+
+
+def read_calibration(path: Path) -> Calibration:
+    """Read the file.
+
+    Raises:
+        ConfigError: if it is none.
+    """
+    try:
+        return _ADAPTER.validate_json(path.read_bytes())
+    except OSError as exc:
+        raise ConfigError(f"Calibration {str(path)!r} cannot be read: {exc.strerror}.") from exc
+    except ValidationError as exc:
+        first = exc.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise ConfigError(f"{str(path)!r} is no calibration: {where}: {first['msg']}.") from exc
+
+
+def answers_of(judged: Judged) -> Answers:
+    """What a record's stage was shown and said, as a model of the judge takes it."""
+    chose_none = np.array(judged.outcomes, dtype=str) == "none"
+    answers = np.where(chose_none, NONE_CHOSEN, judged.answers)
+    return Answers(candidates=judged.candidates, answers=answers, none_offered=bool(chose_none.any()))
+
+
+def heard(judged: Judged) -> NDArray[np.bool_]:
+    """N: whether the judge was asked and what came of it says something; errors and spent budgets do not."""
+    return judged.asked & np.isin(judged.outcomes, ["answered", "none", "refused", "unparsed"])
+
+
+def fit_calibration(record: Record, *, labelled: bool = True, fusion: FusionRule = "bayes") -> Calibration:
+    """Learn from a record how far to trust its scorer and its judges.
+
+    Args:
+        record: its images that could be read are used.
+        labelled: whether to look at the truths; without, the judge of the first stage is the annotator.
+
+    Raises:
+        DataError: if there are too few images or, without labels, none that the judge was asked about.
+    """
+    record = record.take(np.flatnonzero(record.readable))
+    if len(record) < FEWEST:
+        raise DataError(f"{len(record)} images are too few to calibrate on.", hint=f"Give at least {FEWEST}, better 200.")
+    log_probs = record.scores.log_probs
+    if labelled:
+        responsibilities = np.eye(len(record.labels))[record.truths]
+        scorer, belief = fit_scorer(log_probs, responsibilities)
+    else:
+        known = heard(record.judged)
+        if known.sum() < FEWEST:
+            raise DataError(
+                f"The judge answered about {known.sum()} images, too few to calibrate on without labels.",
+                hint=f"Ask it about at least {FEWEST}: evaluate --judge-all --limit 200.",
+            )
+        answers = answers_of(record.stages[0])
+        scorer, model = fit_without_labels(log_probs[known], answers.rows(known))
+        belief = scorer(log_probs)
+        responsibilities = np.exp(model.posterior(belief, answers))
+    judges = []
+    for number, judged in enumerate(record.stages):
+        known, answers = heard(judged), answers_of(judged)
+        if labelled:
+            model = fit_judge(belief[known], responsibilities[known], answers.rows(known))
+        belief = np.where(known[:, None], model.posterior(belief, answers), belief)
+        judges.append(CalibratedJudge(judge=judged.judge, settings=_settings(record, number), model=model))
+    return Calibration(
+        labels=record.labels.names,
+        fingerprint=record.scores.fingerprint,
+        scorer=scorer,
+        judges=tuple(judges),
+        images=len(record),
+        labelled=labelled,
+        fitted_on=record.names,
+        fusion=fusion,
+    )
+
+
+def decided(record: Record, calibration: Calibration) -> Record:
+    """The record as the decision layer sees it: calibrated scores, and what scorer and judges say together.
+
+    Its measures are then those of calibrated probabilities; policies of gain can be tried on it. The candidates are those that
+    were shown, though a calibrated scorer might have shown others.
+
+    Raises:
+        ConfigError: if the calibration is of another scorer, label set or number of stages.
+    """
+    if len(record.stages) != len(calibration.judges):
+        raise ConfigError(f"The calibration is of {len(calibration.judges)} judges, the record of {len(record.stages)}.")
+    scores = calibration.calibrated(record.scores)
+    before = belief = scores.log_probs.astype(np.float64)
+    for judge, judged in zip(calibration.judges, record.stages, strict=True):
+        before, known = belief, heard(judged)
+        belief = np.where(known[:, None], judge.model.posterior(before, answers_of(judged)), before)
+    last, answers = calibration.judges[-1], answers_of(record.judged)
+    fused = Fused(
+        labels=np.where(record.readable, belief.argmax(axis=1), NOBODY),
+        probabilities=np.exp(belief.max(axis=1)),
+        gain=last.model.gain(before, answers.candidates, none_offered=answers.none_offered),
+    )
+    return replace(record, scores=scores, fused=fused)
+
+
+def held_out(record: Record, calibration: Calibration) -> Record:
+    """The record of the images that the calibration was not fitted on.
+
+    Raises:
+        DataError: if there are none.
+    """
+    rows = np.flatnonzero(~np.isin(record.names, calibration.fitted_on))
+    if not len(rows):
+        raise DataError("The calibration was fitted on every image of the record.", hint="Evaluate on others.")
+    return record.take(rows)
+
+
+def _settings(record: Record, stage: int) -> dict[str, JsonValue]:
+    if record.info is None:
+        return {}
+    stages = record.info.config["stage"]
+    assert isinstance(stages, list)
+    settings = stages[stage]
+    assert isinstance(settings, dict)
+    return {name: settings[name] for name in SETTINGS}

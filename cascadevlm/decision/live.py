@@ -1,0 +1,66 @@
+"""The decision layer in a running cascade: calibrated scores, the gain from asking, and both opinions fused."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from cascadevlm.candidates import CandidateRule
+from cascadevlm.decision.calibration import Calibration
+from cascadevlm.decision.judge_model import NONE_CHOSEN, Answers, JudgeModel
+from cascadevlm.labels import LabelSet
+from cascadevlm.record import NOBODY
+from cascadevlm.scorer import Scorer
+from cascadevlm.types import Candidate, Scores, Verdict
+
+
+class CalibratedScorer(Scorer):
+    """Scores as another scorer does, with calibrated probabilities.
+
+    Raises:
+        ConfigError: when scoring, if the calibration is of another scorer or label set.
+    """
+
+    def __init__(self, wrapped: Scorer, calibration: Calibration) -> None:
+        self.wrapped = wrapped
+        self.calibration = calibration
+
+    def score(self, images: Sequence[Image.Image], labels: LabelSet) -> Scores:
+        return self.calibration.calibrated(self.wrapped.score(images, labels))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asking:
+    """What asking one stage's judge is worth, and what its answer means.
+
+    Attributes:
+        model: of the judge.
+        candidates: what it is shown.
+        none_offered: whether "none of these" is one of the options.
+    """
+
+    model: JudgeModel
+    candidates: CandidateRule
+    none_offered: bool
+
+    def gain(self, scores: Scores) -> NDArray[np.floating]:
+        """N: how much more likely the best label is to be right, in expectation, once the judge has answered; from 0 to 1."""
+        columns = self.candidates.columns(scores)
+        if self.candidates.order == "reversed":
+            columns = columns[:, ::-1]
+        return self.model.gain(scores.log_probs.astype(np.float64), columns, none_offered=self.none_offered)
+
+    def fuse(self, scores: Scores, shown: Sequence[Candidate], verdict: Verdict) -> Scores:
+        """1 x C: what to believe after a verdict, from what was believed before."""
+        names = scores.labels.names
+        column = {name: number for number, name in enumerate(names)}
+        said = NONE_CHOSEN if verdict.outcome == "none" else NOBODY if verdict.label is None else column[verdict.label]
+        answers = Answers(
+            candidates=np.array([[column[candidate.label.name] for candidate in shown]]),
+            answers=np.array([said]),
+            none_offered=self.none_offered,
+        )
+        after = self.model.posterior(scores.log_probs.astype(np.float64), answers)
+        return replace(scores, log_probs=after.astype(np.float32))

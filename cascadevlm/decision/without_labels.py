@@ -1,0 +1,40 @@
+"""Calibration without labels: the judge's own answers on a sample, the judge taken for an annotator who errs.
+
+Expectation and maximisation in turns (Dawid and Skene, "Maximum likelihood estimation of observer error-rates using the EM
+algorithm", 1979; with a classifier as here, Raykar et al., "Learning from crowds", JMLR 2010): how likely each label is to be
+the truth of each image, given scorer and judge; then the scorer's and the judge's parameters that fit best to that. What is
+particular to classes is held back by stronger priors than where truths are known: both opinions can agree on an error.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cascadevlm.decision.judge_model import Answers, JudgeFitting, JudgeModel
+from cascadevlm.decision.scorer_calibration import Floats, ScorerCalibration, Shape, fit_shapes
+
+ROUNDS = 10
+CONVERGED = 0.01
+"""Mean change of a responsibility in a round below which it is over."""
+
+BIAS_PRECISION = 1.0
+"""Of the scorer's class biases."""
+
+JUDGE_PRECISION = 100.0
+"""Of what is particular to a class or a position in the judge's model."""
+
+
+def fit_without_labels(log_probs: NDArray[np.floating], answers: Answers) -> tuple[ScorerCalibration, JudgeModel]:
+    """Calibration of the scorer and model of the judge, from N x C log-probabilities and N answers."""
+    shape = Shape(start=np.zeros(log_probs.shape[1]), bias=BIAS_PRECISION)
+    calibration = ScorerCalibration.identity(log_probs.shape[1])
+    model = JudgeModel.prior(log_probs.shape[1], answers.candidates.shape[1])
+    before: Floats = np.zeros(log_probs.shape)
+    for _ in range(ROUNDS):
+        responsibilities = np.exp(model.posterior(calibration(log_probs), answers))
+        if np.abs(responsibilities - before).sum(axis=1).mean() < CONVERGED:
+            break
+        before = responsibilities
+        (calibration,) = fit_shapes(log_probs, responsibilities, [shape])
+        fitting = JudgeFitting(calibration(log_probs), responsibilities, answers)
+        model = fitting.model(fitting.fit(fitting.start(), JUDGE_PRECISION))
+    return calibration, model

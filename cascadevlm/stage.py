@@ -1,0 +1,68 @@
+"""A stage of a cascade: one judge, and when and how it is asked."""
+
+from dataclasses import dataclass
+
+from PIL import Image
+
+from cascadevlm.candidates import CandidateRule, TopK
+from cascadevlm.decision.calibration import FusionRule
+from cascadevlm.decision.judge_model import JudgeModel
+from cascadevlm.decision.live import Asking
+from cascadevlm.errors import InputError, PromptError
+from cascadevlm.judge import Judge
+from cascadevlm.policy import Always, PolicyLike
+from cascadevlm.support import SupportSet
+from cascadevlm.types import Candidate, Prompt, Question
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One judge of a cascade and when and how it is asked.
+
+    The policy of the first stage sees the scorer's scores. That of a later stage sees the images its predecessor was asked
+    about, with the scores as they then stand: what both opinions say together, where they are fused; else the judge's own
+    probabilities, certainty where it answered without any, and the scorer's where it gave no answer. After "none of these",
+    candidates are chosen among the other labels.
+
+    Attributes:
+        fusion: whose word is final: the judge's, or the more probable label by both.
+        model: of the judge; policies of gain and fusion want it.
+        widen: how many times more the judge is asked, about the next candidates, where it chose "none of these".
+
+    Raises:
+        InputError: if opinions are to be fused and there is no model.
+        PromptError: if the prompt shows reference images and there is no support set.
+    """
+
+    judge: Judge
+    prompt: Prompt
+    policy: PolicyLike = Always()
+    candidates: CandidateRule = TopK()
+    offer_none: bool = False
+    support: SupportSet | None = None
+    fusion: FusionRule = "judge"
+    model: JudgeModel | None = None
+    widen: int = 0
+
+    def __post_init__(self) -> None:
+        if self.fusion == "bayes" and self.model is None:
+            raise InputError("fusion = 'bayes' needs a calibration.", hint="Make one: cascadevlm calibrate.")
+        if self.support is None and self.prompt.shows_references:
+            raise PromptError(f"Prompt {self.prompt.name!r} shows $references.", hint="Give the stage a support folder.")
+
+    def question(self, image: Image.Image, candidates: tuple[Candidate, ...]) -> Question:
+        """What the judge is asked about an image, the candidates in the order they are to be shown."""
+        return Question(
+            image=image,
+            candidates=candidates,
+            prompt=self.prompt,
+            exemplars=self.support.of(candidates) if self.support else (),
+            offer_none=self.offer_none,
+        )
+
+    @property
+    def asking(self) -> Asking | None:
+        """What asking is worth, if the judge is known."""
+        if self.model is None:
+            return None
+        return Asking(model=self.model, candidates=self.candidates, none_offered=self.offer_none)
