@@ -1,0 +1,38 @@
+"""``cascadevlm report``."""
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cascadevlm.errors import InputError
+
+
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN…", help="Folders of records made by: evaluate -o FOLDER.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The HTML file; one that is there is overwritten.")],
+) -> None:
+    """Write runs as one HTML page: figures, plots, studies and cases, in a file that needs nothing beside itself."""
+    from cascadevlm.report import read_run, render
+
+    page = render({name: read_run(run) for name, run in zip(_names(runs), runs, strict=True)})
+    try:
+        output.write_text(page, encoding="utf-8")
+    except OSError as exc:
+        raise InputError(f"The report {str(output)!r} cannot be written: {exc.strerror}.") from exc
+    typer.echo(f"{output}: {output.stat().st_size / 1e6:.1f} MB")
+
+
+def _names(folders: Sequence[Path]) -> list[str]:
+    """The folders' own names.
+
+    Raises:
+        InputError: if two have the same.
+    """
+    names = [folder.resolve().name for folder in folders]
+    for name, count in Counter(names).items():
+        if count > 1:
+            raise InputError(f"{count} of the runs are named {name!r}.", hint="Rename their folders.")
+    return names
