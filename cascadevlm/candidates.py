@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from cascadevlm.decision.conformal import Conformal
 from cascadevlm.errors import InputError
 from cascadevlm.images import pixel_digest
 from cascadevlm.record import NOBODY, Columns
@@ -92,8 +93,7 @@ class CumulativeMass(CandidateRule):
     def __post_init__(self) -> None:
         if not 0 < self.mass <= 1:
             raise InputError(f"mass is a probability above 0 and up to 1, not {self.mass!r}.")
-        if not 1 <= self.minimum <= self.maximum:
-            raise InputError(f"minimum {self.minimum} and maximum {self.maximum} must be at least 1 and in order.")
+        _require_bounds(self.minimum, self.maximum)
 
     def most(self) -> int:
         return self.maximum
@@ -102,6 +102,30 @@ class CumulativeMass(CandidateRule):
         short = descending.cumsum(axis=1) < self.mass - 1e-6  # float32 sums stop a little short of 1
         reached: NDArray[np.intp] = short.sum(axis=1) + 1
         return reached.clip(self.minimum, self.maximum)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConformalSet(CandidateRule):
+    """The most probable labels that hold the truth as often as a conformal ``rule`` promises: of at least ``minimum`` and at most
+    ``maximum``, beyond which it promises nothing."""
+
+    rule: Conformal
+    minimum: int = 2
+    maximum: int = 10
+
+    def __post_init__(self) -> None:
+        _require_bounds(self.minimum, self.maximum)
+
+    def most(self) -> int:
+        return self.maximum
+
+    def sizes(self, descending: NDArray[np.floating]) -> NDArray[np.intp]:
+        return self.rule.sizes(descending, minimum=self.minimum, maximum=self.maximum)
+
+
+def _require_bounds(minimum: int, maximum: int) -> None:
+    if not 1 <= minimum <= maximum:
+        raise InputError(f"minimum {minimum} and maximum {maximum} must be at least 1 and in order.")
 
 
 def _best(values: NDArray[np.floating], number: int) -> Columns:

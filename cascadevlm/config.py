@@ -9,7 +9,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, V
 
 from cascadevlm.budget import Ledger
 from cascadevlm.cache import DiskStore, VerdictStore
-from cascadevlm.candidates import CandidateRule, CumulativeMass, Order, TopK
+from cascadevlm.candidates import CandidateRule, ConformalSet, CumulativeMass, Order, TopK
 from cascadevlm.cascade import Cascade
 from cascadevlm.decision.calibration import Calibration, FusionRule, read_calibration
 from cascadevlm.decision.live import CalibratedScorer
@@ -37,27 +37,35 @@ class ScorerConfig(_Section):
 
 
 class CandidatesConfig(_Section):
-    """``candidates = {…}``: the ``k`` best, or those that reach ``mass``; and the order they are shown in."""
+    """``candidates = {…}``: the ``k`` best, those that reach ``mass``, or as many as hold the truth with a probability of
+    ``coverage`` by the calibration; and the order they are shown in."""
 
     k: Annotated[int, Field(ge=1)] | None = None
     mass: Annotated[float, Field(gt=0, le=1)] | None = None
+    coverage: Annotated[float, Field(gt=0, lt=1)] | None = None
     minimum: int = 2
     maximum: int = 10
     order: Order = "ranked"
     seed: int = 0
 
-    def build(self) -> CandidateRule:
+    def build(self, calibration: Calibration | None) -> CandidateRule:
         """The rule.
 
         Raises:
-            ConfigError: unless exactly one of ``k`` and ``mass`` is given.
+            ConfigError: unless exactly one of ``k``, ``mass`` and ``coverage`` is given; if there is no calibration for the
+                coverage.
         """
-        if (self.k is None) == (self.mass is None):
-            raise ConfigError("candidates wants either k or mass.", hint="For example: candidates = { mass = 0.95 }.")
+        if [self.k, self.mass, self.coverage].count(None) != 2:
+            raise ConfigError("candidates wants one of k, mass and coverage.", hint="For example: candidates = { mass = 0.95 }.")
         if self.k is not None:
             return TopK(k=self.k, order=self.order, seed=self.seed)
-        assert self.mass is not None
-        return CumulativeMass(mass=self.mass, minimum=self.minimum, maximum=self.maximum, order=self.order, seed=self.seed)
+        if self.mass is not None:
+            return CumulativeMass(mass=self.mass, minimum=self.minimum, maximum=self.maximum, order=self.order, seed=self.seed)
+        assert self.coverage is not None
+        if calibration is None:
+            raise ConfigError("candidates with a coverage need a calibration.", hint="Make one: cascadevlm calibrate.")
+        rule = calibration.conformal_for(self.coverage)
+        return ConformalSet(rule=rule, minimum=self.minimum, maximum=self.maximum, order=self.order, seed=self.seed)
 
 
 def _k_alone(value: JsonValue) -> JsonValue:
@@ -95,7 +103,7 @@ class StageConfig(_Section):
             judge=load_judge(self.judge, **self.options),
             prompt=load_prompt(self.prompt),
             policy=parse_policy(policy),
-            candidates=self.candidates.build(),
+            candidates=self.candidates.build(calibration),
             offer_none=self.offer_none,
             support=SupportSet.read(self.support.folder, labels, shots=self.support.shots) if self.support else None,
             fusion=fusion,
@@ -178,6 +186,11 @@ class Config(_Section):
             ledger=Ledger(self.budget.usd),
             batch_size=self.batch_size,
         )
+
+    def frozen(self, cascade: Cascade) -> Self:
+        """The configuration with the policies that the cascade built from it has, be they its calibration's."""
+        stages = zip(self.stage, cascade.stages, strict=True)
+        return self.model_copy(update={"stage": tuple(s.model_copy(update={"policy": str(built.policy)}) for s, built in stages)})
 
 
 def read_toml(path: Path) -> dict[str, JsonValue]:

@@ -355,17 +355,28 @@ def _rows(scores: Scores) -> list[Scores]:
 
 
 def _rank(rule: CandidateRule, items: Sequence[_Item]) -> None:
-    """Give each image its candidates, leaving out what judges rejected."""
-    if items:
-        for item, candidates in zip(items, rule.choose(_stacked([item.belief for item in items])), strict=True):
-            item.candidates = tuple(candidate for candidate in candidates if candidate.probability > 0)
+    """Give each image its candidates by what is believed now, without those that judges rejected; their probabilities and ranks
+    are the scorer's."""
+    if not items:
+        return
+    for item, candidates in zip(items, rule.choose(_stacked([item.belief for item in items])), strict=True):
+        if item.belief is not item.scores:
+            candidates = tuple(_as_scored(item.scores, candidate) for candidate in candidates if candidate.probability > 0)
+        item.candidates = candidates
+
+
+def _as_scored(scores: Scores, candidate: Candidate) -> Candidate:
+    """With its probability and rank in 1 x C scores."""
+    (row,), column = scores.probabilities, scores.labels.names.index(candidate.label.name)
+    rank = 1 + int((row > row[column]).sum() + (row[:column] == row[column]).sum())
+    return replace(candidate, probability=float(row[column]), rank=rank)
 
 
 def _widened(rule: CandidateRule, item: _Item) -> bool:
     """Give an image further candidates; whether there are any."""
     shown = item.candidates
     _rank(rule, [item])
-    if {candidate.label for candidate in item.candidates} <= {candidate.label for candidate in shown}:
+    if set(item.candidates) <= set(shown):
         item.candidates = shown
         return False
     return True

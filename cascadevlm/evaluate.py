@@ -1,14 +1,19 @@
 """Evaluating a cascade on labelled images: a run and its record, and its metrics as another policy would have had them."""
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from pydantic import BaseModel
+
 from cascadevlm.cascade import Cascade
 from cascadevlm.config import Config
 from cascadevlm.data import Data
+from cascadevlm.decision.calibration import BESIDE, calibration_beside, decided
 from cascadevlm.metrics import Evaluation, evaluate
-from cascadevlm.policy import Always, PolicyLike
+from cascadevlm.policy import Always, Policy, PolicyLike
+from cascadevlm.policy_language import parse_policy
 from cascadevlm.record import Record, read_record
 from cascadevlm.recording import KeepingScorer, KeepingStage, write_record
 from cascadevlm.sweep import under
@@ -31,7 +36,7 @@ def record_run(
     """Run a cascade over labelled data and record it.
 
     Args:
-        folder: of the record; there must be none in it.
+        folder: of the record; there must be none in it. The calibration, if there is one, is copied to it.
         config: what the cascade was built from, to be kept with it.
         progress: told every prediction.
 
@@ -50,7 +55,21 @@ def record_run(
         spec=config.scorer.use,
     ):
         progress(prediction)
-    return read_record(folder)
+    if config.calibration is not None:
+        shutil.copy(config.calibration, folder / BESIDE)
+    return read_decided(folder)
+
+
+def read_decided(folder: Path) -> Record:
+    """The record in a folder; as the calibration saw it that decided in its run.
+
+    Raises:
+        DataError: as `read_record`.
+        ConfigError: if the calibration beside it is none, or another.
+    """
+    record, calibration = read_record(folder), calibration_beside(folder)
+    decides = calibration is not None and record.scores.fingerprint == calibration.calibrated_fingerprint
+    return decided(record, calibration) if calibration is not None and decides else record
 
 
 def can_replay(record: Record) -> bool:
@@ -68,3 +87,38 @@ def evaluate_replayed(record: Record, policy: PolicyLike) -> Evaluation:
     """
     evaluation = evaluate(under(record, policy), everything=record.judged)
     return replace(evaluation, paid_dollars=float(record.judged.paid.sum()))
+
+
+class _Stage(BaseModel):
+    policy: str | None = None
+
+
+class _Configured(BaseModel):
+    """What of a frozen configuration matters here."""
+
+    stage: list[_Stage] = []
+    calibration: str | None = None
+
+
+def policies(record: Record) -> tuple[Policy, ...]:
+    """Those that the record's configuration states; none of a record without a configuration.
+
+    Raises:
+        PolicyError: if one is not installed here.
+    """
+    return tuple(parse_policy(stage.policy) for stage in _configured(record).stage if stage.policy)
+
+
+def as_configured(record: Record) -> Record:
+    """The record under the policy of its configuration, where the judge was asked about everything; else the record itself.
+
+    So it is, too, where a calibration decided and was not applied (`cascadevlm.decision.calibration.decided`).
+    """
+    stated = policies(record)
+    applied = _configured(record).calibration is None or record.fused is not None
+    replays = bool(stated) and applied and can_replay(record)
+    return under(record, stated[0]) if replays else record
+
+
+def _configured(record: Record) -> _Configured:
+    return _Configured.model_validate(record.info.config if record.info else {})

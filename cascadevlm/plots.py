@@ -10,15 +10,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel
 
 from cascadevlm import measures
-from cascadevlm.evaluate import can_replay
+from cascadevlm.decision.calibration import Calibration, decided, held_out
+from cascadevlm.evaluate import as_configured, policies
 from cascadevlm.metrics import BINS, Interval, evaluate, expected_calibration_error
 from cascadevlm.policy import All, AnyOf, EntropyAbove, Not, Policy
-from cascadevlm.policy_language import parse_policy
 from cascadevlm.record import NOBODY, Columns, Record
-from cascadevlm.sweep import Sweep, sweep, under
+from cascadevlm.sweep import Sweep, sweep
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -48,40 +47,6 @@ MOST_CONFUSED = 12
 HISTOGRAM_BINS = 25
 
 
-class _Stage(BaseModel):
-    policy: str | None = None
-
-
-class _Configured(BaseModel):
-    """What of a frozen configuration matters here."""
-
-    stage: list[_Stage] = []
-    calibration: str | None = None
-
-
-def policies(record: Record) -> tuple[Policy, ...]:
-    """Those that the record's configuration states; none of a record without a configuration.
-
-    Raises:
-        PolicyError: if one is not installed here.
-    """
-    return tuple(parse_policy(stage.policy) for stage in _configured(record).stage if stage.policy)
-
-
-def as_configured(record: Record) -> Record:
-    """The record under the policy of its configuration, where the judge was asked about everything; else the record itself.
-
-    So it is, too, where a calibration decided: its file is no part of the record.
-    """
-    stated = policies(record)
-    replays = bool(stated) and _configured(record).calibration is None and can_replay(record)
-    return under(record, stated[0]) if replays else record
-
-
-def _configured(record: Record) -> _Configured:
-    return _Configured.model_validate(record.info.config if record.info else {})
-
-
 def accuracy_deferral(record: Record) -> "Figure":
     """Accuracy against the share of images escalated: every ranking of `sweep` and the run's own point.
 
@@ -94,6 +59,29 @@ def accuracy_deferral(record: Record) -> "Figure":
     _points(axes, swept, (own.scorer_accuracy, own.cascade_accuracy), own.deferral_rate, 1)
     axes.set_xlim(-4, 104)
     _legend(figure)
+    return figure
+
+
+def decision_layer(record: Record, calibration: Calibration) -> "Figure":
+    """Accuracy against the share of images escalated, with a calibration and without, on the images it was not fitted on.
+
+    Raises:
+        DataError: if it was fitted on all of them, or the judge was not asked about everything.
+    """
+    figure, axes = _figure("share of images escalated (%)", "accuracy (%)")
+    rest = held_out(record, calibration)
+    (raw,) = (curve for curve in sweep(rest).curves if curve.name == "entropy")
+    curves = {curve.name: curve for curve in sweep(decided(rest, calibration)).curves}
+    for name, curve, what in (
+        ("entropy", raw, "entropy, the judge's word is final"),
+        ("gain", curves["gain"], "gain, both opinions fused"),
+        ("oracle", curves["oracle"], "oracle, both opinions fused"),
+    ):
+        colour, dashes = CURVES[name]
+        label = f"{what} (area {curve.area:.3f})"
+        axes.plot(100 * curve.deferral_rates, 100 * curve.accuracies, color=colour, linestyle=dashes, linewidth=1.7, label=label)
+    axes.set_xlim(-4, 104)
+    _legend(figure, columns=1)
     return figure
 
 

@@ -213,10 +213,7 @@ def _curves(record: Record, steps: int) -> list[Curve]:
     random = scorer_right.mean() + rates * gain.mean()
     return [
         _curve("oracle", gain.astype(np.float64), scorer_right, gain, dollars, steps, sign=0),
-        *(
-            _curve(name, doubt, scorer_right, gain, dollars, steps, sign=sign)
-            for name, (doubt, sign) in rankings.items()
-        ),
+        *(_curve(name, doubt, scorer_right, gain, dollars, steps, sign=sign) for name, (doubt, sign) in rankings.items()),
         Curve(
             name="random",
             deferral_rates=rates,

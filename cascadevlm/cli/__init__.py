@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from cascadevlm.cli import backends, cache, classify, compare, demo, estimate, evaluate, study, sweep
+from cascadevlm.cli import backends, cache, calibrate, classify, compare, demo, estimate, evaluate, report, study, sweep
 from cascadevlm.errors import CascadeError, InputError
 
 WORK_FAILED = 1
@@ -30,7 +30,9 @@ app.command()(classify.classify)
 app.command()(estimate.estimate)
 app.command()(evaluate.evaluate)
 app.command()(sweep.sweep)
+app.command()(calibrate.calibrate)
 app.command()(compare.compare)
+app.command()(report.report)
 app.command()(backends.backends)
 app.add_typer(study.app, name="study")
 app.add_typer(cache.app, name="cache")

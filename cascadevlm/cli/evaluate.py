@@ -50,9 +50,10 @@ def evaluate(
     asking = asking_everything(cascade) if judge_all else cascade
     if not yes:
         confirm(parsed, asking, given.images)
+    frozen = parsed.frozen(cascade)
     with tempfile.TemporaryDirectory() as scratch, Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("images", total=len(given))
-        record = record_run(asking, given, output or Path(scratch), config=parsed, progress=lambda _: progress.advance(task))
+        record = record_run(asking, given, output or Path(scratch), config=frozen, progress=lambda _: progress.advance(task))
     replays = judge_all and can_replay(record)
     if judge_all and not replays:
         typer.echo("These are the figures of asking everything: a policy is replayed if one judge was asked about all.", err=True)

@@ -10,6 +10,7 @@ from rich.text import Text
 from cascadevlm.types import Prediction, Usage, Verdict
 
 if TYPE_CHECKING:
+    from cascadevlm.decision.calibrate import Calibrated
     from cascadevlm.metrics import Evaluation
 
 BAR_WIDTH = 12
@@ -90,6 +91,31 @@ def evaluation_rows(evaluation: "Evaluation") -> dict[str, str]:
         "paid in this run": f"${evaluation.paid_dollars:.4f}",
         "seconds a question, p50 and p95": f"{_number(evaluation.latency_p50)}, {_number(evaluation.latency_p95)}",
     }
+
+
+def calibration_rows(result: "Calibrated") -> dict[str, str]:
+    """What a calibration is worth, on images that it was not fitted on."""
+    rows = {
+        name: f"{what.format(result.before[key])} → {what.format(result.after[key])}"
+        for name, key, what in (
+            ("scorer, right", "accuracy", "{:.1%}"),
+            ("scorer, log-likelihood in nats", "log_likelihood", "{:.3f}"),
+            ("scorer, calibration error", "calibration_error", "{:.3f}"),
+        )
+    }
+    if result.areas:
+        rows["area, entropy and judge's word → gain and fusion"] = f"{result.areas[0]:.3f} → {result.areas[1]:.3f}"
+    if (policy := result.calibration.policy) and (found := result.outcome):
+        rows |= {
+            "policy": policy,
+            "escalated": _share(found.deferral_rate),
+            "dollars, a thousand images": f"${found.dollars_per_thousand:.4f}",
+            "right": _share(found.accuracy, found.accuracy_interval),
+            "with nobody asked, with everything asked": f"{_share(found.scorer_accuracy)}, {_share(found.judge_accuracy)}",
+        }
+    if result.acceptance:
+        rows["accepted"] = result.acceptance.describe()
+    return rows
 
 
 def _share(share: float | None, interval: tuple[float, float] | None = None) -> str:

@@ -153,11 +153,11 @@ def threshold(
 
 @app.command()
 def errors(run: AnyRun, output: Result = None, as_json: AsJson = False) -> None:
-    """Split the errors of a record by their causes, asking nobody."""
-    from cascadevlm.record import read_record
+    """Split the errors of a record, under its policy, by their causes, asking nobody."""
+    from cascadevlm.evaluate import as_configured, read_decided
     from cascadevlm.study import study_errors
 
-    _finish(study_errors(read_record(run)), output, as_json=as_json)
+    _finish(study_errors(as_configured(read_decided(run))), output, as_json=as_json)
 
 
 def _numbers(option: str, text: str, number: Callable[[str], Number]) -> list[Number]:

@@ -1,15 +1,18 @@
 """What was learned of a scorer and its judges from a record, in one readable JSON file that other models are refused with."""
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import JsonValue, TypeAdapter, ValidationError
 
+from cascadevlm.decision.conformal import Conformal
 from cascadevlm.decision.judge_model import NONE_CHOSEN, Answers, JudgeModel, fit_judge
 from cascadevlm.decision.scorer_calibration import ScorerCalibration, fit_scorer
 from cascadevlm.decision.without_labels import fit_without_labels
@@ -20,8 +23,17 @@ from cascadevlm.types import Scores
 FusionRule = Literal["judge", "bayes"]
 """Whose word is final: the judge's where it gave an answer, or the more probable label by both."""
 
+FUSION_RULES: dict[str, FusionRule] = {rule: rule for rule in get_args(FusionRule)}
+"""By name."""
+
 SETTINGS = ("judge", "prompt", "offer_none", "options")
 """Of a stage's configuration: what changes the judge's answers, beside the candidates."""
+
+BESIDE = "calibration.json"
+"""What the file is called in the folder of a record."""
+
+COVERAGE = 0.95
+"""How often a list of candidates shall hold the truth, unless said otherwise."""
 
 FEWEST = 20
 """Fewer images tell too little of a scorer and a judge."""
@@ -54,6 +66,7 @@ class Calibration:
         images: how many it was fitted on.
         labelled: whether their truths were known; if not, the judge was taken for a noisy annotator.
         fitted_on: names of these images, so that they can be left out where the outcome is measured.
+        conformal: how long lists of candidates must be for a coverage; None without labels.
         policy: when to ask, if it was chosen for a target.
         fusion: whose word is final.
         accept: the least probable label that is not abstained from, if an error was to be guaranteed.
@@ -68,6 +81,7 @@ class Calibration:
     images: int
     labelled: bool
     fitted_on: tuple[str, ...]
+    conformal: Conformal | None = None
     policy: str | None = None
     fusion: FusionRule = "bayes"
     accept: float | None = None
@@ -75,8 +89,14 @@ class Calibration:
     made: datetime = field(default_factory=lambda: datetime.now(UTC))
     format: Literal[1] = 1
 
+    @cached_property
+    def calibrated_fingerprint(self) -> str:
+        """What calibrated scores have instead of the scorer's own."""
+        digest = hashlib.sha256(TypeAdapter(ScorerCalibration).dump_json(self.scorer)).hexdigest()[:12]
+        return f"{self.fingerprint}|calibrated={digest}"
+
     def calibrated(self, scores: Scores) -> Scores:
-        """The scores with calibrated probabilities.
+        """The scores with calibrated probabilities; themselves, if they are.
 
         Raises:
             ConfigError: if they are of another scorer or label set.
@@ -86,12 +106,18 @@ class Calibration:
                 f"The calibration is of {len(self.labels)} other labels, or of these in another order.",
                 hint="Make one for this label set: cascadevlm calibrate.",
             )
+        if scores.fingerprint == self.calibrated_fingerprint:
+            return scores
         if scores.fingerprint != self.fingerprint:
             raise ConfigError(
                 f"The calibration is of the scorer {self.fingerprint!r}, not of {scores.fingerprint!r}.",
                 hint="Make one for this scorer: cascadevlm calibrate.",
             )
-        return replace(scores, log_probs=self.scorer(scores.log_probs).astype(np.float32))
+        return Scores(
+            log_probs=self.scorer(scores.log_probs).astype(np.float32),
+            labels=scores.labels,
+            fingerprint=self.calibrated_fingerprint,
+        )
 
     def judge_of(self, stage: int, settings: Mapping[str, JsonValue]) -> JudgeModel:
         """The model of a stage's judge.
@@ -111,6 +137,19 @@ class Calibration:
             if settings[name] != value:
                 raise ConfigError(f"The calibration is of {name} {value!r}, not of {settings[name]!r}.", hint=hint)
         return known.model
+
+    def conformal_for(self, coverage: float) -> Conformal:
+        """The rule for a coverage.
+
+        Raises:
+            ConfigError: if there is none, or it is for another.
+        """
+        if self.conformal is None or self.conformal.coverage != coverage:
+            known = "no coverage" if self.conformal is None else f"a coverage of {self.conformal.coverage:g}"
+            raise ConfigError(
+                f"The calibration is for {known}, not for {coverage:g}.", hint=f"cascadevlm calibrate RUN --coverage {coverage:g}"
+            )
+        return self.conformal
 
     def write(self, path: Path) -> None:
         """Write the file.
@@ -143,6 +182,16 @@ def read_calibration(path: Path) -> Calibration:
         raise ConfigError(f"{str(path)!r} is no calibration: {where}: {first['msg']}.") from exc
 
 
+def calibration_beside(folder: Path) -> Calibration | None:
+    """The calibration that lies in a record's folder.
+
+    Raises:
+        ConfigError: if there is a file of its name that is none.
+    """
+    path = folder / BESIDE
+    return read_calibration(path) if path.exists() else None
+
+
 def answers_of(judged: Judged) -> Answers:
     """What a record's stage was shown and said, as a model of the judge takes it."""
     chose_none = np.array(judged.outcomes, dtype=str) == "none"
@@ -155,23 +204,29 @@ def heard(judged: Judged) -> NDArray[np.bool_]:
     return judged.asked & np.isin(judged.outcomes, ["answered", "none", "refused", "unparsed"])
 
 
-def fit_calibration(record: Record, *, labelled: bool = True, fusion: FusionRule = "bayes") -> Calibration:
+def fit_calibration(
+    record: Record, *, labelled: bool = True, fusion: FusionRule = "bayes", coverage: float = COVERAGE
+) -> Calibration:
     """Learn from a record how far to trust its scorer and its judges.
 
     Args:
         record: its images that could be read are used.
         labelled: whether to look at the truths; without, the judge of the first stage is the annotator.
+        coverage: of the conformal sets. They are fitted on what the scorer's calibrations on other folds say of each image, which
+            holds the promise closely, not strictly.
 
     Raises:
+        InputError: if the images cannot promise the coverage.
         DataError: if there are too few images or, without labels, none that the judge was asked about.
     """
     record = record.take(np.flatnonzero(record.readable))
     if len(record) < FEWEST:
         raise DataError(f"{len(record)} images are too few to calibrate on.", hint=f"Give at least {FEWEST}, better 200.")
-    log_probs = record.scores.log_probs
+    log_probs, conformal = record.scores.log_probs, None
     if labelled:
         responsibilities = np.eye(len(record.labels))[record.truths]
         scorer, belief = fit_scorer(log_probs, responsibilities)
+        conformal = Conformal.fit(np.exp(belief), record.truths, coverage=coverage)
     else:
         known = heard(record.judged)
         if known.sum() < FEWEST:
@@ -198,6 +253,7 @@ def fit_calibration(record: Record, *, labelled: bool = True, fusion: FusionRule
         images=len(record),
         labelled=labelled,
         fitted_on=record.names,
+        conformal=conformal,
         fusion=fusion,
     )
 
@@ -219,9 +275,14 @@ def decided(record: Record, calibration: Calibration) -> Record:
         before, known = belief, heard(judged)
         belief = np.where(known[:, None], judge.model.posterior(before, answers_of(judged)), before)
     last, answers = calibration.judges[-1], answers_of(record.judged)
+    labels, probabilities = belief.argmax(axis=1), np.exp(belief.max(axis=1))
+    if calibration.fusion == "judge":
+        answered = record.judged.answers != NOBODY
+        labels = np.where(answered, record.judged.answers, scores.log_probs.argmax(axis=1))
+        probabilities = np.where(answered, np.nan, scores.probabilities.max(axis=1))
     fused = Fused(
-        labels=np.where(record.readable, belief.argmax(axis=1), NOBODY),
-        probabilities=np.exp(belief.max(axis=1)),
+        labels=np.where(record.readable, labels, NOBODY),
+        probabilities=probabilities,
         gain=last.model.gain(before, answers.candidates, none_offered=answers.none_offered),
     )
     return replace(record, scores=scores, fused=fused)

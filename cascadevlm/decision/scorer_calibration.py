@@ -11,6 +11,7 @@ Responsibilities are N x C, rows sum to 1: how likely each label is to be the tr
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 from typing import Annotated, Literal, TypeAlias
 
 import numpy as np
@@ -46,6 +47,9 @@ MOST_CLASSES_MIXED = 50
 
 PRIOR_WEIGHT = 10.0
 """How many images of the given prior are added to those seen where marginals are matched."""
+
+METHODS = ("none", "temperature", "matched prior, temperature", "bias", "matched prior, bias", "matrix")
+"""From the simplest on."""
 
 ITERATIONS = 60
 """The most of each fit: a prior makes them converge sooner."""
@@ -121,7 +125,7 @@ class Shape:
 def fit_scorer(
     log_probs: NDArray[np.floating], responsibilities: Floats, *, unlabelled: NDArray[np.floating] | None = None
 ) -> tuple[ScorerCalibration, Floats]:
-    """The calibration of the highest cross-validated log-likelihood.
+    """The simplest calibration that none is better than by more than a standard error of the cross-validated log-likelihood.
 
     Args:
         log_probs: N x C, the scorer's.
@@ -135,23 +139,51 @@ def fit_scorer(
     classes = log_probs.shape[1]
     fold_of = np.random.default_rng(0).permutation(len(log_probs)) % FOLDS
     matched = match_prior(log_probs if unlabelled is None else np.concatenate([log_probs, unlabelled]))
-    tried: dict[str, tuple[float, Floats, Shape]] = {}
+    tried = {"none": _Tried.of(log_probs.astype(np.float64), responsibilities, None)}
 
     def attempt(name: str, shapes: Sequence[Shape]) -> None:
-        for shape, held_out in zip(shapes, _held_out(log_probs, responsibilities, fold_of, shapes), strict=True):
-            likelihood = float((held_out * responsibilities).sum() / len(log_probs))
-            if name not in tried or likelihood > tried[name][0]:
-                tried[name] = likelihood, held_out, shape
+        found = _held_out(log_probs, responsibilities, fold_of, shapes)
+        fits = [_Tried.of(held_out, responsibilities, shape) for shape, held_out in zip(shapes, found, strict=True)]
+        tried[name] = max(fits, key=lambda fit: fit.likelihoods.mean())
 
     for name, start in (("", np.zeros(classes)), ("matched prior, ", matched)):
         attempt(name + "temperature", [Shape(start=start)])
         attempt(name + "bias", [Shape(start=start, bias=precision) for precision in BIAS_PRECISIONS])
     if classes <= MOST_CLASSES_MIXED:
-        shape = max((tried["bias"], tried["matched prior, bias"]), key=lambda found: found[0])[2]
-        attempt("matrix", [replace(shape, mixing=precision) for precision in MIXING_PRECISIONS])
-    _, held_out, shape = max(tried.values(), key=lambda found: found[0])
-    *_, calibration = fit_shapes(log_probs, responsibilities, [shape])
-    return replace(calibration, log_likelihoods={name: found[0] for name, found in tried.items()}), held_out
+        biased = max(tried["bias"], tried["matched prior, bias"], key=lambda fit: fit.likelihoods.mean())
+        if biased.shape is not None:
+            attempt("matrix", [replace(biased.shape, mixing=precision) for precision in MIXING_PRECISIONS])
+    best = reduce(_Tried.unless_better, (tried[name] for name in METHODS if name in tried))
+    calibration = ScorerCalibration.identity(classes)
+    if best.shape is not None:
+        (calibration,) = fit_shapes(log_probs, responsibilities, [best.shape])
+    likelihoods = {name: float(fit.likelihoods.mean()) for name, fit in tried.items()}
+    return replace(calibration, log_likelihoods=likelihoods), best.held_out
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Tried:
+    """What cross-validation gave.
+
+    Attributes:
+        shape: of what was fitted; None of nothing.
+        held_out: N x C log-probabilities.
+        likelihoods: N, of the truth, in nats.
+    """
+
+    shape: Shape | None
+    held_out: Floats
+    likelihoods: Floats
+
+    @classmethod
+    def of(cls, held_out: Floats, responsibilities: Floats, shape: Shape | None) -> "_Tried":
+        return cls(shape=shape, held_out=held_out, likelihoods=(held_out * responsibilities).sum(axis=1))
+
+    def unless_better(self, richer: "_Tried") -> "_Tried":
+        """The richer one, if it is better by more than a standard error (Breiman et al., "Classification and Regression Trees",
+        1984, section 3.4.3)."""
+        gained = richer.likelihoods - self.likelihoods
+        return richer if gained.mean() > gained.std() / np.sqrt(len(gained)) else self
 
 
 def _held_out(

@@ -7,13 +7,16 @@ import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cascadevlm import plots
+from cascadevlm.decision.calibration import Calibration, calibration_beside
+from cascadevlm.evaluate import as_configured, read_decided
 from cascadevlm.metrics import Evaluation, Interval, evaluate
-from cascadevlm.record import Record, read_record
+from cascadevlm.record import Record
 from cascadevlm.report.cases import cases
 from cascadevlm.report.studies import StudyResult, read_studies
 
@@ -40,29 +43,34 @@ class Run:
         final: under its policy, where the judge was asked about everything.
         evaluation: of ``final``, with what the judge said of the images kept; ``paid_dollars`` are those of the whole run.
         studies: that lie beside it.
+        calibration: that lies beside it, if it was fitted on a part of it.
     """
 
     record: Record
     final: Record
     evaluation: Evaluation
     studies: tuple[StudyResult, ...] = ()
+    calibration: Calibration | None = None
 
     @classmethod
-    def of(cls, record: Record, studies: Sequence[StudyResult] = ()) -> "Run":
+    def of(cls, record: Record, studies: Sequence[StudyResult] = (), calibration: Calibration | None = None) -> "Run":
         """What there is to tell of a record."""
-        final = plots.as_configured(record)
+        final = as_configured(record)
         evaluation = evaluate(final, everything=record.judged if record.stages else None)
         paid = float(sum(stage.paid.sum() for stage in record.stages))
-        return cls(record=record, final=final, evaluation=replace(evaluation, paid_dollars=paid), studies=tuple(studies))
+        evaluation = replace(evaluation, paid_dollars=paid)
+        return cls(record=record, final=final, evaluation=evaluation, studies=tuple(studies), calibration=calibration)
 
 
 def read_run(folder: Path) -> Run:
-    """The record and the studies in a folder.
+    """The record, the studies and the calibration in a folder.
 
     Raises:
         DataError: if there is no whole record, or a study cannot be read.
     """
-    return Run.of(read_record(folder), read_studies(folder))
+    record, calibration = read_decided(folder), calibration_beside(folder)
+    fitted_here = calibration is not None and record.scores.fingerprint == calibration.fingerprint
+    return Run.of(record, read_studies(folder), calibration if fitted_here else None)
 
 
 def render(runs: Mapping[str, Run], *, seed: int = 0) -> str:
@@ -141,6 +149,10 @@ def _plots(run: Run, draw: "_Drawing") -> list[Plot]:
             plots.confusion,
         ),
     ]
+    if run.calibration is not None and swept:
+        text = "What the calibration beside the run gains on the images that it was not fitted on."
+        decision = partial(plots.decision_layer, calibration=run.calibration)
+        known.insert(2, (True, "Decision layer", text, decision))
     return [Plot(title=title, text=text, svg=draw(plot(run.record), title)) for shown, title, text, plot in known if shown]
 
 

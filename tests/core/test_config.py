@@ -38,7 +38,7 @@ def test_candidates_by_mass() -> None:
 
 @pytest.mark.parametrize("candidates", [{}, {"k": 3, "mass": 0.9}])
 def test_candidates_want_one_rule(candidates: JsonValue) -> None:
-    with pytest.raises(ConfigError, match="either k or mass"):
+    with pytest.raises(ConfigError, match="one of k, mass and coverage"):
         Config.parse(data(candidates=candidates)).build(LABELS)
 
 

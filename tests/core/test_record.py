@@ -142,8 +142,10 @@ def check(record: Record, data: Data, predictions: list[Prediction], judges: lis
     assert record.decided_by == tuple(p.decided_by or "" for p in predictions)
     assert [stage.judge for stage in record.stages] == judges
     for image, prediction in enumerate(predictions):
-        best = min(prediction.candidates, key=lambda c: c.rank, default=None)
-        assert record.scored[image] == (NOBODY if best is None else NAMES.index(best.label.name))
+        best = [candidate for candidate in prediction.candidates if candidate.rank == 1]  # none, where a judge rejected it
+        assert best or prediction.verdicts or not prediction.candidates
+        assert all(record.scored[image] == NAMES.index(candidate.label.name) for candidate in best)
+        assert (record.scored[image] == NOBODY) == (not prediction.candidates)
         for candidate in prediction.candidates:
             column = NAMES.index(candidate.label.name)
             assert record.scores.probabilities[image, column] == np.float32(candidate.probability)

@@ -1,0 +1,134 @@
+"""Calibrating on a part of a record, for a target if there is one, and telling what it gives on the rest."""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import JsonValue
+
+from cascadevlm.data import stratified
+from cascadevlm.decision.calibration import COVERAGE, Calibration, FusionRule, decided, fit_calibration
+from cascadevlm.decision.guarantee import Acceptance, fit_acceptance
+from cascadevlm.decision.targets import Outcome, Target, outcome, threshold
+from cascadevlm.errors import DataError
+from cascadevlm.metrics import expected_calibration_error
+from cascadevlm.policy import Always
+from cascadevlm.policy_language import parse_policy
+from cascadevlm.record import Record
+from cascadevlm.sweep import MEASURES, sweep, under
+from cascadevlm.types import Scores
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibrated:
+    """A calibration and what it is worth.
+
+    Attributes:
+        calibration: to be used.
+        before: of the scorer as it is, on held-out images: accuracy, mean log-likelihood in nats, expected calibration error.
+        after: of the calibrated scorer.
+        areas: under accuracy against deferral rate on held-out images: the entropy gate with the judge's word final, and the gain
+            with the opinions fused; None where the judge was not asked about everything.
+        outcome: of the policy chosen for the target; None without one.
+        acceptance: what the images support of the promised error; None if none was promised.
+    """
+
+    calibration: Calibration
+    before: dict[str, float]
+    after: dict[str, float]
+    areas: tuple[float, float] | None
+    outcome: Outcome | None
+    acceptance: Acceptance | None
+
+
+def calibrate(
+    record: Record,
+    *,
+    size: int,
+    seed: int = 0,
+    labelled: bool = True,
+    fusion: FusionRule = "bayes",
+    measure: str = "gain",
+    target: Target | None = None,
+    target_error: float | None = None,
+    confidence: float = 0.95,
+    coverage: float = COVERAGE,
+) -> Calibrated:
+    """Calibrate on ``size`` images of a record and measure on the others.
+
+    Where a threshold is to be chosen, half of these images fit the models and the other half chooses: chosen on images that the
+    models know, it would promise too much.
+
+    Args:
+        record: of labelled images.
+        labelled: whether to look at the labels of the ``size`` images to fit the models.
+        measure: the policy's, as the string form calls it.
+        target: what the policy shall meet.
+        coverage: of the conformal sets of candidates.
+        target_error: the most that may be wrong of the accepted answers, with ``confidence``.
+
+    Raises:
+        DataError: if there are too few images, no other ones, or a target cannot be met.
+    """
+    record = record.take(np.flatnonzero(record.readable))
+    if not size < len(record):
+        raise DataError(f"Of {len(record)} images, {size} leave none to measure on.", hint="Calibrate on fewer: --size.")
+    inside = _drawn(record, size, seed)
+    own, rest = record.take(np.flatnonzero(inside)), record.take(np.flatnonzero(~inside))
+    choosing = own
+    if target is not None or target_error is not None:
+        fitting = _drawn(own, size // 2, seed)
+        choosing, own = own.take(np.flatnonzero(~fitting)), own.take(np.flatnonzero(fitting))
+    calibration = fit_calibration(own, labelled=labelled, fusion=fusion, coverage=coverage)
+    calibration = replace(calibration, fitted_on=tuple(np.array(record.names)[inside].tolist()))
+    comparison = ">" if measure not in MEASURES or MEASURES[measure][1] > 0 else "<"
+    if target is not None:
+        chosen = threshold(decided(choosing, calibration), measure, target)
+        calibration = replace(calibration, policy=f"{measure} {comparison} {chosen:.6g}")
+    policy = parse_policy(calibration.policy) if calibration.policy else Always()
+    acceptance = None
+    if target_error is not None:
+        gated = under(decided(choosing, calibration), policy)
+        right = gated.predicted == gated.truths
+        acceptance = fit_acceptance(gated.probabilities, right, target_error=target_error, confidence=confidence)
+        calibration = replace(calibration, accept=acceptance.threshold)
+    after = decided(rest, calibration)
+    everything = bool(rest.judged.asked.all())
+    result = Calibrated(
+        calibration=calibration,
+        before=_quality(rest.scores, rest.truths),
+        after=_quality(after.scores, after.truths),
+        areas=(_area(rest, "entropy"), _area(after, "gain")) if everything else None,
+        outcome=outcome(after, policy) if target is not None else None,
+        acceptance=acceptance,
+    )
+    return replace(result, calibration=replace(calibration, figures=_figures(result)))
+
+
+def _drawn(record: Record, size: int, seed: int) -> NDArray[np.bool_]:
+    return stratified([record.labels.names[truth] for truth in record.truths], size, seed=seed)
+
+
+def _quality(scores: Scores, truths: NDArray[np.int64]) -> dict[str, float]:
+    right = scores.log_probs.argmax(axis=1) == truths
+    error = expected_calibration_error(scores.probabilities.max(axis=1), right)
+    return {
+        "accuracy": float(right.mean()),
+        "log_likelihood": float(scores.log_probs[np.arange(len(truths)), truths].mean()),
+        "calibration_error": error or 0.0,
+    }
+
+
+def _area(record: Record, name: str) -> float:
+    return next(curve.area for curve in sweep(record).curves if curve.name == name)
+
+
+def _figures(result: Calibrated) -> dict[str, JsonValue]:
+    return {
+        "scorer_before": dict(result.before),
+        "scorer_after": dict(result.after),
+        "area_entropy_judge": result.areas and result.areas[0],
+        "area_gain_fused": result.areas and result.areas[1],
+        "outcome": result.outcome.to_dict() if result.outcome else None,
+        "acceptance": result.acceptance.describe() if result.acceptance else None,
+    }
