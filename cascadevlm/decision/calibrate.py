@@ -68,7 +68,7 @@ def calibrate(
         target_error: the most that may be wrong of the accepted answers, with ``confidence``.
 
     Raises:
-        DataError: if there are too few images, no other ones, or a target cannot be met.
+        DataError: if there are too few images, no other ones, or a target cannot be met or promised.
     """
     record = record.take(np.flatnonzero(record.readable))
     if not size < len(record):
@@ -91,6 +91,8 @@ def calibrate(
         gated = under(decided(choosing, calibration), policy)
         right = gated.predicted == gated.truths
         acceptance = fit_acceptance(gated.probabilities, right, target_error=target_error, confidence=confidence)
+        if acceptance.threshold is None:
+            raise DataError(acceptance.describe(), hint="Label more images, or promise less.")
         calibration = replace(calibration, accept=acceptance.threshold)
     after = decided(rest, calibration)
     everything = bool(rest.judged.asked.all())
