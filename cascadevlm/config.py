@@ -174,6 +174,11 @@ class Config(_Section):
             options["templates"] = [*self.scorer.templates]
         scorer = load_scorer(self.scorer.use, **options)
         calibration = read_calibration(self.calibration) if self.calibration else None
+        if calibration and len(calibration.judges) != len(self.stage):
+            raise ConfigError(
+                f"The calibration is of {len(calibration.judges)} stages, the configuration has {len(self.stage)}.",
+                hint="Make one for this cascade: cascadevlm calibrate.",
+            )
         fusion = self.fusion or (calibration.fusion if calibration else "judge")
         accept = self.accept if self.accept is not None else calibration.accept if calibration else None
         return Cascade(
@@ -188,9 +193,14 @@ class Config(_Section):
         )
 
     def frozen(self, cascade: Cascade) -> Self:
-        """The configuration with the policies that the cascade built from it has, be they its calibration's."""
-        stages = zip(self.stage, cascade.stages, strict=True)
-        return self.model_copy(update={"stage": tuple(s.model_copy(update={"policy": str(built.policy)}) for s, built in stages)})
+        """The configuration with the policies, the fusion and the acceptance of the cascade built from it, be they its
+        calibration's."""
+        stages = [
+            stage.model_copy(update={"policy": str(built.policy)})
+            for stage, built in zip(self.stage, cascade.stages, strict=True)
+        ]
+        fusion = cascade.stages[0].fusion if cascade.stages else None
+        return self.model_copy(update={"stage": tuple(stages), "fusion": fusion, "accept": cascade.accept})
 
 
 def read_toml(path: Path) -> dict[str, JsonValue]:
@@ -215,7 +225,7 @@ def override(data: dict[str, JsonValue], key: str, value: JsonValue) -> None:
     """
     *parents, last = key.split(".")
     here: JsonValue = data
-    for step, following in zip(parents, [*parents[1:], last], strict=True):
+    for step, following in zip(parents, [*parents, last][1:], strict=True):
         empty: JsonValue = [] if following.isdigit() else {}
         if isinstance(here, dict):
             here = here.setdefault(step, empty)

@@ -22,9 +22,9 @@ from cascadevlm.candidates import CandidateRule, TopK
 from cascadevlm.errors import BudgetExhausted, FatalError, ImageError, JudgeError
 from cascadevlm.images import ImageSource, load_image
 from cascadevlm.judge import Judge, Repairing
-from cascadevlm.labels import LabelSet
+from cascadevlm.labels import Label, LabelSet
 from cascadevlm.pacing import Paced
-from cascadevlm.policy import START, as_policy
+from cascadevlm.policy import START
 from cascadevlm.retry import Retrying
 from cascadevlm.scorer import Scorer
 from cascadevlm.stage import Stage
@@ -87,9 +87,7 @@ class _RunningStage:
 
     def __init__(self, stage: Stage, store: VerdictStore | None, ledger: Ledger) -> None:
         self.stage = stage
-        self.policy = as_policy(stage.policy)
-        if stage.asking is not None:
-            self.policy = self.policy.informed(stage.asking.gain)
+        self.policy = stage.informed_policy
         self.judge = dependable(stage.judge, store, ledger)
         self.places = asyncio.Semaphore(stage.judge.concurrency)
         self.spending = START
@@ -257,9 +255,11 @@ class Run:
     async def _ask(self, running: _RunningStage, item: _Item, *, last: bool) -> None:
         verdict = await self._verdict(running, item)
         item.hear(running.stage, verdict)
+        seen: set[Label] = set()
         for _ in range(running.stage.widen):
             shown = item.candidates
-            if verdict.outcome != "none" or not _widened(running.stage.candidates, item):
+            seen.update(candidate.label for candidate in shown)
+            if verdict.outcome != "none" or not _widened(running.stage.candidates, item, seen):
                 break
             wider = await self._verdict(running, item)
             if wider.outcome in ("failed", "skipped"):
@@ -372,11 +372,11 @@ def _as_scored(scores: Scores, candidate: Candidate) -> Candidate:
     return replace(candidate, probability=float(row[column]), rank=rank)
 
 
-def _widened(rule: CandidateRule, item: _Item) -> bool:
-    """Give an image further candidates; whether there are any."""
+def _widened(rule: CandidateRule, item: _Item, seen: Collection[Label]) -> bool:
+    """Give an image further candidates; whether there are any that were not seen."""
     shown = item.candidates
     _rank(rule, [item])
-    if set(item.candidates) <= set(shown):
+    if all(candidate.label in seen for candidate in item.candidates):
         item.candidates = shown
         return False
     return True

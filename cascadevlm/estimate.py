@@ -12,7 +12,6 @@ from cascadevlm.budget import NANODOLLARS
 from cascadevlm.cascade import Cascade
 from cascadevlm.errors import ImageError, InputError
 from cascadevlm.images import ImageSource, load_image
-from cascadevlm.policy import as_policy
 from cascadevlm.stage import Stage
 from cascadevlm.types import Scores
 
@@ -69,7 +68,7 @@ def estimate(cascade: Cascade, images: Sequence[ImageSource], *, sample: int = S
     escalated = np.ones(len(readable), dtype=bool)
     estimates = []
     for stage in cascade.stages:
-        escalated &= as_policy(stage.policy).select(scores)
+        escalated &= stage.informed_policy.select(scores)
         priced = escalated if escalated.any() else ~escalated  # where none is asked about, all say what one would cost
         usual, worst, tokens = _mean_price(stage, readable, scores, priced)
         rate = int(escalated.sum()) / len(looked_at)
@@ -86,7 +85,7 @@ def estimate(cascade: Cascade, images: Sequence[ImageSource], *, sample: int = S
                 dollars=calls * usual,
                 dollars_range=(
                     float(interval.low) * len(images) * usual,
-                    math.ceil(float(interval.high) * len(images)) * worst,
+                    math.ceil(float(interval.high) * len(images)) * worst * (1 + stage.widen),
                 ),
                 minutes=_minutes(stage, calls, tokens) if worst else 0.0,
             )

@@ -55,26 +55,32 @@ def record_run(
         spec=config.scorer.use,
     ):
         progress(prediction)
-    if config.calibration is not None:
-        shutil.copy(config.calibration, folder / BESIDE)
+    beside = folder / BESIDE
+    if config.calibration is not None and config.calibration.resolve() != beside.resolve():
+        shutil.copy(config.calibration, beside)
     return read_decided(folder)
 
 
 def read_decided(folder: Path) -> Record:
-    """The record in a folder; as the calibration saw it that decided in its run.
+    """The record in a folder; as the calibration saw it that decided in its run, unless lists grew wider in it.
 
     Raises:
         DataError: as `read_record`.
         ConfigError: if the calibration beside it is none, or another.
     """
     record, calibration = read_record(folder), calibration_beside(folder)
-    decides = calibration is not None and record.scores.fingerprint == calibration.calibrated_fingerprint
-    return decided(record, calibration) if calibration is not None and decides else record
+    if calibration is None or record.scores.fingerprint != calibration.calibrated_fingerprint:
+        return record
+    return record if any(stage.widen for stage in _configured(record).stage) else decided(record, calibration)
 
 
 def can_replay(record: Record) -> bool:
-    """Whether the record has one stage, whose judge was asked about every image, so that it tells what any policy would give."""
-    return len(record.stages) == 1 and bool(record.judged.asked[record.readable].all())
+    """Whether the record has one stage, whose judge was asked about every image, so that it tells what any policy would give.
+
+    Of lists that grew wider it holds the last round only.
+    """
+    asked_once = not any(stage.widen for stage in _configured(record).stage)
+    return len(record.stages) == 1 and asked_once and bool(record.judged.asked[record.readable].all())
 
 
 def evaluate_replayed(record: Record, policy: PolicyLike) -> Evaluation:
@@ -91,6 +97,7 @@ def evaluate_replayed(record: Record, policy: PolicyLike) -> Evaluation:
 
 class _Stage(BaseModel):
     policy: str | None = None
+    widen: int = 0
 
 
 class _Configured(BaseModel):

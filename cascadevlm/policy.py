@@ -163,7 +163,7 @@ class EntropyAbove(Policy):
         return _reasons("entropy", measures.entropy(scores, self.unit), self)
 
     def __str__(self) -> str:
-        return f"entropy > {self.threshold:g}" + " nats" * (self.unit == "nats")
+        return f"entropy > {_number(self.threshold)}" + " nats" * (self.unit == "nats")
 
 
 @dataclass(frozen=True)
@@ -183,7 +183,7 @@ class MarginBelow(Policy):
         return _reasons("margin", measures.margin(scores), self)
 
     def __str__(self) -> str:
-        return f"margin < {self.threshold:g}"
+        return f"margin < {_number(self.threshold)}"
 
 
 @dataclass(frozen=True)
@@ -203,7 +203,7 @@ class TopProbabilityBelow(Policy):
         return _reasons("top_probability", measures.top_probability(scores), self)
 
     def __str__(self) -> str:
-        return f"top_probability < {self.threshold:g}"
+        return f"top_probability < {_number(self.threshold)}"
 
 
 @dataclass(frozen=True)
@@ -235,7 +235,7 @@ class GainAbove(Policy):
         return _reasons("gain", self.priority(scores), self)
 
     def __str__(self) -> str:
-        return f"gain > {self.threshold:g}"
+        return f"gain > {_number(self.threshold)}"
 
 
 @dataclass(frozen=True)
@@ -247,7 +247,7 @@ class GainPerDollarAbove(GainAbove):
         return self.priority(scores) > self.threshold * spending.dollars_per_call
 
     def __str__(self) -> str:
-        return f"gain_per_dollar > {self.threshold:g}"
+        return f"gain_per_dollar > {_number(self.threshold)}"
 
 
 @dataclass(frozen=True)
@@ -414,6 +414,12 @@ def _reasons(measure: str, values: NDArray[np.floating], policy: Policy) -> list
 
 def _joined(operator: str, parts: tuple[Policy, ...], scores: Scores) -> list[str]:
     return [operator.join(reasons) for reasons in zip(*(part.reasons(scores) for part in parts), strict=True)]
+
+
+def _number(value: float) -> str:
+    """Short, where that is exact."""
+    short = f"{value:g}"
+    return short if float(short) == value else repr(float(value))
 
 
 def _require_share(name: str, value: float) -> None:

@@ -95,6 +95,7 @@ class Judged:
         input_tokens: N; 0 from the cache.
         output_tokens: N; 0 from the cache.
         paid: N, the dollars of this very run.
+        none_offered: whether "none of these" was an option.
     """
 
     judge: str
@@ -108,6 +109,7 @@ class Judged:
     input_tokens: NDArray[np.int64]
     output_tokens: NDArray[np.int64]
     paid: NDArray[np.float64]
+    none_offered: bool = False
 
     def take(self, rows: NDArray[np.intp]) -> "Judged":
         """The same of some of the images."""
@@ -123,6 +125,7 @@ class Judged:
             input_tokens=self.input_tokens[rows],
             output_tokens=self.output_tokens[rows],
             paid=self.paid[rows],
+            none_offered=self.none_offered,
         )
 
 
@@ -370,4 +373,5 @@ def _judged(rows: "pyarrow.Table", judge: str, size: int, column: Mapping[str, i
         input_tokens=numbers("input_tokens").astype(np.int64),
         output_tokens=numbers("output_tokens").astype(np.int64),
         paid=numbers("dollars"),
+        none_offered=any(said["offer_none"]),
     )

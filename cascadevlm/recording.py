@@ -68,9 +68,9 @@ def asked_of(question: Question) -> dict[str, JsonValue]:
 @dataclass(frozen=True, kw_only=True)
 class KeepingStage(Stage):
     """Asks as another stage does and keeps what it asked, by the digest of the image: a prediction tells only what was shown
-    last."""
+    last. Of lists that grew wider, all are kept."""
 
-    kept: dict[str, dict[str, JsonValue]] = field(default_factory=dict, repr=False, compare=False)
+    kept: dict[str, list[dict[str, JsonValue]]] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def of(cls, stage: Stage) -> "KeepingStage":
@@ -79,7 +79,7 @@ class KeepingStage(Stage):
 
     def question(self, image: Image.Image, candidates: tuple[Candidate, ...]) -> Question:
         question = super().question(image, candidates)
-        self.kept[question.image_digest] = asked_of(question)
+        self.kept.setdefault(question.image_digest, []).append(asked_of(question))
         return question
 
 
@@ -189,7 +189,9 @@ def _write_tables(
             for name, p in zip(data.names, predictions, strict=True)
         ],
         "verdicts": [
-            stage.kept[digest] | _verdict_columns(verdict) | {"image": image, "stage": number, "judge": stage.judge.spec}
+            _answered(stage.kept[digest], prediction)
+            | _verdict_columns(verdict)
+            | {"image": image, "stage": number, "judge": stage.judge.spec}
             for image, (prediction, digest) in enumerate(zip(predictions, digests, strict=True))
             for number, (stage, verdict) in enumerate(zip(stages, prediction.verdicts, strict=False))  # later ones said nothing
             if digest is not None
@@ -198,6 +200,12 @@ def _write_tables(
     for name, schema in table_schemas().items():
         columns = [pyarrow.array([_valid(row[each.name]) for row in rows[name]], each.type) for each in schema]
         pyarrow.parquet.write_table(pyarrow.Table.from_arrays(columns, schema=schema), folder / f"{name}.parquet")
+
+
+def _answered(asked: Sequence[dict[str, JsonValue]], prediction: Prediction) -> dict[str, JsonValue]:
+    """Of the questions a stage put about an image, the one whose verdict counts: that shown last, unless it came to nothing."""
+    shown = [candidate.label.name for candidate in prediction.candidates]
+    return next((each for each in reversed(asked) if each["candidates"] == shown), asked[-1])
 
 
 def _verdict_columns(verdict: Verdict) -> dict[str, object]:

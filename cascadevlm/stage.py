@@ -10,7 +10,7 @@ from cascadevlm.decision.judge_model import JudgeModel
 from cascadevlm.decision.live import Asking
 from cascadevlm.errors import InputError, PromptError
 from cascadevlm.judge import Judge
-from cascadevlm.policy import Always, PolicyLike
+from cascadevlm.policy import Always, Policy, PolicyLike, as_policy
 from cascadevlm.support import SupportSet
 from cascadevlm.types import Candidate, Prompt, Question
 
@@ -59,6 +59,12 @@ class Stage:
             exemplars=self.support.of(candidates) if self.support else (),
             offer_none=self.offer_none,
         )
+
+    @property
+    def informed_policy(self) -> Policy:
+        """The policy, knowing what asking is worth if the judge is known."""
+        policy = as_policy(self.policy)
+        return policy if self.asking is None else policy.informed(self.asking.gain)
 
     @property
     def asking(self) -> Asking | None:

@@ -185,7 +185,10 @@ def study_candidates(
     variants: dict[str, Variant] = {}
     for k in sorted({min(k, len(cascade.labels)) for k in ks}):
         rule = TopK(k=k, order=stage.candidates.order, seed=stage.candidates.seed)
-        variants[f"k={k}"] = replace(stage, candidates=rule), {"candidates.k": k, "candidates.mass": None}
+        variants[f"k={k}"] = (
+            replace(stage, candidates=rule),
+            {"candidates.k": k, "candidates.mass": None, "candidates.coverage": None},
+        )
     records = _ask(variants, cascade, data, config, folder, begin, progress)
     return Study(
         name="candidates",
@@ -296,7 +299,7 @@ def study_threshold(record: Record, *, thresholds: Sequence[float] | None = None
     if thresholds is None:
         (curve,) = (curve for curve in sweep(record).curves if curve.name == "entropy")
         assert curve.thresholds is not None
-        thresholds = np.unique(curve.thresholds.clip(0, 1)).tolist()
+        thresholds = np.unique(curve.thresholds[~np.isnan(curve.thresholds)].clip(0, 1)).tolist()
     rows = [_row(f"entropy > {t:.3g}", record, EntropyAbove(t), {"threshold": t}) for t in sorted(thresholds)]
     return Study(name="threshold", question="From which entropy on should the judge be asked?", rows=tuple(rows))
 

@@ -37,7 +37,8 @@ class Curve:
         deferral_rates: P shares of images escalated, from 0 to 1.
         accuracies: P.
         dollars: P, per thousand images.
-        thresholds: P values of the measure that escalate so many, infinite at the ends; None where the ranking has none.
+        thresholds: P values of the measure that escalate so many, infinite at the ends, NaN where equal images cannot be told
+            apart; None where the ranking has none.
         area: under accuracy against deferral rate, as the mean over the points.
     """
 
@@ -129,8 +130,10 @@ def under(record: Record, policy: PolicyLike) -> Record:
     by_judge = answers != NOBODY if record.fused is None else wanted
     by_whom = "judge" if record.fused is None else "fusion"
     decided_by = np.where(predicted == NOBODY, "", np.where(by_judge, by_whom, "scorer"))
-    probabilities = np.where(decided_by == "scorer", record.scores.probabilities.max(axis=1), np.nan)
     of_judge = record.probabilities if record.fused is None else record.fused.probabilities
+    of_scorer = np.where(decided_by == "scorer", record.scores.probabilities.max(axis=1), np.nan)
+    probabilities = np.where(by_judge & (predicted != NOBODY), of_judge, of_scorer)
+    refused = probabilities < _accepted(record)
     stage = replace(
         judged,
         asked=wanted,
@@ -146,10 +149,16 @@ def under(record: Record, policy: PolicyLike) -> Record:
     return replace(
         record,
         stages=(*record.stages[:-1], stage),
-        predicted=predicted,
-        probabilities=np.where(by_judge & (predicted != NOBODY), of_judge, probabilities),
-        decided_by=tuple(decided_by.tolist()),
+        predicted=np.where(refused, NOBODY, predicted),
+        probabilities=np.where(refused, np.nan, probabilities),
+        decided_by=tuple(np.where(refused, "", decided_by).tolist()),
     )
+
+
+def _accepted(record: Record) -> float:
+    """The least probable label that the record's cascade gives."""
+    accept = record.info.config.get("accept") if record.info else None
+    return float(accept) if isinstance(accept, int | float) else 0.0
 
 
 def _where(wanted: NDArray[np.bool_], texts: tuple[str, ...]) -> tuple[str, ...]:
@@ -235,12 +244,13 @@ def _curve(
     spent = np.concatenate([[0], np.cumsum(dollars[order])])
     accuracies = (scorer_right.sum() + gained[counts]) / size
     edges = np.concatenate([[np.inf], doubt[order], [-np.inf]])
+    above, below = edges[counts], edges[counts + 1]
     return Curve(
         name=name,
         deferral_rates=counts / size,
         accuracies=accuracies,
         dollars=1000 * spent[counts] / size,
-        thresholds=sign * (edges[counts] + edges[counts + 1]) / 2 if sign else None,
+        thresholds=sign * np.where(above > below, (above + below) / 2, np.nan) if sign else None,
         area=float(accuracies.mean()),
     )
 

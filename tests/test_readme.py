@@ -18,7 +18,12 @@ from cascadevlm.testing.server import JudgeServer
 
 README = Path(__file__).parents[1] / "README.md"
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
-FEWER = {r"--each \d+": "--each 2", r"--limit \d+": "--limit 8", r"--size \d+": "--size 40", r"--target-error \S+": "--target-error 0.9"}
+FEWER = {
+    r"--each \d+": "--each 2",
+    r"--limit \d+": "--limit 8",
+    r"--size \d+": "--size 40",
+    r"--target-error \S+": "--target-error 0.9",
+}
 """What the README does with many images is done here with few, which promise less."""
 
 BARE_MACHINE = re.compile(r"pip install uv && uv run (--no-dev )?")

@@ -48,7 +48,6 @@ def compare(
     from cascadevlm.compare import compare as compared
     from cascadevlm.compare import labelled, require_same
     from cascadevlm.config import Config, read_toml
-    from cascadevlm.data import read_data
     from cascadevlm.evaluate import record_run
     from cascadevlm.record import read_record, scores_kept
     from cascadevlm.registry import load_scorer
@@ -66,11 +65,7 @@ def compare(
     cascades, given = {}, {}
     for name, config in configs.items():
         assert data is not None
-        where = labels or (data if config.labels is None and data.is_dir() else None)
-        cascades[name] = options.build(config, where)
-        images = read_data(data, cascades[name].labels)
-        images = images.split(split) if split else images
-        given[name] = images.subset(limit) if limit else images
+        cascades[name], given[name] = options.build_with_data(config, data, labels, split, limit)
     of_records = {name: labelled(record) for name, record in records.items()}
     require_same(of_records | {name: (cascades[name].labels, each.names, each.truths) for name, each in given.items()})
     cascades = _sharing(cascades, configs)
@@ -82,7 +77,7 @@ def compare(
         scored: dict[tuple[str, LabelSet], Path] = {}
         for name, config in configs.items():
             folder = (output or Path(scratch)) / name
-            known = scored.setdefault((repr(config.scorer), cascades[name].labels), folder)
+            known = scored.setdefault((_scored_by(config), cascades[name].labels), folder)
             whole = scores_kept(cascades[name].labels) == len(cascades[name].labels)
             scorer = load_scorer(f"recorded:{known}") if whole and known != folder else None
             records[name] = record_run(
@@ -128,7 +123,7 @@ def _sharing(cascades: "dict[str, Cascade]", configs: "dict[str, Config]") -> "d
     judges: dict[str, Judge] = {}
     return {
         name: cascade.altered(
-            scorer=scorers.setdefault(repr(configs[name].scorer), cascade.scorer),
+            scorer=scorers.setdefault(_scored_by(configs[name]), cascade.scorer),
             stages=[
                 replace(stage, judge=judges.setdefault(repr((config.judge, config.options)), stage.judge))
                 for stage, config in zip(cascade.stages, configs[name].stage, strict=True)
@@ -137,6 +132,10 @@ def _sharing(cascades: "dict[str, Cascade]", configs: "dict[str, Config]") -> "d
         )
         for name, cascade in cascades.items()
     }
+
+
+def _scored_by(config: "Config") -> str:
+    return repr((config.scorer, config.calibration))
 
 
 def _runs(comparison: "Comparison") -> "Table":

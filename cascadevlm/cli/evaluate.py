@@ -37,16 +37,11 @@ def evaluate(
 
     from cascadevlm.cli.money import confirm
     from cascadevlm.cli.show import evaluation_rows, print_summary
-    from cascadevlm.data import read_data
     from cascadevlm.evaluate import asking_everything, can_replay, evaluate_replayed, record_run
     from cascadevlm.metrics import evaluate as evaluated
 
     parsed = options.parse(config, scorer, judge, policy, candidates, prompt, settings)
-    where = labels or (data if parsed.labels is None and data.is_dir() else None)
-    cascade = options.build(parsed, where)
-    given = read_data(data, cascade.labels)
-    given = given.split(split) if split else given
-    given = given.subset(limit) if limit else given
+    cascade, given = options.build_with_data(parsed, data, labels, split, limit)
     asking = asking_everything(cascade) if judge_all else cascade
     if not yes:
         confirm(parsed, asking, given.images)

@@ -10,6 +10,7 @@ from cascadevlm.errors import InputError
 if TYPE_CHECKING:
     from cascadevlm.cascade import Cascade
     from cascadevlm.config import Config
+    from cascadevlm.data import Data
 
 DEFAULT_POLICY = "entropy > 0.35"
 
@@ -68,6 +69,23 @@ def build(config: "Config", labels: Path | None) -> "Cascade":
     from cascadevlm.labels import LabelSet
 
     return config.build(LabelSet.read(labels) if labels else None)
+
+
+def build_with_data(
+    config: "Config", data: Path, labels: Path | None, split: str | None, limit: int | None
+) -> "tuple[Cascade, Data]":
+    """The cascade of a configuration and labelled images for it; without labels, a folder of data names them.
+
+    Raises:
+        DataError: if the data is not as it should be.
+    """
+    from cascadevlm.data import read_data
+
+    where = labels or (data if config.labels is None and data.is_dir() else None)
+    cascade = build(config, where)
+    given = read_data(data, cascade.labels)
+    given = given.split(split) if split else given
+    return cascade, given.subset(limit) if limit else given
 
 
 def image_files(paths: list[Path]) -> list[Path]:

@@ -183,13 +183,11 @@ def _study(
     from rich.progress import Progress
 
     from cascadevlm.cli.money import confirm
-    from cascadevlm.data import read_data
 
-    where = labels or (data if parsed.labels is None and data.is_dir() else None)
-    cascade = options.build(parsed, where)
-    given = read_data(data, cascade.labels)
-    given = given.split(split) if split else given
-    given = given.subset(limit) if limit else given
+    if parsed.calibration is not None:
+        hint = "A study changes what the calibration holds for."
+        raise InputError("A study takes no calibration.", hint=hint)
+    cascade, given = options.build_with_data(parsed, data, labels, split, limit)
     progress = Progress(console=Console(stderr=True), transient=True)
     task = progress.add_task("questions")
 

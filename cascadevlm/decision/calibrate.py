@@ -7,15 +7,15 @@ from numpy.typing import NDArray
 from pydantic import JsonValue
 
 from cascadevlm.data import stratified
-from cascadevlm.decision.calibration import COVERAGE, Calibration, FusionRule, decided, fit_calibration
+from cascadevlm.decision.calibration import COVERAGE, Calibration, FusionRule, decided, fit_calibration, images_of
 from cascadevlm.decision.guarantee import Acceptance, fit_acceptance
-from cascadevlm.decision.targets import Outcome, Target, outcome, threshold
+from cascadevlm.decision.targets import Outcome, Target, outcome, policy_for
 from cascadevlm.errors import DataError
 from cascadevlm.metrics import expected_calibration_error
 from cascadevlm.policy import Always
 from cascadevlm.policy_language import parse_policy
 from cascadevlm.record import Record
-from cascadevlm.sweep import MEASURES, sweep, under
+from cascadevlm.sweep import sweep, under
 from cascadevlm.types import Scores
 
 
@@ -70,21 +70,24 @@ def calibrate(
     Raises:
         DataError: if there are too few images, no other ones, or a target cannot be met or promised.
     """
+    chooses = target is not None or target_error is not None
+    if chooses and len(record.stages) != 1:
+        raise DataError(f"A target is for one judge, and the record has {len(record.stages)} stages.", hint="Leave it out.")
+    if target_error is not None and fusion != "bayes":
+        raise DataError("Nothing can be promised of a judge's word without a probability.", hint="Give --fusion bayes.")
     record = record.take(np.flatnonzero(record.readable))
     if not size < len(record):
         raise DataError(f"Of {len(record)} images, {size} leave none to measure on.", hint="Calibrate on fewer: --size.")
     inside = _drawn(record, size, seed)
     own, rest = record.take(np.flatnonzero(inside)), record.take(np.flatnonzero(~inside))
     choosing = own
-    if target is not None or target_error is not None:
+    if chooses:
         fitting = _drawn(own, size // 2, seed)
         choosing, own = own.take(np.flatnonzero(~fitting)), own.take(np.flatnonzero(fitting))
     calibration = fit_calibration(own, labelled=labelled, fusion=fusion, coverage=coverage)
-    calibration = replace(calibration, fitted_on=tuple(np.array(record.names)[inside].tolist()))
-    comparison = ">" if measure not in MEASURES or MEASURES[measure][1] > 0 else "<"
+    calibration = replace(calibration, fitted_on=images_of(record.take(np.flatnonzero(inside))))
     if target is not None:
-        chosen = threshold(decided(choosing, calibration), measure, target)
-        calibration = replace(calibration, policy=f"{measure} {comparison} {chosen:.6g}")
+        calibration = replace(calibration, policy=policy_for(decided(choosing, calibration), measure, target))
     policy = parse_policy(calibration.policy) if calibration.policy else Always()
     acceptance = None
     if target_error is not None:

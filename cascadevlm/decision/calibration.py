@@ -26,7 +26,7 @@ FusionRule = Literal["judge", "bayes"]
 FUSION_RULES: dict[str, FusionRule] = {rule: rule for rule in get_args(FusionRule)}
 """By name."""
 
-SETTINGS = ("judge", "prompt", "offer_none", "options")
+SETTINGS = ("judge", "prompt", "offer_none", "support", "options")
 """Of a stage's configuration: what changes the judge's answers, beside the candidates."""
 
 BESIDE = "calibration.json"
@@ -65,7 +65,8 @@ class Calibration:
         judges: of every stage.
         images: how many it was fitted on.
         labelled: whether their truths were known; if not, the judge was taken for a noisy annotator.
-        fitted_on: names of these images, so that they can be left out where the outcome is measured.
+        fitted_on: digests of these images (names, where a record has none), so that they can be left out where the outcome is
+            measured.
         conformal: how long lists of candidates must be for a coverage; None without labels.
         policy: when to ask, if it was chosen for a target.
         fusion: whose word is final.
@@ -134,8 +135,8 @@ class Calibration:
             raise ConfigError(f"The calibration knows {len(self.judges)} judges, not {stage + 1}.", hint=hint)
         known = self.judges[stage]
         for name, value in known.settings.items():
-            if settings[name] != value:
-                raise ConfigError(f"The calibration is of {name} {value!r}, not of {settings[name]!r}.", hint=hint)
+            if (given := settings.get(name)) != value:
+                raise ConfigError(f"The calibration is of {name} {value!r}, not of {given!r}.", hint=hint)
         return known.model
 
     def conformal_for(self, coverage: float) -> Conformal:
@@ -194,9 +195,8 @@ def calibration_beside(folder: Path) -> Calibration | None:
 
 def answers_of(judged: Judged) -> Answers:
     """What a record's stage was shown and said, as a model of the judge takes it."""
-    chose_none = np.array(judged.outcomes, dtype=str) == "none"
-    answers = np.where(chose_none, NONE_CHOSEN, judged.answers)
-    return Answers(candidates=judged.candidates, answers=answers, none_offered=bool(chose_none.any()))
+    answers = np.where(np.array(judged.outcomes, dtype=str) == "none", NONE_CHOSEN, judged.answers)
+    return Answers(candidates=judged.candidates, answers=answers, none_offered=judged.none_offered)
 
 
 def heard(judged: Judged) -> NDArray[np.bool_]:
@@ -220,6 +220,11 @@ def fit_calibration(
         DataError: if there are too few images or, without labels, none that the judge was asked about.
     """
     record = record.take(np.flatnonzero(record.readable))
+    if "|calibrated=" in record.scores.fingerprint:
+        raise DataError("The record's scores are calibrated already.", hint="Evaluate without a calibration.")
+    asked = min(int(heard(judged).sum()) for judged in (record.judged, *record.stages))
+    if asked < FEWEST:
+        raise DataError(f"A judge answered about {asked} images, too few to calibrate on.", hint=f"Ask about {FEWEST} or more.")
     if len(record) < FEWEST:
         raise DataError(f"{len(record)} images are too few to calibrate on.", hint=f"Give at least {FEWEST}, better 200.")
     log_probs, conformal = record.scores.log_probs, None
@@ -228,12 +233,9 @@ def fit_calibration(
         scorer, belief = fit_scorer(log_probs, responsibilities)
         conformal = Conformal.fit(np.exp(belief), record.truths, coverage=coverage)
     else:
+        if len(record.stages) != 1:
+            raise DataError(f"Without labels, one judge is the annotator: the record has {len(record.stages)} stages.")
         known = heard(record.judged)
-        if known.sum() < FEWEST:
-            raise DataError(
-                f"The judge answered about {known.sum()} images, too few to calibrate on without labels.",
-                hint=f"Ask it about at least {FEWEST}: evaluate --judge-all --limit 200.",
-            )
         answers = answers_of(record.stages[0])
         scorer, model = fit_without_labels(log_probs[known], answers.rows(known))
         belief = scorer(log_probs)
@@ -252,7 +254,7 @@ def fit_calibration(
         judges=tuple(judges),
         images=len(record),
         labelled=labelled,
-        fitted_on=record.names,
+        fitted_on=images_of(record),
         conformal=conformal,
         fusion=fusion,
     )
@@ -265,13 +267,15 @@ def decided(record: Record, calibration: Calibration) -> Record:
     were shown, though a calibrated scorer might have shown others.
 
     Raises:
-        ConfigError: if the calibration is of another scorer, label set or number of stages.
+        ConfigError: if the calibration is of another scorer, label set, number of stages, judge or prompt.
     """
     if len(record.stages) != len(calibration.judges):
         raise ConfigError(f"The calibration is of {len(calibration.judges)} judges, the record of {len(record.stages)}.")
     scores = calibration.calibrated(record.scores)
     before = belief = scores.log_probs.astype(np.float64)
-    for judge, judged in zip(calibration.judges, record.stages, strict=True):
+    for number, (judge, judged) in enumerate(zip(calibration.judges, record.stages, strict=True)):
+        if settings := _settings(record, number):
+            calibration.judge_of(number, settings)
         before, known = belief, heard(judged)
         belief = np.where(known[:, None], judge.model.posterior(before, answers_of(judged)), before)
     last, answers = calibration.judges[-1], answers_of(record.judged)
@@ -294,17 +298,18 @@ def held_out(record: Record, calibration: Calibration) -> Record:
     Raises:
         DataError: if there are none.
     """
-    rows = np.flatnonzero(~np.isin(record.names, calibration.fitted_on))
+    rows = np.flatnonzero(~np.isin(images_of(record), calibration.fitted_on))
     if not len(rows):
         raise DataError("The calibration was fitted on every image of the record.", hint="Evaluate on others.")
     return record.take(rows)
 
 
+def images_of(record: Record) -> tuple[str, ...]:
+    """What tells the images of a record from others: digests, or their names in a record made of arrays."""
+    return record.digests or record.names
+
+
 def _settings(record: Record, stage: int) -> dict[str, JsonValue]:
-    if record.info is None:
-        return {}
-    stages = record.info.config["stage"]
-    assert isinstance(stages, list)
-    settings = stages[stage]
-    assert isinstance(settings, dict)
-    return {name: settings[name] for name in SETTINGS}
+    stages = record.info.config.get("stage") if record.info else None
+    settings = stages[stage] if isinstance(stages, list) else None
+    return {name: settings[name] for name in SETTINGS if name in settings} if isinstance(settings, dict) else {}

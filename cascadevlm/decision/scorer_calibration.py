@@ -45,8 +45,8 @@ MIXING_PRECISIONS = (30.0, 10.0, 3.0, 1.0)
 MOST_CLASSES_MIXED = 50
 """Beyond, W has too many elements for the labels that anybody has."""
 
-PRIOR_WEIGHT = 10.0
-"""How many images of the given prior are added to those seen where marginals are matched."""
+FEW = 10.0
+"""How many images it takes for marginals to be matched half-way to a prior."""
 
 METHODS = ("none", "temperature", "matched prior, temperature", "bias", "matched prior, bias", "matrix")
 """From the simplest on."""
@@ -96,17 +96,16 @@ def centre(log_probs: NDArray[np.floating]) -> Floats:
 def match_prior(log_probs: NDArray[np.floating], prior: Floats | None = None) -> Floats:
     """C biases that make the mean of the N calibrated distributions the ``prior`` over classes (uniform, unless given).
 
-    Needs no labels. `PRIOR_WEIGHT` images that follow the prior are added, so that few images change little. Source: the
-    marginal constraint of Menon et al., "Long-tail learning via logit adjustment", ICLR 2021, solved by iterative scaling
-    (Deming and Stephan 1940).
+    Needs no labels. Of few images (`FEW`), the marginals are brought only a part of the way. Source: the marginal constraint of
+    Menon et al., "Long-tail learning via logit adjustment", ICLR 2021, solved by iterative scaling (Deming and Stephan 1940).
     """
     classes = log_probs.shape[1]
     wanted = np.full(classes, 1 / classes) if prior is None else prior
     centred, bias = centre(log_probs), np.zeros(classes)
-    weight = PRIOR_WEIGHT / (PRIOR_WEIGHT + len(centred))
+    part = len(centred) / (len(centred) + FEW)
+    target = part * wanted + (1 - part) * softmax(centred, axis=1).mean(axis=0)
     for _ in range(ITERATIONS):
-        seen = (1 - weight) * softmax(centred + bias, axis=1).mean(axis=0) + weight * wanted
-        step = np.log(wanted / seen)
+        step = np.log(target / softmax(centred + bias, axis=1).mean(axis=0))
         bias += step
         if np.abs(step).max() < 1e-3:
             break
@@ -139,7 +138,7 @@ def fit_scorer(
     classes = log_probs.shape[1]
     fold_of = np.random.default_rng(0).permutation(len(log_probs)) % FOLDS
     matched = match_prior(log_probs if unlabelled is None else np.concatenate([log_probs, unlabelled]))
-    tried = {"none": _Tried.of(log_probs.astype(np.float64), responsibilities, None)}
+    tried = {"none": _Tried.of(np.maximum(log_probs, FLOOR, dtype=np.float64), responsibilities, None)}
 
     def attempt(name: str, shapes: Sequence[Shape]) -> None:
         found = _held_out(log_probs, responsibilities, fold_of, shapes)

@@ -10,7 +10,7 @@ from cascadevlm.errors import DataError
 from cascadevlm.metrics import Interval, interval
 from cascadevlm.policy import Policy
 from cascadevlm.record import Record
-from cascadevlm.sweep import Curve, final_answers, sweep, under
+from cascadevlm.sweep import MEASURES, final_answers, sweep, under
 
 TargetKind = Literal["deferral_rate", "dollars_per_thousand", "accuracy", "judge_share"]
 """The share of images escalated; US dollars for a thousand images; the accuracy; the accuracy as a share of that of asking about
@@ -46,8 +46,8 @@ class Outcome:
         return dict(vars(self)) | {"accuracy_interval": ends}
 
 
-def threshold(record: Record, measure: str, target: Target) -> float:
-    """The threshold of a measure that meets a target with the fewest questions; of limits on these, with the most.
+def policy_for(record: Record, measure: str, target: Target) -> str:
+    """The policy of a measure that meets a target with the fewest questions; of limits on these, with the most.
 
     Args:
         record: in which the judge was asked about everything.
@@ -64,24 +64,20 @@ def threshold(record: Record, measure: str, target: Target) -> float:
         "judge_share": curve.accuracies / max(curve.accuracies[-1], 1e-12),
     }[target.kind]
     limited = target.kind in ("deferral_rate", "dollars_per_thousand")
-    meets = np.flatnonzero(reached <= target.value if limited else reached >= target.value)
+    assert curve.thresholds is not None
+    enough = reached <= target.value if limited else reached >= target.value
+    meets = np.flatnonzero(enough & ~np.isnan(curve.thresholds))
     if not len(meets):
         best = reached.min() if limited else reached.max()
         raise DataError(
             f"No threshold of {measure} gives the {target.kind.replace('_', ' ')} {target.value:g}.",
             hint=f"The {'least' if limited else 'most'} on these {len(record)} images is {best:.4g}.",
         )
-    return _finite(curve, int(meets[-1] if limited else meets[0]))
-
-
-def _finite(curve: Curve, point: int) -> float:
-    """The threshold at a point of a curve; at its ends, one beyond all values that were seen."""
-    assert curve.thresholds is not None
-    value = float(curve.thresholds[point])
-    if np.isfinite(value):
-        return value
-    seen = curve.thresholds[np.isfinite(curve.thresholds)]
-    return float(np.sign(value)) if not len(seen) else float(seen.max() + 1e-6 if value > 0 else seen.min() - 1e-6)
+    point = int(meets[-1] if limited else meets[0])
+    if np.isinf(curve.thresholds[point]):
+        return "never" if point == 0 else "always"
+    comparison = "<" if measure in MEASURES and MEASURES[measure][1] < 0 else ">"
+    return f"{measure} {comparison} {float(curve.thresholds[point])!r}"
 
 
 def outcome(record: Record, policy: Policy) -> Outcome:

@@ -146,7 +146,7 @@ def test_a_record_of_everything_and_a_gated_one_are_the_same_run() -> None:
 
 def test_a_policy_that_is_not_installed_is_named() -> None:
     with pytest.raises(PolicyError, match="moonphase"):
-        plots.as_configured(with_policy(record(0), "moonphase > 0.3"))
+        as_configured(with_policy(record(0), "moonphase > 0.3"))
 
 
 def test_a_calibrated_run_is_told_as_it_was() -> None:
@@ -154,7 +154,7 @@ def test_a_calibrated_run_is_told_as_it_was() -> None:
     assert given_record.info is not None
     info = given_record.info.model_copy(update={"config": {**given_record.info.config, "calibration": "learned.json"}})
     calibrated = replace(given_record, info=info)
-    assert plots.as_configured(calibrated) is calibrated
+    assert as_configured(calibrated) is calibrated
 
 
 def test_reliability_is_that_of_scikit_learn() -> None:

@@ -1,0 +1,139 @@
+"""What the decision layer is worth, and what it takes: ``python -m benchmarks.decision [--recorded FOLDER]``.
+
+With ``../shared/recorded/artdl``, for each of the four pairs of `benchmarks.sweep`, on the images that nothing was fitted on,
+mean over random draws of the others: the area under accuracy against deferral (0 to 1 in steps of .05) by entropy with the
+judge's word final, and by gain with the opinions fused, after calibration on 200 labelled images, on 50, and on 200 without
+their labels; how often the calibrated scorer is right, and, with everything asked, how often the opinions together are, and how
+well they know it.
+
+Without a folder, images are made up: 200 labelled ones to calibrate on and others to measure, of 1,000 classes of which the judge
+is shown five, and of 10 of which it is shown all. Told are accuracies, and seconds for the fit and for the gain of 1,000 images.
+"""
+
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+
+from benchmarks.sweep import judged_all, pairs
+from cascadevlm import LabelSet, Scores
+from cascadevlm.candidates import TopK
+from cascadevlm.decision.calibration import Calibration, answers_of, decided, fit_calibration
+from cascadevlm.decision.scorer_calibration import Floats
+from cascadevlm.metrics import expected_calibration_error
+from cascadevlm.record import Record
+from cascadevlm.sweep import sweep
+
+FAMILY = 10
+"""Classes that look alike."""
+
+DIMENSIONS = 64
+
+
+def made_up(seed: int, images: int, classes: int, shown: int, *, judge_noise: float = 1.0) -> Record:
+    """A scorer and a judge who see the same images, each in their own way.
+
+    A class is a point: normal in 64 dimensions, of which the families of ten classes share two thirds of the variance. An image
+    is its class's point and normal noise, more of it in hard images than in easy ones (log-normal). The scorer sees it with
+    noise of its own; its logits are 0.35 times the scalar products with the classes, which is overconfident, and a normal bias
+    of every class. The judge is shown the scorer's best, sees the image with other noise, and says which of them is nearest; in
+    one of twenty cases it says the one shown first whatever it sees. The model that is fitted knows nothing of this.
+    """
+    rng = np.random.default_rng(seed)
+    families = np.repeat(rng.normal(size=(-(-classes // FAMILY), DIMENSIONS)), FAMILY, axis=0)[:classes]
+    points = np.sqrt(2 / 3) * families + np.sqrt(1 / 3) * rng.normal(size=(classes, DIMENSIONS))
+    truths = rng.integers(0, classes, images)
+    hard = np.exp(rng.normal(0, 0.5, (images, 1)))
+    seen = points[truths] + 0.6 * hard * rng.normal(size=(images, DIMENSIONS))
+
+    def nearness(noise: float) -> Floats:
+        noisy = seen + noise * hard * rng.normal(size=seen.shape)
+        near: Floats = noisy @ points.T - (points**2).sum(axis=1) / 2
+        return near
+
+    logits = 0.35 * nearness(1.3) + rng.normal(0, 1.5, classes)
+    scores = Scores.from_logits(
+        logits, LabelSet.of(f"class {number}" for number in range(classes)), fingerprint=f"made up {seed}"
+    )
+    candidates = TopK(k=shown).columns(scores)
+    nearest = np.take_along_axis(nearness(judge_noise), candidates, axis=1).argmax(axis=1)
+    chosen = np.where(rng.random(images) < 0.05, 0, nearest)
+    record = judged_all(scores, truths, candidates[np.arange(images), chosen], "made up", 0.002)
+    return replace(record, stages=(replace(record.judged, candidates=candidates),))
+
+
+def worth(rest: Record, calibration: Calibration) -> dict[str, float]:
+    """Of a calibration, on images that it was not fitted on."""
+    fused = decided(rest, calibration)
+    assert fused.fused is not None
+    right = fused.fused.labels == rest.truths
+    areas = {curve.name: curve.area for curve in sweep(fused).curves}
+    return {
+        "area": areas["gain"],
+        "scorer": float((fused.scored == rest.truths).mean()),
+        "fused": float(right.mean()),
+        "calibration_error": expected_calibration_error(fused.fused.probabilities, right) or 0.0,
+    }
+
+
+def on_recorded(record: Record, seeds: int) -> dict[str, dict[str, float]]:
+    """Mean over random draws of the images to calibrate on."""
+    found: dict[str, list[dict[str, float]]] = {}
+    for seed in range(seeds):
+        order = np.random.default_rng(seed).permutation(len(record))
+        for name, size, labelled in (("200 labels", 200, True), ("50 labels", 50, True), ("200, no labels", 200, False)):
+            own, rest = (record.take(np.sort(rows)) for rows in (order[:size], order[size:]))
+            found.setdefault(name, []).append(worth(rest, fit_calibration(own, labelled=labelled)))
+            if size == 200 and labelled:
+                entropy = next(curve.area for curve in sweep(rest).curves if curve.name == "entropy")
+                judge = float((rest.predicted == rest.truths).mean())
+                before = {"area": entropy, "scorer": float((rest.scored == rest.truths).mean()), "judge": judge}
+                found.setdefault("entropy, judge's word", []).append(before)
+    return {
+        name: {key: round(float(np.mean([each[key] for each in measured])), 4) for key in measured[0]}
+        for name, measured in found.items()
+    }
+
+
+def on_made_up(classes: int, shown: int, seeds: int) -> dict[str, float]:
+    """Mean over images made up anew."""
+    measured = []
+    for seed in range(seeds):
+        record = made_up(seed, 2200, classes, shown)
+        own, rest = record.take(np.arange(200)), record.take(np.arange(200, 2200))
+        began = time.perf_counter()
+        calibration = fit_calibration(own)
+        fitted = time.perf_counter()
+        thousand = rest.take(np.arange(1000))
+        log_probs = calibration.calibrated(thousand.scores).log_probs.astype(np.float64)
+        model, candidates = calibration.judges[0].model, answers_of(thousand.judged).candidates
+        ready = time.perf_counter()
+        model.gain(log_probs, candidates)
+        done = time.perf_counter()
+        scorer, judge = float((rest.scored == rest.truths).mean()), float((rest.predicted == rest.truths).mean())
+        after = worth(rest, calibration)
+        measured.append(
+            {"scorer": scorer, "judge": judge, "fused": after["fused"], "beyond_better": after["fused"] - max(scorer, judge)}
+            | {"calibration_error": after["calibration_error"], "fit_seconds": fitted - began, "gain_seconds": done - ready}
+        )
+    return {key: round(float(np.mean([each[key] for each in measured])), 4) for key in measured[0]}
+
+
+def main(
+    recorded: Annotated[Path | None, typer.Option(help="A folder of recorded predictions, as artdl.")] = None,
+    seeds: Annotated[int, typer.Option(help="Random draws, or images made up anew.")] = 20,
+) -> None:
+    if recorded:
+        for name, record in pairs(recorded).items():
+            print(json.dumps({"pair": name} | on_recorded(record, seeds), ensure_ascii=False), flush=True)
+        return
+    for classes, shown in ((1000, 5), (10, 10)):
+        print(json.dumps({"classes": classes, "shown": shown} | on_made_up(classes, shown, seeds)), flush=True)
+
+
+if __name__ == "__main__":
+    typer.run(main)

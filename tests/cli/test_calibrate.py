@@ -1,0 +1,121 @@
+"""Calibrating on the command line, with the bundled models and images."""
+
+import json
+import shutil
+from importlib import resources
+from pathlib import Path
+
+import pytest
+
+from tests.cli.test_cli import run
+
+CONFIG = Path(str(resources.files("cascadevlm_backends") / "aviary" / "cascade.toml"))
+BIRDS = 24
+
+
+@pytest.fixture(scope="module")
+def birds(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The record of asking about 24 of the bundled images; a calibration on it, and a configuration that uses it."""
+    folder = tmp_path_factory.mktemp("calibrate")
+    for bird in sorted((CONFIG.parent / "images").glob("*.jpg"))[:BIRDS]:
+        (folder / "data" / bird.stem).mkdir(parents=True)
+        shutil.copy(bird, folder / "data" / bird.stem / "0.jpg")
+    run("evaluate", folder / "data", "--config", CONFIG, "--judge-all", "-o", folder / "run", "--json")
+    run("calibrate", folder / "run", "-o", folder / "learned.json", "--size", "20")
+    text = CONFIG.read_text().replace('policy = "entropy > 0.17"', 'policy = "gain > 0.01"')
+    (folder / "learned.toml").write_text(f'calibration = "{folder / "learned.json"}"\n{text}')
+    return folder
+
+
+def test_what_was_learned_is_written_and_shown(birds: Path) -> None:
+    target = ("--size", "22")
+    shown = run("calibrate", birds / "run", "-o", birds / "shown.json", *target).stdout
+    for words in ("calibration error", "gain and fusion"):
+        assert words in shown
+    printed = json.loads(run("calibrate", birds / "run", "-o", birds / "printed.json", *target, "--json").stdout)
+    first, second = (json.loads((birds / name).read_text()) for name in ("shown.json", "printed.json"))
+    assert first["figures"] | {"policy": first["policy"]} == printed
+    assert first | {"made": None} == second | {"made": None}
+    assert printed["area_gain_fused"] > 0
+    assert first["labelled"]
+    assert first["judges"][0]["settings"]["prompt"] == "select_cot"
+
+
+def test_without_labels_is_marked(birds: Path) -> None:
+    run("calibrate", birds / "run", "-o", birds / "unlabelled.json", "--without-labels", "--size", "20")
+    written = json.loads((birds / "unlabelled.json").read_text())
+    assert not written["labelled"]
+    assert written["images"] == 20
+
+
+def test_a_run_decides_by_what_was_learned(birds: Path) -> None:
+    images = sorted((birds / "data").glob("*/0.jpg"))[:4]
+    command: list[str | Path] = ["classify", *images, "--labels", birds / "data", "--json"]
+    lines = [json.loads(line) for line in run(*command, "--config", birds / "learned.toml").stdout.splitlines()]
+    assert len(lines) == 4
+    assert all(line["reasons"][0].endswith("(asks for gain > 0.01)") for line in lines)
+    assert [line["decided_by"] for line in lines] == ["fusion" if line["verdict"] else "scorer" for line in lines]
+    assert all(0 < line["probability"] <= 1 for line in lines)
+
+
+def test_a_calibration_is_set_on_the_command_line(birds: Path) -> None:
+    image = sorted((birds / "data").glob("*/0.jpg"))[0]
+    command = ("classify", image, "--labels", birds / "data", "--json")
+    learned = ("--set", f"calibration={birds / 'learned.json'}", "--policy", "gain > 0.01")
+    results = [run(*command, "--config", CONFIG, *learned), run(*command, "--config", birds / "learned.toml")]
+    first, second = (json.loads(result.stdout) for result in results)
+    assert (first["label"], first["probability"], first["reasons"]) == (second["label"], second["probability"], second["reasons"])
+
+
+def test_a_sweep_shows_what_is_gained(birds: Path) -> None:
+    swept = json.loads(run("sweep", birds / "run", "--calibration", birds / "learned.json", "--json").stdout)
+    assert any(curve["name"].startswith("gain") for curve in swept["curves"])
+
+
+@pytest.mark.parametrize(
+    ("setting", "sentence"),
+    [
+        ("scorer.templates=['a drawing of a {label}.']", "The calibration is of the scorer"),
+        ("stage.0.prompt=select", "The calibration is of prompt 'select_cot', not of 'select'"),
+        ("stage.0.offer_none=true", "The calibration is of offer_none"),
+    ],
+)
+def test_other_models_are_refused(birds: Path, setting: str, sentence: str) -> None:
+    image = next((birds / "data").glob("*/0.jpg"))
+    done = run("classify", image, "--config", birds / "learned.toml", "--labels", birds / "data", "--set", setting, check=False)
+    assert done.returncode == 2
+    assert sentence in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--fusion", "weighted"], "There is no fusion 'weighted'. Known: judge, bayes."),
+        (["--measure", "doubt"], "There is no measure 'doubt'. Known: gain, entropy, margin, top_probability."),
+        (["--accuracy", "0.5", "--deferral-rate", "0.5"], "one target"),
+        (["--accuracy", "0.5"], "answered about 11 images, too few"),
+        (["--size", "24"], "leave none to measure on"),
+        (["--size", "10"], "too few"),
+    ],
+)
+def test_wrong_calls_are_one_sentence(birds: Path, arguments: list[str], sentence: str) -> None:
+    size = [] if "--size" in arguments else ["--size", "22"]
+    done = run("calibrate", birds / "run", "-o", birds / "none.json", *size, *arguments, check=False)
+    assert done.returncode == 2
+    assert sentence in done.stderr.replace("\n", " ")
+    assert not (birds / "none.json").exists()
+
+
+def test_other_labels_are_refused(birds: Path) -> None:
+    (birds / "labels.txt").write_text("robin\nwren\n")
+    image = next((birds / "data").glob("*/0.jpg"))
+    done = run("classify", image, "--config", birds / "learned.toml", "--labels", birds / "labels.txt", check=False)
+    assert done.returncode == 2
+    assert "The calibration is of 24 other labels" in done.stderr
+
+
+def test_a_folder_without_a_record_is_refused(birds: Path) -> None:
+    done = run("calibrate", birds / "data", "-o", birds / "none.json", check=False)
+    assert done.returncode == 2
+    assert "holds no whole record" in done.stderr

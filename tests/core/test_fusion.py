@@ -1,0 +1,444 @@
+"""The decision layer in a running cascade: fused opinions, gain, widening, abstaining, and what a configuration binds."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import JsonValue
+
+from cascadevlm import Cascade, Prediction, Stage, TopK, load_prompt, parse_policy
+from cascadevlm.budget import Ledger
+from cascadevlm.candidates import Order
+from cascadevlm.config import Config
+from cascadevlm.data import Data
+from cascadevlm.decision.calibration import (
+    CalibratedJudge,
+    Calibration,
+    FusionRule,
+    decided,
+    fit_calibration,
+)
+from cascadevlm.decision.judge_model import JudgeModel
+from cascadevlm.decision.live import Asking, CalibratedScorer
+from cascadevlm.decision.scorer_calibration import ScorerCalibration
+from cascadevlm.errors import BudgetExhausted, ConfigError, InputError, PolicyError
+from cascadevlm.judge import Judge
+from cascadevlm.labels import LabelSet
+from cascadevlm.prompt import NONE_OF_THESE, options
+from cascadevlm.record import Record, read_record
+from cascadevlm.recording import KeepingScorer, KeepingStage, write_record
+from cascadevlm.sweep import under
+from cascadevlm.testing import FakeJudge, FakeScorer, noise, picture
+from cascadevlm.testing.fakes import Reply
+from cascadevlm.types import Question
+
+NAMES = ["ant", "bee", "cicada", "dragonfly", "earwig", "fly"]
+LABELS = LabelSet.of(NAMES)
+SELECT = load_prompt("select")
+RED = (200, 0, 0)
+MODEL = replace(JudgeModel.prior(len(NAMES)), ability=2.5, class_bias=np.linspace(-0.4, 0.4, len(NAMES)))
+
+
+def known(model: JudgeModel = MODEL, fingerprint: str = "fake:fake", **changed: object) -> Calibration:
+    """A calibration of the fake scorer and a fake judge."""
+    calibration = Calibration(
+        labels=LABELS.names,
+        fingerprint=fingerprint,
+        scorer=ScorerCalibration(method="bias", scale=0.5, bias=np.linspace(-0.3, 0.3, len(NAMES))),
+        judges=(CalibratedJudge(judge="fake:fake", settings={}, model=model),),
+        images=200,
+        labelled=True,
+        fitted_on=(),
+    )
+    return replace(calibration, **changed)  # type: ignore[arg-type]
+
+
+def by_pixels(question: Question) -> str:
+    """One of the options, the same for the same image."""
+    keys = list(options(question))
+    return f"ANSWER: {keys[int(question.image_digest, 16) % len(keys)]}"
+
+
+def says(name: str) -> Callable[[Question], str]:
+    """The option of this name, "none of these" where it is not shown."""
+
+    def reply(question: Question) -> str:
+        keys = {option: key for key, option in options(question).items()}
+        return f"ANSWER: {keys.get(name, keys.get(NONE_OF_THESE, 'nothing'))}"
+
+    return reply
+
+
+def cascade(judge: Judge, calibration: Calibration | None = None, policy: str = "always", **options: object) -> Cascade:
+    calibration = calibration or known()
+    of_cascade = {name: options.pop(name) for name in ("accept", "on_failure", "ledger", "batch_size") if name in options}
+    stage = Stage(judge=judge, prompt=SELECT, policy=parse_policy(policy), model=calibration.judges[0].model)
+    scorer = CalibratedScorer(FakeScorer(), calibration)
+    given_stage = replace(stage, **({"fusion": "bayes"} | options))  # type: ignore[arg-type]
+    return Cascade(scorer, [given_stage], labels=LABELS, **of_cascade)  # type: ignore[arg-type]
+
+
+def recorded(folder: Path, cascade: Cascade, images: int) -> tuple[Record, list[Prediction]]:
+    """What a cascade says of images of noise, and the record of it."""
+    pictures = [noise(seed) for seed in range(images)]
+    names = tuple(map(str, range(images)))
+    data = Data(images=tuple(pictures), names=names, truths=("ant",) * images, splits=("",) * images)
+    scorer, stages = KeepingScorer(cascade.scorer), [KeepingStage.of(stage) for stage in cascade.stages]
+    stage_config: dict[str, JsonValue] = {
+        "judge": "fake:fake",
+        "prompt": "select",
+        "offer_none": cascade.stages[0].offer_none,
+        "support": None,
+        "options": {},
+    }
+    predictions = list(
+        write_record(
+            folder,
+            data=data,
+            predictions=cascade.altered(scorer=scorer, stages=stages).stream(pictures),
+            scorer=scorer,
+            stages=stages,
+            labels=LABELS,
+            config={"stage": [stage_config], "on_failure": cascade.on_failure},
+            spec="fake:fake",
+        )
+    )
+    return read_record(folder), predictions
+
+
+# fusing
+
+
+@pytest.mark.parametrize("offer_none", [False, True])
+@pytest.mark.parametrize("order", ["ranked", "reversed"])
+@pytest.mark.parametrize("policy", ["always", "gain > 0.1", "entropy > 0.6 & calls <= 9", "gain > 0.05 & calls <= 7"])
+def test_a_live_cascade_is_what_its_record_says_it_would_be(tmp_path: Path, offer_none: bool, order: Order, policy: str) -> None:
+    """Asking everything without a calibration, then deciding on the record, gives what asking with one does, where the same
+    candidates are shown: all, in an order that is that of calibrated scores."""
+    calibration = known()
+
+    def asking(judge: Judge, policy: str) -> Cascade:
+        candidates = TopK(k=6, order=order)
+        return cascade(judge, policy=policy, candidates=candidates, offer_none=offer_none, batch_size=64)
+
+    record, _ = recorded(tmp_path / "all", asking(FakeJudge(reply=by_pixels), "always"), 32)
+    judge = FakeJudge(reply=by_pixels)
+    _, live = recorded(tmp_path / "live", asking(judge, policy), 32)
+    replayed = under(decided(record, calibration), parse_policy(policy))
+    assert [prediction.label for prediction in live] == [NAMES[column] for column in replayed.predicted]
+    np.testing.assert_allclose([prediction.probability or 0 for prediction in live], replayed.probabilities, atol=1e-5)
+    assert tuple(prediction.decided_by for prediction in live) == replayed.decided_by
+    assert [prediction.escalated for prediction in live] == replayed.judged.asked.tolist()
+    assert len(judge.questions) == replayed.judged.asked.sum()
+    assert {"fusion"} <= set(replayed.decided_by)
+
+
+@settings(max_examples=15)
+@given(st.integers(0, 1000), st.sampled_from(["ANSWER: A", "ANSWER: B", "ANSWER: E", "I see nothing."]))
+def test_both_opinions_are_weighed_by_bayes_rule(seed: int, reply: str) -> None:
+    """Four of six are shown; an answer that cannot be read is one, too."""
+    judge = FakeJudge(reply=reply)
+    found = cascade(judge, candidates=TopK(k=4), offer_none=True).classify(noise(seed))
+    before = known().calibrated(FakeScorer().score([noise(seed)], LABELS)).log_probs[0].astype(float)
+    shown = [NAMES.index(label.name) for label in judge.questions[-1].labels]
+    assert shown == np.argsort(-before)[:4].tolist()
+    place = {"ANSWER: A": 0, "ANSWER: B": 1, "ANSWER: E": 4, "I see nothing.": 5}[reply]
+    after = np.exp(before)
+    for truth in range(6):
+        utilities = [
+            *(MODEL.following * before[c] + MODEL.class_bias[c] + MODEL.ability * (c == truth) for c in shown),
+            MODEL.none_bias + MODEL.none_ability * (truth not in shown),
+            MODEL.silence,
+        ]
+        after[truth] *= np.exp(utilities[place]) / np.exp(utilities).sum()
+    after /= after.sum()
+    assert found.label == NAMES[after.argmax()]
+    assert found.probability == pytest.approx(after.max(), abs=1e-5)
+    assert found.decided_by == "fusion"
+
+
+def test_where_the_judge_fails_the_calibrated_scorer_decides() -> None:
+    found = cascade(FakeJudge(reply=BudgetExhausted("spent"))).classify(noise(1))
+    before = known().calibrated(FakeScorer().score([noise(1)], LABELS)).probabilities[0]
+    assert (found.label, found.decided_by) == (NAMES[before.argmax()], "scorer")
+    assert found.probability == pytest.approx(before.max())
+
+
+def test_the_word_of_the_judge_is_final_without_fusion() -> None:
+    found = cascade(FakeJudge(reply="ANSWER: D"), candidates=TopK(k=4), fusion="judge").classify(noise(3))
+    assert found.label == found.candidates[3].label.name
+    assert (found.decided_by, found.probability) == ("judge", None)
+
+
+def test_a_second_judge_is_asked_about_what_is_still_in_doubt() -> None:
+    """Its policy sees what scorer and first judge say together, and so do its candidates."""
+    first, second = FakeJudge("one", reply="ANSWER: B"), FakeJudge("two", reply="ANSWER: A")
+    one = cascade(first).stages[0]
+    both = Cascade(
+        CalibratedScorer(FakeScorer(), known()),
+        [one, replace(one, judge=second, policy=parse_policy("top_probability < 0.8"))],
+        labels=LABELS,
+    )
+    alone = Cascade(both.scorer, [one], labels=LABELS)
+    images = [noise(seed) for seed in range(20)]
+    doubtful = [p.probability is not None and p.probability < 0.8 for p in alone.classify(images)]
+    found = both.classify(images)
+    assert 0 < sum(doubtful) < 20
+    assert [len(prediction.verdicts) == 2 for prediction in found] == doubtful
+    for before, after, asked in zip(alone.classify(images), found, doubtful, strict=True):
+        if asked:
+            assert after.candidates[0].label.name == before.label
+            assert (after.probability or 0) > (before.probability or 0)
+
+
+def test_policies_of_gain_and_fusion_want_a_model() -> None:
+    judge = FakeJudge()
+    with pytest.raises(InputError, match="needs a calibration"):
+        Stage(judge=judge, prompt=SELECT, fusion="bayes")
+    unknown = Stage(judge=judge, prompt=SELECT, policy=parse_policy("gain > 0.1"))
+    with pytest.raises(PolicyError, match="needs a calibration"):
+        Cascade(FakeScorer(), [unknown], labels=LABELS).classify(noise(1))
+
+
+def test_the_reason_tells_the_gain() -> None:
+    asked = cascade(FakeJudge(), policy="gain > 0.1").classify(noise(1))
+    scores = known().calibrated(FakeScorer().score([noise(1)], LABELS))
+    gain = Asking(model=MODEL, candidates=TopK(), none_offered=False).gain(scores)[0]
+    assert asked.reasons == (f"gain {gain:.2f} (asks for gain > 0.1)",)
+
+
+def test_a_budget_goes_where_the_gain_is() -> None:
+    images = [noise(seed) for seed in range(20)]
+    scores = known().calibrated(FakeScorer().score(images, LABELS))
+    gain = Asking(model=MODEL, candidates=TopK(), none_offered=False).gain(scores)
+    found = cascade(FakeJudge(), policy="calls <= 5").classify(images)
+    assert {number for number, p in enumerate(found) if p.escalated} == set(np.argsort(-gain, kind="stable")[:5].tolist())
+
+
+def test_where_asking_costs_more_the_gain_must_be_greater() -> None:
+    images = [noise(seed) for seed in range(20)]
+    free = cascade(FakeJudge(), policy="gain_per_dollar > 10").classify(images)
+    assert sum(p.escalated for p in free) == 20
+
+    class Priced(FakeJudge):
+        def usual_case(self, question: Question) -> int:
+            return 20_000_000  # nanodollars
+
+    scores = known().calibrated(FakeScorer().score(images, LABELS))
+    worth = Asking(model=MODEL, candidates=TopK(), none_offered=False).gain(scores) > 10 * 0.02
+    assert 0 < worth.sum() < 20
+    assert [p.escalated for p in cascade(Priced(), policy="gain_per_dollar > 10").classify(images)] == worth.tolist()
+
+
+# none of these, and widening
+
+
+def ranked(seed: int) -> list[str]:
+    """The labels as the calibrated scorer ranks them."""
+    log_probs = known().calibrated(FakeScorer().score([noise(seed)], LABELS)).log_probs[0]
+    return [NAMES[column] for column in np.argsort(-log_probs)]
+
+
+SURE_OF_NONE = replace(MODEL, none_ability=8.0, class_bias=np.zeros(6))
+
+
+@pytest.mark.parametrize("fusion", ["judge", "bayes"])
+@pytest.mark.parametrize(("widen", "asked"), [(0, 1), (1, 2), (2, 3), (5, 3)])
+def test_none_of_these_shows_the_next_candidates(fusion: FusionRule, widen: int, asked: int) -> None:
+    """The truth is the scorer's last: the judge finds it in the third list of two, if it is asked so often."""
+    judge = FakeJudge(reply=says(ranked(1)[-1]), dollars=0.01)
+    calibration = known(SURE_OF_NONE)
+    found = cascade(judge, calibration, candidates=TopK(k=2), offer_none=True, widen=widen, fusion=fusion).classify(noise(1))
+    shown = [[label.name for label in question.labels] for question in judge.questions]
+    assert shown == [ranked(1)[0:2], ranked(1)[2:4], ranked(1)[4:6]][:asked]
+    assert len(found.verdicts) == 1
+    assert found.verdict is not None
+    assert found.verdict.usage.requests == asked
+    assert found.verdict.usage.input_tokens == 100 * asked
+    assert found.cost.dollars == pytest.approx(0.01 * asked)
+    assert [candidate.label.name for candidate in found.candidates] == shown[-1]
+    if asked == 3:
+        assert found.label == ranked(1)[-1]
+
+
+@pytest.mark.parametrize("fusion", ["judge", "bayes"])
+def test_widening_stops_where_nothing_new_is_left(fusion: FusionRule) -> None:
+    judge = FakeJudge(reply=says("no such label"))
+    calibration = known(SURE_OF_NONE)
+    found = cascade(judge, calibration, candidates=TopK(k=3), offer_none=True, widen=9, fusion=fusion).classify(noise(2))
+    shown = [{label.name for label in question.labels} for question in judge.questions]
+    assert set().union(*shown) == set(NAMES)
+    assert len(judge.questions) == 2
+    assert found.verdict is not None
+    assert found.verdict.outcome == "none"
+    everything = FakeJudge(reply=says("no such label"))
+    cascade(everything, candidates=TopK(k=6), offer_none=True, widen=9, fusion=fusion).classify(noise(2))
+    assert len(everything.questions) == 1
+
+
+class Metered(FakeJudge):
+    """Every question costs a dollar, and is known to."""
+
+    def worst_case(self, question: Question) -> int:
+        return 1_000_000_000
+
+
+@pytest.mark.parametrize("fusion", ["judge", "bayes"])
+def test_a_budget_spent_between_two_rounds_keeps_what_was_said(tmp_path: Path, fusion: FusionRule) -> None:
+    judge = Metered(reply=says("no such label"), dollars=1.0)
+    wide = cascade(
+        judge,
+        known(SURE_OF_NONE),
+        candidates=TopK(k=2),
+        offer_none=True,
+        widen=3,
+        fusion=fusion,
+        ledger=Ledger(2.5),
+    )
+    record, (found,) = recorded(tmp_path, wide, 1)
+    assert len(judge.questions) == 2
+    assert found.verdict is not None
+    assert found.verdict.outcome == "none"
+    assert found.cost.dollars == 2.0
+    shown = [label.name for label in judge.questions[-1].labels]
+    assert [candidate.label.name for candidate in found.candidates] == shown
+    assert [NAMES[column] for column in record.judged.candidates[0]] == shown
+
+
+def test_an_error_in_a_later_round_keeps_what_was_said() -> None:
+    replies: list[Reply] = ["ANSWER: C", BudgetExhausted("spent")]
+    found = cascade(FakeJudge(reply=replies), candidates=TopK(k=2), offer_none=True, widen=1).classify(noise(1))
+    once = cascade(FakeJudge(reply="ANSWER: C"), candidates=TopK(k=2), offer_none=True).classify(noise(1))
+    assert (found.label, found.probability, found.candidates) == (once.label, once.probability, once.candidates)
+    assert found.verdict is not None
+    assert found.verdict.outcome == "none"
+
+
+# abstaining
+
+
+@pytest.mark.parametrize("fusion", ["judge", "bayes"])
+def test_labels_too_improbable_are_not_given(fusion: FusionRule) -> None:
+    images = [noise(seed) for seed in range(20)]
+    given_all = cascade(FakeJudge(), policy="gain > 0.25", fusion=fusion).classify(images)
+    accept = float(np.median([p.probability for p in given_all if p.probability is not None]))
+    given_some = cascade(FakeJudge(), policy="gain > 0.25", fusion=fusion, accept=accept).classify(images)
+    abstained = [p.probability is not None and p.probability < accept for p in given_all]
+    assert any(abstained)
+    assert not all(abstained)
+    for before, after, left_out in zip(given_all, given_some, abstained, strict=True):
+        if left_out:
+            assert (after.label, after.probability, after.decided_by) == (None, None, None)
+            assert f"{before.label!r} has a probability of {before.probability:.2f}, below {accept:g}." in after.error
+            assert after.candidates == before.candidates
+        else:
+            assert after == replace(before, verdicts=after.verdicts)
+    if fusion == "judge":
+        assert all(p.label for p in given_some if p.escalated)
+
+
+# configurations
+
+
+CONFIG: dict[str, JsonValue] = {"scorer": {"use": "open_clip:aviary"}, "stage": [{"judge": "hf_chat:aviary"}], "labels": [*NAMES]}
+
+
+def written(folder: Path, *, policy: str | None = None, accept: float | None = None) -> str:
+    path = folder / "calibration.json"
+    settings: dict[str, JsonValue] = {
+        "judge": "hf_chat:aviary",
+        "prompt": "select",
+        "offer_none": False,
+        "support": None,
+        "options": {},
+    }
+    (judge,) = known().judges
+    known(judges=(replace(judge, settings=settings),), policy=policy, accept=accept).write(path)
+    return str(path)
+
+
+def test_a_configuration_takes_what_was_learned(tmp_path: Path) -> None:
+    path = written(tmp_path, policy="gain > 0.25", accept=0.6)
+    built = Config.parse({**CONFIG, "calibration": path}).build()
+    (stage,) = built.stages
+    assert isinstance(built.scorer, CalibratedScorer)
+    assert (str(stage.policy), stage.fusion, built.accept) == ("gain > 0.25", "bayes", 0.6)
+    assert stage.model is not None
+    assert stage.model.ability == MODEL.ability
+
+    own: dict[str, JsonValue] = {"calibration": path, "fusion": "judge", "accept": 0.0}
+    built = Config.parse({**CONFIG, **own, "stage": [{"judge": "hf_chat:aviary", "policy": "margin < 0.1"}]}).build()
+    assert (str(built.stages[0].policy), built.stages[0].fusion, built.accept) == ("margin < 0.1", "judge", 0.0)
+
+    plain = Config.parse(CONFIG).build()
+    assert (str(plain.stages[0].policy), plain.stages[0].fusion, plain.stages[0].model) == ("always", "judge", None)
+
+
+@pytest.mark.parametrize(
+    ("changed", "error", "sentence"),
+    [
+        ({"stage": [{"judge": "openai:gpt-4o"}]}, ConfigError, "is of judge 'hf_chat:aviary', not of 'openai:gpt-4o'"),
+        ({"stage": [{"judge": "hf_chat:aviary", "prompt": "select_cot"}]}, ConfigError, "is of prompt 'select'"),
+        ({"stage": [{"judge": "hf_chat:aviary", "offer_none": True}]}, ConfigError, "is of offer_none False"),
+        ({"stage": [{"judge": "hf_chat:aviary"}] * 2}, ConfigError, "is of 1 stages, the configuration has 2"),
+        ({"calibration": "nowhere.json"}, ConfigError, "cannot be read"),
+        ({"calibration": None, "fusion": "bayes"}, InputError, "needs a calibration"),
+        ({"fusion": "weighted"}, ConfigError, "fusion: "),
+        ({"accept": 1.5}, ConfigError, "accept: "),
+        ({"stage": [{"judge": "hf_chat:aviary", "widen": -1}]}, ConfigError, "widen: "),
+    ],
+)
+def test_a_configuration_that_does_not_fit_is_refused(
+    tmp_path: Path, changed: dict[str, object], error: type[Exception], sentence: str
+) -> None:
+    whole = {**CONFIG, "calibration": written(tmp_path), **changed}
+    with pytest.raises(error, match=sentence):
+        Config.parse(json.loads(json.dumps(whole))).build()
+
+
+def test_another_scorer_is_refused_at_the_first_image() -> None:
+    other = Cascade(CalibratedScorer(FakeScorer("another"), known()), [], labels=LABELS)
+    with pytest.raises(ConfigError, match="'fake:fake', not of 'fake:another'"):
+        other.classify([picture(RED)])
+
+
+def test_the_bundled_models_decide_as_their_record_says(tmp_path: Path) -> None:
+    """Eight of the bundled images, all eight names as candidates: calibrated on the record of asking everything, then live."""
+    from importlib import resources
+
+    from cascadevlm.data import read_data
+    from cascadevlm.evaluate import record_run
+
+    folder = Path(str(resources.files("cascadevlm_backends") / "aviary" / "images"))
+    birds = sorted(folder.glob("*.jpg"))[:8]
+    (tmp_path / "data.csv").write_text("path,label\n" + "".join(f"{bird},{bird.stem}\n" for bird in birds))
+    labels = LabelSet.of(bird.stem for bird in birds)
+    data = read_data(tmp_path / "data.csv", labels)
+    whole: dict[str, object] = {
+        "scorer": {"use": "open_clip:aviary"},
+        "stage": [{"judge": "hf_chat:aviary", "candidates": {"k": 8}}],
+        "cache": {"enabled": False},
+    }
+
+    def configured(**changed: object) -> Config:
+        return Config.parse(json.loads(json.dumps(whole | changed)))
+
+    asking = configured()
+    record = record_run(asking.build(labels), data, tmp_path / "run", config=asking)
+    calibration = replace(fit_calibration(three_times(record)), policy="gain > 0.01")
+    calibration.write(tmp_path / "calibration.json")
+    live = configured(calibration=str(tmp_path / "calibration.json")).build(labels).classify(data.images)
+    replayed = under(decided(record, calibration), parse_policy("gain > 0.01"))
+    assert [prediction.label for prediction in live] == [labels.names[column] for column in replayed.predicted]
+    np.testing.assert_allclose([prediction.probability or 0 for prediction in live], replayed.probabilities, atol=1e-4)
+    assert tuple(prediction.decided_by or "" for prediction in live) == replayed.decided_by
+
+
+def three_times(record: Record) -> Record:
+    """Enough to calibrate on."""
+    return record.take(np.tile(np.arange(len(record)), 3))

@@ -1,0 +1,364 @@
+"""The model of a judge against enumeration of all answers, its fit against simulated judges, and calibration without labels."""
+
+from dataclasses import replace
+from functools import cache
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from pydantic import TypeAdapter
+from scipy.optimize import check_grad
+from scipy.special import log_softmax, softmax
+
+from benchmarks.decision import made_up, worth
+from cascadevlm.decision.calibration import Calibration, decided, fit_calibration
+from cascadevlm.decision.judge_model import (
+    ABILITY,
+    NONE_CHOSEN,
+    PRECISIONS,
+    Answers,
+    JudgeFitting,
+    JudgeModel,
+    fit_judge,
+)
+from cascadevlm.decision.scorer_calibration import Floats
+from cascadevlm.decision.without_labels import fit_without_labels
+from cascadevlm.record import NOBODY, Columns
+from cascadevlm.sweep import sweep
+
+seeds = st.integers(0, 10_000)
+
+
+def some_model(rng: np.random.Generator, classes: int, positions: int) -> JudgeModel:
+    return JudgeModel(
+        ability=rng.normal(2, 1.5),
+        abilities=rng.normal(0, 0.5, classes),
+        following=rng.uniform(-0.2, 1.2),
+        class_bias=rng.normal(0, 0.7, classes),
+        position_bias=rng.normal(0, 0.5, positions),
+        none_bias=rng.normal(-1, 1),
+        none_ability=rng.normal(2, 1),
+        silence=rng.normal(-3, 1),
+    )
+
+
+def some_questions(
+    rng: np.random.Generator, size: int, classes: int, shown: int, *, none_offered: bool
+) -> tuple[Floats, Answers]:
+    """Log-probabilities and answers of every kind: candidates in any order, lists of different lengths, "none", silence."""
+    log_probs = np.log(rng.dirichlet(np.full(classes, 0.7), size).clip(1e-12))
+    candidates = np.array([rng.permutation(classes)[:shown] for _ in range(size)])
+    lengths = rng.integers(1, shown + 1, size)
+    candidates[np.arange(shown) >= lengths[:, None]] = NOBODY
+    answers = candidates[np.arange(size), rng.integers(0, lengths)]
+    answers[rng.random(size) < 0.15] = NOBODY
+    if none_offered:
+        answers[rng.random(size) < 0.2] = NONE_CHOSEN
+    return log_probs, Answers(candidates=candidates, answers=answers, none_offered=none_offered)
+
+
+def options(answers: Answers, row: int) -> list[int]:
+    """What the judge may have said of one image."""
+    shown = [int(column) for column in answers.candidates[row] if column != NOBODY]
+    return [*shown, *[NONE_CHOSEN] * answers.none_offered, NOBODY]
+
+
+def enumerated(model: JudgeModel, log_probs: Floats, answers: Answers, row: int) -> Floats:
+    """C x O: how likely each option is by the description of the model, if each class is the truth."""
+    shown, said = answers.candidates[row], options(answers, row)
+    utilities = np.zeros((log_probs.shape[1], len(said)))
+    for truth in range(log_probs.shape[1]):
+        for number, option in enumerate(said):
+            if option == NOBODY:
+                utility = model.silence
+            elif option == NONE_CHOSEN:
+                utility = model.none_bias + model.none_ability * (truth not in shown)
+            else:
+                utility = model.following * log_probs[row, option] + model.class_bias[option]
+                utility += model.position_bias[number] if number < len(model.position_bias) else 0
+                utility += (model.ability + model.abilities[option]) * (option == truth)
+            utilities[truth, number] = utility
+    likelihood: Floats = softmax(utilities, axis=1)
+    return likelihood
+
+
+cases = st.tuples(seeds, st.integers(1, 7), st.integers(1, 7), st.integers(0, 7), st.booleans())
+
+
+@given(cases)
+def test_posterior_and_gain_are_those_of_all_answers_enumerated(case: tuple[int, int, int, int, bool]) -> None:
+    seed, classes, shown, positions, none_offered = case
+    rng = np.random.default_rng(seed)
+    model = some_model(rng, classes, positions)
+    log_probs, answers = some_questions(rng, 6, classes, min(shown, classes), none_offered=none_offered)
+    after = np.exp(model.posterior(log_probs, answers))
+    gain = model.gain(log_probs, answers.candidates, none_offered=none_offered)
+    for row in range(len(answers)):
+        prior = np.exp(log_probs[row])
+        joint = prior[:, None] * enumerated(model, log_probs, answers, row)
+        assert joint.max(axis=0).sum() - prior.max() == pytest.approx(gain[row], abs=1e-9)
+        given_answer = joint[:, options(answers, row).index(int(answers.answers[row]))]
+        np.testing.assert_allclose(after[row], given_answer / given_answer.sum(), atol=1e-12)
+
+
+@given(cases)
+def test_asking_never_loses_and_gains_no_more_than_there_is(case: tuple[int, int, int, int, bool]) -> None:
+    seed, classes, shown, positions, none_offered = case
+    rng = np.random.default_rng(seed)
+    log_probs, answers = some_questions(rng, 8, classes, min(shown, classes), none_offered=none_offered)
+    gain = some_model(rng, classes, positions).gain(log_probs, answers.candidates, none_offered=none_offered)
+    assert (gain >= 0).all()
+    assert (gain <= 1 - np.exp(log_probs).max(axis=1) + 1e-9).all()
+
+
+@given(seeds, st.booleans())
+def test_a_judge_that_cannot_tell_is_worth_nothing(seed: int, none_offered: bool) -> None:
+    rng = np.random.default_rng(seed)
+    useless = replace(some_model(rng, 6, 4), ability=0.0, abilities=np.zeros(6), none_ability=0.0)
+    log_probs, answers = some_questions(rng, 8, 6, 4, none_offered=none_offered)
+    for model in (useless, replace(useless, following=0.0)):
+        np.testing.assert_allclose(model.gain(log_probs, answers.candidates, none_offered=none_offered), 0, atol=1e-12)
+        np.testing.assert_allclose(model.posterior(log_probs, answers), log_softmax(log_probs, axis=1), atol=1e-12)
+
+
+@given(seeds)
+def test_a_perfect_judge_is_worth_all_that_is_shown(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    log_probs, answers = some_questions(rng, 8, 6, 4, none_offered=False)
+    perfect = replace(JudgeModel.prior(6), ability=60.0, following=0.0, silence=-60.0)
+    shown = np.where(answers.shown, np.take_along_axis(np.exp(log_probs), np.maximum(answers.candidates, 0), axis=1), 0)
+    everything = np.tile(np.arange(6), (8, 1))
+    np.testing.assert_allclose(perfect.gain(log_probs, everything), 1 - np.exp(log_probs).max(axis=1), atol=1e-9)
+    assert (perfect.gain(log_probs, answers.candidates) <= shown.sum(axis=1) + 1e-9).all()
+
+
+@given(seeds, st.booleans())
+def test_names_and_padding_mean_nothing(seed: int, none_offered: bool) -> None:
+    """Columns in another order, a candidate's place in a list of none, and a wider array give the same."""
+    rng = np.random.default_rng(seed)
+    model = some_model(rng, 6, 3)
+    log_probs, answers = some_questions(rng, 8, 6, 4, none_offered=none_offered)
+    after, gain = model.posterior(log_probs, answers), model.gain(log_probs, answers.candidates, none_offered=none_offered)
+    wider = replace(answers, candidates=np.hstack([answers.candidates, np.full((8, 2), NOBODY)]))
+    np.testing.assert_allclose(model.posterior(log_probs, wider), after)
+    np.testing.assert_allclose(model.gain(log_probs, wider.candidates, none_offered=none_offered), gain, atol=1e-12)
+
+    order = rng.permutation(6)
+
+    def renamed(columns: Columns) -> Columns:
+        return np.where(columns >= 0, np.argsort(order)[columns], columns)
+
+    moved = replace(model, abilities=model.abilities[order], class_bias=model.class_bias[order])
+    others = replace(answers, candidates=renamed(answers.candidates), answers=renamed(answers.answers))
+    np.testing.assert_allclose(moved.posterior(log_probs[:, order], others), after[:, order])
+
+    unplaced = replace(model, position_bias=np.zeros(0))
+    shuffled = replace(answers, candidates=rng.permuted(answers.candidates, axis=1))
+    np.testing.assert_allclose(unplaced.posterior(log_probs, shuffled), unplaced.posterior(log_probs, answers))
+
+
+@given(seeds)
+def test_labels_that_were_not_shown_keep_their_odds(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    model = some_model(rng, 8, 3)
+    log_probs, answers = some_questions(rng, 8, 8, 3, none_offered=True)
+    after = model.posterior(log_probs, answers)
+    for row in range(8):
+        others = np.setdiff1d(np.arange(8), answers.candidates[row])
+        np.testing.assert_allclose(after[row, others] - after[row, others[0]], log_probs[row, others] - log_probs[row, others[0]])
+
+
+def test_an_answer_outside_the_candidates_says_no_more_than_silence() -> None:
+    model, log_probs = JudgeModel.prior(5, 2), np.log(np.full((1, 5), 0.2))
+    shown = np.array([[0, 1]])
+    said, silent = (Answers(candidates=shown, answers=np.array([one]), none_offered=False) for one in (4, NOBODY))
+    np.testing.assert_array_equal(model.posterior(log_probs, said), model.posterior(log_probs, silent))
+
+
+def test_none_of_these_speaks_for_the_others() -> None:
+    log_probs = np.log([[0.5, 0.3, 0.15, 0.05]])
+    answers = Answers(candidates=np.array([[0, 1]]), answers=np.array([NONE_CHOSEN]), none_offered=True)
+    after = np.exp(JudgeModel.prior(4).posterior(log_probs, answers))[0]
+    assert after[2] > 0.15
+    assert after[:2].sum() < 0.8
+
+
+@settings(max_examples=30)
+@given(cases, st.booleans())
+def test_the_gradient_is_that_of_the_likelihood(case: tuple[int, int, int, int, bool], certain: bool) -> None:
+    seed, classes, shown, _, none_offered = case
+    rng = np.random.default_rng(seed)
+    log_probs, answers = some_questions(rng, 12, classes, min(shown, classes), none_offered=none_offered)
+    truths = np.eye(classes)[rng.integers(0, classes, 12)] if certain else rng.dirichlet(np.ones(classes), 12)
+    fitting = JudgeFitting(log_probs, truths, answers)
+    values = fitting.start() + rng.normal(0, 0.5, len(fitting.start()))
+    assert check_grad(fitting.log_likelihood, lambda at: fitting._likelihood(at)[1], values) < 1e-4
+    likelihoods = [
+        np.log(enumerated(fitting.model(values), log_probs, answers, row)[:, options(answers, row).index(int(said))])
+        for row, said in enumerate(answers.answers)
+    ]
+    if certain:
+        assert fitting.log_likelihood(values) == pytest.approx(float((truths * likelihoods).sum()))
+
+
+def test_a_fit_is_a_maximum() -> None:
+    rng = np.random.default_rng(1)
+    log_probs, answers = some_questions(rng, 80, 5, 4, none_offered=True)
+    fitting = JudgeFitting(log_probs, np.eye(5)[rng.integers(0, 5, 80)], answers)
+    found = fitting.fit(fitting.start(), 3.0)
+    precisions = np.concatenate([[0.1, 4.0, 0.1, 0.1, 0.1], np.full(len(found) - 5, 3.0)])
+
+    def penalised(values: Floats) -> float:
+        return fitting.log_likelihood(values) - float(precisions @ (values - fitting.start()) ** 2) / 2
+
+    for size in (0.3, 0.03):
+        for _ in range(50):
+            assert penalised(found + size * rng.normal(size=len(found))) < penalised(found) + 1e-3
+
+
+def simulated(
+    model: JudgeModel, size: int, classes: int, shown: int, seed: int = 0, *, none_offered: bool = False
+) -> tuple[Floats, NDArray[np.int64], Answers]:
+    """Calibrated scores, truths and answers of a judge that is just as a model says."""
+    rng = np.random.default_rng(seed)
+    log_probs = log_softmax(rng.normal(0, 2, (size, classes)), axis=1)
+    truths = (np.exp(log_probs).cumsum(axis=1) > rng.random((size, 1))).argmax(axis=1)
+    candidates = np.argsort(-log_probs, axis=1)[:, :shown]
+    answers = Answers(candidates=candidates, answers=np.full(size, NOBODY), none_offered=none_offered)
+    said = [
+        rng.choice(options(answers, row), p=enumerated(model, log_probs, answers, row)[truth]) for row, truth in enumerate(truths)
+    ]
+    return log_probs, truths, replace(answers, answers=np.array(said))
+
+
+def test_a_simulated_judge_is_recognised() -> None:
+    """Of 4,000 images, to within some four standard errors: about .1 for ability and silence, .02 for following the scorer."""
+    truth = replace(
+        some_model(np.random.default_rng(2), 6, 4),
+        ability=1.5,
+        following=0.3,
+        abilities=np.zeros(6),
+        class_bias=np.array([1.0, 0, 0, 0, 0, -1.0]),
+        position_bias=np.array([0.8, 0, 0, -0.8]),
+        none_bias=-0.5,
+        none_ability=1.5,
+        silence=-2.0,
+    )
+    log_probs, truths, answers = simulated(truth, 4000, 6, 4, none_offered=True)
+    found = fit_judge(log_probs, np.eye(6)[truths], answers)
+    assert found.ability == pytest.approx(1.5, abs=0.3)
+    assert found.following == pytest.approx(0.3, abs=0.1)
+    assert found.none_ability == pytest.approx(1.5, abs=0.4)
+    assert found.silence - found.none_bias == pytest.approx(-1.5, abs=0.4)
+    np.testing.assert_allclose(found.class_bias - found.class_bias.mean(), truth.class_bias, atol=0.35)
+    np.testing.assert_allclose(found.position_bias - found.position_bias.mean(), truth.position_bias, atol=0.35)
+    gain, expected = (each.gain(log_probs, answers.candidates, none_offered=True) for each in (found, truth))
+    np.testing.assert_allclose(gain, expected, atol=0.05)
+
+
+def test_few_labels_say_little_of_a_class() -> None:
+    """A judge that is right in 25 of 25 cases, with two classes never seen, stays near what was believed beforehand."""
+    log_probs, truths, answers = simulated(JudgeModel.prior(8), 25, 8, 8, seed=3)
+    truths[truths > 5] = 0
+    found = fit_judge(log_probs, np.eye(8)[truths], replace(answers, answers=truths))
+    assert ABILITY < found.ability < ABILITY + 4
+    assert np.abs(found.abilities).max() < 1
+    assert np.abs(found.abilities[6:]).max() < 0.3
+    assert np.abs(found.class_bias).max() < 1
+
+
+def test_nothing_known_is_the_prior() -> None:
+    nothing = Answers(candidates=np.zeros((0, 3), dtype=int), answers=np.zeros(0, dtype=int), none_offered=False)
+    found, prior = fit_judge(np.zeros((0, 5)), np.zeros((0, 5)), nothing), JudgeModel.prior(5, 3)
+    for name in ("ability", "following", "abilities", "class_bias", "position_bias", "silence"):
+        np.testing.assert_allclose(getattr(found, name), getattr(prior, name), atol=1e-6)
+
+
+def test_what_is_particular_is_only_believed_where_it_holds() -> None:
+    """Of a judge alike for all classes, cross-validation chooses strong priors; of one that is not, weak ones."""
+    alike = replace(JudgeModel.prior(6, 6), ability=2.0)
+    unlike = replace(alike, class_bias=np.array([3.0, -3, 2, -2, 1, -1]))
+    spreads = []
+    for model in (alike, unlike):
+        log_probs, truths, answers = simulated(model, 600, 6, 6, seed=4)
+        spreads.append(fit_judge(log_probs, np.eye(6)[truths], answers).class_bias.std())
+    assert spreads[0] < 0.3
+    assert spreads[1] > 1.2
+    assert tuple(sorted(PRECISIONS, reverse=True)) == PRECISIONS
+
+
+@cache
+def fused_beyond_better(classes: int, shown: int) -> tuple[Floats, Floats]:
+    """Over three seeds of `benchmarks.decision.made_up`, after 200 labels, on 1,500 fresh images with everything asked: fused
+    accuracy less that of the better of scorer and judge, and calibration error of the fused probabilities."""
+    beyond, errors = [], []
+    for seed in range(3):
+        record = made_up(seed, 1700, classes, shown)
+        own, rest = record.take(np.arange(200)), record.take(np.arange(200, 1700))
+        found = worth(rest, fit_calibration(own))
+        alone = max(float((rest.scored == rest.truths).mean()), float((rest.predicted == rest.truths).mean()))
+        beyond.append(found["fused"] - alone)
+        errors.append(found["calibration_error"])
+    return np.array(beyond), np.array(errors)
+
+
+@pytest.mark.parametrize(("classes", "shown"), [(1000, 5), (10, 10)])
+def test_both_together_are_not_below_the_better(classes: int, shown: int) -> None:
+    """The generative model is written down at `benchmarks.decision.made_up`."""
+    beyond, _ = fused_beyond_better(classes, shown)
+    assert beyond.mean() > -0.01
+
+
+def test_fused_probabilities_are_calibrated() -> None:
+    _, errors = fused_beyond_better(10, 10)
+    assert errors.mean() <= 0.04
+
+
+def test_without_labels_is_better_than_raw_scores_and_entropy() -> None:
+    """Area under accuracy against deferral, mean over five made-up data sets; and no worse than either opinion by 1 point."""
+    areas, raw, fused, alone = [], [], [], []
+    for seed in range(5):
+        record = made_up(seed, 1200, 10, 10)
+        own, rest = record.take(np.arange(200)), record.take(np.arange(200, 1200))
+        calibration = fit_calibration(own, labelled=False)
+        assert not calibration.labelled
+        found = worth(rest, calibration)
+        areas.append(found["area"])
+        fused.append(found["fused"])
+        raw.append(next(curve.area for curve in sweep(rest).curves if curve.name == "entropy"))
+        alone.append(max(float((rest.scored == rest.truths).mean()), float((rest.predicted == rest.truths).mean())))
+    assert np.mean(areas) > np.mean(raw) + 0.005
+    assert np.mean(fused) > np.mean(alone) - 0.01
+
+
+def test_without_labels_no_truth_is_looked_at() -> None:
+    record = made_up(1, 200, 10, 10)
+    wrong = replace(record, truths=record.truths[::-1].copy())
+    one, other = (fit_calibration(each, labelled=False) for each in (record, wrong))
+    adapter = TypeAdapter(Calibration)
+    assert adapter.dump_python(one) | {"made": None} == adapter.dump_python(other) | {"made": None}
+
+
+def test_without_labels_the_ability_of_a_judge_is_found() -> None:
+    """Where the scorer is informative: its agreement with the judge tells how often the judge is right. The turns end before they
+    have converged, so the judge is taken for a little worse than it is."""
+    truth = replace(JudgeModel.prior(10, 10), ability=4.0, following=0.0)
+    log_probs, truths, answers = simulated(truth, 2000, 10, 10, seed=6)
+    _, found = fit_without_labels(log_probs, answers)
+    after = found.posterior(log_probs, answers)
+    assert np.exp(after).max(axis=1).mean() == pytest.approx((after.argmax(axis=1) == truths).mean(), abs=0.06)
+    assert found.ability == pytest.approx(4.0, abs=1.0)
+
+
+def test_silent_judges_teach_little_and_break_nothing() -> None:
+    """Silence is likelier where the answer is hard, by the model, so it speaks a little against what is believed."""
+    record = made_up(2, 100, 10, 5)
+    silent = replace(record, stages=(replace(record.judged, answers=np.full(100, NOBODY), outcomes=("refused",) * 100),))
+    calibration = fit_calibration(silent)
+    fused = decided(silent, calibration)
+    assert fused.fused is not None
+    assert (fused.fused.labels == fused.scored).mean() > 0.95
+    assert calibration.judges[0].model.silence > 0
+    assert fused.fused.gain.max() < 0.05
