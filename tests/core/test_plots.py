@@ -22,7 +22,7 @@ from sklearn.metrics import confusion_matrix
 
 from cascadevlm import plots
 from cascadevlm.errors import PolicyError
-from cascadevlm.evaluate import evaluate_replayed
+from cascadevlm.evaluate import as_configured, evaluate_replayed
 from cascadevlm.labels import LabelSet
 from cascadevlm.policy import EntropyAbove, Never
 from cascadevlm.record import NOBODY, Record, RunInfo
