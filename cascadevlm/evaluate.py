@@ -5,8 +5,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from pydantic import BaseModel
-
 from cascadevlm.cascade import Cascade
 from cascadevlm.config import Config
 from cascadevlm.data import Data
@@ -71,7 +69,7 @@ def read_decided(folder: Path) -> Record:
     record, calibration = read_record(folder), calibration_beside(folder)
     if calibration is None or record.scores.fingerprint != calibration.calibrated_fingerprint:
         return record
-    return record if any(stage.widen for stage in _configured(record).stage) else decided(record, calibration)
+    return record if any(stage.widen for stage in record.stated.stage) else decided(record, calibration)
 
 
 def can_replay(record: Record) -> bool:
@@ -79,8 +77,8 @@ def can_replay(record: Record) -> bool:
 
     Of lists that grew wider it holds the last round only.
     """
-    asked_once = not any(stage.widen for stage in _configured(record).stage)
-    return len(record.stages) == 1 and asked_once and bool(record.judged.asked[record.readable].all())
+    asked_once = not any(stage.widen for stage in record.stated.stage)
+    return len(record.stages) == 1 and asked_once and record.asked_everything
 
 
 def evaluate_replayed(record: Record, policy: PolicyLike) -> Evaluation:
@@ -91,20 +89,13 @@ def evaluate_replayed(record: Record, policy: PolicyLike) -> Evaluation:
     Raises:
         DataError: if the policy asks what was not asked.
     """
-    evaluation = evaluate(under(record, policy), everything=record.judged)
-    return replace(evaluation, paid_dollars=float(record.judged.paid.sum()))
+    return evaluate_part(under(record, policy), record)
 
 
-class _Stage(BaseModel):
-    policy: str | None = None
-    widen: int = 0
-
-
-class _Configured(BaseModel):
-    """What of a frozen configuration matters here."""
-
-    stage: list[_Stage] = []
-    calibration: str | None = None
+def evaluate_part(part: Record, run: Record) -> Evaluation:
+    """Evaluate what is left of a run under a policy, by what the judge is known to say of the images that the policy keeps."""
+    paid = float(sum(stage.paid.sum() for stage in run.stages))
+    return replace(evaluate(part, everything=run.judged if run.stages else None), paid_dollars=paid)
 
 
 def policies(record: Record) -> tuple[Policy, ...]:
@@ -113,7 +104,7 @@ def policies(record: Record) -> tuple[Policy, ...]:
     Raises:
         PolicyError: if one is not installed here.
     """
-    return tuple(parse_policy(stage.policy) for stage in _configured(record).stage if stage.policy)
+    return tuple(parse_policy(stage.policy) for stage in record.stated.stage if stage.policy)
 
 
 def as_configured(record: Record) -> Record:
@@ -122,10 +113,6 @@ def as_configured(record: Record) -> Record:
     So it is, too, where a calibration decided and was not applied (`cascadevlm.decision.calibration.decided`).
     """
     stated = policies(record)
-    applied = _configured(record).calibration is None or record.fused is not None
+    applied = record.stated.calibration is None or record.fused is not None
     replays = bool(stated) and applied and can_replay(record)
     return under(record, stated[0]) if replays else record
-
-
-def _configured(record: Record) -> _Configured:
-    return _Configured.model_validate(record.info.config if record.info else {})

@@ -82,7 +82,13 @@ def top_k_recall(scores: NDArray[np.floating], truths: Columns, ks: Sequence[int
 
 def coverage(candidates: Columns, truths: Columns) -> float | None:
     """How often the truth is among the candidates: N x K columns, `NOBODY` beyond the last. A share of N, from 0 to 1."""
-    return mean((candidates == truths[:, None]).any(axis=1))
+    return mean(covered_by(candidates, truths))
+
+
+def covered_by(candidates: Columns, truths: Columns) -> Bools:
+    """N: whether the truth is among the candidates."""
+    covered: Bools = (candidates == truths[:, None]).any(axis=1)
+    return covered
 
 
 def expected_calibration_error(confidences: NDArray[np.floating], right: Bools, *, bins: int = BINS) -> float | None:
@@ -322,7 +328,7 @@ def _last_asked(record: Record) -> tuple[Bools, Bools, Columns, Bools]:
         escalated = escalated | (np.array(stage.outcomes, dtype=str)[readable] != "")
         asked = asked | put
         answers = np.where(given != NOBODY, given, answers)
-        covered = np.where(put, (stage.candidates[readable] == truths[:, None]).any(axis=1), covered)
+        covered = np.where(put, covered_by(stage.candidates[readable], truths), covered)
     return escalated, asked, answers, covered
 
 

@@ -70,12 +70,11 @@ def decision_layer(record: Record, calibration: Calibration) -> "Figure":
     """
     figure, axes = _figure("share of images escalated (%)", "accuracy (%)")
     rest = held_out(record, calibration)
-    (raw,) = (curve for curve in sweep(rest).curves if curve.name == "entropy")
-    curves = {curve.name: curve for curve in sweep(decided(rest, calibration)).curves}
+    fused = sweep(decided(rest, calibration))
     for name, curve, what in (
-        ("entropy", raw, "entropy, the judge's word is final"),
-        ("gain", curves["gain"], "gain, both opinions fused"),
-        ("oracle", curves["oracle"], "oracle, both opinions fused"),
+        ("entropy", sweep(rest).curve("entropy"), "entropy, the judge's word is final"),
+        ("gain", fused.curve("gain"), "gain, both opinions fused"),
+        ("oracle", fused.curve("oracle"), "oracle, both opinions fused"),
     ):
         colour, dashes = CURVES[name]
         label = f"{what} (area {curve.area:.3f})"
@@ -99,7 +98,7 @@ def accuracy_dollars(record: Record) -> "Figure":
 
 def _swept(record: Record) -> Sweep | None:
     """The sweep of the record, where the judge was asked about everything."""
-    known = record.stages and record.readable.any() and record.judged.asked[record.readable].all()
+    known = record.stages and record.readable.any() and record.asked_everything
     return sweep(record) if known else None
 
 

@@ -75,6 +75,22 @@ class RunInfo(BaseModel):
     machine: str
 
 
+class StatedStage(BaseModel):
+    """What of a stage's frozen configuration replays go by."""
+
+    policy: str | None = None
+    widen: int = 0
+
+
+class Stated(BaseModel):
+    """What of a frozen configuration replays go by."""
+
+    on_failure: str = "scorer"
+    accept: float | None = None
+    calibration: str | None = None
+    stage: list[StatedStage] = []
+
+
 def _some(texts: tuple[str, ...], rows: NDArray[np.intp]) -> tuple[str, ...]:
     return tuple(texts[row] for row in rows.tolist())
 
@@ -205,6 +221,16 @@ class Record:
     def scored(self) -> Columns:
         """The scorer's best column for each of N images; `NOBODY` for unreadable ones."""
         return np.where(self.readable, self.scores.log_probs.argmax(axis=1), NOBODY)
+
+    @cached_property
+    def stated(self) -> Stated:
+        """What its configuration says; the defaults for records made of arrays."""
+        return Stated.model_validate(self.info.config if self.info else {})
+
+    @property
+    def asked_everything(self) -> bool:
+        """Whether the last stage's judge was asked about every image that could be read."""
+        return bool(self.judged.asked[self.readable].all())
 
     @property
     def judged(self) -> Judged:

@@ -39,9 +39,9 @@ from cascadevlm.errors import BudgetExhausted, DataError, InputError
 from cascadevlm.evaluate import asking_everything, record_run
 from cascadevlm.images import pixel_digest
 from cascadevlm.labels import LabelSet
-from cascadevlm.metrics import Bools, Interval, coverage, interval, mean
+from cascadevlm.metrics import Bools, Interval, coverage, covered_by, interval, mean
 from cascadevlm.policy import Always, EntropyAbove, PolicyLike
-from cascadevlm.record import NOBODY, Columns, Judged, Record
+from cascadevlm.record import NOBODY, Record
 from cascadevlm.registry import load_prompt
 from cascadevlm.scorer import Scorer
 from cascadevlm.stage import Stage
@@ -297,7 +297,7 @@ def study_threshold(record: Record, *, thresholds: Sequence[float] | None = None
         DataError: if it was not, or the record is not of one judge.
     """
     if thresholds is None:
-        (curve,) = (curve for curve in sweep(record).curves if curve.name == "entropy")
+        curve = sweep(record).curve("entropy")
         assert curve.thresholds is not None
         thresholds = np.unique(curve.thresholds[~np.isnan(curve.thresholds)].clip(0, 1)).tolist()
     rows = [_row(f"entropy > {t:.3g}", record, EntropyAbove(t), {"threshold": t}) for t in sorted(thresholds)]
@@ -349,7 +349,7 @@ def split_errors(record: Record) -> dict[str, Bools]:
     for stage in record.stages:
         reached = np.array(stage.outcomes, dtype=str) != ""
         escalated = escalated | reached
-        covered = np.where(reached, _covered(stage, record.truths), covered)
+        covered = np.where(reached, covered_by(stage.candidates, record.truths), covered)
         answered = answered | (stage.answers != NOBODY)
     wrong = record.readable & (record.predicted != record.truths)
     return {
@@ -420,7 +420,7 @@ def _rows(records: Mapping[str, Record], policy: PolicyLike) -> tuple[Row, ...]:
     for name, record in records.items():
         judged, truths, readable = record.judged, record.truths, record.readable
         everything = _row(name, record, Always(), {})
-        covered = _covered(judged, truths) & readable
+        covered = covered_by(judged.candidates, truths) & readable
         gain = ((record.predicted == truths) * 1.0 - (first.predicted == truths))[readable]
         low, high = (None if record is first else interval(gain)) or (None, None)
         figures: dict[str, float | None] = {
@@ -462,11 +462,6 @@ def _row(variant: str, record: Record, policy: PolicyLike, figures: Mapping[str,
 def _require_images(record: Record) -> None:
     if not record.readable.any():
         raise DataError("None of the images could be read.")
-
-
-def _covered(judged: Judged, truths: Columns) -> Bools:
-    covered: Bools = (judged.candidates == truths[:, None]).any(axis=1)
-    return covered
 
 
 def _total(values: NDArray[np.float64] | NDArray[np.int64], asked: Bools) -> float | None:

@@ -82,6 +82,10 @@ class Sweep:
     curves: tuple[Curve, ...]
     pareto: tuple[tuple[str, float, float, float], ...]
 
+    def curve(self, name: str) -> Curve:
+        """The one of a name, in the sweep of one record."""
+        return next(curve for curve in self.curves if curve.name == name)
+
     def to_dict(self) -> dict[str, JsonValue]:
         """The sweep as JSON-serialisable data."""
         return {
@@ -98,9 +102,8 @@ def final_answers(record: Record) -> Columns:
     Its answer where it gave one, else the scorer's, or none in a record of a cascade that abstains; of fused opinions, theirs.
     """
     answers = record.judged.answers
-    abstains = record.info is not None and record.info.config.get("on_failure") == "abstain"
     otherwise = record.scored if record.fused is None else record.fused.labels
-    if abstains:
+    if record.stated.on_failure == "abstain":
         otherwise = np.full(len(record), NOBODY)
     return np.where(answers == NOBODY, otherwise, answers if record.fused is None else record.fused.labels)
 
@@ -133,7 +136,7 @@ def under(record: Record, policy: PolicyLike) -> Record:
     of_judge = record.probabilities if record.fused is None else record.fused.probabilities
     of_scorer = np.where(decided_by == "scorer", record.scores.probabilities.max(axis=1), np.nan)
     probabilities = np.where(by_judge & (predicted != NOBODY), of_judge, of_scorer)
-    refused = probabilities < _accepted(record)
+    refused = probabilities < (record.stated.accept or 0.0)
     stage = replace(
         judged,
         asked=wanted,
@@ -153,12 +156,6 @@ def under(record: Record, policy: PolicyLike) -> Record:
         probabilities=np.where(refused, np.nan, probabilities),
         decided_by=tuple(np.where(refused, "", decided_by).tolist()),
     )
-
-
-def _accepted(record: Record) -> float:
-    """The least probable label that the record's cascade gives."""
-    accept = record.info.config.get("accept") if record.info else None
-    return float(accept) if isinstance(accept, int | float) else 0.0
 
 
 def _where(wanted: NDArray[np.bool_], texts: tuple[str, ...]) -> tuple[str, ...]:
@@ -205,7 +202,7 @@ def _require_same_images(records: Mapping[str, Record]) -> None:
 
 def _curves(record: Record, steps: int) -> list[Curve]:
     """The oracle's, the measures', and that of random escalation."""
-    if not record.judged.asked[record.readable].all():
+    if not record.asked_everything:
         raise DataError("The judge was not asked about every image.", hint="Make the record with: evaluate --judge-all.")
     rows = np.flatnonzero(record.readable)
     if not len(rows):

@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from cascadevlm.cli import options
+
 DEFAULT_SHARE = 0.5
 
 
@@ -34,7 +36,7 @@ def calibrate(
         typer.Option(help="Guarantee: at most this share of accepted answers is wrong; abstain from the others."),
     ] = None,
     confidence: Annotated[float, typer.Option(help="With this probability.")] = 0.95,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """Learn how far to trust scorer and judge, choose a threshold for a target, and write both to a file."""
     import json

@@ -26,7 +26,7 @@ def classify(
     prompt: options.PromptName = None,
     settings: options.Settings = None,
     batch: Annotated[bool, typer.Option("--batch", help="Ask hosted judges through their batch APIs: cheaper, hours.")] = False,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask before spending money.")] = False,
+    yes: options.Yes = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
 ) -> None:
     """Classify images. Fails (exit code 1) if an image cannot be read or no question gets an answer."""

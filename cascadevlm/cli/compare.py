@@ -32,12 +32,12 @@ def compare(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN…", help="Two or more: folders of records, or configurations.")],
     data: Annotated[Path | None, typer.Option(help="Labelled images to run the configurations over, as for evaluate.")] = None,
     labels: options.Labels = None,
-    split: Annotated[str | None, typer.Option(help="Only this split of the data.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only so many images, at random, every class in its share.")] = None,
+    split: options.Split = None,
+    limit: options.Limit = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="A folder for the records of the configurations; none, unless given.")
     ] = None,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask before spending money.")] = False,
+    yes: options.Yes = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object, with all the images on which they disagree.")] = False,
 ) -> None:
     """Compare runs over the same images. No judge is asked twice what several configurations want to know."""

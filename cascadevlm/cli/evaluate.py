@@ -11,9 +11,7 @@ from cascadevlm.cli import options
 
 
 def evaluate(
-    data: Annotated[
-        Path, typer.Argument(help="Labelled images: a folder of folders, a table with path and label, a saved dataset.")
-    ],
+    data: options.LabelledData,
     labels: options.Labels = None,
     config: options.ConfigFile = None,
     scorer: options.ScorerSpec = None,
@@ -22,14 +20,14 @@ def evaluate(
     candidates: options.CandidateCount = None,
     prompt: options.PromptName = None,
     settings: options.Settings = None,
-    split: Annotated[str | None, typer.Option(help="Only this split of the data.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only so many images, at random, every class in its share.")] = None,
+    split: options.Split = None,
+    limit: options.Limit = None,
     judge_all: Annotated[
         bool, typer.Option("--judge-all", help="Ask the judge about everything, for sweep to work with; report the policy.")
     ] = False,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="The folder for the record; none, unless given.")] = None,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask before spending money.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+    yes: options.Yes = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """Measure a cascade on labelled images: accuracy, deferral, rescues and harms, calibration, dollars."""
     from rich.console import Console

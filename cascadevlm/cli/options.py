@@ -22,6 +22,13 @@ JudgeSpec = Annotated[str | None, typer.Option(help="backend:model of the first 
 PolicyText = Annotated[str | None, typer.Option(help=f"When to ask, as in 'margin < 0.2'. [default: {DEFAULT_POLICY}]")]
 CandidateCount = Annotated[int | None, typer.Option(min=1, help="How many the judge is offered. [default: 5]")]
 PromptName = Annotated[str | None, typer.Option(help="A prompt's name or file. [default: select]")]
+LabelledData = Annotated[
+    Path, typer.Argument(help="Labelled images: a folder of folders, a table with path and label, a saved dataset.")
+]
+Split = Annotated[str | None, typer.Option(help="Only this split of the data.")]
+Limit = Annotated[int | None, typer.Option(min=1, help="Only so many images, at random, every class in its share.")]
+Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask before spending money.")]
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON object.")]
 Settings = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any other key, as in on_failure=abstain.")
 ]

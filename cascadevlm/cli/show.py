@@ -1,5 +1,6 @@
 """What the terminal shows of predictions."""
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 from rich.console import Console, Group, RenderableType
@@ -7,6 +8,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from cascadevlm.texts import share
 from cascadevlm.types import Prediction, Usage, Verdict
 
 if TYPE_CHECKING:
@@ -14,6 +16,8 @@ if TYPE_CHECKING:
     from cascadevlm.metrics import Evaluation
 
 BAR_WIDTH = 12
+
+_share = partial(share, unknown="unknown")
 
 
 def prediction_block(prediction: Prediction, *, title: str, truth: str | None = None) -> RenderableType:
@@ -116,12 +120,6 @@ def calibration_rows(result: "Calibrated") -> dict[str, str]:
     if result.acceptance:
         rows["accepted"] = result.acceptance.describe()
     return rows
-
-
-def _share(share: float | None, interval: tuple[float, float] | None = None) -> str:
-    if share is None:
-        return "unknown"
-    return f"{share:.1%}" + (f" ({interval[0]:.1%} to {interval[1]:.1%})" if interval else "")
 
 
 def _number(value: float | None) -> str:

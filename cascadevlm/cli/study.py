@@ -18,11 +18,8 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="The studies of the CascadeVLM paper, on your data and models.", no_args_is_help=True)
 
-Data = Annotated[Path, typer.Argument(help="Labelled images: a folder of folders, a table with path and label, a saved dataset.")]
 Run = Annotated[Path, typer.Argument(help="The folder of a record made by: evaluate --judge-all -o FOLDER.")]
 AnyRun = Annotated[Path, typer.Argument(help="The folder of a record made by: evaluate -o FOLDER.")]
-Split = Annotated[str | None, typer.Option(help="Only this split of the data.")]
-Limit = Annotated[int | None, typer.Option(min=1, help="Only so many images, at random, every class in its share.")]
 Output = Annotated[
     Path | None,
     typer.Option("--output", "-o", file_okay=False, help="A folder for study-NAME.json and the records; none, unless given."),
@@ -30,15 +27,13 @@ Output = Annotated[
 Result = Annotated[
     Path | None, typer.Option("--output", "-o", file_okay=False, help="A folder for study-NAME.json; none, unless given.")
 ]
-Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask before spending money.")]
-AsJson = Annotated[bool, typer.Option("--json", help="One JSON object.")]
 
 Number = TypeVar("Number", int, float)
 
 
 @app.command()
 def candidates(
-    data: Data,
+    data: options.LabelledData,
     k: Annotated[str, typer.Option(help="The numbers of candidates.")] = "1,2,3,5,10",
     labels: options.Labels = None,
     config: options.ConfigFile = None,
@@ -47,11 +42,11 @@ def candidates(
     policy: options.PolicyText = None,
     prompt: options.PromptName = None,
     settings: options.Settings = None,
-    split: Split = None,
-    limit: Limit = None,
+    split: options.Split = None,
+    limit: options.Limit = None,
     output: Output = None,
-    yes: Yes = False,
-    as_json: AsJson = False,
+    yes: options.Yes = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """Study the effect of the number of candidates."""
     from cascadevlm.study import study_candidates
@@ -63,7 +58,7 @@ def candidates(
 
 @app.command()
 def order(
-    data: Data,
+    data: options.LabelledData,
     labels: options.Labels = None,
     config: options.ConfigFile = None,
     scorer: options.ScorerSpec = None,
@@ -72,11 +67,11 @@ def order(
     candidates: options.CandidateCount = None,
     prompt: options.PromptName = None,
     settings: options.Settings = None,
-    split: Split = None,
-    limit: Limit = None,
+    split: options.Split = None,
+    limit: options.Limit = None,
     output: Output = None,
-    yes: Yes = False,
-    as_json: AsJson = False,
+    yes: options.Yes = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """Study the effect of the order of the candidates: ranked, reversed, shuffled; and the judge's position bias."""
     from cascadevlm.study import study_order
@@ -87,7 +82,7 @@ def order(
 
 @app.command()
 def reasoning(
-    data: Data,
+    data: options.LabelledData,
     labels: options.Labels = None,
     config: options.ConfigFile = None,
     scorer: options.ScorerSpec = None,
@@ -95,11 +90,11 @@ def reasoning(
     policy: options.PolicyText = None,
     candidates: options.CandidateCount = None,
     settings: options.Settings = None,
-    split: Split = None,
-    limit: Limit = None,
+    split: options.Split = None,
+    limit: options.Limit = None,
     output: Output = None,
-    yes: Yes = False,
-    as_json: AsJson = False,
+    yes: options.Yes = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """Study the effect of chain-of-thought: the prompt select_cot against select."""
     from cascadevlm.study import study_reasoning
@@ -110,7 +105,7 @@ def reasoning(
 
 @app.command()
 def shots(
-    data: Data,
+    data: options.LabelledData,
     support: Annotated[Path, typer.Option(help="A folder of exemplars, a sub-folder for every class.")],
     shots: Annotated[str, typer.Option(help="The numbers of exemplars a class.")] = "0,1,2",
     labels: options.Labels = None,
@@ -120,11 +115,11 @@ def shots(
     policy: options.PolicyText = None,
     candidates: options.CandidateCount = None,
     settings: options.Settings = None,
-    split: Split = None,
-    limit: Limit = None,
+    split: options.Split = None,
+    limit: options.Limit = None,
     output: Output = None,
-    yes: Yes = False,
-    as_json: AsJson = False,
+    yes: options.Yes = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """Study the effect of exemplars: the prompt select_fewshot against select_cot, which shows none."""
     from cascadevlm.study import study_shots
@@ -141,7 +136,7 @@ def threshold(
         str | None, typer.Option(help="As in 0.1,0.2; those that ask about 0, 5, … 100 %, unless given.")
     ] = None,
     output: Result = None,
-    as_json: AsJson = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """Study the effect of the entropy threshold, on a record, asking nobody."""
     from cascadevlm.record import read_record
@@ -152,7 +147,7 @@ def threshold(
 
 
 @app.command()
-def errors(run: AnyRun, output: Result = None, as_json: AsJson = False) -> None:
+def errors(run: AnyRun, output: Result = None, as_json: options.AsJson = False) -> None:
     """Split the errors of a record, under its policy, by their causes, asking nobody."""
     from cascadevlm.evaluate import as_configured, read_decided
     from cascadevlm.study import study_errors
@@ -220,12 +215,17 @@ def _show(study: "Study") -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from cascadevlm.texts import study_figure
+
     columns = [
         ["", *(row.variant for row in study.rows)],
-        ["accuracy", *(_cell("", row.accuracy) for row in study.rows)],
+        ["accuracy", *(study_figure("accuracy", row.accuracy) for row in study.rows)],
         ["interval", *("–".join(f"{end:.0%}" for end in row.interval or ()) for row in study.rows)],
-        *([name, *(_cell(name, getattr(row, name)) for row in study.rows)] for name in ("calls", "dollars", "seconds")),
-        *([name.replace("_", " "), *(_cell(name, row.figures[name]) for row in study.rows)] for name in study.rows[0].figures),
+        *([name, *(study_figure(name, getattr(row, name)) for row in study.rows)] for name in ("calls", "dollars", "seconds")),
+        *(
+            [name.replace("_", " "), *(study_figure(name, row.figures[name]) for row in study.rows)]
+            for name in study.rows[0].figures
+        ),
     ]
     lines = columns if len(columns) > len(study.rows) else zip(*columns, strict=True)
     first, *others = lines
@@ -240,19 +240,3 @@ def _show(study: "Study") -> None:
     console.print(table)
     for note in study.notes:
         console.print(f"\n{note}")
-
-
-def _cell(name: str, value: float | None) -> str:
-    """A figure by its name: what is nothing else is a share."""
-    if value is None:
-        return ""
-    match name.rpartition("_")[2]:
-        case "dollars":
-            return f"${value:.4f}"
-        case "seconds":
-            return f"{value:.1f}"
-        case "calls" | "tokens" | "errors":
-            return f"{value:.0f}"
-        case "value" | "threshold":
-            return f"{value:.3g}"
-    return f"{value:.1%}"

@@ -85,24 +85,25 @@ def calibrate(
         choosing, own = own.take(np.flatnonzero(~fitting)), own.take(np.flatnonzero(fitting))
     calibration = fit_calibration(own, labelled=labelled, fusion=fusion, coverage=coverage)
     calibration = replace(calibration, fitted_on=images_of(record.take(np.flatnonzero(inside))))
+    if chooses:
+        choosing = decided(choosing, calibration)
     if target is not None:
-        calibration = replace(calibration, policy=policy_for(decided(choosing, calibration), measure, target))
+        calibration = replace(calibration, policy=policy_for(choosing, measure, target))
     policy = parse_policy(calibration.policy) if calibration.policy else Always()
     acceptance = None
     if target_error is not None:
-        gated = under(decided(choosing, calibration), policy)
+        gated = under(choosing, policy)
         right = gated.predicted == gated.truths
         acceptance = fit_acceptance(gated.probabilities, right, target_error=target_error, confidence=confidence)
         if acceptance.threshold is None:
             raise DataError(acceptance.describe(), hint="Label more images, or promise less.")
         calibration = replace(calibration, accept=acceptance.threshold)
     after = decided(rest, calibration)
-    everything = bool(rest.judged.asked.all())
     result = Calibrated(
         calibration=calibration,
         before=_quality(rest.scores, rest.truths),
         after=_quality(after.scores, after.truths),
-        areas=(_area(rest, "entropy"), _area(after, "gain")) if everything else None,
+        areas=(sweep(rest).curve("entropy").area, sweep(after).curve("gain").area) if rest.asked_everything else None,
         outcome=outcome(after, policy) if target is not None else None,
         acceptance=acceptance,
     )
@@ -122,10 +123,6 @@ def _quality(scores: Scores, truths: NDArray[np.int64]) -> dict[str, float]:
         "log_likelihood": float(scores.log_probs[np.arange(len(truths)), truths].mean()),
         "calibration_error": error or 0.0,
     }
-
-
-def _area(record: Record, name: str) -> float:
-    return next(curve.area for curve in sweep(record).curves if curve.name == name)
 
 
 def _figures(result: Calibrated) -> dict[str, JsonValue]:

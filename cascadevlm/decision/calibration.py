@@ -211,13 +211,14 @@ def fit_calibration(
 
     Args:
         record: its images that could be read are used.
-        labelled: whether to look at the truths; without, the judge of the first stage is the annotator.
+        labelled: whether to look at the truths; without, the judge is the annotator.
         coverage: of the conformal sets. They are fitted on what the scorer's calibrations on other folds say of each image, which
             holds the promise closely, not strictly.
 
     Raises:
         InputError: if the images cannot promise the coverage.
-        DataError: if there are too few images or, without labels, none that the judge was asked about.
+        DataError: if there is no judge, or one answered about too few images; if the scores are calibrated already; without
+            labels, if there are several stages.
     """
     record = record.take(np.flatnonzero(record.readable))
     if "|calibrated=" in record.scores.fingerprint:
@@ -225,8 +226,6 @@ def fit_calibration(
     asked = min(int(heard(judged).sum()) for judged in (record.judged, *record.stages))
     if asked < FEWEST:
         raise DataError(f"A judge answered about {asked} images, too few to calibrate on.", hint=f"Ask about {FEWEST} or more.")
-    if len(record) < FEWEST:
-        raise DataError(f"{len(record)} images are too few to calibrate on.", hint=f"Give at least {FEWEST}, better 200.")
     log_probs, conformal = record.scores.log_probs, None
     if labelled:
         responsibilities = np.eye(len(record.labels))[record.truths]

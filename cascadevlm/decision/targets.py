@@ -56,7 +56,7 @@ def policy_for(record: Record, measure: str, target: Target) -> str:
     Raises:
         DataError: if no threshold meets it, telling what can be had.
     """
-    (curve,) = [curve for curve in sweep(record, steps=min(STEPS, len(record))).curves if curve.name == measure]
+    curve = sweep(record, steps=min(STEPS, len(record))).curve(measure)
     reached = {
         "deferral_rate": curve.deferral_rates,
         "dollars_per_thousand": curve.dollars,

@@ -6,7 +6,7 @@ import io
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from importlib import resources
 from pathlib import Path
@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING
 
 from cascadevlm import plots
 from cascadevlm.decision.calibration import Calibration, calibration_beside
-from cascadevlm.evaluate import as_configured, read_decided
-from cascadevlm.metrics import Evaluation, Interval, evaluate
+from cascadevlm.evaluate import as_configured, evaluate_part, read_decided
+from cascadevlm.metrics import Evaluation
 from cascadevlm.record import Record
 from cascadevlm.report.cases import cases
 from cascadevlm.report.studies import StudyResult, read_studies
+from cascadevlm.texts import share
 
 if TYPE_CHECKING:
     from markupsafe import Markup
@@ -32,6 +33,8 @@ COLOURS = {
     plots.PURPLE: "var(--purple)",
 }
 """What the page calls the colours of the plots, so that they suit light and dark."""
+
+_share = partial(share, unknown="–")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,9 +59,7 @@ class Run:
     def of(cls, record: Record, studies: Sequence[StudyResult] = (), calibration: Calibration | None = None) -> "Run":
         """What there is to tell of a record."""
         final = as_configured(record)
-        evaluation = evaluate(final, everything=record.judged if record.stages else None)
-        paid = float(sum(stage.paid.sum() for stage in record.stages))
-        evaluation = replace(evaluation, paid_dollars=paid)
+        evaluation = evaluate_part(final, record)
         return cls(record=record, final=final, evaluation=evaluation, studies=tuple(studies), calibration=calibration)
 
 
@@ -120,7 +121,7 @@ def _plots(run: Run, draw: "_Drawing") -> list[Plot]:
     """Those that have something to show."""
     found = run.evaluation
     judged, read = bool(run.record.stages), found.images > found.unreadable
-    swept = not judged or run.record.judged.asked[run.record.readable].all()
+    swept = not judged or run.record.asked_everything
     everything = "" if swept else " The judge was not asked about everything: no curves."
     known: list[tuple[bool, str, str, Callable[[Record], Figure]]] = [
         (
@@ -185,12 +186,6 @@ class _Drawing:
         opening = f'<svg class="plot" role="img" aria-label="{escape(title)}" '
         svg = re.sub(r'<svg [^>]*?(viewBox="[^"]*")[^>]*>', lambda found: f"{opening}{found[1]}>", svg)
         return Markup(svg)
-
-
-def _share(share: float | None, interval: Interval | None = None) -> str:
-    if share is None:
-        return "–"
-    return f"{share:.1%}" + (f" ({interval[0]:.1%} to {interval[1]:.1%})" if interval else "")
 
 
 def _number(value: float | None, digits: int = 3) -> str:

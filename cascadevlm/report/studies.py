@@ -1,11 +1,15 @@
 """Results of studies, as they lie beside a record, and their tables."""
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from cascadevlm.errors import DataError
+from cascadevlm.texts import study_figure
+
+_figure = partial(study_figure, grouping=",")
 
 
 class StudyRow(BaseModel):
@@ -36,13 +40,13 @@ class StudyResult(BaseModel):
         further = dict.fromkeys(name for row in self.rows for name in row.__pydantic_extra__)
         columns = [
             ["", *(row.variant for row in self.rows)],
-            ["accuracy", *(_cell("accuracy", row.accuracy) for row in self.rows)],
+            ["accuracy", *(_figure("accuracy", row.accuracy) for row in self.rows)],
             ["95% interval", *(_ends(row.interval) for row in self.rows)],
-            ["calls", *(_cell("calls", row.calls) for row in self.rows)],
-            ["dollars", *(_cell("dollars", row.dollars) for row in self.rows)],
-            ["seconds", *(_cell("seconds", row.seconds) for row in self.rows)],
+            ["calls", *(_figure("calls", row.calls) for row in self.rows)],
+            ["dollars", *(_figure("dollars", row.dollars) for row in self.rows)],
+            ["seconds", *(_figure("seconds", row.seconds) for row in self.rows)],
             *(
-                [name.replace("_", " "), *(_cell(name, row.__pydantic_extra__.get(name)) for row in self.rows)]
+                [name.replace("_", " "), *(_figure(name, row.__pydantic_extra__.get(name)) for row in self.rows)]
                 for name in further
             ),
         ]
@@ -51,22 +55,6 @@ class StudyResult(BaseModel):
 
 def _ends(interval: tuple[float, float] | None) -> str:
     return f"{100 * interval[0]:.1f} to {interval[1]:.1%}" if interval else ""
-
-
-def _cell(name: str, value: float | None) -> str:
-    """A figure by the last word of its name: what is nothing else is a share."""
-    if value is None:
-        return ""
-    match name.rpartition("_")[2]:
-        case "dollars":
-            return f"${value:,.4f}"
-        case "seconds":
-            return f"{value:,.1f}"
-        case "calls" | "tokens" | "errors":
-            return f"{value:,.0f}"
-        case "value" | "threshold":
-            return f"{value:.3g}"
-    return f"{value:.1%}"
 
 
 def read_studies(folder: Path) -> tuple[StudyResult, ...]:
