@@ -11,7 +11,7 @@ from PIL import Image
 from cascadevlm import loop
 from cascadevlm.budget import Ledger
 from cascadevlm.cache import VerdictStore
-from cascadevlm.engine import OnFailure, Run
+from cascadevlm.engine import BEGINNING, Checkpoint, OnFailure, Run
 from cascadevlm.errors import ImageError
 from cascadevlm.images import ImageSource
 from cascadevlm.labels import Label, LabelSet
@@ -113,7 +113,13 @@ class Cascade:
 
     async def astream(self, images: Iterable[ImageSource]) -> AsyncGenerator[Prediction, None]:
         """`stream`, for asynchronous callers."""
-        run = Run(
+        async with aclosing(self.begin().predictions(images)) as predictions:
+            async for prediction in predictions:
+                yield prediction
+
+    def begin(self, start: Checkpoint = BEGINNING) -> Run:
+        """A run not yet under way, which goes on where another one stood."""
+        return Run(
             scorer=self.scorer,
             stages=self.stages,
             labels=self.labels,
@@ -122,7 +128,5 @@ class Cascade:
             store=self.store,
             ledger=self.ledger,
             batch_size=self.batch_size,
+            start=start,
         )
-        async with aclosing(run.predictions(images)) as predictions:
-            async for prediction in predictions:
-                yield prediction

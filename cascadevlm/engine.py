@@ -6,35 +6,38 @@ in every run.
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, Collection, Iterable, Sequence
-from contextlib import AsyncExitStack
+import os
+from collections.abc import AsyncGenerator, Collection, Coroutine, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass, field, replace
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
-from PIL import Image
 
 from cascadevlm.budget import NANODOLLARS, Ledger, Metered
 from cascadevlm.cache import Cached, SingleFlight, VerdictStore
 from cascadevlm.candidates import CandidateRule, TopK
 from cascadevlm.errors import BudgetExhausted, FatalError, ImageError, JudgeError
-from cascadevlm.images import ImageSource, load_image
+from cascadevlm.images import ImageSource, is_large
 from cascadevlm.judge import Judge, Repairing
 from cascadevlm.labels import Label, LabelSet
 from cascadevlm.pacing import Paced
-from cascadevlm.policy import START
+from cascadevlm.policy import START, Spending
 from cascadevlm.retry import Retrying
-from cascadevlm.scorer import Scorer
+from cascadevlm.scorer import Prepared, Scorer
 from cascadevlm.stage import Stage
 from cascadevlm.types import Candidate, Prediction, Scores, Verdict
+
+T = TypeVar("T")
 
 OnFailure = Literal["scorer", "raise", "abstain"]
 """What a prediction is where no judge asked gave an answer: the scorer's label, an error, or no label."""
 
-LARGE_PIXELS = 1_000_000
-"""From this size on, shrinking and encoding an image takes longer than a thread is worth."""
+READ_AHEAD = 2
+"""How many batches wait, decoded and preprocessed, while an earlier one is scored and the next one is read."""
 
 OUTPUT_LIMIT = 4096
 """How many predictions may wait for an earlier image to be judged."""
@@ -51,7 +54,7 @@ class _Item:
     """
 
     path: str
-    image: Image.Image
+    prepared: Prepared
     scores: Scores
     belief: Scores
     result: asyncio.Future[Prediction]
@@ -85,12 +88,12 @@ class _Item:
 class _RunningStage:
     """A stage during one run: its judge made dependable, its places, and where its spending stands."""
 
-    def __init__(self, stage: Stage, store: VerdictStore | None, ledger: Ledger) -> None:
+    def __init__(self, stage: Stage, store: VerdictStore | None, ledger: Ledger, spending: Spending) -> None:
         self.stage = stage
         self.policy = stage.informed_policy
         self.judge = dependable(stage.judge, store, ledger)
         self.places = asyncio.Semaphore(stage.judge.concurrency)
-        self.spending = START
+        self.spending = spending
 
 
 def dependable(judge: Judge, store: VerdictStore | None, ledger: Ledger) -> Judge:
@@ -100,8 +103,47 @@ def dependable(judge: Judge, store: VerdictStore | None, ledger: Ledger) -> Judg
     return Cached(patient, store) if store is not None else SingleFlight(patient)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A place between two batches from which a run can go on as if it had not been left.
+
+    Attributes:
+        images: how many came before, readable or not.
+        spending: of every stage, where it stood then.
+    """
+
+    images: int = 0
+    spending: tuple[Spending, ...] = ()
+
+
+BEGINNING = Checkpoint()
+
+_Read = tuple[str, Prepared | ImageError]
+"""The path of an image, or "", and the image or why it cannot be read."""
+
+
+class _Batch:
+    """Images scored together, on their way through the stages.
+
+    Attributes:
+        results: of all its images, in input order.
+        turns: for every stage, set once it has decided on this batch: the next batch's turn.
+        spending: of every stage, after it decided on this batch.
+    """
+
+    def __init__(self, images: int, stages: int) -> None:
+        loop = asyncio.get_running_loop()
+        self.results: list[asyncio.Future[Prediction]] = [loop.create_future() for _ in range(images)]
+        self.turns = [asyncio.Event() for _ in range(stages)]
+        self.spending: list[Spending] = []
+
+
 class Run:
-    """The state of one run."""
+    """The state of one run.
+
+    Attributes:
+        checkpoint: the end of the last batch whose predictions were all taken.
+    """
 
     def __init__(
         self,
@@ -114,9 +156,12 @@ class Run:
         store: VerdictStore | None,
         ledger: Ledger,
         batch_size: int,
+        start: Checkpoint = BEGINNING,
     ) -> None:
         self.scorer = scorer
-        self.stages = [_RunningStage(stage, store, ledger) for stage in stages]
+        self.checkpoint = start
+        spending = start.spending or (START,) * len(stages)
+        self.stages = [_RunningStage(stage, store, ledger, before) for stage, before in zip(stages, spending, strict=True)]
         self.labels = labels
         self.on_failure: OnFailure = on_failure
         self.accept = accept
@@ -125,20 +170,27 @@ class Run:
         self.limit = sum(stage.judge.concurrency for stage in stages) or batch_size
         self.room = asyncio.Event()
         self.room.set()
-        self.output: asyncio.Queue[asyncio.Future[Prediction] | None] = asyncio.Queue(OUTPUT_LIMIT)
-        self.tasks: set[asyncio.Task[None]] = set()
+        self.output: asyncio.Queue[_Batch | None] = asyncio.Queue(max(1, OUTPUT_LIMIT // batch_size))
+        self.tasks: set[asyncio.Task[object]] = set()
         self.fatal: FatalError | None = None
+        self.workers = os.cpu_count() or 1
+        self.readers = ThreadPoolExecutor(self.workers, "reading")
+        self.scoring = ThreadPoolExecutor(1, "scoring")
 
     async def predictions(self, sources: Iterable[ImageSource]) -> AsyncGenerator[Prediction, None]:
         """Classify and yield in input order."""
         async with AsyncExitStack() as stack:
+            stack.callback(self.readers.shutdown, wait=False, cancel_futures=True)
+            stack.callback(self.scoring.shutdown, wait=False, cancel_futures=True)
             for running in self.stages:
                 stack.push_async_callback(running.judge.aclose)
                 await running.judge.prepare()
             producer = asyncio.create_task(self._produce(sources))
             stack.push_async_callback(self._close, producer)
-            while (result := await self.output.get()) is not None:
-                yield await result
+            while (batch := await self.output.get()) is not None:
+                for result in batch.results:
+                    yield await result
+                self.checkpoint = Checkpoint(images=self.checkpoint.images + len(batch.results), spending=tuple(batch.spending))
             await producer
 
     async def _close(self, producer: asyncio.Task[None]) -> None:
@@ -146,55 +198,81 @@ class Run:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        while not self.output.empty():
-            result = self.output.get_nowait()
-            if result is not None and not result.cancel():
-                result.exception()  # marks it as seen
+
+    def _begin(self, work: Coroutine[None, None, T]) -> asyncio.Task[T]:
+        """A task that ends with the run."""
+        task = asyncio.create_task(work)
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
+        task.add_done_callback(_seen)
+        return task
 
     async def _produce(self, sources: Iterable[ImageSource]) -> None:
-        try:
-            await self._produce_all(sources)
-        except Exception:  # cancelled, there is nobody to tell
-            await self.output.put(None)
-            raise
-        await self.output.put(None)
-
-    async def _produce_all(self, sources: Iterable[ImageSource]) -> None:
-        iterator = iter(sources)
         earlier = [_passed() for _ in self.stages]
-        while batch := await asyncio.to_thread(lambda: list(islice(iterator, self.batch_size))):
-            await self.room.wait()
-            results = [asyncio.get_running_loop().create_future() for _ in batch]
-            items = await self._score(batch, results)
-            turns = [asyncio.Event() for _ in self.stages]
-            task = asyncio.create_task(self._escalate(items, earlier, turns))
-            self.tasks.add(task)
-            task.add_done_callback(self.tasks.discard)
-            earlier = turns
-            for result in results:
-                await self.output.put(result)
+        async with _ending(self.output), aclosing(self._reading(sources)) as reading:
+            async for read in reading:
+                await self.room.wait()
+                batch = _Batch(len(read), len(self.stages))
+                items = await self._score(read, batch.results)
+                self._begin(self._escalate(items, earlier, batch))
+                earlier = batch.turns
+                await self.output.put(batch)
 
-    async def _score(self, sources: Sequence[ImageSource], results: Sequence[asyncio.Future[Prediction]]) -> list[_Item]:
-        """Read and score a batch; unreadable images get their result here and are left out."""
-        images = await asyncio.gather(*(asyncio.to_thread(_load, source) for source in sources))
-        readable = []
-        for source, image, result in zip(sources, images, results, strict=True):
+    async def _reading(self, sources: Iterable[ImageSource]) -> AsyncGenerator[list[_Read], None]:
+        """Batches of images, read ahead. What stands before an error of the sources comes before it."""
+        ahead: asyncio.Queue[asyncio.Task[list[_Read]] | None] = asyncio.Queue(READ_AHEAD)
+        reader = self._begin(self._read_ahead(iter(sources), ahead))
+        while (batch := await ahead.get()) is not None:
+            yield await batch
+        await reader
+
+    async def _read_ahead(self, sources: Iterator[ImageSource], ahead: asyncio.Queue[asyncio.Task[list[_Read]] | None]) -> None:
+        loop = asyncio.get_running_loop()
+        async with _ending(ahead):
+            while batch := await asyncio.to_thread(lambda: list(islice(sources, self.batch_size))):
+                await loop.run_in_executor(self.scoring, self.scorer.load)
+                await ahead.put(self._begin(self._prepare_batch(batch)))
+
+    async def _prepare_batch(self, batch: Sequence[ImageSource]) -> list[_Read]:
+        size = -(-len(batch) // self.workers)
+        shares = [batch[start : start + size] for start in range(0, len(batch), size)]
+        loop = asyncio.get_running_loop()
+        prepared = await asyncio.gather(*(loop.run_in_executor(self.readers, self._prepare, share) for share in shares))
+        return list(chain.from_iterable(prepared))
+
+    def _prepare(self, sources: Sequence[ImageSource]) -> list[_Read]:
+        read: list[_Read] = []
+        for source in sources:
             path = str(source) if isinstance(source, str | Path) else ""
-            if isinstance(image, ImageError):
-                result.set_result(Prediction(path=path, error=str(image)))
+            try:
+                read.append((path, self.scorer.prepare(source)))
+            except ImageError as exc:
+                read.append((path, exc))
+        return read
+
+    async def _score(self, read: Sequence[_Read], results: Sequence[asyncio.Future[Prediction]]) -> list[_Item]:
+        """Score a batch; unreadable images get their result here and are left out."""
+        readable = []
+        for (path, prepared), result in zip(read, results, strict=True):
+            if isinstance(prepared, ImageError):
+                result.set_result(Prediction(path=path, error=str(prepared)))
             else:
-                readable.append((path, image, result))
+                readable.append((path, prepared, result))
         if not readable:
             return []
-        scores = await asyncio.to_thread(self.scorer.score, [image for _, image, _ in readable], self.labels)
+        scores = await asyncio.get_running_loop().run_in_executor(
+            self.scoring, self.scorer.score_prepared, [prepared for _, prepared, _ in readable], self.labels
+        )
         self._take_in_hand([result for _, _, result in readable])
-        return [
-            _Item(path=path, image=image, scores=one, belief=one, result=result)
-            for (path, image, result), one in zip(readable, _rows(scores), strict=True)
-        ]
+        items = []
+        for (path, prepared, result), one in zip(readable, _rows(scores), strict=True):
+            prepared.features = None
+            items.append(_Item(path=path, prepared=prepared, scores=one, belief=one, result=result))
+        return items
 
     def _take_in_hand(self, results: Sequence[asyncio.Future[Prediction]]) -> None:
-        def settled(_: asyncio.Future[Prediction]) -> None:
+        def settled(result: asyncio.Future[Prediction]) -> None:
+            _seen(result)
             self.in_hand -= 1
             if self.in_hand < self.limit:
                 self.room.set()
@@ -205,14 +283,15 @@ class Run:
         for result in results:
             result.add_done_callback(settled)
 
-    async def _escalate(self, items: list[_Item], earlier: Sequence[asyncio.Event], turns: Sequence[asyncio.Event]) -> None:
+    async def _escalate(self, items: list[_Item], earlier: Sequence[asyncio.Event], batch: _Batch) -> None:
         """Take a batch through the stages; every image is settled when no further stage asks about it."""
         try:
             if not self.stages:
                 _rank(TopK(), items)
-            for running, before, turn in zip(self.stages, earlier, turns, strict=True):
+            for running, before, turn in zip(self.stages, earlier, batch.turns, strict=True):
                 await before.wait()
                 asked = self._decide(running, items)
+                batch.spending.append(running.spending)
                 turn.set()
                 last = running is self.stages[-1]
                 for item in set(items).difference(asked):
@@ -226,7 +305,7 @@ class Run:
                 if not item.result.done():
                     item.result.set_exception(exc)
         finally:
-            for turn in turns:
+            for turn in batch.turns:
                 turn.set()
 
     def _decide(self, running: _RunningStage, items: list[_Item]) -> list[_Item]:
@@ -278,9 +357,12 @@ class Run:
             try:
                 if self.fatal is not None:
                     raise self.fatal
-                item.candidates = stage.candidates.arrange(item.candidates, item.image)
-                question = stage.question(item.image, item.candidates)
-                if item.image.width * item.image.height > LARGE_PIXELS:  # encode and hash it beside the event loop, once for all
+                if not item.prepared.decoded:
+                    await asyncio.to_thread(lambda: item.prepared.image)
+                image = item.prepared.image
+                item.candidates = stage.candidates.arrange(item.candidates, image)
+                question = stage.question(image, item.candidates)
+                if is_large(image):  # encode and hash it beside the event loop, once for all
                     await asyncio.to_thread(running.judge.image_digest, question)
                 return await running.judge.judge(question)
             except FatalError as exc:
@@ -288,7 +370,7 @@ class Run:
                 raise
             except BudgetExhausted as exc:
                 return Verdict(outcome="skipped", error=str(exc), judge=stage.judge.spec)
-            except JudgeError as exc:
+            except (JudgeError, ImageError) as exc:  # the image may have gone since it was scored
                 return Verdict(outcome="failed", error=str(exc), judge=stage.judge.spec)
 
     def _settle(self, item: _Item) -> None:
@@ -327,22 +409,32 @@ def _abstained(prediction: Prediction, why: str) -> Prediction:
     return replace(prediction, label=None, probability=None, decided_by=None, error=why)
 
 
+@asynccontextmanager
+async def _ending(queue: asyncio.Queue[T | None]) -> AsyncGenerator[None, None]:
+    """Tell who takes from a queue that nothing follows, for an error too; of a task that is cancelled, nobody takes."""
+    try:
+        yield
+    except Exception:
+        await queue.put(None)
+        raise
+    await queue.put(None)
+
+
+def _seen(result: asyncio.Future[T]) -> None:
+    """Keep asyncio from complaining of an error that nobody asked for: another one came before it."""
+    if not result.cancelled():
+        result.exception()
+
+
 def _passed() -> asyncio.Event:
     event = asyncio.Event()
     event.set()
     return event
 
 
-def _load(source: ImageSource) -> Image.Image | ImageError:
-    try:
-        return load_image(source)
-    except ImageError as exc:
-        return exc
-
-
 def _usual_dollars(stage: Stage, item: _Item) -> float:
     (candidates,) = stage.candidates.choose(item.scores)
-    return stage.judge.usual_case(stage.question(item.image, candidates)) / NANODOLLARS
+    return stage.judge.usual_case(stage.question(item.prepared.image, candidates)) / NANODOLLARS
 
 
 def _stacked(rows: Sequence[Scores]) -> Scores:

@@ -22,6 +22,9 @@ MAX_PIXELS = 178_956_970
 same size, whatever its warning filters."""
 
 
+LARGE_PIXELS = 1_000_000
+"""From this size on, shrinking and encoding an image takes longer than a thread is worth, and many of them fill the memory."""
+
 _OPENING = threading.Lock()
 
 
@@ -88,6 +91,11 @@ def _describe(source: ImageSource) -> str:
 def image_files(folder: Path) -> list[Path]:
     """The image files below a folder, sorted."""
     return sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+
+
+def is_large(image: Image.Image) -> bool:
+    """Whether work on it is better done beside the event loop, and it is better read again than kept."""
+    return image.width * image.height > LARGE_PIXELS
 
 
 def pixel_digest(image: Image.Image) -> str:

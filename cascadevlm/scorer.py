@@ -3,6 +3,9 @@
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
@@ -10,10 +13,46 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from cascadevlm.errors import InputError
+from cascadevlm.images import ImageSource, is_large, load_image
 from cascadevlm.labels import LabelSet, one_line
 from cascadevlm.types import Scores
 
 DEFAULT_TEMPLATES = ("a photo of a {label}.",)
+
+LABELS_AT_ONCE = 256
+"""How many labels are embedded at once, under every template: of 20,000 under 80, no array of all texts is made."""
+
+
+@dataclass(kw_only=True, eq=False)
+class Prepared:
+    """An image on its way through a scorer.
+
+    Attributes:
+        source: what it is read from.
+        features: what the scorer made of it beside the model; None where it makes nothing.
+    """
+
+    source: ImageSource
+    features: NDArray[np.float32] | None = None
+
+    @cached_property
+    def image(self) -> Image.Image:
+        """Upright RGB, read at first use.
+
+        Raises:
+            ImageError: if it cannot be read.
+        """
+        return load_image(self.source)
+
+    @property
+    def decoded(self) -> bool:
+        """Whether the pixels are in memory."""
+        return "image" in vars(self)
+
+    def forget_large(self) -> None:
+        """Let the pixels of a large file go: they are read again should a judge be asked, which few images need."""
+        if isinstance(self.source, str | Path | bytes) and is_large(self.image):
+            del self.image
 
 
 class Scorer(ABC):
@@ -28,6 +67,46 @@ class Scorer(ABC):
     @abstractmethod
     def score(self, images: Sequence[Image.Image], labels: LabelSet) -> Scores:
         """Score N upright RGB images against C labels. May be called from any thread, one call at a time."""
+
+    def load(self) -> None:
+        """Load the model, where there is one to load; called once before `prepare`."""
+
+    def prepare(self, source: ImageSource) -> Prepared:
+        """Read an image and do beside the model what can be done there. Called from many threads at once.
+
+        Raises:
+            ImageError: if it cannot be read.
+        """
+        prepared = Prepared(source=source)
+        prepared.image  # noqa: B018  # reads it
+        return prepared
+
+    def score_prepared(self, prepared: Sequence[Prepared], labels: LabelSet) -> Scores:
+        """`score`, of images that this scorer prepared."""
+        return self.score([each.image for each in prepared], labels)
+
+
+class WrapperScorer(Scorer):
+    """Does as another scorer does; subclass it and override what shall be different."""
+
+    def __init__(self, wrapped: Scorer) -> None:
+        self.wrapped = wrapped
+
+    def score(self, images: Sequence[Image.Image], labels: LabelSet) -> Scores:
+        return self.altered(self.wrapped.score(images, labels))
+
+    def load(self) -> None:
+        self.wrapped.load()
+
+    def prepare(self, source: ImageSource) -> Prepared:
+        return self.wrapped.prepare(source)
+
+    def score_prepared(self, prepared: Sequence[Prepared], labels: LabelSet) -> Scores:
+        return self.altered(self.wrapped.score_prepared(prepared, labels))
+
+    def altered(self, scores: Scores) -> Scores:
+        """What becomes of the wrapped scorer's scores."""
+        return scores
 
 
 class EmbeddingScorer(Scorer):
@@ -75,14 +154,46 @@ class EmbeddingScorer(Scorer):
         return f"{self.model_fingerprint()}|templates={digest}"
 
     def label_embeddings(self, labels: LabelSet) -> NDArray[np.float32]:
-        """C x D, rows of length 1; computed at the first call with this label set."""
+        """C x D, rows of length 1; computed at the first call with this label set, a block of labels at a time."""
         if self._embedded is None or self._embedded[0] != labels:
-            texts = [template.replace("{label}", one_line(label.prompt_text)) for template in self.templates for label in labels]
-            embedded = self.embed_texts(texts).reshape(len(self.templates), len(labels), -1).mean(axis=0)
-            self._embedded = labels, embedded / np.linalg.norm(embedded, axis=1, keepdims=True)
+            names = [one_line(label.prompt_text) for label in labels]
+            blocks = [names[start : start + LABELS_AT_ONCE] for start in range(0, len(names), LABELS_AT_ONCE)]
+            self._embedded = labels, np.concatenate([self._embed_names(block) for block in blocks])
         return self._embedded[1]
 
+    def _embed_names(self, names: Sequence[str]) -> NDArray[np.float32]:
+        texts = [template.replace("{label}", name) for template in self.templates for name in names]
+        mean = self.embed_texts(texts).reshape(len(self.templates), len(names), -1).mean(axis=0)
+        unit: NDArray[np.float32] = mean / np.linalg.norm(mean, axis=1, keepdims=True)
+        return unit
+
     def score(self, images: Sequence[Image.Image], labels: LabelSet) -> Scores:
-        """Softmax over the model's logits; for a sigmoid model too, whose per-class logits it makes one distribution of."""
-        similarities = self.embed_images(images) @ self.label_embeddings(labels).T
+        return self.score_embeddings(self.embed_images(images), labels)
+
+    def preprocess(self, image: Image.Image) -> NDArray[np.float32] | None:
+        """What the model takes in of an image, 3 x H x W; None where `embed_images` sees to it. Called from many threads."""
+        return None
+
+    def embed_prepared(self, prepared: Sequence[Prepared]) -> NDArray[np.float32]:
+        """`embed_images`, of images that this scorer prepared."""
+        return self.embed_images([each.image for each in prepared])
+
+    def prepare(self, source: ImageSource) -> Prepared:
+        prepared = super().prepare(source)
+        prepared.features = self.preprocess(prepared.image)
+        if prepared.features is not None:
+            prepared.forget_large()
+        return prepared
+
+    def score_prepared(self, prepared: Sequence[Prepared], labels: LabelSet) -> Scores:
+        return self.score_embeddings(self.embed_prepared(prepared), labels)
+
+    def score_embeddings(self, embeddings: NDArray[np.float32], labels: LabelSet) -> Scores:
+        """Softmax over the model's logits; for a sigmoid model too, whose per-class logits it makes one distribution of.
+
+        Args:
+            embeddings: N x D, of images.
+            labels: the C labels.
+        """
+        similarities = embeddings @ self.label_embeddings(labels).T
         return Scores.from_logits(self.logits(similarities), labels, self.fingerprint)

@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors import SafetensorError
 
 from cascadevlm.errors import BackendError
-from cascadevlm.scorer import DEFAULT_TEMPLATES, EmbeddingScorer
+from cascadevlm.scorer import DEFAULT_TEMPLATES, EmbeddingScorer, Prepared
 from cascadevlm_backends._torch import DtypeName, choose_device, choose_dtype, directory_digest, hide_progress_in_logs
 
 if TYPE_CHECKING:
@@ -39,7 +39,15 @@ class _TwoTowers(Protocol):
     def get_text_features(self, **inputs: "torch.Tensor") -> "BaseModelOutputWithPooling": ...
 
 
+class _ImageProcessor(Protocol):
+    model_input_names: list[str]
+
+    def to_json_string(self) -> str: ...
+
+
 class _Processor(Protocol):
+    image_processor: _ImageProcessor
+
     def __call__(self, **options: object) -> "BatchFeature": ...
 
 
@@ -83,13 +91,37 @@ class HfScorer(EmbeddingScorer):
         self.dtype: DtypeName = dtype
         self.revision = revision
 
+    def load(self) -> None:
+        self._loaded  # noqa: B018  # loads it
+
+    def preprocess(self, image: Image.Image) -> NDArray[np.float32] | None:
+        """None for NaFlex, whose images differ in their number of patches and are padded to each other's."""
+        if "pixel_attention_mask" in self._loaded.processor.image_processor.model_input_names:
+            return None
+        pixels: NDArray[np.float32] = self._inputs([image])["pixel_values"][0].numpy()
+        return pixels
+
     def embed_images(self, images: Sequence[Image.Image]) -> NDArray[np.float32]:
+        return self._embed(self._inputs(images))
+
+    def embed_prepared(self, prepared: Sequence[Prepared]) -> NDArray[np.float32]:
+        import torch
+        from transformers import BatchFeature
+
+        pixels = [each.features for each in prepared if each.features is not None]
+        if len(pixels) < len(prepared):
+            return super().embed_prepared(prepared)
+        return self._embed(BatchFeature({"pixel_values": torch.from_numpy(np.stack(pixels))}))
+
+    def _inputs(self, images: Sequence[Image.Image]) -> "BatchFeature":
+        return self._loaded.processor(images=list(images), return_tensors="pt")
+
+    def _embed(self, inputs: "BatchFeature") -> NDArray[np.float32]:
         import torch
 
         loaded = self._loaded
         with torch.inference_mode():
-            inputs = loaded.processor(images=list(images), return_tensors="pt").to(loaded.device, loaded.dtype)
-            return _unit_rows(loaded.model.get_image_features(**inputs))
+            return _unit_rows(loaded.model.get_image_features(**inputs.to(loaded.device, loaded.dtype)))
 
     def embed_texts(self, texts: Sequence[str]) -> NDArray[np.float32]:
         blocks = [texts[start : start + TEXTS_AT_ONCE] for start in range(0, len(texts), TEXTS_AT_ONCE)]

@@ -17,7 +17,7 @@ from PIL import Image
 
 from cascadevlm.errors import BackendError
 from cascadevlm.registry import nearest
-from cascadevlm.scorer import DEFAULT_TEMPLATES, EmbeddingScorer
+from cascadevlm.scorer import DEFAULT_TEMPLATES, EmbeddingScorer, Prepared
 from cascadevlm_backends._torch import DtypeName, choose_device, choose_dtype
 
 if TYPE_CHECKING:
@@ -77,13 +77,26 @@ class OpenClipScorer(EmbeddingScorer):
         self.device = device
         self.dtype: DtypeName = dtype
 
+    def load(self) -> None:
+        self._loaded  # noqa: B018  # loads it
+
+    def preprocess(self, image: Image.Image) -> NDArray[np.float32]:
+        pixels: NDArray[np.float32] = self._loaded.preprocess(image).numpy()
+        return pixels
+
     def embed_images(self, images: Sequence[Image.Image]) -> NDArray[np.float32]:
+        return self._embed([self.preprocess(image) for image in images])
+
+    def embed_prepared(self, prepared: Sequence[Prepared]) -> NDArray[np.float32]:
+        return self._embed([each.features for each in prepared if each.features is not None])
+
+    def _embed(self, pixels: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
         import torch
 
         loaded = self._loaded
         with torch.inference_mode():
-            pixels = torch.stack([loaded.preprocess(image) for image in images])
-            return _array(loaded.model.encode_image(pixels.to(loaded.device, loaded.dtype), normalize=True))
+            batch = torch.from_numpy(np.stack(pixels))
+            return _array(loaded.model.encode_image(batch.to(loaded.device, loaded.dtype), normalize=True))
 
     def embed_texts(self, texts: Sequence[str]) -> NDArray[np.float32]:
         import torch

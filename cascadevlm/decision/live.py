@@ -5,18 +5,16 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from cascadevlm.candidates import CandidateRule
 from cascadevlm.decision.calibration import Calibration
 from cascadevlm.decision.judge_model import NONE_CHOSEN, Answers, JudgeModel
-from cascadevlm.labels import LabelSet
 from cascadevlm.record import NOBODY
-from cascadevlm.scorer import Scorer
+from cascadevlm.scorer import Scorer, WrapperScorer
 from cascadevlm.types import Candidate, Scores, Verdict
 
 
-class CalibratedScorer(Scorer):
+class CalibratedScorer(WrapperScorer):
     """Scores as another scorer does, with calibrated probabilities.
 
     Raises:
@@ -24,11 +22,11 @@ class CalibratedScorer(Scorer):
     """
 
     def __init__(self, wrapped: Scorer, calibration: Calibration) -> None:
-        self.wrapped = wrapped
+        super().__init__(wrapped)
         self.calibration = calibration
 
-    def score(self, images: Sequence[Image.Image], labels: LabelSet) -> Scores:
-        return self.calibration.calibrated(self.wrapped.score(images, labels))
+    def altered(self, scores: Scores) -> Scores:
+        return self.calibration.calibrated(scores)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,6 +16,7 @@ from PIL import Image
 from cascadevlm import Cascade, Prediction, Stage, TopK, load_prompt, parse_policy
 from cascadevlm.budget import Ledger
 from cascadevlm.cache import MemoryStore
+from cascadevlm.engine import READ_AHEAD
 from cascadevlm.errors import FatalError, ImageError, InputError, JudgeError, PermanentError
 from cascadevlm.judge import Judge, verdict_from_text
 from cascadevlm.labels import LabelSet
@@ -156,7 +157,7 @@ def test_inputs_are_not_read_far_ahead_of_the_judges() -> None:
     for done, _ in enumerate(cascade(stage(judge), batch_size=4).stream(source()), start=1):
         furthest = max(furthest, read - done)
     assert read == 400
-    assert furthest <= 2 * judge.concurrency + 3 * 4
+    assert furthest <= 2 * judge.concurrency + (READ_AHEAD + 3) * 4
 
 
 def test_leaving_a_stream_early_leaves_nothing_running() -> None:
