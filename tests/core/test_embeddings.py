@@ -1,0 +1,154 @@
+"""Embeddings on disk: what comes back, what is not computed twice, and what damage does."""
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+
+from cascadevlm import Cascade, embeddings
+from cascadevlm.embeddings import CachedEmbeddings, EmbeddingStore
+from cascadevlm.labels import LabelSet
+from cascadevlm.scorer import EmbeddingScorer
+from cascadevlm.testing import noise
+
+LABELS = LabelSet.of(["finch", "owl", "wren"])
+
+
+class TinyTowers(EmbeddingScorer):
+    """Two towers of fixed random projections, which count the images embedded."""
+
+    def __init__(self, *, templates: Sequence[str] = ("{label}",)) -> None:
+        super().__init__(templates=templates)
+        self.embedded = 0
+
+    def embed_images(self, images: Sequence[Image.Image]) -> NDArray[np.float32]:
+        self.embedded += len(images)
+        pixels = np.array([np.asarray(image.resize((4, 4))).ravel() for image in images], dtype=np.float32)
+        return self._unit(pixels - 128)
+
+    def embed_texts(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        return self._unit(np.array([np.random.default_rng(len(text)).normal(size=48) for text in texts], dtype=np.float32))
+
+    def logits(self, similarities: NDArray[np.float32]) -> NDArray[np.float32]:
+        return similarities * 10
+
+    def model_fingerprint(self) -> str:
+        return "tiny"
+
+    def _unit(self, rows: NDArray[np.float32]) -> NDArray[np.float32]:
+        unit: NDArray[np.float32] = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+        return unit
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> list[Path]:
+    (tmp_path / "images").mkdir()
+    paths = [tmp_path / "images" / f"{number}.png" for number in range(10)]
+    for number, path in enumerate(paths):
+        noise(number).save(path)
+    return paths
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[EmbeddingStore]:
+    store = EmbeddingStore(tmp_path / "store")
+    yield store
+    store.close()
+
+
+def rows(count: int, *, start: int = 0) -> dict[bytes, NDArray[np.float16]]:
+    numbers = range(start, start + count)
+    return {number.to_bytes(32): np.random.default_rng(number).normal(size=6).astype(np.float16) for number in numbers}
+
+
+def test_no_image_is_embedded_twice_and_scores_are_the_same(files: list[Path], tmp_path: Path) -> None:
+    model = TinyTowers()
+    cold = Cascade(CachedEmbeddings(model, tmp_path / "kept"), [], labels=LABELS, batch_size=4).classify(files)
+    assert model.embedded == len(files)
+    anew = TinyTowers(templates=("{label}", "the {label}"))
+    warm = Cascade(CachedEmbeddings(TinyTowers(), tmp_path / "kept"), [], labels=LABELS, batch_size=3).classify(files)
+    assert [each.label for each in warm] == [each.label for each in cold]
+    assert [each.probability for each in warm] == pytest.approx([each.probability for each in cold], rel=1e-6)
+    Cascade(CachedEmbeddings(anew, tmp_path / "kept"), [], labels=["stork", "eagle owl"]).classify(files)
+    assert anew.embedded == 0
+
+
+def test_rounding_hardly_changes_scores(files: list[Path], tmp_path: Path) -> None:
+    images = [Image.open(file).convert("RGB") for file in files]
+    exact = TinyTowers().score(images, LABELS).log_probs
+    rounded = CachedEmbeddings(TinyTowers(), tmp_path / "kept").score(images, LABELS).log_probs
+    np.testing.assert_allclose(rounded, exact, atol=10 * 2**-11)
+
+
+def test_a_changed_file_is_embedded_anew_and_a_broken_one_names_itself(files: list[Path], tmp_path: Path) -> None:
+    model = TinyTowers()
+    cascade = Cascade(CachedEmbeddings(model, tmp_path / "kept"), [], labels=LABELS)
+    before = cascade.classify(files[:2])
+    noise(99).save(files[0])
+    files[1].write_bytes(b"no image")
+    after = cascade.classify([*files[:2], tmp_path / "gone.png"])
+    assert model.embedded == 3
+    assert after[0].probability != before[0].probability
+    assert str(files[1]) in after[1].error
+    assert "gone.png' does not exist" in after[2].error
+
+
+def test_rows_come_back_from_every_shard(store: EmbeddingStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(embeddings, "SHARD_ROWS", 4)
+    given = rows(23)
+    for start in range(0, 23, 5):
+        store.put(dict(list(given.items())[start : start + 5]))
+    assert len(store) == 23
+    for digest, embedding in given.items():
+        found = store.get(digest)
+        assert found is not None
+        np.testing.assert_array_equal(found, embedding)
+    assert store.get(b"another") is None
+
+
+def test_writers_do_not_overwrite_each_other(tmp_path: Path) -> None:
+    stores = [EmbeddingStore(tmp_path / "store") for _ in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda number: stores[number % 4].put(rows(5, start=5 * number)), range(20)))
+    for digest, embedding in rows(100).items():
+        np.testing.assert_array_equal(stores[0].get(digest), embedding)
+    for store in stores:
+        store.close()
+
+
+def test_a_write_that_broke_off_leaves_nothing_behind(store: EmbeddingStore) -> None:
+    store.put(rows(2))
+
+    def broken(*_: object) -> None:
+        raise OSError("No space left on device")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(store, "_write", broken)
+        with pytest.raises(OSError, match="space"):
+            store.put(rows(2, start=2))
+    assert len(store) == 2
+    store.put(rows(1, start=7))
+    np.testing.assert_array_equal(store.get((7).to_bytes(32)), rows(1, start=7)[(7).to_bytes(32)])
+
+
+def test_a_damaged_row_is_no_embedding(store: EmbeddingStore) -> None:
+    store.put(rows(3))
+    shard = store.folder / "000000.f16"
+    with shard.open("r+b") as file:
+        file.seek(12)
+        file.write(b"\0" * 12)
+    assert store.get((1).to_bytes(32)) is None
+    assert store.get((2).to_bytes(32)) is not None
+
+
+def test_a_folder_that_cannot_be_used_says_so(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(embeddings.BackendError, match=r"cannot keep embeddings.*cache\.folder"):
+        EmbeddingStore(tmp_path / "file")
+    (tmp_path / "index.sqlite").write_text("no database, but long enough to look like one" * 10)
+    with pytest.raises(embeddings.BackendError, match="not a database"):
+        EmbeddingStore(tmp_path)
