@@ -29,6 +29,10 @@ class Ledger:
         self._waiting: list[tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]] = []
 
     @property
+    def cap_dollars(self) -> float | None:
+        return None if self.cap is None else self.cap / NANODOLLARS
+
+    @property
     def spent_dollars(self) -> float:
         return self._spent / NANODOLLARS
 
@@ -58,7 +62,7 @@ class Ledger:
         """Promise an amount, or give a future of the loop that is done when money has come back."""
         with self._lock:
             if nanodollars == 0 or self.cap is None or self._spent + self._reserved + nanodollars <= self.cap:
-                self._reserved += nanodollars
+                self._change(reserved=nanodollars)
                 return None
             if loop is None or self._spent + nanodollars > self.cap:
                 left = self.cap - self._spent - (self._reserved if loop is None else 0)
@@ -71,12 +75,16 @@ class Ledger:
     def settle(self, reserved: int, spent: int) -> None:
         """Turn a promise into what it really cost, and let those who waited for it try again."""
         with self._lock:
-            self._reserved -= reserved
-            self._spent += spent
+            self._change(reserved=-reserved, spent=spent)
             waiting, self._waiting = self._waiting, []
         for loop, waiter in waiting:
             with suppress(RuntimeError):  # who waited gave up, and its loop is closed
                 loop.call_soon_threadsafe(_wake, waiter)
+
+    def _change(self, *, reserved: int, spent: int = 0) -> None:
+        """All that ever changes a ledger, in nanodollars; called with the lock held."""
+        self._reserved += reserved
+        self._spent += spent
 
 
 def _wake(waiter: "asyncio.Future[None]") -> None:

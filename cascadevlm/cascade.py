@@ -63,8 +63,9 @@ class Cascade:
         stages: Sequence[Stage] | None = None,
         on_failure: OnFailure | None = None,
         store: VerdictStore | None = None,
+        ledger: Ledger | None = None,
     ) -> "Cascade":
-        """The same cascade, and the same ledger, but for what is given."""
+        """The same cascade but for what is given; its ledger is the same one."""
         return Cascade(
             self.scorer if scorer is None else scorer,
             self.stages if stages is None else stages,
@@ -72,7 +73,7 @@ class Cascade:
             on_failure=on_failure or self.on_failure,
             accept=self.accept,
             store=self.store if store is None else store,
-            ledger=self.ledger,
+            ledger=ledger or self.ledger,
             batch_size=self.batch_size,
         )
 

@@ -8,16 +8,18 @@ from typing import Annotated, Self
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, ValidationError
 
 from cascadevlm.budget import Ledger
-from cascadevlm.cache import DiskStore, VerdictStore
+from cascadevlm.cache import DiskStore, VerdictStore, default_cache_folder
 from cascadevlm.candidates import CandidateRule, ConformalSet, CumulativeMass, Order, TopK
 from cascadevlm.cascade import Cascade
 from cascadevlm.decision.calibration import Calibration, FusionRule, read_calibration
 from cascadevlm.decision.live import CalibratedScorer
+from cascadevlm.embeddings import CachedEmbeddings
 from cascadevlm.engine import OnFailure
 from cascadevlm.errors import ConfigError
 from cascadevlm.labels import LabelSet
 from cascadevlm.policy_language import parse_policy
 from cascadevlm.registry import Option, load_judge, load_prompt, load_scorer, nearest
+from cascadevlm.scorer import EmbeddingScorer, Scorer
 from cascadevlm.stage import Stage
 from cascadevlm.support import SupportSet
 
@@ -120,14 +122,21 @@ class BudgetConfig(_Section):
 
 
 class CacheConfig(_Section):
-    """``[cache]``: whether verdicts are kept, and where."""
+    """``[cache]``: whether verdicts, and the image embeddings of bulk runs, are kept, and where."""
 
     enabled: bool = True
+    embeddings: bool = True
     folder: Path | None = None
 
     def build(self) -> VerdictStore | None:
         """The store, not yet opened."""
         return DiskStore(self.folder) if self.enabled else None
+
+    def keeping_embeddings(self, scorer: Scorer) -> Scorer:
+        """The scorer, with the embeddings of images kept on disk, if it makes any and they are wanted."""
+        if not (self.embeddings and isinstance(scorer, EmbeddingScorer)):
+            return scorer
+        return CachedEmbeddings(scorer, (self.folder or default_cache_folder()) / "embeddings")
 
 
 class Config(_Section):
@@ -156,8 +165,8 @@ class Config(_Section):
         except ValidationError as exc:
             raise ConfigError(f"{name}: {_explain(cls, exc)}") from exc
 
-    def build(self, labels: LabelSet | None = None) -> Cascade:
-        """The cascade, its models not yet loaded.
+    def build(self, labels: LabelSet | None = None, *, bulk: bool = False) -> Cascade:
+        """The cascade, its models not yet loaded; in ``bulk``, the embeddings of images are kept.
 
         Raises:
             ConfigError: if neither the argument nor the file names labels.
@@ -173,6 +182,8 @@ class Config(_Section):
                 raise ConfigError("scorer.templates are given twice.", hint="Take them out of scorer.options.")
             options["templates"] = [*self.scorer.templates]
         scorer = load_scorer(self.scorer.use, **options)
+        if bulk:
+            scorer = self.cache.keeping_embeddings(scorer)
         calibration = read_calibration(self.calibration) if self.calibration else None
         if calibration and len(calibration.judges) != len(self.stage):
             raise ConfigError(

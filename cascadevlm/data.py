@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from cascadevlm.errors import DataError
-from cascadevlm.images import ImageSource, image_files
+from cascadevlm.images import ImageSource, file_name, image_files
 from cascadevlm.labels import LabelSet
 
 MOST_SHOWN = 5
@@ -169,8 +169,7 @@ def _of_path(path: Path) -> Data:
 
 
 def _of_files(files: Sequence[Path], truths: Sequence[str], splits: Sequence[str]) -> Data:
-    names = tuple(str(file).encode(errors="backslashreplace").decode() for file in files)  # a name need not be valid Unicode
-    return Data(images=tuple(files), names=names, truths=tuple(truths), splits=tuple(splits))
+    return Data(images=tuple(files), names=tuple(map(file_name, files)), truths=tuple(truths), splits=tuple(splits))
 
 
 def _of_table(path: Path) -> Data:
@@ -263,14 +262,15 @@ def _of_hub_dataset(source: HubDataset, split: str) -> Data:
     as_stored = cast(Callable[..., object], type(source.features[image]))(decode=False)  # unreadable ones are no exceptions
     stored = source.cast_column(image, as_stored)
     return Data(
-        images=_Read(lambda row: _stored_image(stored[row][image]), range(len(source))),
+        images=_Read(lambda row: stored_image(stored[row][image]), range(len(source))),
         names=tuple(f"#{row}" for row in range(len(source))),
         truths=tuple(truths),
         splits=(split,) * len(source),
     )
 
 
-def _stored_image(value: object) -> ImageSource:
+def stored_image(value: object) -> ImageSource:
+    """What the package ``datasets`` keeps of an image: the bytes of its file, else its path."""
     stored = cast(Mapping[str, bytes | str | None], value or {})
     return stored.get("bytes") or stored.get("path") or b""
 

@@ -11,6 +11,7 @@
     │   ├── DataError                 labelled data, or a record of a run, that is incomplete or contradicts itself
     │   ├── ConfigError               a configuration that does not validate
     │   └── BackendError              a backend that is unknown, not installed or misconfigured
+    ├── RunError                      a bulk run that cannot go on; all that it did is kept
     └── JudgeError                    the judge gave no usable answer
         ├── RateLimited               too many requests; says how long to wait, if the provider did
         ├── TransientError            a server, connection or time-out error that may pass
@@ -69,6 +70,10 @@ class ConfigError(InputError):
 
 class BackendError(InputError):
     """A backend that is unknown, not installed or misconfigured."""
+
+
+class RunError(CascadeError):
+    """A bulk run cannot go on; all that it did is kept."""
 
 
 class JudgeError(CascadeError):

@@ -49,8 +49,12 @@ class Estimate:
     minutes: float
 
 
-def estimate(cascade: Cascade, images: Sequence[ImageSource], *, sample: int = SAMPLE, seed: int = 0) -> list[Estimate]:
+def estimate(
+    cascade: Cascade, images: Sequence[ImageSource], *, total: int | None = None, sample: int = SAMPLE, seed: int = 0
+) -> list[Estimate]:
     """What every stage will take, by a random sample of the images; no judge is asked.
+
+    ``total`` is how many images there will be, where these are themselves drawn at random from them.
 
     A later stage is taken to get all that its predecessor was asked about. Limits on calls and dollars, the cache, and answers
     that have to be asked for twice are left out of account.
@@ -63,6 +67,7 @@ def estimate(cascade: Cascade, images: Sequence[ImageSource], *, sample: int = S
     """
     if not images:
         raise InputError("There are no images.")
+    total = len(images) if total is None else total
     looked_at = np.sort(np.random.default_rng(seed).permutation(len(images))[:sample])
     readable, scores = _score(cascade, [images[index] for index in looked_at])
     escalated = np.ones(len(readable), dtype=bool)
@@ -73,19 +78,19 @@ def estimate(cascade: Cascade, images: Sequence[ImageSource], *, sample: int = S
         usual, worst, tokens = _mean_price(stage, readable, scores, priced)
         rate = int(escalated.sum()) / len(looked_at)
         interval = binomtest(int(escalated.sum()), len(looked_at)).proportion_ci(method="wilson")
-        calls = round(rate * len(images))
+        calls = round(rate * total)
         estimates.append(
             Estimate(
                 judge=stage.judge.spec,
-                images=len(images),
+                images=total,
                 sample=len(looked_at),
                 deferral_rate=rate,
                 deferral_range=(float(interval.low), float(interval.high)),
                 calls=calls,
                 dollars=calls * usual,
                 dollars_range=(
-                    float(interval.low) * len(images) * usual,
-                    math.ceil(float(interval.high) * len(images)) * worst * (1 + stage.widen),
+                    float(interval.low) * total * usual,
+                    math.ceil(float(interval.high) * total) * worst * (1 + stage.widen),
                 ),
                 minutes=_minutes(stage, calls, tokens) if worst else 0.0,
             )

@@ -93,6 +93,11 @@ def image_files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
 
 
+def file_name(path: Path) -> str:
+    """The path as text that any file can hold: a name need not be valid Unicode."""
+    return str(path).encode(errors="backslashreplace").decode()
+
+
 def is_large(image: Image.Image) -> bool:
     """Whether work on it is better done beside the event loop, and it is better read again than kept."""
     return image.width * image.height > LARGE_PIXELS

@@ -141,8 +141,8 @@ def write_record(
             judges=[stage.judge.spec for stage in stages],
             began=began,
             seconds=(datetime.now(UTC) - began).total_seconds(),
-            versions=_versions(),
-            machine=f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
+            versions=versions(),
+            machine=machine(),
         )
         unfinished = folder / "run.json.part"
         unfinished.write_text(info.model_dump_json(indent=2) + "\n", encoding="utf-8")
@@ -159,7 +159,13 @@ def _of_all(batches: Sequence[NDArray[Number]], readable: NDArray[np.bool_], wid
     return whole
 
 
-def _versions() -> dict[str, str]:
+def machine() -> str:
+    """What a run runs on."""
+    return f"{platform.system()} {platform.machine()}, Python {platform.python_version()}"
+
+
+def versions() -> dict[str, str]:
+    """Of cascadevlm and what its figures depend on."""
     found = {}
     for name in PACKAGES:
         try:

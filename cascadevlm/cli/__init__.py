@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from cascadevlm.cli import backends, cache, calibrate, classify, compare, demo, estimate, evaluate, report, study, sweep
+from cascadevlm.cli import backends, cache, calibrate, classify, compare, demo, estimate, evaluate, report, run, study, sweep
 from cascadevlm.errors import CascadeError, InputError
 
 WORK_FAILED = 1
@@ -27,6 +27,7 @@ def options(debug: Annotated[bool, typer.Option("--debug", help="Show the traceb
 
 app.command()(demo.demo)
 app.command()(classify.classify)
+app.command()(run.run)
 app.command()(estimate.estimate)
 app.command()(evaluate.evaluate)
 app.command()(sweep.sweep)

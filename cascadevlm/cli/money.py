@@ -9,11 +9,12 @@ from cascadevlm import loop
 from cascadevlm.cascade import Cascade
 from cascadevlm.config import Config
 from cascadevlm.errors import InputError
-from cascadevlm.estimate import estimate
+from cascadevlm.estimate import SAMPLE, estimate
 from cascadevlm.images import ImageSource
+from cascadevlm.inputs import Inputs
 
 
-def confirm(config: Config, cascade: Cascade, images: Sequence[ImageSource]) -> None:
+def confirm(config: Config, cascade: Cascade, images: Sequence[ImageSource] | Inputs) -> None:
     """Ask, where the run may cost more than the configuration lets pass.
 
     Raises:
@@ -27,7 +28,8 @@ def confirm(config: Config, cascade: Cascade, images: Sequence[ImageSource]) -> 
         loop.run(judge.aclose())
     if not paid or (cap is not None and cap <= limit):
         return
-    estimates = estimate(cascade, images)
+    sample, total = images.sample(SAMPLE) if isinstance(images, Inputs) else (images, len(images))
+    estimates = estimate(cascade, sample, total=total)
     usual, most = sum(each.dollars for each in estimates), sum(each.dollars_range[1] for each in estimates)
     most = most if cap is None else min(most, cap)
     if most <= limit:

@@ -71,11 +71,11 @@ def parse(
     return Config.parse(data, name=str(config or "options"))
 
 
-def build(config: "Config", labels: Path | None) -> "Cascade":
+def build(config: "Config", labels: Path | None, *, bulk: bool = False) -> "Cascade":
     """The cascade of a configuration, with the labels of a file where one is given."""
     from cascadevlm.labels import LabelSet
 
-    return config.build(LabelSet.read(labels) if labels else None)
+    return config.build(LabelSet.read(labels) if labels else None, bulk=bulk)
 
 
 def build_with_data(

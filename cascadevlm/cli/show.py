@@ -1,7 +1,7 @@
 """What the terminal shows of predictions."""
 
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 from rich.console import Console, Group, RenderableType
 from rich.padding import Padding
@@ -9,11 +9,12 @@ from rich.table import Table
 from rich.text import Text
 
 from cascadevlm.texts import share
-from cascadevlm.types import Prediction, Usage, Verdict
+from cascadevlm.types import Outcome, Prediction, Usage, Verdict
 
 if TYPE_CHECKING:
     from cascadevlm.decision.calibrate import Calibrated
     from cascadevlm.metrics import Evaluation
+    from cascadevlm.run_folder import Tally
 
 BAR_WIDTH = 12
 
@@ -72,6 +73,17 @@ def spending_rows(total: Usage, *, spent: float, asked: int, images: int) -> dic
         "saved by the cache": f"${total.saved_dollars:.4f}",
         "with the judge on everything": "unknown" if everything is None else f"${everything:.4f}",
     }
+
+
+def tally_rows(tally: "Tally") -> dict[str, str]:
+    """What a bulk run has done."""
+    counts = {
+        outcome: str(tally.counts[outcome]) for outcome in ("kept", *get_args(Outcome), "unreadable") if tally.counts[outcome]
+    }
+    rows = {"images": str(tally.images), "judge calls": str(tally.requests)} | counts
+    if tally.abstained:
+        rows["without a label"] = str(tally.abstained)
+    return rows | {"spent": f"${tally.spent_dollars:.4f}", "saved by the cache": f"${tally.saved_dollars:.4f}"}
 
 
 def evaluation_rows(evaluation: "Evaluation") -> dict[str, str]:

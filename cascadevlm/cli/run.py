@@ -1,0 +1,99 @@
+"""``cascadevlm run``."""
+
+import json
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Annotated
+
+import typer
+
+from cascadevlm.cli import options
+
+INTERRUPTED = 130
+"""The exit code of a program that Ctrl-C ended."""
+
+LOG_SECONDS = 10
+"""How often a log, which shows no bar, is told where the run stands."""
+
+
+def run(
+    inputs: Annotated[Path, typer.Argument(help="A folder of images, or a list of them: text, CSV, JSON lines, Parquet.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The folder of the run; goes on with what is in it.")],
+    labels: options.Labels = None,
+    config: options.ConfigFile = None,
+    scorer: options.ScorerSpec = None,
+    judge: options.JudgeSpec = None,
+    policy: options.PolicyText = None,
+    candidates: options.CandidateCount = None,
+    prompt: options.PromptName = None,
+    settings: options.Settings = None,
+    yes: options.Yes = False,
+    as_json: options.AsJson = False,
+) -> None:
+    """Classify any number of images into a folder. Killed or interrupted, the same command goes on where it stood."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    from cascadevlm import bulk
+    from cascadevlm.cli.money import confirm
+    from cascadevlm.cli.show import print_summary, tally_rows
+    from cascadevlm.errors import DataError
+    from cascadevlm.inputs import Inputs
+    from cascadevlm.run_folder import Tally
+
+    parsed = options.parse(config, scorer, judge, policy, candidates, prompt, settings)
+    cascade, images = options.build(parsed, labels, bulk=True), Inputs(inputs)
+    if not yes:
+        confirm(parsed, cascade, images)
+    total = len(images)
+    if not total:
+        raise DataError(f"{str(inputs)!r} holds no images.")
+    errors = Console(stderr=True)
+    columns = BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.description}")
+    with Progress(*columns, console=errors, transient=True) as progress, _stopping_in_order() as stopping:
+        task = progress.add_task("", total=total)
+        told_at = time.monotonic()
+
+        def told(tally: Tally) -> None:
+            nonlocal told_at
+            progress.update(task, completed=tally.images, description=f"${tally.spent_dollars:.2f}")
+            if not errors.is_terminal and time.monotonic() - told_at > LOG_SECONDS:
+                told_at = time.monotonic()
+                typer.echo(f"{tally.images} of {total} images, ${tally.spent_dollars:.2f} spent.", err=True)
+
+        tally = bulk.run(
+            cascade,
+            images,
+            output,
+            config=parsed.frozen(cascade).model_dump(mode="json"),
+            stopping=lambda: bool(stopping),
+            progress=told,
+        )
+    if as_json:
+        typer.echo(json.dumps(tally.to_dict()))
+    else:
+        print_summary(Console(highlight=False), f"Run in {output}", tally_rows(tally))
+    if stopping:
+        typer.echo("Stopped in order. The same command goes on from here.", err=True)
+        raise typer.Exit(INTERRUPTED)
+
+
+@contextmanager
+def _stopping_in_order() -> Iterator[list[int]]:
+    """The signals received: the first Ctrl-C lets what is in flight finish, the second ends at once."""
+    received: list[int] = []
+
+    def handle(number: int, _: FrameType | None) -> None:
+        received.append(number)
+        signal.signal(signal.SIGINT, before)
+        typer.echo("Finishing what is in flight; Ctrl-C again ends at once.", err=True)
+
+    before = signal.signal(signal.SIGINT, handle)
+    try:
+        yield received
+    finally:
+        signal.signal(signal.SIGINT, before)
