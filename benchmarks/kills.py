@@ -1,0 +1,173 @@
+"""What a bulk run loses and pays twice when it is killed: ``python -m benchmarks.kills``.
+
+A run with a judge that is paid for (the real openai SDK against a server on this machine that counts what it is asked) is killed
+with SIGKILL at random moments and taken up again, run after run, until there were as many kills as asked for. After every kill it
+is noted which answers were stored and which questions were under way; after every run, its predictions are held against those of
+a run that nobody disturbed.
+"""
+
+import hashlib
+import json
+import multiprocessing
+import os
+import random
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import diskcache
+import numpy as np
+import typer
+
+from cascadevlm import Cascade, Stage, bulk, load_judge, load_prompt, parse_policy
+from cascadevlm.inputs import Named
+from cascadevlm.run_folder import Tally
+from cascadevlm.testing import FakeScorer
+from cascadevlm.testing.server import JudgeServer
+from cascadevlm.testing.server.conversation import Conversation
+
+NAMES = ("finch", "owl", "wren", "stork")
+CONCURRENCY = 8
+LATENCY = 0.01
+MODEL = "gpt-4o"
+
+
+class Pictures:
+    """Small pictures, all different, the same every time."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def __iter__(self) -> Iterator[Named]:
+        for number in range(self.count):
+            yield f"{number:06}", np.random.default_rng(number).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+
+
+def run(folder: Path, url: str, images: int, dollars: float | None = None) -> Tally:
+    """The run that is killed."""
+    judge = load_judge(f"openai:{MODEL}", base_url=url, concurrency=CONCURRENCY)
+    stage = Stage(judge=judge, prompt=load_prompt("select"), policy=parse_policy("entropy > 0.6 & calls <= 100000"))
+    cascade = Cascade(FakeScorer(), [stage], labels=NAMES, batch_size=8)
+    return bulk.run(cascade, Pictures(images), folder, config={"images": images})
+
+
+@dataclass
+class Server:
+    """What was served, by the digest of the image."""
+
+    served: Counter[str] = field(default_factory=Counter)
+
+    def answer(self, asked: Conversation) -> str:
+        digest = hashlib.sha256(asked.images[0]).hexdigest()
+        self.served[digest] += 1
+        return asked.say(asked.choices[int(digest, 16) % len(asked.choices)])
+
+
+@dataclass
+class Proof:
+    """What came of the kills.
+
+    Attributes:
+        kills: that hit a run at work.
+        runs: that were brought to their end.
+        questions: different ones, over all runs.
+        asked_again: questions whose answer had been stored before a kill and that were asked after it.
+        paid_twice: answers served beyond one for each question.
+        under_way: questions that had been served, their answers not yet stored, at the kills: the most that may be paid twice.
+        different: predictions missing, there twice, out of order or unlike those of the undisturbed run.
+    """
+
+    kills: int = 0
+    runs: int = 0
+    questions: int = 0
+    asked_again: int = 0
+    paid_twice: int = 0
+    under_way: int = 0
+    different: int = 0
+
+
+def stored(folder: Path) -> set[str]:
+    """The digests of the images whose answers are kept."""
+    if not (folder / "verdicts").exists():
+        return set()
+    with diskcache.Cache(str(folder / "verdicts"), disk=diskcache.JSONDisk) as cache:
+        return {cache[key]["payload"]["image"] for key in cache.iterkeys()}
+
+
+def predictions(folder: Path) -> list[Mapping[str, object]]:
+    """All that a prediction says, but for what asking took: an answer from the store took nothing."""
+    lines = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+    for line in lines:
+        del line["cost"], line["crc32"]
+        if line["verdict"]:
+            del line["verdict"]["usage"]
+    return lines
+
+
+def _begun(folder: Path) -> float:
+    """When the run in a folder has begun to write, waiting for it."""
+    while not (folder / "ledger.jsonl").exists():
+        time.sleep(0.001)
+    return time.monotonic()
+
+
+def prove(kills: int, *, images: int, seed: int = 0) -> Proof:
+    """Kill runs over so many images until there were so many kills."""
+    os.environ |= {"OPENAI_API_KEY": "of no use", "PYTHONWARNINGS": "ignore::RuntimeWarning:runpy"}
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(["benchmarks.kills", "cascadevlm_backends.openai", "pyarrow.parquet"])
+    draw, proof, server = random.Random(seed), Proof(), Server()
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        JudgeServer(answer=server.answer, latency=LATENCY, keep_requests=False) as judge,
+    ):
+        undisturbed = Path(scratch) / "undisturbed"
+        arguments = (judge.openai_url, images)
+        once = processes.Process(target=run, args=(undisturbed, *arguments))
+        once.start()
+        began = _begun(undisturbed)
+        once.join()
+        seconds = time.monotonic() - began
+        expected = predictions(undisturbed)
+        while proof.kills < kills:
+            folder = Path(scratch) / f"run {proof.runs}"
+            server.served.clear()
+            while not (folder / "summary.json").exists():
+                before, known = server.served.copy(), stored(folder)
+                process = processes.Process(target=run, args=(folder, *arguments))
+                process.start()
+                _begun(folder)
+                process.join(draw.uniform(0, seconds) if proof.kills < kills else None)
+                if process.exitcode is None:
+                    process.kill()
+                    process.join()
+                    proof.kills += 1
+                    time.sleep(3 * LATENCY)  # what the server has received, it serves
+                    proof.under_way += len((server.served - before).keys() - stored(folder))
+                else:
+                    assert process.exitcode == 0
+                proof.asked_again += sum((server.served - before)[digest] for digest in known)
+            found = predictions(folder)
+            proof.runs += 1
+            proof.questions += len(server.served)
+            proof.paid_twice += server.served.total() - len(server.served)
+            proof.different += abs(len(found) - len(expected)) + sum(a != b for a, b in zip(found, expected, strict=False))
+    return proof
+
+
+def main(
+    kills: Annotated[int, typer.Option(help="How many.")] = 100,
+    images: Annotated[int, typer.Option(help="In every run.")] = 400,
+    seed: int = 0,
+) -> None:
+    """Kill runs and tell what it cost."""
+    for name, value in vars(prove(kills, images=images, seed=seed)).items():
+        print(f"{name.replace('_', ' '):>12}  {value}")
+
+
+if __name__ == "__main__":
+    typer.run(main)
