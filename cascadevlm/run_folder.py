@@ -20,6 +20,7 @@ are kept.
 import json
 import os
 import time
+import warnings
 import zlib
 from collections import Counter
 from collections.abc import Iterator
@@ -66,7 +67,7 @@ class Manifest(BaseModel):
 
     def differences(self, other: "Manifest") -> list[str]:
         """What another run does otherwise, one sentence each; what a run may spend and where answers are kept may change."""
-        mine, theirs = (_flat({**run.config, "inputs": run.inputs}) for run in (self, other))
+        mine, theirs = (_flat(run.config) for run in (self, other))
         keys = [key for key in {**mine, **theirs} if key.partition(".")[0] not in ("budget", "cache", "labels")]
         found = [f"{key} was {mine.get(key)!r} and is {theirs.get(key)!r}" for key in keys if mine.get(key) != theirs.get(key)]
         return found + ["the labels are others"] * (self.labels != other.labels)
@@ -202,7 +203,9 @@ class RunFolder:
     Attributes:
         tally: of the predictions that are in it.
         checkpoint: where the decisions go on; never after the last prediction that is there.
-        warning: what was found damaged, in one sentence, or "".
+
+    Warns:
+        RuntimeWarning: if a line of the predictions that is not the last one is damaged.
     """
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
@@ -210,7 +213,6 @@ class RunFolder:
         self.manifest = manifest
         self.tally = Tally()
         self.checkpoint = BEGINNING
-        self.warning = ""
         self._flushed = time.monotonic()
 
     @classmethod
@@ -269,11 +271,15 @@ class RunFolder:
         with path.open("rb") as lines:
             for line in lines:
                 if (body := _checked(line)) is None:
+                    if line.endswith(b"\n"):
+                        told = (
+                            f"The predictions were damaged after {self.tally.images} images; what followed is worked out again."
+                        )
+                        warnings.warn(told, RuntimeWarning, stacklevel=2)
                     break
                 sound += len(line)
                 self._count(_Line.model_validate_json(body))
         if sound < path.stat().st_size:
-            self.warning = f"The predictions were damaged after image {self.tally.images}; what followed is worked out again."
             os.truncate(path, sound)
         progress = self.folder / "progress.json"
         if progress.exists():

@@ -1,0 +1,355 @@
+"""Bulk runs: what they write, and what is left of them when they are disturbed."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet
+import pytest
+from filelock import FileLock
+from hypothesis import given
+from hypothesis import strategies as st
+
+from benchmarks.kills import prove
+from cascadevlm import Cascade, Stage, bulk, load_prompt, parse_policy
+from cascadevlm.budget import Ledger
+from cascadevlm.errors import DataError, FatalError, PermanentError
+from cascadevlm.inputs import Inputs, Named
+from cascadevlm.run_folder import DurableLedger
+from cascadevlm.testing import FakeJudge, FakeScorer, noise
+from cascadevlm.types import Question
+
+LABELS = ["finch", "owl", "wren", "stork"]
+
+
+class Pictures:
+    """So many pictures, all different."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def __iter__(self) -> Iterator[Named]:
+        for number in range(self.count):
+            yield f"image {number}", noise(number, (8, 8))
+
+
+def cascade(judge: FakeJudge | None = None, policy: str = "entropy > 0.6", **options: object) -> Cascade:
+    stage = Stage(judge=judge or FakeJudge(reply=second), prompt=load_prompt("select"), policy=parse_policy(policy))
+    return Cascade(FakeScorer(), [stage], labels=LABELS, batch_size=4, **options)  # type: ignore[arg-type]
+
+
+def second(_: Question) -> str:
+    return "ANSWER: B"
+
+
+def lines(folder: Path) -> list[dict[str, object]]:
+    """The predictions, but for what asking took and whence the answers came."""
+    read = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+    for line in read:
+        del line["cost"], line["crc32"]
+        if line["verdict"]:
+            del line["verdict"]["usage"]
+    return read
+
+
+def stopping_after(batches: int) -> "Iterator[bool]":
+    yield from (number >= batches for number in range(1000))
+
+
+def test_it_says_what_classify_says(tmp_path: Path) -> None:
+    tally = bulk.run(cascade(), Pictures(30), tmp_path / "run", config={})
+    expected = cascade().classify([noise(number, (8, 8)) for number in range(30)])
+    found = lines(tmp_path / "run")
+    assert [line["path"] for line in found] == [name for name, _ in Pictures(30)]
+    assert [(line["label"], line["decided_by"], line["reasons"]) for line in found] == [
+        (each.label, each.decided_by, list(each.reasons)) for each in expected
+    ]
+    assert tally.images == 30
+    assert tally.counts == {
+        "kept": sum(not each.escalated for each in expected),
+        "answered": sum(each.escalated for each in expected),
+    }
+    assert 0 < tally.counts["answered"] < 30
+    assert json.loads((tmp_path / "run" / "summary.json").read_text()) == tally.to_dict()
+
+
+def test_the_table_holds_what_the_lines_hold(tmp_path: Path) -> None:
+    bulk.run(cascade(), Pictures(30), tmp_path / "run", config={})
+    table = pyarrow.parquet.read_table(tmp_path / "run" / "predictions.parquet").to_pylist()
+    found = lines(tmp_path / "run")
+    for name in ("path", "label", "probability", "decided_by", "candidates", "reasons"):
+        assert [row[name] for row in table] == [line[name] for line in found]
+    assert [row["escalated"] for row in table] == [line["verdict"] is not None for line in found]
+
+
+@pytest.mark.parametrize("policy", ["entropy > 0.6", "calls <= 5", "top_fraction(0.5)", "random(0.5)"])
+def test_a_stopped_run_goes_on_as_if_it_had_not_been(tmp_path: Path, policy: str) -> None:
+    bulk.run(cascade(policy=policy), Pictures(30), tmp_path / "whole", config={})
+    judges = [FakeJudge(reply=second) for _ in range(3)]
+    for judge, batches in zip(judges, (2, 3, 1000), strict=True):
+        stop = stopping_after(batches)
+        tally = bulk.run(cascade(judge, policy), Pictures(30), tmp_path / "parts", config={}, stopping=stop.__next__)
+    assert lines(tmp_path / "parts") == lines(tmp_path / "whole")
+    assert tally.images == 30
+    assert judges[0].questions
+    assert sum(len(judge.questions) for judge in judges) == tally.counts["answered"]
+
+
+def test_a_finished_run_asks_and_scores_nothing_and_takes_new_images(tmp_path: Path) -> None:
+    bulk.run(cascade(), Pictures(20), tmp_path, config={})
+    judge = FakeJudge(reply=second)
+    assert bulk.run(cascade(judge), Pictures(20), tmp_path, config={}).images == 20
+    assert not judge.questions
+    assert bulk.run(cascade(judge), Pictures(30), tmp_path, config={}).images == 30
+    bulk.run(cascade(), Pictures(30), tmp_path / "whole", config={})
+    assert lines(tmp_path) == lines(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("left", [0, 1, 700, 5000])
+def test_what_is_not_whole_is_worked_out_again(tmp_path: Path, left: int) -> None:
+    """Cut anywhere, as a machine without power may leave it, and more of the progress noted than is there."""
+    bulk.run(cascade(), Pictures(20), tmp_path, config={})
+    before, path = lines(tmp_path), tmp_path / "predictions.jsonl"
+    os.truncate(path, left)
+    judge = FakeJudge(reply=second)
+    assert bulk.run(cascade(judge), Pictures(20), tmp_path, config={}).images == 20
+    assert lines(tmp_path) == before
+    assert not judge.questions
+
+
+def test_a_damaged_line_and_all_after_it_is_worked_out_again(tmp_path: Path) -> None:
+    bulk.run(cascade(), Pictures(20), tmp_path, config={})
+    before, path = lines(tmp_path), tmp_path / "predictions.jsonl"
+    text = path.read_text()
+    path.write_text(text.replace('"image 7"', '"image X"'))
+    with pytest.warns(RuntimeWarning, match="damaged after 7 images"):
+        bulk.run(cascade(), Pictures(20), tmp_path, config={})
+    assert lines(tmp_path) == before
+
+
+def test_another_configuration_is_refused_by_its_difference(tmp_path: Path) -> None:
+    config = {"stage": [{"judge": "a", "policy": "entropy > 0.3"}], "budget": {"usd": 1.0}}
+    bulk.run(cascade(), Pictures(5), tmp_path, config=config)
+    other = {"stage": [{"judge": "a", "policy": "entropy > 0.5"}], "budget": {"usd": 2.0}}
+    with pytest.raises(DataError, match=r"stage\.0\.policy was 'entropy > 0\.3' and is 'entropy > 0\.5'\. Give another folder"):
+        bulk.run(cascade(), Pictures(5), tmp_path, config=other)
+    with pytest.raises(DataError, match="labels are others"):
+        bulk.run(Cascade(FakeScorer(), [], labels=["finch"]), Pictures(5), tmp_path, config=config)
+    bulk.run(cascade(), Pictures(5), tmp_path, config=config | {"budget": {"usd": 2.0}})
+
+
+def test_another_scorer_is_refused(tmp_path: Path) -> None:
+    bulk.run(cascade(), Pictures(5), tmp_path, config={})
+    with pytest.raises(DataError, match="begun with the scorer 'fake:fake', this one is 'fake:another'"):
+        bulk.run(cascade().altered(scorer=FakeScorer("another")), Pictures(9), tmp_path, config={})
+
+
+def test_other_images_are_refused(tmp_path: Path) -> None:
+    bulk.run(cascade(), Pictures(9), tmp_path, config={})
+    with pytest.raises(DataError, match=r"Image 5 of .* was 'image 5' and is now 'gone'"):
+        bulk.run(cascade(), Pictures(5), tmp_path, config={})
+
+
+def test_two_writers_are_one_too_many(tmp_path: Path) -> None:
+    with FileLock(tmp_path / "lock"), pytest.raises(DataError, match="Another process writes"):
+        bulk.run(cascade(), Pictures(5), tmp_path, config={})
+
+
+def test_a_folder_of_other_things_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("")
+    with pytest.raises(DataError, match="holds other things"):
+        bulk.run(cascade(), Pictures(5), tmp_path, config={})
+    assert [entry.name for entry in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_failures_are_told_once(tmp_path: Path) -> None:
+    files = [tmp_path / f"{number}.png" for number in range(8)]
+    for number, file in enumerate(files):
+        noise(number, (8, 8)).save(file)
+    files[2].write_bytes(b"no image")
+    images = [(str(file), file) for file in [*files, tmp_path / "gone.png"]]
+
+    def reply(question: Question) -> str | Exception:
+        return PermanentError("cannot be asked") if question.image == noise(5, (8, 8)) else "ANSWER: A"
+
+    for stop in (stopping_after(1), stopping_after(9)):
+        tally = bulk.run(cascade(FakeJudge(reply=reply), "always"), images, tmp_path / "run", config={}, stopping=stop.__next__)
+    told = [json.loads(line) for line in (tmp_path / "run" / "failures.jsonl").read_text().splitlines()]
+    assert [row["image"] for row in told] == [2, 5, 8]
+    assert "cannot be decoded" in told[0]["error"]
+    assert told[1]["error"] == "cannot be asked"
+    assert "does not exist" in told[2]["error"]
+    assert tally.counts == {"answered": 6, "failed": 1, "unreadable": 2}
+
+
+def test_a_dead_judge_ends_the_run_and_what_was_done_is_kept(tmp_path: Path) -> None:
+    replies = iter(["ANSWER: A"] * 6 + [FatalError("The key is wrong.")] * 99)
+    with pytest.raises(FatalError, match="key is wrong"):
+        bulk.run(cascade(FakeJudge(reply=lambda _: next(replies)), "always"), Pictures(30), tmp_path, config={})
+    kept = len(lines(tmp_path))
+    judge = FakeJudge(reply="ANSWER: A")
+    tally = bulk.run(cascade(judge, "always"), Pictures(30), tmp_path, config={})
+    assert tally.counts == {"answered": 30}
+    assert len(judge.questions) == 24
+    assert kept <= 6
+
+
+def test_inputs_that_vanish_end_the_run_and_what_was_done_is_kept(tmp_path: Path) -> None:
+    class Vanishing(Pictures):
+        def __iter__(self) -> Iterator[Named]:
+            for number, each in enumerate(super().__iter__()):
+                if number == 13:
+                    raise DataError("The disk is gone.")
+                yield each
+
+    with pytest.raises(DataError, match="disk is gone"):
+        bulk.run(cascade(), Vanishing(30), tmp_path, config={})
+    assert len(lines(tmp_path)) == 12
+    assert bulk.run(cascade(), Pictures(30), tmp_path, config={}).images == 30
+
+
+class PaidJudge(FakeJudge):
+    """Costs a quarter of a dollar."""
+
+    def __init__(self) -> None:
+        super().__init__(reply=second, dollars=0.25)
+
+    def worst_case(self, question: Question) -> int:
+        return 250_000_000
+
+
+def test_the_cap_holds_over_all_sessions(tmp_path: Path) -> None:
+    asked = 0
+    for batches in (1, 1, 99):
+        stop, judge = stopping_after(batches), PaidJudge()
+        paid = cascade(judge, "always", ledger=Ledger(2.5))
+        tally = bulk.run(paid, Pictures(30), tmp_path, config={}, stopping=stop.__next__)
+        asked += len(judge.questions)
+        assert tally.spent_dollars == 0.25 * asked
+    assert asked == 10
+    assert tally.counts == {"answered": 10, "skipped": 20}
+
+
+@given(
+    promises=st.lists(st.tuples(st.integers(1, 1000), st.none() | st.integers(0, 1000)), max_size=20),
+    cut=st.integers(0, 30),
+)
+def test_a_ledger_never_forgets(
+    tmp_path_factory: pytest.TempPathFactory, promises: list[tuple[int, int | None]], cut: int
+) -> None:
+    """Killed with promises open and its last line half written, it counts as spent what was paid and what may be."""
+    path = tmp_path_factory.mktemp("ledger") / "ledger.jsonl"
+    ledger = DurableLedger(1.0, path)
+    for promise, paid in promises:
+        ledger.reserve_now(promise)
+        if paid is not None:
+            ledger.settle(promise, min(promise, paid))
+    ledger.close()
+    entries = path.read_text()
+    last = entries.splitlines()[-1]
+    path.write_text(entries[: len(entries) - min(cut, len(last))])
+    known = entries.splitlines() if cut == 0 or len(promises) == 0 else entries.splitlines()[:-1]
+    expected = sum(json.loads(line)["reserved"] + json.loads(line)["spent"] for line in known)
+    again = DurableLedger(1.0, path)
+    again.close()
+    assert round(again.spent_dollars * 1e9) == (expected if promises else 0)
+    if cut == 0:
+        assert expected == sum(promise if paid is None else min(promise, paid) for promise, paid in promises)
+
+
+def test_a_full_disk_is_one_sentence_and_what_was_written_is_kept(tmp_path: Path) -> None:
+    """The limit on the size of a file stands for the end of the disk."""
+    script = """
+import resource, signal, sys
+from pathlib import Path
+from tests.core.test_bulk import Pictures, cascade
+from cascadevlm import bulk
+from cascadevlm.errors import RunError
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, resource.RLIM_INFINITY))
+try:
+    bulk.run(cascade(policy="never"), Pictures(2000), Path(sys.argv[1]), config={})
+except RunError as exc:
+    print(exc)
+"""
+    done = subprocess.run([sys.executable, "-c", script, tmp_path], capture_output=True, text=True, check=True)
+    assert "cannot be written to: File too large. What is in it is kept" in done.stdout
+    kept = (tmp_path / "predictions.jsonl").read_text().count("\n")
+    assert kept > 100
+    assert bulk.run(cascade(policy="never"), Pictures(2000), tmp_path, config={}).images == 2000
+    assert [line["path"] for line in lines(tmp_path)] == [name for name, _ in Pictures(2000)]
+
+
+def test_killed_runs_lose_nothing_and_pay_twice_only_for_what_was_under_way() -> None:
+    """`python -m benchmarks.kills` does it a hundred times."""
+    proof = prove(3, images=150)
+    assert (proof.kills, proof.asked_again, proof.different) == (3, 0, 0)
+    assert proof.questions > 0
+    assert proof.paid_twice <= proof.under_way <= 3 * 8
+
+
+def image_table(folder: Path, column: object) -> Path:
+    path = folder / "images.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"image": column}), path)
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for name in ("b/2.png", "b/1.JPG", "a.png", "c/é.webp", "c/notes.txt"):
+        (tmp_path / "images" / name).parent.mkdir(parents=True, exist_ok=True)
+        noise(len(name), (8, 8)).save(tmp_path / "images" / name) if not name.endswith("txt") else None
+    return tmp_path / "images"
+
+
+def test_inputs_are_folders_and_lists(folder: Path) -> None:
+    files = [folder / name for name in ("a.png", "b/1.JPG", "b/2.png", "c/é.webp")]
+    assert list(Inputs(folder)) == [(str(file), file) for file in files]
+    relative = [str(file.relative_to(folder.parent)) for file in files]
+    (folder.parent / "list.txt").write_text("\n".join(relative) + "\n\n")
+    (folder.parent / "list.csv").write_text("id,path\n" + "".join(f"1,{name}\n" for name in relative))
+    (folder.parent / "list.jsonl").write_text("".join(json.dumps({"path": name}) + "\n" for name in relative))
+    pyarrow.parquet.write_table(pyarrow.table({"path": relative}), folder.parent / "list.parquet")
+    for suffix in ("txt", "csv", "jsonl", "parquet"):
+        assert list(Inputs(folder.parent / f"list.{suffix}")) == [(str(file), file) for file in files]
+        assert len(Inputs(folder.parent / f"list.{suffix}")) == 4
+
+
+def test_inputs_are_images_in_a_table(folder: Path) -> None:
+    content = (folder / "a.png").read_bytes()
+    assert list(Inputs(image_table(folder, [content, None]))) == [("#0", content), ("#1", b"")]
+    stored = [{"bytes": content, "path": "x.png"}, {"bytes": None, "path": "b/2.png"}]
+    assert list(Inputs(image_table(folder, stored)))[1] == (str(folder / "b/2.png"), folder / "b/2.png")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "told"),
+    [
+        ("list.csv", "file\nx.png\n", "no text in its column 'path'"),
+        ("list.jsonl", "{", "cannot be read"),
+        ("list.parquet", "no table", "cannot be read"),
+        ("list.xlsx", "", "no folder and no list"),
+        ("gone", None, "does not exist"),
+    ],
+)
+def test_what_is_no_input_says_so(tmp_path: Path, name: str, text: str | None, told: str) -> None:
+    if text is not None:
+        (tmp_path / name).write_text(text)
+    with pytest.raises(DataError, match=told):
+        list(Inputs(tmp_path / name))
+
+
+def test_every_image_is_as_likely_in_a_sample(tmp_path: Path) -> None:
+    (tmp_path / "list.txt").write_text("\n".join(f"{number}.png" for number in range(40)))
+    inputs, counts = Inputs(tmp_path / "list.txt"), np.zeros(40)
+    for seed in range(400):
+        sample, total = inputs.sample(10, seed=seed)
+        assert (len(set(sample)), total) == (10, 40)
+        for source in sample:
+            assert isinstance(source, Path)
+            counts[int(source.stem)] += 1
+    assert abs(counts - 100).max() < 5 * np.sqrt(400 * 0.25 * 0.75)
