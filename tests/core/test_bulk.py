@@ -13,6 +13,7 @@ import pytest
 from filelock import FileLock
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import JsonValue
 
 from benchmarks.kills import prove
 from cascadevlm import Cascade, Stage, bulk, load_prompt, parse_policy
@@ -132,9 +133,9 @@ def test_a_damaged_line_and_all_after_it_is_worked_out_again(tmp_path: Path) -> 
 
 
 def test_another_configuration_is_refused_by_its_difference(tmp_path: Path) -> None:
-    config = {"stage": [{"judge": "a", "policy": "entropy > 0.3"}], "budget": {"usd": 1.0}}
+    config: dict[str, JsonValue] = {"stage": [{"judge": "a", "policy": "entropy > 0.3"}], "budget": {"usd": 1.0}}
     bulk.run(cascade(), Pictures(5), tmp_path, config=config)
-    other = {"stage": [{"judge": "a", "policy": "entropy > 0.5"}], "budget": {"usd": 2.0}}
+    other: dict[str, JsonValue] = {"stage": [{"judge": "a", "policy": "entropy > 0.5"}], "budget": {"usd": 2.0}}
     with pytest.raises(DataError, match=r"stage\.0\.policy was 'entropy > 0\.3' and is 'entropy > 0\.5'\. Give another folder"):
         bulk.run(cascade(), Pictures(5), tmp_path, config=other)
     with pytest.raises(DataError, match="labels are others"):

@@ -11,6 +11,7 @@ from PIL import Image
 
 from cascadevlm import Cascade, embeddings
 from cascadevlm.embeddings import CachedEmbeddings, EmbeddingStore
+from cascadevlm.errors import BackendError
 from cascadevlm.labels import LabelSet
 from cascadevlm.scorer import EmbeddingScorer
 from cascadevlm.testing import noise
@@ -147,8 +148,8 @@ def test_a_damaged_row_is_no_embedding(store: EmbeddingStore) -> None:
 
 def test_a_folder_that_cannot_be_used_says_so(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(embeddings.BackendError, match=r"cannot keep embeddings.*cache\.folder"):
+    with pytest.raises(BackendError, match=r"cannot keep embeddings.*cache\.folder"):
         EmbeddingStore(tmp_path / "file")
     (tmp_path / "index.sqlite").write_text("no database, but long enough to look like one" * 10)
-    with pytest.raises(embeddings.BackendError, match="not a database"):
+    with pytest.raises(BackendError, match="not a database"):
         EmbeddingStore(tmp_path)
