@@ -331,37 +331,33 @@ def write_label_studio(chosen: Chosen, output: Path) -> str:
     ElementTree.indent(view)
     ElementTree.ElementTree(view).write(output / "label_config.xml", encoding="utf-8")
     serving = f"LABEL_STUDIO_LOCAL_FILES_SERVING_ENABLED=true LABEL_STUDIO_LOCAL_FILES_DOCUMENT_ROOT={storage.parent}"
-    steps = f"make a project with label_config.xml, add {storage} to it as a local storage, and import tasks.json"
+    steps = (
+        f"make a project with label_config.xml, add {storage} to it as a local storage without syncing it, and import tasks.json"
+    )
     return f"Start Label Studio with {serving}, {steps}."
 
 
 def write_fiftyone(chosen: Chosen, output: Path) -> str:
-    """A folder in the format ``FiftyOneImageClassificationDataset``: ``data.json`` with the absolute paths, ``labels.json`` with
-    the classes, and label, confidence and who decided for every image, or null. Keys are lines of the predictions."""
+    """The ``labels.json`` of a ``FiftyOneImageClassificationDataset``: the classes, and by the absolute path of every image its
+    label, confidence and who decided, or null."""
     number_of = {name: number for number, name in enumerate(chosen.labels)}
 
-    def target(line: Line) -> dict[str, JsonValue] | None:
+    def target(line: Line) -> JsonValue:
         if line.label is None:
             return None
-        attributes: dict[str, JsonValue] = {"decided_by": line.decided_by}
-        return {"label": number_of[line.label], "confidence": line.probability, "attributes": attributes}
+        return {"label": number_of[line.label], "confidence": line.probability, "attributes": {"decided_by": line.decided_by}}
 
-    output.mkdir()
-    with (output / "data.json").open("w", encoding="utf-8") as file:
-        _write_object(file, ((f"{number:09}", str(line.absolute)) for number, line in chosen))
-    with (output / "labels.json").open("w", encoding="utf-8") as file:
+    with output.open("w", encoding="utf-8") as file:
         file.write(f'{{"classes": {json.dumps(chosen.labels)},\n"labels": ')
-        _write_object(file, ((f"{number:09}", target(line)) for number, line in chosen))
+        targets = (f"{json.dumps(str(line.absolute))}: {json.dumps(target(line))}" for _, line in chosen)
+        _write_joined(file, "{", targets, "}")
         file.write("}\n")
-    return "Load it: fiftyone.Dataset.from_dir(FOLDER, dataset_type=fiftyone.types.FiftyOneImageClassificationDataset)."
+    dataset_type = "fiftyone.types.FiftyOneImageClassificationDataset"
+    return f'Load it: fiftyone.Dataset.from_dir(dataset_type={dataset_type}, labels_path=FILE, label_field="predictions").'
 
 
 def _write_list(file: TextIO, items: Iterable[Mapping[str, JsonValue]]) -> None:
     _write_joined(file, "[", map(json.dumps, items), "]")
-
-
-def _write_object(file: TextIO, items: Iterable[tuple[str, JsonValue]]) -> None:
-    _write_joined(file, "{", (f"{json.dumps(key)}: {json.dumps(value)}" for key, value in items), "}")
 
 
 def _write_joined(file: TextIO, opening: str, items: Iterable[str], closing: str) -> None:

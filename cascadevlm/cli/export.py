@@ -13,7 +13,7 @@ from cascadevlm.cli import options
 def export(
     run: Annotated[Path, typer.Argument(help="The folder of a run or a record, or a file of what classify --json printed.")],
     to: Annotated[str, typer.Option(metavar="FORMAT", help="csv, hf, coco, label-studio or fiftyone.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The file (csv, coco) or folder to make.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The file (csv, coco, fiftyone) or folder to make.")],
     review: Annotated[
         bool, typer.Option("--review", help="Only images from which the cascade abstained, for a person to label.")
     ] = False,
@@ -22,7 +22,7 @@ def export(
     """Write the predictions of a run in the format of another tool.
 
     hf is a saved Hugging Face dataset, coco a COCO-style JSON of classes, label-studio has pre-annotations and their labelling
-    configuration, and fiftyone is a FiftyOneImageClassificationDataset.
+    configuration, and fiftyone is the labels.json of a FiftyOneImageClassificationDataset.
     """
     from cascadevlm.export import export as exported
 
