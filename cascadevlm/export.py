@@ -1,8 +1,8 @@
 """Predictions of a run in the formats of other tools.
 
 They are read from ``predictions.jsonl`` line by line and written as they are read, so that memory does not grow with their
-number. Relative paths in them count from the working directory, as they did in the run. Images that the run could not read are
-in no format but CSV, images from which it abstained are unlabelled ones in every format.
+number. Relative paths in them count from the working directory, as they did in the run. Images that the run could not read, or
+that are gone since, are in no format but CSV; images from which it abstained are unlabelled ones in every format.
 """
 
 import csv
@@ -233,7 +233,8 @@ def read_lines(file: Path) -> Iterator[tuple[int, Line]]:
 
 
 def write_csv(chosen: Chosen, output: Path) -> str:
-    """A table with `COLUMNS`, values exactly as they are."""
+    """A table with `COLUMNS`, values exactly as they are: a name that begins with ``=`` is a formula to a spreadsheet, but changed it
+    would be another name."""
     with output.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file:
         table = csv.DictWriter(file, COLUMNS)
         table.writeheader()
@@ -244,7 +245,8 @@ def write_csv(chosen: Chosen, output: Path) -> str:
 def write_hf(chosen: Chosen, output: Path) -> str:
     """A folder as ``save_to_disk`` of ``datasets`` writes it: the image files as they are, with `COLUMNS`.
 
-    While it is written, it takes twice its size on disk.
+    While it is written, it takes twice its size on disk. ``datasets`` maps into memory what it has written; the rest of its
+    memory does not grow.
 
     Raises:
         DataError: if the package is missing, or the data set cannot be written.
