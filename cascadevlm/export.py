@@ -233,8 +233,8 @@ def read_lines(file: Path) -> Iterator[tuple[int, Line]]:
 
 
 def write_csv(chosen: Chosen, output: Path) -> str:
-    """A table with `COLUMNS`, values exactly as they are: a name that begins with ``=`` is a formula to a spreadsheet, but changed it
-    would be another name."""
+    """A table with `COLUMNS`, values exactly as they are: a name that begins with ``=`` is a formula to a spreadsheet, but with
+    anything put before it it would be another name."""
     with output.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file:
         table = csv.DictWriter(file, COLUMNS)
         table.writeheader()
