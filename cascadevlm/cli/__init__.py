@@ -5,7 +5,21 @@ from typing import Annotated
 
 import typer
 
-from cascadevlm.cli import backends, cache, calibrate, classify, compare, demo, estimate, evaluate, report, run, study, sweep
+from cascadevlm.cli import (
+    backends,
+    cache,
+    calibrate,
+    classify,
+    compare,
+    demo,
+    estimate,
+    evaluate,
+    export,
+    report,
+    run,
+    study,
+    sweep,
+)
 from cascadevlm.errors import CascadeError, InputError
 
 WORK_FAILED = 1
@@ -34,6 +48,7 @@ app.command()(sweep.sweep)
 app.command()(calibrate.calibrate)
 app.command()(compare.compare)
 app.command()(report.report)
+app.command()(export.export)
 app.command()(backends.backends)
 app.add_typer(study.app, name="study")
 app.add_typer(cache.app, name="cache")

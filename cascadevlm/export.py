@@ -1,0 +1,380 @@
+"""Predictions of a run in the formats of other tools.
+
+They are read from ``predictions.jsonl`` line by line and written as they are read, so that memory does not grow with their
+number. Relative paths in them count from the working directory, as they did in the run. Images that the run could not read, or
+that are gone since, are in no format but CSV; images from which it abstained are unlabelled ones in every format.
+"""
+
+import csv
+import json
+import os
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import reduce
+from pathlib import Path
+from typing import TextIO
+from urllib.parse import quote
+from xml.etree import ElementTree
+
+from PIL import Image
+from pydantic import AliasPath, BaseModel, Field, InstanceOf, JsonValue, ValidationError
+
+from cascadevlm.errors import DataError, InputError
+
+PREDICTIONS = "predictions.jsonl"
+
+COLUMNS = ("path", "label", "probability", "decided_by", "escalated", "outcome", "dollars", "error")
+"""What tables tell of an image."""
+
+
+class _Named(BaseModel):
+    name: str
+
+
+class _Labelled(BaseModel):
+    """Of a run's description, what is exported."""
+
+    labels: list[_Named]
+
+
+class _Candidate(BaseModel):
+    label: str
+
+
+class Line(BaseModel):
+    """Of a line that `Prediction.to_dict` tells, what is exported; the texts need not be valid Unicode."""
+
+    path: InstanceOf[str]
+    label: str | None
+    probability: float | None
+    decided_by: str | None
+    candidates: list[_Candidate]
+    outcome: str | None = Field(None, validation_alias=AliasPath("verdict", "outcome"))
+    dollars: float = Field(0.0, validation_alias=AliasPath("cost", "dollars"))
+    error: InstanceOf[str]
+
+    @property
+    def escalated(self) -> bool:
+        return self.outcome is not None
+
+    @property
+    def abstained(self) -> bool:
+        """Whether the image could be read and was given no label."""
+        return self.label is None and bool(self.candidates)
+
+    @property
+    def readable(self) -> bool:
+        """Whether the run could read the image and its file is still there."""
+        return bool(self.candidates) and Path(self.path).is_file()
+
+    @property
+    def absolute(self) -> Path:
+        """The path of the image, links in it kept."""
+        return Path(os.path.normpath(Path(self.path).absolute()))
+
+    @property
+    def columns(self) -> dict[str, JsonValue]:
+        """What `COLUMNS` names."""
+        return {name: getattr(self, name) for name in COLUMNS}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chosen:
+    """The predictions of a file that are to be exported, read anew by every pass over them.
+
+    Attributes:
+        name: of the run.
+        file: one JSON object a line.
+        labels: the names of the label set.
+        wanted: whether a line is exported.
+    """
+
+    name: str
+    file: Path
+    labels: tuple[str, ...]
+    wanted: Callable[[Line], bool]
+
+    def __iter__(self) -> Iterator[tuple[int, Line]]:
+        """The lines, with their numbers in the file, from 1."""
+        return ((number, line) for number, line in read_lines(self.file) if self.wanted(line))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Format:
+    """A format: ``write`` is given the predictions and what to make, a file or a folder, and tells in one sentence how that is
+    loaded; ``shows_images`` says whether an image that is not there is of no use in it."""
+
+    write: Callable[[Chosen, Path], str]
+    shows_images: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exported:
+    """What was exported.
+
+    Attributes:
+        images: how many.
+        labelled: how many of them have a label.
+        left_out: how many were not exported because they cannot be read.
+        how_to_load: one sentence.
+    """
+
+    images: int
+    labelled: int
+    left_out: int
+    how_to_load: str
+
+
+def export(run: str | Path, to: str, output: str | Path, *, review: bool = False) -> Exported:
+    """Write the predictions of a run in the format of another tool, whole or not at all.
+
+    Args:
+        run: a folder that `cascadevlm run` or `cascadevlm evaluate` wrote, whose label set is then that of the run; or a file of
+            one JSON object a line, as `cascadevlm classify --json` prints them, whose label set is then what occurs in it,
+            sorted.
+        to: one of `FORMATS`.
+        output: the file or folder to make.
+        review: only images from which the cascade abstained.
+
+    Raises:
+        InputError: if the format is unknown or the output is there already or cannot be written.
+        DataError: if there are no predictions, a line is none, or none is of an image that can be read.
+    """
+    run, output = Path(run), Path(output)
+    if to not in FORMATS:
+        raise InputError(f"There is no format {to!r}.", hint=f"Known are {', '.join(FORMATS)}.")
+    if output.exists():
+        raise InputError(f"{str(output)!r} is there already.", hint="Give another name, or delete it first.")
+    file, form = _predictions_of(run), FORMATS[to]
+    labels = _labels_of(run)
+    known, occurring, counts = set(labels), set[str](), Counter[str]()
+
+    def asked_for(line: Line) -> bool:
+        return line.abstained or not review
+
+    def wanted(line: Line) -> bool:
+        return asked_for(line) and (line.readable or not form.shows_images)
+
+    for number, line in read_lines(file):
+        named = {line.label} if line.label is not None else set()
+        if known and not named <= known:
+            raise DataError(f"{str(file)!r}, line {number}: {line.label!r} is not in the label set of the run.")
+        occurring |= named | {candidate.label for candidate in line.candidates}
+        counts["lines"] += 1
+        counts["asked_for"] += asked_for(line)
+        counts["images"] += wanted(line)
+        counts["labelled"] += wanted(line) and line.label is not None
+    if not counts["lines"]:
+        raise DataError(f"{str(file)!r} holds no predictions.")
+    if not counts["asked_for"]:
+        raise DataError(f"{str(file)!r} has nothing to review: the cascade abstained from no image.")
+    if not counts["images"]:
+        hint = "Relative paths count from the working directory: call export where the run was made."
+        raise DataError(f"None of the images in {str(file)!r} can be read.", hint=hint)
+    chosen = Chosen(name=run.resolve().name, file=file, labels=labels or tuple(sorted(occurring)), wanted=wanted)
+    try:
+        with tempfile.TemporaryDirectory(dir=output.parent, prefix=".export-") as scratch:
+            unfinished = Path(scratch) / output.name
+            how_to_load = form.write(chosen, unfinished)
+            unfinished.rename(output)
+    except OSError as exc:
+        raise InputError(f"The export {str(output)!r} cannot be written: {exc}.") from exc
+    return Exported(
+        images=counts["images"],
+        labelled=counts["labelled"],
+        left_out=counts["asked_for"] - counts["images"],
+        how_to_load=how_to_load,
+    )
+
+
+def _predictions_of(run: Path) -> Path:
+    if not run.exists():
+        raise DataError(f"{str(run)!r} does not exist.")
+    file = run / PREDICTIONS if run.is_dir() else run
+    if not file.exists():
+        raise DataError(f"{str(run)!r} holds no predictions.", hint=f"Give the folder of a run, which has a {PREDICTIONS}.")
+    return file
+
+
+def _labels_of(run: Path) -> tuple[str, ...]:
+    """The names of the label set that a folder tells; none, where it does not."""
+    found = next((file for file in (run / "manifest.json", run / "run.json") if file.is_file()), None)
+    if found is None:
+        return ()
+    try:
+        return tuple(label.name for label in _Labelled.model_validate_json(found.read_bytes()).labels)
+    except ValidationError as exc:
+        raise DataError(f"{str(found)!r} tells no label set: {exc.errors()[0]['msg']}.") from exc
+
+
+def read_lines(file: Path) -> Iterator[tuple[int, Line]]:
+    """The predictions in a file, one JSON object a line, with their numbers from 1.
+
+    Raises:
+        DataError: if a line is no prediction, as the last is where a run was interrupted.
+    """
+    text, number = "", 0
+    try:
+        with file.open(encoding="utf-8") as lines:
+            for number, text in enumerate(lines, start=1):
+                yield number, Line.model_validate(json.loads(text))
+    except ValidationError as exc:
+        first = exc.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the line"
+        raise DataError(f"{str(file)!r}, line {number}, is no prediction: {where}: {first['msg']}.") from exc
+    except json.JSONDecodeError as exc:
+        if not text.endswith("\n"):
+            raise DataError(f"{str(file)!r} breaks off in line {number}.", hint="Go on with its run, or make it anew.") from exc
+        raise DataError(f"{str(file)!r}, line {number}, is no JSON: {exc.msg}.") from exc
+    except (OSError, UnicodeDecodeError) as exc:
+        raise DataError(f"{str(file)!r} cannot be read: {exc}.") from exc
+
+
+def write_csv(chosen: Chosen, output: Path) -> str:
+    """A table with `COLUMNS`, values exactly as they are: a name that begins with ``=`` is a formula to a spreadsheet, but with
+    anything put before it it would be another name."""
+    with output.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file:
+        table = csv.DictWriter(file, COLUMNS)
+        table.writeheader()
+        table.writerows(line.columns for _, line in chosen)
+    return "It is UTF-8 with a header line."
+
+
+def write_hf(chosen: Chosen, output: Path) -> str:
+    """A folder as ``save_to_disk`` of ``datasets`` writes it: the image files as they are, with `COLUMNS`.
+
+    While it is written, it takes twice its size on disk. ``datasets`` maps into memory what it has written; the rest of its
+    memory does not grow.
+
+    Raises:
+        DataError: if the package is missing, or the data set cannot be written.
+    """
+    try:
+        import datasets
+    except ModuleNotFoundError as exc:
+        raise DataError("The format 'hf' needs the package 'datasets'.", hint="Install it: pip install datasets") from exc
+    kinds = {"probability": "float64", "escalated": "bool", "dollars": "float64"}
+    columns = {name: datasets.Value(kinds.get(name, "string")) for name in COLUMNS}
+    columns |= {"image": datasets.Image(), "label": datasets.ClassLabel(names=list(chosen.labels))}
+
+    def examples() -> Iterator[dict[str, object]]:
+        for _, line in chosen:
+            texts = {name: _valid(value) if isinstance(value, str) else value for name, value in line.columns.items()}
+            yield {**texts, "image": {"bytes": Path(line.path).read_bytes(), "path": _valid(Path(line.path).name)}}
+
+    try:
+        made = datasets.Dataset.from_generator(
+            examples, features=datasets.Features(columns), cache_dir=str(output.parent / "cache"), writer_batch_size=100
+        )
+        made.save_to_disk(output)
+    except datasets.exceptions.DatasetGenerationError as exc:
+        raise DataError(f"The data set cannot be written: {exc.__cause__}.") from exc
+    return "Load it: datasets.load_from_disk(FOLDER)."
+
+
+def _valid(text: str) -> str:
+    return text.encode(errors="backslashreplace").decode()
+
+
+def write_coco(chosen: Chosen, output: Path) -> str:
+    """One JSON file: ``images`` (their sizes as stored, before any EXIF rotation), ``categories`` and ``annotations``, which
+    have a category and a score but no box. Ids count from 1; those of images and annotations are lines of the predictions."""
+    category = {name: number for number, name in enumerate(chosen.labels, start=1)}
+
+    def image(number: int, line: Line) -> dict[str, JsonValue]:
+        with Image.open(line.path) as opened:
+            return {"id": number, "file_name": line.path, "width": opened.width, "height": opened.height}
+
+    with output.open("w", encoding="utf-8") as file:
+        file.write(f'{{"info": {json.dumps({"description": f"Predictions of {chosen.name}"})},\n"categories": ')
+        _write_list(file, ({"id": number, "name": name} for name, number in category.items()))
+        file.write(',\n"images": ')
+        _write_list(file, (image(number, line) for number, line in chosen))
+        file.write(',\n"annotations": ')
+        annotations = (
+            {"id": number, "image_id": number, "category_id": category[line.label], "score": line.probability}
+            for number, line in chosen
+            if line.label is not None
+        )
+        _write_list(file, annotations)
+        file.write("}\n")
+    return "Load it: pycocotools.coco.COCO(FILE)."
+
+
+def write_label_studio(chosen: Chosen, output: Path) -> str:
+    """A folder with ``tasks.json``, whose predictions carry the name of the run as ``model_version``, and with
+    ``label_config.xml``.
+
+    Images are local files, named relative to the folder above the one that holds them all: Label Studio serves only what lies
+    in a local storage of the project, and that must lie below its document root.
+    """
+    output.mkdir()
+    folders = (line.absolute.parent for _, line in chosen)
+    storage = reduce(lambda one, other: Path(os.path.commonpath((one, other))), folders)
+
+    def task(line: Line) -> dict[str, JsonValue]:
+        place = quote(os.fsencode(Path(line.absolute).relative_to(storage.parent).as_posix()))
+        data: JsonValue = {**line.columns, "image": f"/data/local-files/?d={place}"}
+        if line.label is None:
+            return {"data": data}
+        choice: JsonValue = {"from_name": "label", "to_name": "image", "type": "choices", "value": {"choices": [line.label]}}
+        return {"data": data, "predictions": [{"model_version": chosen.name, "score": line.probability, "result": [choice]}]}
+
+    with (output / "tasks.json").open("w", encoding="utf-8") as file:
+        _write_list(file, (task(line) for _, line in chosen))
+    view = ElementTree.Element("View")
+    ElementTree.SubElement(view, "Image", name="image", value="$image")
+    ElementTree.SubElement(view, "Filter", toName="label", minlength="0")
+    choices = ElementTree.SubElement(view, "Choices", name="label", toName="image", choice="single")
+    for name in chosen.labels:
+        ElementTree.SubElement(choices, "Choice", value=name)
+    ElementTree.indent(view)
+    ElementTree.ElementTree(view).write(output / "label_config.xml", encoding="utf-8")
+    serving = f"LABEL_STUDIO_LOCAL_FILES_SERVING_ENABLED=true LABEL_STUDIO_LOCAL_FILES_DOCUMENT_ROOT={storage.parent}"
+    steps = (
+        f"make a project with label_config.xml, add {storage} to it as a local storage without syncing it, and import tasks.json"
+    )
+    return f"Start Label Studio with {serving}, {steps}."
+
+
+def write_fiftyone(chosen: Chosen, output: Path) -> str:
+    """The ``labels.json`` of a ``FiftyOneImageClassificationDataset``: the classes, and by the absolute path of every image its
+    label, confidence and who decided, or null."""
+    number_of = {name: number for number, name in enumerate(chosen.labels)}
+
+    def target(line: Line) -> JsonValue:
+        if line.label is None:
+            return None
+        return {"label": number_of[line.label], "confidence": line.probability, "attributes": {"decided_by": line.decided_by}}
+
+    with output.open("w", encoding="utf-8") as file:
+        file.write(f'{{"classes": {json.dumps(chosen.labels)},\n"labels": ')
+        targets = (f"{json.dumps(str(line.absolute))}: {json.dumps(target(line))}" for _, line in chosen)
+        _write_joined(file, "{", targets, "}")
+        file.write("}\n")
+    dataset_type = "fiftyone.types.FiftyOneImageClassificationDataset"
+    return f'Load it: fiftyone.Dataset.from_dir(dataset_type={dataset_type}, labels_path=FILE, label_field="predictions").'
+
+
+def _write_list(file: TextIO, items: Iterable[Mapping[str, JsonValue]]) -> None:
+    _write_joined(file, "[", map(json.dumps, items), "]")
+
+
+def _write_joined(file: TextIO, opening: str, items: Iterable[str], closing: str) -> None:
+    """JSON texts, one a line, as they come."""
+    file.write(opening)
+    for number, item in enumerate(items):
+        file.write(f",\n{item}" if number else f"\n{item}")
+    file.write(f"\n{closing}")
+
+
+FORMATS: Mapping[str, Format] = {
+    "csv": Format(write=write_csv, shows_images=False),
+    "hf": Format(write=write_hf),
+    "coco": Format(write=write_coco),
+    "label-studio": Format(write=write_label_studio),
+    "fiftyone": Format(write=write_fiftyone),
+}
+"""By the names that `export` takes."""
