@@ -117,7 +117,7 @@ class Cascade:
                 yield prediction
 
     def begin(self, start: Checkpoint = BEGINNING, read: ReadBatch | None = None) -> Run:
-        """A run not yet under way, which goes on where another one stood; ``read`` reads its images, where the scorer does not."""
+        """A run not yet under way, which goes on where another one stood; ``read`` reads the images in the scorer's place."""
         return Run(
             scorer=self.scorer,
             stages=self.stages,

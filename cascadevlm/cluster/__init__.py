@@ -15,13 +15,14 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cascadevlm.cascade import Cascade
-from cascadevlm.cluster.judging import RemoteJudge
+from cascadevlm.cluster.judging import RemoteJudge, Worker
 from cascadevlm.cluster.workers import SAME_FILES, JudgingWorker, ScoredBatch, ScoringWorker, Workplace, list_images, path_of
 from cascadevlm.config import Config, StageConfig
 from cascadevlm.engine import BEGINNING, Checkpoint, Read, ReadBatch, Run
@@ -35,7 +36,7 @@ from cascadevlm.stage import Stage
 from cascadevlm.types import Scores
 
 if TYPE_CHECKING:
-    from ray.actor import ActorProxy
+    from ray.actor import ActorHandle
 
 CPU_SHARE = 0.5
 """Of a core, and of all cores, what scoring workers ask for at most: where they hold every core there is none left to list the
@@ -114,7 +115,7 @@ class _Cluster:
             workers=workers,
             gpus=min(1.0, gpus / workers) / models,
             cpus=CPU_SHARE * min(1.0, cpus / workers),
-            place=Workplace(folder=os.getcwd(), threads=threads),
+            place=Workplace(folder=str(Path.cwd()), threads=threads),
         )
 
     def scored(self, first: int) -> Iterator[ScoredBatch | CascadeError]:
@@ -148,20 +149,19 @@ class _Cluster:
         """A stage's judge, in workers."""
         import ray
 
-        remote = ray.remote(JudgingWorker)
-
-        def begin() -> "ActorProxy[JudgingWorker]":
-            with_model = isinstance(stage.judge, LocalJudge)
-            options = remote.options(  # never does Ray itself ask again: it may cost money
-                num_cpus=0,
-                num_gpus=self.gpus if with_model else 0,
-                max_restarts=-1,
-                max_task_retries=0,
-                scheduling_strategy="SPREAD",
-            )
-            return options.remote(config.judge, config.options, self.place)
-
-        return RemoteJudge(stage.judge, self.workers, begin)
+        actor = ray.remote(JudgingWorker).options(
+            num_cpus=0,
+            num_gpus=self.gpus if isinstance(stage.judge, LocalJudge) else 0,
+            max_restarts=-1,
+            max_task_retries=0,  # Ray itself never asks again: it costs money
+            scheduling_strategy="SPREAD",
+        )
+        return RemoteJudge(
+            stage.judge,
+            self.workers,
+            begin=lambda: cast(Worker, actor.remote(config.judge, config.options, self.place)),
+            end=lambda worker: ray.kill(cast("ActorHandle[JudgingWorker]", worker)),
+        )
 
 
 class _ClusterCascade(Cascade):

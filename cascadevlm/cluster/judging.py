@@ -1,24 +1,37 @@
 """Judges that answer in the workers of a cluster."""
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import Protocol, TypeVar
 
 from PIL import Image
 from pydantic import JsonValue
 
-from cascadevlm.cluster.workers import JudgingWorker
 from cascadevlm.errors import BackendError, CascadeError, TransientError
 from cascadevlm.judge import Judge, LocalJudge, WrapperJudge
 from cascadevlm.types import Question, Verdict
 
-if TYPE_CHECKING:
-    from ray.actor import ActorProxy
+T_co = TypeVar("T_co", covariant=True)
 
 ASK_AGAIN_SECONDS = 1.0
 """How often a worker that was lost is asked whether it is back."""
+
+
+class _Remote(Protocol[T_co]):
+    """A method of a worker."""
+
+    def remote(self, *arguments: object) -> Awaitable[T_co]: ...
+
+
+class Worker(Protocol):
+    """A `JudgingWorker`, seen from here."""
+
+    @property
+    def identity(self) -> _Remote[Mapping[str, JsonValue] | CascadeError]: ...
+    @property
+    def judge(self) -> _Remote[Verdict | CascadeError]: ...
 
 
 class RemoteJudge(WrapperJudge):
@@ -31,15 +44,17 @@ class RemoteJudge(WrapperJudge):
         workers: how many there are. Local judges take so many times more questions at once; other judges' limits hold for all
             workers together.
         begin: makes a worker.
+        end: ends one.
     """
 
-    def __init__(self, wrapped: Judge, workers: int, begin: "Callable[[], ActorProxy[JudgingWorker]]") -> None:
+    def __init__(self, wrapped: Judge, workers: int, begin: Callable[[], Worker], end: Callable[[Worker], None]) -> None:
         super().__init__(wrapped)
         if isinstance(wrapped, LocalJudge):
             self.concurrency = wrapped.concurrency * workers
         self._number = workers
         self._begin = begin
-        self._workers: list[ActorProxy[JudgingWorker]] = []
+        self._end = end
+        self._workers: list[Worker] = []
         self._lost: set[asyncio.Task[None]] = set()
         self._told: Mapping[str, JsonValue] | None = None
 
@@ -60,18 +75,16 @@ class RemoteJudge(WrapperJudge):
                     hint="Set the same environment variables on every machine.",
                 )
             self._told = told
-        self._places: asyncio.Queue[ActorProxy[JudgingWorker]] = asyncio.Queue()
+        self._places: asyncio.Queue[Worker] = asyncio.Queue()
         for _ in range(self.wrapped.concurrency):
             for worker in self._workers:
                 self._places.put_nowait(worker)
 
     async def aclose(self) -> None:
-        import ray
-
         for task in self._lost:
             task.cancel()
         for worker in self._workers:
-            ray.kill(worker)
+            self._end(worker)
         self._workers = []
 
     async def judge(self, question: Question) -> Verdict:
@@ -92,7 +105,7 @@ class RemoteJudge(WrapperJudge):
             raise said
         return said
 
-    async def _await(self, worker: "ActorProxy[JudgingWorker]") -> None:
+    async def _await(self, worker: Worker) -> None:
         """Give a worker its place again once it is back."""
         from ray.exceptions import RayError
 

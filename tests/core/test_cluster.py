@@ -1,0 +1,189 @@
+"""Runs on a real Ray cluster of this machine, two workers and a judge that counts, against the same runs in one process."""
+
+import json
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from itertools import count
+from pathlib import Path
+
+import pyarrow.parquet
+import pytest
+
+from cascadevlm import bulk
+from cascadevlm.cluster import on_ray
+from cascadevlm.config import Config
+from cascadevlm.errors import BackendError, DataError
+from cascadevlm.inputs import Inputs
+from cascadevlm.run_folder import Tally
+from cascadevlm.testing import noise
+from cascadevlm.testing.server import JudgeServer
+
+with warnings.catch_warnings():  # not ours
+    warnings.simplefilter("ignore")
+    ray = pytest.importorskip("ray")
+    pytest.importorskip("ray.data")
+
+pytestmark = pytest.mark.filterwarnings(r"ignore:::ray\..*")
+
+SLOW = """
+import os, time
+from pathlib import Path
+from cascadevlm.testing import FakeScorer
+
+class Slow(FakeScorer):
+    def score(self, images, labels):
+        with Path(__file__).with_name("scored_by").open("a") as file:
+            print(os.getpid(), file=file)
+        time.sleep(0.1)
+        return super().score(images, labels)
+"""
+COUNT, SIZE = 40, 4
+BILL = 0.0012
+"""Dollars: 1,000 tokens in and 20 out, at the price of the configuration."""
+
+
+@pytest.fixture(scope="module")
+def plugin(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A package on the path of this process and of all workers, whose scorer takes its time."""
+    folder = tmp_path_factory.mktemp("plugin")
+    (folder / "slow_scorer.py").write_text(SLOW)
+    (folder / "slow-1.dist-info").mkdir()
+    (folder / "slow-1.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: slow\nVersion: 1\n")
+    (folder / "slow-1.dist-info" / "entry_points.txt").write_text("[cascadevlm.scorers]\nslow = slow_scorer:Slow\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(folder)
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+        yield folder
+        ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
+    folder = tmp_path_factory.mktemp("images")
+    for number in range(COUNT):
+        noise(number, (16, 16)).save(folder / f"{number:02}.png")
+    (folder / "07.png").write_text("no image")
+    return Inputs(folder)
+
+
+@pytest.fixture
+def server() -> Iterator[JudgeServer]:
+    with JudgeServer(latency=0.05) as server:
+        yield server
+
+
+def run(
+    engine: str,
+    folder: Path,
+    images: Inputs,
+    server: JudgeServer,
+    *,
+    policy: str = "calls <= 15",
+    dollars: float | None = None,
+    stopping: Callable[[], bool] = lambda: False,
+    progress: Callable[[Tally], None] = lambda tally: None,
+) -> Tally:
+    options = {"base_url": server.openai_url, "structured": False, "price": {"input": 1, "output": 10}}
+    config = Config.parse(
+        {
+            "scorer": {"use": "slow:any"},
+            "stage": [{"judge": "openai:any", "policy": policy, "candidates": 3, "options": options}],
+            "labels": ["finch", "owl", "wren", "stork"],
+            "batch_size": SIZE,
+            "cache": {"enabled": False},
+            "budget": {"usd": dollars},
+        }
+    )
+    cascade, frozen = config.build(), config.frozen(config.build()).model_dump(mode="json")
+    with on_ray(cascade, config, images, workers=2) if engine == "ray" else nullcontext(cascade) as running:
+        return bulk.run(running, images, folder, config=frozen, stopping=stopping, progress=progress)
+
+
+def lines(folder: Path) -> list[dict[str, object]]:
+    """The predictions, but for how long asking took."""
+    read = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+    for line in read:
+        del line["cost"], line["crc32"]
+        if line["verdict"]:
+            del line["verdict"]["usage"]
+    return read
+
+
+def workers(plugin: Path, name: str) -> list[int]:
+    """The processes of our cluster that run a class."""
+    found = []
+    for process in Path("/proc").iterdir():
+        try:
+            if name in (process / "cmdline").read_text() and str(plugin) in (process / "environ").read_text():
+                found.append(int(process.name))
+        except (OSError, ValueError):  # no process, or gone
+            continue
+    return found
+
+
+def test_a_cluster_says_what_one_process_says(plugin: Path, images: Inputs, server: JudgeServer, tmp_path: Path) -> None:
+    alone = run("local", tmp_path / "alone", images, server)
+    asked = len(server.requests)
+    (plugin / "scored_by").unlink()
+    together = run("ray", tmp_path / "together", images, server)
+    assert lines(tmp_path / "together") == lines(tmp_path / "alone")
+    assert together == alone
+    assert together.counts == {"answered": 15, "kept": COUNT - 16, "unreadable": 1}
+    assert (asked, len(server.requests)) == (15, 30)
+    scored_by = (plugin / "scored_by").read_text().split()
+    assert len(scored_by) == COUNT // SIZE
+    assert len(set(scored_by)) == 2
+    assert str(os.getpid()) not in scored_by
+    table, other = (pyarrow.parquet.read_table(tmp_path / name / "predictions.parquet") for name in ("alone", "together"))
+    assert table.drop_columns("dollars") == other.drop_columns("dollars")
+
+
+def test_the_cap_holds_across_workers(plugin: Path, images: Inputs, server: JudgeServer, tmp_path: Path) -> None:
+    cap = 9.5 * BILL
+    alone = run("local", tmp_path / "alone", images, server, policy="always", dollars=cap)
+    asked = len(server.requests)
+    together = run("ray", tmp_path / "together", images, server, policy="always", dollars=cap)
+    assert together.counts == alone.counts
+    assert together.spent_dollars == pytest.approx((len(server.requests) - asked) * BILL)
+    assert 0 < together.spent_dollars <= cap
+    assert together.counts["skipped"] > 0
+
+
+def test_workers_that_die_cost_no_result(plugin: Path, images: Inputs, server: JudgeServer, tmp_path: Path) -> None:
+    """One that scores is killed with the first prediction; one that judges, with the tenth, its questions under way."""
+    killed = []
+
+    def kill(tally: Tally) -> None:
+        name = {1: "ScoringWorker", 10: "JudgingWorker"}.get(tally.images)
+        if name:
+            killed.append(workers(plugin, name)[0])
+            os.kill(killed[-1], signal.SIGKILL)
+
+    tally = run("ray", tmp_path / "killed", images, server, policy="always", progress=kill)
+    spent, asked = tally.spent_dollars, len(server.requests)
+    run("local", tmp_path / "alone", images, server, policy="always")
+    assert len(killed) == 2
+    assert lines(tmp_path / "killed") == lines(tmp_path / "alone")
+    assert tally.counts == {"answered": COUNT - 1, "unreadable": 1}
+    assert spent >= asked * BILL - 1e-9
+
+
+@pytest.mark.parametrize(("first", "then"), [("ray", "local"), ("local", "ray")])
+def test_either_engine_goes_on_with_what_the_other_began(
+    plugin: Path, images: Inputs, server: JudgeServer, tmp_path: Path, first: str, then: str
+) -> None:
+    batches = count()
+    begun = run(first, tmp_path / "parts", images, server, stopping=lambda: next(batches) == 4)
+    assert begun.images == 4 * SIZE
+    assert run(then, tmp_path / "parts", images, server).images == COUNT
+    assert len(server.requests) == 15
+    run("local", tmp_path / "whole", images, server)
+    assert lines(tmp_path / "parts") == lines(tmp_path / "whole")
