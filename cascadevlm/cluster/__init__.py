@@ -60,7 +60,7 @@ def on_ray(cascade: Cascade, config: Config, inputs: Iterable[Named], *, workers
         cascade: as the configuration built it.
         config: builds the scorer and the judges in the workers.
         inputs: what the cascade will be run over, from some image to the end.
-        workers: that score, and as many for every judge; one for every GPU or, without any, for every machine, unless given.
+        workers: that score, and as many for every judge with a model; one a GPU or, without any, one a machine, unless given.
 
     Raises:
         BackendError: if Ray is not installed.
@@ -87,7 +87,8 @@ class _Cluster:
     """What the workers are, and what they are given.
 
     Attributes:
-        gpus: what each worker with a model asks for; those of one number share a GPU.
+        workers: that score, and of every judge whose model runs in them; other judges have one on every machine.
+        gpus: what each worker with a model asks for: a GPU for all those of a cascade.
         cpus: what each scoring worker asks for.
     """
 
@@ -95,6 +96,7 @@ class _Cluster:
     labels: LabelSet
     inputs: Iterable[Named]
     workers: int
+    machines: int
     gpus: float
     cpus: float
     place: Workplace
@@ -105,7 +107,8 @@ class _Cluster:
 
         resources = ray.cluster_resources()
         cpus, gpus = resources.get("CPU", 1.0), resources.get("GPU", 0.0)
-        workers = workers or int(gpus) or sum(node["Alive"] for node in ray.nodes())
+        machines = sum(node["Alive"] for node in ray.nodes())
+        workers = workers or int(gpus) or machines
         models = 1 + sum(isinstance(stage.judge, LocalJudge) for stage in cascade.stages)
         threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, int(cpus // workers)))
         return cls(
@@ -113,6 +116,7 @@ class _Cluster:
             labels=cascade.labels,
             inputs=inputs,
             workers=workers,
+            machines=machines,
             gpus=min(1.0, gpus / workers) / models,
             cpus=CPU_SHARE * min(1.0, cpus / workers),
             place=Workplace(folder=str(Path.cwd()), threads=threads),
@@ -149,16 +153,17 @@ class _Cluster:
         """A stage's judge, in workers."""
         import ray
 
+        with_model = isinstance(stage.judge, LocalJudge)
         actor = ray.remote(JudgingWorker).options(
             num_cpus=0,
-            num_gpus=self.gpus if isinstance(stage.judge, LocalJudge) else 0,
+            num_gpus=self.gpus if with_model else 0,
             max_restarts=-1,
             max_task_retries=0,  # Ray itself never asks again: it costs money
             scheduling_strategy="SPREAD",
         )
         return RemoteJudge(
             stage.judge,
-            self.workers,
+            self.workers if with_model else self.machines,
             begin=lambda: cast(Worker, actor.remote(config.judge, config.options, self.place)),
             end=lambda worker: ray.kill(cast("ActorHandle[JudgingWorker]", worker)),
         )
@@ -181,7 +186,7 @@ class _ClusterCascade(Cascade):
         self.cluster = cluster
 
     def begin(self, start: Checkpoint = BEGINNING, read: ReadBatch | None = None) -> Run:
-        return super().begin(start, read or _Arriving(self.cluster.scored(start.images), self.labels))
+        return super().begin(start, read or Arriving(self.cluster.scored(start.images), self.labels))
 
 
 @dataclass(kw_only=True, eq=False)
@@ -206,7 +211,7 @@ class _ScoredElsewhere(WrapperScorer):
         return replace(scores[0], log_probs=np.concatenate([each.log_probs for each in scores]))
 
 
-class _Arriving:
+class Arriving:
     """Gives every batch of images as it comes back from the workers; to be called for one after another, in order."""
 
     def __init__(self, batches: Iterator[ScoredBatch | CascadeError], labels: LabelSet) -> None:

@@ -65,8 +65,7 @@ class RemoteJudge(WrapperJudge):
         """Raises BackendError, too, if hosted judges are not the same ones in the workers: their prices are those known here."""
         self.costs_money  # noqa: B018  # raises where the price is unknown
         self._workers = [self._begin() for _ in range(self._number)]
-        for worker in self._workers:
-            told = await worker.identity.remote()
+        for told in await asyncio.gather(*(worker.identity.remote() for worker in self._workers)):
             if isinstance(told, CascadeError):
                 raise told
             if not isinstance(self.wrapped, LocalJudge) and told != self.wrapped.identity():
