@@ -1,6 +1,6 @@
 """The cascade: a scorer ranks every label, policies decide what is worth asking, judges choose among few candidates."""
 
-from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
 from contextlib import aclosing
 from pathlib import Path
 from typing import overload
@@ -118,8 +118,8 @@ class Cascade:
             async for prediction in predictions:
                 yield prediction
 
-    def begin(self, start: Checkpoint = BEGINNING) -> Run:
-        """A run not yet under way, which goes on where another one stood."""
+    def begin(self, start: Checkpoint = BEGINNING, stopping: Callable[[], bool] = lambda: False) -> Run:
+        """A run not yet under way; it goes on where another one was left, and begins no further batch once it is to stop."""
         return Run(
             scorer=self.scorer,
             stages=self.stages,
@@ -130,4 +130,5 @@ class Cascade:
             ledger=self.ledger,
             batch_size=self.batch_size,
             start=start,
+            stopping=stopping,
         )

@@ -7,7 +7,7 @@ in every run.
 
 import asyncio
 import os
-from collections.abc import AsyncGenerator, Collection, Coroutine, Iterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Coroutine, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass, field, replace
@@ -141,8 +141,13 @@ class _Batch:
 class Run:
     """The state of one run.
 
+    Args:
+        start: where an earlier run of the same cascade was left.
+        stopping: asked before each batch; once it says so, no further batch is begun.
+
     Attributes:
         checkpoint: the end of the last batch whose predictions were all taken.
+        stopped: whether batches were left out.
     """
 
     def __init__(
@@ -157,8 +162,11 @@ class Run:
         ledger: Ledger,
         batch_size: int,
         start: Checkpoint = BEGINNING,
+        stopping: Callable[[], bool] = lambda: False,
     ) -> None:
         self.scorer = scorer
+        self.stopping = stopping
+        self.stopped = False
         self.checkpoint = start
         spending = start.spending or (START,) * len(stages)
         self.stages = [_RunningStage(stage, store, ledger, before) for stage, before in zip(stages, spending, strict=True)]
@@ -212,6 +220,9 @@ class Run:
         async with _ending(self.output), aclosing(self._reading(sources)) as reading:
             async for read in reading:
                 await self.room.wait()
+                if self.stopping():
+                    self.stopped = True
+                    break
                 batch = _Batch(len(read), len(self.stages))
                 items = await self._score(read, batch.results)
                 self._begin(self._escalate(items, earlier, batch))
