@@ -196,7 +196,12 @@ def calibration_beside(folder: Path) -> Calibration | None:
 def answers_of(judged: Judged) -> Answers:
     """What a record's stage was shown and said, as a model of the judge takes it."""
     answers = np.where(np.array(judged.outcomes, dtype=str) == "none", NONE_CHOSEN, judged.answers)
-    return Answers(candidates=judged.candidates, answers=answers, none_offered=judged.none_offered)
+    return Answers(
+        candidates=judged.candidates,
+        answers=answers,
+        none_offered=judged.none_offered,
+        probabilities=judged.probabilities,
+    )
 
 
 def heard(judged: Judged) -> NDArray[np.bool_]:
@@ -243,8 +248,7 @@ def fit_calibration(
     for number, judged in enumerate(record.stages):
         known, answers = heard(judged), answers_of(judged)
         if labelled:
-            model = fit_judge(belief[known], responsibilities[known], answers.rows(known))
-        belief = np.where(known[:, None], model.posterior(belief, answers), belief)
+            model, belief[known] = fit_judge(belief[known], responsibilities[known], answers.rows(known))
         judges.append(CalibratedJudge(judge=judged.judge, settings=_settings(record, number), model=model))
     return Calibration(
         labels=record.labels.names,

@@ -57,10 +57,12 @@ class Asking:
         names = scores.labels.names
         column = {name: number for number, name in enumerate(names)}
         said = NONE_CHOSEN if verdict.outcome == "none" else NOBODY if verdict.label is None else column[verdict.label]
+        opinion = verdict.probabilities
         answers = Answers(
             candidates=np.array([[column[candidate.label.name] for candidate in shown]]),
             answers=np.array([said]),
             none_offered=self.none_offered,
+            probabilities=None if opinion is None else np.array([[opinion.get(each.label.name, 0.0) for each in shown]]),
         )
         after = self.model.posterior(scores.log_probs.astype(np.float64), answers)
         return replace(scores, log_probs=after.astype(np.float32))

@@ -159,6 +159,14 @@ def test_what_is_no_calibration_is_one_sentence(tmp_path: Path, text: str) -> No
         learned().write(tmp_path / "nowhere" / "calibration.json")
 
 
+def test_a_file_from_before_probabilities_counted_is_read(tmp_path: Path) -> None:
+    data = json.loads(ADAPTER.dump_json(learned()))
+    del data["judges"][0]["model"]["probability_weight"]
+    path = tmp_path / "calibration.json"
+    path.write_text(json.dumps(data))
+    assert content(read_calibration(path)) == content(learned())
+
+
 def test_a_newer_format_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "calibration.json"
     path.write_text(json.dumps(json.loads(ADAPTER.dump_json(learned())) | {"format": 2}))

@@ -35,7 +35,7 @@ from cascadevlm.recording import KeepingScorer, KeepingStage, write_record
 from cascadevlm.sweep import under
 from cascadevlm.testing import FakeJudge, FakeScorer, noise, picture
 from cascadevlm.testing.fakes import Reply
-from cascadevlm.types import Question
+from cascadevlm.types import Question, Verdict
 
 NAMES = ["ant", "bee", "cicada", "dragonfly", "earwig", "fly"]
 LABELS = LabelSet.of(NAMES)
@@ -136,6 +136,41 @@ def test_a_live_cascade_is_what_its_record_says_it_would_be(tmp_path: Path, offe
     assert [prediction.escalated for prediction in live] == replayed.judged.asked.tolist()
     assert len(judge.questions) == replayed.judged.asked.sum()
     assert {"fusion"} <= set(replayed.decided_by)
+
+
+class Opinionated(FakeJudge):
+    """Tells probabilities that go by the pixels, of three images in four."""
+
+    async def judge(self, question: Question) -> Verdict:
+        verdict = await super().judge(question)
+        rng = np.random.default_rng(int(question.image_digest[:8], 16))
+        if rng.random() < 0.25:
+            return verdict
+        shares = rng.dirichlet(np.full(len(question.labels), 0.3)).tolist()
+        return replace(verdict, probabilities=dict(zip([label.name for label in question.labels], shares, strict=True)))
+
+
+@pytest.mark.parametrize("offer_none", [False, True])
+def test_a_live_cascade_weighs_the_judges_probabilities_as_its_record_does(tmp_path: Path, offer_none: bool) -> None:
+    calibration = known(replace(MODEL, probability_weight=1.5))
+    asking = cascade(Opinionated(reply=by_pixels), calibration, candidates=TopK(k=6), offer_none=offer_none)
+    record, live = recorded(tmp_path, asking, 32)
+    own = record.judged.probabilities
+    assert own is not None
+    assert 0 < np.isnan(own).all(axis=1).sum() < 32
+    for row, prediction in enumerate(live):
+        assert prediction.verdict is not None
+        opinion = prediction.verdict.probabilities
+        assert np.isnan(own[row]).all() == (opinion is None)
+        if opinion is not None:
+            assert dict(zip(np.array(NAMES)[record.judged.candidates[row]], own[row], strict=True)) == opinion
+    replayed = under(decided(record, calibration), parse_policy("always"))
+    assert [prediction.label for prediction in live] == [NAMES[column] for column in replayed.predicted]
+    np.testing.assert_allclose([prediction.probability or 0 for prediction in live], replayed.probabilities, atol=1e-5)
+    by_answers = under(decided(record, known()), parse_policy("always"))
+    assert np.abs(replayed.probabilities - by_answers.probabilities).max() > 0.1
+    some = record.take(np.array([3, 1])).judged.probabilities
+    np.testing.assert_array_equal(some, own[[3, 1]])
 
 
 @settings(max_examples=15)
