@@ -88,6 +88,7 @@ class Stated(BaseModel):
     on_failure: str = "scorer"
     accept: float | None = None
     calibration: str | None = None
+    fusion: str | None = None
     stage: list[StatedStage] = []
 
 

@@ -20,7 +20,9 @@ def calibrate(
     without_labels: Annotated[
         bool, typer.Option("--without-labels", help="Do not look at their labels: take the judge for an annotator who errs.")
     ] = False,
-    fusion: Annotated[str, typer.Option(help="Whose word is final: bayes (both opinions) or judge.")] = "bayes",
+    fusion: Annotated[
+        str, typer.Option(help="Whose word is final: bayes (both opinions), weighted (both, by one number) or judge.")
+    ] = "bayes",
     measure: Annotated[str, typer.Option(help="What the policy goes by: gain, entropy, margin or top_probability.")] = "gain",
     coverage: Annotated[
         float, typer.Option(help="How often conformal lists, candidates = { coverage = … }, shall hold the truth.")

@@ -72,7 +72,7 @@ def calibrate(
     chooses = target is not None or target_error is not None
     if chooses and len(record.stages) != 1:
         raise DataError(f"A target is for one judge, and the record has {len(record.stages)} stages.", hint="Leave it out.")
-    if target_error is not None and fusion != "bayes":
+    if target_error is not None and fusion == "judge":
         raise DataError("Nothing can be promised of a judge's word without a probability.", hint="Give --fusion bayes.")
     record = record.take(np.flatnonzero(record.readable))
     if not size < len(record):

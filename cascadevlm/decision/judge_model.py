@@ -296,7 +296,7 @@ def fit_judge(log_probs: Floats, responsibilities: Floats, answers: Answers) -> 
     Returns:
         the model, and the N x C log-probabilities after the answers as models fitted on the other folds give them.
     """
-    fold_of = np.random.default_rng(1).permutation(len(answers)) % FOLDS
+    fold_of = folds(len(answers))
     scores = np.zeros(len(PRECISIONS))
     models: list[list[JudgeModel]] = []
     for fold in range(FOLDS):
@@ -321,6 +321,11 @@ def fit_judge(log_probs: Floats, responsibilities: Floats, answers: Answers) -> 
     for rows, part in parts:
         after[rows] = part.posterior(log_probs[rows], answers.rows(rows))
     return model, after
+
+
+def folds(images: int) -> NDArray[np.int64]:
+    """N: the fold of cross-validation that each image is in."""
+    return np.random.default_rng(1).permutation(images) % FOLDS
 
 
 def _probability_weight(

@@ -91,7 +91,7 @@ def test_other_models_are_refused(birds: Path, setting: str, sentence: str) -> N
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--fusion", "weighted"], "There is no fusion 'weighted'. Known: judge, bayes."),
+        (["--fusion", "median"], "There is no fusion 'median'. Known: judge, bayes, weighted."),
         (["--measure", "doubt"], "There is no measure 'doubt'. Known: gain, entropy, margin, top_probability."),
         (["--accuracy", "0.5", "--deferral-rate", "0.5"], "one target"),
         (["--accuracy", "0.5"], "answered about 11 images, too few"),

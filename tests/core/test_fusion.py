@@ -25,6 +25,7 @@ from cascadevlm.decision.calibration import (
 )
 from cascadevlm.decision.judge_model import JudgeModel
 from cascadevlm.decision.live import Asking, CalibratedScorer
+from cascadevlm.decision.pool import Pool
 from cascadevlm.decision.scorer_calibration import ScorerCalibration
 from cascadevlm.errors import BudgetExhausted, ConfigError, InputError, PolicyError
 from cascadevlm.judge import Judge
@@ -42,15 +43,16 @@ LABELS = LabelSet.of(NAMES)
 SELECT = load_prompt("select")
 RED = (200, 0, 0)
 MODEL = replace(JudgeModel.prior(len(NAMES)), ability=2.5, class_bias=np.linspace(-0.4, 0.4, len(NAMES)))
+POOL = Pool(accuracy=0.8, weight=0.7)
 
 
-def known(model: JudgeModel = MODEL, fingerprint: str = "fake:fake", **changed: object) -> Calibration:
+def known(model: JudgeModel = MODEL, pool: Pool = POOL, fingerprint: str = "fake:fake", **changed: object) -> Calibration:
     """A calibration of the fake scorer and a fake judge."""
     calibration = Calibration(
         labels=LABELS.names,
         fingerprint=fingerprint,
         scorer=ScorerCalibration(method="bias", scale=0.5, bias=np.linspace(-0.3, 0.3, len(NAMES))),
-        judges=(CalibratedJudge(judge="fake:fake", settings={}, model=model),),
+        judges=(CalibratedJudge(judge="fake:fake", settings={}, model=model, pool=pool),),
         images=200,
         labelled=True,
         fitted_on=(),
@@ -77,7 +79,8 @@ def says(name: str) -> Callable[[Question], str]:
 def cascade(judge: Judge, calibration: Calibration | None = None, policy: str = "always", **options: object) -> Cascade:
     calibration = calibration or known()
     of_cascade = {name: options.pop(name) for name in ("accept", "on_failure", "ledger", "batch_size") if name in options}
-    stage = Stage(judge=judge, prompt=SELECT, policy=parse_policy(policy), model=calibration.judges[0].model)
+    (known_judge,) = calibration.judges
+    stage = Stage(judge=judge, prompt=SELECT, policy=parse_policy(policy), model=known_judge.model, pool=known_judge.pool)
     scorer = CalibratedScorer(FakeScorer(), calibration)
     given_stage = replace(stage, **({"fusion": "bayes"} | options))  # type: ignore[arg-type]
     return Cascade(scorer, [given_stage], labels=LABELS, **of_cascade)  # type: ignore[arg-type]
@@ -150,10 +153,13 @@ class Opinionated(FakeJudge):
         return replace(verdict, probabilities=dict(zip([label.name for label in question.labels], shares, strict=True)))
 
 
+@pytest.mark.parametrize("fusion", ["bayes", "weighted"])
 @pytest.mark.parametrize("offer_none", [False, True])
-def test_a_live_cascade_weighs_the_judges_probabilities_as_its_record_does(tmp_path: Path, offer_none: bool) -> None:
-    calibration = known(replace(MODEL, probability_weight=1.5))
-    asking = cascade(Opinionated(reply=by_pixels), calibration, candidates=TopK(k=6), offer_none=offer_none)
+def test_a_live_cascade_weighs_the_judges_probabilities_as_its_record_does(
+    tmp_path: Path, offer_none: bool, fusion: FusionRule
+) -> None:
+    calibration = known(replace(MODEL, probability_weight=1.5), fusion=fusion)
+    asking = cascade(Opinionated(reply=by_pixels), calibration, candidates=TopK(k=6), offer_none=offer_none, fusion=fusion)
     record, live = recorded(tmp_path, asking, 32)
     own = record.judged.probabilities
     assert own is not None
@@ -167,7 +173,8 @@ def test_a_live_cascade_weighs_the_judges_probabilities_as_its_record_does(tmp_p
     replayed = under(decided(record, calibration), parse_policy("always"))
     assert [prediction.label for prediction in live] == [NAMES[column] for column in replayed.predicted]
     np.testing.assert_allclose([prediction.probability or 0 for prediction in live], replayed.probabilities, atol=1e-5)
-    by_answers = under(decided(record, known()), parse_policy("always"))
+    unopinionated = replace(record, stages=(replace(record.judged, probabilities=None),))
+    by_answers = under(decided(unopinionated, calibration), parse_policy("always"))
     assert np.abs(replayed.probabilities - by_answers.probabilities).max() > 0.1
     some = record.take(np.array([3, 1])).judged.probabilities
     np.testing.assert_array_equal(some, own[[3, 1]])
@@ -280,14 +287,15 @@ def ranked(seed: int) -> list[str]:
 
 
 SURE_OF_NONE = replace(MODEL, none_ability=8.0, class_bias=np.zeros(6))
+SURE = Pool(accuracy=0.9999, weight=3.0)
 
 
-@pytest.mark.parametrize("fusion", ["judge", "bayes"])
+@pytest.mark.parametrize("fusion", ["judge", "bayes", "weighted"])
 @pytest.mark.parametrize(("widen", "asked"), [(0, 1), (1, 2), (2, 3), (5, 3)])
 def test_none_of_these_shows_the_next_candidates(fusion: FusionRule, widen: int, asked: int) -> None:
     """The truth is the scorer's last: the judge finds it in the third list of two, if it is asked so often."""
     judge = FakeJudge(reply=says(ranked(1)[-1]), dollars=0.01)
-    calibration = known(SURE_OF_NONE)
+    calibration = known(SURE_OF_NONE, SURE)
     found = cascade(judge, calibration, candidates=TopK(k=2), offer_none=True, widen=widen, fusion=fusion).classify(noise(1))
     shown = [[label.name for label in question.labels] for question in judge.questions]
     assert shown == [ranked(1)[0:2], ranked(1)[2:4], ranked(1)[4:6]][:asked]
@@ -301,10 +309,10 @@ def test_none_of_these_shows_the_next_candidates(fusion: FusionRule, widen: int,
         assert found.label == ranked(1)[-1]
 
 
-@pytest.mark.parametrize("fusion", ["judge", "bayes"])
+@pytest.mark.parametrize("fusion", ["judge", "bayes", "weighted"])
 def test_widening_stops_where_nothing_new_is_left(fusion: FusionRule) -> None:
     judge = FakeJudge(reply=says("no such label"))
-    calibration = known(SURE_OF_NONE)
+    calibration = known(SURE_OF_NONE, SURE)
     found = cascade(judge, calibration, candidates=TopK(k=3), offer_none=True, widen=9, fusion=fusion).classify(noise(2))
     shown = [{label.name for label in question.labels} for question in judge.questions]
     assert set().union(*shown) == set(NAMES)
@@ -323,12 +331,12 @@ class Metered(FakeJudge):
         return 1_000_000_000
 
 
-@pytest.mark.parametrize("fusion", ["judge", "bayes"])
+@pytest.mark.parametrize("fusion", ["judge", "bayes", "weighted"])
 def test_a_budget_spent_between_two_rounds_keeps_what_was_said(tmp_path: Path, fusion: FusionRule) -> None:
     judge = Metered(reply=says("no such label"), dollars=1.0)
     wide = cascade(
         judge,
-        known(SURE_OF_NONE),
+        known(SURE_OF_NONE, SURE),
         candidates=TopK(k=2),
         offer_none=True,
         widen=3,
@@ -357,7 +365,7 @@ def test_an_error_in_a_later_round_keeps_what_was_said() -> None:
 # abstaining
 
 
-@pytest.mark.parametrize("fusion", ["judge", "bayes"])
+@pytest.mark.parametrize("fusion", ["judge", "bayes", "weighted"])
 def test_labels_too_improbable_are_not_given(fusion: FusionRule) -> None:
     images = [noise(seed) for seed in range(20)]
     given_all = cascade(FakeJudge(), policy="gain > 0.25", fusion=fusion).classify(images)
@@ -383,7 +391,7 @@ def test_labels_too_improbable_are_not_given(fusion: FusionRule) -> None:
 CONFIG: dict[str, JsonValue] = {"scorer": {"use": "open_clip:aviary"}, "stage": [{"judge": "hf_chat:aviary"}], "labels": [*NAMES]}
 
 
-def written(folder: Path, *, policy: str | None = None, accept: float | None = None) -> str:
+def written(folder: Path, *, policy: str | None = None, accept: float | None = None, pool: Pool | None = POOL) -> str:
     path = folder / "calibration.json"
     settings: dict[str, JsonValue] = {
         "judge": "hf_chat:aviary",
@@ -393,7 +401,7 @@ def written(folder: Path, *, policy: str | None = None, accept: float | None = N
         "options": {},
     }
     (judge,) = known().judges
-    known(judges=(replace(judge, settings=settings),), policy=policy, accept=accept).write(path)
+    known(judges=(replace(judge, settings=settings, pool=pool),), policy=policy, accept=accept).write(path)
     return str(path)
 
 
@@ -423,7 +431,8 @@ def test_a_configuration_takes_what_was_learned(tmp_path: Path) -> None:
         ({"stage": [{"judge": "hf_chat:aviary"}] * 2}, ConfigError, "is of 1 stages, the configuration has 2"),
         ({"calibration": "nowhere.json"}, ConfigError, "cannot be read"),
         ({"calibration": None, "fusion": "bayes"}, InputError, "needs a calibration"),
-        ({"fusion": "weighted"}, ConfigError, "fusion: "),
+        ({"calibration": None, "fusion": "weighted"}, InputError, "fusion = 'weighted' needs a calibration"),
+        ({"fusion": "median"}, ConfigError, "fusion: "),
         ({"accept": 1.5}, ConfigError, "accept: "),
         ({"stage": [{"judge": "hf_chat:aviary", "widen": -1}]}, ConfigError, "widen: "),
     ],
@@ -436,18 +445,30 @@ def test_a_configuration_that_does_not_fit_is_refused(
         Config.parse(json.loads(json.dumps(whole))).build()
 
 
+def test_a_calibration_without_a_weight_is_refused_where_opinions_are_weighted(tmp_path: Path) -> None:
+    path = written(tmp_path, pool=None)
+    with pytest.raises(InputError, match="needs a judge's weight"):
+        Config.parse({**CONFIG, "calibration": path, "fusion": "weighted"}).build()
+    record, _ = recorded(tmp_path / "run", cascade(FakeJudge()), 2)
+    (judge,) = known().judges
+    with pytest.raises(ConfigError, match="has no weight for 'fake:fake'"):
+        decided(record, known(fusion="weighted", judges=(replace(judge, pool=None),)))
+
+
 def test_another_scorer_is_refused_at_the_first_image() -> None:
     other = Cascade(CalibratedScorer(FakeScorer("another"), known()), [], labels=LABELS)
     with pytest.raises(ConfigError, match="'fake:fake', not of 'fake:another'"):
         other.classify([picture(RED)])
 
 
-def test_the_bundled_models_decide_as_their_record_says(tmp_path: Path) -> None:
-    """Eight of the bundled images, all eight names as candidates: calibrated on the record of asking everything, then live."""
+@pytest.mark.parametrize(("mode", "fusion"), [("generate", "bayes"), ("likelihood", "weighted"), ("likelihood", "judge")])
+def test_the_bundled_models_decide_as_their_record_says(tmp_path: Path, mode: str, fusion: FusionRule) -> None:
+    """Eight of the bundled images, all eight names as candidates: calibrated on the record of asking everything, then live, and
+    evaluated with the fusion of the configuration, not that of the calibration."""
     from importlib import resources
 
     from cascadevlm.data import read_data
-    from cascadevlm.evaluate import record_run
+    from cascadevlm.evaluate import asking_everything, record_run
 
     folder = Path(str(resources.files("cascadevlm_backends") / "aviary" / "images"))
     birds = sorted(folder.glob("*.jpg"))[:8]
@@ -456,7 +477,7 @@ def test_the_bundled_models_decide_as_their_record_says(tmp_path: Path) -> None:
     data = read_data(tmp_path / "data.csv", labels)
     whole: dict[str, object] = {
         "scorer": {"use": "open_clip:aviary"},
-        "stage": [{"judge": "hf_chat:aviary", "candidates": {"k": 8}}],
+        "stage": [{"judge": "hf_chat:aviary", "candidates": {"k": 8}, "options": {"mode": mode}}],
         "cache": {"enabled": False},
     }
 
@@ -465,13 +486,21 @@ def test_the_bundled_models_decide_as_their_record_says(tmp_path: Path) -> None:
 
     asking = configured()
     record = record_run(asking.build(labels), data, tmp_path / "run", config=asking)
+    assert record.judged.probabilities is not None
+    assert np.isnan(record.judged.probabilities).all() == (mode == "generate")
     calibration = replace(fit_calibration(three_times(record)), policy="gain > 0.01")
     calibration.write(tmp_path / "calibration.json")
-    live = configured(calibration=str(tmp_path / "calibration.json")).build(labels).classify(data.images)
-    replayed = under(decided(record, calibration), parse_policy("gain > 0.01"))
-    assert [prediction.label for prediction in live] == [labels.names[column] for column in replayed.predicted]
-    np.testing.assert_allclose([prediction.probability or 0 for prediction in live], replayed.probabilities, atol=1e-4)
-    assert tuple(prediction.decided_by or "" for prediction in live) == replayed.decided_by
+    deciding = configured(calibration=str(tmp_path / "calibration.json"), fusion=fusion)
+    live = deciding.build(labels).classify(data.images)
+    asked = asking_everything(deciding.build(labels))
+    everything = record_run(asked, data, tmp_path / "decided", config=deciding.frozen(asked))
+    for known_all in (decided(record, replace(calibration, fusion=fusion)), everything):
+        replayed = under(known_all, parse_policy("gain > 0.01"))
+        assert [prediction.label for prediction in live] == [labels.names[column] for column in replayed.predicted]
+        told = [np.nan if prediction.probability is None else prediction.probability for prediction in live]
+        np.testing.assert_allclose(told, replayed.probabilities, atol=1e-4)
+        if fusion != "judge":  # a replay calls what a calibration concludes fusion
+            assert tuple(prediction.decided_by or "" for prediction in live) == replayed.decided_by
 
 
 def three_times(record: Record) -> Record:
