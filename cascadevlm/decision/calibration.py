@@ -228,7 +228,12 @@ def heard(judged: Judged) -> NDArray[np.bool_]:
 
 
 def fit_calibration(
-    record: Record, *, labelled: bool = True, fusion: FusionRule = "bayes", coverage: float = COVERAGE
+    record: Record,
+    *,
+    labelled: bool = True,
+    fusion: FusionRule = "bayes",
+    coverage: float = COVERAGE,
+    blank: Answers | None = None,
 ) -> Calibration:
     """Learn from a record how far to trust its scorer and its judges.
 
@@ -237,6 +242,7 @@ def fit_calibration(
         labelled: whether to look at the truths; without, the judge is the annotator.
         coverage: of the conformal sets. They are fitted on what the scorer's calibrations on other folds say of each image, which
             holds the promise closely, not strictly.
+        blank: of the last judge, about an image without content; only looked at where there are labels.
 
     Raises:
         InputError: if the images cannot promise the coverage.
@@ -268,7 +274,8 @@ def fit_calibration(
         truth, answers = responsibilities[known], answers_of(judged).rows(known)
         pool, weighted[known] = fit_pool(weighted[known], truth, answers)
         if labelled:
-            model, belief[known] = fit_judge(belief[known], truth, answers)
+            own_blank = blank if judged is record.judged else None
+            model, belief[known] = fit_judge(belief[known], truth, answers, blank=own_blank)
             beliefs: dict[FusionRule, Floats] = {"bayes": belief, "weighted": weighted}
             likelihoods = {rule: float((truth * after[known]).sum(axis=1).mean()) for rule, after in beliefs.items()}
         judges.append(

@@ -136,6 +136,8 @@ class JudgeModel:
         silence: of no answer.
         probability_weight: of the judge's own probabilities, which count instead of its answer where it gives any; 0 if the
             answer says more.
+        blank: whether the biases begin at those found on a blank image, which was better than at none; None if that was not
+            tried.
     """
 
     ability: float
@@ -147,6 +149,7 @@ class JudgeModel:
     none_ability: float = NONE_ABILITY
     silence: float = SILENCE
     probability_weight: float = 0.0
+    blank: bool | None = None
 
     @classmethod
     def prior(cls, classes: int, positions: int = 0) -> "JudgeModel":
@@ -282,7 +285,18 @@ def _among(logits: Floats) -> Floats:
     return among
 
 
-def fit_judge(log_probs: Floats, responsibilities: Floats, answers: Answers) -> tuple[JudgeModel, Floats]:
+def blank_prior(blank: Answers, classes: int) -> JudgeModel:
+    """What is believed of a judge that only is known to have answered so about an image without content."""
+    nothing = np.zeros((len(blank), classes))
+    fitting = JudgeFitting(nothing, nothing, blank)
+    found = fitting.model(fitting.fit(fitting.start(), PRECISIONS[-1]))
+    prior = JudgeModel.prior(classes)
+    return replace(prior, class_bias=found.class_bias, position_bias=found.position_bias)
+
+
+def fit_judge(
+    log_probs: Floats, responsibilities: Floats, answers: Answers, *, blank: Answers | None = None
+) -> tuple[JudgeModel, Floats]:
     """The model of the highest posterior probability, the strength of its prior by cross-validated log-likelihood.
 
     The judge's own probabilities get a weight if they are better than its answers by more than a standard error of the
@@ -292,26 +306,33 @@ def fit_judge(log_probs: Floats, responsibilities: Floats, answers: Answers) -> 
         log_probs: N x C, the scorer's, calibrated without looking at these images' labels (the second of what `fit_scorer`
             returns): otherwise the judge seems to follow a scorer that is always right.
         responsibilities: N x C, rows sum to 1: one-hot where the truth is known.
+        blank: about an image without content; the biases begin at those found there, if that gives a better cross-validated
+            log-likelihood.
 
     Returns:
         the model, and the N x C log-probabilities after the answers as models fitted on the other folds give them.
     """
-    fold_of = folds(len(answers))
-    scores = np.zeros(len(PRECISIONS))
+    fold_of, classes = folds(len(answers)), log_probs.shape[1]
+    priors = [JudgeModel.prior(classes), *([] if blank is None else [blank_prior(blank, classes)])]
+    tried = [(prior, precision) for prior in priors for precision in PRECISIONS]
+    scores = np.zeros(len(tried))
     models: list[list[JudgeModel]] = []
     for fold in range(FOLDS):
         inside = fold_of == fold
         fitting = JudgeFitting(log_probs[~inside], responsibilities[~inside], answers.rows(~inside))
         held_out = JudgeFitting(log_probs[inside], responsibilities[inside], answers.rows(inside))
         values, found = fitting.start(), []
-        for number, precision in enumerate(PRECISIONS):
-            values = fitting.fit(values, precision)
+        for number, (prior, precision) in enumerate(tried):
+            values = fitting.fit(values, precision, prior)
             scores[number] += held_out.log_likelihood(values)
             found.append(fitting.model(values))
         models.append(found)
     best = int(scores.argmax())
+    prior, precision = tried[best]
     whole = JudgeFitting(log_probs, responsibilities, answers)
-    model = whole.model(whole.fit(whole.start(), PRECISIONS[best]))
+    model = whole.model(whole.fit(whole.start(), precision, prior))
+    if blank is not None:
+        model = replace(model, blank=prior is not priors[0])
     parts = [(np.flatnonzero(fold_of == fold), found[best]) for fold, found in enumerate(models)]
     if answers.probabilities is not None:
         weight = _probability_weight(log_probs, responsibilities, answers, parts)
@@ -366,9 +387,11 @@ class JudgeFitting:
         self.truth = answers.spread(responsibilities)
         self.slots, self.rows = answers.slots, np.arange(len(answers))
 
-    def start(self) -> Floats:
-        particular = np.zeros(2 * self.classes + self.width)
-        return np.concatenate([[ABILITY, FOLLOWING, NONE_BIAS, NONE_ABILITY, SILENCE], particular])
+    def start(self, prior: JudgeModel | None = None) -> Floats:
+        """The values of a prior; of that of a judge that nothing is known of, unless given."""
+        prior = prior or JudgeModel.prior(self.classes)
+        constants = [prior.ability, prior.following, prior.none_bias, prior.none_ability, prior.silence]
+        return np.concatenate([constants, prior.abilities, prior.class_bias, prior._positions(self.width)])
 
     def model(self, values: Floats) -> JudgeModel:
         constants, abilities, bias, positions = np.split(values, np.cumsum([5, self.classes, self.classes]))
@@ -384,14 +407,15 @@ class JudgeFitting:
             position_bias=positions,
         )
 
-    def fit(self, values: Floats, precision: float) -> Floats:
+    def fit(self, values: Floats, precision: float, prior: JudgeModel | None = None) -> Floats:
         """The values of the highest posterior probability, from these on."""
         constants = [ABILITY_PRECISION, FOLLOWING_PRECISION, *[CONSTANT_PRECISION] * 3]
         precisions = np.concatenate([constants, np.full(2 * self.classes + self.width, precision)])
+        start = self.start(prior)
 
         def objective(values: Floats) -> tuple[float, Floats]:
             likelihood, gradient = self._likelihood(values)
-            away = values - self.start()
+            away = values - start
             return float((precisions * away) @ away / 2 - likelihood), precisions * away - gradient
 
         found: Floats = minimize(objective, values, method="L-BFGS-B", jac=True, options={"maxiter": ITERATIONS}).x

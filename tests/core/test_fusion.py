@@ -1,7 +1,7 @@
 """The decision layer in a running cascade: fused opinions, gain, widening, abstaining, and what a configuration binds."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from pydantic import JsonValue
 
 from cascadevlm import Cascade, Prediction, Stage, TopK, load_prompt, parse_policy
@@ -16,6 +17,7 @@ from cascadevlm.budget import Ledger
 from cascadevlm.candidates import Order
 from cascadevlm.config import Config
 from cascadevlm.data import Data
+from cascadevlm.decision.blank import ask_blank, blank_images
 from cascadevlm.decision.calibration import (
     CalibratedJudge,
     Calibration,
@@ -27,7 +29,7 @@ from cascadevlm.decision.judge_model import JudgeModel
 from cascadevlm.decision.live import Asking, CalibratedScorer
 from cascadevlm.decision.pool import Pool
 from cascadevlm.decision.scorer_calibration import ScorerCalibration
-from cascadevlm.errors import BudgetExhausted, ConfigError, InputError, PolicyError
+from cascadevlm.errors import BudgetExhausted, ConfigError, DataError, InputError, PolicyError
 from cascadevlm.judge import Judge
 from cascadevlm.labels import LabelSet
 from cascadevlm.prompt import NONE_OF_THESE, options
@@ -36,7 +38,7 @@ from cascadevlm.recording import KeepingScorer, KeepingStage, write_record
 from cascadevlm.sweep import under
 from cascadevlm.testing import FakeJudge, FakeScorer, noise, picture
 from cascadevlm.testing.fakes import Reply
-from cascadevlm.types import Question, Verdict
+from cascadevlm.types import Question, Scores, Verdict
 
 NAMES = ["ant", "bee", "cicada", "dragonfly", "earwig", "fly"]
 LABELS = LabelSet.of(NAMES)
@@ -383,6 +385,33 @@ def test_labels_too_improbable_are_not_given(fusion: FusionRule) -> None:
             assert after == replace(before, verdicts=after.verdicts)
     if fusion == "judge":
         assert all(p.label for p in given_some if p.escalated)
+
+
+# a blank image
+
+
+def test_a_blank_image_is_asked_about_with_many_lists(tmp_path: Path) -> None:
+    """As long as there is money; and what was heard is told with the lists that were shown."""
+    judge = Metered(reply="ANSWER: B", dollars=1.0)
+    stages = cascade(judge, candidates=TopK(k=3), fusion="judge").stages
+    listed = Cascade(Listed(), stages, labels=LABELS, batch_size=8, ledger=Ledger(5.5))
+    blank = ask_blank(listed)
+    assert {question.image.getextrema() for question in judge.questions} == {((128, 128),) * 3}
+    assert len(judge.questions) == 5
+    assert len(blank) == 6  # two of the lists are the same
+    shown = np.argsort(-Listed().score(blank_images(listed), LABELS).log_probs, axis=1)[:, :3]
+    np.testing.assert_array_equal(blank.candidates, shown[:6])
+    np.testing.assert_array_equal(blank.answers, shown[:6, 1])
+    broke = Cascade(Listed(), stages, labels=LABELS, ledger=Ledger(0.5))
+    with pytest.raises(DataError, match="no answer about a blank image"):
+        ask_blank(broke)
+
+
+class Listed(FakeScorer):
+    """Scores by the place in the batch."""
+
+    def score(self, images: Sequence[Image.Image], labels: LabelSet) -> Scores:
+        return super().score([noise(number) for number in range(len(images))], labels)
 
 
 # configurations
