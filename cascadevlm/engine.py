@@ -77,7 +77,7 @@ class _Item:
         """Learn from what a judge said of the candidates; errors and spent budgets say nothing."""
         if verdict.outcome in ("failed", "skipped"):
             return
-        if stage.fusion == "bayes" and stage.asking is not None:
+        if stage.fusion != "judge" and stage.asking is not None:
             self.belief, self.fused = stage.asking.fuse(self.belief, self.candidates, verdict), True
         elif verdict.label is not None:
             self.fused = False
