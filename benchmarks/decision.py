@@ -18,6 +18,7 @@ from typing import Annotated
 
 import numpy as np
 import typer
+from scipy.special import softmax
 
 from benchmarks.sweep import judged_all, pairs
 from cascadevlm import LabelSet, Scores
@@ -34,14 +35,18 @@ FAMILY = 10
 DIMENSIONS = 64
 
 
-def made_up(seed: int, images: int, classes: int, shown: int, *, judge_noise: float = 1.0) -> Record:
+def made_up(
+    seed: int, images: int, classes: int, shown: int, *, judge_noise: float = 1.0, sharpness: float | None = None
+) -> Record:
     """A scorer and a judge who see the same images, each in their own way.
 
     A class is a point: normal in 64 dimensions, of which the families of ten classes share two thirds of the variance. An image
     is its class's point and normal noise, more of it in hard images than in easy ones (log-normal). The scorer sees it with
     noise of its own; its logits are 0.35 times the scalar products with the classes, which is overconfident, and a normal bias
     of every class. The judge is shown the scorer's best, sees the image with other noise, and says which of them is nearest; in
-    one of twenty cases it says the one shown first whatever it sees. The model that is fitted knows nothing of this.
+    one of twenty cases it says the one shown first whatever it sees. With a ``sharpness``, it tells probabilities, too: the
+    softmax of so many times its nearness to the candidates, the one it says for no reason being the nearest; 4 is overconfident,
+    0.2 timid. The model that is fitted knows nothing of this.
     """
     rng = np.random.default_rng(seed)
     families = np.repeat(rng.normal(size=(-(-classes // FAMILY), DIMENSIONS)), FAMILY, axis=0)[:classes]
@@ -60,10 +65,13 @@ def made_up(seed: int, images: int, classes: int, shown: int, *, judge_noise: fl
         logits, LabelSet.of(f"class {number}" for number in range(classes)), fingerprint=f"made up {seed}"
     )
     candidates = TopK(k=shown).columns(scores)
-    nearest = np.take_along_axis(nearness(judge_noise), candidates, axis=1).argmax(axis=1)
-    chosen = np.where(rng.random(images) < 0.05, 0, nearest)
+    near = np.take_along_axis(nearness(judge_noise), candidates, axis=1)
+    careless = rng.random(images) < 0.05
+    near[careless, 0] = near[careless].max(axis=1) + 1
+    chosen = near.argmax(axis=1)
     record = judged_all(scores, truths, candidates[np.arange(images), chosen], "made up", 0.002)
-    return replace(record, stages=(replace(record.judged, candidates=candidates),))
+    probabilities = None if sharpness is None else softmax(sharpness * near, axis=1)
+    return replace(record, stages=(replace(record.judged, candidates=candidates, probabilities=probabilities),))
 
 
 def worth(rest: Record, calibration: Calibration) -> dict[str, float]:

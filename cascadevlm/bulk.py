@@ -5,6 +5,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import aclosing, closing
 from datetime import UTC, datetime
+from itertools import islice
 from pathlib import Path
 
 from pydantic import JsonValue
@@ -124,20 +125,13 @@ async def _classify(
     progress: Callable[[Tally], None],
 ) -> bool:
     """Whether all images have a prediction."""
-    run = cascade.begin(folder.checkpoint)
+    run = cascade.begin(folder.checkpoint, stopping)
     number = first = folder.checkpoint.images
     known = folder.tally.images
     names: deque[str] = deque()
-    stopped = False
 
     def sources() -> Iterator[ImageSource]:
-        nonlocal stopped
-        for position, (name, source) in enumerate(inputs):
-            if position < first:
-                continue
-            if (position - first) % cascade.batch_size == 0 and stopping():
-                stopped = True
-                return
+        for name, source in islice(inputs, first, None):
             names.append(name)
             yield source
 
@@ -151,4 +145,4 @@ async def _classify(
             if folder.flush_due:
                 await asyncio.to_thread(folder.flush, run.checkpoint)
     folder.checkpoint = run.checkpoint
-    return not stopped
+    return not run.stopped

@@ -1,6 +1,6 @@
 """The cascade: a scorer ranks every label, policies decide what is worth asking, judges choose among few candidates."""
 
-from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
 from contextlib import aclosing
 from copy import copy
 from pathlib import Path
@@ -116,8 +116,14 @@ class Cascade:
             async for prediction in predictions:
                 yield prediction
 
-    def begin(self, start: Checkpoint = BEGINNING, read: ReadBatch | None = None) -> Run:
-        """A run not yet under way, which goes on where another one stood; ``read`` reads the images in the scorer's place."""
+    def begin(
+        self,
+        start: Checkpoint = BEGINNING,
+        stopping: Callable[[], bool] = lambda: False,
+        read: ReadBatch | None = None,
+    ) -> Run:
+        """A run not yet under way; it goes on where another one was left, and begins no further batch once it is to stop.
+        ``read`` reads the images in the scorer's place."""
         return Run(
             scorer=self.scorer,
             stages=self.stages,
@@ -128,5 +134,6 @@ class Cascade:
             ledger=self.ledger,
             batch_size=self.batch_size,
             start=start,
+            stopping=stopping,
             read=read,
         )

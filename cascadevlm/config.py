@@ -110,6 +110,7 @@ class StageConfig(_Section):
             support=SupportSet.read(self.support.folder, labels, shots=self.support.shots) if self.support else None,
             fusion=fusion,
             model=calibration.judge_of(number, self.model_dump(mode="json")) if calibration else None,
+            pool=calibration.judges[number].pool if calibration else None,
             widen=self.widen,
         )
 

@@ -77,7 +77,7 @@ class _Item:
         """Learn from what a judge said of the candidates; errors and spent budgets say nothing."""
         if verdict.outcome in ("failed", "skipped"):
             return
-        if stage.fusion == "bayes" and stage.asking is not None:
+        if stage.fusion != "judge" and stage.asking is not None:
             self.belief, self.fused = stage.asking.fuse(self.belief, self.candidates, verdict), True
         elif verdict.label is not None:
             self.fused = False
@@ -144,8 +144,13 @@ class _Batch:
 class Run:
     """The state of one run.
 
+    Args:
+        start: where an earlier run of the same cascade was left.
+        stopping: asked before each batch; once it says so, no further batch is begun.
+
     Attributes:
         checkpoint: the end of the last batch whose predictions were all taken.
+        stopped: whether batches were left out.
     """
 
     def __init__(
@@ -160,9 +165,12 @@ class Run:
         ledger: Ledger,
         batch_size: int,
         start: Checkpoint = BEGINNING,
+        stopping: Callable[[], bool] = lambda: False,
         read: ReadBatch | None = None,
     ) -> None:
         self.scorer = scorer
+        self.stopping = stopping
+        self.stopped = False
         self.read = read or self._prepare_batch
         self.checkpoint = start
         spending = start.spending or (START,) * len(stages)
@@ -217,6 +225,9 @@ class Run:
         async with _ending(self.output), aclosing(self._reading(sources)) as reading:
             async for read in reading:
                 await self.room.wait()
+                if self.stopping():
+                    self.stopped = True
+                    break
                 batch = _Batch(len(read), len(self.stages))
                 items = await self._score(read, batch.results)
                 self._begin(self._escalate(items, earlier, batch))

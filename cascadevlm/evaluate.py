@@ -8,7 +8,7 @@ from pathlib import Path
 from cascadevlm.cascade import Cascade
 from cascadevlm.config import Config
 from cascadevlm.data import Data
-from cascadevlm.decision.calibration import BESIDE, calibration_beside, decided
+from cascadevlm.decision.calibration import BESIDE, FUSION_RULES, calibration_beside, decided
 from cascadevlm.metrics import Evaluation, evaluate
 from cascadevlm.policy import Always, Policy, PolicyLike
 from cascadevlm.policy_language import parse_policy
@@ -60,7 +60,8 @@ def record_run(
 
 
 def read_decided(folder: Path) -> Record:
-    """The record in a folder; as the calibration saw it that decided in its run, unless lists grew wider in it.
+    """The record in a folder; as the calibration saw it that decided in its run, by the run's fusion, unless lists grew wider in
+    it.
 
     Raises:
         DataError: as `read_record`.
@@ -69,7 +70,10 @@ def read_decided(folder: Path) -> Record:
     record, calibration = read_record(folder), calibration_beside(folder)
     if calibration is None or record.scores.fingerprint != calibration.calibrated_fingerprint:
         return record
-    return record if any(stage.widen for stage in record.stated.stage) else decided(record, calibration)
+    if any(stage.widen for stage in record.stated.stage):
+        return record
+    fusion = FUSION_RULES[record.stated.fusion] if record.stated.fusion else calibration.fusion
+    return decided(record, replace(calibration, fusion=fusion))
 
 
 def can_replay(record: Record) -> bool:

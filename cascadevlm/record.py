@@ -88,6 +88,7 @@ class Stated(BaseModel):
     on_failure: str = "scorer"
     accept: float | None = None
     calibration: str | None = None
+    fusion: str | None = None
     stage: list[StatedStage] = []
 
 
@@ -112,6 +113,7 @@ class Judged:
         output_tokens: N; 0 from the cache.
         paid: N, the dollars of this very run.
         none_offered: whether "none of these" was an option.
+        probabilities: N x K, the judge's own of the candidates, NaN where it gave none; None if they are not known.
     """
 
     judge: str
@@ -126,6 +128,7 @@ class Judged:
     output_tokens: NDArray[np.int64]
     paid: NDArray[np.float64]
     none_offered: bool = False
+    probabilities: NDArray[np.float64] | None = None
 
     def take(self, rows: NDArray[np.intp]) -> "Judged":
         """The same of some of the images."""
@@ -142,6 +145,7 @@ class Judged:
             output_tokens=self.output_tokens[rows],
             paid=self.paid[rows],
             none_offered=self.none_offered,
+            probabilities=None if self.probabilities is None else self.probabilities[rows],
         )
 
 
@@ -383,8 +387,12 @@ def _judged(rows: "pyarrow.Table", judge: str, size: int, column: Mapping[str, i
         return tuple(spread(values, np.full(size, "", dtype=object)).tolist())
 
     candidates = np.full((size, max(map(len, said["candidates"]), default=0)), NOBODY, dtype=np.int64)
-    for image, names in zip(images, said["candidates"], strict=True):
+    probabilities = np.full(candidates.shape, np.nan)
+    for image, names, opinion in zip(images, said["candidates"], said["probabilities"], strict=True):
         candidates[image, : len(names)] = [column[name] for name in names]
+        if opinion is not None:
+            given = dict(opinion)
+            probabilities[image, : len(names)] = [given.get(name, 0.0) for name in names]
     return Judged(
         judge=judge,
         asked=spread([outcome != "skipped" for outcome in said["outcome"]], np.zeros(size, dtype=bool)),
@@ -400,4 +408,5 @@ def _judged(rows: "pyarrow.Table", judge: str, size: int, column: Mapping[str, i
         output_tokens=numbers("output_tokens").astype(np.int64),
         paid=numbers("dollars"),
         none_offered=any(said["offer_none"]),
+        probabilities=probabilities,
     )

@@ -8,6 +8,7 @@ from cascadevlm.candidates import CandidateRule, TopK
 from cascadevlm.decision.calibration import FusionRule
 from cascadevlm.decision.judge_model import JudgeModel
 from cascadevlm.decision.live import Asking
+from cascadevlm.decision.pool import Pool
 from cascadevlm.errors import InputError, PromptError
 from cascadevlm.judge import Judge
 from cascadevlm.policy import Always, Policy, PolicyLike, as_policy
@@ -27,10 +28,11 @@ class Stage:
     Attributes:
         fusion: whose word is final: the judge's, or the more probable label by both.
         model: of the judge; policies of gain and fusion want it.
+        pool: how much the judge's opinion counts; fusion by weight wants it.
         widen: how many times more the judge is asked, about the next candidates, where it chose "none of these".
 
     Raises:
-        InputError: if opinions are to be fused and there is no model.
+        InputError: if opinions are to be fused and there is no model, or no weight.
         PromptError: if the prompt shows reference images and there is no support set.
     """
 
@@ -42,11 +44,14 @@ class Stage:
     support: SupportSet | None = None
     fusion: FusionRule = "judge"
     model: JudgeModel | None = None
+    pool: Pool | None = None
     widen: int = 0
 
     def __post_init__(self) -> None:
-        if self.fusion == "bayes" and self.model is None:
-            raise InputError("fusion = 'bayes' needs a calibration.", hint="Make one: cascadevlm calibrate.")
+        if self.fusion != "judge" and self.model is None:
+            raise InputError(f"fusion = {self.fusion!r} needs a calibration.", hint="Make one: cascadevlm calibrate.")
+        if self.fusion == "weighted" and self.pool is None:
+            raise InputError("fusion = 'weighted' needs a judge's weight.", hint="Calibrate anew: cascadevlm calibrate.")
         if self.support is None and self.prompt.shows_references:
             raise PromptError(f"Prompt {self.prompt.name!r} shows $references.", hint="Give the stage a support folder.")
 
@@ -71,4 +76,9 @@ class Stage:
         """What asking is worth, if the judge is known."""
         if self.model is None:
             return None
-        return Asking(model=self.model, candidates=self.candidates, none_offered=self.offer_none)
+        return Asking(
+            model=self.model,
+            candidates=self.candidates,
+            none_offered=self.offer_none,
+            pool=self.pool if self.fusion == "weighted" else None,
+        )

@@ -20,7 +20,9 @@ def calibrate(
     without_labels: Annotated[
         bool, typer.Option("--without-labels", help="Do not look at their labels: take the judge for an annotator who errs.")
     ] = False,
-    fusion: Annotated[str, typer.Option(help="Whose word is final: bayes (both opinions) or judge.")] = "bayes",
+    fusion: Annotated[
+        str, typer.Option(help="Whose word is final: bayes (both opinions), weighted (both, by one number) or judge.")
+    ] = "bayes",
     measure: Annotated[str, typer.Option(help="What the policy goes by: gain, entropy, margin or top_probability.")] = "gain",
     coverage: Annotated[
         float, typer.Option(help="How often conformal lists, candidates = { coverage = … }, shall hold the truth.")
@@ -36,6 +38,10 @@ def calibrate(
         typer.Option(help="Guarantee: at most this share of accepted answers is wrong; abstain from the others."),
     ] = None,
     confidence: Annotated[float, typer.Option(help="With this probability.")] = 0.95,
+    blank: Annotated[
+        bool, typer.Option("--blank", help="Ask the judge about a grey image, 32 times at most, for what it prefers blindly.")
+    ] = False,
+    yes: options.Yes = False,
     as_json: options.AsJson = False,
 ) -> None:
     """Learn how far to trust scorer and judge, choose a threshold for a target, and write both to a file."""
@@ -43,7 +49,9 @@ def calibrate(
 
     from rich.console import Console
 
+    from cascadevlm.cli.money import confirm
     from cascadevlm.cli.show import calibration_rows, print_summary
+    from cascadevlm.decision.blank import ask_blank, blank_cascade, blank_images
     from cascadevlm.decision.calibrate import calibrate as calibrated
     from cascadevlm.decision.calibration import FUSION_RULES
     from cascadevlm.decision.targets import Target, TargetKind
@@ -64,7 +72,15 @@ def calibrate(
     given = [Target(kind=kind, value=value) for kind, value in targets.items() if value is not None]
     if len(given) > 1:
         raise InputError("A policy is chosen for one target.", hint="Give one of them.")
+    if blank and without_labels:
+        raise InputError("Without labels, nothing tells what a blank image is worth.", hint="Leave --blank out.")
     record = read_record(run)
+    about_blank = None
+    if blank:
+        config, asking = blank_cascade(record, seed=seed)
+        if not yes:
+            confirm(config, asking, blank_images(asking))
+        about_blank = ask_blank(asking)
     result = calibrated(
         record,
         size=round(DEFAULT_SHARE * len(record)) if size is None else size,
@@ -76,6 +92,7 @@ def calibrate(
         target_error=target_error,
         confidence=confidence,
         coverage=coverage,
+        blank=about_blank,
     )
     result.calibration.write(output)
     if as_json:

@@ -99,7 +99,7 @@ def _stopping_in_order() -> Iterator[list[int]]:
 
     def handle(number: int, _: FrameType | None) -> None:
         received.append(number)
-        signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         typer.echo("Finishing what is in flight; Ctrl-C again ends at once.", err=True)
 
     before = signal.signal(signal.SIGINT, handle)

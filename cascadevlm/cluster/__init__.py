@@ -10,7 +10,7 @@ import asyncio
 import logging
 import os
 import pickle
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -66,6 +66,7 @@ def on_ray(cascade: Cascade, config: Config, inputs: Iterable[Named], *, workers
         BackendError: if Ray is not installed.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")  # under "uv run", Ray would send the working directory around
     try:
         import ray
         import ray.data
@@ -185,8 +186,13 @@ class _ClusterCascade(Cascade):
         )
         self.cluster = cluster
 
-    def begin(self, start: Checkpoint = BEGINNING, read: ReadBatch | None = None) -> Run:
-        return super().begin(start, read or Arriving(self.cluster.scored(start.images), self.labels))
+    def begin(
+        self,
+        start: Checkpoint = BEGINNING,
+        stopping: Callable[[], bool] = lambda: False,
+        read: ReadBatch | None = None,
+    ) -> Run:
+        return super().begin(start, stopping, read or Arriving(self.cluster.scored(start.images), self.labels))
 
 
 @dataclass(kw_only=True, eq=False)
@@ -226,7 +232,7 @@ class Arriving:
             batch = await asyncio.get_running_loop().run_in_executor(self.thread, next, self.batches, None)
         except RayError as exc:
             hint = "What was done is kept: the same command goes on."
-            raise RunError(f"The cluster failed: {str(exc).strip().splitlines()[-1]}", hint=hint) from exc
+            raise RunError(f"The cluster failed: {str(exc).strip().splitlines()[-1]}.", hint=hint) from exc
         if isinstance(batch, CascadeError):
             raise batch
         paths = [path_of(source) for source in sources]

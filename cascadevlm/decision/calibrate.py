@@ -8,6 +8,7 @@ from pydantic import JsonValue
 
 from cascadevlm.decision.calibration import COVERAGE, Calibration, FusionRule, decided, fit_calibration, images_of
 from cascadevlm.decision.guarantee import Acceptance, fit_acceptance
+from cascadevlm.decision.judge_model import Answers
 from cascadevlm.decision.targets import Outcome, Target, outcome, policy_for
 from cascadevlm.errors import DataError
 from cascadevlm.metrics import expected_calibration_error
@@ -52,6 +53,7 @@ def calibrate(
     target_error: float | None = None,
     confidence: float = 0.95,
     coverage: float = COVERAGE,
+    blank: Answers | None = None,
 ) -> Calibrated:
     """Calibrate on ``size`` images of a record and measure on the others.
 
@@ -64,6 +66,7 @@ def calibrate(
         measure: the policy's, as the string form calls it.
         target: what the policy shall meet.
         coverage: of the conformal sets of candidates.
+        blank: what the judge says of an image without content (`cascadevlm.decision.blank`).
         target_error: the most that may be wrong of the accepted answers, with ``confidence``.
 
     Raises:
@@ -72,7 +75,7 @@ def calibrate(
     chooses = target is not None or target_error is not None
     if chooses and len(record.stages) != 1:
         raise DataError(f"A target is for one judge, and the record has {len(record.stages)} stages.", hint="Leave it out.")
-    if target_error is not None and fusion != "bayes":
+    if target_error is not None and fusion == "judge":
         raise DataError("Nothing can be promised of a judge's word without a probability.", hint="Give --fusion bayes.")
     record = record.take(np.flatnonzero(record.readable))
     if not size < len(record):
@@ -83,7 +86,7 @@ def calibrate(
     if chooses:
         fitting = _drawn(own, size // 2, seed)
         choosing, own = own.take(np.flatnonzero(~fitting)), own.take(np.flatnonzero(fitting))
-    calibration = fit_calibration(own, labelled=labelled, fusion=fusion, coverage=coverage)
+    calibration = fit_calibration(own, labelled=labelled, fusion=fusion, coverage=coverage, blank=blank)
     calibration = replace(calibration, fitted_on=images_of(record.take(np.flatnonzero(inside))))
     if chooses:
         choosing = decided(choosing, calibration)

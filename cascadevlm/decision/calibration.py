@@ -14,14 +14,16 @@ from pydantic import JsonValue, TypeAdapter, ValidationError
 
 from cascadevlm.decision.conformal import Conformal
 from cascadevlm.decision.judge_model import NONE_CHOSEN, Answers, JudgeModel, fit_judge
-from cascadevlm.decision.scorer_calibration import ScorerCalibration, fit_scorer
+from cascadevlm.decision.pool import Pool, fit_pool
+from cascadevlm.decision.scorer_calibration import Floats, ScorerCalibration, fit_scorer
 from cascadevlm.decision.without_labels import fit_without_labels
 from cascadevlm.errors import ConfigError, DataError
 from cascadevlm.record import NOBODY, Fused, Judged, Record
 from cascadevlm.types import Scores
 
-FusionRule = Literal["judge", "bayes"]
-"""Whose word is final: the judge's where it gave an answer, or the more probable label by both."""
+FusionRule = Literal["judge", "bayes", "weighted"]
+"""Whose word is final: the judge's where it gave an answer, or the more probable label by both, by the model of the judge or by
+one weight."""
 
 FUSION_RULES: dict[str, FusionRule] = {rule: rule for rule in get_args(FusionRule)}
 """By name."""
@@ -47,11 +49,27 @@ class CalibratedJudge:
         judge: its spec.
         settings: of its stage, as far as they change its answers (`SETTINGS`); empty for records made of arrays.
         model: how it chooses.
+        pool: how much its opinion counts where opinions are weighted; None in files from before that.
+        log_likelihoods: mean cross-validated log-likelihood of the truth in nats, by the rule of fusion; None without labels.
     """
 
     judge: str
     settings: dict[str, JsonValue]
     model: JudgeModel
+    pool: Pool | None = None
+    log_likelihoods: dict[FusionRule, float] | None = None
+
+    def fuser(self, fusion: FusionRule) -> JudgeModel | Pool:
+        """What learns from its answers.
+
+        Raises:
+            ConfigError: if opinions are to be weighted and the weight is not known.
+        """
+        if fusion != "weighted":
+            return self.model
+        if self.pool is None:
+            raise ConfigError(f"The calibration has no weight for {self.judge!r}.", hint="Make it anew: cascadevlm calibrate.")
+        return self.pool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,7 +214,12 @@ def calibration_beside(folder: Path) -> Calibration | None:
 def answers_of(judged: Judged) -> Answers:
     """What a record's stage was shown and said, as a model of the judge takes it."""
     answers = np.where(np.array(judged.outcomes, dtype=str) == "none", NONE_CHOSEN, judged.answers)
-    return Answers(candidates=judged.candidates, answers=answers, none_offered=judged.none_offered)
+    return Answers(
+        candidates=judged.candidates,
+        answers=answers,
+        none_offered=judged.none_offered,
+        probabilities=judged.probabilities,
+    )
 
 
 def heard(judged: Judged) -> NDArray[np.bool_]:
@@ -205,7 +228,12 @@ def heard(judged: Judged) -> NDArray[np.bool_]:
 
 
 def fit_calibration(
-    record: Record, *, labelled: bool = True, fusion: FusionRule = "bayes", coverage: float = COVERAGE
+    record: Record,
+    *,
+    labelled: bool = True,
+    fusion: FusionRule = "bayes",
+    coverage: float = COVERAGE,
+    blank: Answers | None = None,
 ) -> Calibration:
     """Learn from a record how far to trust its scorer and its judges.
 
@@ -214,6 +242,7 @@ def fit_calibration(
         labelled: whether to look at the truths; without, the judge is the annotator.
         coverage: of the conformal sets. They are fitted on what the scorer's calibrations on other folds say of each image, which
             holds the promise closely, not strictly.
+        blank: of the last judge, about an image without content; only looked at where there are labels.
 
     Raises:
         InputError: if the images cannot promise the coverage.
@@ -239,13 +268,25 @@ def fit_calibration(
         scorer, model = fit_without_labels(log_probs[known], answers.rows(known))
         belief = scorer(log_probs)
         responsibilities = np.exp(model.posterior(belief, answers))
-    judges = []
+    judges, weighted = [], belief.copy()
     for number, judged in enumerate(record.stages):
-        known, answers = heard(judged), answers_of(judged)
+        known, likelihoods = heard(judged), None
+        truth, answers = responsibilities[known], answers_of(judged).rows(known)
+        pool, weighted[known] = fit_pool(weighted[known], truth, answers)
         if labelled:
-            model = fit_judge(belief[known], responsibilities[known], answers.rows(known))
-        belief = np.where(known[:, None], model.posterior(belief, answers), belief)
-        judges.append(CalibratedJudge(judge=judged.judge, settings=_settings(record, number), model=model))
+            own_blank = blank if judged is record.judged else None
+            model, belief[known] = fit_judge(belief[known], truth, answers, blank=own_blank)
+            beliefs: dict[FusionRule, Floats] = {"bayes": belief, "weighted": weighted}
+            likelihoods = {rule: float((truth * after[known]).sum(axis=1).mean()) for rule, after in beliefs.items()}
+        judges.append(
+            CalibratedJudge(
+                judge=judged.judge,
+                settings=_settings(record, number),
+                model=model,
+                pool=pool,
+                log_likelihoods=likelihoods,
+            )
+        )
     return Calibration(
         labels=record.labels.names,
         fingerprint=record.scores.fingerprint,
@@ -266,7 +307,8 @@ def decided(record: Record, calibration: Calibration) -> Record:
     were shown, though a calibrated scorer might have shown others.
 
     Raises:
-        ConfigError: if the calibration is of another scorer, label set, number of stages, judge or prompt.
+        ConfigError: if the calibration is of another scorer, label set, number of stages, judge or prompt, or has no weights that
+            its fusion wants.
     """
     if len(record.stages) != len(calibration.judges):
         raise ConfigError(f"The calibration is of {len(calibration.judges)} judges, the record of {len(record.stages)}.")
@@ -276,13 +318,15 @@ def decided(record: Record, calibration: Calibration) -> Record:
         if settings := _settings(record, number):
             calibration.judge_of(number, settings)
         before, known = belief, heard(judged)
-        belief = np.where(known[:, None], judge.model.posterior(before, answers_of(judged)), before)
+        belief = np.where(known[:, None], judge.fuser(calibration.fusion).posterior(before, answers_of(judged)), before)
     last, answers = calibration.judges[-1], answers_of(record.judged)
     labels, probabilities = belief.argmax(axis=1), np.exp(belief.max(axis=1))
     if calibration.fusion == "judge":
         answered = record.judged.answers != NOBODY
         labels = np.where(answered, record.judged.answers, scores.log_probs.argmax(axis=1))
-        probabilities = np.where(answered, np.nan, scores.probabilities.max(axis=1))
+        own = np.full(answers.candidates.shape, np.nan) if answers.probabilities is None else answers.probabilities
+        of_answer = np.where(answers.candidates == answers.answers[:, None], own, 0.0).sum(axis=1)
+        probabilities = np.where(answered, of_answer, scores.probabilities.max(axis=1))
     fused = Fused(
         labels=np.where(record.readable, labels, NOBODY),
         probabilities=probabilities,

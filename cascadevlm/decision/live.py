@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from cascadevlm.candidates import CandidateRule
 from cascadevlm.decision.calibration import Calibration
 from cascadevlm.decision.judge_model import NONE_CHOSEN, Answers, JudgeModel
+from cascadevlm.decision.pool import Pool
 from cascadevlm.record import NOBODY
 from cascadevlm.scorer import Scorer, WrapperScorer
 from cascadevlm.types import Candidate, Scores, Verdict
@@ -35,6 +36,7 @@ class Asking:
 
     Attributes:
         model: of the judge.
+        pool: by which its answers are weighed, if not by the model.
         candidates: what it is shown.
         none_offered: whether "none of these" is one of the options.
     """
@@ -42,6 +44,7 @@ class Asking:
     model: JudgeModel
     candidates: CandidateRule
     none_offered: bool
+    pool: Pool | None = None
 
     def gain(self, scores: Scores) -> NDArray[np.floating]:
         """N: how much more likely the best label is to be right, in expectation, once the judge has answered; from 0 to 1."""
@@ -55,10 +58,12 @@ class Asking:
         names = scores.labels.names
         column = {name: number for number, name in enumerate(names)}
         said = NONE_CHOSEN if verdict.outcome == "none" else NOBODY if verdict.label is None else column[verdict.label]
+        opinion = verdict.probabilities
         answers = Answers(
             candidates=np.array([[column[candidate.label.name] for candidate in shown]]),
             answers=np.array([said]),
             none_offered=self.none_offered,
+            probabilities=None if opinion is None else np.array([[opinion.get(each.label.name, 0.0) for each in shown]]),
         )
-        after = self.model.posterior(scores.log_probs.astype(np.float64), answers)
+        after = (self.pool or self.model).posterior(scores.log_probs.astype(np.float64), answers)
         return replace(scores, log_probs=after.astype(np.float32))

@@ -48,6 +48,19 @@ def test_without_labels_is_marked(birds: Path) -> None:
     assert written["images"] == 20
 
 
+def test_what_is_said_of_a_blank_image_is_asked_once(birds: Path) -> None:
+    """In mode "likelihood" the bundled judge always chooses; writing, it names a bird that is not on the list."""
+    weighing = ("--set", 'stage.0.options={ mode = "likelihood" }')
+    run("evaluate", birds / "data", "--config", CONFIG, *weighing, "--judge-all", "-o", birds / "weighing", "--json")
+    command = ("calibrate", birds / "weighing", "-o", birds / "blank.json", "--size", "20", "--blank")
+    run(*command)
+    written = json.loads((birds / "blank.json").read_text())
+    assert written["judges"][0]["model"]["blank"] in (True, False)
+    assert json.loads((birds / "learned.json").read_text())["judges"][0]["model"]["blank"] is None
+    run(*command)
+    assert json.loads((birds / "blank.json").read_text()) | {"made": None} == written | {"made": None}
+
+
 def test_a_run_decides_by_what_was_learned(birds: Path) -> None:
     images = sorted((birds / "data").glob("*/0.jpg"))[:4]
     command: list[str | Path] = ["classify", *images, "--labels", birds / "data", "--json"]
@@ -91,7 +104,9 @@ def test_other_models_are_refused(birds: Path, setting: str, sentence: str) -> N
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--fusion", "weighted"], "There is no fusion 'weighted'. Known: judge, bayes."),
+        (["--fusion", "median"], "There is no fusion 'median'. Known: judge, bayes, weighted."),
+        (["--blank"], "The judge gave no answer about a blank image"),
+        (["--blank", "--without-labels"], "Without labels, nothing tells what a blank image is worth"),
         (["--measure", "doubt"], "There is no measure 'doubt'. Known: gain, entropy, margin, top_probability."),
         (["--accuracy", "0.5", "--deferral-rate", "0.5"], "one target"),
         (["--accuracy", "0.5"], "answered about 11 images, too few"),

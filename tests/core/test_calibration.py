@@ -159,6 +159,25 @@ def test_what_is_no_calibration_is_one_sentence(tmp_path: Path, text: str) -> No
         learned().write(tmp_path / "nowhere" / "calibration.json")
 
 
+def test_a_file_from_before_probabilities_and_weights_is_read(tmp_path: Path) -> None:
+    data = json.loads(ADAPTER.dump_json(learned()))
+    (judge,) = data["judges"]
+    del judge["model"]["probability_weight"], judge["pool"], judge["log_likelihoods"]
+    path = tmp_path / "calibration.json"
+    path.write_text(json.dumps(data))
+    again = read_calibration(path)
+    assert again.judges[0].pool is None
+    assert _labels(decided(record(), again)) == _labels(decided(record(), learned()))
+
+
+def test_without_labels_the_weight_is_fitted_and_not_compared() -> None:
+    (judge,) = fit_calibration(record().take(np.arange(100)), labelled=False).judges
+    assert judge.log_likelihoods is None
+    assert judge.pool is not None
+    assert 0.5 < judge.pool.accuracy < 1
+    assert judge.pool.weight > 0
+
+
 def test_a_newer_format_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "calibration.json"
     path.write_text(json.dumps(json.loads(ADAPTER.dump_json(learned())) | {"format": 2}))

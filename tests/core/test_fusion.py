@@ -1,7 +1,7 @@
 """The decision layer in a running cascade: fused opinions, gain, widening, abstaining, and what a configuration binds."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from pydantic import JsonValue
 
 from cascadevlm import Cascade, Prediction, Stage, TopK, load_prompt, parse_policy
@@ -16,6 +17,7 @@ from cascadevlm.budget import Ledger
 from cascadevlm.candidates import Order
 from cascadevlm.config import Config
 from cascadevlm.data import Data
+from cascadevlm.decision.blank import ask_blank, blank_images
 from cascadevlm.decision.calibration import (
     CalibratedJudge,
     Calibration,
@@ -25,8 +27,9 @@ from cascadevlm.decision.calibration import (
 )
 from cascadevlm.decision.judge_model import JudgeModel
 from cascadevlm.decision.live import Asking, CalibratedScorer
+from cascadevlm.decision.pool import Pool
 from cascadevlm.decision.scorer_calibration import ScorerCalibration
-from cascadevlm.errors import BudgetExhausted, ConfigError, InputError, PolicyError
+from cascadevlm.errors import BudgetExhausted, ConfigError, DataError, InputError, PolicyError
 from cascadevlm.judge import Judge
 from cascadevlm.labels import LabelSet
 from cascadevlm.prompt import NONE_OF_THESE, options
@@ -35,22 +38,23 @@ from cascadevlm.recording import KeepingScorer, KeepingStage, write_record
 from cascadevlm.sweep import under
 from cascadevlm.testing import FakeJudge, FakeScorer, noise, picture
 from cascadevlm.testing.fakes import Reply
-from cascadevlm.types import Question
+from cascadevlm.types import Question, Scores, Verdict
 
 NAMES = ["ant", "bee", "cicada", "dragonfly", "earwig", "fly"]
 LABELS = LabelSet.of(NAMES)
 SELECT = load_prompt("select")
 RED = (200, 0, 0)
 MODEL = replace(JudgeModel.prior(len(NAMES)), ability=2.5, class_bias=np.linspace(-0.4, 0.4, len(NAMES)))
+POOL = Pool(accuracy=0.8, weight=0.7)
 
 
-def known(model: JudgeModel = MODEL, fingerprint: str = "fake:fake", **changed: object) -> Calibration:
+def known(model: JudgeModel = MODEL, pool: Pool = POOL, fingerprint: str = "fake:fake", **changed: object) -> Calibration:
     """A calibration of the fake scorer and a fake judge."""
     calibration = Calibration(
         labels=LABELS.names,
         fingerprint=fingerprint,
         scorer=ScorerCalibration(method="bias", scale=0.5, bias=np.linspace(-0.3, 0.3, len(NAMES))),
-        judges=(CalibratedJudge(judge="fake:fake", settings={}, model=model),),
+        judges=(CalibratedJudge(judge="fake:fake", settings={}, model=model, pool=pool),),
         images=200,
         labelled=True,
         fitted_on=(),
@@ -77,7 +81,8 @@ def says(name: str) -> Callable[[Question], str]:
 def cascade(judge: Judge, calibration: Calibration | None = None, policy: str = "always", **options: object) -> Cascade:
     calibration = calibration or known()
     of_cascade = {name: options.pop(name) for name in ("accept", "on_failure", "ledger", "batch_size") if name in options}
-    stage = Stage(judge=judge, prompt=SELECT, policy=parse_policy(policy), model=calibration.judges[0].model)
+    (known_judge,) = calibration.judges
+    stage = Stage(judge=judge, prompt=SELECT, policy=parse_policy(policy), model=known_judge.model, pool=known_judge.pool)
     scorer = CalibratedScorer(FakeScorer(), calibration)
     given_stage = replace(stage, **({"fusion": "bayes"} | options))  # type: ignore[arg-type]
     return Cascade(scorer, [given_stage], labels=LABELS, **of_cascade)  # type: ignore[arg-type]
@@ -136,6 +141,45 @@ def test_a_live_cascade_is_what_its_record_says_it_would_be(tmp_path: Path, offe
     assert [prediction.escalated for prediction in live] == replayed.judged.asked.tolist()
     assert len(judge.questions) == replayed.judged.asked.sum()
     assert {"fusion"} <= set(replayed.decided_by)
+
+
+class Opinionated(FakeJudge):
+    """Tells probabilities that go by the pixels, of three images in four."""
+
+    async def judge(self, question: Question) -> Verdict:
+        verdict = await super().judge(question)
+        rng = np.random.default_rng(int(question.image_digest[:8], 16))
+        if rng.random() < 0.25:
+            return verdict
+        shares = rng.dirichlet(np.full(len(question.labels), 0.3)).tolist()
+        return replace(verdict, probabilities=dict(zip([label.name for label in question.labels], shares, strict=True)))
+
+
+@pytest.mark.parametrize("fusion", ["bayes", "weighted"])
+@pytest.mark.parametrize("offer_none", [False, True])
+def test_a_live_cascade_weighs_the_judges_probabilities_as_its_record_does(
+    tmp_path: Path, offer_none: bool, fusion: FusionRule
+) -> None:
+    calibration = known(replace(MODEL, probability_weight=1.5), fusion=fusion)
+    asking = cascade(Opinionated(reply=by_pixels), calibration, candidates=TopK(k=6), offer_none=offer_none, fusion=fusion)
+    record, live = recorded(tmp_path, asking, 32)
+    own = record.judged.probabilities
+    assert own is not None
+    assert 0 < np.isnan(own).all(axis=1).sum() < 32
+    for row, prediction in enumerate(live):
+        assert prediction.verdict is not None
+        opinion = prediction.verdict.probabilities
+        assert np.isnan(own[row]).all() == (opinion is None)
+        if opinion is not None:
+            assert dict(zip(np.array(NAMES)[record.judged.candidates[row]], own[row], strict=True)) == opinion
+    replayed = under(decided(record, calibration), parse_policy("always"))
+    assert [prediction.label for prediction in live] == [NAMES[column] for column in replayed.predicted]
+    np.testing.assert_allclose([prediction.probability or 0 for prediction in live], replayed.probabilities, atol=1e-5)
+    unopinionated = replace(record, stages=(replace(record.judged, probabilities=None),))
+    by_answers = under(decided(unopinionated, calibration), parse_policy("always"))
+    assert np.abs(replayed.probabilities - by_answers.probabilities).max() > 0.1
+    some = record.take(np.array([3, 1])).judged.probabilities
+    np.testing.assert_array_equal(some, own[[3, 1]])
 
 
 @settings(max_examples=15)
@@ -245,14 +289,15 @@ def ranked(seed: int) -> list[str]:
 
 
 SURE_OF_NONE = replace(MODEL, none_ability=8.0, class_bias=np.zeros(6))
+SURE = Pool(accuracy=0.9999, weight=3.0)
 
 
-@pytest.mark.parametrize("fusion", ["judge", "bayes"])
+@pytest.mark.parametrize("fusion", ["judge", "bayes", "weighted"])
 @pytest.mark.parametrize(("widen", "asked"), [(0, 1), (1, 2), (2, 3), (5, 3)])
 def test_none_of_these_shows_the_next_candidates(fusion: FusionRule, widen: int, asked: int) -> None:
     """The truth is the scorer's last: the judge finds it in the third list of two, if it is asked so often."""
     judge = FakeJudge(reply=says(ranked(1)[-1]), dollars=0.01)
-    calibration = known(SURE_OF_NONE)
+    calibration = known(SURE_OF_NONE, SURE)
     found = cascade(judge, calibration, candidates=TopK(k=2), offer_none=True, widen=widen, fusion=fusion).classify(noise(1))
     shown = [[label.name for label in question.labels] for question in judge.questions]
     assert shown == [ranked(1)[0:2], ranked(1)[2:4], ranked(1)[4:6]][:asked]
@@ -266,10 +311,10 @@ def test_none_of_these_shows_the_next_candidates(fusion: FusionRule, widen: int,
         assert found.label == ranked(1)[-1]
 
 
-@pytest.mark.parametrize("fusion", ["judge", "bayes"])
+@pytest.mark.parametrize("fusion", ["judge", "bayes", "weighted"])
 def test_widening_stops_where_nothing_new_is_left(fusion: FusionRule) -> None:
     judge = FakeJudge(reply=says("no such label"))
-    calibration = known(SURE_OF_NONE)
+    calibration = known(SURE_OF_NONE, SURE)
     found = cascade(judge, calibration, candidates=TopK(k=3), offer_none=True, widen=9, fusion=fusion).classify(noise(2))
     shown = [{label.name for label in question.labels} for question in judge.questions]
     assert set().union(*shown) == set(NAMES)
@@ -288,12 +333,12 @@ class Metered(FakeJudge):
         return 1_000_000_000
 
 
-@pytest.mark.parametrize("fusion", ["judge", "bayes"])
+@pytest.mark.parametrize("fusion", ["judge", "bayes", "weighted"])
 def test_a_budget_spent_between_two_rounds_keeps_what_was_said(tmp_path: Path, fusion: FusionRule) -> None:
     judge = Metered(reply=says("no such label"), dollars=1.0)
     wide = cascade(
         judge,
-        known(SURE_OF_NONE),
+        known(SURE_OF_NONE, SURE),
         candidates=TopK(k=2),
         offer_none=True,
         widen=3,
@@ -322,7 +367,7 @@ def test_an_error_in_a_later_round_keeps_what_was_said() -> None:
 # abstaining
 
 
-@pytest.mark.parametrize("fusion", ["judge", "bayes"])
+@pytest.mark.parametrize("fusion", ["judge", "bayes", "weighted"])
 def test_labels_too_improbable_are_not_given(fusion: FusionRule) -> None:
     images = [noise(seed) for seed in range(20)]
     given_all = cascade(FakeJudge(), policy="gain > 0.25", fusion=fusion).classify(images)
@@ -342,13 +387,40 @@ def test_labels_too_improbable_are_not_given(fusion: FusionRule) -> None:
         assert all(p.label for p in given_some if p.escalated)
 
 
+# a blank image
+
+
+def test_a_blank_image_is_asked_about_with_many_lists(tmp_path: Path) -> None:
+    """As long as there is money; and what was heard is told with the lists that were shown."""
+    judge = Metered(reply="ANSWER: B", dollars=1.0)
+    stages = cascade(judge, candidates=TopK(k=3), fusion="judge").stages
+    listed = Cascade(Listed(), stages, labels=LABELS, batch_size=8, ledger=Ledger(5.5))
+    blank = ask_blank(listed)
+    assert {question.image.getextrema() for question in judge.questions} == {((128, 128),) * 3}
+    assert len(judge.questions) == 5
+    assert len(blank) == 6  # two of the lists are the same
+    shown = np.argsort(-Listed().score(blank_images(listed), LABELS).log_probs, axis=1)[:, :3]
+    np.testing.assert_array_equal(blank.candidates, shown[:6])
+    np.testing.assert_array_equal(blank.answers, shown[:6, 1])
+    broke = Cascade(Listed(), stages, labels=LABELS, ledger=Ledger(0.5))
+    with pytest.raises(DataError, match="no answer about a blank image"):
+        ask_blank(broke)
+
+
+class Listed(FakeScorer):
+    """Scores by the place in the batch."""
+
+    def score(self, images: Sequence[Image.Image], labels: LabelSet) -> Scores:
+        return super().score([noise(number) for number in range(len(images))], labels)
+
+
 # configurations
 
 
 CONFIG: dict[str, JsonValue] = {"scorer": {"use": "open_clip:aviary"}, "stage": [{"judge": "hf_chat:aviary"}], "labels": [*NAMES]}
 
 
-def written(folder: Path, *, policy: str | None = None, accept: float | None = None) -> str:
+def written(folder: Path, *, policy: str | None = None, accept: float | None = None, pool: Pool | None = POOL) -> str:
     path = folder / "calibration.json"
     settings: dict[str, JsonValue] = {
         "judge": "hf_chat:aviary",
@@ -358,7 +430,7 @@ def written(folder: Path, *, policy: str | None = None, accept: float | None = N
         "options": {},
     }
     (judge,) = known().judges
-    known(judges=(replace(judge, settings=settings),), policy=policy, accept=accept).write(path)
+    known(judges=(replace(judge, settings=settings, pool=pool),), policy=policy, accept=accept).write(path)
     return str(path)
 
 
@@ -388,7 +460,8 @@ def test_a_configuration_takes_what_was_learned(tmp_path: Path) -> None:
         ({"stage": [{"judge": "hf_chat:aviary"}] * 2}, ConfigError, "is of 1 stages, the configuration has 2"),
         ({"calibration": "nowhere.json"}, ConfigError, "cannot be read"),
         ({"calibration": None, "fusion": "bayes"}, InputError, "needs a calibration"),
-        ({"fusion": "weighted"}, ConfigError, "fusion: "),
+        ({"calibration": None, "fusion": "weighted"}, InputError, "fusion = 'weighted' needs a calibration"),
+        ({"fusion": "median"}, ConfigError, "fusion: "),
         ({"accept": 1.5}, ConfigError, "accept: "),
         ({"stage": [{"judge": "hf_chat:aviary", "widen": -1}]}, ConfigError, "widen: "),
     ],
@@ -401,18 +474,30 @@ def test_a_configuration_that_does_not_fit_is_refused(
         Config.parse(json.loads(json.dumps(whole))).build()
 
 
+def test_a_calibration_without_a_weight_is_refused_where_opinions_are_weighted(tmp_path: Path) -> None:
+    path = written(tmp_path, pool=None)
+    with pytest.raises(InputError, match="needs a judge's weight"):
+        Config.parse({**CONFIG, "calibration": path, "fusion": "weighted"}).build()
+    record, _ = recorded(tmp_path / "run", cascade(FakeJudge()), 2)
+    (judge,) = known().judges
+    with pytest.raises(ConfigError, match="has no weight for 'fake:fake'"):
+        decided(record, known(fusion="weighted", judges=(replace(judge, pool=None),)))
+
+
 def test_another_scorer_is_refused_at_the_first_image() -> None:
     other = Cascade(CalibratedScorer(FakeScorer("another"), known()), [], labels=LABELS)
     with pytest.raises(ConfigError, match="'fake:fake', not of 'fake:another'"):
         other.classify([picture(RED)])
 
 
-def test_the_bundled_models_decide_as_their_record_says(tmp_path: Path) -> None:
-    """Eight of the bundled images, all eight names as candidates: calibrated on the record of asking everything, then live."""
+@pytest.mark.parametrize(("mode", "fusion"), [("generate", "bayes"), ("likelihood", "weighted"), ("likelihood", "judge")])
+def test_the_bundled_models_decide_as_their_record_says(tmp_path: Path, mode: str, fusion: FusionRule) -> None:
+    """Eight of the bundled images, all eight names as candidates: calibrated on the record of asking everything, then live, and
+    evaluated with the fusion of the configuration, not that of the calibration."""
     from importlib import resources
 
     from cascadevlm.data import read_data
-    from cascadevlm.evaluate import record_run
+    from cascadevlm.evaluate import asking_everything, record_run
 
     folder = Path(str(resources.files("cascadevlm_backends") / "aviary" / "images"))
     birds = sorted(folder.glob("*.jpg"))[:8]
@@ -421,7 +506,7 @@ def test_the_bundled_models_decide_as_their_record_says(tmp_path: Path) -> None:
     data = read_data(tmp_path / "data.csv", labels)
     whole: dict[str, object] = {
         "scorer": {"use": "open_clip:aviary"},
-        "stage": [{"judge": "hf_chat:aviary", "candidates": {"k": 8}}],
+        "stage": [{"judge": "hf_chat:aviary", "candidates": {"k": 8}, "options": {"mode": mode}}],
         "cache": {"enabled": False},
     }
 
@@ -430,13 +515,21 @@ def test_the_bundled_models_decide_as_their_record_says(tmp_path: Path) -> None:
 
     asking = configured()
     record = record_run(asking.build(labels), data, tmp_path / "run", config=asking)
+    assert record.judged.probabilities is not None
+    assert np.isnan(record.judged.probabilities).all() == (mode == "generate")
     calibration = replace(fit_calibration(three_times(record)), policy="gain > 0.01")
     calibration.write(tmp_path / "calibration.json")
-    live = configured(calibration=str(tmp_path / "calibration.json")).build(labels).classify(data.images)
-    replayed = under(decided(record, calibration), parse_policy("gain > 0.01"))
-    assert [prediction.label for prediction in live] == [labels.names[column] for column in replayed.predicted]
-    np.testing.assert_allclose([prediction.probability or 0 for prediction in live], replayed.probabilities, atol=1e-4)
-    assert tuple(prediction.decided_by or "" for prediction in live) == replayed.decided_by
+    deciding = configured(calibration=str(tmp_path / "calibration.json"), fusion=fusion)
+    live = deciding.build(labels).classify(data.images)
+    asked = asking_everything(deciding.build(labels))
+    everything = record_run(asked, data, tmp_path / "decided", config=deciding.frozen(asked))
+    for known_all in (decided(record, replace(calibration, fusion=fusion)), everything):
+        replayed = under(known_all, parse_policy("gain > 0.01"))
+        assert [prediction.label for prediction in live] == [labels.names[column] for column in replayed.predicted]
+        told = [np.nan if prediction.probability is None else prediction.probability for prediction in live]
+        np.testing.assert_allclose(told, replayed.probabilities, atol=1e-4)
+        if fusion != "judge":  # a replay calls what a calibration concludes fusion
+            assert tuple(prediction.decided_by or "" for prediction in live) == replayed.decided_by
 
 
 def three_times(record: Record) -> Record:

@@ -13,9 +13,10 @@ from scipy.optimize import check_grad
 from scipy.special import log_softmax, softmax
 
 from benchmarks.decision import made_up, worth
-from cascadevlm.decision.calibration import Calibration, decided, fit_calibration
+from cascadevlm.decision.calibration import Calibration, answers_of, decided, fit_calibration
 from cascadevlm.decision.judge_model import (
     ABILITY,
+    LEAST_PROBABILITY,
     NONE_CHOSEN,
     PRECISIONS,
     Answers,
@@ -25,6 +26,7 @@ from cascadevlm.decision.judge_model import (
 )
 from cascadevlm.decision.scorer_calibration import Floats
 from cascadevlm.decision.without_labels import fit_without_labels
+from cascadevlm.metrics import expected_calibration_error
 from cascadevlm.record import NOBODY, Columns
 from cascadevlm.sweep import sweep
 
@@ -160,6 +162,30 @@ def test_names_and_padding_mean_nothing(seed: int, none_offered: bool) -> None:
 
 
 @given(seeds)
+def test_own_probabilities_count_instead_of_the_answer(seed: int) -> None:
+    """Of two candidates, in the ratio of prior odds times (probabilities by utilities) to the weight; the list as a whole, and
+    images without, as the answers have it."""
+    rng = np.random.default_rng(seed)
+    model = replace(some_model(rng, 6, 3), probability_weight=rng.uniform(0.1, 3))
+    log_probs, answers = some_questions(rng, 8, 6, 4, none_offered=True)
+    given_own = np.where(answers.shown, rng.dirichlet(np.full(4, 0.5), 8), np.nan)
+    given_own[5:] = np.nan
+    by_answers = model.posterior(log_probs, answers)
+    after = model.posterior(log_probs, replace(answers, probabilities=given_own))
+    np.testing.assert_allclose(np.exp(after).sum(axis=1), 1)
+    np.testing.assert_array_equal(after[5:], by_answers[5:])
+    for row in range(5):
+        shown = answers.candidates[row][answers.shown[row]]
+        others = np.setdiff1d(np.arange(6), shown)
+        np.testing.assert_allclose(after[row, others], by_answers[row, others])
+        utilities = model.following * log_probs[row, shown] + model.class_bias[shown]
+        utilities += np.append(model.position_bias, 0)[: len(shown)]
+        own = np.maximum(given_own[row, : len(shown)], LEAST_PROBABILITY)
+        odds = log_probs[row, shown] + model.probability_weight * (np.log(own) - utilities)
+        np.testing.assert_allclose(after[row, shown] - after[row, shown[0]], odds - odds[0], atol=1e-9)
+
+
+@given(seeds)
 def test_labels_that_were_not_shown_keep_their_odds(seed: int) -> None:
     rng = np.random.default_rng(seed)
     model = some_model(rng, 8, 3)
@@ -247,7 +273,7 @@ def test_a_simulated_judge_is_recognised() -> None:
         silence=-2.0,
     )
     log_probs, truths, answers = simulated(truth, 4000, 6, 4, none_offered=True)
-    found = fit_judge(log_probs, np.eye(6)[truths], answers)
+    found, _ = fit_judge(log_probs, np.eye(6)[truths], answers)
     assert found.ability == pytest.approx(1.5, abs=0.3)
     assert found.following == pytest.approx(0.3, abs=0.1)
     assert found.none_ability == pytest.approx(1.5, abs=0.4)
@@ -262,7 +288,7 @@ def test_few_labels_say_little_of_a_class() -> None:
     """A judge that is right in 25 of 25 cases, with two classes never seen, stays near what was believed beforehand."""
     log_probs, truths, answers = simulated(JudgeModel.prior(8), 25, 8, 8, seed=3)
     truths[truths > 5] = 0
-    found = fit_judge(log_probs, np.eye(8)[truths], replace(answers, answers=truths))
+    found, _ = fit_judge(log_probs, np.eye(8)[truths], replace(answers, answers=truths))
     assert ABILITY < found.ability < ABILITY + 4
     assert np.abs(found.abilities).max() < 1
     assert np.abs(found.abilities[6:]).max() < 0.3
@@ -271,7 +297,7 @@ def test_few_labels_say_little_of_a_class() -> None:
 
 def test_nothing_known_is_the_prior() -> None:
     nothing = Answers(candidates=np.zeros((0, 3), dtype=int), answers=np.zeros(0, dtype=int), none_offered=False)
-    found, prior = fit_judge(np.zeros((0, 5)), np.zeros((0, 5)), nothing), JudgeModel.prior(5, 3)
+    (found, _), prior = fit_judge(np.zeros((0, 5)), np.zeros((0, 5)), nothing), JudgeModel.prior(5, 3)
     for name in ("ability", "following", "abilities", "class_bias", "position_bias", "silence"):
         np.testing.assert_allclose(getattr(found, name), getattr(prior, name), atol=1e-6)
 
@@ -283,10 +309,90 @@ def test_what_is_particular_is_only_believed_where_it_holds() -> None:
     spreads = []
     for model in (alike, unlike):
         log_probs, truths, answers = simulated(model, 600, 6, 6, seed=4)
-        spreads.append(fit_judge(log_probs, np.eye(6)[truths], answers).class_bias.std())
+        spreads.append(fit_judge(log_probs, np.eye(6)[truths], answers)[0].class_bias.std())
     assert spreads[0] < 0.3
     assert spreads[1] > 1.2
     assert tuple(sorted(PRECISIONS, reverse=True)) == PRECISIONS
+
+
+def test_the_weight_of_probabilities_is_found() -> None:
+    """Their logarithms are utilities with normal noise: the weight is the ability by the variance, and what is believed then is
+    right as often as it says, and more often than by the answers alone."""
+    rng = np.random.default_rng(7)
+    log_probs = log_softmax(rng.normal(0, 2, (6000, 6)), axis=1)
+    truths = (np.exp(log_probs).cumsum(axis=1) > rng.random((6000, 1))).argmax(axis=1)
+    utilities = 2.0 * np.eye(6)[truths] + rng.normal(0, 1.5, (6000, 6))
+    asked = Answers(
+        candidates=np.tile(np.arange(6), (6000, 1)),
+        answers=utilities.argmax(axis=1),
+        none_offered=False,
+        probabilities=softmax(utilities, axis=1),
+    )
+    found, held_out = fit_judge(log_probs[:4000], np.eye(6)[truths[:4000]], asked.rows(np.arange(4000)))
+    assert found.probability_weight == pytest.approx(2.0 / 1.5**2, rel=0.15)
+    fresh = asked.rows(np.arange(4000, 6000))
+    with_own, by_answers = (model.posterior(log_probs[4000:], fresh) for model in (found, replace(found, probability_weight=0.0)))
+    likelihoods = [float(after[np.arange(2000), truths[4000:]].mean()) for after in (with_own, by_answers)]
+    assert likelihoods[0] > likelihoods[1] + 0.1
+    assert held_out[np.arange(4000), truths[:4000]].mean() == pytest.approx(likelihoods[0], abs=0.05)
+    right = with_own.argmax(axis=1) == truths[4000:]
+    assert (expected_calibration_error(np.exp(with_own.max(axis=1)), right) or 0) < 0.04  # by the true weight, too, .02
+
+
+@pytest.mark.parametrize("sharpness", [0.2, 1.0, 4.0])
+def test_own_probabilities_say_more_than_answers(sharpness: float) -> None:
+    """Of judges timid, right and overconfident, by the generative model of `benchmarks.decision.made_up`."""
+    record = made_up(1, 1200, 10, 10, sharpness=sharpness)
+    own, rest = record.take(np.arange(200)), record.take(np.arange(200, 1200))
+    calibration = fit_calibration(own)
+    (judge,) = calibration.judges
+    assert judge.model.probability_weight > 0
+    alone = fit_calibration(replace(own, stages=(replace(own.judged, probabilities=None),))).judges[0].model
+    assert alone.probability_weight == 0
+    before = calibration.calibrated(rest.scores).log_probs.astype(float)
+    with_own, by_answers = (model.posterior(before, answers_of(rest.judged)) for model in (judge.model, alone))
+    at = np.arange(1000), rest.truths
+    assert with_own[at].mean() > by_answers[at].mean() + 0.01
+    right = with_own.argmax(axis=1) == rest.truths
+    assert (expected_calibration_error(np.exp(with_own.max(axis=1)), right) or 0) < 0.05
+
+
+@pytest.mark.parametrize("known", ["noise", "nothing", "the answer"])
+def test_probabilities_that_say_nothing_more_have_no_weight(known: str) -> None:
+    record = made_up(2, 300, 10, 5)
+    rng, slots = np.random.default_rng(0), answers_of(record.judged).slots
+    probabilities = {
+        "noise": rng.dirichlet(np.full(5, 0.5), 300),
+        "nothing": np.full((300, 5), 0.2),
+        "the answer": np.where(np.arange(5) == slots[:, None], 0.96, 0.01),
+    }[known]
+    told = replace(record, stages=(replace(record.judged, probabilities=probabilities),))
+    one, other = (fit_calibration(each) for each in (told, record))
+    if known == "the answer":
+        labels, others = (decided(record, each).fused for each in (one, other))
+        assert labels is not None
+        assert others is not None
+        assert (labels.labels == others.labels).mean() > 0.98
+    else:
+        assert one.judges[0].model.probability_weight == 0
+        np.testing.assert_array_equal(one.judges[0].model.class_bias, other.judges[0].model.class_bias)
+
+
+@pytest.mark.parametrize(("share", "taken"), [(1.0, True), (-1.0, False)])
+def test_a_blank_image_is_where_biases_begin_if_it_tells_them(share: float, taken: bool) -> None:
+    """Of a judge whose blind preferences are its own, or the opposite: with 50 labels the biases found are nearer the truth, or
+    just those found without."""
+    rng = np.random.default_rng(8)
+    truth = replace(JudgeModel.prior(10), ability=2.5, class_bias=rng.normal(0, 1.5, 10), position_bias=rng.normal(0, 1.0, 10))
+    log_probs, truths, answers = simulated(truth, 50, 10, 10, seed=5)
+    blind = replace(
+        truth, ability=0.0, following=0.0, class_bias=share * truth.class_bias, position_bias=share * truth.position_bias
+    )
+    _, _, blank = simulated(blind, 32, 10, 10, seed=6)
+    (with_blank, _), (without, _) = (fit_judge(log_probs, np.eye(10)[truths], answers, blank=each) for each in (blank, None))
+    assert (with_blank.blank, without.blank) == (taken, None)
+    errors = [np.std(found.class_bias - truth.class_bias) for found in (with_blank, without)]
+    assert errors[0] < errors[1] - 0.1 if taken else errors[0] == errors[1]
 
 
 @cache

@@ -1,0 +1,101 @@
+"""``cascadevlm run`` as a user has it: begun, interrupted, gone on with, refused."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from importlib import resources
+from pathlib import Path
+
+import pytest
+
+from cascadevlm.testing.server import JudgeServer
+from tests.cli.test_cli import run
+
+AVIARY = Path(str(resources.files("cascadevlm_backends") / "aviary"))
+
+
+@pytest.fixture
+def server() -> Iterator[JudgeServer]:
+    with JudgeServer(latency=0.2) as running:
+        yield running
+
+
+@pytest.fixture
+def call(server: JudgeServer, tmp_path: Path) -> list[str | Path]:
+    """Arguments that ask one question after the other about a dozen birds."""
+    (tmp_path / "images").mkdir()
+    for bird in sorted(AVIARY.glob("images/*"))[:12]:
+        shutil.copy(bird, tmp_path / "images")
+    return [
+        *("run", tmp_path / "images", "-o", tmp_path / "run", "--labels", AVIARY / "labels.txt", "--yes"),
+        *("--scorer", "open_clip:aviary", "--judge", "openai:gpt-4o", "--policy", "always"),
+        *("--set", f"stage.0.options.base_url={server.openai_url}", "--set", "stage.0.options.concurrency=2"),
+        *("--set", f"cache.folder={tmp_path / 'cache'}", "--set", "batch_size=2"),
+    ]
+
+
+def begin(call: list[str | Path], server: JudgeServer) -> "subprocess.Popen[str]":
+    """The command under way, some of its questions asked."""
+    program = Path(sys.executable).with_name("cascadevlm")
+    process = subprocess.Popen([program, *call], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    while len(server.requests) < 3:
+        assert process.poll() is None
+        time.sleep(0.01)
+    return process
+
+
+def test_an_interrupt_ends_in_order_and_the_same_command_goes_on(
+    call: list[str | Path], server: JudgeServer, tmp_path: Path
+) -> None:
+    process = begin(call, server)
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate()
+    assert process.returncode == 130
+    assert "Finishing what is in flight" in errors
+    assert "The same command goes on from here" in errors
+    assert "spent" in output
+    served = len(server.requests)
+    predictions = tmp_path / "run" / "predictions.jsonl"
+    assert len(predictions.read_text().splitlines()) == served < 12
+    server.latency = 0
+    tally = json.loads(run(*call, "--json").stdout)
+    assert tally["counts"] == {"answered": 12}
+    assert len(server.requests) == 12
+    assert [Path(json.loads(line)["path"]) for line in predictions.read_text().splitlines()] == sorted(tmp_path.glob("images/*"))
+
+
+def test_a_second_interrupt_ends_at_once(call: list[str | Path], server: JudgeServer, tmp_path: Path) -> None:
+    process = begin(call, server)
+    server.latency = 60
+    began = time.monotonic()
+    for _ in range(2):
+        time.sleep(0.5)
+        process.send_signal(signal.SIGINT)
+    process.communicate(timeout=30)
+    assert time.monotonic() - began < 30
+    assert process.returncode != 0
+    server.latency = 0
+    assert json.loads(run(*call, "--json").stdout)["images"] == 12
+
+
+def test_wrong_calls_say_so(call: list[str | Path], tmp_path: Path) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    done = run("run", empty, *call[2:], check=False)
+    assert done.returncode == 2
+    assert "holds no images" in done.stderr
+    done = run("run", tmp_path / "gone", *call[2:], check=False)
+    assert "does not exist" in done.stderr
+    assert not list(empty.iterdir())
+
+
+def test_money_is_asked_about_by_a_sample(call: list[str | Path], server: JudgeServer) -> None:
+    priced = "stage.0.options.price={ input = 1000, output = 1000 }"
+    done = run(*(argument for argument in call if argument != "--yes"), "--set", priced, check=False)
+    assert done.returncode == 2
+    assert "About 12 questions" in done.stderr
+    assert not server.requests
