@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pyarrow.parquet
 import pytest
+from pydantic import JsonValue
 
 from cascadevlm import bulk
 from cascadevlm.cluster import Arriving, on_ray
@@ -93,7 +94,12 @@ def run(
     stopping: Callable[[], bool] = lambda: False,
     progress: Callable[[Tally], None] = lambda tally: None,
 ) -> Tally:
-    options = {"base_url": server.openai_url, "structured": False, "concurrency": 6, "price": {"input": 1, "output": 10}}
+    options: dict[str, JsonValue] = {
+        "base_url": server.openai_url,
+        "structured": False,
+        "concurrency": 6,
+        "price": {"input": 1, "output": 10},
+    }
     config = Config.parse(
         {
             "scorer": {"use": "slow:any"},
