@@ -2,8 +2,9 @@
 
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
 from contextlib import aclosing
+from copy import copy
 from pathlib import Path
-from typing import overload
+from typing import Self, overload
 
 import numpy as np
 from PIL import Image
@@ -11,7 +12,7 @@ from PIL import Image
 from cascadevlm import loop
 from cascadevlm.budget import Ledger
 from cascadevlm.cache import VerdictStore
-from cascadevlm.engine import BEGINNING, Checkpoint, OnFailure, Run
+from cascadevlm.engine import BEGINNING, Checkpoint, OnFailure, ReadBatch, Run
 from cascadevlm.errors import ImageError
 from cascadevlm.images import ImageSource
 from cascadevlm.labels import Label, LabelSet
@@ -64,18 +65,15 @@ class Cascade:
         on_failure: OnFailure | None = None,
         store: VerdictStore | None = None,
         ledger: Ledger | None = None,
-    ) -> "Cascade":
+    ) -> Self:
         """The same cascade but for what is given; its ledger is the same one."""
-        return Cascade(
-            self.scorer if scorer is None else scorer,
-            self.stages if stages is None else stages,
-            labels=self.labels,
-            on_failure=on_failure or self.on_failure,
-            accept=self.accept,
-            store=self.store if store is None else store,
-            ledger=ledger or self.ledger,
-            batch_size=self.batch_size,
-        )
+        altered = copy(self)
+        altered.scorer = self.scorer if scorer is None else scorer
+        altered.stages = self.stages if stages is None else tuple(stages)
+        altered.on_failure = on_failure or self.on_failure
+        altered.store = self.store if store is None else store
+        altered.ledger = ledger or self.ledger
+        return altered
 
     @overload
     def classify(self, images: ImageSource) -> Prediction: ...  # type: ignore[overload-overlap]  # a str is one path
@@ -118,8 +116,14 @@ class Cascade:
             async for prediction in predictions:
                 yield prediction
 
-    def begin(self, start: Checkpoint = BEGINNING, stopping: Callable[[], bool] = lambda: False) -> Run:
-        """A run not yet under way; it goes on where another one was left, and begins no further batch once it is to stop."""
+    def begin(
+        self,
+        start: Checkpoint = BEGINNING,
+        stopping: Callable[[], bool] = lambda: False,
+        read: ReadBatch | None = None,
+    ) -> Run:
+        """A run not yet under way; it goes on where another one was left, and begins no further batch once it is to stop.
+        ``read`` reads the images in the scorer's place."""
         return Run(
             scorer=self.scorer,
             stages=self.stages,
@@ -131,4 +135,5 @@ class Cascade:
             batch_size=self.batch_size,
             start=start,
             stopping=stopping,
+            read=read,
         )

@@ -13,7 +13,7 @@ from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal, TypeAlias, TypeVar
 
 import numpy as np
 
@@ -118,8 +118,11 @@ class Checkpoint:
 
 BEGINNING = Checkpoint()
 
-_Read = tuple[str, Prepared | ImageError]
+Read: TypeAlias = tuple[str, Prepared | ImageError]
 """The path of an image, or "", and the image or why it cannot be read."""
+
+ReadBatch: TypeAlias = Callable[[Sequence[ImageSource]], Coroutine[None, None, list[Read]]]
+"""Reads the images that are scored together."""
 
 
 class _Batch:
@@ -163,10 +166,12 @@ class Run:
         batch_size: int,
         start: Checkpoint = BEGINNING,
         stopping: Callable[[], bool] = lambda: False,
+        read: ReadBatch | None = None,
     ) -> None:
         self.scorer = scorer
         self.stopping = stopping
         self.stopped = False
+        self.read = read or self._prepare_batch
         self.checkpoint = start
         spending = start.spending or (START,) * len(stages)
         self.stages = [_RunningStage(stage, store, ledger, before) for stage, before in zip(stages, spending, strict=True)]
@@ -229,30 +234,30 @@ class Run:
                 earlier = batch.turns
                 await self.output.put(batch)
 
-    async def _reading(self, sources: Iterable[ImageSource]) -> AsyncGenerator[list[_Read], None]:
+    async def _reading(self, sources: Iterable[ImageSource]) -> AsyncGenerator[list[Read], None]:
         """Batches of images, read ahead. What stands before an error of the sources comes before it."""
-        ahead: asyncio.Queue[asyncio.Task[list[_Read]] | None] = asyncio.Queue(READ_AHEAD)
+        ahead: asyncio.Queue[asyncio.Task[list[Read]] | None] = asyncio.Queue(READ_AHEAD)
         reader = self._begin(self._read_ahead(iter(sources), ahead))
         while (batch := await ahead.get()) is not None:
             yield await batch
         await reader
 
-    async def _read_ahead(self, sources: Iterator[ImageSource], ahead: asyncio.Queue[asyncio.Task[list[_Read]] | None]) -> None:
+    async def _read_ahead(self, sources: Iterator[ImageSource], ahead: asyncio.Queue[asyncio.Task[list[Read]] | None]) -> None:
         loop = asyncio.get_running_loop()
         async with _ending(ahead):
             while batch := await asyncio.to_thread(lambda: list(islice(sources, self.batch_size))):
                 await loop.run_in_executor(self.scoring, self.scorer.load)
-                await ahead.put(self._begin(self._prepare_batch(batch)))
+                await ahead.put(self._begin(self.read(batch)))
 
-    async def _prepare_batch(self, batch: Sequence[ImageSource]) -> list[_Read]:
+    async def _prepare_batch(self, batch: Sequence[ImageSource]) -> list[Read]:
         size = -(-len(batch) // self.workers)
         shares = [batch[start : start + size] for start in range(0, len(batch), size)]
         loop = asyncio.get_running_loop()
         prepared = await asyncio.gather(*(loop.run_in_executor(self.readers, self._prepare, share) for share in shares))
         return list(chain.from_iterable(prepared))
 
-    def _prepare(self, sources: Sequence[ImageSource]) -> list[_Read]:
-        read: list[_Read] = []
+    def _prepare(self, sources: Sequence[ImageSource]) -> list[Read]:
+        read: list[Read] = []
         for source in sources:
             path = str(source) if isinstance(source, str | Path) else ""
             try:
@@ -261,7 +266,7 @@ class Run:
                 read.append((path, exc))
         return read
 
-    async def _score(self, read: Sequence[_Read], results: Sequence[asyncio.Future[Prediction]]) -> list[_Item]:
+    async def _score(self, read: Sequence[Read], results: Sequence[asyncio.Future[Prediction]]) -> list[_Item]:
         """Score a batch; unreadable images get their result here and are left out."""
         readable = []
         for (path, prepared), result in zip(read, results, strict=True):

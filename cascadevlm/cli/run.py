@@ -4,14 +4,16 @@ import json
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from cascadevlm.cli import options
+
+Engine = Literal["local", "ray"]
 
 INTERRUPTED = 130
 """The exit code of a program that Ctrl-C ended."""
@@ -31,6 +33,8 @@ def run(
     candidates: options.CandidateCount = None,
     prompt: options.PromptName = None,
     settings: options.Settings = None,
+    engine: Annotated[Engine, typer.Option(help="This process, or a Ray cluster: $RAY_ADDRESS, or one begun here.")] = "local",
+    workers: Annotated[int | None, typer.Option(min=1, help="Of the cluster. [default: one a GPU, or one a machine]")] = None,
     yes: options.Yes = False,
     as_json: options.AsJson = False,
 ) -> None:
@@ -38,15 +42,17 @@ def run(
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-    from cascadevlm import bulk
+    from cascadevlm import bulk, cluster
     from cascadevlm.cli.money import confirm
     from cascadevlm.cli.show import print_summary, tally_rows
-    from cascadevlm.errors import DataError
+    from cascadevlm.errors import DataError, InputError
     from cascadevlm.inputs import Inputs
     from cascadevlm.run_folder import Tally
 
     parsed = options.parse(config, scorer, judge, policy, candidates, prompt, settings)
     cascade, images = options.build(parsed, labels, bulk=True), Inputs(inputs)
+    if workers and engine == "local":
+        raise InputError("--workers are those of a cluster.", hint="Give --engine ray.")
     if not yes:
         confirm(parsed, cascade, images)
     total = len(images)
@@ -54,7 +60,11 @@ def run(
         raise DataError(f"{str(inputs)!r} holds no images.")
     errors = Console(stderr=True)
     columns = BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.description}")
-    with Progress(*columns, console=errors, transient=True) as progress, _stopping_in_order() as stopping:
+    with (
+        cluster.on_ray(cascade, parsed, images, workers=workers) if engine == "ray" else nullcontext(cascade) as running,
+        Progress(*columns, console=errors, transient=True) as progress,
+        _stopping_in_order() as stopping,
+    ):
         task = progress.add_task("", total=total)
         told_at = time.monotonic()
 
@@ -66,7 +76,7 @@ def run(
                 typer.echo(f"{tally.images} of {total} images, ${tally.spent_dollars:.2f} spent.", err=True)
 
         tally = bulk.run(
-            cascade,
+            running,
             images,
             output,
             config=parsed.frozen(cascade).model_dump(mode="json"),

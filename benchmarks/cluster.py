@@ -1,0 +1,74 @@
+"""How many images a second one scoring worker and two get through: ``python -m benchmarks.cluster``.
+
+``cascadevlm run --engine ray`` without a judge, on a Ray cluster of this machine, with ViT-B/32 of open_clip (random weights),
+200 labels and JPEG files of 500 x 400 pixels. Every worker has one thread. Timed from the first prediction to the last, so that
+neither the start of Ray nor the loading of models counts; the rounds are taken in turns, and the medians compared.
+"""
+
+import json
+import os
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cascadevlm import bulk
+from cascadevlm.cluster import on_ray
+from cascadevlm.config import Config
+from cascadevlm.inputs import Inputs
+from cascadevlm.testing import noise
+
+MODEL = "ViT-B-32"
+
+
+def random_model(folder: Path) -> None:
+    """A folder as ``open_clip:local-dir:`` takes it."""
+    import open_clip
+    from safetensors.torch import save_file
+
+    folder.mkdir()
+    model = open_clip.create_model(MODEL)
+    save_file({name: value.contiguous() for name, value in model.state_dict().items()}, folder / "open_clip_model.safetensors")
+    config = {"model_cfg": open_clip.get_model_config(MODEL), "preprocess_cfg": {}}
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+
+
+def images_per_second(config: Config, images: Inputs, workers: int) -> float:
+    """Of a whole run, the first batch not counted."""
+    cascade, told = config.build(bulk=True), []
+    with tempfile.TemporaryDirectory() as output, on_ray(cascade, config, images, workers=workers) as running:
+        bulk.run(running, images, Path(output), config={}, progress=lambda _: told.append(time.perf_counter()))
+    rest = told[config.batch_size - 1 :]
+    return (len(rest) - 1) / (rest[-1] - rest[0])
+
+
+def main(images: Annotated[int, typer.Option()] = 512, rounds: Annotated[int, typer.Option()] = 3) -> None:
+    """Print a line of JSON."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    with tempfile.TemporaryDirectory() as folder:
+        files, model = Path(folder, "images"), Path(folder, "model")
+        files.mkdir()
+        for number in range(images):
+            noise(number, (125, 100)).resize((500, 400)).save(files / f"{number:05}.jpg", quality=90)
+        random_model(model)
+        config = Config.parse(
+            {
+                "scorer": {"use": f"open_clip:local-dir:{model}"},
+                "labels": [f"species {number}" for number in range(200)],
+                "cache": {"embeddings": False},
+            }
+        )
+        speeds: dict[int, list[float]] = {1: [], 2: []}
+        for _ in range(rounds):
+            for workers, speed in speeds.items():
+                speed.append(images_per_second(config, Inputs(files), workers))
+    one, two = (statistics.median(speed) for speed in speeds.values())
+    rounded = {f"images_per_second_{workers}": [round(each, 1) for each in speed] for workers, speed in speeds.items()}
+    typer.echo(json.dumps({**rounded, "ratio": round(two / one, 2), "images": images, "cores": os.cpu_count()}))
+
+
+if __name__ == "__main__":
+    typer.run(main)
