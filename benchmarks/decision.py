@@ -7,7 +7,10 @@ their labels; how often the calibrated scorer is right, and, with everything ask
 well they know it.
 
 Without a folder, images are made up: 200 labelled ones to calibrate on and others to measure, of 1,000 classes of which the judge
-is shown five, and of 10 of which it is shown all. Told are accuracies, and seconds for the fit and for the gain of 1,000 images.
+is shown five, and of 10 of which it is shown all. Told are accuracies, and seconds for the fit and for the gain of 1,000 images;
+then, with everything asked, what a judge's own probabilities add to its answers (mean log-likelihood of the truth in nats,
+calibration error, weight), for judges timid, right, overconfident, and with probabilities drawn blindly; and what the pool of one
+weight makes of them.
 """
 
 import json
@@ -131,6 +134,30 @@ def on_made_up(classes: int, shown: int, seeds: int) -> dict[str, float]:
     return {key: round(float(np.mean([each[key] for each in measured])), 4) for key in measured[0]}
 
 
+def on_own_probabilities(sharpness: float | None, seeds: int) -> dict[str, float]:
+    """Mean over images made up anew, of 10 classes; with a ``sharpness`` of None, probabilities are drawn blindly."""
+    measured = []
+    for seed in range(seeds):
+        record = made_up(seed, 2200, 10, 10, sharpness=sharpness)
+        if sharpness is None:
+            blind = np.random.default_rng(seed).dirichlet(np.full(10, 0.5), len(record))
+            record = replace(record, stages=(replace(record.judged, probabilities=blind),))
+        own, rest = record.take(np.arange(200)), record.take(np.arange(200, 2200))
+        calibration = fit_calibration(own)
+        (judge,) = calibration.judges
+        before, answers = calibration.calibrated(rest.scores).log_probs.astype(np.float64), answers_of(rest.judged)
+        found = {"weight": judge.model.probability_weight}
+        by_answers = replace(judge.model, probability_weight=0.0)
+        for name, fuser in (("answers", by_answers), ("own", judge.model), ("weighted", judge.fuser("weighted"))):
+            after = fuser.posterior(before, answers)
+            right = after.argmax(axis=1) == rest.truths
+            found[f"{name}_log_likelihood"] = float(after[np.arange(len(rest)), rest.truths].mean())
+            found[f"{name}_calibration_error"] = expected_calibration_error(np.exp(after.max(axis=1)), right) or 0.0
+            found[f"{name}_right"] = float(right.mean())
+        measured.append(found)
+    return {key: round(float(np.mean([each[key] for each in measured])), 4) for key in measured[0]}
+
+
 def main(
     recorded: Annotated[Path | None, typer.Option(help="A folder of recorded predictions, as artdl.")] = None,
     seeds: Annotated[int, typer.Option(help="Random draws, or images made up anew.")] = 20,
@@ -141,6 +168,8 @@ def main(
         return
     for classes, shown in ((1000, 5), (10, 10)):
         print(json.dumps({"classes": classes, "shown": shown} | on_made_up(classes, shown, seeds)), flush=True)
+    for sharpness in (0.2, 1.0, 4.0, None):
+        print(json.dumps({"sharpness": sharpness} | on_own_probabilities(sharpness, seeds)), flush=True)
 
 
 if __name__ == "__main__":

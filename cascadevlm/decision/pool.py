@@ -32,10 +32,12 @@ class Pool:
     Attributes:
         accuracy: how often it was right where it gave an answer.
         weight: 0 leaves the scorer's probabilities as they are; at 1 both count alike.
+        own: whether its own probabilities count at all: not, where its answers said more.
     """
 
     accuracy: float
     weight: float
+    own: bool = True
 
     def posterior(self, log_probs: Floats, answers: Answers) -> Floats:
         """N x C log-probabilities after the answers.
@@ -53,7 +55,7 @@ class Pool:
         chose_none = answers.answers == NONE_CHOSEN
         said[chose_none] = 1
         said[rows, answers.candidates] = answers.candidates == answers.answers[:, None]
-        if answers.probabilities is not None:
+        if self.own and answers.probabilities is not None:
             given = ~np.isnan(answers.probabilities).all(axis=1) & ~chose_none
             said[rows[given], answers.candidates[given]] = np.nan_to_num(answers.probabilities[given])
         share = 1 / np.maximum(answers.shown.sum(axis=1, keepdims=True), 1)
@@ -83,11 +85,14 @@ def _fit(log_probs: Floats, responsibilities: Floats, answers: Answers) -> Pool:
     answered = answers.answers >= 0
     right = responsibilities[answered, answers.answers[answered]].sum()
     accuracy = float((right + 1) / (answered.sum() + 2))  # Laplace's rule of succession
-    opinions = Pool(accuracy=accuracy, weight=1.0).opinions(answers, log_probs.shape[1])
+    fits = []
+    for own in (False, True) if answers.probabilities is not None else (False,):
+        opinions = Pool(accuracy=accuracy, weight=1.0, own=own).opinions(answers, log_probs.shape[1])
 
-    def objective(weight: float) -> float:
-        after = log_softmax(log_probs + weight * opinions, axis=1)
-        return float(PRECISION * (weight - 1) ** 2 / 2 - (responsibilities * after).sum())
+        def objective(weight: float, opinions: Floats = opinions) -> float:
+            after = log_softmax(log_probs + weight * opinions, axis=1)
+            return float(PRECISION * (weight - 1) ** 2 / 2 - (responsibilities * after).sum())
 
-    weight = float(minimize_scalar(objective, bounds=(0.0, MOST), method="bounded").x)
-    return Pool(accuracy=accuracy, weight=weight)
+        found = minimize_scalar(objective, bounds=(0.0, MOST), method="bounded")
+        fits.append((float(found.fun), Pool(accuracy=accuracy, weight=float(found.x), own=own)))
+    return min(fits, key=lambda fit: fit[0])[1]

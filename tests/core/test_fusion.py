@@ -394,14 +394,13 @@ def test_a_blank_image_is_asked_about_with_many_lists(tmp_path: Path) -> None:
     """As long as there is money; and what was heard is told with the lists that were shown."""
     judge = Metered(reply="ANSWER: B", dollars=1.0)
     stages = cascade(judge, candidates=TopK(k=3), fusion="judge").stages
-    listed = Cascade(Listed(), stages, labels=LABELS, batch_size=8, ledger=Ledger(5.5))
+    listed = Cascade(Listed(), stages, labels=LABELS, batch_size=5, ledger=Ledger(3.5))
     blank = ask_blank(listed)
     assert {question.image.getextrema() for question in judge.questions} == {((128, 128),) * 3}
-    assert len(judge.questions) == 5
-    assert len(blank) == 6  # two of the lists are the same
+    assert len(blank) == len(judge.questions) == 3
     shown = np.argsort(-Listed().score(blank_images(listed), LABELS).log_probs, axis=1)[:, :3]
-    np.testing.assert_array_equal(blank.candidates, shown[:6])
-    np.testing.assert_array_equal(blank.answers, shown[:6, 1])
+    np.testing.assert_array_equal(blank.candidates, shown[:3])
+    np.testing.assert_array_equal(blank.answers, shown[:3, 1])
     broke = Cascade(Listed(), stages, labels=LABELS, ledger=Ledger(0.5))
     with pytest.raises(DataError, match="no answer about a blank image"):
         ask_blank(broke)

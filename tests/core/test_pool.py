@@ -75,6 +75,22 @@ def test_a_judge_that_errs_independently_counts_as_much_as_the_scorer(accuracy: 
     assert weights[int(np.argmax(tried))] == pytest.approx(pool.weight, abs=0.011)
 
 
+def test_own_probabilities_count_where_they_say_more() -> None:
+    answers, log_probs, truths = independent(1000, 0.7)
+    rng = np.random.default_rng(0)
+    evidence = rng.normal(0, 1, (1000, 6)) + 3 * np.eye(6)[truths]
+    for own, informed in ((rng.dirichlet(np.ones(6), 1000), False), (np.exp(log_softmax(evidence, axis=1)), True)):
+        told = replace(answers, probabilities=own)
+        pool, held_out = fit_pool(log_probs, np.eye(6)[truths], told)
+        plain, before = fit_pool(log_probs, np.eye(6)[truths], answers)
+        assert pool.own is informed
+        assert not plain.own
+        if informed:
+            assert held_out[np.arange(1000), truths].mean() > before[np.arange(1000), truths].mean()
+        else:
+            np.testing.assert_array_equal(pool.posterior(log_probs, told), plain.posterior(log_probs, answers))
+
+
 def test_a_judge_that_repeats_the_scorer_has_little_weight() -> None:
     answers, log_probs, truths = independent(4000, 0.5)
     repeating = replace(answers, answers=log_probs.argmax(axis=1))
