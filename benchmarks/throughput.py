@@ -1,0 +1,242 @@
+"""How fast bulk runs are, against what else there is: ``python -m benchmarks.throughput``.
+
+The model is open_clip's ViT-B/32 with random weights, the images are JPEG files of 500 x 400 pixels, the labels 200. Contestants
+take turns, and each figure is the median of the ratios of its rounds. Orchestration and memory are measured with a scorer that
+costs nothing, on images made on the fly, each run in a process of its own.
+"""
+
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import count
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+from PIL import Image, ImageFilter
+
+from cascadevlm import Cascade, LabelSet, Scorer, Scores, Stage, bulk, load_prompt, load_scorer, parse_policy
+from cascadevlm.embeddings import CachedEmbeddings
+from cascadevlm.inputs import Inputs, Named
+from cascadevlm.scorer import EmbeddingScorer
+from cascadevlm.testing import FakeJudge
+
+NAMES = [f"species {number}" for number in range(200)]
+BATCH = 64
+PIPELINE_IMAGES = 6
+"""The pipeline embeds all labels anew for every image, and would take all day over more."""
+
+
+def make_images(folder: Path, images: int) -> list[Path]:
+    """Files that take as long to decode as photographs of their size."""
+    draw = np.random.default_rng(0)
+    ramp = np.linspace(60, 200, 500)[np.newaxis, :, np.newaxis]
+    for number in range(images):
+        noise = Image.fromarray(draw.integers(0, 256, (400, 500, 3), dtype=np.uint8)).filter(ImageFilter.GaussianBlur(2))
+        pixels = (np.asarray(noise, dtype=np.float64) - 128) * 3 + ramp
+        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / f"{number:05}.jpg", quality=90)
+    return sorted(folder.glob("*.jpg"))
+
+
+def make_model(folder: Path) -> str:
+    """ViT-B/32 with random weights, as a folder that open_clip reads."""
+    import open_clip
+    import torch
+    from safetensors.torch import save_file
+
+    torch.manual_seed(0)
+    folder.mkdir()
+    model, config = open_clip.create_model("ViT-B-32"), open_clip.get_model_config("ViT-B-32")
+    preprocessing = {"mean": open_clip.OPENAI_DATASET_MEAN, "std": open_clip.OPENAI_DATASET_STD}
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": preprocessing}))
+    save_file({name: value.contiguous() for name, value in model.state_dict().items()}, folder / "open_clip_model.safetensors")
+    return f"local-dir:{folder}"
+
+
+def by_hand(name: str, files: Sequence[Path], workers: int) -> Callable[[], None]:
+    """The loop that somebody who knows open_clip would write, its model loaded."""
+    import open_clip
+    import torch
+
+    class Files(torch.utils.data.Dataset[torch.Tensor]):
+        def __len__(self) -> int:
+            return len(files)
+
+        def __getitem__(self, row: int) -> torch.Tensor:
+            pixels: torch.Tensor = preprocess(Image.open(files[row]).convert("RGB"))
+            return pixels
+
+    model, _, preprocess = open_clip.create_model_and_transforms(name)
+    tokenize = open_clip.get_tokenizer(name)
+    model.eval()
+
+    def loop() -> None:
+        with torch.inference_mode():
+            texts = model.encode_text(tokenize([f"a photo of a {label}." for label in NAMES]), normalize=True)
+            for pixels in torch.utils.data.DataLoader(Files(), batch_size=BATCH, num_workers=workers):
+                logits = model.logit_scale.exp() * model.encode_image(pixels, normalize=True) @ texts.T
+                logits.softmax(dim=-1).max(dim=-1).indices.tolist()
+
+    return loop
+
+
+def pipeline(files: Sequence[Path]) -> Callable[[], None]:
+    """transformers' own, the same architecture, its weights random too."""
+    import torch
+    from transformers import (
+        CLIPConfig,
+        CLIPImageProcessor,
+        CLIPModel,
+        CLIPTokenizer,
+        CLIPVisionConfig,
+        ZeroShotImageClassificationPipeline,
+    )
+
+    config = CLIPConfig(vision_config=CLIPVisionConfig(patch_size=32).to_dict())
+    vocabulary = {"<|startoftext|>": 0, "<|endoftext|>": 1} | {
+        f"{letter}</w>": 2 + n for n, letter in enumerate("abcdefghijklmnopqrstuvwxyz0123456789.")
+    }
+    tokenizer = CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=77)
+    model = CLIPModel(config).eval()
+    classify = ZeroShotImageClassificationPipeline(model=model, tokenizer=tokenizer, image_processor=CLIPImageProcessor())
+
+    def loop() -> None:
+        with torch.inference_mode():
+            classify([str(file) for file in files], candidate_labels=NAMES, hypothesis_template="a photo of a {}.", batch_size=1)
+
+    return loop
+
+
+def ours(scorer: Scorer, files: Path) -> Callable[[], None]:
+    """A bulk run from files to predictions, the labels embedded anew: every time they are others."""
+    rounds = count()
+
+    def run() -> None:
+        labels = LabelSet.of(f"{name}, round {next(rounds)}" for name in NAMES)
+        with tempfile.TemporaryDirectory() as folder:
+            bulk.run(Cascade(scorer, [], labels=labels, batch_size=BATCH), Inputs(files), Path(folder), config={})
+
+    return run
+
+
+def seconds(work: Callable[[], None]) -> float:
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+class Made(Scorer):
+    """Scores made beforehand: costs nothing."""
+
+    def __init__(self, classes: int) -> None:
+        self.logits = np.random.default_rng(0).normal(0, 3, (4096, classes)).astype(np.float32)
+        self.scored = 0
+
+    def score(self, images: Sequence[Image.Image], labels: LabelSet) -> Scores:
+        rows = np.arange(self.scored, self.scored + len(images)) % len(self.logits)
+        self.scored += len(images)
+        return Scores.from_logits(self.logits[rows], labels, fingerprint="made")
+
+
+class OnTheFly:
+    """So many pictures, which cost nothing either."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def __iter__(self) -> Iterator[Named]:
+        pixels = np.zeros((8, 8, 3), dtype=np.uint8)
+        for number in range(self.count):
+            yield f"{number:08}.jpg", pixels
+
+
+def orchestrate(images: int, policy: str) -> dict[str, float]:
+    """CPU milliseconds and wall seconds an image, the share asked, and the peak RSS in MB; judges answer at once."""
+    stage = Stage(judge=FakeJudge(), prompt=load_prompt("select"), policy=parse_policy(policy))
+    cascade = Cascade(Made(10), [stage], labels=[f"species {number}" for number in range(10)], batch_size=BATCH)
+    with tempfile.TemporaryDirectory() as folder:
+        bulk.run(cascade, OnTheFly(BATCH), Path(folder) / "warm", config={})
+        cpu, began = time.process_time(), time.perf_counter()
+        tally = bulk.run(cascade, OnTheFly(images), Path(folder) / "run", config={})
+    return {
+        "cpu_ms": 1000 * (time.process_time() - cpu) / images,
+        "images_per_second": images / (time.perf_counter() - began),
+        "asked": tally.asked / images,
+        "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+    }
+
+
+def alone(images: int, policy: str) -> dict[str, float]:
+    """`orchestrate`, in a process of its own."""
+    code = f"import json; from benchmarks.throughput import orchestrate; print(json.dumps(orchestrate({images}, {policy!r})))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    figures: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return figures
+
+
+def show(what: str, figure: str) -> None:
+    print(f"{what:<72} {figure}", flush=True)
+
+
+def compare_speed(images: int, rounds: int) -> None:
+    """Against the loop by hand, the pipeline, and a warm cache."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        (folder / "images").mkdir()
+        files, name = make_images(folder / "images", images), make_model(folder / "model")
+        scorer = load_scorer(f"open_clip:{name}")
+        scorer.load()
+        mine, few = ours(scorer, folder / "images"), folder / "few"
+        times: dict[str, list[float]] = {}
+        for _ in range(rounds):
+            times.setdefault("ours", []).append(seconds(mine))
+            for workers in (0, 2):
+                times.setdefault(f"by hand, {workers} workers", []).append(seconds(by_hand(name, files, workers)))
+        best = min((key for key in times if key != "ours"), key=lambda key: statistics.median(times[key]))
+        ratios = [theirs / own for theirs, own in zip(times[best], times["ours"], strict=True)]
+        show(f"images/s, files to predictions, against open_clip {best}", f"{statistics.median(ratios):.2f} x")
+
+        few.mkdir()
+        some = [file.rename(few / file.name) for file in files[:PIPELINE_IMAGES]]
+        theirs, own = seconds(pipeline(some)), seconds(ours(scorer, few))
+        show(f"images/s against transformers' pipeline, 200 labels, {PIPELINE_IMAGES} images", f"{theirs / own:.1f} x")
+
+        labels = LabelSet.of(NAMES)
+        assert isinstance(scorer, EmbeddingScorer)
+        scorer.label_embeddings(labels)
+        cached = []
+        for number in range(rounds):
+            cascade = Cascade(CachedEmbeddings(scorer, folder / f"kept {number}"), [], labels=labels, batch_size=BATCH)
+
+            def run(part: str, cascade: Cascade = cascade, number: int = number) -> None:
+                bulk.run(cascade, Inputs(folder / "images"), folder / f"{part} {number}", config={})
+
+            cold, warm = seconds(partial(run, "cold")), seconds(partial(run, "warm"))
+            cached.append(cold / warm)
+        show("images/s, embeddings kept against not, labels embedded", f"{statistics.median(cached):.0f} x")
+
+
+def main(
+    images: Annotated[int, typer.Option(help="JPEG files.")] = 512,
+    rounds: Annotated[int, typer.Option(help="Of turns.")] = 3,
+    many: Annotated[int, typer.Option(help="Images of the long run.")] = 200_000,
+) -> None:
+    """Print the table."""
+    for policy in ("never", "entropy > 0.45", "always"):
+        figures = alone(20_000, policy)
+        show(f"our CPU ms an image, asked {figures['asked']:.0%}", f"{figures['cpu_ms']:.2f}")
+    short, long = alone(many // 10, "never"), alone(many, "never")
+    show(f"images/s, {many:,} images against {many // 10:,}", f"{long['images_per_second'] / short['images_per_second']:.2f} x")
+    show(f"peak memory, {many:,} images less {many // 10:,}", f"{long['peak_mb'] - short['peak_mb']:.0f} MB")
+    compare_speed(images, rounds)
+
+
+if __name__ == "__main__":
+    typer.run(main)
