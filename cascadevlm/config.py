@@ -193,9 +193,13 @@ class Config(_Section):
             )
         fusion = self.fusion or (calibration.fusion if calibration else "judge")
         accept = self.accept if self.accept is not None else calibration.accept if calibration else None
+        stages = [stage.build(labels, calibration, number, fusion) for number, stage in enumerate(self.stage)]
+        if calibration and calibration.promised_with and self.accept is None:
+            settings = self.stage[0].model_dump(mode="json")
+            calibration.require_promised(settings | {"policy": str(stages[0].policy), "fusion": fusion})
         return Cascade(
             CalibratedScorer(scorer, calibration) if calibration else scorer,
-            [stage.build(labels, calibration, number, fusion) for number, stage in enumerate(self.stage)],
+            stages,
             labels=labels,
             on_failure=self.on_failure,
             accept=accept or 0.0,

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import JsonValue
 
-from cascadevlm.decision.calibration import COVERAGE, Calibration, FusionRule, decided, fit_calibration, images_of
+from cascadevlm.decision.calibration import COVERAGE, Calibration, FusionRule, decided, fit_calibration, images_of, settings_of
 from cascadevlm.decision.guarantee import Acceptance, fit_acceptance
 from cascadevlm.decision.judge_model import Answers
 from cascadevlm.decision.targets import Outcome, Target, outcome, policy_for
@@ -100,7 +100,9 @@ def calibrate(
         acceptance = fit_acceptance(gated.probabilities, right, target_error=target_error, confidence=confidence)
         if acceptance.threshold is None:
             raise DataError(acceptance.describe(), hint="Label more images, or promise less.")
-        calibration = replace(calibration, accept=acceptance.threshold)
+        shown = settings_of(choosing, 0, ("candidates", "widen"))
+        promised_with = {"policy": str(policy), "fusion": calibration.fusion, **shown}
+        calibration = replace(calibration, accept=acceptance.threshold, promised_with=promised_with)
     after = decided(rest, calibration)
     result = Calibrated(
         calibration=calibration,

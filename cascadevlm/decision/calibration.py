@@ -1,7 +1,7 @@
 """What was learned of a scorer and its judges from a record, in one readable JSON file that other models are refused with."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import cached_property
@@ -89,6 +89,7 @@ class Calibration:
         policy: when to ask, if it was chosen for a target.
         fusion: whose word is final.
         accept: the least probable label that is not abstained from, if an error was to be guaranteed.
+        promised_with: what the guarantee holds with: policy, fusion and, of the stage, what decides who is asked about what.
         figures: what was measured when it was fitted: before and after calibration, and on held-out images.
         made: when.
     """
@@ -104,6 +105,7 @@ class Calibration:
     policy: str | None = None
     fusion: FusionRule = "bayes"
     accept: float | None = None
+    promised_with: dict[str, JsonValue] = field(default_factory=dict)
     figures: dict[str, JsonValue] = field(default_factory=dict)
     made: datetime = field(default_factory=lambda: datetime.now(UTC))
     format: Literal[1] = 1
@@ -156,6 +158,19 @@ class Calibration:
             if (given := settings.get(name)) != value:
                 raise ConfigError(f"The calibration is of {name} {value!r}, not of {given!r}.", hint=hint)
         return known.model
+
+    def require_promised(self, given: Mapping[str, JsonValue]) -> None:
+        """Refuse what the guarantee was not fitted with.
+
+        Raises:
+            ConfigError: naming the first difference.
+        """
+        for name, value in self.promised_with.items():
+            if given[name] != value:
+                raise ConfigError(
+                    f"The guarantee is for {name} {value!r}, not for {given[name]!r}.",
+                    hint="Take that, calibrate again, or set accept yourself, without a guarantee.",
+                )
 
     def conformal_for(self, coverage: float) -> Conformal:
         """The rule for a coverage.
@@ -281,7 +296,7 @@ def fit_calibration(
         judges.append(
             CalibratedJudge(
                 judge=judged.judge,
-                settings=_settings(record, number),
+                settings=settings_of(record, number, SETTINGS),
                 model=model,
                 pool=pool,
                 log_likelihoods=likelihoods,
@@ -315,7 +330,7 @@ def decided(record: Record, calibration: Calibration) -> Record:
     scores = calibration.calibrated(record.scores)
     before = belief = scores.log_probs.astype(np.float64)
     for number, (judge, judged) in enumerate(zip(calibration.judges, record.stages, strict=True)):
-        if settings := _settings(record, number):
+        if settings := settings_of(record, number, SETTINGS):
             calibration.judge_of(number, settings)
         before, known = belief, heard(judged)
         belief = np.where(known[:, None], judge.fuser(calibration.fusion).posterior(before, answers_of(judged)), before)
@@ -352,7 +367,8 @@ def images_of(record: Record) -> tuple[str, ...]:
     return record.digests or record.names
 
 
-def _settings(record: Record, stage: int) -> dict[str, JsonValue]:
+def settings_of(record: Record, stage: int, names: Collection[str]) -> dict[str, JsonValue]:
+    """Some of a stage's settings, as the record's configuration has them; none of a record made of arrays."""
     stages = record.info.config.get("stage") if record.info else None
     settings = stages[stage] if isinstance(stages, list) else None
-    return {name: settings[name] for name in SETTINGS if name in settings} if isinstance(settings, dict) else {}
+    return {name: settings[name] for name in names if name in settings} if isinstance(settings, dict) else {}

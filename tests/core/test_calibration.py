@@ -1,6 +1,7 @@
 """The artifact and what is refused, records under it, thresholds for targets, and what calibrating looks at."""
 
 import json
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -13,6 +14,7 @@ from pydantic import JsonValue, TypeAdapter
 
 from benchmarks.decision import made_up
 from benchmarks.sweep import judged_all
+from cascadevlm.config import CandidatesConfig, Config
 from cascadevlm.decision.calibrate import calibrate
 from cascadevlm.decision.calibration import (
     CalibratedJudge,
@@ -474,6 +476,32 @@ def test_a_promised_error_is_one_among_accepted_answers() -> None:
     right = fused.labels == held_out(big, result.calibration).truths
     assert accepted.mean() > 0.3
     assert 1 - right[accepted].mean() < 0.22
+
+
+@pytest.mark.parametrize(
+    ("stage", "others", "told"),
+    [
+        ({"policy": "entropy > 0.3"}, {}, r"for policy 'always', not for 'entropy > 0\.3'\. .* set accept yourself"),
+        ({}, {"fusion": "judge"}, "for fusion 'bayes', not for 'judge'"),
+        ({"widen": 1}, {}, "for widen 0, not for 1"),
+        ({"candidates": 3}, {}, "for candidates"),
+        ({"policy": "entropy > 0.3"}, {"accept": 0.7}, None),
+        ({}, {}, None),
+    ],
+)
+def test_a_guarantee_is_of_what_it_was_fitted_with(
+    tmp_path: Path, stage: dict[str, JsonValue], others: dict[str, JsonValue], told: str | None
+) -> None:
+    made = calibrate(made_up(4, 1500, 6, 6), size=1000, target_error=0.2).calibration
+    assert made.promised_with == {"policy": "always", "fusion": "bayes"}
+    file = tmp_path / "calibration.json"
+    shown: dict[str, JsonValue] = {"candidates": CandidatesConfig(k=5).model_dump(mode="json"), "widen": 0}
+    replace(made, promised_with=made.promised_with | shown).write(file)
+    data: dict[str, JsonValue] = {"scorer": {"use": "recorded:nothing"}, "labels": [*made.labels], "calibration": str(file)}
+    data["stage"] = [{"judge": "recorded:nothing"} | stage]
+    config = Config.parse(data | others)
+    with nullcontext() if told is None else pytest.raises(ConfigError, match=told):
+        assert config.build().accept == others.get("accept", made.accept)
 
 
 def test_a_promise_that_the_images_do_not_support_is_refused() -> None:
