@@ -114,14 +114,14 @@ def pipeline(files: Sequence[Path]) -> Callable[[], None]:
     return loop
 
 
-def ours(scorer: Scorer, files: Path) -> Callable[[], None]:
+def ours(scorer: Scorer, files: Path, *, batch: int = BATCH) -> Callable[[], None]:
     """A bulk run from files to predictions, the labels embedded anew: every time they are others."""
     rounds = count()
 
     def run() -> None:
         labels = LabelSet.of(f"{name}, round {next(rounds)}" for name in NAMES)
         with tempfile.TemporaryDirectory() as folder:
-            bulk.run(Cascade(scorer, [], labels=labels, batch_size=BATCH), Inputs(files), Path(folder), config={})
+            bulk.run(Cascade(scorer, [], labels=labels, batch_size=batch), Inputs(files), Path(folder), config={})
 
     return run
 

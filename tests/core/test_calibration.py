@@ -498,7 +498,7 @@ def test_a_guarantee_is_of_what_it_was_fitted_with(
     shown: dict[str, JsonValue] = {"candidates": CandidatesConfig(k=5).model_dump(mode="json"), "widen": 0}
     replace(made, promised_with=made.promised_with | shown).write(file)
     data: dict[str, JsonValue] = {"scorer": {"use": "recorded:nothing"}, "labels": [*made.labels], "calibration": str(file)}
-    data["stage"] = [{"judge": "recorded:nothing"} | stage]
+    data["stage"] = [{**stage, "judge": "recorded:nothing"}]
     config = Config.parse(data | others)
     with nullcontext() if told is None else pytest.raises(ConfigError, match=told):
         assert config.build().accept == others.get("accept", made.accept)

@@ -1,0 +1,101 @@
+"""How busy a bulk run keeps an accelerator: ``python -m benchmarks.gpu``.
+
+For each model, with random weights: images a second from JPEG files to predictions, against the model alone on images that are
+decoded, preprocessed and on the device already. Enough cores to decode and preprocess should leave little between the two. Text
+towers are left out, as labels are embedded once for any number of images.
+"""
+
+import json
+import os
+import tempfile
+import time
+from collections.abc import Sequence
+from itertools import count
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+from numpy.typing import NDArray
+
+from benchmarks.throughput import NAMES, make_images, ours, seconds
+from cascadevlm_backends._torch import choose_device, choose_dtype
+from cascadevlm_backends.open_clip import OpenClipScorer
+
+MODELS = ["ViT-B-32", "ViT-L-14", "ViT-SO400M-14-SigLIP-384"]
+
+
+class WithoutText(OpenClipScorer):
+    """Labels get embeddings at random."""
+
+    width = 0
+
+    def embed_texts(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        rows = np.random.default_rng(0).normal(size=(len(texts), self.width)).astype(np.float32)
+        unit: NDArray[np.float32] = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+        return unit
+
+
+def save(name: str, folder: Path) -> int:
+    """Write a model with random weights, as open_clip reads it; the width of its embeddings."""
+    import open_clip
+    from safetensors.torch import save_file
+
+    model, config = open_clip.create_model(name), open_clip.get_model_config(name)
+    for key in ("hf_tokenizer_name", "tokenizer_kwargs"):  # would be downloaded
+        config["text_cfg"].pop(key, None)
+    preprocessing = open_clip.get_model_preprocess_cfg(model)
+    folder.mkdir()
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": preprocessing}))
+    save_file({key: value.contiguous() for key, value in model.state_dict().items()}, folder / "open_clip_model.safetensors")
+    return int(config["embed_dim"])
+
+
+def alone(name: str, device: str, batch: int, batches: int) -> float:
+    """Images a second of the image tower."""
+    import open_clip
+    import torch
+
+    dtype = choose_dtype(device, "auto")
+    precision = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
+    model = open_clip.create_model(name, precision=precision, device=device).eval()
+    size = model.visual.image_size
+    pixels = torch.randn(batch, 3, *(size if isinstance(size, tuple | list) else (size, size)), device=device, dtype=dtype)
+    with torch.inference_mode():
+        model.encode_image(pixels, normalize=True).cpu()
+        began = time.perf_counter()
+        for _ in range(batches):
+            features = model.encode_image(pixels, normalize=True)
+        features.cpu()
+    return batch * batches / (time.perf_counter() - began)
+
+
+def main(
+    models: Annotated[list[str] | None, typer.Option("--model", help="Of open_clip, as often as wanted.")] = None,
+    images: Annotated[int, typer.Option(help="JPEG files.")] = 8192,
+    batch: Annotated[int, typer.Option(help="Images scored at once.")] = 256,
+    device: Annotated[str | None, typer.Option(help="As torch names it; the best there is, unless given.")] = None,
+) -> None:
+    """Print the table."""
+    chosen = choose_device(device)
+    print(f"{len(NAMES)} labels, {images} images, batches of {batch}, {os.cpu_count()} cores, {chosen}")
+    print(f"{'model':<28}{'model alone':>14}{'end to end':>14}{'ratio':>8}")
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "images"
+        folder.mkdir()
+        made = make_images(folder, min(images, 512))
+        for number in range(len(made), images):  # the same pictures again, under other names
+            os.link(made[number % len(made)], folder / f"{number:05}.jpg")
+        for name, number in zip(models or MODELS, count(), strict=False):
+            place = Path(scratch) / f"model {number}"
+            scorer = WithoutText(f"local-dir:{place}", device=chosen)
+            scorer.width = save(name, place)
+            scorer.load()
+            run = ours(scorer, folder, batch=batch)
+            run()
+            end_to_end, forward = images / seconds(run), alone(name, chosen, batch, max(1, images // batch))
+            print(f"{name:<28}{forward:>12.1f}/s{end_to_end:>12.1f}/s{end_to_end / forward:>8.2f}", flush=True)
+
+
+if __name__ == "__main__":
+    typer.run(main)
