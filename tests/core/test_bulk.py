@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import JsonValue
 
+from benchmarks.kills import predictions as lines
 from benchmarks.kills import prove
 from cascadevlm import Cascade, Stage, bulk, load_prompt, parse_policy
 from cascadevlm.budget import Ledger
@@ -45,16 +46,6 @@ def cascade(judge: FakeJudge | None = None, policy: str = "entropy > 0.6", **opt
 
 def second(_: Question) -> str:
     return "ANSWER: B"
-
-
-def lines(folder: Path) -> list[dict[str, object]]:
-    """The predictions, but for what asking took and whence the answers came."""
-    read = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
-    for line in read:
-        del line["cost"], line["crc32"]
-        if line["verdict"]:
-            del line["verdict"]["usage"]
-    return read
 
 
 def stopping_after(batches: int) -> "Iterator[bool]":

@@ -1,6 +1,5 @@
 """Runs on a real Ray cluster of this machine, two workers and a judge that counts, against the same runs in one process."""
 
-import json
 import os
 import signal
 import sys
@@ -14,6 +13,7 @@ import pyarrow.parquet
 import pytest
 from pydantic import JsonValue
 
+from benchmarks.kills import predictions as lines
 from cascadevlm import bulk
 from cascadevlm.cluster import Arriving, on_ray
 from cascadevlm.cluster.workers import ScoredBatch
@@ -113,16 +113,6 @@ def run(
     cascade, frozen = config.build(), config.frozen(config.build()).model_dump(mode="json")
     with on_ray(cascade, config, images, workers=2) if engine == "ray" else nullcontext(cascade) as running:
         return bulk.run(running, images, folder, config=frozen, stopping=stopping, progress=progress)
-
-
-def lines(folder: Path) -> list[dict[str, object]]:
-    """The predictions, but for how long asking took."""
-    read = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
-    for line in read:
-        del line["cost"], line["crc32"]
-        if line["verdict"]:
-            del line["verdict"]["usage"]
-    return read
 
 
 def workers(plugin: Path, name: str) -> list[int]:
