@@ -475,7 +475,7 @@ def _rank(rule: CandidateRule, items: Sequence[_Item]) -> None:
 
 def _as_scored(scores: Scores, candidate: Candidate) -> Candidate:
     """With its probability and rank in 1 x C scores."""
-    (row,), column = scores.probabilities, scores.labels.names.index(candidate.label.name)
+    (row,), column = scores.probabilities, scores.labels.columns[candidate.label.name]
     rank = 1 + int((row > row[column]).sum() + (row[:column] == row[column]).sum())
     return replace(candidate, probability=float(row[column]), rank=rank)
 

@@ -116,6 +116,11 @@ class LabelSet:
     def names(self) -> tuple[str, ...]:
         return tuple(label.name for label in self.labels)
 
+    @cached_property
+    def columns(self) -> dict[str, int]:
+        """The column of each name."""
+        return {name: number for number, name in enumerate(self.names)}
+
     def __len__(self) -> int:
         return len(self.labels)
 

@@ -285,7 +285,7 @@ def read_record(folder: str | Path) -> Record:
     with _reading(folder):
         info = RunInfo.model_validate_json((folder / "run.json").read_bytes())
         labels = LabelSet(tuple(info.labels))
-        column = {name: number for number, name in enumerate(labels.names)}
+        column = labels.columns
         images, predictions = (_read_table(folder, name).to_pydict() for name in ("images", "predictions"))
         log_probs = np.load(folder / "scores.npy")
         if log_probs.shape != (len(images["name"]), scores_kept(labels)) or predictions["name"] != images["name"]:

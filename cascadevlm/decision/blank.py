@@ -74,7 +74,7 @@ def ask_blank(cascade: Cascade) -> Answers:
         DataError: if it never answers.
         JudgeError: if it cannot work at all.
     """
-    column = {name: number for number, name in enumerate(cascade.labels.names)}
+    column = cascade.labels.columns
     predictions = [
         (prediction.candidates, verdict)
         for prediction in cascade.classify(blank_images(cascade))

@@ -55,8 +55,7 @@ class Asking:
 
     def fuse(self, scores: Scores, shown: Sequence[Candidate], verdict: Verdict) -> Scores:
         """1 x C: what to believe after a verdict, from what was believed before."""
-        names = scores.labels.names
-        column = {name: number for number, name in enumerate(names)}
+        column = scores.labels.columns
         said = NONE_CHOSEN if verdict.outcome == "none" else NOBODY if verdict.label is None else column[verdict.label]
         opinion = verdict.probabilities
         answers = Answers(
