@@ -15,25 +15,12 @@ from typing import Annotated
 
 import typer
 
+from benchmarks.throughput import make_model
 from cascadevlm import bulk
 from cascadevlm.cluster import on_ray
 from cascadevlm.config import Config
 from cascadevlm.inputs import Inputs
 from cascadevlm.testing import noise
-
-MODEL = "ViT-B-32"
-
-
-def random_model(folder: Path) -> None:
-    """A folder as ``open_clip:local-dir:`` takes it."""
-    import open_clip
-    from safetensors.torch import save_file
-
-    folder.mkdir()
-    model = open_clip.create_model(MODEL)
-    save_file({name: value.contiguous() for name, value in model.state_dict().items()}, folder / "open_clip_model.safetensors")
-    config = {"model_cfg": open_clip.get_model_config(MODEL), "preprocess_cfg": {}}
-    (folder / "open_clip_config.json").write_text(json.dumps(config))
 
 
 def images_per_second(config: Config, images: Inputs, workers: int) -> float:
@@ -49,14 +36,13 @@ def main(images: Annotated[int, typer.Option()] = 512, rounds: Annotated[int, ty
     """Print a line of JSON."""
     os.environ["OMP_NUM_THREADS"] = "1"
     with tempfile.TemporaryDirectory() as folder:
-        files, model = Path(folder, "images"), Path(folder, "model")
+        files, model = Path(folder, "images"), make_model("ViT-B-32", Path(folder, "model"))
         files.mkdir()
         for number in range(images):
             noise(number, (125, 100)).resize((500, 400)).save(files / f"{number:05}.jpg", quality=90)
-        random_model(model)
         config = Config.parse(
             {
-                "scorer": {"use": f"open_clip:local-dir:{model}"},
+                "scorer": {"use": f"open_clip:{model}"},
                 "labels": [f"species {number}" for number in range(200)],
                 "batch_size": 16,
                 "cache": {"embeddings": False},

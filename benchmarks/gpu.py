@@ -5,12 +5,10 @@ decoded, preprocessed and on the device already. Enough cores to decode and prep
 towers are left out, as labels are embedded once for any number of images.
 """
 
-import json
 import os
 import tempfile
 import time
 from collections.abc import Sequence
-from itertools import count
 from pathlib import Path
 from typing import Annotated
 
@@ -18,7 +16,7 @@ import numpy as np
 import typer
 from numpy.typing import NDArray
 
-from benchmarks.throughput import NAMES, make_images, ours, seconds
+from benchmarks.throughput import NAMES, make_images, make_model, ours, seconds
 from cascadevlm_backends._torch import choose_device, choose_dtype
 from cascadevlm_backends.open_clip import OpenClipScorer
 
@@ -34,21 +32,6 @@ class WithoutText(OpenClipScorer):
         rows = np.random.default_rng(0).normal(size=(len(texts), self.width)).astype(np.float32)
         unit: NDArray[np.float32] = rows / np.linalg.norm(rows, axis=1, keepdims=True)
         return unit
-
-
-def save(name: str, folder: Path) -> int:
-    """Write a model with random weights, as open_clip reads it; the width of its embeddings."""
-    import open_clip
-    from safetensors.torch import save_file
-
-    model, config = open_clip.create_model(name), open_clip.get_model_config(name)
-    for key in ("hf_tokenizer_name", "tokenizer_kwargs"):  # would be downloaded
-        config["text_cfg"].pop(key, None)
-    preprocessing = open_clip.get_model_preprocess_cfg(model)
-    folder.mkdir()
-    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": preprocessing}))
-    save_file({key: value.contiguous() for key, value in model.state_dict().items()}, folder / "open_clip_model.safetensors")
-    return int(config["embed_dim"])
 
 
 def alone(name: str, device: str, batch: int, batches: int) -> float:
@@ -77,6 +60,8 @@ def main(
     device: Annotated[str | None, typer.Option(help="As torch names it; the best there is, unless given.")] = None,
 ) -> None:
     """Print the table."""
+    import open_clip
+
     chosen = choose_device(device)
     print(f"{len(NAMES)} labels, {images} images, batches of {batch}, {os.cpu_count()} cores, {chosen}")
     print(f"{'model':<28}{'model alone':>14}{'end to end':>14}{'ratio':>8}")
@@ -86,10 +71,9 @@ def main(
         made = make_images(folder, min(images, 512))
         for number in range(len(made), images):  # the same pictures again, under other names
             os.link(made[number % len(made)], folder / f"{number:05}.jpg")
-        for name, number in zip(models or MODELS, count(), strict=False):
-            place = Path(scratch) / f"model {number}"
-            scorer = WithoutText(f"local-dir:{place}", device=chosen)
-            scorer.width = save(name, place)
+        for number, name in enumerate(models or MODELS):
+            scorer = WithoutText(make_model(name, Path(scratch) / f"model {number}"), device=chosen)
+            scorer.width = open_clip.get_model_config(name)["embed_dim"]
             scorer.load()
             run = ours(scorer, folder, batch=batch)
             run()

@@ -47,7 +47,7 @@ class Pictures:
             yield f"{number:06}", np.random.default_rng(number).integers(0, 256, (16, 16, 3), dtype=np.uint8)
 
 
-def run(folder: Path, url: str, images: int, dollars: float | None = None) -> Tally:
+def run(folder: Path, url: str, images: int) -> Tally:
     """The run that is killed."""
     judge = load_judge(f"openai:{MODEL}", base_url=url, concurrency=CONCURRENCY)
     stage = Stage(judge=judge, prompt=load_prompt("select"), policy=parse_policy("entropy > 0.6 & calls <= 100000"))
@@ -161,7 +161,7 @@ def prove(kills: int, *, images: int, seed: int = 0) -> Proof:
 
 def main(
     kills: Annotated[int, typer.Option(help="How many.")] = 100,
-    images: Annotated[int, typer.Option(help="In every run.")] = 400,
+    images: Annotated[int, typer.Option(help="In every run.")] = 600,
     seed: int = 0,
 ) -> None:
     """Kill runs and tell what it cost."""

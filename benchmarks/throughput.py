@@ -45,18 +45,20 @@ def make_images(folder: Path, images: int) -> list[Path]:
     return sorted(folder.glob("*.jpg"))
 
 
-def make_model(folder: Path) -> str:
-    """ViT-B/32 with random weights, as a folder that open_clip reads."""
+def make_model(name: str, folder: Path) -> str:
+    """A model of open_clip with random weights in a folder; what open_clip calls it."""
     import open_clip
     import torch
     from safetensors.torch import save_file
 
     torch.manual_seed(0)
     folder.mkdir()
-    model, config = open_clip.create_model("ViT-B-32"), open_clip.get_model_config("ViT-B-32")
-    preprocessing = {"mean": open_clip.OPENAI_DATASET_MEAN, "std": open_clip.OPENAI_DATASET_STD}
+    model, config = open_clip.create_model(name), open_clip.get_model_config(name)
+    for key in ("hf_tokenizer_name", "tokenizer_kwargs"):  # would be downloaded
+        config["text_cfg"].pop(key, None)
+    preprocessing = open_clip.get_model_preprocess_cfg(model)
     (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": preprocessing}))
-    save_file({name: value.contiguous() for name, value in model.state_dict().items()}, folder / "open_clip_model.safetensors")
+    save_file({key: value.contiguous() for key, value in model.state_dict().items()}, folder / "open_clip_model.safetensors")
     return f"local-dir:{folder}"
 
 
@@ -190,7 +192,7 @@ def compare_speed(images: int, rounds: int) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         (folder / "images").mkdir()
-        files, name = make_images(folder / "images", images), make_model(folder / "model")
+        files, name = make_images(folder / "images", images), make_model("ViT-B-32", folder / "model")
         scorer = load_scorer(f"open_clip:{name}")
         scorer.load()
         mine, few = ours(scorer, folder / "images"), folder / "few"

@@ -30,6 +30,7 @@ from cascadevlm.cache import (
 from cascadevlm.cascade import Cascade
 from cascadevlm.engine import OnFailure
 from cascadevlm.errors import BackendError, BudgetExhausted, FatalError, JudgeError, PermanentError, TransientError
+from cascadevlm.files import write_whole
 from cascadevlm.hosted import HostedJudge
 from cascadevlm.images import ImageSource
 from cascadevlm.judge import WrapperJudge
@@ -310,9 +311,7 @@ class BatchJudge(WrapperJudge):
         self._rows(chunk).unlink(missing_ok=True)
 
     def _save(self, chunk: Chunk) -> None:
-        part = self._state(chunk).with_suffix(".part")
-        part.write_text(chunk.model_dump_json(), encoding="utf-8")
-        part.replace(self._state(chunk))
+        write_whole(self._state(chunk), chunk.model_dump_json())
 
     def _state(self, chunk: Chunk) -> Path:
         return self.folder / f"{chunk.name}.json"

@@ -12,7 +12,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice
-from pathlib import Path
 from typing import Literal, TypeAlias, TypeVar
 
 import numpy as np
@@ -21,13 +20,13 @@ from cascadevlm.budget import NANODOLLARS, Ledger, Metered
 from cascadevlm.cache import Cached, SingleFlight, VerdictStore
 from cascadevlm.candidates import CandidateRule, TopK
 from cascadevlm.errors import BudgetExhausted, FatalError, ImageError, JudgeError
-from cascadevlm.images import ImageSource, is_large
+from cascadevlm.images import ImageSource, is_large, path_of
 from cascadevlm.judge import Judge, Repairing
 from cascadevlm.labels import Label, LabelSet
 from cascadevlm.pacing import Paced
 from cascadevlm.policy import START, Spending
 from cascadevlm.retry import Retrying
-from cascadevlm.scorer import Prepared, Scorer
+from cascadevlm.scorer import Prepared, Scorer, prepared_or_error
 from cascadevlm.stage import Stage
 from cascadevlm.types import Candidate, Prediction, Scores, Verdict
 
@@ -244,10 +243,16 @@ class Run:
 
     async def _read_ahead(self, sources: Iterator[ImageSource], ahead: asyncio.Queue[asyncio.Task[list[Read]] | None]) -> None:
         loop = asyncio.get_running_loop()
+
+        async def take() -> list[ImageSource]:
+            return await asyncio.to_thread(lambda: list(islice(sources, self.batch_size)))
+
         async with _ending(ahead):
-            while batch := await asyncio.to_thread(lambda: list(islice(sources, self.batch_size))):
+            if batch := await take():
                 await loop.run_in_executor(self.scoring, self.scorer.load)
+            while batch:
                 await ahead.put(self._begin(self.read(batch)))
+                batch = await take()
 
     async def _prepare_batch(self, batch: Sequence[ImageSource]) -> list[Read]:
         size = -(-len(batch) // self.workers)
@@ -257,14 +262,7 @@ class Run:
         return list(chain.from_iterable(prepared))
 
     def _prepare(self, sources: Sequence[ImageSource]) -> list[Read]:
-        read: list[Read] = []
-        for source in sources:
-            path = str(source) if isinstance(source, str | Path) else ""
-            try:
-                read.append((path, self.scorer.prepare(source)))
-            except ImageError as exc:
-                read.append((path, exc))
-        return read
+        return [(path_of(source), prepared_or_error(self.scorer, source)) for source in sources]
 
     async def _score(self, read: Sequence[Read], results: Sequence[asyncio.Future[Prediction]]) -> list[_Item]:
         """Score a batch; unreadable images get their result here and are left out."""

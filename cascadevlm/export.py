@@ -22,6 +22,7 @@ from PIL import Image
 from pydantic import AliasPath, BaseModel, Field, InstanceOf, JsonValue, ValidationError
 
 from cascadevlm.errors import DataError, InputError
+from cascadevlm.files import valid_text
 
 PREDICTIONS = "predictions.jsonl"
 
@@ -261,8 +262,8 @@ def write_hf(chosen: Chosen, output: Path) -> str:
 
     def examples() -> Iterator[dict[str, object]]:
         for _, line in chosen:
-            texts = {name: _valid(value) if isinstance(value, str) else value for name, value in line.columns.items()}
-            yield {**texts, "image": {"bytes": Path(line.path).read_bytes(), "path": _valid(Path(line.path).name)}}
+            texts = {name: valid_text(value) if isinstance(value, str) else value for name, value in line.columns.items()}
+            yield {**texts, "image": {"bytes": Path(line.path).read_bytes(), "path": valid_text(Path(line.path).name)}}
 
     try:
         made = datasets.Dataset.from_generator(
@@ -272,10 +273,6 @@ def write_hf(chosen: Chosen, output: Path) -> str:
     except datasets.exceptions.DatasetGenerationError as exc:
         raise DataError(f"The data set cannot be written: {exc.__cause__}.") from exc
     return "Load it: datasets.load_from_disk(FOLDER)."
-
-
-def _valid(text: str) -> str:
-    return text.encode(errors="backslashreplace").decode()
 
 
 def write_coco(chosen: Chosen, output: Path) -> str:

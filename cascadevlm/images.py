@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from cascadevlm.errors import ImageError
+from cascadevlm.files import valid_text
 
 ImageSource: TypeAlias = str | Path | bytes | Image.Image | NDArray[np.uint8]
 
@@ -94,8 +95,13 @@ def image_files(folder: Path) -> list[Path]:
 
 
 def file_name(path: Path) -> str:
-    """The path as text that any file can hold: a name need not be valid Unicode."""
-    return str(path).encode(errors="backslashreplace").decode()
+    """The path as text that any file can hold."""
+    return valid_text(str(path))
+
+
+def path_of(source: ImageSource) -> str:
+    """The path of an image, or "" where it is none."""
+    return str(source) if isinstance(source, str | Path) else ""
 
 
 def is_large(image: Image.Image) -> bool:

@@ -16,6 +16,7 @@ from pydantic import JsonValue
 
 from cascadevlm.data import Data
 from cascadevlm.errors import DataError
+from cascadevlm.files import valid_text, write_whole
 from cascadevlm.images import pixel_digest
 from cascadevlm.labels import LabelSet
 from cascadevlm.record import NOBODY, RunInfo, scores_kept, table_schemas
@@ -144,9 +145,7 @@ def write_record(
             versions=versions(),
             machine=machine(),
         )
-        unfinished = folder / "run.json.part"
-        unfinished.write_text(info.model_dump_json(indent=2) + "\n", encoding="utf-8")
-        unfinished.replace(folder / "run.json")
+        write_whole(folder / "run.json", info.model_dump_json(indent=2) + "\n")
 
     return writing()
 
@@ -221,5 +220,5 @@ def _verdict_columns(verdict: Verdict) -> dict[str, object]:
 
 
 def _valid(value: object) -> object:
-    """What a judge says need not be valid Unicode; a table wants it."""
-    return value.encode(errors="backslashreplace").decode() if isinstance(value, str) else value
+    """A value of a table, which wants valid Unicode."""
+    return valid_text(value) if isinstance(value, str) else value

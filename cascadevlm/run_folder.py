@@ -29,14 +29,15 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, Self, TypeAlias
 
 import filelock
-from pydantic import BaseModel, JsonValue, TypeAdapter, ValidationError
+from pydantic import BaseModel, BeforeValidator, JsonValue, TypeAdapter, ValidationError
 
 from cascadevlm.budget import Ledger
 from cascadevlm.engine import BEGINNING, Checkpoint
 from cascadevlm.errors import DataError
+from cascadevlm.files import valid_text, write_whole
 from cascadevlm.labels import Label
 from cascadevlm.types import DecidedBy, Outcome, Prediction
 
@@ -117,15 +118,18 @@ class Tally:
         self.saved_dollars += line.cost.saved_dollars
 
 
+_Text: TypeAlias = Annotated[str, BeforeValidator(valid_text)]
+
+
 class _Verdict(BaseModel):
     outcome: Outcome
     judge: str
-    rationale: str
-    error: str
+    rationale: _Text
+    error: _Text
 
 
 class _Candidate(BaseModel):
-    label: str
+    label: _Text
     probability: float
     rank: int
 
@@ -139,8 +143,8 @@ class _Cost(BaseModel):
 class _Line(BaseModel):
     """What of a line of ``predictions.jsonl`` is counted, told as a failure, and put into the table."""
 
-    path: str
-    label: str | None
+    path: _Text
+    label: _Text | None
     probability: float | None
     decided_by: DecidedBy | None
     candidates: list[_Candidate]
@@ -148,7 +152,12 @@ class _Line(BaseModel):
     verdict: _Verdict | None
     earlier_verdicts: list[_Verdict]
     cost: _Cost
-    error: str
+    error: _Text
+
+    @classmethod
+    def read(cls, body: bytes) -> Self:
+        """What is written in a line; unlike other readers, Python's takes texts that are no valid Unicode."""
+        return cls.model_validate(json.loads(body))
 
     @property
     def verdicts(self) -> list[_Verdict]:
@@ -183,7 +192,7 @@ class DurableLedger(Ledger):
         if path.exists():
             entries = [json.loads(line) for line in path.read_text().split("\n")[:-1]]  # what is not ended did not happen
             self._spent = sum(entry["reserved"] + entry["spent"] for entry in entries)
-        _replace(path, json.dumps({"reserved": 0, "spent": self._spent}) + "\n")
+        write_whole(path, json.dumps({"reserved": 0, "spent": self._spent}) + "\n")
         self._file = path.open("a", encoding="utf-8")
 
     def close(self) -> None:
@@ -261,7 +270,7 @@ class RunFolder:
         self.manifest = begun
 
     def _write_manifest(self) -> None:
-        _replace(self.folder / "manifest.json", self.manifest.model_dump_json(indent=2) + "\n")
+        write_whole(self.folder / "manifest.json", self.manifest.model_dump_json(indent=2) + "\n")
 
     def _keep_what_is_sound(self) -> None:
         """Count the predictions that are there and cut off what is not whole."""
@@ -278,7 +287,7 @@ class RunFolder:
                         warnings.warn(told, RuntimeWarning, stacklevel=2)
                     break
                 sound += len(line)
-                self._count(_Line.model_validate_json(body))
+                self._count(_Line.read(body))
         if sound < path.stat().st_size:
             os.truncate(path, sound)
         progress = self.folder / "progress.json"
@@ -309,9 +318,10 @@ class RunFolder:
 
     def append(self, path: str, prediction: Prediction) -> None:
         """Write a prediction down; it is safe once flushed."""
-        body = json.dumps(prediction.to_dict() | {"path": path})
+        told = prediction.to_dict() | {"path": path}
+        line, body = _Line.model_validate(told), json.dumps(told)
         self._predictions.write(f"{body[:-1]}{_CHECKSUM}{zlib.crc32(body.encode())}}}\n")
-        self._count(_Line.model_validate_json(body))
+        self._count(line)
 
     def _count(self, line: _Line) -> None:
         if failure := line.failure():
@@ -329,14 +339,14 @@ class RunFolder:
             file.flush()
         os.fsync(self._predictions.fileno())
         self.checkpoint = checkpoint
-        _replace(self.folder / "progress.json", _CHECKPOINT.dump_json(checkpoint).decode())
+        write_whole(self.folder / "progress.json", _CHECKPOINT.dump_json(checkpoint).decode())
         self._flushed = time.monotonic()
 
     def finish(self) -> None:
         """Write the table and the summary."""
         self.flush(self.checkpoint)
         self._write_table()
-        _replace(self.folder / "summary.json", json.dumps(self.tally.to_dict(), indent=2) + "\n")
+        write_whole(self.folder / "summary.json", json.dumps(self.tally.to_dict(), indent=2) + "\n")
 
     def _write_table(self) -> None:
         import pyarrow
@@ -348,7 +358,7 @@ class RunFolder:
             (self.folder / "predictions.jsonl").open("rb") as lines,
             pyarrow.parquet.ParquetWriter(unfinished, schema) as table,
         ):
-            rows = (_Line.model_validate_json(line).row() for line in lines)
+            rows = (_Line.read(line).row() for line in lines)
             while some := list(islice(rows, ROWS_AT_ONCE)):
                 table.write_table(pyarrow.Table.from_pylist(some, schema=schema))
         unfinished.replace(self.folder / "predictions.parquet")
@@ -376,13 +386,3 @@ def _checked(line: bytes) -> bytes | None:
 
 def _but_for_the_lock(folder: Path) -> Iterator[Path]:
     return (entry for entry in folder.iterdir() if entry.name != "lock")
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a file as a whole or not at all."""
-    unfinished = path.with_name(f"{path.name}.part")
-    with unfinished.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    unfinished.replace(path)

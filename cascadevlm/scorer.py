@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from cascadevlm.errors import InputError
+from cascadevlm.errors import ImageError, InputError
 from cascadevlm.images import ImageSource, is_large, load_image
 from cascadevlm.labels import LabelSet, one_line
 from cascadevlm.types import Scores
@@ -84,6 +84,14 @@ class Scorer(ABC):
     def score_prepared(self, prepared: Sequence[Prepared], labels: LabelSet) -> Scores:
         """`score`, of images that this scorer prepared."""
         return self.score([each.image for each in prepared], labels)
+
+
+def prepared_or_error(scorer: Scorer, source: ImageSource) -> Prepared | ImageError:
+    """What a scorer prepares of an image, or why it cannot be read."""
+    try:
+        return scorer.prepare(source)
+    except ImageError as exc:
+        return exc
 
 
 class WrapperScorer(Scorer):

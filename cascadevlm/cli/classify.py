@@ -30,13 +30,11 @@ def classify(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
 ) -> None:
     """Classify images. Fails (exit code 1) if an image cannot be read or no question gets an answer."""
-    from typing import get_args
-
     from rich.console import Console
 
     from cascadevlm.cli.money import confirm
-    from cascadevlm.cli.show import prediction_block, print_summary, spending_rows
-    from cascadevlm.types import Outcome, Usage
+    from cascadevlm.cli.show import outcome_rows, prediction_block, print_summary, spending_rows
+    from cascadevlm.types import Usage
 
     parsed = options.parse(config, scorer, judge, policy, candidates, prompt, settings)
     cascade, files = options.build(parsed, labels), options.image_files(paths)
@@ -56,8 +54,7 @@ def classify(
         counts[prediction.verdict.outcome if prediction.verdict else "kept"] += bool(prediction.candidates)
     spent = cascade.ledger.spent_dollars
     rows = {"images": str(len(files)), "judge calls": str(total.requests)}
-    rows |= {outcome: str(counts[outcome]) for outcome in ("kept", *get_args(Outcome), "unreadable") if counts[outcome]}
-    rows |= spending_rows(total, spent=spent, asked=counts["asked"], images=len(files))
+    rows |= outcome_rows(counts) | spending_rows(total, spent=spent, asked=counts["asked"], images=len(files))
     print_summary(Console(highlight=False, stderr=True) if as_json else console, "Summary", rows)
     if counts["unreadable"] or counts["failed"] == counts["asked"] > 0:
         raise typer.Exit(1)

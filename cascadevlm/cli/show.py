@@ -1,5 +1,6 @@
 """What the terminal shows of predictions."""
 
+from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, get_args
 
@@ -75,12 +76,14 @@ def spending_rows(total: Usage, *, spent: float, asked: int, images: int) -> dic
     }
 
 
+def outcome_rows(counts: Mapping[str, int]) -> dict[str, str]:
+    """How many images were kept, came to each outcome, and could not be read, where there are any."""
+    return {name: str(counts[name]) for name in ("kept", *get_args(Outcome), "unreadable") if counts.get(name)}
+
+
 def tally_rows(tally: "Tally") -> dict[str, str]:
     """What a bulk run has done."""
-    counts = {
-        outcome: str(tally.counts[outcome]) for outcome in ("kept", *get_args(Outcome), "unreadable") if tally.counts[outcome]
-    }
-    rows = {"images": str(tally.images), "judge calls": str(tally.requests)} | counts
+    rows = {"images": str(tally.images), "judge calls": str(tally.requests)} | outcome_rows(tally.counts)
     if tally.abstained:
         rows["without a label"] = str(tally.abstained)
     return rows | {"spent": f"${tally.spent_dollars:.4f}", "saved by the cache": f"${tally.saved_dollars:.4f}"}

@@ -23,11 +23,11 @@ from numpy.typing import NDArray
 
 from cascadevlm.cascade import Cascade
 from cascadevlm.cluster.judging import RemoteJudge, Worker
-from cascadevlm.cluster.workers import SAME_FILES, JudgingWorker, ScoredBatch, ScoringWorker, Workplace, list_images, path_of
+from cascadevlm.cluster.workers import SAME_FILES, JudgingWorker, ScoredBatch, ScoringWorker, Workplace, list_images
 from cascadevlm.config import Config, StageConfig
 from cascadevlm.engine import BEGINNING, Checkpoint, Read, ReadBatch, Run
 from cascadevlm.errors import BackendError, CascadeError, DataError, RunError
-from cascadevlm.images import ImageSource
+from cascadevlm.images import ImageSource, path_of
 from cascadevlm.inputs import Named
 from cascadevlm.judge import LocalJudge
 from cascadevlm.labels import LabelSet

@@ -9,9 +9,8 @@ import pickle
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import islice
-from pathlib import Path
 from threading import Lock
 
 import numpy as np
@@ -20,12 +19,12 @@ from pydantic import JsonValue
 
 from cascadevlm.config import Config, Options
 from cascadevlm.errors import BackendError, CascadeError, ImageError
-from cascadevlm.images import ImageSource
+from cascadevlm.images import ImageSource, path_of
 from cascadevlm.inputs import Named
 from cascadevlm.judge import Judge
 from cascadevlm.labels import LabelSet
 from cascadevlm.registry import load_judge
-from cascadevlm.scorer import Prepared, Scorer
+from cascadevlm.scorer import Prepared, Scorer, prepared_or_error
 from cascadevlm.types import Question, Verdict
 
 SAME_FILES = "Every machine of the cluster needs the working directory and the images under the same paths."
@@ -73,11 +72,6 @@ class ScoredBatch:
     fingerprint: str
 
 
-def path_of(source: ImageSource) -> str:
-    """The path of an image, or "" where it is none."""
-    return str(source) if isinstance(source, str | Path) else ""
-
-
 def list_images(
     rows: Mapping[str, Sequence[int]], images: Iterable[Named], batch_size: int, place: Workplace
 ) -> Iterator[dict[str, list[bytes]]]:
@@ -114,7 +108,7 @@ class ScoringWorker:
             raise sources
         with self.loading:
             self.scorer  # noqa: B018  # loads it
-        read = list(self.readers.map(self._read, sources))
+        read = list(self.readers.map(partial(prepared_or_error, self.scorer), sources))
         prepared = [each for each in read if isinstance(each, Prepared)]
         with self.scoring:
             scores = self.scorer.score_prepared(prepared, self.labels) if prepared else None
@@ -131,12 +125,6 @@ class ScoringWorker:
         scorer = Config.parse(self.config).build(self.labels, bulk=True).scorer
         scorer.load()
         return scorer
-
-    def _read(self, source: ImageSource) -> Prepared | ImageError:
-        try:
-            return self.scorer.prepare(source)
-        except ImageError as exc:
-            return exc
 
 
 class JudgingWorker:

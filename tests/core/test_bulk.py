@@ -78,6 +78,15 @@ def test_the_table_holds_what_the_lines_hold(tmp_path: Path) -> None:
     assert [row["escalated"] for row in table] == [line["verdict"] is not None for line in found]
 
 
+def test_what_a_judge_says_need_not_be_valid_unicode(tmp_path: Path) -> None:
+    judge = FakeJudge(reply="Half a \ud83d smile.\nANSWER: B")
+    for images in (2, 3):
+        assert bulk.run(cascade(judge, "always"), Pictures(images), tmp_path, config={}).counts == {"answered": images}
+    assert len(judge.questions) == 3
+    rationales = pyarrow.parquet.read_table(tmp_path / "predictions.parquet")["rationale"].to_pylist()
+    assert rationales == ["Half a \\ud83d smile."] * 3
+
+
 @pytest.mark.parametrize("policy", ["entropy > 0.6", "calls <= 5", "top_fraction(0.5)", "random(0.5)"])
 def test_a_stopped_run_goes_on_as_if_it_had_not_been(tmp_path: Path, policy: str) -> None:
     bulk.run(cascade(policy=policy), Pictures(30), tmp_path / "whole", config={})

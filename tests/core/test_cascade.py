@@ -18,8 +18,10 @@ from cascadevlm.budget import Ledger
 from cascadevlm.cache import MemoryStore
 from cascadevlm.engine import READ_AHEAD
 from cascadevlm.errors import FatalError, ImageError, InputError, JudgeError, PermanentError
+from cascadevlm.images import ImageSource
 from cascadevlm.judge import Judge, verdict_from_text
 from cascadevlm.labels import LabelSet
+from cascadevlm.scorer import Prepared
 from cascadevlm.support import SupportSet
 from cascadevlm.testing import FakeJudge, FakeScorer, noise, picture
 from cascadevlm.testing.fakes import Reply
@@ -142,6 +144,25 @@ def test_a_budget_of_calls_falls_on_the_same_images_whatever_the_latencies(seed:
         return [len(p.verdicts) == 2 for p in cascade(*stages, batch_size=batch_size).classify(numbered(20))]
 
     assert asked(seed) == asked(seed + 1)
+
+
+def test_a_model_is_loaded_once_and_before_any_image_is_prepared() -> None:
+    class Loading(FakeScorer):
+        def __init__(self) -> None:
+            super().__init__()
+            self.done: list[str] = []
+
+        def load(self) -> None:
+            self.done.append("load")
+
+        def prepare(self, source: ImageSource) -> Prepared:
+            self.done.append("prepare")
+            return super().prepare(source)
+
+    scorer = Loading()
+    Cascade(scorer, [], labels=LABELS, batch_size=2).classify([noise(number) for number in range(7)])
+    assert scorer.done == ["load"] + ["prepare"] * 7
+    Cascade(Loading(), [], labels=LABELS).classify([])
 
 
 def test_inputs_are_not_read_far_ahead_of_the_judges() -> None:
