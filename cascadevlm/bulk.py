@@ -2,7 +2,7 @@
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from contextlib import aclosing, closing
 from datetime import UTC, datetime
 from itertools import islice
@@ -135,7 +135,8 @@ async def _classify(
             names.append(name)
             yield source
 
-    async with aclosing(run.predictions(sources())) as predictions:
+    total = len(inputs) if isinstance(inputs, Sized) else None
+    async with aclosing(run.predictions(sources(), total)) as predictions:
         async for prediction in predictions:
             name = names.popleft()
             number += 1

@@ -1,6 +1,6 @@
 """The cascade: a scorer ranks every label, policies decide what is worth asking, judges choose among few candidates."""
 
-from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence, Sized
 from contextlib import aclosing
 from copy import copy
 from pathlib import Path
@@ -112,7 +112,8 @@ class Cascade:
 
     async def astream(self, images: Iterable[ImageSource]) -> AsyncGenerator[Prediction, None]:
         """`stream`, for asynchronous callers."""
-        async with aclosing(self.begin().predictions(images)) as predictions:
+        total = len(images) if isinstance(images, Sized) else None
+        async with aclosing(self.begin().predictions(images, total)) as predictions:
             async for prediction in predictions:
                 yield prediction
 

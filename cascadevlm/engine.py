@@ -128,13 +128,15 @@ class _Batch:
     """Images scored together, on their way through the stages.
 
     Attributes:
+        end: how many images of the run there are up to its last one.
         results: of all its images, in input order.
         turns: for every stage, set once it has decided on this batch: the next batch's turn.
         spending: of every stage, after it decided on this batch.
     """
 
-    def __init__(self, images: int, stages: int) -> None:
+    def __init__(self, images: int, stages: int, *, begin: int) -> None:
         loop = asyncio.get_running_loop()
+        self.end = begin + images
         self.results: list[asyncio.Future[Prediction]] = [loop.create_future() for _ in range(images)]
         self.turns = [asyncio.Event() for _ in range(stages)]
         self.spending: list[Spending] = []
@@ -172,6 +174,7 @@ class Run:
         self.stopped = False
         self.read = read or self._prepare_batch
         self.checkpoint = start
+        self.total: int | None = None
         spending = start.spending or (START,) * len(stages)
         self.stages = [_RunningStage(stage, store, ledger, before) for stage, before in zip(stages, spending, strict=True)]
         self.labels = labels
@@ -189,8 +192,10 @@ class Run:
         self.readers = ThreadPoolExecutor(self.workers, "reading")
         self.scoring = ThreadPoolExecutor(1, "scoring")
 
-    async def predictions(self, sources: Iterable[ImageSource]) -> AsyncGenerator[Prediction, None]:
-        """Classify and yield in input order."""
+    async def predictions(self, sources: Iterable[ImageSource], total: int | None = None) -> AsyncGenerator[Prediction, None]:
+        """Classify and yield in input order. ``total`` is how many images the run has, those before its start too; policies that
+        keep to a budget want to know it."""
+        self.total = total
         async with AsyncExitStack() as stack:
             stack.callback(self.readers.shutdown, wait=False, cancel_futures=True)
             stack.callback(self.scoring.shutdown, wait=False, cancel_futures=True)
@@ -220,17 +225,17 @@ class Run:
         return task
 
     async def _produce(self, sources: Iterable[ImageSource]) -> None:
-        earlier = [_passed() for _ in self.stages]
+        earlier, begin = [_passed() for _ in self.stages], self.checkpoint.images
         async with _ending(self.output), aclosing(self._reading(sources)) as reading:
             async for read in reading:
                 await self.room.wait()
                 if self.stopping():
                     self.stopped = True
                     break
-                batch = _Batch(len(read), len(self.stages))
+                batch = _Batch(len(read), len(self.stages), begin=begin)
                 items = await self._score(read, batch.results)
                 self._begin(self._escalate(items, earlier, batch))
-                earlier = batch.turns
+                earlier, begin = batch.turns, batch.end
                 await self.output.put(batch)
 
     async def _reading(self, sources: Iterable[ImageSource]) -> AsyncGenerator[list[Read], None]:
@@ -304,7 +309,7 @@ class Run:
                 _rank(TopK(), items)
             for running, before, turn in zip(self.stages, earlier, batch.turns, strict=True):
                 await before.wait()
-                asked = self._decide(running, items)
+                asked = self._decide(running, items, batch.end)
                 batch.spending.append(running.spending)
                 turn.set()
                 last = running is self.stages[-1]
@@ -322,28 +327,35 @@ class Run:
             for turn in batch.turns:
                 turn.set()
 
-    def _decide(self, running: _RunningStage, items: list[_Item]) -> list[_Item]:
-        """The images that the stage's policy escalates; all get its reasons, those of the first stage its candidates too."""
+    def _decide(self, running: _RunningStage, items: list[_Item], end: int) -> list[_Item]:
+        """The images that the stage's policy escalates, of the batch that ends with image ``end``; all get its reasons, those of
+        the first stage its candidates too."""
         if not items:
             return []
         scores = _stacked([item.current_scores() for item in items])
         if running.spending == START:
             running.spending = replace(START, dollars_per_call=_usual_dollars(running.stage, items[0]))
-        selected = running.policy.select(scores, running.spending)
+        spending = replace(running.spending, remaining=self._remaining(running.spending.images + len(items), end))
+        selected = running.policy.select(scores, spending)
         for item, reason in zip(items, running.policy.reasons(scores), strict=True):
             item.reasons.append(reason)
         _rank(
             running.stage.candidates,
             [item for item, chosen in zip(items, selected, strict=True) if chosen or not item.candidates],
         )
-        spending, calls = running.spending, int(selected.sum())
+        calls = int(selected.sum())
         running.spending = replace(
             spending,
             images=spending.images + len(items),
             calls=spending.calls + calls,
             dollars=spending.dollars + calls * spending.dollars_per_call,
+            recent=running.policy.remembered(scores, spending),
         )
         return [item for item, chosen in zip(items, selected, strict=True) if chosen]
+
+    def _remaining(self, decided: int, end: int) -> float:
+        """How many images are expected to reach a stage after those that have, of the first so many of the run."""
+        return 0.0 if self.total is None else max(self.total - end, 0) * decided / end
 
     async def _ask(self, running: _RunningStage, item: _Item, *, last: bool) -> None:
         verdict = await self._verdict(running, item)

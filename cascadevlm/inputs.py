@@ -4,6 +4,7 @@ import csv
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
 from random import Random
 from typing import TypeAlias
@@ -52,7 +53,11 @@ class Inputs:
             raise DataError(f"{str(self.path)!r} cannot be read: {str(exc).partition(chr(10))[0]}.") from exc
 
     def __len__(self) -> int:
-        """How many images there are, by going through them all."""
+        """How many images there are, by going through them all, once."""
+        return self._count
+
+    @cached_property
+    def _count(self) -> int:
         return sum(1 for _ in self)
 
     def sample(self, size: int, *, seed: int = 0) -> tuple[list[ImageSource], int]:

@@ -4,6 +4,7 @@ A policy is one method over a batch, composes with ``&``, ``|`` and ``~``, and a
 array serves as one. ``&`` with a budget spends the budget on the best of what the other side selects.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -21,6 +22,12 @@ from cascadevlm.types import Scores
 Selection: TypeAlias = NDArray[np.bool_]
 """N booleans, true where the judge shall be asked."""
 
+WINDOW = 1024
+"""How many priorities of the latest images are remembered: what share of them is above a threshold is known to 1 to 2 points."""
+
+LEAST = float(np.finfo(np.float32).min)
+"""The priority of what another part of a policy leaves out; JSON knows no infinity."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Spending:
@@ -31,12 +38,16 @@ class Spending:
         calls: how many of them were escalated at this stage.
         dollars: what those calls are expected to cost.
         dollars_per_call: what one more is expected to cost, by the first image of the run; 0 for local judges.
+        remaining: how many images are expected to follow the batch; 0 if that is not known.
+        recent: what the policy wanted to be remembered of earlier batches.
     """
 
     images: int = 0
     calls: int = 0
     dollars: float = 0.0
     dollars_per_call: float = 0.0
+    remaining: float = 0.0
+    recent: tuple[float, ...] = ()
 
 
 START = Spending()
@@ -59,6 +70,10 @@ class Policy(ABC):
     def priority(self, scores: Scores) -> NDArray[np.floating]:
         """N numbers: where not all can be asked, the highest come first. Entropy, unless a policy knows better."""
         return measures.entropy(scores)
+
+    def remembered(self, scores: Scores, spending: Spending) -> tuple[float, ...]:
+        """What is to be `Spending.recent` when the next batch is decided on."""
+        return ()
 
     def reasons(self, scores: Scores) -> list[str]:
         """For each of N images, what this policy goes by, in words."""
@@ -273,10 +288,13 @@ class TopFraction(Policy):
 
 @dataclass(frozen=True)
 class WithinBudget(Policy):
-    """Ask about the least certain images until ``calls`` questions or ``dollars`` are spent over the whole run; about those of
-    the highest gain, where the stage has a model of its judge.
+    """Ask about the least certain images, as many as ``calls`` questions or ``dollars`` suffice for over the whole run; about
+    those of the highest gain, where the stage has a model of its judge.
 
-    The dollars of one more call are an expectation; what may be spent in fact is the budget's to enforce.
+    Over a batch this is exact. Where more are to come, a batch gets what it would have a right to if they were like the latest
+    ones: all above the quantile of the priorities that leaves as large a share as there is budget for. Where it is not known how
+    many are to come, the budget is spent as they come. The dollars of one more call are an expectation; what may be spent in fact
+    is the ledger's to enforce.
     """
 
     calls: int | None = None
@@ -292,14 +310,21 @@ class WithinBudget(Policy):
     def select(self, scores: Scores, spending: Spending = START) -> Selection:
         return self.limit(np.ones(len(scores), dtype=bool), self.priority(scores), spending)
 
+    def remembered(self, scores: Scores, spending: Spending) -> tuple[float, ...]:
+        return _latest(spending.recent, self.priority(scores))
+
     def limit(self, selected: Selection, priority: NDArray[np.floating], spending: Spending) -> Selection:
-        """Of the selected, the highest in priority that the budget has room for."""
-        room = len(selected)
+        """Of the selected, the highest in priority that the budget has room for; some of it is kept for images to come."""
+        ranked = np.where(selected, priority, LEAST)
+        to_come = len(ranked) + spending.remaining
+        room = to_come
         if self.calls is not None:
             room = min(room, self.calls - spending.calls)
         if self.dollars is not None and spending.dollars_per_call > 0:
-            room = min(room, int((self.dollars - spending.dollars) / spending.dollars_per_call))
-        return selected & _highest(np.where(selected, priority, -np.inf), max(room, 0))
+            room = min(room, (self.dollars - spending.dollars) / spending.dollars_per_call)
+        room = max(int(room), 0)
+        entitled = _entitled(spending.recent, ranked, room / max(to_come, 1))
+        return selected & _highest(ranked, min(max(entitled, math.ceil(room - spending.remaining)), room))
 
     def __str__(self) -> str:
         limits = {"calls": self.calls, "dollars": self.dollars}
@@ -336,16 +361,28 @@ class All(Policy):
         return All(tuple(part.informed(gain) for part in self.parts))
 
     def select(self, scores: Scores, spending: Spending = START) -> Selection:
-        budgets = [part for part in self._flat() if isinstance(part, WithinBudget)]
-        others = [part.select(scores, spending) for part in self._flat() if not isinstance(part, WithinBudget)]
-        selected = reduce(np.logical_and, others, np.ones(len(scores), dtype=bool))
-        for budget in budgets:
+        selected = self._but_for_budgets(scores, spending)
+        for budget in self._budgets():
             selected = budget.limit(selected, self.priority(scores), spending)
         return selected
 
     def priority(self, scores: Scores) -> NDArray[np.floating]:
-        ranking = [part for part in self._flat() if not isinstance(part, WithinBudget)]
-        return (ranking or self.parts)[0].priority(scores)
+        return (self._others() or self.parts)[0].priority(scores)
+
+    def remembered(self, scores: Scores, spending: Spending) -> tuple[float, ...]:
+        if not self._budgets():
+            return ()
+        return _latest(spending.recent, np.where(self._but_for_budgets(scores, spending), self.priority(scores), LEAST))
+
+    def _but_for_budgets(self, scores: Scores, spending: Spending) -> Selection:
+        selected = [part.select(scores, spending) for part in self._others()]
+        return reduce(np.logical_and, selected, np.ones(len(scores), dtype=bool))
+
+    def _budgets(self) -> list[WithinBudget]:
+        return [part for part in self._flat() if isinstance(part, WithinBudget)]
+
+    def _others(self) -> list[Policy]:
+        return [part for part in self._flat() if not isinstance(part, WithinBudget)]
 
     def _flat(self) -> tuple[Policy, ...]:
         return tuple(leaf for part in self.parts for leaf in (part._flat() if isinstance(part, All) else (part,)))
@@ -371,6 +408,9 @@ class AnyOf(Policy):
 
     def priority(self, scores: Scores) -> NDArray[np.floating]:
         return self.parts[0].priority(scores)
+
+    def remembered(self, scores: Scores, spending: Spending) -> tuple[float, ...]:
+        return next(filter(None, (part.remembered(scores, spending) for part in self.parts)), ())
 
     def reasons(self, scores: Scores) -> list[str]:
         return _joined(" | ", self.parts, scores)
@@ -406,6 +446,20 @@ def _highest(values: NDArray[np.floating], number: int) -> Selection:
     selected = np.zeros(len(values), dtype=bool)
     selected[np.argsort(-values, kind="stable")[:number]] = True
     return selected
+
+
+def _entitled(recent: tuple[float, ...], ranked: NDArray[np.floating], share: float) -> int:
+    """How many of a batch are among the highest ``share`` of it and what came before; of equals, the same part everywhere."""
+    stream = np.concatenate([recent, ranked])
+    number = share * len(stream)
+    threshold = np.append(np.sort(stream)[::-1], -np.inf)[int(number)]
+    part = (number - (stream > threshold).sum()) / max((stream == threshold).sum(), 1)
+    return round(float((ranked > threshold).sum() + part * (ranked == threshold).sum()))
+
+
+def _latest(recent: tuple[float, ...], priority: NDArray[np.floating]) -> tuple[float, ...]:
+    """The last of what was remembered and what is new."""
+    return (*recent, *priority.tolist())[-WINDOW:]
 
 
 def _reasons(measure: str, values: NDArray[np.floating], policy: Policy) -> list[str]:

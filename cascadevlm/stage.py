@@ -11,6 +11,7 @@ from cascadevlm.decision.live import Asking
 from cascadevlm.decision.pool import Pool
 from cascadevlm.errors import InputError, PromptError
 from cascadevlm.judge import Judge
+from cascadevlm.measures import once
 from cascadevlm.policy import Always, Policy, PolicyLike, as_policy
 from cascadevlm.support import SupportSet
 from cascadevlm.types import Candidate, Prompt, Question
@@ -69,7 +70,7 @@ class Stage:
     def informed_policy(self) -> Policy:
         """The policy, knowing what asking is worth if the judge is known."""
         policy = as_policy(self.policy)
-        return policy if self.asking is None else policy.informed(self.asking.gain)
+        return policy if self.asking is None else policy.informed(once(self.asking.gain))
 
     @property
     def asking(self) -> Asking | None:

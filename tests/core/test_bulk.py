@@ -34,6 +34,9 @@ class Pictures:
     def __init__(self, count: int) -> None:
         self.count = count
 
+    def __len__(self) -> int:
+        return self.count
+
     def __iter__(self) -> Iterator[Named]:
         for number in range(self.count):
             yield f"image {number}", noise(number, (8, 8))

@@ -3,7 +3,7 @@
 import asyncio
 import random
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 from PIL import Image
 
 from cascadevlm import Cascade, Prediction, Stage, TopK, load_prompt, parse_policy
@@ -144,6 +145,21 @@ def test_a_budget_of_calls_falls_on_the_same_images_whatever_the_latencies(seed:
         return [len(p.verdicts) == 2 for p in cascade(*stages, batch_size=batch_size).classify(numbered(20))]
 
     assert asked(seed) == asked(seed + 1)
+
+
+def test_a_budget_is_spread_over_a_run_of_known_length_and_over_what_reaches_each_stage() -> None:
+    stages = stage(FakeJudge(), "random(0.5)"), stage(FakeJudge(), "calls <= 10")
+    images = [noise(number) for number in range(200)]
+
+    def asked_twice(images: Iterable[Image.Image]) -> NDArray[np.intp]:
+        predictions = Cascade(FakeScorer(), stages, labels=LABELS, batch_size=8).classify(images)
+        return np.flatnonzero([len(prediction.verdicts) == 2 for prediction in predictions])
+
+    known = asked_twice(images)
+    unknown = asked_twice(iter(images))
+    assert len(known) == len(unknown) == 10
+    assert unknown.max() < 50
+    assert known.max() > 100
 
 
 def test_a_model_is_loaded_once_and_before_any_image_is_prepared() -> None:

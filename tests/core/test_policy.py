@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -15,6 +17,7 @@ from cascadevlm.policy import (
     Never,
     Policy,
     Random,
+    Selection,
     Spending,
     TopFraction,
     TopProbabilityBelow,
@@ -118,6 +121,57 @@ def test_a_budget_goes_to_the_best_of_what_the_other_side_selects() -> None:
     selected = (MarginBelow(0.5) & WithinBudget(calls=4)).select(given_scores)
     margin = measures.margin(given_scores)
     assert set(np.flatnonzero(selected)) == set(np.argsort(margin)[:4])
+
+
+def asked_in_a_stream(policy: Policy, whole: Scores, batch: int, *, known: bool = True) -> Selection:
+    """What a policy asks about where images come in batches, and their number is known or not."""
+    spending, parts = Spending(dollars_per_call=0.01), []
+    for start in range(0, len(whole), batch):
+        some = whole.rows(slice(start, start + batch))
+        images = start + len(some)
+        spending = replace(spending, remaining=len(whole) - images if known else 0)
+        selected = policy.select(some, spending)
+        recent = policy.remembered(some, spending)
+        calls = spending.calls + int(selected.sum())
+        spending = replace(spending, images=images, calls=calls, dollars=0.01 * calls, recent=recent)
+        parts.append(selected)
+    return np.concatenate(parts)
+
+
+@given(scores, rules, st.integers(0, 40), st.integers(1, 30), st.booleans())
+def test_in_a_stream_a_budget_is_never_exceeded(
+    given_scores: Scores, rule: Policy, calls: int, batch: int, dollars: bool
+) -> None:
+    budget = WithinBudget(dollars=0.01 * calls) if dollars else WithinBudget(calls=calls)
+    assert asked_in_a_stream(rule & budget, given_scores, batch).sum() <= calls
+
+
+@given(st.integers(0, 1000), st.integers(1, 200), st.integers(1, 64))
+def test_in_a_stream_a_budget_is_spent(seed: int, calls: int, batch: int) -> None:
+    asked = asked_in_a_stream(WithinBudget(calls=calls), make_scores(seed, 300, 4), batch)
+    assert asked.sum() == calls
+
+
+@pytest.mark.parametrize("text", ["calls <= 300", "calls <= 300 & margin < 0.5", "never | calls <= 300"])
+def test_in_a_stream_a_budget_goes_to_the_best_of_all_images(text: str) -> None:
+    whole, policy = make_scores(5, 6000, 5), parse_policy(text)
+    doubt = policy.priority(whole)
+
+    def worth(asked: Selection) -> float:
+        return float(doubt[asked].mean())
+
+    at_once, in_batches = policy.select(whole), asked_in_a_stream(policy, whole, 32)
+    as_they_come = asked_in_a_stream(policy, whole, 32, known=False)
+    assert in_batches.sum() == at_once.sum() == as_they_come.sum()
+    assert worth(in_batches) > 0.05 * worth(as_they_come) + 0.95 * worth(at_once)
+
+
+def test_a_budget_in_a_stream_follows_images_that_become_harder() -> None:
+    easy, hard = make_scores(1, 4000, 5, sharpness=9), make_scores(2, 4000, 5, sharpness=2)
+    whole = replace(easy, log_probs=np.concatenate([easy.log_probs, hard.log_probs]))
+    asked = asked_in_a_stream(WithinBudget(calls=400), whole, 32)
+    assert asked.sum() == 400
+    assert asked[4000:].sum() > 150
 
 
 def test_a_function_is_a_policy() -> None:
