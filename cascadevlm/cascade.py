@@ -31,6 +31,8 @@ class Cascade:
         on_failure: see `OnFailure`. "None of these" is an answer without a label: "raise" treats it as "scorer".
         accept: the least probable label that is given; an image whose label is less probable is abstained from. Judges' answers
             without a probability are given.
+        routing: whether an image may pass by a judge and go to a later one, where asking that is worth more, by the gain above
+            what the stages' policies want. Without, a later stage sees what its predecessor was asked about.
         store: where valid verdicts are kept and looked up; None asks every time.
         ledger: what may be spent, over all calls of this cascade; without a cap, unless given.
         batch_size: images scored at once.
@@ -44,6 +46,7 @@ class Cascade:
         labels: LabelSet | Iterable[str | Label],
         on_failure: OnFailure = "scorer",
         accept: float = 0.0,
+        routing: bool = False,
         store: VerdictStore | None = None,
         ledger: Ledger | None = None,
         batch_size: int = 32,
@@ -53,6 +56,7 @@ class Cascade:
         self.labels = LabelSet.of(labels)
         self.on_failure: OnFailure = on_failure
         self.accept = accept
+        self.routing = routing
         self.store = store
         self.ledger = ledger or Ledger()
         self.batch_size = batch_size
@@ -131,6 +135,7 @@ class Cascade:
             labels=self.labels,
             on_failure=self.on_failure,
             accept=self.accept,
+            routing=self.routing,
             store=self.store,
             ledger=self.ledger,
             batch_size=self.batch_size,

@@ -149,6 +149,7 @@ class Config(_Section):
     calibration: Path | None = None
     fusion: FusionRule | None = None
     accept: Annotated[float, Field(ge=0, le=1)] | None = None
+    routing: bool = False
     on_failure: OnFailure = "scorer"
     batch_size: Annotated[int, Field(ge=1)] = 32
     cache: CacheConfig = CacheConfig()
@@ -203,6 +204,7 @@ class Config(_Section):
             labels=labels,
             on_failure=self.on_failure,
             accept=accept or 0.0,
+            routing=self.routing,
             store=self.cache.build(),
             ledger=Ledger(self.budget.usd),
             batch_size=self.batch_size,

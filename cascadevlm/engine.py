@@ -11,10 +11,12 @@ from collections.abc import AsyncGenerator, Callable, Collection, Coroutine, Ite
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass, field, replace
-from itertools import chain, islice
+from functools import reduce
+from itertools import chain, compress, islice
 from typing import Literal, TypeAlias, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from cascadevlm.budget import NANODOLLARS, Ledger, Metered
 from cascadevlm.cache import Cached, SingleFlight, VerdictStore
@@ -24,7 +26,7 @@ from cascadevlm.images import ImageSource, is_large, path_of
 from cascadevlm.judge import Judge, Repairing
 from cascadevlm.labels import Label, LabelSet
 from cascadevlm.pacing import Paced
-from cascadevlm.policy import START, Spending
+from cascadevlm.policy import START, Selection, Spending
 from cascadevlm.retry import Retrying
 from cascadevlm.scorer import Prepared, Scorer, prepared_or_error
 from cascadevlm.stage import Stage
@@ -94,6 +96,10 @@ class _RunningStage:
         self.places = asyncio.Semaphore(stage.judge.concurrency)
         self.spending = spending
 
+    def surplus(self, scores: Scores) -> NDArray[np.floating]:
+        """N: by how much asking is worth more than it has to be."""
+        return self.policy.surplus(scores, self.spending.dollars_per_call)
+
 
 def dependable(judge: Judge, store: VerdictStore | None, ledger: Ledger) -> Judge:
     """A judge that keeps to the budget and its rates, retries, repairs, asks identical concurrent questions once and, with a
@@ -162,6 +168,7 @@ class Run:
         labels: LabelSet,
         on_failure: OnFailure,
         accept: float,
+        routing: bool,
         store: VerdictStore | None,
         ledger: Ledger,
         batch_size: int,
@@ -180,6 +187,7 @@ class Run:
         self.labels = labels
         self.on_failure: OnFailure = on_failure
         self.accept = accept
+        self.routing = routing
         self.batch_size = batch_size
         self.in_hand = 0
         self.limit = sum(stage.judge.concurrency for stage in stages) or batch_size
@@ -307,16 +315,16 @@ class Run:
         try:
             if not self.stages:
                 _rank(TopK(), items)
-            for running, before, turn in zip(self.stages, earlier, batch.turns, strict=True):
+            for number, (running, before, turn) in enumerate(zip(self.stages, earlier, batch.turns, strict=True)):
                 await before.wait()
-                asked = self._decide(running, items, batch.end)
+                asked, left = self._decide(number, items, batch.end)
                 batch.spending.append(running.spending)
                 turn.set()
                 last = running is self.stages[-1]
-                for item in set(items).difference(asked):
+                for item in set(items).difference(asked, left):
                     self._settle(item)
                 await asyncio.gather(*(self._ask(running, item, last=last) for item in asked))
-                items = [item for item in asked if not item.result.done()]
+                items = [item for item in items if not item.result.done()]
             for item in items:
                 self._settle(item)
         except Exception as exc:
@@ -327,18 +335,21 @@ class Run:
             for turn in batch.turns:
                 turn.set()
 
-    def _decide(self, running: _RunningStage, items: list[_Item], end: int) -> list[_Item]:
-        """The images that the stage's policy escalates, of the batch that ends with image ``end``; all get its reasons, those of
-        the first stage its candidates too."""
+    def _decide(self, number: int, items: list[_Item], end: int) -> tuple[list[_Item], list[_Item]]:
+        """Of the batch that ends with image ``end``, those that a stage's policy escalates, and those that it leaves to a later
+        stage; all get its reasons, those of the first stage its candidates too."""
         if not items:
-            return []
-        scores = _stacked([item.current_scores() for item in items])
-        if running.spending == START:
-            running.spending = replace(START, dollars_per_call=_usual_dollars(running.stage, items[0]))
+            return [], []
+        running, scores = self.stages[number], _stacked([item.current_scores() for item in items])
+        for stage in self.stages:
+            if stage.spending == START:
+                stage.spending = replace(START, dollars_per_call=_usual_dollars(stage.stage, items[0]))
         spending = replace(running.spending, remaining=self._remaining(running.spending.images + len(items), end))
         selected = running.policy.select(scores, spending)
-        for item, reason in zip(items, running.policy.reasons(scores), strict=True):
-            item.reasons.append(reason)
+        left = self._better_later(number, scores, selected)
+        selected = selected & ~left
+        for item, reason, elsewhere in zip(items, running.policy.reasons(scores), left, strict=True):
+            item.reasons.append(f"{reason}; a later judge is worth more" if elsewhere else reason)
         _rank(
             running.stage.candidates,
             [item for item, chosen in zip(items, selected, strict=True) if chosen or not item.candidates],
@@ -351,7 +362,14 @@ class Run:
             dollars=spending.dollars + calls * spending.dollars_per_call,
             recent=running.policy.remembered(scores, spending),
         )
-        return [item for item, chosen in zip(items, selected, strict=True) if chosen]
+        return list(compress(items, selected)), list(compress(items, left))
+
+    def _better_later(self, number: int, scores: Scores, selected: Selection) -> Selection:
+        """N: whether asking the judge of a later stage is worth more, where that may be chosen."""
+        if not self.routing:
+            return np.zeros(len(scores), dtype=bool)
+        own = np.where(selected, self.stages[number].surplus(scores), 0.0)
+        return reduce(np.maximum, [later.surplus(scores) for later in self.stages[number + 1 :]], own) > own
 
     def _remaining(self, decided: int, end: int) -> float:
         """How many images are expected to reach a stage after those that have, of the first so many of the run."""

@@ -56,8 +56,8 @@ def estimate(
 
     ``total`` is how many images there will be, where these are themselves drawn at random from them.
 
-    A later stage is taken to get all that its predecessor was asked about. Limits on calls and dollars, the cache, and answers
-    that have to be asked for twice are left out of account.
+    A later stage is taken to get all that its predecessor was asked about or, with routing, all images. Limits on calls and
+    dollars, the cache, and answers that have to be asked for twice are left out of account.
 
     Raises:
         InputError: if there are no images.
@@ -73,7 +73,7 @@ def estimate(
     escalated = np.ones(len(readable), dtype=bool)
     estimates = []
     for stage in cascade.stages:
-        escalated &= stage.informed_policy.select(scores)
+        escalated = stage.informed_policy.select(scores) & (escalated | cascade.routing)
         priced = escalated if escalated.any() else ~escalated  # where none is asked about, all say what one would cost
         usual, worst, tokens = _mean_price(stage, readable, scores, priced)
         rate = int(escalated.sum()) / len(looked_at)

@@ -71,6 +71,15 @@ class Policy(ABC):
         """N numbers: where not all can be asked, the highest come first. Entropy, unless a policy knows better."""
         return measures.entropy(scores)
 
+    def surplus(self, scores: Scores, dollars_per_call: float) -> NDArray[np.floating]:
+        """N numbers: by how much the gain from asking is above what this policy wants for it; an image whose judge may be chosen
+        goes to the one of the most.
+
+        Raises:
+            PolicyError: if the policy does not go by gain.
+        """
+        raise PolicyError(f"The policy '{self}' cannot choose between judges.", hint='With routing, go by gain: "gain > 0.02".')
+
     def remembered(self, scores: Scores, spending: Spending) -> tuple[float, ...]:
         """What is to be `Spending.recent` when the next batch is decided on."""
         return ()
@@ -237,7 +246,10 @@ class GainAbove(Policy):
         return replace(self, gain=gain)
 
     def select(self, scores: Scores, spending: Spending = START) -> Selection:
-        return self.priority(scores) > self.threshold
+        return self.surplus(scores, spending.dollars_per_call) > 0
+
+    def surplus(self, scores: Scores, dollars_per_call: float) -> NDArray[np.floating]:
+        return self.priority(scores) - self.threshold
 
     def priority(self, scores: Scores) -> NDArray[np.floating]:
         if self.gain is None:
@@ -258,8 +270,8 @@ class GainPerDollarAbove(GainAbove):
     """Ask where the expected gain in accuracy is worth its price: above a threshold of expected right answers per dollar. Where
     asking costs nothing, wherever there is a gain."""
 
-    def select(self, scores: Scores, spending: Spending = START) -> Selection:
-        return self.priority(scores) > self.threshold * spending.dollars_per_call
+    def surplus(self, scores: Scores, dollars_per_call: float) -> NDArray[np.floating]:
+        return self.priority(scores) - self.threshold * dollars_per_call
 
     def __str__(self) -> str:
         return f"gain_per_dollar > {_number(self.threshold)}"
@@ -369,6 +381,9 @@ class All(Policy):
     def priority(self, scores: Scores) -> NDArray[np.floating]:
         return (self._others() or self.parts)[0].priority(scores)
 
+    def surplus(self, scores: Scores, dollars_per_call: float) -> NDArray[np.floating]:
+        return (self._others() or self.parts)[0].surplus(scores, dollars_per_call)
+
     def remembered(self, scores: Scores, spending: Spending) -> tuple[float, ...]:
         if not self._budgets():
             return ()
@@ -408,6 +423,9 @@ class AnyOf(Policy):
 
     def priority(self, scores: Scores) -> NDArray[np.floating]:
         return self.parts[0].priority(scores)
+
+    def surplus(self, scores: Scores, dollars_per_call: float) -> NDArray[np.floating]:
+        return self.parts[0].surplus(scores, dollars_per_call)
 
     def remembered(self, scores: Scores, spending: Spending) -> tuple[float, ...]:
         return next(filter(None, (part.remembered(scores, spending) for part in self.parts)), ())

@@ -22,9 +22,9 @@ class Stage:
     """One judge of a cascade and when and how it is asked.
 
     The policy of the first stage sees the scorer's scores. That of a later stage sees the images its predecessor was asked
-    about, with the scores as they then stand: what both opinions say together, where they are fused; else the judge's own
-    probabilities, certainty where it answered without any, and the scorer's where it gave no answer. After "none of these",
-    candidates are chosen among the other labels.
+    about or, with routing, left to it, with the scores as they then stand: what both opinions say together, where they are
+    fused; else the judge's own probabilities, certainty where it answered without any, and the scorer's where it gave no answer.
+    After "none of these", candidates are chosen among the other labels.
 
     Attributes:
         fusion: whose word is final: the judge's, or the more probable label by both.

@@ -180,6 +180,7 @@ class _ClusterCascade(Cascade):
             labels=cascade.labels,
             on_failure=cascade.on_failure,
             accept=cascade.accept,
+            routing=cascade.routing,
             store=cascade.store,
             ledger=cascade.ledger,
             batch_size=cascade.batch_size,

@@ -13,7 +13,7 @@ from PIL import Image
 from pydantic import JsonValue
 
 from cascadevlm import Cascade, Prediction, Stage, TopK, load_prompt, parse_policy
-from cascadevlm.budget import Ledger
+from cascadevlm.budget import NANODOLLARS, Ledger
 from cascadevlm.candidates import Order
 from cascadevlm.config import Config
 from cascadevlm.data import Data
@@ -534,3 +534,69 @@ def test_the_bundled_models_decide_as_their_record_says(tmp_path: Path, mode: st
 def three_times(record: Record) -> Record:
     """Enough to calibrate on."""
     return record.take(np.tile(np.arange(len(record)), 3))
+
+
+def stage_of_expert(*names: str, policy: str) -> Stage:
+    """Of a judge that knows some classes, and names one of them whatever it sees."""
+    abilities = np.array([3.0 if name in names else -3.0 for name in NAMES])
+    return Stage(
+        judge=FakeJudge(model="-".join(names), reply=says(names[0])),
+        prompt=SELECT,
+        policy=parse_policy(policy),
+        fusion="bayes",
+        model=replace(JudgeModel.prior(len(NAMES)), abilities=abilities),
+    )
+
+
+INSECT, SWARM = (0, 200, 0), (0, 0, 200)
+IN_DOUBT = FakeScorer(table={RED: [9, 0, 0, 0, 0, 0], INSECT: [5, 5, 0, 0, 0, 0], SWARM: [0, 0, 5, 5, 0, 0]})
+
+
+@pytest.mark.parametrize("policy", ["gain > 0.05", "gain > 0.05 & calls <= 1000", "gain > 0.05 | never"])
+def test_with_routing_an_image_goes_to_the_judge_who_knows_it(policy: str) -> None:
+    stages = [stage_of_expert("ant", "bee", policy=policy), stage_of_expert("dragonfly", "cicada", policy=policy)]
+    images = [picture(colour) for colour in (RED, INSECT, SWARM)]
+
+    def heard(*, routing: bool) -> list[tuple[str | None, list[str]]]:
+        predictions = Cascade(IN_DOUBT, stages, labels=LABELS, routing=routing).classify(images)
+        return [(each.label, [verdict.judge for verdict in each.verdicts]) for each in predictions]
+
+    assert heard(routing=True) == [("ant", []), ("ant", ["fake:ant-bee"]), ("dragonfly", ["fake:dragonfly-cicada"])]
+    assert heard(routing=False) == [("ant", []), ("ant", ["fake:ant-bee"]), ("cicada", [])]
+
+
+@pytest.mark.parametrize(("dollars", "judge"), [(0.01, "dear"), (0.5, "cheap")])
+def test_with_routing_a_dear_judge_has_to_be_worth_its_price(dollars: float, judge: str) -> None:
+    class Priced(FakeJudge):
+        def usual_case(self, question: Question) -> int:
+            return int((dollars if self.spec == "fake:dear" else 0.01) * NANODOLLARS)
+
+    cheap, dear = (
+        replace(stage_of_expert("ant", "bee", policy="gain_per_dollar > 1"), judge=Priced(name, reply=says("ant")))
+        for name in ("cheap", "dear")
+    )
+    better = replace(dear, model=replace(JudgeModel.prior(len(NAMES)), ability=9.0))
+    (prediction,) = Cascade(IN_DOUBT, [cheap, better], labels=LABELS, routing=True).classify([picture(INSECT)])
+    assert [verdict.judge for verdict in prediction.verdicts] == [f"fake:{judge}"]
+    assert ("a later judge is worth more" in prediction.reasons[0]) == (judge == "dear")
+
+
+def test_routing_wants_policies_of_gain() -> None:
+    stages = [stage_of_expert("ant", policy="gain > 0.1"), stage_of_expert("bee", policy="entropy > 0.1")]
+    with pytest.raises(PolicyError, match=r"'entropy > 0.1' cannot choose between judges"):
+        Cascade(IN_DOUBT, stages, labels=LABELS, routing=True).classify([picture(INSECT)])
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.integers(0, 99), st.floats(0, 0.3), st.floats(0, 0.3), st.integers(1, 9))
+def test_with_routing_no_image_is_asked_about_where_no_policy_wants_it(
+    seed: int, first: float, second: float, batch: int
+) -> None:
+    stages = [stage_of_expert("ant", "bee", policy=f"gain > {first}"), stage_of_expert("fly", policy=f"gain > {second}")]
+    images = [noise(seed + number) for number in range(12)]
+    predictions = Cascade(FakeScorer(), stages, labels=LABELS, routing=True, batch_size=batch).classify(images)
+    scores = FakeScorer().score(images, LABELS)
+    wanted = [stage.informed_policy.select(scores) for stage in stages]
+    for prediction, by_first, by_second in zip(predictions, *wanted, strict=True):
+        assert bool(prediction.verdicts) == (by_first or by_second)
+        assert prediction.escalated == bool(prediction.verdicts)
