@@ -73,6 +73,21 @@ class CalibratedJudge:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Reference:
+    """How sure the calibrated scorer was of its best label: mean and standard deviation of the probability over ``images``."""
+
+    images: int
+    mean: float
+    deviation: float
+
+    @classmethod
+    def of(cls, log_probs: Floats) -> "Reference":
+        """Of N x C log-probabilities, calibrated without looking at these images."""
+        best = np.exp(log_probs.max(axis=1))
+        return cls(images=len(best), mean=float(best.mean()), deviation=float(best.std()))
+
+
+@dataclass(frozen=True, kw_only=True)
 class Calibration:
     """The decision layer's knowledge.
 
@@ -86,6 +101,8 @@ class Calibration:
         fitted_on: digests of these images (names, where a record has none), so that they can be left out where the outcome is
             measured.
         conformal: how long lists of candidates must be for a coverage; None without labels.
+        reference: how sure the scorer was of these images, calibrated on the other ones; None without labels, and in files from
+            before that.
         policy: when to ask, if it was chosen for a target.
         fusion: whose word is final.
         accept: the least probable label that is not abstained from, if an error was to be guaranteed.
@@ -102,6 +119,7 @@ class Calibration:
     labelled: bool
     fitted_on: tuple[str, ...]
     conformal: Conformal | None = None
+    reference: Reference | None = None
     policy: str | None = None
     fusion: FusionRule = "bayes"
     accept: float | None = None
@@ -270,11 +288,12 @@ def fit_calibration(
     asked = min(int(heard(judged).sum()) for judged in (record.judged, *record.stages))
     if asked < FEWEST:
         raise DataError(f"A judge answered about {asked} images, too few to calibrate on.", hint=f"Ask about {FEWEST} or more.")
-    log_probs, conformal = record.scores.log_probs, None
+    log_probs, conformal, reference = record.scores.log_probs, None, None
     if labelled:
         responsibilities = np.eye(len(record.labels))[record.truths]
         scorer, belief = fit_scorer(log_probs, responsibilities)
         conformal = Conformal.fit(np.exp(belief), record.truths, coverage=coverage)
+        reference = Reference.of(belief)
     else:
         if len(record.stages) != 1:
             raise DataError(f"Without labels, one judge is the annotator: the record has {len(record.stages)} stages.")
@@ -311,6 +330,7 @@ def fit_calibration(
         labelled=labelled,
         fitted_on=images_of(record),
         conformal=conformal,
+        reference=reference,
         fusion=fusion,
     )
 

@@ -237,6 +237,22 @@ class JudgeModel:
         gained: Floats = np.maximum(after - now.max(axis=1), 0.0)
         return gained
 
+    def naming(self, log_probs: Floats, candidates: Columns, *, none_offered: bool = False) -> Floats:
+        """N x K: how likely each candidate is to be named, whatever the truth; what is missing to 1 are the other answers.
+
+        Args:
+            log_probs: N x K, the scorer's of the candidates, calibrated; what their probabilities lack to 1 is that of labels that
+                are not shown.
+            candidates: N x K columns, as they would be shown.
+        """
+        answers = Answers(candidates=candidates, answers=np.full(len(candidates), NOBODY), none_offered=none_offered)
+        weights = _weights(self, log_probs, answers)
+        now = np.where(answers.shown, np.exp(log_probs), 0.0)
+        truths = np.concatenate([now, np.maximum(1 - now.sum(axis=1, keepdims=True), 0)], axis=1)
+        shares = truths / weights.totals
+        named: Floats = weights.shown * (shares.sum(axis=1, keepdims=True) + np.expm1(weights.abilities) * shares[:, :-1])
+        return named
+
     def _weights(self, log_probs: Floats, answers: Answers) -> "_Weights":
         return _weights(self, _at(log_probs, answers.candidates), answers)
 
