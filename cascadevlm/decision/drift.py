@@ -2,30 +2,36 @@
 
 Two numbers are watched, each over windows of `WINDOW` images that do not overlap: how sure the calibrated scorer is of its best
 label, against how sure it was of the images of the calibration; and how often the judge names that label, against how often the
-model of the judge expects it to. No prediction is changed by it. Only sums are kept. Images in an order that means something,
-as class by class, are not like those of the calibration either, window by window.
+model of the judge expects it to, corrected by how far the model was off on the images of the calibration. No prediction is changed
+by it, and only sums are kept.
+
+Images that come sorted, class by class, are unlike those of the calibration window by window.
 """
 
 import warnings
+from collections.abc import Sequence
 from math import sqrt
 
 import numpy as np
 
 from cascadevlm.decision.calibration import Calibration
+from cascadevlm.decision.judge_model import Answers
+from cascadevlm.record import NOBODY
 from cascadevlm.stage import Stage
 from cascadevlm.types import Prediction, Scores
 
 WINDOW = 500
-"""Images after which the two numbers are looked at; then they begin anew."""
+"""Images after which a number is looked at; then it begins anew."""
 
 DEVIATIONS = 5.0
-"""Of a window's number from what is expected, in standard deviations. Chance goes beyond with probability 2 (1 - Φ(5)) = 5.7e-7:
-a million images, of which the judge is asked about every one, have 2 × 2,000 windows, and a false alarm in 4,000 × 5.7e-7 = 0.23 %
-of such runs at most."""
+"""How far a window may be off, in standard deviations. Chance goes beyond with probability 2 (1 - Φ(5)) = 5.7e-7: a million images,
+all of which the judge is asked about, are 2 × 2,000 windows, and a false alarm comes in 4,000 × 5.7e-7 = 0.23 % of such runs."""
 
 LEAST = 0.05
-"""Of the difference in mean probability or share of answers: no calibration is exact, and with many images to compare with, less
-would be found too."""
+"""How far it must be off at least: no model is exact."""
+
+LEAST_PROBABILITY = float(np.finfo(np.float32).tiny)
+"""What a candidate is taken to have whose probability is 0 in single precision."""
 
 
 class Drift:
@@ -34,78 +40,81 @@ class Drift:
     A run that goes on where an earlier one was left begins its windows anew.
 
     Args:
-        calibration: what the run is held against; without a `Reference`, the scores are not looked at.
-        stages: of the cascade. Judges are looked at where there is one that is asked once about an image: with several stages or
-            lists that grow wider, a prediction does not tell what the first question was, least of all where its answer
-            disagreed.
+        calibration: what the run is held against. A number that it has no `Reference` of is not watched.
+        stages: of the cascade. The judge is watched where it is the only one, and asked once about an image: otherwise a prediction
+            does not tell what the first question was, least of all where the answer was a surprise.
 
     Warns:
-        RuntimeWarning: if the images are others than those of the calibration.
+        RuntimeWarning: if a number is off by more than `LEAST` and `DEVIATIONS`.
     """
 
-    def __init__(self, calibration: Calibration, stages: tuple[Stage, ...]) -> None:
+    def __init__(self, calibration: Calibration, stages: Sequence[Stage]) -> None:
         self.calibration = calibration
         self.columns = {name: column for column, name in enumerate(calibration.labels)}
         self.stage = stages[0] if len(stages) == 1 and not stages[0].widen else None
-        reference = calibration.reference
-        self.sureness = _Windows(reference.images if reference else 0, "the scorer gives its best label a mean probability of")
-        self.agreement = _Windows(calibration.images, "the judge names the scorer's best label with a frequency of")
+        self.sureness = _Windows("the scorer's mean probability of its best label")
+        self.agreement = _Windows("the share of the judge's answers that are the scorer's best label")
 
     def scored(self, scores: Scores) -> None:
         """Look at the calibrated scores of the next images."""
-        reference = self.calibration.reference
-        if reference is not None:
-            for sureness in scores.probabilities.max(axis=1).tolist():
-                self.sureness.add(sureness, reference.mean, reference.deviation**2)
+        if (reference := self.calibration.reference) is not None:
+            for probability in scores.probabilities.max(axis=1).tolist():
+                self.sureness.add(probability, reference.mean, reference.deviation**2, reference.images)
 
     def predicted(self, prediction: Prediction) -> None:
-        """Look at what the judge said of the next image, if it was asked; errors and spent budgets say nothing."""
-        if self.stage is None or prediction.verdict is None or prediction.verdict.outcome in ("failed", "skipped"):
+        """Look at what the judge said of the next image; errors and spent budgets say nothing."""
+        verdict = prediction.verdict
+        if self.stage is None or verdict is None or verdict.outcome in ("failed", "skipped"):
             return
-        shown = prediction.candidates
-        probabilities = np.array([[candidate.probability for candidate in shown]])
-        (likely,) = self.calibration.judges[0].model.naming(
-            np.log(np.maximum(probabilities, np.finfo(np.float32).tiny)),
-            np.array([[self.columns[candidate.label.name] for candidate in shown]]),
+        judge = self.calibration.judges[0]
+        if judge.reference is None:
+            return
+        columns = [self.columns[candidate.label.name] for candidate in prediction.candidates]
+        answers = Answers(
+            candidates=np.array([columns]),
+            answers=np.array([NOBODY if verdict.label is None else self.columns[verdict.label]]),
             none_offered=self.stage.offer_none,
         )
-        (place,) = (place for place, candidate in enumerate(shown) if candidate.rank == 1)
-        expected = float(likely[place])
-        self.agreement.add(prediction.verdict.label == shown[place].label.name, expected, expected * (1 - expected))
+        probabilities = np.full((1, len(self.columns)), LEAST_PROBABILITY)
+        probabilities[0, columns] = [max(candidate.probability, LEAST_PROBABILITY) for candidate in prediction.candidates]
+        (agreed,), (likely,) = judge.model.agreement(np.log(probabilities), answers)
+        self.agreement.add(float(agreed), float(likely + judge.reference.mean), float(likely * (1 - likely)), judge.reference.images)
 
 
 class _Windows:
-    """Numbers against what is expected of them, over one window after another until one differs.
+    """Numbers held against what is expected of them, window by window.
 
     Args:
-        images: that the expectation comes from; its own error counts, too.
-        what: the numbers are, for the warning.
+        mean: what their mean is called.
     """
 
-    def __init__(self, images: int, what: str) -> None:
-        self.images = images
-        self.what = what
+    def __init__(self, mean: str) -> None:
+        self.mean = mean
         self.warned = False
         self._begin()
 
     def _begin(self) -> None:
         self.count, self.seen, self.expected, self.variance = 0, 0.0, 0.0, 0.0
 
-    def add(self, seen: float, expected: float, variance: float) -> None:
-        """Take the next number, and warn if it ends a window that differs."""
+    def add(self, seen: float, expected: float, variance: float, images: int) -> None:
+        """Take the next number, and warn if the window that it ends is off.
+
+        Args:
+            images: that the expectation comes from: it is not exact either.
+        """
         self.count += 1
         self.seen += seen
         self.expected += expected
         self.variance += variance
         if self.count < WINDOW:
             return
-        difference = abs(self.seen - self.expected) / WINDOW
-        deviation = sqrt(self.variance / WINDOW * (1 / WINDOW + 1 / self.images))
-        if difference >= LEAST and difference > DEVIATIONS * deviation and not self.warned:
+        off = abs(self.seen - self.expected) / WINDOW
+        deviation = sqrt(self.variance / WINDOW * (1 / WINDOW + 1 / images))
+        if off > max(LEAST, DEVIATIONS * deviation) and not self.warned:
             self.warned = True
             warnings.warn(
-                f"Over {WINDOW} images, {self.what} {self.seen / WINDOW:.2f}; by the calibration it would be "
-                f"{self.expected / WINDOW:.2f}. If the images do not just come sorted, calibrate anew: cascadevlm calibrate.",
+                f"Over {WINDOW} images, {self.mean} is {self.seen / WINDOW:.2f} where the calibration expects "
+                f"{self.expected / WINDOW:.2f}. Unless the images come sorted, calibrate anew: cascadevlm calibrate.",
                 RuntimeWarning,
                 stacklevel=3,
             )

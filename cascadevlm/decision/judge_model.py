@@ -237,21 +237,17 @@ class JudgeModel:
         gained: Floats = np.maximum(after - now.max(axis=1), 0.0)
         return gained
 
-    def naming(self, log_probs: Floats, candidates: Columns, *, none_offered: bool = False) -> Floats:
-        """N x K: how likely each candidate is to be named, whatever the truth; what is missing to 1 are the other answers.
+    def agreement(self, log_probs: Floats, answers: Answers) -> tuple[Bools, Floats]:
+        """N and N: whether each answer is the likeliest of the candidates, and how likely that was before it was known.
 
         Args:
-            log_probs: N x K, the scorer's of the candidates, calibrated; what their probabilities lack to 1 is that of labels that
-                are not shown.
-            candidates: N x K columns, as they would be shown.
+            log_probs: N x C, before: the scorer's, calibrated. Those of labels that are not shown do not matter.
         """
-        answers = Answers(candidates=candidates, answers=np.full(len(candidates), NOBODY), none_offered=none_offered)
-        weights = _weights(self, log_probs, answers)
-        now = np.where(answers.shown, np.exp(log_probs), 0.0)
-        truths = np.concatenate([now, np.maximum(1 - now.sum(axis=1, keepdims=True), 0)], axis=1)
+        weights, truths = self._weights(log_probs, answers), answers.spread(np.exp(log_probs))
         shares = truths / weights.totals
-        named: Floats = weights.shown * (shares.sum(axis=1, keepdims=True) + np.expm1(weights.abilities) * shares[:, :-1])
-        return named
+        named = weights.shown * (shares.sum(axis=1, keepdims=True) + np.expm1(weights.abilities) * shares[:, :-1])
+        best = np.where(answers.shown, truths[:, :-1], -1.0).argmax(axis=1)
+        return answers.slots == best, named[np.arange(len(answers)), best]
 
     def _weights(self, log_probs: Floats, answers: Answers) -> "_Weights":
         return _weights(self, _at(log_probs, answers.candidates), answers)
