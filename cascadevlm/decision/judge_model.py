@@ -247,7 +247,7 @@ class JudgeModel:
         shares = truths / weights.totals
         named = weights.shown * (shares.sum(axis=1, keepdims=True) + np.expm1(weights.abilities) * shares[:, :-1])
         best = np.where(answers.shown, truths[:, :-1], -1.0).argmax(axis=1)
-        return answers.slots == best, named[np.arange(len(answers)), best]
+        return answers.slots == best, np.minimum(named[np.arange(len(answers)), best], 1.0)
 
     def _weights(self, log_probs: Floats, answers: Answers) -> "_Weights":
         return _weights(self, _at(log_probs, answers.candidates), answers)
