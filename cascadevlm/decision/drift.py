@@ -2,8 +2,8 @@
 
 Two numbers are watched, each over windows of `WINDOW` images that do not overlap: how sure the calibrated scorer is of its best
 label, against how sure it was of the images of the calibration; and how often the judge names that label, against how often its
-model expects it to, corrected by what the model was off on the images of the calibration. No prediction is changed by it, and only
-sums are kept.
+model expects it to, corrected by what the model was off on the images of the calibration. No prediction is changed, and only sums
+are kept.
 
 Images that come sorted, class by class, are unlike those of the calibration window by window.
 """
@@ -24,8 +24,8 @@ WINDOW = 500
 """Images after which a number is looked at; then it begins anew."""
 
 DEVIATIONS = 5.0
-"""How far a window may be off, in standard deviations. Chance goes beyond with probability 2 (1 - Φ(5)) = 5.7e-7: a million images
-that the judge is all asked about are 2 × 2,000 windows, and a false alarm comes in 4,000 × 5.7e-7 = 0.23 % of such runs."""
+"""How far a window may be off, in standard deviations. Chance goes beyond with probability 2 (1 - Φ(5)) = 5.7e-7: a million
+images, the judge asked about all, are 2 × 2,000 windows, and a false alarm comes in at most 4,000 × 5.7e-7 = 0.23 % of such runs."""
 
 LEAST = 0.05
 """How far it must be off at least: no model is exact."""
