@@ -25,7 +25,7 @@ WINDOW = 500
 
 DEVIATIONS = 5.0
 """How far a window may be off, in standard deviations. Chance goes beyond with probability 2 (1 - Φ(5)) = 5.7e-7: a million
-images, the judge asked about all, are 2 × 2,000 windows, and a false alarm comes in at most 4,000 × 5.7e-7 = 0.23 % of such runs."""
+images, the judge asked about all, are 2 × 2,000 windows; a false alarm comes in at most 4,000 × 5.7e-7 = 0.23 % of such runs."""
 
 LEAST = 0.05
 """How far it must be off at least: no model is exact."""

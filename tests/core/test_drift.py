@@ -147,9 +147,9 @@ def test_windows_belong_to_one_run() -> None:
     assert not warned(watched, foreign)
 
 
-@pytest.mark.parametrize("shape", [{"stages": 2}, {"widen": 1}])
-def test_a_judge_whose_first_question_is_not_told_is_not_watched(shape: dict[str, int]) -> None:
-    assert not warned(cascade(blindly, **shape), pictures(0, WINDOW, FOREIGN))
+@pytest.mark.parametrize(("stages", "widen"), [(2, 0), (1, 1)])
+def test_a_judge_whose_first_question_is_not_told_is_not_watched(stages: int, widen: int) -> None:
+    assert not warned(cascade(blindly, stages=stages, widen=widen), pictures(0, WINDOW, FOREIGN))
 
 
 def test_older_calibrations_are_held_against_nothing(tmp_path: Path) -> None:
