@@ -12,6 +12,8 @@ from PIL import Image
 from cascadevlm import loop
 from cascadevlm.budget import Ledger
 from cascadevlm.cache import VerdictStore
+from cascadevlm.decision.calibration import Calibration
+from cascadevlm.decision.drift import Drift
 from cascadevlm.engine import BEGINNING, Checkpoint, OnFailure, ReadBatch, Run
 from cascadevlm.errors import ImageError
 from cascadevlm.images import ImageSource
@@ -36,6 +38,7 @@ class Cascade:
         store: where valid verdicts are kept and looked up; None asks every time.
         ledger: what may be spent, over all calls of this cascade; without a cap, unless given.
         batch_size: images scored at once.
+        calibration: of the scorer and the judges; runs warn of images that are no longer like those it was made with (`Drift`).
     """
 
     def __init__(
@@ -50,6 +53,7 @@ class Cascade:
         store: VerdictStore | None = None,
         ledger: Ledger | None = None,
         batch_size: int = 32,
+        calibration: Calibration | None = None,
     ) -> None:
         self.scorer = scorer
         self.stages = tuple(stages)
@@ -60,6 +64,7 @@ class Cascade:
         self.store = store
         self.ledger = ledger or Ledger()
         self.batch_size = batch_size
+        self.calibration = calibration
 
     def altered(
         self,
@@ -142,4 +147,5 @@ class Cascade:
             start=start,
             stopping=stopping,
             read=read,
+            drift=Drift(self.calibration, self.stages) if self.calibration else None,
         )

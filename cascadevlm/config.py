@@ -208,6 +208,7 @@ class Config(_Section):
             store=self.cache.build(),
             ledger=Ledger(self.budget.usd),
             batch_size=self.batch_size,
+            calibration=calibration,
         )
 
     def frozen(self, cascade: Cascade) -> Self:

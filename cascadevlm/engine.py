@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from cascadevlm.budget import NANODOLLARS, Ledger, Metered
 from cascadevlm.cache import Cached, SingleFlight, VerdictStore
 from cascadevlm.candidates import CandidateRule, TopK
+from cascadevlm.decision.drift import Drift
 from cascadevlm.errors import BudgetExhausted, FatalError, ImageError, JudgeError
 from cascadevlm.images import ImageSource, is_large, path_of
 from cascadevlm.judge import Judge, Repairing
@@ -154,6 +155,7 @@ class Run:
     Args:
         start: where an earlier run of the same cascade was left.
         stopping: asked before each batch; once it says so, no further batch is begun.
+        drift: looks at scores and predictions.
 
     Attributes:
         checkpoint: the end of the last batch whose predictions were all taken.
@@ -175,8 +177,10 @@ class Run:
         start: Checkpoint = BEGINNING,
         stopping: Callable[[], bool] = lambda: False,
         read: ReadBatch | None = None,
+        drift: Drift | None = None,
     ) -> None:
         self.scorer = scorer
+        self.drift = drift
         self.stopping = stopping
         self.stopped = False
         self.read = read or self._prepare_batch
@@ -214,7 +218,10 @@ class Run:
             stack.push_async_callback(self._close, producer)
             while (batch := await self.output.get()) is not None:
                 for result in batch.results:
-                    yield await result
+                    prediction = await result
+                    if self.drift is not None:
+                        self.drift.predicted(prediction)
+                    yield prediction
                 self.checkpoint = Checkpoint(images=self.checkpoint.images + len(batch.results), spending=tuple(batch.spending))
             await producer
 
@@ -290,6 +297,8 @@ class Run:
         scores = await asyncio.get_running_loop().run_in_executor(
             self.scoring, self.scorer.score_prepared, [prepared for _, prepared, _ in readable], self.labels
         )
+        if self.drift is not None:
+            self.drift.scored(scores)
         self._take_in_hand([result for _, _, result in readable])
         items = []
         for (path, prepared, result), one in zip(readable, _rows(scores), strict=True):

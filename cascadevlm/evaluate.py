@@ -42,10 +42,12 @@ def record_run(
         DataError: if there is a record in the folder.
     """
     scorer, stages = KeepingScorer(cascade.scorer), [KeepingStage.of(stage) for stage in cascade.stages]
+    keeping = cascade.altered(scorer=scorer, stages=stages)
+    keeping.calibration = None  # labelled images mostly come class by class, which is no drift, and their labels say more
     for prediction in write_record(
         folder,
         data=data,
-        predictions=cascade.altered(scorer=scorer, stages=stages).stream(data.images),
+        predictions=keeping.stream(data.images),
         scorer=scorer,
         stages=stages,
         labels=cascade.labels,

@@ -184,6 +184,7 @@ class _ClusterCascade(Cascade):
             store=cascade.store,
             ledger=cascade.ledger,
             batch_size=cascade.batch_size,
+            calibration=cascade.calibration,
         )
         self.cluster = cluster
 

@@ -42,6 +42,20 @@ FEWEST = 20
 
 
 @dataclass(frozen=True, kw_only=True)
+class Reference:
+    """A number over the ``images`` of a calibration, to hold other images against: its mean and standard deviation."""
+
+    images: int
+    mean: float
+    deviation: float
+
+    @classmethod
+    def of(cls, values: Floats) -> "Reference":
+        """Of N images."""
+        return cls(images=len(values), mean=float(values.mean()), deviation=float(values.std()))
+
+
+@dataclass(frozen=True, kw_only=True)
 class CalibratedJudge:
     """A judge's model and what the judge was.
 
@@ -51,6 +65,8 @@ class CalibratedJudge:
         model: how it chooses.
         pool: how much its opinion counts where opinions are weighted; None in files from before that.
         log_likelihoods: mean cross-validated log-likelihood of the truth in nats, by the rule of fusion; None without labels.
+        reference: whether it named the likeliest candidate, 1 or 0, less the model's probability of that: a model that shrinks
+            what it learns can be some points off on average; None in files from before that.
     """
 
     judge: str
@@ -58,6 +74,7 @@ class CalibratedJudge:
     model: JudgeModel
     pool: Pool | None = None
     log_likelihoods: dict[FusionRule, float] | None = None
+    reference: Reference | None = None
 
     def fuser(self, fusion: FusionRule) -> JudgeModel | Pool:
         """What learns from its answers.
@@ -86,6 +103,8 @@ class Calibration:
         fitted_on: digests of these images (names, where a record has none), so that they can be left out where the outcome is
             measured.
         conformal: how long lists of candidates must be for a coverage; None without labels.
+        reference: the scorer's probability of its best label, calibrated on the other images each time; None without labels, and
+            in files from before that.
         policy: when to ask, if it was chosen for a target.
         fusion: whose word is final.
         accept: the least probable label that is not abstained from, if an error was to be guaranteed.
@@ -102,6 +121,7 @@ class Calibration:
     labelled: bool
     fitted_on: tuple[str, ...]
     conformal: Conformal | None = None
+    reference: Reference | None = None
     policy: str | None = None
     fusion: FusionRule = "bayes"
     accept: float | None = None
@@ -270,11 +290,12 @@ def fit_calibration(
     asked = min(int(heard(judged).sum()) for judged in (record.judged, *record.stages))
     if asked < FEWEST:
         raise DataError(f"A judge answered about {asked} images, too few to calibrate on.", hint=f"Ask about {FEWEST} or more.")
-    log_probs, conformal = record.scores.log_probs, None
+    log_probs, conformal, reference = record.scores.log_probs, None, None
     if labelled:
         responsibilities = np.eye(len(record.labels))[record.truths]
         scorer, belief = fit_scorer(log_probs, responsibilities)
         conformal = Conformal.fit(np.exp(belief), record.truths, coverage=coverage)
+        reference = Reference.of(np.exp(belief.max(axis=1)))
     else:
         if len(record.stages) != 1:
             raise DataError(f"Without labels, one judge is the annotator: the record has {len(record.stages)} stages.")
@@ -286,13 +307,14 @@ def fit_calibration(
     judges, weighted = [], belief.copy()
     for number, judged in enumerate(record.stages):
         known, likelihoods = heard(judged), None
-        truth, answers = responsibilities[known], answers_of(judged).rows(known)
+        before, truth, answers = belief[known], responsibilities[known], answers_of(judged).rows(known)
         pool, weighted[known] = fit_pool(weighted[known], truth, answers)
         if labelled:
             own_blank = blank if judged is record.judged else None
-            model, belief[known] = fit_judge(belief[known], truth, answers, blank=own_blank)
+            model, belief[known] = fit_judge(before, truth, answers, blank=own_blank)
             beliefs: dict[FusionRule, Floats] = {"bayes": belief, "weighted": weighted}
             likelihoods = {rule: float((truth * after[known]).sum(axis=1).mean()) for rule, after in beliefs.items()}
+        agreed, likely = model.agreement(before, answers)
         judges.append(
             CalibratedJudge(
                 judge=judged.judge,
@@ -300,6 +322,7 @@ def fit_calibration(
                 model=model,
                 pool=pool,
                 log_likelihoods=likelihoods,
+                reference=Reference.of(agreed - likely),
             )
         )
     return Calibration(
@@ -311,6 +334,7 @@ def fit_calibration(
         labelled=labelled,
         fitted_on=images_of(record),
         conformal=conformal,
+        reference=reference,
         fusion=fusion,
     )
 

@@ -237,6 +237,18 @@ class JudgeModel:
         gained: Floats = np.maximum(after - now.max(axis=1), 0.0)
         return gained
 
+    def agreement(self, log_probs: Floats, answers: Answers) -> tuple[Bools, Floats]:
+        """N and N: whether each answer is the likeliest of the candidates, and how likely that was before it was known.
+
+        Args:
+            log_probs: N x C, before: the scorer's, calibrated. Those of labels that are not shown do not matter.
+        """
+        weights, truths = self._weights(log_probs, answers), answers.spread(np.exp(log_probs))
+        shares = truths / weights.totals
+        named = weights.shown * (shares.sum(axis=1, keepdims=True) + np.expm1(weights.abilities) * shares[:, :-1])
+        best = np.where(answers.shown, truths[:, :-1], -1.0).argmax(axis=1)
+        return answers.slots == best, np.minimum(named[np.arange(len(answers)), best], 1.0)
+
     def _weights(self, log_probs: Floats, answers: Answers) -> "_Weights":
         return _weights(self, _at(log_probs, answers.candidates), answers)
 

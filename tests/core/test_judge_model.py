@@ -106,6 +106,24 @@ def test_posterior_and_gain_are_those_of_all_answers_enumerated(case: tuple[int,
 
 
 @given(cases)
+def test_agreement_is_that_of_all_truths_enumerated(case: tuple[int, int, int, int, bool]) -> None:
+    seed, classes, shown, positions, none_offered = case
+    rng = np.random.default_rng(seed)
+    model = some_model(rng, classes, positions)
+    log_probs, answers = some_questions(rng, 6, classes, min(shown, classes), none_offered=none_offered)
+    agreed, likely = model.agreement(log_probs, answers)
+    others = np.full_like(log_probs, -np.inf)
+    for row in range(len(answers)):
+        columns = answers.candidates[row][answers.shown[row]]
+        best = columns[log_probs[row, columns].argmax()]
+        expected = np.exp(log_probs[row]) @ enumerated(model, log_probs, answers, row)[:, options(answers, row).index(best)]
+        assert likely[row] == pytest.approx(expected, abs=1e-12)
+        assert agreed[row] == (answers.answers[row] == best)
+        others[row, columns] = log_probs[row, columns]
+    np.testing.assert_allclose(model.agreement(others, answers)[1], likely, atol=1e-12)
+
+
+@given(cases)
 def test_asking_never_loses_and_gains_no_more_than_there_is(case: tuple[int, int, int, int, bool]) -> None:
     seed, classes, shown, positions, none_offered = case
     rng = np.random.default_rng(seed)

@@ -1,0 +1,216 @@
+"""What a run is held against: no warning where images are like those of the calibration, one of each kind where they are not."""
+
+import re
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from scipy.special import softmax
+
+from benchmarks.decision import made_up
+from cascadevlm import Cascade, LabelSet, Prediction, Stage, TopK, load_prompt
+from cascadevlm.config import Config
+from cascadevlm.data import Data
+from cascadevlm.decision.calibration import CalibratedJudge, Calibration, Reference, answers_of, fit_calibration, read_calibration
+from cascadevlm.decision.drift import WINDOW, Drift
+from cascadevlm.decision.judge_model import JudgeModel
+from cascadevlm.decision.live import CalibratedScorer
+from cascadevlm.decision.scorer_calibration import ScorerCalibration
+from cascadevlm.errors import PermanentError
+from cascadevlm.evaluate import record_run
+from cascadevlm.prompt import options
+from cascadevlm.testing import FakeJudge, FakeScorer, noise
+from cascadevlm.testing.fakes import Reply
+from cascadevlm.types import Candidate, Question, Verdict
+
+NAMES = ["ant", "bee", "cicada", "dragonfly", "earwig", "fly"]
+LABELS = LabelSet.of(NAMES)
+SELECT = load_prompt("select")
+MODEL = replace(JudgeModel.prior(len(NAMES)), ability=2.5, class_bias=np.linspace(-0.4, 0.4, len(NAMES)))
+SCORES = "the scorer's mean probability of its best label is"
+ANSWERS = "the share of the judge's answers that are the scorer's best label is"
+FOREIGN = (9, 8)
+"""The size of pictures of another kind."""
+
+
+class Scoring(FakeScorer):
+    """Less sure of pictures of another kind."""
+
+    def _logits(self, image: Image.Image, labels: LabelSet) -> Sequence[float]:
+        logits = super()._logits(image, labels)
+        return [0.3 * logit for logit in logits] if image.size == FOREIGN else logits
+
+
+def pictures(first: int, last: int, size: tuple[int, int] = (8, 8)) -> list[Image.Image]:
+    return [noise(seed, size) for seed in range(first, last)]
+
+
+@cache
+def calibration() -> Calibration:
+    """Of the scorer as it is, and a judge whose model is known well."""
+    scores = FakeScorer().score(pictures(10_000, 11_000), LABELS)
+    judge = CalibratedJudge(
+        judge="fake:fake", settings={}, model=MODEL, reference=Reference(images=20_000, mean=0.0, deviation=0.4)
+    )
+    return Calibration(
+        labels=LABELS.names,
+        fingerprint=scores.fingerprint,
+        scorer=ScorerCalibration.identity(len(NAMES)),
+        judges=(judge,),
+        images=1000,
+        labelled=True,
+        fitted_on=(),
+        reference=Reference.of(scores.probabilities.max(axis=1).astype(np.float64)),
+    )
+
+
+def by_the_model(question: Question) -> str:
+    """What the model says of the candidates, the truth drawn from their probabilities."""
+    rng = np.random.default_rng(int(question.image_digest[:12], 16))
+    probabilities = np.array([candidate.probability for candidate in question.candidates])
+    truth = int((rng.random() > probabilities.cumsum()).sum())
+    columns = [LABELS.columns[label.name] for label in question.labels]
+    utilities = MODEL.following * np.log(probabilities) + MODEL.class_bias[columns]
+    utilities[truth : truth + 1] += MODEL.ability
+    said = rng.choice(len(columns) + 1, p=softmax(np.append(utilities, MODEL.silence)))
+    return f"ANSWER: {[*options(question)][said]}" if said < len(columns) else "I cannot tell."
+
+
+def blindly(question: Question) -> str:
+    """Any of the options, of a picture of another kind."""
+    if question.image.size != FOREIGN:
+        return by_the_model(question)
+    keys = [*options(question)]
+    return f"ANSWER: {keys[int(question.image_digest, 16) % len(keys)]}"
+
+
+def failing(question: Question) -> Reply:
+    """An error in one case of twenty."""
+    failed = int(question.image_digest, 16) % 20 == 0
+    return PermanentError("The judge is away.") if failed else by_the_model(question)
+
+
+def cascade(
+    reply: Callable[[Question], Reply] = by_the_model, *, scorer: FakeScorer | None = None, stages: int = 1, widen: int = 0
+) -> Cascade:
+    stage = Stage(judge=FakeJudge(reply=reply), prompt=SELECT, candidates=TopK(k=4), fusion="bayes", model=MODEL, widen=widen)
+    return Cascade(
+        CalibratedScorer(scorer or FakeScorer(), calibration()), [stage] * stages, labels=LABELS, calibration=calibration()
+    )
+
+
+def warned(cascade: Cascade, images: Sequence[Image.Image]) -> list[str]:
+    """The warnings of a run."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        cascade.classify(images)
+    assert all(each.category is RuntimeWarning for each in caught)
+    return [str(each.message) for each in caught]
+
+
+def test_images_like_those_of_the_calibration_are_no_news() -> None:
+    assert not warned(cascade(), pictures(0, 2 * WINDOW))
+
+
+def test_a_judge_that_fails_now_and_then_is_no_news() -> None:
+    assert not warned(cascade(failing), pictures(0, WINDOW + 100))
+
+
+def test_less_certain_scores_are_told_once_in_every_run() -> None:
+    images = pictures(0, 100) + pictures(0, 2 * WINDOW, FOREIGN)
+    watched = cascade(scorer=Scoring())
+    for _ in range(2):
+        (told,) = warned(watched, images)
+        assert told.startswith(f"Over {WINDOW} images, {SCORES} 0.")
+        seen, expected = map(float, re.findall(r"0\.\d\d", told))
+        reference = calibration().reference
+        assert reference is not None
+        assert expected == pytest.approx(reference.mean, abs=0.01)
+        assert seen < expected - 0.1
+        assert "cascadevlm calibrate" in told
+
+
+def test_a_judge_that_no_longer_sees_is_told_once() -> None:
+    (told,) = warned(cascade(blindly), pictures(0, 100) + pictures(0, 2 * WINDOW, FOREIGN))
+    assert told.startswith(f"Over {WINDOW} images, {ANSWERS} 0.")
+
+
+def test_windows_belong_to_one_run() -> None:
+    watched = cascade(blindly, scorer=Scoring())
+    foreign = pictures(0, WINDOW - 1, FOREIGN)
+    assert not warned(watched, foreign)
+    assert not warned(watched, foreign)
+
+
+@pytest.mark.parametrize(("stages", "widen"), [(2, 0), (1, 1)])
+def test_a_judge_whose_first_question_is_not_told_is_not_watched(stages: int, widen: int) -> None:
+    assert not warned(cascade(blindly, stages=stages, widen=widen), pictures(0, WINDOW, FOREIGN))
+
+
+def test_older_calibrations_are_held_against_nothing(tmp_path: Path) -> None:
+    judges = tuple(replace(judge, reference=None) for judge in calibration().judges)
+    replace(calibration(), reference=None, judges=judges).write(tmp_path / "old.json")
+    old = re.sub(r',?\s*"reference": null', "", (tmp_path / "old.json").read_text())
+    assert "reference" not in old
+    (tmp_path / "old.json").write_text(old)
+    watched = cascade(blindly, scorer=Scoring())
+    watched.calibration = read_calibration(tmp_path / "old.json")
+    assert not warned(watched, pictures(0, WINDOW, FOREIGN))
+
+
+def test_labelled_images_in_order_are_evaluated_without_a_word(tmp_path: Path) -> None:
+    images = pictures(0, WINDOW, FOREIGN)
+    data = Data(images=images, names=tuple(map(str, range(WINDOW))), truths=("ant",) * WINDOW, splits=("",) * WINDOW)
+    config = Config.parse({"scorer": {"use": "fake:fake"}, "stage": [{"judge": "fake:fake"}]})
+    watched = cascade(blindly, scorer=Scoring())
+    assert len(record_run(watched, data, tmp_path, config=config)) == WINDOW
+    assert watched.calibration is calibration()
+
+
+def test_a_configuration_watches_by_its_calibration(tmp_path: Path) -> None:
+    calibration().write(tmp_path / "calibration.json")
+    config = {"scorer": {"use": "open_clip:aviary"}, "stage": [{"judge": "hf_chat:aviary"}]}
+    assert Config.parse(config).build(LABELS).calibration is None  # type: ignore[arg-type]
+    judges = tuple(replace(judge, judge="hf_chat:aviary") for judge in calibration().judges)
+    replace(calibration(), judges=judges).write(tmp_path / "calibration.json")
+    built = Config.parse(config | {"calibration": str(tmp_path / "calibration.json")}).build(LABELS)  # type: ignore[arg-type]
+    assert built.calibration is not None
+    assert built.calibration.reference == calibration().reference
+
+
+def test_what_is_expected_is_what_was_seen_when_calibrating() -> None:
+    record = made_up(2, 300, 10, 4)
+    learned = fit_calibration(record)
+    (judge,) = learned.judges
+    assert learned.reference is not None
+    assert judge.reference is not None
+    assert learned.reference.images == judge.reference.images == 300
+    scores, answers = learned.calibrated(record.scores), answers_of(record.judged)
+    agreed, likely = judge.model.agreement(scores.log_probs.astype(np.float64), answers)
+    assert likely.mean() + judge.reference.mean == pytest.approx(agreed.mean(), abs=0.03)
+    assert scores.probabilities.max(axis=1).mean() == pytest.approx(learned.reference.mean, abs=0.03)
+    unlabelled = fit_calibration(record, labelled=False)
+    assert unlabelled.reference is None
+    assert unlabelled.judges[0].reference is not None
+
+
+def test_over_many_images_of_the_same_kind_there_is_no_warning() -> None:
+    record = made_up(3, 20_600, 10, 4)
+    own, rest = record.take(np.arange(600)), record.take(np.arange(600, 20_600))
+    learned = fit_calibration(own)
+    stage = Stage(judge=FakeJudge(), prompt=SELECT, model=learned.judges[0].model)
+    drift = Drift(learned, [stage])
+    scores, judged = learned.calibrated(rest.scores), rest.judged
+    drift.scored(scores)
+    for row in range(len(rest)):
+        shown = tuple(
+            Candidate(label=rest.labels[column], probability=float(scores.probabilities[row, column]), rank=rank)
+            for rank, column in enumerate(judged.candidates[row], start=1)
+        )
+        verdict = Verdict(outcome="answered", label=rest.labels.names[judged.answers[row]])
+        drift.predicted(Prediction(label=verdict.label, candidates=shown, verdicts=(verdict,)))
