@@ -15,7 +15,7 @@ from cascadevlm.cache import VerdictStore
 from cascadevlm.decision.calibration import Calibration
 from cascadevlm.decision.drift import Drift
 from cascadevlm.engine import BEGINNING, Checkpoint, OnFailure, ReadBatch, Run
-from cascadevlm.errors import ImageError
+from cascadevlm.errors import ConfigError, ImageError
 from cascadevlm.images import ImageSource
 from cascadevlm.labels import Label, LabelSet
 from cascadevlm.scorer import Scorer
@@ -39,6 +39,10 @@ class Cascade:
         ledger: what may be spent, over all calls of this cascade; without a cap, unless given.
         batch_size: images scored at once.
         calibration: of the scorer and the judges; runs warn of images that are no longer like those it was made with (`Drift`).
+        follow_shares: whether the scorer's probabilities follow the shares that the classes have in a run (`Following`).
+
+    Raises:
+        ConfigError: if shares are to be followed and it is not known which the calibration had.
     """
 
     def __init__(
@@ -54,7 +58,10 @@ class Cascade:
         ledger: Ledger | None = None,
         batch_size: int = 32,
         calibration: Calibration | None = None,
+        follow_shares: bool = False,
     ) -> None:
+        if follow_shares and (calibration is None or calibration.shares is None):
+            raise ConfigError("follow_shares needs a calibration that tells its own.", hint="Make one: cascadevlm calibrate.")
         self.scorer = scorer
         self.stages = tuple(stages)
         self.labels = LabelSet.of(labels)
@@ -65,6 +72,7 @@ class Cascade:
         self.ledger = ledger or Ledger()
         self.batch_size = batch_size
         self.calibration = calibration
+        self.follow_shares = follow_shares
 
     def altered(
         self,
@@ -148,4 +156,5 @@ class Cascade:
             stopping=stopping,
             read=read,
             drift=Drift(self.calibration, self.stages) if self.calibration else None,
+            shares=self.calibration.shares if self.calibration and self.follow_shares else None,
         )

@@ -150,6 +150,7 @@ class Config(_Section):
     fusion: FusionRule | None = None
     accept: Annotated[float, Field(ge=0, le=1)] | None = None
     routing: bool = False
+    follow_shares: bool = False
     on_failure: OnFailure = "scorer"
     batch_size: Annotated[int, Field(ge=1)] = 32
     cache: CacheConfig = CacheConfig()
@@ -209,6 +210,7 @@ class Config(_Section):
             ledger=Ledger(self.budget.usd),
             batch_size=self.batch_size,
             calibration=calibration,
+            follow_shares=self.follow_shares,
         )
 
     def frozen(self, cascade: Cascade) -> Self:

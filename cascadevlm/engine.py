@@ -22,6 +22,7 @@ from cascadevlm.budget import NANODOLLARS, Ledger, Metered
 from cascadevlm.cache import Cached, SingleFlight, VerdictStore
 from cascadevlm.candidates import CandidateRule, TopK
 from cascadevlm.decision.drift import Drift
+from cascadevlm.decision.shares import Following, Seen, Shares
 from cascadevlm.errors import BudgetExhausted, FatalError, ImageError, JudgeError
 from cascadevlm.images import ImageSource, is_large, path_of
 from cascadevlm.judge import Judge, Repairing
@@ -116,10 +117,12 @@ class Checkpoint:
     Attributes:
         images: how many came before, readable or not.
         spending: of every stage, where it stood then.
+        seen: what the shares of the classes were reckoned from, where they are followed.
     """
 
     images: int = 0
     spending: tuple[Spending, ...] = ()
+    seen: Seen = Seen()
 
 
 BEGINNING = Checkpoint()
@@ -135,7 +138,9 @@ class _Batch:
     """Images scored together, on their way through the stages.
 
     Attributes:
-        end: how many images of the run there are up to its last one.
+        begin: how many images of the run come before.
+        end: how many there are up to its last one.
+        items: those that could be read.
         results: of all its images, in input order.
         turns: for every stage, set once it has decided on this batch: the next batch's turn.
         spending: of every stage, after it decided on this batch.
@@ -143,7 +148,8 @@ class _Batch:
 
     def __init__(self, images: int, stages: int, *, begin: int) -> None:
         loop = asyncio.get_running_loop()
-        self.end = begin + images
+        self.begin, self.end = begin, begin + images
+        self.items: list[_Item] = []
         self.results: list[asyncio.Future[Prediction]] = [loop.create_future() for _ in range(images)]
         self.turns = [asyncio.Event() for _ in range(stages)]
         self.spending: list[Spending] = []
@@ -156,6 +162,7 @@ class Run:
         start: where an earlier run of the same cascade was left.
         stopping: asked before each batch; once it says so, no further batch is begun.
         drift: looks at scores and predictions.
+        shares: of the classes that the scores are calibrated for, if those of the run are to be followed.
 
     Attributes:
         checkpoint: the end of the last batch whose predictions were all taken.
@@ -178,6 +185,7 @@ class Run:
         stopping: Callable[[], bool] = lambda: False,
         read: ReadBatch | None = None,
         drift: Drift | None = None,
+        shares: Shares | None = None,
     ) -> None:
         self.scorer = scorer
         self.drift = drift
@@ -185,6 +193,7 @@ class Run:
         self.stopped = False
         self.read = read or self._prepare_batch
         self.checkpoint = start
+        self.following = Following(shares, start.seen, batch_size) if shares else None
         self.total: int | None = None
         spending = start.spending or (START,) * len(stages)
         self.stages = [_RunningStage(stage, store, ledger, before) for stage, before in zip(stages, spending, strict=True)]
@@ -208,6 +217,7 @@ class Run:
         """Classify and yield in input order. ``total`` is how many images the run has, those before its start too; policies that
         keep to a budget want to know it."""
         self.total = total
+        seen = Seen()
         async with AsyncExitStack() as stack:
             stack.callback(self.readers.shutdown, wait=False, cancel_futures=True)
             stack.callback(self.scoring.shutdown, wait=False, cancel_futures=True)
@@ -222,7 +232,10 @@ class Run:
                     if self.drift is not None:
                         self.drift.predicted(prediction)
                     yield prediction
-                self.checkpoint = Checkpoint(images=self.checkpoint.images + len(batch.results), spending=tuple(batch.spending))
+                if self.following is not None:
+                    await self.following.take([item.current_scores() for item in batch.items], batch.begin)
+                    seen = self.following.seen
+                self.checkpoint = Checkpoint(images=batch.end, spending=tuple(batch.spending), seen=seen)
             await producer
 
     async def _close(self, producer: asyncio.Task[None]) -> None:
@@ -248,8 +261,8 @@ class Run:
                     self.stopped = True
                     break
                 batch = _Batch(len(read), len(self.stages), begin=begin)
-                items = await self._score(read, batch.results)
-                self._begin(self._escalate(items, earlier, batch))
+                batch.items = await self._score(read, batch)
+                self._begin(self._escalate(batch.items, earlier, batch))
                 earlier, begin = batch.turns, batch.end
                 await self.output.put(batch)
 
@@ -284,10 +297,10 @@ class Run:
     def _prepare(self, sources: Sequence[ImageSource]) -> list[Read]:
         return [(path_of(source), prepared_or_error(self.scorer, source)) for source in sources]
 
-    async def _score(self, read: Sequence[Read], results: Sequence[asyncio.Future[Prediction]]) -> list[_Item]:
+    async def _score(self, read: Sequence[Read], batch: _Batch) -> list[_Item]:
         """Score a batch; unreadable images get their result here and are left out."""
         readable = []
-        for (path, prepared), result in zip(read, results, strict=True):
+        for (path, prepared), result in zip(read, batch.results, strict=True):
             if isinstance(prepared, ImageError):
                 result.set_result(Prediction(path=path, error=str(prepared)))
             else:
@@ -299,6 +312,8 @@ class Run:
         )
         if self.drift is not None:
             self.drift.scored(scores)
+        if self.following is not None:
+            scores = await self.following.adjusted(scores, batch.begin)
         self._take_in_hand([result for _, _, result in readable])
         items = []
         for (path, prepared, result), one in zip(readable, _rows(scores), strict=True):

@@ -185,6 +185,7 @@ class _ClusterCascade(Cascade):
             ledger=cascade.ledger,
             batch_size=cascade.batch_size,
             calibration=cascade.calibration,
+            follow_shares=cascade.follow_shares,
         )
         self.cluster = cluster
 

@@ -16,6 +16,7 @@ from cascadevlm.decision.conformal import Conformal
 from cascadevlm.decision.judge_model import NONE_CHOSEN, Answers, JudgeModel, fit_judge
 from cascadevlm.decision.pool import Pool, fit_pool
 from cascadevlm.decision.scorer_calibration import Floats, ScorerCalibration, fit_scorer
+from cascadevlm.decision.shares import Shares
 from cascadevlm.decision.without_labels import fit_without_labels
 from cascadevlm.errors import ConfigError, DataError
 from cascadevlm.record import NOBODY, Fused, Judged, Record
@@ -105,6 +106,7 @@ class Calibration:
         conformal: how long lists of candidates must be for a coverage; None without labels.
         reference: the scorer's probability of its best label, calibrated on the other images each time; None without labels, and
             in files from before that.
+        shares: of the classes among its images, as the calibrated scorer has them; None in files from before that.
         policy: when to ask, if it was chosen for a target.
         fusion: whose word is final.
         accept: the least probable label that is not abstained from, if an error was to be guaranteed.
@@ -122,6 +124,7 @@ class Calibration:
     fitted_on: tuple[str, ...]
     conformal: Conformal | None = None
     reference: Reference | None = None
+    shares: Shares | None = None
     policy: str | None = None
     fusion: FusionRule = "bayes"
     accept: float | None = None
@@ -335,6 +338,7 @@ def fit_calibration(
         fitted_on=images_of(record),
         conformal=conformal,
         reference=reference,
+        shares=Shares.of(np.exp(scorer(log_probs))),
         fusion=fusion,
     )
 
