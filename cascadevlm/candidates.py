@@ -2,7 +2,7 @@
 
 import hashlib
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -106,8 +106,8 @@ class CumulativeMass(CandidateRule):
 
 @dataclass(frozen=True, kw_only=True)
 class ConformalSet(CandidateRule):
-    """The most probable labels that hold the truth as often as a conformal ``rule`` promises: of at least ``minimum`` and at most
-    ``maximum``, beyond which it promises nothing."""
+    """The most probable labels that hold the truth as often as a conformal ``rule`` promises, or those of every class if it has a
+    threshold for each: at least ``minimum`` and at most ``maximum``, beyond which it promises nothing."""
 
     rule: Conformal
     minimum: int = 2
@@ -121,6 +121,27 @@ class ConformalSet(CandidateRule):
 
     def sizes(self, descending: NDArray[np.floating]) -> NDArray[np.intp]:
         return self.rule.sizes(descending, minimum=self.minimum, maximum=self.maximum)
+
+    def columns(self, scores: Scores) -> Columns:
+        if self.rule.class_thresholds is None:
+            return super().columns(scores)
+        inside = self.rule.sets(scores.probabilities, minimum=self.minimum, maximum=self.maximum)
+        best = _best(np.where(inside, scores.log_probs, -np.inf), min(self.maximum, len(scores.labels)))
+        return np.where(np.take_along_axis(inside, best, axis=1), best, NOBODY)
+
+    def choose(self, scores: Scores) -> list[tuple[Candidate, ...]]:
+        chosen = super().choose(scores)
+        if self.rule.class_thresholds is None:
+            return chosen
+        rows = (scores.rows(slice(row, row + 1)) for row in range(len(scores)))
+        return [tuple(as_scored(row, candidate) for candidate in each) for row, each in zip(rows, chosen, strict=True)]
+
+
+def as_scored(scores: Scores, candidate: Candidate) -> Candidate:
+    """With its probability and rank in 1 x C scores."""
+    (row,), column = scores.probabilities, scores.labels.columns[candidate.label.name]
+    rank = 1 + int((row > row[column]).sum() + (row[:column] == row[column]).sum())
+    return replace(candidate, probability=float(row[column]), rank=rank)
 
 
 def _require_bounds(minimum: int, maximum: int) -> None:

@@ -3,7 +3,7 @@
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, ValidationError
 
@@ -39,10 +39,10 @@ class ScorerConfig(_Section):
 
 
 class CandidatesConfig(_Section):
-    """``candidates = {…}``: the ``k`` best, those that reach ``mass``, or as many as hold the truth with a probability of
-    ``coverage`` by the calibration; and the order they are shown in."""
+    """``candidates = {…}``: the ``k`` best (``k = "best"``: as many as the calibration finds best), those that reach ``mass``, or
+    as many as hold the truth with a probability of ``coverage`` by the calibration; and the order they are shown in."""
 
-    k: Annotated[int, Field(ge=1)] | None = None
+    k: Annotated[int, Field(ge=1)] | Literal["best"] | None = None
     mass: Annotated[float, Field(gt=0, le=1)] | None = None
     coverage: Annotated[float, Field(gt=0, lt=1)] | None = None
     minimum: int = 2
@@ -50,15 +50,19 @@ class CandidatesConfig(_Section):
     order: Order = "ranked"
     seed: int = 0
 
-    def build(self, calibration: Calibration | None) -> CandidateRule:
-        """The rule.
+    def build(self, calibration: Calibration | None, stage: int) -> CandidateRule:
+        """The rule for a stage, counted from 0 on.
 
         Raises:
             ConfigError: unless exactly one of ``k``, ``mass`` and ``coverage`` is given; if there is no calibration for the
-                coverage.
+                coverage or the best.
         """
         if [self.k, self.mass, self.coverage].count(None) != 2:
             raise ConfigError("candidates wants one of k, mass and coverage.", hint="For example: candidates = { mass = 0.95 }.")
+        if self.k == "best":
+            if calibration is None:
+                raise ConfigError('candidates = "best" needs a calibration.', hint="Make one: cascadevlm calibrate.")
+            return TopK(k=calibration.best_size_of(stage), order=self.order, seed=self.seed)
         if self.k is not None:
             return TopK(k=self.k, order=self.order, seed=self.seed)
         if self.mass is not None:
@@ -71,8 +75,8 @@ class CandidatesConfig(_Section):
 
 
 def _k_alone(value: JsonValue) -> JsonValue:
-    """``candidates = 5`` is short for ``candidates = { k = 5 }``."""
-    return {"k": value} if isinstance(value, int) else value
+    """``candidates = 5`` is short for ``candidates = { k = 5 }``; so is "best"."""
+    return {"k": value} if isinstance(value, int | str) else value
 
 
 class SupportConfig(_Section):
@@ -105,7 +109,7 @@ class StageConfig(_Section):
             judge=load_judge(self.judge, **self.options),
             prompt=load_prompt(self.prompt),
             policy=parse_policy(policy),
-            candidates=self.candidates.build(calibration),
+            candidates=self.candidates.build(calibration, number),
             offer_none=self.offer_none,
             support=SupportSet.read(self.support.folder, labels, shots=self.support.shots) if self.support else None,
             fusion=fusion,

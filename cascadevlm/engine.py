@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from cascadevlm.budget import NANODOLLARS, Ledger, Metered
 from cascadevlm.cache import Cached, SingleFlight, VerdictStore
-from cascadevlm.candidates import CandidateRule, TopK
+from cascadevlm.candidates import CandidateRule, TopK, as_scored
 from cascadevlm.decision.drift import Drift
 from cascadevlm.decision.shares import Following, Seen, Shares
 from cascadevlm.errors import BudgetExhausted, FatalError, ImageError, JudgeError
@@ -521,15 +521,8 @@ def _rank(rule: CandidateRule, items: Sequence[_Item]) -> None:
         return
     for item, candidates in zip(items, rule.choose(_stacked([item.belief for item in items])), strict=True):
         if item.belief is not item.scores:
-            candidates = tuple(_as_scored(item.scores, candidate) for candidate in candidates if candidate.probability > 0)
+            candidates = tuple(as_scored(item.scores, candidate) for candidate in candidates if candidate.probability > 0)
         item.candidates = candidates
-
-
-def _as_scored(scores: Scores, candidate: Candidate) -> Candidate:
-    """With its probability and rank in 1 x C scores."""
-    (row,), column = scores.probabilities, scores.labels.columns[candidate.label.name]
-    rank = 1 + int((row > row[column]).sum() + (row[:column] == row[column]).sum())
-    return replace(candidate, probability=float(row[column]), rank=rank)
 
 
 def _widened(rule: CandidateRule, item: _Item, seen: Collection[Label]) -> bool:

@@ -27,6 +27,9 @@ def calibrate(
     coverage: Annotated[
         float, typer.Option(help="How often conformal lists, candidates = { coverage = … }, shall hold the truth.")
     ] = 0.95,
+    class_conditional: Annotated[
+        bool, typer.Option("--class-conditional", help="Conformal lists shall do so for every class, not only on average.")
+    ] = False,
     deferral_rate: Annotated[float | None, typer.Option(help="Target: escalate this share of the images.")] = None,
     dollars_per_thousand: Annotated[float | None, typer.Option(help="Target: spend this on a thousand images.")] = None,
     accuracy: Annotated[float | None, typer.Option(help="Target: this accuracy, with the fewest questions.")] = None,
@@ -74,6 +77,8 @@ def calibrate(
         raise InputError("A policy is chosen for one target.", hint="Give one of them.")
     if blank and without_labels:
         raise InputError("Without labels, nothing tells what a blank image is worth.", hint="Leave --blank out.")
+    if class_conditional and without_labels:
+        raise InputError("Without labels, there are no conformal lists.", hint="Leave --class-conditional out.")
     record = read_record(run)
     about_blank = None
     if blank:
@@ -92,6 +97,7 @@ def calibrate(
         target_error=target_error,
         confidence=confidence,
         coverage=coverage,
+        class_conditional=class_conditional,
         blank=about_blank,
     )
     result.calibration.write(output)

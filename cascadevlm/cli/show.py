@@ -126,6 +126,8 @@ def calibration_rows(result: "Calibrated") -> dict[str, str]:
         rows["area, entropy and judge's word → gain and fusion"] = f"{result.areas[0]:.3f} → {result.areas[1]:.3f}"
     for rule, value in (result.calibration.judges[-1].log_likelihoods or {}).items():
         rows[f"fusion {rule}, log-likelihood by cross-validation"] = f"{value:.3f}"
+    for judge in result.calibration.judges:
+        rows[f"candidates for {judge.judge}, best by the model"] = str(judge.best_size)
     if (policy := result.calibration.policy) and (found := result.outcome):
         rows |= {
             "policy": policy,

@@ -53,6 +53,7 @@ def calibrate(
     target_error: float | None = None,
     confidence: float = 0.95,
     coverage: float = COVERAGE,
+    class_conditional: bool = False,
     blank: Answers | None = None,
 ) -> Calibrated:
     """Calibrate on ``size`` images of a record and measure on the others.
@@ -66,6 +67,7 @@ def calibrate(
         measure: the policy's, as the string form calls it.
         target: what the policy shall meet.
         coverage: of the conformal sets of candidates.
+        class_conditional: whether they have it for every class.
         blank: what the judge says of an image without content (`cascadevlm.decision.blank`).
         target_error: the most that may be wrong of the accepted answers, with ``confidence``.
 
@@ -86,7 +88,9 @@ def calibrate(
     if chooses:
         fitting = _drawn(own, size // 2, seed)
         choosing, own = own.take(np.flatnonzero(~fitting)), own.take(np.flatnonzero(fitting))
-    calibration = fit_calibration(own, labelled=labelled, fusion=fusion, coverage=coverage, blank=blank)
+    calibration = fit_calibration(
+        own, labelled=labelled, fusion=fusion, coverage=coverage, class_conditional=class_conditional, blank=blank
+    )
     calibration = replace(calibration, fitted_on=images_of(record.take(np.flatnonzero(inside))))
     if chooses:
         choosing = decided(choosing, calibration)

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import JsonValue, TypeAdapter, ValidationError
 
-from cascadevlm.decision.conformal import Conformal
+from cascadevlm.decision.conformal import Conformal, best_size
 from cascadevlm.decision.judge_model import NONE_CHOSEN, Answers, JudgeModel, fit_judge
 from cascadevlm.decision.pool import Pool, fit_pool
 from cascadevlm.decision.scorer_calibration import Floats, ScorerCalibration, fit_scorer
@@ -37,6 +37,9 @@ BESIDE = "calibration.json"
 
 COVERAGE = 0.95
 """How often a list of candidates shall hold the truth, unless said otherwise."""
+
+SIZES = range(2, 11)
+"""Lengths of the list of candidates that are tried."""
 
 FEWEST = 20
 """Fewer images tell too little of a scorer and a judge."""
@@ -66,6 +69,8 @@ class CalibratedJudge:
         model: how it chooses.
         pool: how much its opinion counts where opinions are weighted; None in files from before that.
         log_likelihoods: mean cross-validated log-likelihood of the truth in nats, by the rule of fusion; None without labels.
+        best_size: how many candidates to show that the expected accuracy is highest, of `SIZES`, by the model; None in files
+            from before that.
         reference: whether it named the likeliest candidate, 1 or 0, less the model's probability of that: a model that shrinks
             what it learns can be some points off on average; None in files from before that.
     """
@@ -75,6 +80,7 @@ class CalibratedJudge:
     model: JudgeModel
     pool: Pool | None = None
     log_likelihoods: dict[FusionRule, float] | None = None
+    best_size: int | None = None
     reference: Reference | None = None
 
     def fuser(self, fusion: FusionRule) -> JudgeModel | Pool:
@@ -195,6 +201,17 @@ class Calibration:
                     hint="Take that, calibrate again, or set accept yourself, without a guarantee.",
                 )
 
+    def best_size_of(self, stage: int) -> int:
+        """How many candidates to show a stage's judge.
+
+        Raises:
+            ConfigError: if that is not known.
+        """
+        size = self.judges[stage].best_size
+        if size is None:
+            raise ConfigError("The calibration does not tell the best list.", hint="Make it anew: cascadevlm calibrate.")
+        return size
+
     def conformal_for(self, coverage: float) -> Conformal:
         """The rule for a coverage.
 
@@ -271,6 +288,7 @@ def fit_calibration(
     labelled: bool = True,
     fusion: FusionRule = "bayes",
     coverage: float = COVERAGE,
+    class_conditional: bool = False,
     blank: Answers | None = None,
 ) -> Calibration:
     """Learn from a record how far to trust its scorer and its judges.
@@ -280,6 +298,7 @@ def fit_calibration(
         labelled: whether to look at the truths; without, the judge is the annotator.
         coverage: of the conformal sets. They are fitted on what the scorer's calibrations on other folds say of each image, which
             holds the promise closely, not strictly.
+        class_conditional: whether they shall hold the truth so often for every class that has enough images.
         blank: of the last judge, about an image without content; only looked at where there are labels.
 
     Raises:
@@ -297,7 +316,7 @@ def fit_calibration(
     if labelled:
         responsibilities = np.eye(len(record.labels))[record.truths]
         scorer, belief = fit_scorer(log_probs, responsibilities)
-        conformal = Conformal.fit(np.exp(belief), record.truths, coverage=coverage)
+        conformal = Conformal.fit(np.exp(belief), record.truths, coverage=coverage, class_conditional=class_conditional)
         reference = Reference.of(np.exp(belief.max(axis=1)))
     else:
         if len(record.stages) != 1:
@@ -317,6 +336,7 @@ def fit_calibration(
             model, belief[known] = fit_judge(before, truth, answers, blank=own_blank)
             beliefs: dict[FusionRule, Floats] = {"bayes": belief, "weighted": weighted}
             likelihoods = {rule: float((truth * after[known]).sum(axis=1).mean()) for rule, after in beliefs.items()}
+        sizes = [size for size in SIZES if size <= len(record.labels)] or [1]
         agreed, likely = model.agreement(before, answers)
         judges.append(
             CalibratedJudge(
@@ -325,6 +345,7 @@ def fit_calibration(
                 model=model,
                 pool=pool,
                 log_likelihoods=likelihoods,
+                best_size=best_size(before, model, sizes, none_offered=judged.none_offered),
                 reference=Reference.of(agreed - likely),
             )
         )

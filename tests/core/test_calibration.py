@@ -14,6 +14,7 @@ from pydantic import JsonValue, TypeAdapter
 
 from benchmarks.decision import made_up
 from benchmarks.sweep import judged_all
+from cascadevlm.candidates import TopK
 from cascadevlm.config import CandidatesConfig, Config
 from cascadevlm.decision.calibrate import calibrate
 from cascadevlm.decision.calibration import (
@@ -164,12 +165,66 @@ def test_what_is_no_calibration_is_one_sentence(tmp_path: Path, text: str) -> No
 def test_a_file_from_before_probabilities_and_weights_is_read(tmp_path: Path) -> None:
     data = json.loads(ADAPTER.dump_json(learned()))
     (judge,) = data["judges"]
-    del judge["model"]["probability_weight"], judge["pool"], judge["log_likelihoods"]
+    del judge["model"]["probability_weight"], judge["pool"], judge["log_likelihoods"], judge["best_size"]
     path = tmp_path / "calibration.json"
     path.write_text(json.dumps(data))
     again = read_calibration(path)
     assert again.judges[0].pool is None
     assert _labels(decided(record(), again)) == _labels(decided(record(), learned()))
+
+
+def configured(calibration: Calibration, folder: Path, candidates: JsonValue) -> Config:
+    """Of judges that are not there, as many as the calibration has."""
+    calibration.write(folder / "calibration.json")
+    data: dict[str, JsonValue] = {"scorer": {"use": "recorded:nothing"}, "labels": [*calibration.labels]}
+    stages: list[JsonValue] = [{"judge": "recorded:nothing", "candidates": candidates} for _ in calibration.judges]
+    return Config.parse(data | {"calibration": str(folder / "calibration.json"), "stage": stages})
+
+
+def test_the_best_list_is_that_of_each_stage(tmp_path: Path) -> None:
+    first = record().judged
+    calibration = fit_calibration(replace(record(), stages=(first, first)))
+    assert all(judge.best_size in range(2, 7) for judge in calibration.judges)
+    sizes = 3, 5
+    judges = [replace(judge, best_size=size) for judge, size in zip(calibration.judges, sizes, strict=True)]
+    calibration = replace(calibration, judges=tuple(judges))
+    cascade = configured(calibration, tmp_path, "best").build()
+    assert tuple(stage.candidates for stage in cascade.stages) == tuple(TopK(k=size) for size in sizes)
+
+
+def test_a_best_list_that_is_not_known_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="does not tell the best list"):
+        configured(known_to(record()), tmp_path, "best").build()
+    without = configured(known_to(record()), tmp_path, {"k": "best"}).model_copy(update={"calibration": None})
+    with pytest.raises(ConfigError, match='"best" needs a calibration'):
+        without.build()
+
+
+def test_a_judge_that_is_lost_in_long_lists_gets_short_ones() -> None:
+    found = []
+    for ability in (0.5, 9.0):
+        rng, whole = np.random.default_rng(3), made_up(3, 400, 10, 10)
+        utilities = rng.gumbel(size=(400, 10)) + ability * np.eye(10)[whole.truths]
+        answering = judged_all(whole.scores, whole.truths, utilities.argmax(axis=1), "made up", 0.0)
+        found.append(fit_calibration(answering).judges[0].best_size)
+    lost, able = found
+    assert lost is not None
+    assert able is not None
+    assert lost < able
+
+
+def test_lists_may_have_a_threshold_for_every_class(tmp_path: Path) -> None:
+    calibration = fit_calibration(record(), coverage=0.8, class_conditional=True)
+    cascade = configured(calibration, tmp_path, {"coverage": 0.8, "minimum": 1, "maximum": 4}).build()
+    rule, scores = cascade.stages[0].candidates, calibration.calibrated(record().scores)
+    assert calibration.conformal is not None
+    assert calibration.conformal.class_thresholds is not None
+    for row, shown in enumerate(rule.choose(scores)):
+        probabilities = scores.probabilities[row]
+        ranks = (-probabilities).argsort(kind="stable").argsort() + 1
+        columns = [scores.labels.columns[candidate.label.name] for candidate in shown]
+        assert [candidate.rank for candidate in shown] == ranks[columns].tolist() == sorted(ranks[columns])
+        assert [candidate.probability for candidate in shown] == probabilities[columns].tolist()
 
 
 def test_without_labels_the_weight_is_fitted_and_not_compared() -> None:

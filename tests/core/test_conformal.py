@@ -13,12 +13,14 @@ from scipy.special import log_softmax, softmax
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.model_selection import StratifiedShuffleSplit
 
-from cascadevlm.candidates import CumulativeMass
+from cascadevlm.candidates import ConformalSet, CumulativeMass
 from cascadevlm.decision.conformal import FREE, PENALTY, Conformal, best_size
 from cascadevlm.decision.judge_model import NONE_CHOSEN, Answers, JudgeModel
 from cascadevlm.decision.scorer_calibration import Floats
 from cascadevlm.errors import InputError
+from cascadevlm.labels import LabelSet
 from cascadevlm.record import NOBODY, Columns
+from cascadevlm.types import Scores
 
 seeds = st.integers(0, 10_000)
 coverages = st.floats(0.05, 0.95)
@@ -248,3 +250,21 @@ def test_an_able_judge_sees_all_and_one_that_knows_nothing_the_fewest() -> None:
     able, unable = (replace(JudgeModel.prior(8), ability=ability, following=0.0) for ability in (20.0, 0.0))
     assert best_size(log_probs, able, [2, 8, 5]) == 8
     assert best_size(log_probs, unable, [5, 2, 8]) == 2
+
+
+@given(seeds, st.integers(2, 12), st.integers(1, 4), st.integers(0, 6), penalties, st.booleans())
+def test_lists_of_candidates_are_the_sets(
+    seed: int, classes: int, minimum: int, more: int, penalty: float, class_conditional: bool
+) -> None:
+    probabilities, truths = draw(seed, 60, classes)
+    rule = Conformal.fit(probabilities, truths, coverage=0.7, penalty=penalty, class_conditional=class_conditional)
+    shown = ConformalSet(rule=rule, minimum=minimum, maximum=minimum + more)
+    scores = Scores.from_logits(np.log(probabilities), LabelSet.of(f"class {n}" for n in range(classes)), "made up")
+    columns = shown.columns(scores)
+    inside = rule.sets(scores.probabilities, minimum=minimum, maximum=minimum + more)
+    for row, own, label_set in zip(scores.probabilities, columns, inside, strict=True):
+        known = own[own != NOBODY]
+        assert set(known) == set(np.flatnonzero(label_set))
+        assert min(minimum, classes) <= len(known) <= minimum + more
+        assert (own[: len(known)] == known).all()
+        assert (np.diff(row[known]) <= 0).all()
