@@ -33,6 +33,9 @@ def record_run(
 ) -> Record:
     """Run a cascade over labelled data and record it.
 
+    Labelled images mostly come class by class, and their labels say more than any run can find out: no drift is looked for, and
+    the shares of classes are not followed.
+
     Args:
         folder: of the record; there must be none in it. The calibration, if there is one, is copied to it.
         config: what the cascade was built from, to be kept with it.
@@ -43,7 +46,7 @@ def record_run(
     """
     scorer, stages = KeepingScorer(cascade.scorer), [KeepingStage.of(stage) for stage in cascade.stages]
     keeping = cascade.altered(scorer=scorer, stages=stages)
-    keeping.calibration = None  # labelled images mostly come class by class, which is no drift, and their labels say more
+    keeping.calibration, keeping.follow_shares = None, False
     for prediction in write_record(
         folder,
         data=data,

@@ -182,18 +182,16 @@ def test_a_model_is_loaded_once_and_before_any_image_is_prepared() -> None:
 
 
 def test_inputs_are_not_read_far_ahead_of_the_judges() -> None:
-    read, judge = 0, FakeJudge(seconds=0.005)
+    read, furthest, judge = 0, 0, FakeJudge(seconds=0.005)
 
     def source() -> Iterator[Image.Image]:
-        nonlocal read
+        nonlocal read, furthest
         for image in numbered(400):
             read += 1
+            furthest = max(furthest, read - len(judge.questions))
             yield image
 
-    furthest = 0
-    for done, _ in enumerate(cascade(stage(judge), batch_size=4).stream(source()), start=1):
-        furthest = max(furthest, read - done)
-    assert read == 400
+    assert len(cascade(stage(judge), batch_size=4).classify(source())) == len(judge.questions) == read == 400
     assert furthest <= 2 * judge.concurrency + (READ_AHEAD + 3) * 4
 
 
