@@ -29,7 +29,7 @@ from cascadevlm.cache import (
 )
 from cascadevlm.cascade import Cascade
 from cascadevlm.engine import OnFailure
-from cascadevlm.errors import BackendError, BudgetExhausted, FatalError, JudgeError, PermanentError, TransientError
+from cascadevlm.errors import BackendError, BudgetExhausted, FatalError, InputError, JudgeError, PermanentError, TransientError
 from cascadevlm.files import write_whole
 from cascadevlm.hosted import HostedJudge
 from cascadevlm.images import ImageSource
@@ -366,9 +366,15 @@ async def stream_in_batches(
         progress: told what goes on, a line at a time.
 
     Raises:
+        InputError: if what is asked depends on answers about other images, which come a day later.
         BackendError: if no judge of the cascade has a batch API.
         FatalError: if a provider refuses a batch.
     """
+    for name, wanted in (("routing", cascade.routing), ("follow_shares", cascade.follow_shares)):
+        if wanted:
+            raise InputError(
+                f"In batches, there is no {name}: judges are asked one after another, about all images.", hint="Leave it out."
+            )
     stages = _in_batches(cascade.stages, folder or default_cache_folder() / "batches", cascade.ledger)
     judges = [stage.judge for stage in stages if isinstance(stage.judge, BatchJudge)]
     if not judges:

@@ -95,6 +95,7 @@ class StageConfig(_Section):
     prompt: str = "select"
     offer_none: bool = False
     support: SupportConfig | None = None
+    votes: Annotated[int, Field(ge=1)] = 1
     widen: Annotated[int, Field(ge=0)] = 0
     options: Options = {}
 
@@ -115,6 +116,7 @@ class StageConfig(_Section):
             fusion=fusion,
             model=calibration.judge_of(number, self.model_dump(mode="json")) if calibration else None,
             pool=calibration.judges[number].pool if calibration else None,
+            votes=self.votes,
             widen=self.widen,
         )
 

@@ -25,7 +25,7 @@ from cascadevlm.decision.drift import Drift
 from cascadevlm.decision.shares import Following, Seen, Shares
 from cascadevlm.errors import BudgetExhausted, FatalError, ImageError, JudgeError
 from cascadevlm.images import ImageSource, is_large, path_of
-from cascadevlm.judge import Judge, Repairing
+from cascadevlm.judge import Judge, Repairing, Voting
 from cascadevlm.labels import Label, LabelSet
 from cascadevlm.pacing import Paced
 from cascadevlm.policy import START, Selection, Spending
@@ -94,8 +94,9 @@ class _RunningStage:
     def __init__(self, stage: Stage, store: VerdictStore | None, ledger: Ledger, spending: Spending) -> None:
         self.stage = stage
         self.policy = stage.informed_policy
-        self.judge = dependable(stage.judge, store, ledger)
-        self.places = asyncio.Semaphore(stage.judge.concurrency)
+        judge = dependable(stage.judge, store, ledger)
+        self.judge = Voting(judge, stage.votes) if stage.votes > 1 else judge
+        self.places = asyncio.Semaphore(-(-stage.judge.concurrency // stage.votes))
         self.spending = spending
 
     def surplus(self, scores: Scores) -> NDArray[np.floating]:
@@ -502,7 +503,7 @@ def _passed() -> asyncio.Event:
 
 def _usual_dollars(stage: Stage, item: _Item) -> float:
     (candidates,) = stage.candidates.choose(item.scores)
-    return stage.judge.usual_case(stage.question(item.prepared.image, candidates)) / NANODOLLARS
+    return stage.votes * stage.judge.usual_case(stage.question(item.prepared.image, candidates)) / NANODOLLARS
 
 
 def _stacked(rows: Sequence[Scores]) -> Scores:

@@ -87,12 +87,12 @@ def estimate(
                 deferral_rate=rate,
                 deferral_range=(float(interval.low), float(interval.high)),
                 calls=calls,
-                dollars=calls * usual,
+                dollars=stage.votes * calls * usual,
                 dollars_range=(
-                    float(interval.low) * total * usual,
-                    math.ceil(float(interval.high) * total) * worst * (1 + stage.widen),
+                    float(interval.low) * total * stage.votes * usual,
+                    math.ceil(float(interval.high) * total) * stage.votes * worst * (1 + stage.widen),
                 ),
-                minutes=_minutes(stage, calls, tokens) if worst else 0.0,
+                minutes=_minutes(stage, stage.votes * calls, tokens) if worst else 0.0,
             )
         )
     return estimates

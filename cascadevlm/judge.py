@@ -201,3 +201,46 @@ class Repairing(WrapperJudge):
             return first
         usage = first.usage + second.usage
         return replace(second, rationale=second.rationale or first.text.strip(), usage=usage)
+
+
+class Voting(WrapperJudge):
+    """Asks several times, the candidates in another order each time, and takes the mean of what was said.
+
+    The orders are rotations, evenly spread, so that with as many votes as candidates each is shown at every place once: what a
+    judge has for a place averages out. The judge's own probabilities are averaged, or the shares of its answers; of equal
+    candidates the first shown wins. Votes that fail do not count, unless all do.
+
+    Args:
+        votes: how often; at most once for every candidate.
+    """
+
+    def __init__(self, wrapped: Judge, votes: int) -> None:
+        super().__init__(wrapped)
+        self.votes = votes
+
+    async def judge(self, question: Question) -> Verdict:
+        shown = question.candidates
+        votes = min(self.votes, len(shown))
+        starts = [vote * len(shown) // votes for vote in range(votes)]
+        orders = [replace(question, candidates=shown[start:] + shown[:start]) for start in starts]
+        said = await asyncio.gather(*map(self.wrapped.judge, orders), return_exceptions=True)
+        verdicts = [each for each in said if isinstance(each, Verdict)]
+        failures = [each for each in said if isinstance(each, BaseException)]
+        serious = [each for each in failures if isinstance(each, FatalError) or not isinstance(each, JudgeError)]
+        if serious or not verdicts:
+            raise (serious or failures)[0]
+        return _mean_verdict([candidate.label.name for candidate in shown], verdicts)
+
+
+def _mean_verdict(names: Sequence[str], verdicts: Sequence[Verdict]) -> Verdict:
+    """Of several about the same candidates: "none of these" where more chose it than any of them, an answer if there is one."""
+    usage = sum((verdict.usage for verdict in verdicts), Usage())
+    answered = [verdict for verdict in verdicts if verdict.outcome == "answered"]
+    none = [verdict for verdict in verdicts if verdict.outcome == "none"]
+    if len(answered) < len(none) or not answered:
+        return replace((none or verdicts)[0], usage=usage)
+    opinions = [verdict.probabilities or {verdict.label or "": 1.0} for verdict in answered]
+    mean = {name: sum(opinion.get(name, 0.0) for opinion in opinions) / len(opinions) for name in names}
+    best = max(names, key=mean.__getitem__)
+    agreeing = next((verdict for verdict in answered if verdict.label == best), answered[0])
+    return replace(agreeing, label=best, probabilities=mean, usage=usage)

@@ -30,6 +30,7 @@ class Stage:
         fusion: whose word is final: the judge's, or the more probable label by both.
         model: of the judge; policies of gain and fusion want it.
         pool: how much the judge's opinion counts; fusion by weight wants it.
+        votes: how often the judge is asked about an image, the candidates in another order each time (`Voting`).
         widen: how many times more the judge is asked, about the next candidates, where it chose "none of these".
 
     Raises:
@@ -46,6 +47,7 @@ class Stage:
     fusion: FusionRule = "judge"
     model: JudgeModel | None = None
     pool: Pool | None = None
+    votes: int = 1
     widen: int = 0
 
     def __post_init__(self) -> None:

@@ -29,7 +29,7 @@ one weight."""
 FUSION_RULES: dict[str, FusionRule] = {rule: rule for rule in get_args(FusionRule)}
 """By name."""
 
-SETTINGS = ("judge", "prompt", "offer_none", "support", "options")
+SETTINGS = ("judge", "prompt", "offer_none", "support", "votes", "options")
 """Of a stage's configuration: what changes the judge's answers, beside the candidates."""
 
 BESIDE = "calibration.json"

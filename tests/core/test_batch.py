@@ -5,7 +5,7 @@ import json
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -20,7 +20,7 @@ from cascadevlm.batch import MOST_ATTEMPTS, BatchJudge, stream_in_batches
 from cascadevlm.budget import NANODOLLARS, Ledger
 from cascadevlm.cache import DiskStore, MemoryStore, VerdictStore
 from cascadevlm.engine import OnFailure
-from cascadevlm.errors import BackendError, FatalError, JudgeError, PermanentError, TransientError
+from cascadevlm.errors import BackendError, FatalError, InputError, JudgeError, PermanentError, TransientError
 from cascadevlm.hosted import BatchLimits, HostedJudge
 from cascadevlm.images import pixel_digest
 from cascadevlm.judge import Judge
@@ -640,6 +640,26 @@ async def test_local_judges_have_no_batches(tmp_path: Path) -> None:
     with pytest.raises(BackendError, match=r"No judge of this cascade has a batch API. openai: and anthropic: have"):
         async for _ in stream_in_batches(cascade, IMAGES, folder=tmp_path):
             pass
+
+
+@pytest.mark.parametrize("name", ["routing", "follow_shares"])
+async def test_what_depends_on_other_images_is_not_asked_in_batches(name: str, tmp_path: Path) -> None:
+    async with bench("openai", tmp_path) as one:
+        cascade = one.cascade()
+        setattr(cascade, name, True)
+        with pytest.raises(InputError, match=f"In batches, there is no {name}"):
+            await one.run(cascade)
+
+
+@both
+async def test_votes_come_in_batches_too(provider: Provider, tmp_path: Path) -> None:
+    async with bench(provider, tmp_path / "state") as one:
+        told = []
+        for run in (lambda cascade: cascade.aclassify(IMAGES), one.run):
+            cascade = one.cascade(ALL)
+            cascade.stages = (replace(cascade.stages[0], votes=2),)
+            told.append([(each.label, each.verdicts[0].probabilities) for each in await run(cascade)])
+        assert told[0] == told[1]
 
 
 async def test_decisions_have_no_batches(tmp_path: Path) -> None:

@@ -162,6 +162,25 @@ def test_a_budget_is_spread_over_a_run_of_known_length_and_over_what_reaches_eac
     assert known.max() > 100
 
 
+def test_votes_are_questions_of_their_own() -> None:
+    store, images = MemoryStore(), [noise(number) for number in range(40)]
+    judges = FakeJudge(dollars=0.01, seconds=0.001), FakeJudge(dollars=0.01)
+    told = []
+    for judge in judges:
+        voting = cascade_of_noise(stage(judge, "always", votes=3), store=store)
+        predictions = voting.classify(images)
+        told.append([(each.label, each.verdicts[0].probabilities) for each in predictions])
+    assert told[0] == told[1]
+    assert len(judges[0].questions) == 120
+    assert judges[0].most_at_once <= judges[0].concurrency + 1
+    assert judges[1].questions == []
+    assert sum(prediction.cost.saved_dollars for prediction in predictions) == pytest.approx(1.2)
+
+
+def cascade_of_noise(*stages: Stage, **options: object) -> Cascade:
+    return Cascade(FakeScorer(), stages, labels=LABELS, **options)  # type: ignore[arg-type]
+
+
 def test_a_model_is_loaded_once_and_before_any_image_is_prepared() -> None:
     class Loading(FakeScorer):
         def __init__(self) -> None:

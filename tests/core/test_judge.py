@@ -2,17 +2,23 @@
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from email.utils import formatdate
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from tenacity import wait_none
 
 from cascadevlm.errors import FatalError, PermanentError, RateLimited, TransientError
-from cascadevlm.judge import Judge, LocalJudge, Repairing, verdict_from_text
+from cascadevlm.judge import Judge, LocalJudge, Repairing, Voting, verdict_from_text
+from cascadevlm.prompt import NONE_OF_THESE
 from cascadevlm.retry import Retrying, retry_after, wait_as_told
 from cascadevlm.scorer import Scorer
 from cascadevlm.testing import FakeJudge, FakeScorer, JudgeContract, ScorerContract, question
+from cascadevlm.testing.fakes import Reply
 from cascadevlm.types import Question, Usage, Verdict
 
 
@@ -139,6 +145,67 @@ def test_retry_after_a_date() -> None:
     seconds = retry_after({"retry-after": formatdate(time.time() + 30, usegmt=True)})
     assert seconds is not None
     assert 25 < seconds <= 30
+
+
+NAMES = ("red finch", "blue finch", "grey owl")
+
+
+@pytest.mark.parametrize("votes", [2, 3, 5])
+async def test_what_a_judge_has_for_a_place_averages_out(votes: int) -> None:
+    judge = FakeJudge(reply="ANSWER: A", dollars=0.01)
+    verdict = await Voting(judge, votes).judge(question(NAMES))
+    most = min(votes, 3)
+    assert [each.labels[0].name for each in judge.questions] == [NAMES[vote * 3 // most] for vote in range(most)]
+    assert all({label.name for label in each.labels} == set(NAMES) for each in judge.questions)
+    assert verdict.label == "red finch"
+    assert verdict.probabilities == {name: (1 / most if name in NAMES[:most] else 0) for name in NAMES}
+    assert verdict.usage.requests == most
+    assert verdict.usage.dollars == pytest.approx(0.01 * most)
+
+
+@given(st.lists(st.sampled_from([*NAMES, NONE_OF_THESE, "a tree"]), min_size=3, max_size=3))
+def test_the_most_votes_win(said: list[str]) -> None:
+    def reply(asked: Question) -> str:
+        return f"ANSWER: {said[NAMES.index(asked.labels[0].name)]}"
+
+    asked = replace(question(NAMES), offer_none=True)
+    verdict = asyncio.run(Voting(FakeJudge(reply=reply), 3).judge(asked))
+    counts = Counter(said)
+    named = [name for name in said if name in NAMES]
+    if len(named) < counts[NONE_OF_THESE]:
+        assert (verdict.outcome, verdict.label) == ("none", None)
+    elif not named:
+        assert verdict.outcome == ("none" if counts[NONE_OF_THESE] else "unparsed")
+    else:
+        assert verdict.label == max(NAMES, key=lambda name: (counts[name], -NAMES.index(name)))
+        assert verdict.probabilities == pytest.approx({name: counts[name] / len(named) for name in NAMES})
+
+
+async def test_own_probabilities_are_averaged() -> None:
+    class Likely(FakeJudge):
+        async def judge(self, question: Question) -> Verdict:
+            first, second, third = (label.name for label in question.labels)
+            return replace(await super().judge(question), probabilities={first: 0.6, second: 0.3, third: 0.1})
+
+    verdict = await Voting(Likely(), 3).judge(question(NAMES))
+    assert verdict.probabilities == pytest.approx(dict.fromkeys(NAMES, 1 / 3))
+
+
+async def test_a_vote_that_fails_does_not_count() -> None:
+    said: list[Reply] = [PermanentError("no"), "ANSWER: blue finch", "ANSWER: blue finch"]
+    verdict = await Voting(FakeJudge(reply=said), 3).judge(question(NAMES))
+    assert verdict.probabilities == {"red finch": 0, "blue finch": 1, "grey owl": 0}
+
+
+@pytest.mark.parametrize("worst", [FatalError("the key is wrong"), ValueError("a bug")])
+async def test_what_ends_a_run_is_not_voted_on(worst: Exception) -> None:
+    with pytest.raises(type(worst)):
+        await Voting(FakeJudge(reply=["ANSWER: A", PermanentError("no"), worst]), 3).judge(question(NAMES))
+
+
+async def test_where_no_vote_is_left_the_error_is_told() -> None:
+    with pytest.raises(PermanentError, match="first"):
+        await Voting(FakeJudge(reply=[PermanentError("first"), PermanentError("second")]), 2).judge(question(NAMES))
 
 
 class TestFakeScorer(ScorerContract):
