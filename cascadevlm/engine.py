@@ -430,7 +430,7 @@ class Run:
                     await asyncio.to_thread(lambda: item.prepared.image)
                 image = item.prepared.image
                 item.candidates = stage.candidates.arrange(item.candidates, image)
-                question = stage.question(image, item.candidates)
+                question = replace(stage.question(image, item.candidates), label_set=self.labels)
                 if is_large(image):  # encode and hash it beside the event loop, once for all
                     await asyncio.to_thread(running.judge.image_digest, question)
                 return await running.judge.judge(question)

@@ -121,6 +121,11 @@ class LabelSet:
         """The column of each name."""
         return {name: number for number, name in enumerate(self.names)}
 
+    @cached_property
+    def spellings(self) -> frozenset[str]:
+        """Every name and alias, as they are compared."""
+        return frozenset(fold(name) for label in self.labels for name in (label.name, *label.aliases))
+
     def __len__(self) -> int:
         return len(self.labels)
 

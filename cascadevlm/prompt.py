@@ -197,7 +197,7 @@ def read_answer(text: str, question: Question) -> Answer | None:
 
     The last line of the form ``ANSWER: …`` counts; without one, the whole text if it is a single line. Its content is the
     key of an option (``B``, ``(B)``), its name or an alias, or both (``B) name``). Names are compared exactly, then without
-    case, accents and punctuation.
+    case, accents and punctuation. Where "none of these" is an option, so is the name of a label that was not shown: it says so.
     """
     lines = list(_ANSWER_LINE.finditer(text))
     if lines:
@@ -207,9 +207,12 @@ def read_answer(text: str, question: Question) -> Answer | None:
     else:
         return None
     spellings = [(label.name, *label.aliases) for label in question.labels] + [(NONE_OF_THESE,)] * question.offer_none
-    chosen = _match(one_line(content).strip("*_`"), list(options(question)), spellings)
+    named = one_line(content).strip("*_`")
+    chosen = _match(named, list(options(question)), spellings)
     if chosen is None:
-        return None
+        shown = {fold(name) for names in spellings for name in names}
+        others = question.label_set.spellings - shown if question.offer_none and question.label_set else frozenset()
+        return Answer(None, rationale) if fold(named) in others else None
     return Answer(question.labels[chosen] if chosen < len(question.labels) else None, rationale)
 
 

@@ -119,6 +119,7 @@ class Question:
         exemplars: reference images, in the order in which they are shown.
         offer_none: whether "none of these" is one of the options.
         rejected: a previous answer that named no candidate; the question then asks once more.
+        label_set: what the candidates are from; an answer that names another label of it chooses none of them.
         sample: distinguishes repeated questions that shall not share an answer.
         encoded: the image as hosted judges send it, by their limits; filled as they need it.
     """
@@ -129,6 +130,7 @@ class Question:
     exemplars: tuple[Exemplar, ...] = ()
     offer_none: bool = False
     rejected: str | None = None
+    label_set: LabelSet | None = None
     sample: int = 0
     encoded: dict[Hashable, "EncodedImage"] = field(default_factory=dict, repr=False, compare=False)
 

@@ -311,6 +311,14 @@ def test_none_of_these_shows_the_next_candidates(fusion: FusionRule, widen: int,
         assert found.label == ranked(1)[-1]
 
 
+def test_a_judge_that_names_what_was_not_shown_is_shown_it() -> None:
+    judge = FakeJudge(reply=f"ANSWER: {ranked(1)[2]}")
+    found = cascade(judge, known(SURE_OF_NONE), candidates=TopK(k=2), offer_none=True, widen=1).classify(noise(1))
+    assert found.label == ranked(1)[2]
+    assert len(judge.questions) == 2
+    assert cascade(judge, candidates=TopK(k=2)).classify(noise(1)).verdicts[0].outcome == "unparsed"
+
+
 @pytest.mark.parametrize("fusion", ["judge", "bayes", "weighted"])
 def test_widening_stops_where_nothing_new_is_left(fusion: FusionRule) -> None:
     judge = FakeJudge(reply=says("no such label"))

@@ -65,6 +65,24 @@ def test_no_text_is_ever_read_as_a_label_not_offered(given_names: list[str], tex
     assert answer is None or answer.label in question(given_names).labels
 
 
+@pytest.mark.parametrize(
+    ("text", "offer_none", "understood"),
+    [
+        ("Too dark for a finch.\nANSWER: Eagle-Owl", True, True),
+        ("ANSWER: **uhu**", True, True),
+        ("ANSWER: Eagle-Owl", False, False),
+        ("ANSWER: a tree", True, False),
+        ("ANSWER: D", True, True),
+    ],
+)
+def test_a_label_that_was_not_shown_is_none_of_these(text: str, offer_none: bool, understood: bool) -> None:
+    asked = question(["red finch", "blue finch", "grey owl"])
+    labels = LabelSet.of([*asked.labels, Label(name="eagle owl", aliases=("uhu",))])
+    answer = read_answer(text, replace(asked, offer_none=offer_none, label_set=labels))
+    assert (answer is not None) == understood
+    assert answer is None or answer.label is None
+
+
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_names_are_offered_on_one_line_and_answered_by_key(name: str) -> None:
     asked = replace(question([*HOSTILE, "plain"]), offer_none=True)
