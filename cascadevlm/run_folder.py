@@ -222,6 +222,7 @@ class RunFolder:
         self.manifest = manifest
         self.tally = Tally()
         self.checkpoint = BEGINNING
+        self._summary = folder / "summary.json"
         self._flushed = time.monotonic()
 
     @classmethod
@@ -246,6 +247,7 @@ class RunFolder:
     @contextmanager
     def _writing(self) -> Iterator[None]:
         self._agree()
+        self._finished = self._summary.exists()
         with (self.folder / "failures.jsonl").open("w", encoding="utf-8") as self._failures:
             self._keep_what_is_sound()
             with (self.folder / "predictions.jsonl").open("a", encoding="utf-8") as self._predictions:
@@ -317,7 +319,10 @@ class RunFolder:
             )
 
     def append(self, path: str, prediction: Prediction) -> None:
-        """Write a prediction down; it is safe once flushed."""
+        """Write a prediction down; it is safe once flushed. A summary of those before does not hold any more."""
+        if self._finished:
+            self._summary.unlink()
+            self._finished = False
         told = prediction.to_dict() | {"path": path}
         line, body = _Line.model_validate(told), json.dumps(told)
         self._predictions.write(f"{body[:-1]}{_CHECKSUM}{zlib.crc32(body.encode())}}}\n")
@@ -343,10 +348,12 @@ class RunFolder:
         self._flushed = time.monotonic()
 
     def finish(self) -> None:
-        """Write the table and the summary."""
+        """Write the table and the summary, unless they are of all predictions already."""
         self.flush(self.checkpoint)
+        if self._finished:
+            return
         self._write_table()
-        write_whole(self.folder / "summary.json", json.dumps(self.tally.to_dict(), indent=2) + "\n")
+        write_whole(self._summary, json.dumps(self.tally.to_dict(), indent=2) + "\n")
 
     def _write_table(self) -> None:
         import pyarrow

@@ -113,6 +113,19 @@ def test_a_finished_run_asks_and_scores_nothing_and_takes_new_images(tmp_path: P
     assert lines(tmp_path) == lines(tmp_path / "whole")
 
 
+def test_a_summary_is_of_all_predictions_that_are_there(tmp_path: Path) -> None:
+    bulk.run(cascade(), Pictures(20), tmp_path, config={})
+    summary, table = tmp_path / "summary.json", tmp_path / "predictions.parquet"
+    written = table.stat().st_mtime_ns, summary.read_text()
+    bulk.run(cascade(), Pictures(20), tmp_path, config={})
+    assert (table.stat().st_mtime_ns, summary.read_text()) == written
+    stop = stopping_after(2)
+    assert bulk.run(cascade(), Pictures(40), tmp_path, config={}, stopping=stop.__next__).images < 40
+    assert not summary.exists()
+    bulk.run(cascade(), Pictures(40), tmp_path, config={})
+    assert json.loads(summary.read_text())["images"] == pyarrow.parquet.read_metadata(table).num_rows == 40
+
+
 @pytest.mark.parametrize("left", [0, 1, 700, 5000])
 def test_what_is_not_whole_is_worked_out_again(tmp_path: Path, left: int) -> None:
     """Cut anywhere, as a machine without power may leave it, and more of the progress noted than is there."""
