@@ -204,7 +204,8 @@ class Config(_Section):
         stages = [stage.build(labels, calibration, number, fusion) for number, stage in enumerate(self.stage)]
         if calibration and calibration.promised_with and self.accept is None:
             settings = self.stage[0].model_dump(mode="json")
-            calibration.require_promised(settings | {"policy": str(stages[0].policy), "fusion": fusion})
+            of_run = {"policy": str(stages[0].policy), "fusion": fusion, "follow_shares": self.follow_shares}
+            calibration.require_promised(settings | of_run)
         return Cascade(
             CalibratedScorer(scorer, calibration) if calibration else scorer,
             stages,

@@ -105,7 +105,7 @@ def calibrate(
         if acceptance.threshold is None:
             raise DataError(acceptance.describe(), hint="Label more images, or promise less.")
         shown = settings_of(choosing, 0, ("candidates", "widen"))
-        promised_with = {"policy": str(policy), "fusion": calibration.fusion, **shown}
+        promised_with = {"policy": str(policy), "fusion": calibration.fusion, "follow_shares": False, **shown}
         calibration = replace(calibration, accept=acceptance.threshold, promised_with=promised_with)
     after = decided(rest, calibration)
     result = Calibrated(

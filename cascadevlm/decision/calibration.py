@@ -116,7 +116,8 @@ class Calibration:
         policy: when to ask, if it was chosen for a target.
         fusion: whose word is final.
         accept: the least probable label that is not abstained from, if an error was to be guaranteed.
-        promised_with: what the guarantee holds with: policy, fusion and, of the stage, what decides who is asked about what.
+        promised_with: what the guarantee holds with: policy, fusion, whether shares are followed and, of the stage, what decides
+            who is asked about what.
         figures: what was measured when it was fitted: before and after calibration, and on held-out images.
         made: when.
     """

@@ -538,6 +538,7 @@ def test_a_promised_error_is_one_among_accepted_answers() -> None:
     [
         ({"policy": "entropy > 0.3"}, {}, r"for policy 'always', not for 'entropy > 0\.3'\. .* set accept yourself"),
         ({}, {"fusion": "judge"}, "for fusion 'bayes', not for 'judge'"),
+        ({}, {"follow_shares": True}, "for follow_shares False, not for True"),
         ({"widen": 1}, {}, "for widen 0, not for 1"),
         ({"candidates": 3}, {}, "for candidates"),
         ({"policy": "entropy > 0.3"}, {"accept": 0.7}, None),
@@ -548,7 +549,7 @@ def test_a_guarantee_is_of_what_it_was_fitted_with(
     tmp_path: Path, stage: dict[str, JsonValue], others: dict[str, JsonValue], told: str | None
 ) -> None:
     made = calibrate(made_up(4, 1500, 6, 6), size=1000, target_error=0.2).calibration
-    assert made.promised_with == {"policy": "always", "fusion": "bayes"}
+    assert made.promised_with == {"policy": "always", "fusion": "bayes", "follow_shares": False}
     file = tmp_path / "calibration.json"
     shown: dict[str, JsonValue] = {"candidates": CandidatesConfig(k=5).model_dump(mode="json"), "widen": 0}
     replace(made, promised_with=made.promised_with | shown).write(file)
