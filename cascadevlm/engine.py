@@ -46,6 +46,18 @@ OUTPUT_LIMIT = 4096
 """How many predictions may wait for an earlier image to be judged."""
 
 
+@dataclass(frozen=True)
+class _Settled:
+    """What came of an image.
+
+    Attributes:
+        belief: 1 x C, what is believed of it in the end; None if it could not be read, or the shares of classes are not followed.
+    """
+
+    prediction: Prediction
+    belief: Scores | None = None
+
+
 @dataclass(eq=False)
 class _Item:
     """One image under way.
@@ -60,7 +72,7 @@ class _Item:
     prepared: Prepared
     scores: Scores
     belief: Scores
-    result: asyncio.Future[Prediction]
+    result: asyncio.Future[_Settled]
     fused: bool = False
     candidates: tuple[Candidate, ...] = ()
     reasons: list[str] = field(default_factory=list)
@@ -141,7 +153,6 @@ class _Batch:
     Attributes:
         begin: how many images of the run come before.
         end: how many there are up to its last one.
-        items: those that could be read.
         results: of all its images, in input order.
         turns: for every stage, set once it has decided on this batch: the next batch's turn.
         spending: of every stage, after it decided on this batch.
@@ -150,8 +161,7 @@ class _Batch:
     def __init__(self, images: int, stages: int, *, begin: int) -> None:
         loop = asyncio.get_running_loop()
         self.begin, self.end = begin, begin + images
-        self.items: list[_Item] = []
-        self.results: list[asyncio.Future[Prediction]] = [loop.create_future() for _ in range(images)]
+        self.results: list[asyncio.Future[_Settled]] = [loop.create_future() for _ in range(images)]
         self.turns = [asyncio.Event() for _ in range(stages)]
         self.spending: list[Spending] = []
 
@@ -228,13 +238,16 @@ class Run:
             producer = asyncio.create_task(self._produce(sources))
             stack.push_async_callback(self._close, producer)
             while (batch := await self.output.get()) is not None:
+                beliefs = []
                 for result in batch.results:
-                    prediction = await result
+                    settled = await result
                     if self.drift is not None:
-                        self.drift.predicted(prediction)
-                    yield prediction
+                        self.drift.predicted(settled.prediction)
+                    if settled.belief is not None:
+                        beliefs.append(settled.belief)
+                    yield settled.prediction
                 if self.following is not None:
-                    await self.following.take([item.current_scores() for item in batch.items], batch.begin)
+                    await self.following.take(beliefs, batch.begin)
                     seen = self.following.seen
                 self.checkpoint = Checkpoint(images=batch.end, spending=tuple(batch.spending), seen=seen)
             await producer
@@ -262,8 +275,8 @@ class Run:
                     self.stopped = True
                     break
                 batch = _Batch(len(read), len(self.stages), begin=begin)
-                batch.items = await self._score(read, batch)
-                self._begin(self._escalate(batch.items, earlier, batch))
+                items = await self._score(read, batch)
+                self._begin(self._escalate(items, earlier, batch))
                 earlier, begin = batch.turns, batch.end
                 await self.output.put(batch)
 
@@ -303,7 +316,7 @@ class Run:
         readable = []
         for (path, prepared), result in zip(read, batch.results, strict=True):
             if isinstance(prepared, ImageError):
-                result.set_result(Prediction(path=path, error=str(prepared)))
+                result.set_result(_Settled(Prediction(path=path, error=str(prepared))))
             else:
                 readable.append((path, prepared, result))
         if not readable:
@@ -322,8 +335,8 @@ class Run:
             items.append(_Item(path=path, prepared=prepared, scores=one, belief=one, result=result))
         return items
 
-    def _take_in_hand(self, results: Sequence[asyncio.Future[Prediction]]) -> None:
-        def settled(result: asyncio.Future[Prediction]) -> None:
+    def _take_in_hand(self, results: Sequence[asyncio.Future[_Settled]]) -> None:
+        def settled(result: asyncio.Future[_Settled]) -> None:
             _seen(result)
             self.in_hand -= 1
             if self.in_hand < self.limit:
@@ -471,7 +484,8 @@ class Run:
         if prediction.probability is not None and prediction.probability < self.accept:
             why = f"{prediction.label!r} has a probability of {prediction.probability:.2f}, below {self.accept:g}."
             prediction = _abstained(prediction, why)
-        item.result.set_result(prediction)
+        belief = item.current_scores() if self.following is not None else None
+        item.result.set_result(_Settled(prediction, belief))
 
 
 def _abstained(prediction: Prediction, why: str) -> Prediction:
