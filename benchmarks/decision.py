@@ -4,7 +4,8 @@ With ``../shared/recorded/artdl``, for each of the four pairs of `benchmarks.swe
 mean over random draws of the others: the area under accuracy against deferral (0 to 1 in steps of .05) by entropy with the
 judge's word final, and by gain with the opinions fused, after calibration on 200 labelled images, on 50, and on 200 without
 their labels; how often the calibrated scorer is right, and, with everything asked, how often the opinions together are, and how
-well they know it.
+well they know it. Then, on 800 labelled images, of conformal lists with one threshold and with one for each class: how often they
+hold the truth, overall and of the class where that is least often, and how long they are.
 
 Without a folder, images are made up: 200 labelled ones to calibrate on and others to measure, of 1,000 classes of which the judge
 is shown five, and of 10 of which it is shown all. Told are accuracies, and seconds for the fit and for the gain of 1,000 images;
@@ -25,11 +26,11 @@ from scipy.special import softmax
 
 from benchmarks.sweep import judged_all, pairs
 from cascadevlm import LabelSet, Scores
-from cascadevlm.candidates import TopK
+from cascadevlm.candidates import ConformalSet, TopK
 from cascadevlm.decision.calibration import Calibration, answers_of, decided, fit_calibration
 from cascadevlm.decision.scorer_calibration import Floats
 from cascadevlm.metrics import expected_calibration_error
-from cascadevlm.record import Record
+from cascadevlm.record import NOBODY, Record
 from cascadevlm.sweep import sweep
 
 FAMILY = 10
@@ -110,6 +111,25 @@ def on_recorded(record: Record, seeds: int) -> dict[str, dict[str, float]]:
     }
 
 
+def of_lists(record: Record, seeds: int, *, coverage: float = 0.9) -> dict[str, dict[str, float]]:
+    """Mean over random draws of the 800 images to calibrate on."""
+    found = {}
+    for name, class_conditional in (("one threshold", False), ("by class", True)):
+        inside, lengths = np.full((seeds, len(record)), np.nan), []
+        for seed in range(seeds):
+            order = np.random.default_rng(seed).permutation(len(record))
+            own, rows = np.sort(order[:800]), np.sort(order[800:])
+            calibration = fit_calibration(record.take(own), coverage=coverage, class_conditional=class_conditional)
+            rule, rest = ConformalSet(rule=calibration.conformal_for(coverage)), record.take(rows)
+            columns = rule.columns(calibration.calibrated(rest.scores))
+            inside[seed, rows] = (columns == rest.truths[:, None]).any(axis=1)
+            lengths.append((columns != NOBODY).sum(axis=1).mean())
+        classes = [np.nanmean(inside[:, record.truths == column]) for column in range(len(record.labels))]
+        means = {"covered": np.nanmean(inside), "worst class": min(classes), "length": np.mean(lengths)}
+        found[name] = {key: round(float(value), 4) for key, value in means.items()}
+    return found
+
+
 def on_made_up(classes: int, shown: int, seeds: int) -> dict[str, float]:
     """Mean over images made up anew."""
     measured = []
@@ -165,6 +185,7 @@ def main(
     if recorded:
         for name, record in pairs(recorded).items():
             print(json.dumps({"pair": name} | on_recorded(record, seeds), ensure_ascii=False), flush=True)
+            print(json.dumps({"pair": name, "lists": of_lists(record, seeds)}, ensure_ascii=False), flush=True)
         return
     for classes, shown in ((1000, 5), (10, 10)):
         print(json.dumps({"classes": classes, "shown": shown} | on_made_up(classes, shown, seeds)), flush=True)

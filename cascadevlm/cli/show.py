@@ -126,6 +126,9 @@ def calibration_rows(result: "Calibrated") -> dict[str, str]:
         rows["area, entropy and judge's word → gain and fusion"] = f"{result.areas[0]:.3f} → {result.areas[1]:.3f}"
     for rule, value in (result.calibration.judges[-1].log_likelihoods or {}).items():
         rows[f"fusion {rule}, log-likelihood by cross-validation"] = f"{value:.3f}"
+    if (conformal := result.calibration.conformal) and conformal.class_thresholds is not None:
+        own = int((conformal.class_thresholds != conformal.threshold).sum())
+        rows["classes with a conformal threshold of their own"] = f"{own} of {len(conformal.class_thresholds)}"
     for judge in result.calibration.judges:
         rows[f"candidates for {judge.judge}, best by the model"] = str(judge.best_size)
     if (policy := result.calibration.policy) and (found := result.outcome):

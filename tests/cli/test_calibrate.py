@@ -1,6 +1,7 @@
 """Calibrating on the command line, with the bundled models and images."""
 
 import json
+import re
 import shutil
 from importlib import resources
 from pathlib import Path
@@ -36,6 +37,8 @@ def test_what_was_learned_is_written_and_shown(birds: Path) -> None:
     first, second = (json.loads((birds / name).read_text()) for name in ("shown.json", "printed.json"))
     assert first["figures"] | {"policy": first["policy"]} == printed
     assert first | {"made": None} == second | {"made": None}
+    (judge,) = first["judges"]
+    assert re.search(rf"best by the model +{judge['best_size']}\s", shown)
     assert printed["area_gain_fused"] > 0
     assert first["labelled"]
     assert first["judges"][0]["settings"]["prompt"] == "select_cot"
@@ -80,6 +83,30 @@ def test_a_calibration_is_set_on_the_command_line(birds: Path) -> None:
     assert (first["label"], first["probability"], first["reasons"]) == (second["label"], second["probability"], second["reasons"])
 
 
+def test_lists_are_as_long_as_was_found_best(birds: Path) -> None:
+    image = sorted((birds / "data").glob("*/0.jpg"))[0]
+    command = ("classify", image, "--labels", birds / "data", "--config", birds / "learned.toml", "--json")
+    line = json.loads(run(*command, "--set", "stage.0.candidates=best").stdout)
+    (judge,) = json.loads((birds / "learned.json").read_text())["judges"]
+    assert len(line["candidates"]) == judge["best_size"]
+
+
+def test_lists_by_class_share_a_threshold_where_images_are_few(birds: Path) -> None:
+    """Of classes of one image each."""
+    by_class = ("--size", "20", "--coverage", "0.9", "--class-conditional")
+    shown = run("calibrate", birds / "run", "-o", birds / "by-class.json", *by_class).stdout
+    assert re.search(r"threshold of their own +0 of 24\s", shown)
+    run("calibrate", birds / "run", "-o", birds / "plain.json", *by_class[:-1])
+    image = sorted((birds / "data").glob("*/0.jpg"))[0]
+    command = ("classify", image, "--labels", birds / "data", "--config", CONFIG, "--json")
+    settings = ("--set", "stage.0.candidates={ coverage = 0.9 }", "--policy", "never")
+    one, other = (
+        json.loads(run(*command, "--set", f"calibration={birds / name}", *settings).stdout)
+        for name in ("by-class.json", "plain.json")
+    )
+    assert one["candidates"] == other["candidates"]
+
+
 def test_a_sweep_shows_what_is_gained(birds: Path) -> None:
     swept = json.loads(run("sweep", birds / "run", "--calibration", birds / "learned.json", "--json").stdout)
     assert any(curve["name"].startswith("gain") for curve in swept["curves"])
@@ -107,6 +134,7 @@ def test_other_models_are_refused(birds: Path, setting: str, sentence: str) -> N
         (["--fusion", "median"], "There is no fusion 'median'. Known: judge, bayes, weighted."),
         (["--blank"], "The judge gave no answer about a blank image"),
         (["--blank", "--without-labels"], "Without labels, nothing tells what a blank image is worth"),
+        (["--class-conditional", "--without-labels"], "Without labels, there are no conformal lists"),
         (["--measure", "doubt"], "There is no measure 'doubt'. Known: gain, entropy, margin, top_probability."),
         (["--accuracy", "0.5", "--deferral-rate", "0.5"], "one target"),
         (["--accuracy", "0.5"], "answered about 11 images, too few"),
