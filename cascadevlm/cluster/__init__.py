@@ -10,6 +10,7 @@ import asyncio
 import logging
 import os
 import pickle
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -46,6 +47,9 @@ LISTING_CPUS = 0.01
 
 CALLS_AT_ONCE = 2
 """Batches that a scoring worker has in work: one is read while another one is scored."""
+
+SILENT_SECONDS = 120.0
+"""How long the workers may take to give a batch before that is told."""
 
 CALLS_AHEAD = 4
 """Batches that a scoring worker has been given."""
@@ -221,7 +225,11 @@ class _ScoredElsewhere(WrapperScorer):
 
 
 class Arriving:
-    """Gives every batch of images as it comes back from the workers; to be called for one after another, in order."""
+    """Gives every batch of images as it comes back from the workers; to be called for one after another, in order.
+
+    Warns:
+        RuntimeWarning: if the workers give nothing for long: Ray waits for lost machines without a word.
+    """
 
     def __init__(self, batches: Iterator[ScoredBatch | CascadeError], labels: LabelSet) -> None:
         self.batches = batches
@@ -232,7 +240,13 @@ class Arriving:
         from ray.exceptions import RayError
 
         try:
-            batch = await asyncio.get_running_loop().run_in_executor(self.thread, next, self.batches, None)
+            coming = asyncio.get_running_loop().run_in_executor(self.thread, next, self.batches, None)
+            if not (await asyncio.wait({coming}, timeout=SILENT_SECONDS))[0]:
+                told = (
+                    f"The cluster has given nothing for {SILENT_SECONDS:.0f} s. 'ray status' tells whether its workers are there."
+                )
+                warnings.warn(told, RuntimeWarning, stacklevel=2)
+            batch = await coming
         except RayError as exc:
             hint = "What was done is kept: the same command goes on."
             raise RunError(f"The cluster failed: {str(exc).strip().splitlines()[-1]}.", hint=hint) from exc

@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -14,7 +15,7 @@ import pytest
 from pydantic import JsonValue
 
 from benchmarks.kills import predictions as lines
-from cascadevlm import bulk
+from cascadevlm import bulk, cluster
 from cascadevlm.cluster import Arriving, on_ray
 from cascadevlm.cluster.workers import ScoredBatch
 from cascadevlm.config import Config
@@ -198,3 +199,17 @@ def test_without_ray_there_is_a_command(images: Inputs, monkeypatch: pytest.Monk
     config = Config.parse({"scorer": {"use": "open_clip:aviary"}, "labels": ["finch", "owl"]})
     with pytest.raises(BackendError, match=r"pip install 'cascadevlm\[ray\]'"), on_ray(config.build(), config, images):
         pass
+
+
+async def test_a_silent_cluster_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster, "SILENT_SECONDS", 0.05)
+    given = threading.Event()
+
+    def batches() -> Iterator[ScoredBatch]:
+        given.wait(10)
+        yield ScoredBatch(paths=["a.png"], errors=[ImageError("torn")], log_probs=None, fingerprint="")
+
+    threading.Timer(0.3, given.set).start()
+    with pytest.warns(RuntimeWarning, match="'ray status' tells whether its workers are there"):
+        (read,) = await Arriving(batches(), LabelSet.of(["ant"]))([Path("a.png")])
+    assert read[0] == "a.png"
