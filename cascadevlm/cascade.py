@@ -73,6 +73,7 @@ class Cascade:
         self.batch_size = batch_size
         self.calibration = calibration
         self.follow_shares = follow_shares
+        self._reading: Callable[[int], ReadBatch] | None = None
 
     def altered(
         self,
@@ -82,14 +83,20 @@ class Cascade:
         on_failure: OnFailure | None = None,
         store: VerdictStore | None = None,
         ledger: Ledger | None = None,
+        reading: Callable[[int], ReadBatch] | None = None,
     ) -> Self:
-        """The same cascade but for what is given; its ledger is the same one."""
+        """The same cascade but for what is given; its ledger is the same one.
+
+        Args:
+            reading: what reads the images, from one of this number on, in the scorer's place.
+        """
         altered = copy(self)
         altered.scorer = self.scorer if scorer is None else scorer
         altered.stages = self.stages if stages is None else tuple(stages)
         altered.on_failure = on_failure or self.on_failure
         altered.store = self.store if store is None else store
         altered.ledger = ledger or self.ledger
+        altered._reading = reading or self._reading
         return altered
 
     @overload
@@ -134,14 +141,8 @@ class Cascade:
             async for prediction in predictions:
                 yield prediction
 
-    def begin(
-        self,
-        start: Checkpoint = BEGINNING,
-        stopping: Callable[[], bool] = lambda: False,
-        read: ReadBatch | None = None,
-    ) -> Run:
-        """A run not yet under way; it goes on where another one was left, and begins no further batch once it is to stop.
-        ``read`` reads the images in the scorer's place."""
+    def begin(self, start: Checkpoint = BEGINNING, stopping: Callable[[], bool] = lambda: False) -> Run:
+        """A run not yet under way; it goes on where another one was left, and begins no further batch once it is to stop."""
         return Run(
             scorer=self.scorer,
             stages=self.stages,
@@ -154,7 +155,7 @@ class Cascade:
             batch_size=self.batch_size,
             start=start,
             stopping=stopping,
-            read=read,
+            read=self._reading(start.images) if self._reading else None,
             drift=Drift(self.calibration, self.stages) if self.calibration else None,
             shares=self.calibration.shares if self.calibration and self.follow_shares else None,
         )

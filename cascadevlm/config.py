@@ -73,6 +73,10 @@ class CandidatesConfig(_Section):
         rule = calibration.conformal_for(self.coverage)
         return ConformalSet(rule=rule, minimum=self.minimum, maximum=self.maximum, order=self.order, seed=self.seed)
 
+    def frozen(self, built: CandidateRule) -> Self:
+        """With the number that the calibration found best, if that was asked for."""
+        return self.model_copy(update={"k": built.most()}) if self.k == "best" else self
+
 
 def _k_alone(value: JsonValue) -> JsonValue:
     """``candidates = 5`` is short for ``candidates = { k = 5 }``; so is "best"."""
@@ -221,10 +225,10 @@ class Config(_Section):
         )
 
     def frozen(self, cascade: Cascade) -> Self:
-        """The configuration with the policies, the fusion and the acceptance of the cascade built from it, be they its
-        calibration's."""
+        """The configuration with the policies, the best lengths of lists, the fusion and the acceptance of the cascade built from
+        it, be they its calibration's."""
         stages = [
-            stage.model_copy(update={"policy": str(built.policy)})
+            stage.model_copy(update={"policy": str(built.policy), "candidates": stage.candidates.frozen(built.candidates)})
             for stage, built in zip(self.stage, cascade.stages, strict=True)
         ]
         fusion = cascade.stages[0].fusion if cascade.stages else None

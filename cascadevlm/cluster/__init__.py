@@ -11,7 +11,7 @@ import logging
 import os
 import pickle
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -26,7 +26,7 @@ from cascadevlm.cascade import Cascade
 from cascadevlm.cluster.judging import RemoteJudge, Worker
 from cascadevlm.cluster.workers import SAME_FILES, JudgingWorker, ScoredBatch, ScoringWorker, Workplace, list_images
 from cascadevlm.config import Config, StageConfig
-from cascadevlm.engine import BEGINNING, Checkpoint, Read, ReadBatch, Run
+from cascadevlm.engine import Read
 from cascadevlm.errors import BackendError, CascadeError, DataError, RunError
 from cascadevlm.images import ImageSource, path_of
 from cascadevlm.inputs import Named
@@ -81,7 +81,13 @@ def on_ray(cascade: Cascade, config: Config, inputs: Iterable[Named], *, workers
     if not joined:
         ray.init(log_to_driver=False, logging_level=logging.ERROR)
     try:
-        yield _ClusterCascade(cascade, _Cluster.of(cascade, config, inputs, workers), config.stage)
+        cluster = _Cluster.of(cascade, config, inputs, workers)
+        judges = [cluster.judge(stage, of_config) for stage, of_config in zip(cascade.stages, config.stage, strict=True)]
+        yield cascade.altered(
+            scorer=_ScoredElsewhere(cascade.scorer),
+            stages=[replace(stage, judge=judge) for stage, judge in zip(cascade.stages, judges, strict=True)],
+            reading=lambda first: Arriving(cluster.scored(first), cascade.labels),
+        )
     finally:
         if not joined:
             ray.shutdown()
@@ -172,34 +178,6 @@ class _Cluster:
             begin=lambda: cast(Worker, actor.remote(config.judge, config.options, self.place)),
             end=lambda worker: ray.kill(cast("ActorHandle[JudgingWorker]", worker)),
         )
-
-
-class _ClusterCascade(Cascade):
-    """Runs over the inputs of a cluster, whatever it is given must be those."""
-
-    def __init__(self, cascade: Cascade, cluster: _Cluster, stages: Sequence[StageConfig]) -> None:
-        super().__init__(
-            _ScoredElsewhere(cascade.scorer),
-            [replace(stage, judge=cluster.judge(stage, config)) for stage, config in zip(cascade.stages, stages, strict=True)],
-            labels=cascade.labels,
-            on_failure=cascade.on_failure,
-            accept=cascade.accept,
-            routing=cascade.routing,
-            store=cascade.store,
-            ledger=cascade.ledger,
-            batch_size=cascade.batch_size,
-            calibration=cascade.calibration,
-            follow_shares=cascade.follow_shares,
-        )
-        self.cluster = cluster
-
-    def begin(
-        self,
-        start: Checkpoint = BEGINNING,
-        stopping: Callable[[], bool] = lambda: False,
-        read: ReadBatch | None = None,
-    ) -> Run:
-        return super().begin(start, stopping, read or Arriving(self.cluster.scored(start.images), self.labels))
 
 
 @dataclass(kw_only=True, eq=False)

@@ -188,7 +188,9 @@ def test_the_best_list_is_that_of_each_stage(tmp_path: Path) -> None:
     sizes = 3, 5
     judges = [replace(judge, best_size=size) for judge, size in zip(calibration.judges, sizes, strict=True)]
     calibration = replace(calibration, judges=tuple(judges))
-    cascade = configured(calibration, tmp_path, "best").build()
+    config = configured(calibration, tmp_path, "best")
+    cascade = config.build()
+    assert tuple(stage.candidates.k for stage in config.frozen(cascade).stage) == sizes
     assert tuple(stage.candidates for stage in cascade.stages) == tuple(TopK(k=size) for size in sizes)
 
 
