@@ -249,6 +249,8 @@ class Run:
                 if self.following is not None:
                     await self.following.take(beliefs, batch.begin)
                     seen = self.following.seen
+                for turn in batch.turns:  # later stages have to decide on a batch of which nothing is left for them, too
+                    await turn.wait()
                 self.checkpoint = Checkpoint(images=batch.end, spending=tuple(batch.spending), seen=seen)
             await producer
 

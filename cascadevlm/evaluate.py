@@ -20,7 +20,9 @@ from cascadevlm.types import Prediction
 
 def asking_everything(cascade: Cascade) -> Cascade:
     """The cascade with every judge asked about every image, so that its record can be swept."""
-    return cascade.altered(stages=[replace(stage, policy=Always()) for stage in cascade.stages])
+    everything = cascade.altered(stages=[replace(stage, policy=Always()) for stage in cascade.stages])
+    everything.routing = False
+    return everything
 
 
 def record_run(
