@@ -28,7 +28,6 @@ from cascadevlm.cache import (
     question_payload,
 )
 from cascadevlm.cascade import Cascade
-from cascadevlm.engine import OnFailure
 from cascadevlm.errors import BackendError, BudgetExhausted, FatalError, InputError, JudgeError, PermanentError, TransientError
 from cascadevlm.files import write_whole
 from cascadevlm.hosted import HostedJudge
@@ -381,15 +380,13 @@ async def stream_in_batches(
         raise BackendError("No judge of this cascade has a batch API.", hint="openai: and anthropic: have.")
     store = MemoryStore() if cascade.store is None else cascade.store
 
-    def run(stages: Sequence[Stage], store: VerdictStore, on_failure: OnFailure) -> AsyncIterator[Prediction]:
-        return cascade.altered(stages=stages, store=store, on_failure=on_failure).astream(images)
-
     async def collect(stages: Sequence[Stage], judge: BatchJudge) -> None:
         """Until all questions to the judge, the last stage's, have come back and no more fit into the budget."""
         while True:
             escalated = skipped = 0
             judge.freed = False
-            async for prediction in run(stages, _Collecting(store), "scorer"):
+            collecting = cascade.unwatched().altered(stages=stages, store=_Collecting(store), on_failure="scorer")
+            async for prediction in collecting.astream(images):
                 escalated += prediction.escalated
                 skipped += any(verdict.outcome == "skipped" for verdict in prediction.verdicts)
             judge.release_unasked()
@@ -413,7 +410,7 @@ async def stream_in_batches(
         for judge in judges:
             judge.conclude()
         try:
-            async for prediction in run(stages, store, cascade.on_failure):
+            async for prediction in cascade.altered(stages=stages, store=store).astream(images):
                 yield prediction
         except JudgeError:  # the run has ended in a failure, which the next is not to find again
             for judge in judges:

@@ -49,6 +49,7 @@ def question_payload(judge: Judge, question: Question) -> Payload:
         "image": judge.image_digest(question),
         "options": list(options(question).values()),
         "names": [[label.name, *label.aliases] for label in question.labels],
+        "others": question.label_set.digest if question.offer_none and question.label_set else None,
         "exemplars": [exemplar.digest for exemplar in question.exemplars],
         "sample": question.sample,
     }

@@ -14,6 +14,7 @@ from cascadevlm.budget import Ledger
 from cascadevlm.cache import VerdictStore
 from cascadevlm.decision.calibration import Calibration
 from cascadevlm.decision.drift import Drift
+from cascadevlm.decision.live import CalibratedScorer
 from cascadevlm.engine import BEGINNING, Checkpoint, OnFailure, ReadBatch, Run
 from cascadevlm.errors import ConfigError, ImageError
 from cascadevlm.images import ImageSource
@@ -38,7 +39,8 @@ class Cascade:
         store: where valid verdicts are kept and looked up; None asks every time.
         ledger: what may be spent, over all calls of this cascade; without a cap, unless given.
         batch_size: images scored at once.
-        calibration: of the scorer and the judges; runs warn of images that are no longer like those it was made with (`Drift`).
+        calibration: of the scorer and the judges. It makes the scorer's probabilities calibrated, and runs warn of images that
+            are no longer like those it was made with (`Drift`).
         follow_shares: whether the scorer's probabilities follow the shares that the classes have in a run (`Following`).
 
     Raises:
@@ -62,7 +64,7 @@ class Cascade:
     ) -> None:
         if follow_shares and (calibration is None or calibration.shares is None):
             raise ConfigError("follow_shares needs a calibration that tells its own.", hint="Make one: cascadevlm calibrate.")
-        self.scorer = scorer
+        self.scorer = CalibratedScorer(scorer, calibration) if calibration else scorer
         self.stages = tuple(stages)
         self.labels = LabelSet.of(labels)
         self.on_failure: OnFailure = on_failure
@@ -98,6 +100,12 @@ class Cascade:
         altered.ledger = ledger or self.ledger
         altered._reading = reading or self._reading
         return altered
+
+    def unwatched(self) -> Self:
+        """The same cascade, that neither looks for drift nor follows the shares of classes."""
+        unwatched = copy(self)
+        unwatched.calibration, unwatched.follow_shares = None, False
+        return unwatched
 
     @overload
     def classify(self, images: ImageSource) -> Prediction: ...  # type: ignore[overload-overlap]  # a str is one path

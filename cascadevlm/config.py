@@ -12,7 +12,6 @@ from cascadevlm.cache import DiskStore, VerdictStore, default_cache_folder
 from cascadevlm.candidates import CandidateRule, ConformalSet, CumulativeMass, Order, TopK
 from cascadevlm.cascade import Cascade
 from cascadevlm.decision.calibration import Calibration, FusionRule, read_calibration
-from cascadevlm.decision.live import CalibratedScorer
 from cascadevlm.embeddings import CachedEmbeddings
 from cascadevlm.engine import OnFailure
 from cascadevlm.errors import ConfigError
@@ -211,7 +210,7 @@ class Config(_Section):
             of_run = {"policy": str(stages[0].policy), "fusion": fusion, "follow_shares": self.follow_shares}
             calibration.require_promised(settings | of_run)
         return Cascade(
-            CalibratedScorer(scorer, calibration) if calibration else scorer,
+            scorer,
             stages,
             labels=labels,
             on_failure=self.on_failure,

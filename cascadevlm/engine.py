@@ -25,7 +25,7 @@ from cascadevlm.decision.drift import Drift
 from cascadevlm.decision.shares import Following, Seen, Shares
 from cascadevlm.errors import BudgetExhausted, FatalError, ImageError, JudgeError
 from cascadevlm.images import ImageSource, is_large, path_of
-from cascadevlm.judge import Judge, Repairing, Voting
+from cascadevlm.judge import Judge, Repairing
 from cascadevlm.labels import Label, LabelSet
 from cascadevlm.pacing import Paced
 from cascadevlm.policy import START, Selection, Spending
@@ -106,9 +106,8 @@ class _RunningStage:
     def __init__(self, stage: Stage, store: VerdictStore | None, ledger: Ledger, spending: Spending) -> None:
         self.stage = stage
         self.policy = stage.informed_policy
-        judge = dependable(stage.judge, store, ledger)
-        self.judge = Voting(judge, stage.votes) if stage.votes > 1 else judge
-        self.places = asyncio.Semaphore(-(-stage.judge.concurrency // stage.votes))
+        self.judge = stage.by_votes(dependable(stage.judge, store, ledger))
+        self.places = asyncio.Semaphore(self.judge.concurrency)
         self.spending = spending
 
     def surplus(self, scores: Scores) -> NDArray[np.floating]:
@@ -386,7 +385,7 @@ class Run:
                 stage.spending = replace(START, dollars_per_call=_usual_dollars(stage.stage, items[0]))
         spending = replace(running.spending, remaining=self._remaining(running.spending.images + len(items), end))
         selected = running.policy.select(scores, spending)
-        left = self._better_later(number, scores, selected)
+        left = self._better_later(number, scores)
         selected = selected & ~left
         for item, reason, elsewhere in zip(items, running.policy.reasons(scores), left, strict=True):
             item.reasons.append(f"{reason}; a later judge is worth more" if elsewhere else reason)
@@ -404,12 +403,13 @@ class Run:
         )
         return list(compress(items, selected)), list(compress(items, left))
 
-    def _better_later(self, number: int, scores: Scores, selected: Selection) -> Selection:
+    def _better_later(self, number: int, scores: Scores) -> Selection:
         """N: whether asking the judge of a later stage is worth more, where that may be chosen."""
         if not self.routing:
             return np.zeros(len(scores), dtype=bool)
-        own = np.where(selected, self.stages[number].surplus(scores), 0.0)
-        return reduce(np.maximum, [later.surplus(scores) for later in self.stages[number + 1 :]], own) > own
+        own, *later = [running.surplus(scores) for running in self.stages[number:]]
+        left: Selection = reduce(np.maximum, later, own) > np.maximum(own, 0.0)
+        return left
 
     def _remaining(self, decided: int, end: int) -> float:
         """How many images are expected to reach a stage after those that have, of the first so many of the run."""
@@ -519,7 +519,7 @@ def _passed() -> asyncio.Event:
 
 def _usual_dollars(stage: Stage, item: _Item) -> float:
     (candidates,) = stage.candidates.choose(item.scores)
-    return stage.votes * stage.judge.usual_case(stage.question(item.prepared.image, candidates)) / NANODOLLARS
+    return stage.by_votes(stage.judge).usual_case(stage.question(item.prepared.image, candidates)) / NANODOLLARS
 
 
 def _stacked(rows: Sequence[Scores]) -> Scores:

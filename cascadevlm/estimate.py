@@ -12,6 +12,7 @@ from cascadevlm.budget import NANODOLLARS
 from cascadevlm.cascade import Cascade
 from cascadevlm.errors import ImageError, InputError
 from cascadevlm.images import ImageSource, load_image
+from cascadevlm.judge import Judge
 from cascadevlm.stage import Stage
 from cascadevlm.types import Scores
 
@@ -73,9 +74,10 @@ def estimate(
     escalated = np.ones(len(readable), dtype=bool)
     estimates = []
     for stage in cascade.stages:
+        judge = stage.by_votes(stage.judge)
         escalated = stage.informed_policy.select(scores) & (escalated | cascade.routing)
         priced = escalated if escalated.any() else ~escalated  # where none is asked about, all say what one would cost
-        usual, worst, tokens = _mean_price(stage, readable, scores, priced)
+        usual, worst, tokens = _mean_price(stage, judge, readable, scores, priced)
         rate = int(escalated.sum()) / len(looked_at)
         interval = binomtest(int(escalated.sum()), len(looked_at)).proportion_ci(method="wilson")
         calls = round(rate * total)
@@ -87,12 +89,12 @@ def estimate(
                 deferral_rate=rate,
                 deferral_range=(float(interval.low), float(interval.high)),
                 calls=calls,
-                dollars=stage.votes * calls * usual,
+                dollars=calls * usual,
                 dollars_range=(
-                    float(interval.low) * total * stage.votes * usual,
-                    math.ceil(float(interval.high) * total) * stage.votes * worst * (1 + stage.widen),
+                    float(interval.low) * total * usual,
+                    math.ceil(float(interval.high) * total) * worst * (1 + stage.widen),
                 ),
-                minutes=_minutes(stage, stage.votes * calls, tokens) if worst else 0.0,
+                minutes=_minutes(judge, calls, tokens) if worst else 0.0,
             )
         )
     return estimates
@@ -118,21 +120,19 @@ def _score(cascade: Cascade, images: Sequence[ImageSource]) -> tuple[list[ImageS
 
 
 def _mean_price(
-    stage: Stage, images: Sequence[ImageSource], scores: Scores, priced: NDArray[np.bool_]
+    stage: Stage, judge: Judge, images: Sequence[ImageSource], scores: Scores, priced: NDArray[np.bool_]
 ) -> tuple[float, float, float]:
     """Of the questions about some of the images: usual dollars, most dollars, most tokens."""
     prices = []
     for source, candidates, wanted in zip(images, stage.candidates.choose(scores), priced, strict=True):
         if wanted:
             question = stage.question(load_image(source), candidates)
-            judge = stage.judge
             prices.append((judge.usual_case(question), judge.worst_case(question), judge.worst_case_tokens(question)))
     usual, worst, tokens = (float(mean) for mean in np.mean(prices, axis=0))
     return usual / NANODOLLARS, worst / NANODOLLARS, tokens
 
 
-def _minutes(stage: Stage, calls: int, tokens: float) -> float:
-    judge = stage.judge
+def _minutes(judge: Judge, calls: int, tokens: float) -> float:
     minutes = [calls * SECONDS_PER_CALL / judge.concurrency / 60]
     if judge.requests_per_minute:
         minutes.append(calls / judge.requests_per_minute)

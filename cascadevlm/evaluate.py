@@ -47,8 +47,7 @@ def record_run(
         DataError: if there is a record in the folder.
     """
     scorer, stages = KeepingScorer(cascade.scorer), [KeepingStage.of(stage) for stage in cascade.stages]
-    keeping = cascade.altered(scorer=scorer, stages=stages)
-    keeping.calibration, keeping.follow_shares = None, False
+    keeping = cascade.unwatched().altered(scorer=scorer, stages=stages)
     for prediction in write_record(
         folder,
         data=data,

@@ -9,7 +9,7 @@ from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from cascadevlm.errors import ImageError
 from cascadevlm.files import valid_text
@@ -47,6 +47,8 @@ def load_image(source: ImageSource) -> Image.Image:
             return _upright_rgb(image)
     except FileNotFoundError as exc:
         raise ImageError(f"Image {str(source)!r} does not exist.") from exc
+    except UnidentifiedImageError as exc:  # whose message holds an address in memory
+        raise ImageError(f"Image {_describe(source)} is no image, or of an unknown format.") from exc
     except Image.DecompressionBombError as exc:
         raise ImageError(f"Image {_describe(source)} is too large to be decoded: {exc}.", hint="Shrink it first.") from exc
     except (OSError, ValueError, TypeError, SyntaxError, EOFError) as exc:

@@ -208,7 +208,8 @@ class Voting(WrapperJudge):
 
     The orders are rotations, evenly spread, so that with as many votes as candidates each is shown at every place once: what a
     judge has for a place averages out. The judge's own probabilities are averaged, or the shares of its answers; of equal
-    candidates the first shown wins. Votes that fail do not count, unless all do.
+    candidates the first shown wins. Votes that fail do not count, unless all do. What an image costs and how many
+    can be had at once is counted with all its votes.
 
     Args:
         votes: how often; at most once for every candidate.
@@ -217,13 +218,27 @@ class Voting(WrapperJudge):
     def __init__(self, wrapped: Judge, votes: int) -> None:
         super().__init__(wrapped)
         self.votes = votes
+        self.concurrency = -(-wrapped.concurrency // votes)
+        self.requests_per_minute = wrapped.requests_per_minute and wrapped.requests_per_minute / votes
 
-    async def judge(self, question: Question) -> Verdict:
+    def worst_case(self, question: Question) -> int:
+        return sum(map(self.wrapped.worst_case, self._orders(question)))
+
+    def usual_case(self, question: Question) -> int:
+        return sum(map(self.wrapped.usual_case, self._orders(question)))
+
+    def worst_case_tokens(self, question: Question) -> int:
+        return sum(map(self.wrapped.worst_case_tokens, self._orders(question)))
+
+    def _orders(self, question: Question) -> list[Question]:
         shown = question.candidates
         votes = min(self.votes, len(shown))
         starts = [vote * len(shown) // votes for vote in range(votes)]
-        orders = [replace(question, candidates=shown[start:] + shown[:start]) for start in starts]
-        said = await asyncio.gather(*map(self.wrapped.judge, orders), return_exceptions=True)
+        return [replace(question, candidates=shown[start:] + shown[:start]) for start in starts]
+
+    async def judge(self, question: Question) -> Verdict:
+        shown = question.candidates
+        said = await asyncio.gather(*map(self.wrapped.judge, self._orders(question)), return_exceptions=True)
         verdicts = [each for each in said if isinstance(each, Verdict)]
         failures = [each for each in said if isinstance(each, BaseException)]
         serious = [each for each in failures if isinstance(each, FatalError) or not isinstance(each, JudgeError)]

@@ -1,6 +1,8 @@
 """Label sets: the classes an image may be of, and what is known of each."""
 
 import csv
+import hashlib
+import json
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator
@@ -125,6 +127,11 @@ class LabelSet:
     def spellings(self) -> frozenset[str]:
         """Every name and alias, as they are compared."""
         return frozenset(fold(name) for label in self.labels for name in (label.name, *label.aliases))
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256 of the spellings, in hexadecimal."""
+        return hashlib.sha256(json.dumps(sorted(self.spellings)).encode()).hexdigest()
 
     def __len__(self) -> int:
         return len(self.labels)

@@ -73,12 +73,16 @@ class Policy(ABC):
 
     def surplus(self, scores: Scores, dollars_per_call: float) -> NDArray[np.floating]:
         """N numbers: by how much the gain from asking is above what this policy wants for it; an image whose judge may be chosen
-        goes to the one of the most.
+        goes to the one of the most. Above 0 where the policy selects: an image that is left to a later judge is to be asked
+        about there.
 
         Raises:
-            PolicyError: if the policy does not go by gain.
+            PolicyError: if the policy does not go by gain alone.
         """
-        raise PolicyError(f"The policy '{self}' cannot choose between judges.", hint='With routing, go by gain: "gain > 0.02".')
+        raise PolicyError(
+            f"The policy '{self}' cannot choose between judges.",
+            hint='With routing, go by gain alone, as in "gain > 0.02"; what may be spent in all is [budget] usd.',
+        )
 
     def remembered(self, scores: Scores, spending: Spending) -> tuple[float, ...]:
         """What is to be `Spending.recent` when the next batch is decided on."""
@@ -381,9 +385,6 @@ class All(Policy):
     def priority(self, scores: Scores) -> NDArray[np.floating]:
         return (self._others() or self.parts)[0].priority(scores)
 
-    def surplus(self, scores: Scores, dollars_per_call: float) -> NDArray[np.floating]:
-        return (self._others() or self.parts)[0].surplus(scores, dollars_per_call)
-
     def remembered(self, scores: Scores, spending: Spending) -> tuple[float, ...]:
         if not self._budgets():
             return ()
@@ -424,11 +425,9 @@ class AnyOf(Policy):
     def priority(self, scores: Scores) -> NDArray[np.floating]:
         return self.parts[0].priority(scores)
 
-    def surplus(self, scores: Scores, dollars_per_call: float) -> NDArray[np.floating]:
-        return self.parts[0].surplus(scores, dollars_per_call)
-
     def remembered(self, scores: Scores, spending: Spending) -> tuple[float, ...]:
-        return next(filter(None, (part.remembered(scores, spending) for part in self.parts)), ())
+        memories = list(filter(None, (part.remembered(scores, spending) for part in self.parts)))
+        return memories[0] if len(memories) == 1 else ()  # two budgets may rank otherwise: each gets its share batch by batch
 
     def reasons(self, scores: Scores) -> list[str]:
         return _joined(" | ", self.parts, scores)

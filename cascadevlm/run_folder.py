@@ -292,6 +292,7 @@ class RunFolder:
                 self._count(_Line.read(body))
         if sound < path.stat().st_size:
             os.truncate(path, sound)
+            self._reopen()
         progress = self.folder / "progress.json"
         if progress.exists():
             checkpoint = _CHECKPOINT.validate_json(progress.read_bytes())
@@ -319,14 +320,18 @@ class RunFolder:
             )
 
     def append(self, path: str, prediction: Prediction) -> None:
-        """Write a prediction down; it is safe once flushed. A summary of those before does not hold any more."""
-        if self._finished:
-            self._summary.unlink()
-            self._finished = False
+        """Write a prediction down; it is safe once flushed."""
+        self._reopen()
         told = prediction.to_dict() | {"path": path}
         line, body = _Line.model_validate(told), json.dumps(told)
         self._predictions.write(f"{body[:-1]}{_CHECKSUM}{zlib.crc32(body.encode())}}}\n")
         self._count(line)
+
+    def _reopen(self) -> None:
+        """A summary that was of other predictions does not hold any more."""
+        if self._finished:
+            self._summary.unlink()
+            self._finished = False
 
     def _count(self, line: _Line) -> None:
         if failure := line.failure():

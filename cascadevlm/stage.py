@@ -10,7 +10,7 @@ from cascadevlm.decision.judge_model import JudgeModel
 from cascadevlm.decision.live import Asking
 from cascadevlm.decision.pool import Pool
 from cascadevlm.errors import InputError, PromptError
-from cascadevlm.judge import Judge
+from cascadevlm.judge import Judge, Voting
 from cascadevlm.measures import once
 from cascadevlm.policy import Always, Policy, PolicyLike, as_policy
 from cascadevlm.support import SupportSet
@@ -67,6 +67,10 @@ class Stage:
             exemplars=self.support.of(candidates) if self.support else (),
             offer_none=self.offer_none,
         )
+
+    def by_votes(self, judge: Judge) -> Judge:
+        """The stage's judge, or what is around it, asked as often about an image as there are votes."""
+        return Voting(judge, self.votes) if self.votes > 1 else judge
 
     @property
     def informed_policy(self) -> Policy:

@@ -55,7 +55,7 @@ class Drift:
         self.sureness = self.agreement = None
         if calibration.reference is not None:
             self.sureness = _Windows(calibration.reference, "the scorer's mean probability of its best label")
-        if len(stages) == 1 and not stages[0].widen and (reference := calibration.judges[0].reference) is not None:
+        if len(stages) == len(calibration.judges) == 1 and not stages[0].widen and (reference := calibration.judges[0].reference):
             self.agreement = _Windows(reference, "the share of the judge's answers that are the scorer's best label")
 
     def scored(self, scores: Scores) -> None:

@@ -18,6 +18,7 @@ import numpy as np
 from scipy.special import log_softmax
 
 from cascadevlm.decision.scorer_calibration import Floats, StoredFloats
+from cascadevlm.errors import InputError
 from cascadevlm.types import Scores
 
 PERIOD = 256
@@ -46,12 +47,14 @@ class Seen:
     """Sums of C beliefs over the images of a run.
 
     Attributes:
+        length: images of a period; 0 before there were images.
         period: that the last image was in, from 0 on.
         earlier: sum over the periods before the previous one, faded; nothing, before there were images.
         previous: over the previous period.
         current: over this one, so far.
     """
 
+    length: int = 0
     period: int = 0
     earlier: tuple[float, ...] = ()
     previous: tuple[float, ...] = ()
@@ -65,13 +68,21 @@ class Following:
         calibrated: those that its scores are calibrated for.
         seen: what was seen of the run before.
         batch_size: of the run.
+
+    Raises:
+        InputError: if the run was begun with batches of another size, above `PERIOD`, as its periods are longer or shorter then.
     """
 
     def __init__(self, calibrated: Shares, seen: Seen, batch_size: int) -> None:
         self.calibrated = calibrated
-        self.period = max(PERIOD, batch_size)
+        self.length = max(PERIOD, batch_size)
         nothing = (0.0,) * len(calibrated.shares)
-        self.seen = seen if seen.earlier else Seen(earlier=nothing, previous=nothing, current=nothing)
+        self.seen = seen if seen.length else Seen(length=self.length, earlier=nothing, previous=nothing, current=nothing)
+        if self.seen.length != self.length:
+            raise InputError(
+                f"The shares of classes were followed in batches of {self.seen.length} images so far, not of {batch_size}.",
+                hint="Go on with the batch_size that the run was begun with.",
+            )
         self._entered = asyncio.Condition()
         period = self.seen.period
         self._shifts = {period: self._shift(self.seen.earlier), period + 1: self._shift(self._summed())}
@@ -79,7 +90,7 @@ class Following:
     async def adjusted(self, scores: Scores, begin: int) -> Scores:
         """The scores of a batch that begins with an image of this number, by the shares that hold there; waits until these are
         known."""
-        period = begin // self.period
+        period = begin // self.length
         async with self._entered:
             await self._entered.wait_for(lambda: period in self._shifts)
         log_probs = log_softmax(scores.log_probs + self._shifts[period], axis=1)
@@ -87,10 +98,10 @@ class Following:
 
     async def take(self, beliefs: list[Scores], begin: int) -> None:
         """Add what is believed of the images of a batch; batch by batch, in order."""
-        period = begin // self.period
+        period = begin // self.length
         if period > self.seen.period:
             nothing = (0.0,) * len(self.seen.current)
-            self.seen = Seen(period=period, earlier=self._summed(), previous=self.seen.current, current=nothing)
+            self.seen = replace(self.seen, period=period, earlier=self._summed(), previous=self.seen.current, current=nothing)
             async with self._entered:
                 self._shifts[period + 1] = self._shift(self._summed())
                 del self._shifts[period - 1]
@@ -100,7 +111,7 @@ class Following:
 
     def _summed(self) -> tuple[float, ...]:
         """C: over the periods before the current one, what will be the earlier ones in the next."""
-        return tuple((np.exp(-self.period / MEMORY) * np.array(self.seen.earlier) + self.seen.previous).tolist())
+        return tuple((np.exp(-self.length / MEMORY) * np.array(self.seen.earlier) + self.seen.previous).tolist())
 
     def _shift(self, earlier: tuple[float, ...]) -> Floats:
         """C nats, by which log-probabilities are higher."""

@@ -22,9 +22,10 @@ from cascadevlm.budget import Ledger
 from cascadevlm.errors import DataError, FatalError, PermanentError
 from cascadevlm.inputs import Inputs, Named
 from cascadevlm.run_folder import DurableLedger
-from cascadevlm.testing import FakeJudge, FakeScorer, noise
+from cascadevlm.testing import FakeJudge, FakeScorer, noise, picture
 from cascadevlm.types import Question
 
+RED, GREY = (200, 0, 0), (90, 90, 90)
 LABELS = ["finch", "owl", "wren", "stork"]
 
 
@@ -103,6 +104,26 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(tmp_path: Path, policy: str
     assert sum(len(judge.questions) for judge in judges) == tally.counts["answered"]
 
 
+@pytest.mark.parametrize("batches", [2, 3, 4, 5])
+def test_a_run_that_is_left_while_a_later_judge_still_decides_goes_on(tmp_path: Path, batches: int) -> None:
+    """The first image keeps the later stage waiting, the others are settled long before."""
+    images = [(str(number), picture(RED if number == 0 else GREY)) for number in range(10)]
+
+    def two_stages() -> Cascade:
+        judges = FakeJudge("slow", reply=second, seconds=0.1), FakeJudge("never asked")
+        stages = [
+            Stage(judge=judge, prompt=load_prompt("select"), policy=parse_policy(policy))
+            for judge, policy in zip(judges, ("entropy > 0.9", "never"), strict=True)
+        ]
+        scorer = FakeScorer(table={RED: [1, 1, 1, 1], GREY: [9, 0, 0, 0]})
+        return Cascade(scorer, stages, labels=LABELS, batch_size=1)
+
+    stop = stopping_after(batches)
+    assert bulk.run(two_stages(), images, tmp_path, config={}, stopping=stop.__next__).images < 10
+    assert bulk.run(two_stages(), images, tmp_path, config={}).images == 10
+    assert [line["label"] for line in lines(tmp_path)] == ["owl"] + ["finch"] * 9
+
+
 def test_a_finished_run_asks_and_scores_nothing_and_takes_new_images(tmp_path: Path) -> None:
     bulk.run(cascade(), Pictures(20), tmp_path, config={})
     judge = FakeJudge(reply=second)
@@ -144,7 +165,9 @@ def test_a_damaged_line_and_all_after_it_is_worked_out_again(tmp_path: Path) -> 
     text = path.read_text()
     path.write_text(text.replace('"image 7"', '"image X"'))
     with pytest.warns(RuntimeWarning, match="damaged after 7 images"):
-        bulk.run(cascade(), Pictures(20), tmp_path, config={})
+        bulk.run(cascade(), Pictures(20), tmp_path, config={}, stopping=lambda: True)
+    assert not (tmp_path / "summary.json").exists()
+    bulk.run(cascade(), Pictures(20), tmp_path, config={})
     assert lines(tmp_path) == before
 
 
@@ -197,7 +220,7 @@ def test_failures_are_told_once(tmp_path: Path) -> None:
         tally = bulk.run(cascade(FakeJudge(reply=reply), "always"), images, tmp_path / "run", config={}, stopping=stop.__next__)
     told = [json.loads(line) for line in (tmp_path / "run" / "failures.jsonl").read_text().splitlines()]
     assert [row["image"] for row in told] == [2, 5, 8]
-    assert "cannot be decoded" in told[0]["error"]
+    assert "is no image" in told[0]["error"]
     assert told[1]["error"] == "cannot be asked"
     assert "does not exist" in told[2]["error"]
     assert tally.counts == {"answered": 6, "failed": 1, "unreadable": 2}

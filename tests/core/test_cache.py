@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from cascadevlm.cache import Cached, DiskStore, MemoryStore, SingleFlight, key_of, question_payload
 from cascadevlm.errors import TransientError
 from cascadevlm.judge import Judge
-from cascadevlm.labels import Label
+from cascadevlm.labels import Label, LabelSet
 from cascadevlm.registry import load_prompt
 from cascadevlm.testing import FakeJudge, noise, picture, question
 from cascadevlm.types import Exemplar, Question, Usage, Verdict
@@ -49,6 +49,17 @@ def variants() -> list[Question]:
         replace(base, prompt=load_prompt("select_fewshot"), exemplars=(Exemplar(image=noise(1), label=base.labels[0]),)),
         replace(base, prompt=load_prompt("select_fewshot"), exemplars=(Exemplar(image=noise(2), label=base.labels[0]),)),
     ]
+
+
+def of_labels(*others: str, offer_none: bool = True) -> Question:
+    asked = question()
+    return replace(asked, offer_none=offer_none, label_set=LabelSet.of([*asked.labels, *others]))
+
+
+def test_other_labels_change_the_answer_where_naming_one_is_none_of_these() -> None:
+    assert key(of_labels("wren", "crow")) == key(of_labels("crow", "wren"))
+    assert len({key(of_labels(*others)) for others in ([], ["wren"], ["wren", "crow"])}) == 3
+    assert key(of_labels("wren", offer_none=False)) == key(question())
 
 
 def test_whatever_changes_the_answer_changes_the_key() -> None:

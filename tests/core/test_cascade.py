@@ -77,7 +77,7 @@ def test_an_unreadable_image_is_a_row_among_many_and_an_error_alone() -> None:
     judge = FakeJudge()
     rows = cascade(stage(judge)).classify([b"junk", picture(RED), "nowhere.png"])
     assert names(rows) == [None, "red bird", None]
-    assert "cannot be decoded" in rows[0].error
+    assert "is no image" in rows[0].error
     assert "nowhere.png" in rows[2].error
     assert rows[2].path == "nowhere.png"
     with pytest.raises(ImageError):

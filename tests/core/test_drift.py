@@ -14,8 +14,10 @@ from scipy.special import softmax
 
 from benchmarks.decision import made_up
 from cascadevlm import Cascade, LabelSet, Prediction, Stage, TopK, load_prompt
+from cascadevlm.batch import stream_in_batches
 from cascadevlm.config import Config
 from cascadevlm.data import Data
+from cascadevlm.decision import drift
 from cascadevlm.decision.calibration import CalibratedJudge, Calibration, Reference, answers_of, fit_calibration, read_calibration
 from cascadevlm.decision.drift import WINDOW, Drift
 from cascadevlm.decision.judge_model import JudgeModel
@@ -26,7 +28,9 @@ from cascadevlm.evaluate import record_run
 from cascadevlm.prompt import options
 from cascadevlm.testing import FakeJudge, FakeScorer, noise
 from cascadevlm.testing.fakes import Reply
+from cascadevlm.testing.server import JudgeServer
 from cascadevlm.types import Candidate, Question, Verdict
+from cascadevlm_backends.openai import OpenAIJudge
 
 NAMES = ["ant", "bee", "cicada", "dragonfly", "earwig", "fly"]
 LABELS = LabelSet.of(NAMES)
@@ -214,3 +218,15 @@ def test_over_many_images_of_the_same_kind_there_is_no_warning() -> None:
         )
         verdict = Verdict(outcome="answered", label=rest.labels.names[judged.answers[row]])
         drift.predicted(Prediction(label=verdict.label, candidates=shown, verdicts=(verdict,)))
+
+
+async def test_in_batches_only_the_answers_that_count_are_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(drift, "WINDOW", 2)
+    surprising = replace(calibration(), reference=Reference(images=100_000, mean=0.05, deviation=0.01), judges=())
+    async with JudgeServer(answer=lambda conversation: "ANSWER: A") as server:
+        judge = OpenAIJudge("gpt-9", base_url=server.openai_url, price={"input": 1, "output": 1})
+        cascade = Cascade(FakeScorer(), [Stage(judge=judge, prompt=SELECT)], labels=LABELS, calibration=surprising)
+        with pytest.warns(RuntimeWarning, match=SCORES) as told:
+            found = [each async for each in stream_in_batches(cascade, pictures(0, 4), folder=tmp_path, poll_seconds=0.01)]
+    assert all(each.decided_by == "judge" for each in found)
+    assert len(told) == 1

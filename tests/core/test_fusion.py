@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import permutations
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +31,7 @@ from cascadevlm.decision.live import Asking, CalibratedScorer
 from cascadevlm.decision.pool import Pool
 from cascadevlm.decision.scorer_calibration import ScorerCalibration
 from cascadevlm.errors import BudgetExhausted, ConfigError, DataError, InputError, PolicyError
+from cascadevlm.evaluate import asking_everything
 from cascadevlm.judge import Judge
 from cascadevlm.labels import LabelSet
 from cascadevlm.prompt import NONE_OF_THESE, options
@@ -504,7 +506,7 @@ def test_the_bundled_models_decide_as_their_record_says(tmp_path: Path, mode: st
     from importlib import resources
 
     from cascadevlm.data import read_data
-    from cascadevlm.evaluate import asking_everything, record_run
+    from cascadevlm.evaluate import record_run
 
     folder = Path(str(resources.files("cascadevlm_backends") / "aviary" / "images"))
     birds = sorted(folder.glob("*.jpg"))[:8]
@@ -560,9 +562,8 @@ INSECT, SWARM = (0, 200, 0), (0, 0, 200)
 IN_DOUBT = FakeScorer(table={RED: [9, 0, 0, 0, 0, 0], INSECT: [5, 5, 0, 0, 0, 0], SWARM: [0, 0, 5, 5, 0, 0]})
 
 
-@pytest.mark.parametrize("policy", ["gain > 0.05", "gain > 0.05 & calls <= 1000", "gain > 0.05 | never"])
-def test_with_routing_an_image_goes_to_the_judge_who_knows_it(policy: str) -> None:
-    stages = [stage_of_expert("ant", "bee", policy=policy), stage_of_expert("dragonfly", "cicada", policy=policy)]
+def test_with_routing_an_image_goes_to_the_judge_who_knows_it() -> None:
+    stages = [stage_of_expert(*names, policy="gain > 0.05") for names in (("ant", "bee"), ("dragonfly", "cicada"))]
     images = [picture(colour) for colour in (RED, INSECT, SWARM)]
 
     def heard(*, routing: bool) -> list[tuple[str | None, list[str]]]:
@@ -589,10 +590,20 @@ def test_with_routing_a_dear_judge_has_to_be_worth_its_price(dollars: float, jud
     assert ("a later judge is worth more" in prediction.reasons[0]) == (judge == "dear")
 
 
-def test_routing_wants_policies_of_gain() -> None:
-    stages = [stage_of_expert("ant", policy="gain > 0.1"), stage_of_expert("bee", policy="entropy > 0.1")]
-    with pytest.raises(PolicyError, match=r"'entropy > 0.1' cannot choose between judges"):
+@pytest.mark.parametrize("policies", [*permutations(["gain > 0.1", "entropy > 0.1"])])
+@pytest.mark.parametrize("also", ["", " & gain > 0.1", " & calls <= 5", " | never"])
+def test_routing_wants_policies_of_gain_alone(policies: tuple[str, str], also: str) -> None:
+    stages = [stage_of_expert("ant", policy=policy + also) for policy in policies]
+    with pytest.raises(PolicyError, match=r"cannot choose between judges. With routing, go by gain alone"):
         Cascade(IN_DOUBT, stages, labels=LABELS, routing=True).classify([picture(INSECT)])
+
+
+def test_asking_everything_asks_every_judge_whatever_the_routing() -> None:
+    stages = [stage_of_expert("ant", "bee", policy="gain > 0.05"), stage_of_expert("fly", policy="gain > 0.05")]
+    routed = Cascade(IN_DOUBT, stages, labels=LABELS, routing=True)
+    predictions = asking_everything(routed).classify([picture(colour) for colour in (RED, INSECT)])
+    assert [len(each.verdicts) for each in predictions] == [2, 2]
+    assert routed.routing
 
 
 @settings(deadline=None, max_examples=20)

@@ -221,3 +221,24 @@ class TestFakeJudge(JudgeContract):
 class TestLocalJudge(JudgeContract):
     def make(self) -> Judge:
         return Local(batch_size=3)
+
+
+@given(st.integers(2, 9), st.integers(1, 6))
+def test_the_price_of_votes_is_that_of_the_questions_asked(votes: int, candidates: int) -> None:
+    class Priced(FakeJudge):
+        def usual_case(self, question: Question) -> int:
+            return 10
+
+        def worst_case(self, question: Question) -> int:
+            return 30
+
+        def worst_case_tokens(self, question: Question) -> int:
+            return 100
+
+    judge, asked = Priced(), question([f"bird {number}" for number in range(candidates)])
+    voting = Voting(judge, votes)
+    asyncio.run(voting.judge(asked))
+    times = len(judge.questions)
+    assert times == min(votes, candidates)
+    assert (voting.usual_case(asked), voting.worst_case(asked)) == (10 * times, 30 * times)
+    assert voting.worst_case_tokens(asked) == 100 * times

@@ -166,6 +166,13 @@ def test_in_a_stream_a_budget_goes_to_the_best_of_all_images(text: str) -> None:
     assert worth(in_batches) > 0.05 * worth(as_they_come) + 0.95 * worth(at_once)
 
 
+@pytest.mark.parametrize("budgets", ["calls <= 300 | dollars <= 2", "margin < 0.5 & calls <= 300 | entropy > 0.1 & dollars <= 3"])
+def test_of_two_budgets_each_is_spread_by_what_it_ranks_by(budgets: str) -> None:
+    whole = make_scores(5, 6000, 5)
+    asked = asked_in_a_stream(parse_policy(budgets), whole, 32)
+    assert all(part.sum() > 30 for part in np.array_split(asked, 4))
+
+
 def test_a_budget_in_a_stream_follows_images_that_become_harder() -> None:
     easy, hard = make_scores(1, 4000, 5, sharpness=9), make_scores(2, 4000, 5, sharpness=2)
     whole = replace(easy, log_probs=np.concatenate([easy.log_probs, hard.log_probs]))

@@ -3,22 +3,23 @@
 import asyncio
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 from scipy.special import log_softmax
 
 from cascadevlm import Cascade, LabelSet, Prediction, Stage, bulk, load_prompt, parse_policy
+from cascadevlm.budget import NANODOLLARS
 from cascadevlm.decision import shares
 from cascadevlm.decision.calibration import CalibratedJudge, Calibration
 from cascadevlm.decision.judge_model import JudgeModel
 from cascadevlm.decision.live import CalibratedScorer
 from cascadevlm.decision.scorer_calibration import Floats, ScorerCalibration
 from cascadevlm.decision.shares import MEMORY, PERIOD, Following, Seen, Shares
-from cascadevlm.errors import ConfigError
+from cascadevlm.errors import ConfigError, InputError
 from cascadevlm.images import ImageSource
 from cascadevlm.inputs import Named
 from cascadevlm.testing import FakeJudge, FakeScorer, noise
@@ -136,9 +137,77 @@ def test_a_run_goes_on_with_what_it_has_seen(tmp_path: Path, monkeypatch: pytest
     assert whole == parts
 
 
-def test_unreadable_images_have_no_share() -> None:
-    images: list[ImageSource] = [b"no image"] * 300
-    assert all(prediction.error for prediction in cascade().classify([*images, Image.new("RGB", (8, 8))])[:300])
+def test_a_run_goes_on_with_batches_of_the_size_it_began_with(tmp_path: Path) -> None:
+    images = [(str(number), noise(number, (8, 8))) for number in range(2 * (PERIOD + 1))]
+    stop = (number >= 1 for number in range(1000))
+    bulk.run(cascade(batch_size=PERIOD + 1), images, tmp_path, config={}, stopping=partial(next, stop))
+    with pytest.raises(InputError, match=f"batches of {PERIOD + 1} images so far, not of 4"):
+        bulk.run(cascade(batch_size=4), images, tmp_path, config={})
+    assert bulk.run(cascade(batch_size=PERIOD + 1), images, tmp_path, config={}).images == len(images)
+
+
+def test_unreadable_images_have_no_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The third period goes by the first: with unreadable images among it, as by the others alone."""
+    bad: list[ImageSource] = [b"no image"] * 4
+    first, second, third = ([noise(10 * part + number, (8, 8)) for number in range(4)] for part in range(3))
+    monkeypatch.setattr(shares, "PERIOD", 4)
+    without = cascade().classify([*first, *second, *third])
+    monkeypatch.setattr(shares, "PERIOD", 8)
+    among = cascade().classify([*first, *bad, *second, *bad, *third])
+    assert [each.label is None for each in among] == [False] * 4 + [True] * 4 + [False] * 4 + [True] * 4 + [False] * 4
+    assert told(among[16:]) == told(without[8:]) != told(cascade(follow_shares=False).classify(third))
+
+
+def test_a_calibration_is_applied_to_scores_as_they_come_and_refuses_others() -> None:
+    images = [noise(number, (8, 8)) for number in range(20)]
+    biased = replace(CALIBRATION, scorer=replace(CALIBRATION.scorer, bias=np.array([0.0, 0.0, 9.0, 0.0])))
+    for scorer in (FakeScorer(), CalibratedScorer(FakeScorer(), biased)):
+        assert {each.label for each in Cascade(scorer, [], labels=LABELS, calibration=biased).classify(images)} == {"cicada"}
+    with pytest.raises(ConfigError, match="of the scorer 'fake:fake', not of 'fake:other'"):
+        Cascade(FakeScorer("other"), [], labels=LABELS, calibration=CALIBRATION, follow_shares=True).classify(images)
+    with pytest.raises(ConfigError, match="of 4 other labels"):
+        Cascade(FakeScorer(), [], labels=NAMES[::-1], calibration=CALIBRATION, follow_shares=True).classify(images)
+
+
+class Paid(Jittery):
+    """A judge that is paid."""
+
+    def usual_case(self, question: Question) -> int:
+        return NANODOLLARS // 100
+
+
+@pytest.mark.parametrize(
+    ("policies", "routing"),
+    [
+        (("gain > 0.02", "gain > 0.1"), True),
+        (("gain_per_dollar > 1", "gain_per_dollar > 3"), True),
+        (("gain > 0.05 & dollars <= 0.2", "calls <= 10"), False),
+        (("calls <= 12", "never"), False),
+    ],
+)
+@pytest.mark.parametrize("follow_shares", [False, True])
+def test_judges_one_after_another_go_on_as_if_they_had_not_been_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, policies: tuple[str, str], routing: bool, follow_shares: bool
+) -> None:
+    monkeypatch.setattr(shares, "PERIOD", 16)
+    images: list[Named] = [(str(number), b"no image" if number % 9 == 4 else noise(number, (8, 8))) for number in range(90)]
+    sharp = replace(MODEL, ability=3.0, class_bias=np.array([0.5, -0.5, 0.2, 0.0]))
+
+    def several(seed: int) -> Cascade:
+        stages = [
+            Stage(judge=Paid(seed), prompt=load_prompt("select"), policy=parse_policy(policy), fusion="bayes", model=model)
+            for policy, model in zip(policies, (MODEL, sharp), strict=True)
+        ]
+        options = {"calibration": CALIBRATION, "follow_shares": follow_shares, "routing": routing}
+        return Cascade(FakeScorer(), stages, labels=LABELS, batch_size=4, **options)  # type: ignore[arg-type]
+
+    bulk.run(several(0), images, tmp_path / "whole", config={})
+    for seed, batches in enumerate((1, 3, 2, 6, 0, 100)):
+        stop = (number >= batches for number in range(1000))
+        bulk.run(several(seed), images, tmp_path / "parts", config={}, stopping=partial(next, stop))
+    whole, parts = ((tmp_path / name / "predictions.jsonl").read_text() for name in ("whole", "parts"))
+    assert whole == parts
+    assert '"earlier_verdicts": [{' in whole or routing or "never" in policies
 
 
 def test_shares_are_followed_from_those_of_a_calibration() -> None:
