@@ -110,9 +110,24 @@ class _RunningStage:
         self.places = asyncio.Semaphore(self.judge.concurrency)
         self.spending = spending
 
-    def surplus(self, scores: Scores) -> NDArray[np.floating]:
+    def spending_on(self, items: Sequence[_Item], remaining: float) -> Spending:
+        """Where it stands before a batch, after which so many more are expected."""
+        if not self.policy.by_price:
+            return replace(self.spending, remaining=remaining)
+        prices = tuple(map(self._price, items, _candidates(self.stage.candidates, items)))
+        return replace(self.spending, remaining=remaining, prices=prices)
+
+    def _price(self, item: _Item, candidates: tuple[Candidate, ...]) -> float:
+        """Dollars that asking about an image is expected to cost; nothing, if it has gone since it was scored."""
+        try:
+            question = self.stage.question(item.prepared.unread, candidates)
+        except ImageError:
+            return 0.0
+        return self.stage.by_votes(self.stage.judge).usual_case(question) / NANODOLLARS
+
+    def surplus(self, scores: Scores, items: Sequence[_Item]) -> NDArray[np.floating]:
         """N: by how much asking is worth more than it has to be."""
-        return self.policy.surplus(scores, self.spending.dollars_per_call)
+        return self.policy.surplus(scores, self.spending_on(items, 0))
 
 
 def dependable(judge: Judge, store: VerdictStore | None, ledger: Ledger) -> Judge:
@@ -380,12 +395,9 @@ class Run:
         if not items:
             return [], []
         running, scores = self.stages[number], _stacked([item.current_scores() for item in items])
-        for stage in self.stages:
-            if stage.spending == START:
-                stage.spending = replace(START, dollars_per_call=_usual_dollars(stage.stage, items[0]))
-        spending = replace(running.spending, remaining=self._remaining(running.spending.images + len(items), end))
+        spending = running.spending_on(items, self._remaining(running.spending.images + len(items), end))
         selected = running.policy.select(scores, spending)
-        left = self._better_later(number, scores)
+        left = self._better_later(number, scores, items)
         selected = selected & ~left
         for item, reason, elsewhere in zip(items, running.policy.reasons(scores), left, strict=True):
             item.reasons.append(f"{reason}; a later judge is worth more" if elsewhere else reason)
@@ -393,21 +405,21 @@ class Run:
             running.stage.candidates,
             [item for item, chosen in zip(items, selected, strict=True) if chosen or not item.candidates],
         )
-        calls = int(selected.sum())
         running.spending = replace(
-            spending,
+            running.spending,
             images=spending.images + len(items),
-            calls=spending.calls + calls,
-            dollars=spending.dollars + calls * spending.dollars_per_call,
+            calls=spending.calls + int(selected.sum()),
+            dollars=spending.dollars + sum(compress(spending.prices, selected)),
+            dollars_for_all=spending.dollars_for_all + sum(spending.prices),
             recent=running.policy.remembered(scores, spending),
         )
         return list(compress(items, selected)), list(compress(items, left))
 
-    def _better_later(self, number: int, scores: Scores) -> Selection:
+    def _better_later(self, number: int, scores: Scores, items: Sequence[_Item]) -> Selection:
         """N: whether asking the judge of a later stage is worth more, where that may be chosen."""
         if not self.routing:
             return np.zeros(len(scores), dtype=bool)
-        own, *later = [running.surplus(scores) for running in self.stages[number:]]
+        own, *later = [running.surplus(scores, items) for running in self.stages[number:]]
         left: Selection = reduce(np.maximum, later, own) > np.maximum(own, 0.0)
         return left
 
@@ -517,11 +529,6 @@ def _passed() -> asyncio.Event:
     return event
 
 
-def _usual_dollars(stage: Stage, item: _Item) -> float:
-    (candidates,) = stage.candidates.choose(item.scores)
-    return stage.by_votes(stage.judge).usual_case(stage.question(item.prepared.image, candidates)) / NANODOLLARS
-
-
 def _stacked(rows: Sequence[Scores]) -> Scores:
     return replace(rows[0], log_probs=np.concatenate([row.log_probs for row in rows]))
 
@@ -531,12 +538,17 @@ def _rows(scores: Scores) -> list[Scores]:
     return [scores.rows(slice(row, row + 1)) for row in range(len(scores))]
 
 
+def _candidates(rule: CandidateRule, items: Sequence[_Item]) -> list[tuple[Candidate, ...]]:
+    """Each image's, by what is believed now."""
+    return rule.choose(_stacked([item.belief for item in items]))
+
+
 def _rank(rule: CandidateRule, items: Sequence[_Item]) -> None:
     """Give each image its candidates by what is believed now, without those that judges rejected; their probabilities and ranks
     are the scorer's."""
     if not items:
         return
-    for item, candidates in zip(items, rule.choose(_stacked([item.belief for item in items])), strict=True):
+    for item, candidates in zip(items, _candidates(rule, items), strict=True):
         if item.belief is not item.scores:
             candidates = tuple(as_scored(item.scores, candidate) for candidate in candidates if candidate.probability > 0)
         item.candidates = candidates

@@ -79,6 +79,12 @@ class EncodedImage:
         return f"data:{self.media_type};base64,{self.base64}"
 
 
+def size_within(size: tuple[int, int], limits: ImageLimits) -> tuple[int, int]:
+    """The size, in pixels, that an image is shrunk to, but for a few whose bytes are too many even so."""
+    scale = min(1.0, limits.longest_side / max(size))
+    return max(round(size[0] * scale), 1), max(round(size[1] * scale), 1)
+
+
 def encode_image(image: Image.Image, limits: ImageLimits) -> EncodedImage:
     """Shrink an RGB image to the limits and encode it, small ones without loss."""
     if max(image.size) > limits.longest_side:
@@ -436,7 +442,12 @@ class HostedJudge(Judge):
 
     def _image_tokens_of(self, question: Question) -> int:
         images = [self.encoded(question), *(self.encoded(exemplar) for exemplar in question.exemplars)]
-        return sum(map(self._image_tokens, images))
+        return sum(self._image_tokens((image.width, image.height)) for image in images)
+
+    def _usual_image_tokens_of(self, question: Question) -> int:
+        """By the sizes alone: nothing is encoded."""
+        images = [question.image, *(exemplar.image for exemplar in question.exemplars)]
+        return sum(self._image_tokens(size_within(image.size, self.limits)) for image in images)
 
     def most_tokens(self, question: Question) -> tuple[int, int]:
         """The most tokens that a request can take, in and out. No tokenizer makes more tokens of a text than it has bytes."""
@@ -445,15 +456,16 @@ class HostedJudge(Judge):
     def usual_case(self, question: Question) -> int:
         text = self._input_bytes(question) // USUAL_BYTES_PER_TOKEN
         usage = Usage(
-            input_tokens=text + self._image_tokens_of(question),
+            input_tokens=text + self._usual_image_tokens_of(question),
             output_tokens=int(self.output_limit(question) * USUAL_SHARE_OF_LIMIT),
         )
         return self.price.nanodollars(usage)
 
-    def _image_tokens(self, image: EncodedImage) -> int:
+    def _image_tokens(self, size: tuple[int, int]) -> int:
+        width, height = size
         if self.price.image is None:
-            return image.width * image.height // UNKNOWN_IMAGE_PIXELS_PER_TOKEN + 1
-        return self.price.image.tokens(image.width, image.height)
+            return width * height // UNKNOWN_IMAGE_PIXELS_PER_TOKEN + 1
+        return self.price.image.tokens(width, height)
 
     def worst_case(self, question: Question) -> int:
         return self._worst_case(question, batch=False)

@@ -4,6 +4,8 @@ import hashlib
 import io
 import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeAlias
 
@@ -38,13 +40,30 @@ def load_image(source: ImageSource) -> Image.Image:
     Raises:
         ImageError: if it cannot be found or decoded, is truncated, or is a decompression bomb.
     """
-    try:
+    with _told(source):
         if isinstance(source, Image.Image):
             return _upright_rgb(source)
         if isinstance(source, np.ndarray):
             return _upright_rgb(_from_array(source))
-        with _open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+        with _open(source) as image:
             return _upright_rgb(image)
+
+
+def unread_image(source: str | Path | bytes) -> Image.Image:
+    """An image that tells its size; its pixels are not read, nor turned upright.
+
+    Raises:
+        ImageError: if there is none.
+    """
+    with _told(source), _open(source) as image:
+        return image
+
+
+@contextmanager
+def _told(source: ImageSource) -> Iterator[None]:
+    """One of our errors, that names the image, for all that reading one raises."""
+    try:
+        yield
     except FileNotFoundError as exc:
         raise ImageError(f"Image {str(source)!r} does not exist.") from exc
     except UnidentifiedImageError as exc:  # whose message holds an address in memory
@@ -55,10 +74,10 @@ def load_image(source: ImageSource) -> Image.Image:
         raise ImageError(f"Image {_describe(source)} cannot be decoded: {exc}.") from exc
 
 
-def _open(source: str | Path | io.BytesIO) -> Image.Image:
+def _open(source: str | Path | bytes) -> Image.Image:
     with _OPENING, warnings.catch_warnings():  # warning filters belong to the process, not to a thread
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        return Image.open(source)
+        return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
 
 
 def _from_array(array: NDArray[np.uint8]) -> Image.Image:

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cascadevlm import measures
+from cascadevlm.budget import NANODOLLARS
 from cascadevlm.errors import PolicyError
 from cascadevlm.measures import EntropyUnit, Measure
 from cascadevlm.types import Scores
@@ -37,7 +38,9 @@ class Spending:
         images: how many images were decided on before.
         calls: how many of them were escalated at this stage.
         dollars: what those calls are expected to cost.
-        dollars_per_call: what one more is expected to cost, by the first image of the run; 0 for local judges.
+        dollars_for_all: what asking about all images before would have cost.
+        prices: dollars that asking about each of the N images of the batch is expected to cost; none where the policy does not go
+            by them.
         remaining: how many images are expected to follow the batch; 0 if that is not known.
         recent: what the policy wanted to be remembered of earlier batches.
     """
@@ -45,7 +48,8 @@ class Spending:
     images: int = 0
     calls: int = 0
     dollars: float = 0.0
-    dollars_per_call: float = 0.0
+    dollars_for_all: float = 0.0
+    prices: tuple[float, ...] = ()
     remaining: float = 0.0
     recent: tuple[float, ...] = ()
 
@@ -63,6 +67,11 @@ class Policy(ABC):
 
     comparison: ClassVar[Literal[">", "<", "<="] | None] = None
 
+    @property
+    def by_price(self) -> bool:
+        """Whether the policy goes by `Spending.prices`, which take time to find out."""
+        return False
+
     @abstractmethod
     def select(self, scores: Scores, spending: Spending = START) -> Selection:
         """N booleans for N images."""
@@ -71,7 +80,7 @@ class Policy(ABC):
         """N numbers: where not all can be asked, the highest come first. Entropy, unless a policy knows better."""
         return measures.entropy(scores)
 
-    def surplus(self, scores: Scores, dollars_per_call: float) -> NDArray[np.floating]:
+    def surplus(self, scores: Scores, spending: Spending = START) -> NDArray[np.floating]:
         """N numbers: by how much the gain from asking is above what this policy wants for it; an image whose judge may be chosen
         goes to the one of the most. Above 0 where the policy selects: an image that is left to a later judge is to be asked
         about there.
@@ -250,9 +259,9 @@ class GainAbove(Policy):
         return replace(self, gain=gain)
 
     def select(self, scores: Scores, spending: Spending = START) -> Selection:
-        return self.surplus(scores, spending.dollars_per_call) > 0
+        return self.surplus(scores, spending) > 0
 
-    def surplus(self, scores: Scores, dollars_per_call: float) -> NDArray[np.floating]:
+    def surplus(self, scores: Scores, spending: Spending = START) -> NDArray[np.floating]:
         return self.priority(scores) - self.threshold
 
     def priority(self, scores: Scores) -> NDArray[np.floating]:
@@ -274,8 +283,10 @@ class GainPerDollarAbove(GainAbove):
     """Ask where the expected gain in accuracy is worth its price: above a threshold of expected right answers per dollar. Where
     asking costs nothing, wherever there is a gain."""
 
-    def surplus(self, scores: Scores, dollars_per_call: float) -> NDArray[np.floating]:
-        return self.priority(scores) - self.threshold * dollars_per_call
+    by_price = True
+
+    def surplus(self, scores: Scores, spending: Spending = START) -> NDArray[np.floating]:
+        return self.priority(scores) - self.threshold * np.array(spending.prices or 0.0)
 
     def __str__(self) -> str:
         return f"gain_per_dollar > {_number(self.threshold)}"
@@ -309,13 +320,17 @@ class WithinBudget(Policy):
 
     Over a batch this is exact. Where more are to come, a batch gets what it would have a right to if they were like the latest
     ones: all above the quantile of the priorities that leaves as large a share as there is budget for. Where it is not known how
-    many are to come, the budget is spent as they come. The dollars of one more call are an expectation; what may be spent in fact
-    is the ledger's to enforce.
+    many are to come, the budget is spent as they come. Dollars are spent as far as they reach, images to come counted at the
+    mean price so far. They are an expectation; what may be spent in fact is the ledger's to enforce.
     """
 
     calls: int | None = None
     dollars: float | None = None
     gain: Measure | None = field(default=None, kw_only=True, repr=False)
+
+    @property
+    def by_price(self) -> bool:
+        return self.dollars is not None
 
     def informed(self, gain: Measure) -> Policy:
         return WithinBudget(self.calls, self.dollars, gain=gain)
@@ -333,14 +348,18 @@ class WithinBudget(Policy):
         """Of the selected, the highest in priority that the budget has room for; some of it is kept for images to come."""
         ranked = np.where(selected, priority, LEAST)
         to_come = len(ranked) + spending.remaining
-        room = to_come
+        reach, room = len(ranked), to_come
         if self.calls is not None:
-            room = min(room, self.calls - spending.calls)
-        if self.dollars is not None and spending.dollars_per_call > 0:
-            room = min(room, (self.dollars - spending.dollars) / spending.dollars_per_call)
-        room = max(int(room), 0)
+            reach = max(self.calls - spending.calls, 0)
+            room = min(room, reach)
+        if self.dollars is not None and any(spending.prices):
+            prices, left = np.array(spending.prices), self.dollars - spending.dollars
+            affordable = np.cumsum(prices[_best_first(ranked)]) <= left + 0.5 / NANODOLLARS
+            usual = (spending.dollars_for_all + prices.sum()) / (spending.images + len(prices))
+            reach, room = min(reach, int(affordable.sum())), min(room, max(left / usual, 0))
         entitled = _entitled(spending.recent, ranked, room / max(to_come, 1))
-        return selected & _highest(ranked, min(max(entitled, math.ceil(room - spending.remaining)), room))
+        left_over = math.ceil(room - spending.remaining) if spending.remaining else reach
+        return selected & _highest(ranked, min(max(entitled, left_over), reach))
 
     def __str__(self) -> str:
         limits = {"calls": self.calls, "dollars": self.dollars}
@@ -372,6 +391,10 @@ class All(Policy):
     """Ask where every part would; budgets among them are spent on what the others select. Ranks as its first part."""
 
     parts: tuple[Policy, ...]
+
+    @property
+    def by_price(self) -> bool:
+        return any(part.by_price for part in self.parts)
 
     def informed(self, gain: Measure) -> Policy:
         return All(tuple(part.informed(gain) for part in self.parts))
@@ -416,6 +439,10 @@ class AnyOf(Policy):
 
     parts: tuple[Policy, ...]
 
+    @property
+    def by_price(self) -> bool:
+        return any(part.by_price for part in self.parts)
+
     def informed(self, gain: Measure) -> Policy:
         return AnyOf(tuple(part.informed(gain) for part in self.parts))
 
@@ -442,6 +469,10 @@ class Not(Policy):
 
     part: Policy
 
+    @property
+    def by_price(self) -> bool:
+        return self.part.by_price
+
     def informed(self, gain: Measure) -> Policy:
         return Not(self.part.informed(gain))
 
@@ -461,8 +492,12 @@ class Not(Policy):
 def _highest(values: NDArray[np.floating], number: int) -> Selection:
     """True for the ``number`` highest values; among equals the first."""
     selected = np.zeros(len(values), dtype=bool)
-    selected[np.argsort(-values, kind="stable")[:number]] = True
+    selected[_best_first(values)[:number]] = True
     return selected
+
+
+def _best_first(values: NDArray[np.floating]) -> NDArray[np.intp]:
+    return np.argsort(-values, kind="stable")
 
 
 def _entitled(recent: tuple[float, ...], ranked: NDArray[np.floating], share: float) -> int:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from cascadevlm.errors import ImageError, InputError
-from cascadevlm.images import ImageSource, is_large, load_image
+from cascadevlm.images import ImageSource, is_large, load_image, unread_image
 from cascadevlm.labels import LabelSet, one_line
 from cascadevlm.types import Scores
 
@@ -43,6 +43,15 @@ class Prepared:
             ImageError: if it cannot be read.
         """
         return load_image(self.source)
+
+    @property
+    def unread(self) -> Image.Image:
+        """The image or, where it is not in memory, one of its size whose pixels were not read.
+
+        Raises:
+            ImageError: if it cannot be read.
+        """
+        return unread_image(self.source) if isinstance(self.source, str | Path | bytes) and not self.decoded else self.image
 
     @property
     def decoded(self) -> bool:

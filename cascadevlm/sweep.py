@@ -123,7 +123,8 @@ def under(record: Record, policy: PolicyLike) -> Record:
     if record.fused is not None:
         gain = record.fused.gain[record.readable]
         informed = informed.informed(lambda scores: gain)
-    wanted[record.readable] = informed.select(record.scores.rows(record.readable), Spending(dollars_per_call=price))
+    readable = record.scores.rows(record.readable)
+    wanted[record.readable] = informed.select(readable, Spending(prices=(price,) * len(readable)))
     if lacking := int((wanted & ~judged.asked).sum()):
         raise DataError(
             f"The policy {policy} asks about {lacking} images that the judge was not asked about.", hint="Use --judge-all."

@@ -15,7 +15,7 @@ from cascadevlm import load_prompt
 from cascadevlm.budget import Ledger
 from cascadevlm.cache import MemoryStore, key_of, question_payload
 from cascadevlm.engine import dependable
-from cascadevlm.hosted import HostedJudge, encode_image
+from cascadevlm.hosted import HostedJudge, encode_image, size_within
 from cascadevlm.judge import Judge
 from cascadevlm.testing import JudgeContract, noise, picture, question
 from cascadevlm.testing.server import Conversation, Fault, JudgeServer
@@ -258,6 +258,18 @@ async def test_images_are_shrunk_to_what_the_provider_takes(
     scale = max(received.size) / max(image.size)
     assert received.size == tuple(max(1, round(side * scale)) for side in image.size)
     assert f"image/{kind.lower()}" in str(server.requests[0].body)
+    assert size_within(image.size, judge.limits) == received.size
+
+
+def test_a_usual_price_is_told_by_the_size_alone() -> None:
+    from cascadevlm_backends.openai import OpenAIJudge
+
+    judge = OpenAIJudge("gpt-4o")
+    small, large = (question(image=picture(size=size)) for size in ((200, 200), (3000, 3000)))
+    tokens = judge.price.image and judge.price.image.tokens(2048, 2048) - judge.price.image.tokens(200, 200)
+    assert tokens
+    assert judge.usual_case(large) - judge.usual_case(small) == pytest.approx(tokens * judge.price.input * 1000, abs=1)
+    assert small.encoded == large.encoded == {}
 
 
 def test_bytes_are_limited_too() -> None:

@@ -32,11 +32,13 @@ from cascadevlm.decision.pool import Pool
 from cascadevlm.decision.scorer_calibration import ScorerCalibration
 from cascadevlm.errors import BudgetExhausted, ConfigError, DataError, InputError, PolicyError
 from cascadevlm.evaluate import asking_everything
+from cascadevlm.images import ImageSource
 from cascadevlm.judge import Judge
 from cascadevlm.labels import LabelSet
 from cascadevlm.prompt import NONE_OF_THESE, options
 from cascadevlm.record import Record, read_record
 from cascadevlm.recording import KeepingScorer, KeepingStage, write_record
+from cascadevlm.scorer import Prepared
 from cascadevlm.sweep import under
 from cascadevlm.testing import FakeJudge, FakeScorer, noise, picture
 from cascadevlm.testing.fakes import Reply
@@ -588,6 +590,48 @@ def test_with_routing_a_dear_judge_has_to_be_worth_its_price(dollars: float, jud
     (prediction,) = Cascade(IN_DOUBT, [cheap, better], labels=LABELS, routing=True).classify([picture(INSECT)])
     assert [verdict.judge for verdict in prediction.verdicts] == [f"fake:{judge}"]
     assert ("a later judge is worth more" in prediction.reasons[0]) == (judge == "dear")
+
+
+class ByPixels(FakeJudge):
+    """A judge that is paid by the pixel."""
+
+    def usual_case(self, question: Question) -> int:
+        return question.image.width * question.image.height
+
+
+@pytest.mark.parametrize(("votes", "asked"), [(1, 2), (3, 1)])
+def test_a_large_image_has_to_be_worth_its_price(votes: int, asked: int) -> None:
+    """Of equal pictures of 100, 10,000 and 1,000,000 pixels, in one batch or one each, those that are cheap enough."""
+    images = [picture(INSECT, size) for size in ((10, 10), (100, 100), (1000, 1000))]
+    stage = stage_of_expert("ant", "bee", policy="gain_per_dollar > 20000")
+    assert stage.asking is not None
+    np.testing.assert_allclose(stage.asking.gain(IN_DOUBT.score(images, LABELS)), 0.49, atol=0.01)
+    for batch in (1, 3):
+        paid = replace(stage, judge=ByPixels(reply=says("ant")), votes=votes)
+        predictions = Cascade(IN_DOUBT, [paid], labels=LABELS, batch_size=batch).classify(images)
+        assert [each.escalated for each in predictions] == [number < asked for number in range(3)]
+
+
+def test_a_price_is_told_by_the_size_of_a_file_that_is_not_decoded(tmp_path: Path) -> None:
+    files = [tmp_path / f"{number}.png" for number in range(3)]
+    for file, size in zip(files, ((10, 10), (1000, 1000), (2000, 1000)), strict=True):
+        picture(INSECT, size).save(file)
+    scored = IN_DOUBT.score([picture(INSECT)], LABELS)
+
+    class Knowing(FakeScorer):
+        """Has scored the images before; the second is gone now."""
+
+        def prepare(self, source: ImageSource) -> Prepared:
+            return Prepared(source=source)
+
+        def score_prepared(self, prepared: Sequence[Prepared], labels: LabelSet) -> Scores:
+            files[1].unlink()
+            return replace(scored, log_probs=np.repeat(scored.log_probs, len(prepared), axis=0))
+
+    stage = replace(stage_of_expert("ant", "bee", policy="gain_per_dollar > 20000"), judge=ByPixels(reply=says("ant")))
+    predictions = Cascade(Knowing(), [stage], labels=LABELS).classify(files)
+    assert [each.verdict and each.verdict.outcome for each in predictions] == ["answered", "failed", None]
+    assert predictions[1].label == "ant"
 
 
 @pytest.mark.parametrize("policies", [*permutations(["gain > 0.1", "entropy > 0.1"])])

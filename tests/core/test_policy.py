@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 from scipy import stats
 
 from cascadevlm import measures
@@ -109,10 +110,11 @@ def test_a_budget_of_calls_is_never_exceeded_nor_wasted(given_scores: Scores, ru
     assert not (selected & ~wanted).any()
 
 
-@given(scores, st.floats(0, 1), st.floats(0, 1), st.floats(0.001, 0.5))
-def test_a_budget_of_dollars_is_never_exceeded(given_scores: Scores, dollars: float, spent: float, each: float) -> None:
-    selected = WithinBudget(dollars=dollars).select(given_scores, Spending(dollars=spent, dollars_per_call=each))
-    assert selected.sum() * each <= max(dollars - spent, 0) + 1e-9
+@given(scores, st.floats(0, 1), st.floats(0, 1), st.data())
+def test_a_budget_of_dollars_is_never_exceeded(given_scores: Scores, dollars: float, spent: float, data: st.DataObject) -> None:
+    prices = data.draw(st.tuples(*[st.floats(0.001, 0.5)] * len(given_scores)))
+    selected = WithinBudget(dollars=dollars).select(given_scores, Spending(dollars=spent, prices=prices))
+    assert selected @ np.array(prices) <= max(dollars - spent, 0) + 1e-9
     assert WithinBudget(dollars=0).select(given_scores).all()  # local judges cost nothing and are never blocked
 
 
@@ -123,17 +125,26 @@ def test_a_budget_goes_to_the_best_of_what_the_other_side_selects() -> None:
     assert set(np.flatnonzero(selected)) == set(np.argsort(margin)[:4])
 
 
-def asked_in_a_stream(policy: Policy, whole: Scores, batch: int, *, known: bool = True) -> Selection:
-    """What a policy asks about where images come in batches, and their number is known or not."""
-    spending, parts = Spending(dollars_per_call=0.01), []
+def asked_in_a_stream(
+    policy: Policy, whole: Scores, batch: int, *, known: bool = True, prices: NDArray[np.floating] | None = None
+) -> Selection:
+    """What a policy asks about where images come in batches, and their number is known or not; a cent each, unless told."""
+    spending, parts = Spending(), []
+    prices = np.full(len(whole), 0.01) if prices is None else prices
     for start in range(0, len(whole), batch):
         some = whole.rows(slice(start, start + batch))
         images = start + len(some)
-        spending = replace(spending, remaining=len(whole) - images if known else 0)
+        spending = replace(spending, remaining=len(whole) - images if known else 0, prices=tuple(prices[start:images]))
         selected = policy.select(some, spending)
         recent = policy.remembered(some, spending)
-        calls = spending.calls + int(selected.sum())
-        spending = replace(spending, images=images, calls=calls, dollars=0.01 * calls, recent=recent)
+        spending = replace(
+            spending,
+            images=images,
+            calls=spending.calls + int(selected.sum()),
+            dollars=spending.dollars + float(selected @ prices[start:images]),
+            dollars_for_all=float(prices[:images].sum()),
+            recent=recent,
+        )
         parts.append(selected)
     return np.concatenate(parts)
 
@@ -144,6 +155,15 @@ def test_in_a_stream_a_budget_is_never_exceeded(
 ) -> None:
     budget = WithinBudget(dollars=0.01 * calls) if dollars else WithinBudget(calls=calls)
     assert asked_in_a_stream(rule & budget, given_scores, batch).sum() <= calls
+
+
+@given(st.integers(0, 1000), st.floats(0.05, 1), st.integers(1, 64))
+def test_in_a_stream_dollars_are_spent_and_not_exceeded_whatever_each_image_costs(seed: int, dollars: float, batch: int) -> None:
+    prices = np.random.default_rng(seed).choice([0.001, 0.004, 0.02], 300)
+    asked = asked_in_a_stream(WithinBudget(dollars=dollars), make_scores(seed, 300, 4), batch, prices=prices)
+    spent = asked @ prices
+    assert spent <= dollars + 1e-9
+    assert spent > min(dollars, prices.sum()) - 2 * prices.max()  # what the last one or two would have cost
 
 
 @given(st.integers(0, 1000), st.integers(1, 200), st.integers(1, 64))
