@@ -128,7 +128,7 @@ def ours(scorer: Scorer, files: Path, *, batch: int = BATCH) -> Callable[[], Non
     return run
 
 
-def seconds(work: Callable[[], None]) -> float:
+def seconds(work: Callable[[], object]) -> float:
     began = time.perf_counter()
     work()
     return time.perf_counter() - began
