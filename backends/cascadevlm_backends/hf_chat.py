@@ -6,6 +6,7 @@ the model's own.
 
 import asyncio
 import copy
+import inspect
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -51,7 +52,9 @@ class _ChatModel(Protocol):
 
     def generate(self, **options: object) -> _Written: ...
 
-    def __call__(self, *, input_ids: "torch.Tensor", past_key_values: "Cache") -> _Read: ...
+    def forward(self, **inputs: object) -> _Read: ...
+
+    def __call__(self, **inputs: object) -> _Read: ...
 
 
 class _Processor(Protocol):
@@ -342,7 +345,8 @@ def _mean_log_probs(loaded: _Loaded, prompt: "Cache", lead: list[int], answers: 
     prompt.reorder_cache(torch.LongTensor([0] * len(answers)))  # its one row once for each answer
     rows = torch.nn.utils.rnn.pad_sequence([torch.tensor(answer) for answer in answers], batch_first=True).to(loaded.device)
     # No attention mask: the padding stands behind all that counts, and attention is causal.
-    logits = loaded.model(input_ids=rows, past_key_values=prompt).logits
+    named = "cache" if "cache" in inspect.signature(loaded.model.forward).parameters else "past_key_values"  # before 5.24
+    logits = loaded.model(input_ids=rows, **{named: prompt}).logits
     log_probs = logits[:, :-1].float().log_softmax(-1).gather(2, rows[:, 1:, None]).squeeze(2)
     means = []
     for row, answer in zip(log_probs, answers, strict=True):
