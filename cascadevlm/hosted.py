@@ -1,8 +1,5 @@
-"""What all hosted judges share: images encoded once within a provider's limits, prices, the worst case, the key."""
+"""What all hosted judges share: answers held to a schema, prices, the worst case, the key, batches."""
 
-import base64
-import hashlib
-import io
 import os
 import time
 from abc import abstractmethod
@@ -10,18 +7,19 @@ from collections.abc import Awaitable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import ClassVar, Literal, TypeAlias, TypeVar
+from typing import ClassVar, TypeAlias, TypeVar
 from urllib.parse import urlsplit
 
 from PIL import Image
 from pydantic import BaseModel, JsonValue, ValidationError
 
 from cascadevlm.budget import NANODOLLARS
-from cascadevlm.errors import BackendError, CascadeError, FatalError, JudgeError, PermanentError, RateLimited, TransientError
+from cascadevlm.encoding import EncodedImage, ImageLimits, encode_image, size_within
+from cascadevlm.errors import BackendError, CascadeError, JudgeError, PermanentError
 from cascadevlm.judge import Judge, verdict_from_text
 from cascadevlm.pricing import FREE, Price, find_price
 from cascadevlm.prompt import answer_format, options, render
-from cascadevlm.retry import retry_after
+from cascadevlm.provider_errors import translate
 from cascadevlm.types import Exemplar, Question, Usage, Verdict
 
 LOCAL_ONLY = "CASCADEVLM_LOCAL_ONLY"
@@ -30,10 +28,6 @@ LOCAL_ONLY = "CASCADEVLM_LOCAL_ONLY"
 NO_KEY = "no-key-needed"
 """What servers on this machine are sent in place of a key."""
 
-LOSSLESS_PIXELS = 256 * 256
-"""Images up to this size go as PNG: JPEG would blur what little they show."""
-
-JPEG_QUALITY = 90
 FIXED_TOKENS = 600
 """More than any provider adds for roles, separators, a schema's fixed part and the instructions of a forced tool."""
 
@@ -46,58 +40,6 @@ USUAL_SHARE_OF_LIMIT = 1 / 3
 
 UNKNOWN_IMAGE_PIXELS_PER_TOKEN = 14 * 14
 """For models without a published rule: one token for the smallest patch in use, more than any model is known to take."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ImageLimits:
-    """What a provider accepts: the longest side in pixels and the size of the encoded bytes."""
-
-    longest_side: int
-    max_bytes: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class EncodedImage:
-    """An image as it is sent."""
-
-    data: bytes
-    media_type: Literal["image/png", "image/jpeg"]
-    width: int
-    height: int
-
-    @cached_property
-    def digest(self) -> str:
-        """sha256 of the bytes, in hexadecimal."""
-        return hashlib.sha256(self.data).hexdigest()
-
-    @cached_property
-    def base64(self) -> str:
-        return base64.b64encode(self.data).decode("ascii")
-
-    @property
-    def data_url(self) -> str:
-        return f"data:{self.media_type};base64,{self.base64}"
-
-
-def size_within(size: tuple[int, int], limits: ImageLimits) -> tuple[int, int]:
-    """The size, in pixels, that an image is shrunk to, but for a few whose bytes are too many even so."""
-    scale = min(1.0, limits.longest_side / max(size))
-    return max(round(size[0] * scale), 1), max(round(size[1] * scale), 1)
-
-
-def encode_image(image: Image.Image, limits: ImageLimits) -> EncodedImage:
-    """Shrink an RGB image to the limits and encode it, small ones without loss."""
-    if max(image.size) > limits.longest_side:
-        image = image.copy()
-        image.thumbnail((limits.longest_side, limits.longest_side), Image.Resampling.LANCZOS)
-    while True:
-        lossless = image.width * image.height <= LOSSLESS_PIXELS
-        buffer = io.BytesIO()
-        image.save(buffer, "PNG") if lossless else image.save(buffer, "JPEG", quality=JPEG_QUALITY)
-        if buffer.tell() <= limits.max_bytes:
-            media_type: Literal["image/png", "image/jpeg"] = "image/png" if lossless else "image/jpeg"
-            return EncodedImage(data=buffer.getvalue(), media_type=media_type, width=image.width, height=image.height)
-        image = image.resize((max(image.width * 3 // 4, 1), max(image.height * 3 // 4, 1)), Image.Resampling.LANCZOS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,62 +95,6 @@ def normalised(masses: Mapping[str, float]) -> Mapping[str, float] | None:
     """The same masses, summing to 1; None where there is none."""
     total = sum(masses.values())
     return {name: mass / total for name, mass in masses.items()} if total > 0 else None
-
-
-OVERLOADED = frozenset({429, 503, 529})
-NEVER_CONNECTED = frozenset({"ConnectError", "ConnectTimeout", "PoolTimeout"})
-MOST_OF_A_MESSAGE = 500
-EXHAUSTED = ("insufficient_quota", "billing_hard_limit_reached", "billing_error", "spend_limit")
-
-
-def error_of_status(status: int, message: str, *, wait: float | None = None) -> JudgeError:
-    """The error that a response's status amounts to; it was not billed."""
-    exhausted = status == 402 or any(word in message for word in EXHAUSTED)
-    message = message[:MOST_OF_A_MESSAGE]
-    if exhausted:
-        return FatalError(message, hint="The account's quota or spending limit is exhausted.")
-    if status in OVERLOADED:
-        return RateLimited(message, retry_after=wait)
-    if status in (401, 403, 404):
-        return FatalError(message)
-    return TransientError(message) if status >= 500 or status in (408, 409) else PermanentError(message)
-
-
-def translate(exc: Exception, errors: Mapping[str, type[JudgeError]], *, secret: str) -> JudgeError:
-    """One of ours for whatever came out of an SDK: by its status where it has one, else by the name of its class or the nearest
-    of its bases. A request that broke off after it was sent may have been answered, and so billed.
-
-    Args:
-        errors: ours by the names of the SDK's classes.
-        secret: the key, which must not get into a message.
-    """
-    code = getattr(exc, "code", None)
-    message = f"{type(exc).__name__}: {exc}" + (f" ({code})" if code else "")
-    message = message.replace(secret, "***") if secret else message
-    status, response = getattr(exc, "status_code", None), getattr(exc, "response", None)
-    if isinstance(status, int) and status >= 400:
-        return error_of_status(status, message, wait=retry_after(response.headers if response is not None else {}))
-    unknown = TransientError if isinstance(exc, ValueError) else PermanentError  # a ValueError: a body that is no JSON
-    kind = next((errors[name] for name in _class_names(exc) if name in errors), unknown)
-    return kind(message[:MOST_OF_A_MESSAGE], may_be_billed=not _never_connected(exc))
-
-
-def _class_names(exc: BaseException) -> list[str]:
-    return [base.__name__ for base in type(exc).__mro__]
-
-
-def _never_connected(exc: BaseException) -> bool:
-    """Whether no connection was made, by the exception's causes. Through aiohttp only its own word counts: the transport tells a
-    connection closed after the request as one that was never made."""
-    causes = []
-    cause: BaseException | None = exc
-    while cause is not None:
-        causes.append(cause)
-        cause = cause.__cause__ or cause.__context__
-    from_aiohttp = [cause for cause in causes if type(cause).__module__.partition(".")[0] == "aiohttp"]
-    if from_aiohttp:
-        return any("ClientConnectorError" in _class_names(cause) for cause in from_aiohttp)
-    return any(type(cause).__name__ in NEVER_CONNECTED for cause in causes)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,10 +1,10 @@
 """What passes between scorer, policy, judge and cascade: plain, frozen values."""
 
 import string
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,11 +12,9 @@ from PIL import Image
 from pydantic import JsonValue
 from scipy.special import log_softmax
 
+from cascadevlm.encoding import EncodedImage, ImageLimits
 from cascadevlm.images import pixel_digest
 from cascadevlm.labels import Label, LabelSet
-
-if TYPE_CHECKING:
-    from cascadevlm.hosted import EncodedImage
 
 Outcome = Literal["answered", "none", "refused", "unparsed", "failed", "skipped"]
 """How asking a judge ended: with one of the candidates, with "none of these", with a refusal, with text that names no
@@ -79,7 +77,7 @@ class Exemplar:
 
     image: Image.Image
     label: Label
-    encoded: dict[Hashable, "EncodedImage"] = field(default_factory=dict, repr=False, compare=False)
+    encoded: dict[ImageLimits, EncodedImage] = field(default_factory=dict, repr=False, compare=False)
 
     @cached_property
     def digest(self) -> str:
@@ -132,7 +130,7 @@ class Question:
     rejected: str | None = None
     label_set: LabelSet | None = None
     sample: int = 0
-    encoded: dict[Hashable, "EncodedImage"] = field(default_factory=dict, repr=False, compare=False)
+    encoded: dict[ImageLimits, EncodedImage] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def labels(self) -> tuple[Label, ...]:

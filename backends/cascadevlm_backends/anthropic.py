@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, ClassVar, Literal, cast
 
 from pydantic import JsonValue, PositiveFloat, PositiveInt
 
+from cascadevlm.encoding import ImageLimits
 from cascadevlm.errors import FatalError, JudgeError, PermanentError, TransientError
-from cascadevlm.hosted import BatchLimits, HostedJudge, ImageLimits, PriceOption, Reply, answer_schema
+from cascadevlm.hosted import BatchLimits, HostedJudge, PriceOption, Reply, answer_schema
 from cascadevlm.prompt import Message, Part, render
 from cascadevlm.types import Question, Usage, Verdict
 

@@ -16,20 +16,20 @@ from typing import TYPE_CHECKING, ClassVar, Literal, cast
 
 from pydantic import JsonValue, PositiveFloat, PositiveInt
 
+from cascadevlm.encoding import ImageLimits
 from cascadevlm.errors import BackendError, FatalError, JudgeError, PermanentError, TransientError
 from cascadevlm.hosted import (
     BatchLimits,
     HostedJudge,
-    ImageLimits,
     PriceOption,
     Reply,
     answer_schema,
     choices,
-    error_of_status,
     is_json_answer,
     normalised,
 )
 from cascadevlm.prompt import Message, Part, options, render
+from cascadevlm.provider_errors import error_of_status
 from cascadevlm.types import Question, Usage, Verdict
 
 if TYPE_CHECKING:

@@ -12,7 +12,8 @@ import openai
 import pytest
 
 from cascadevlm.errors import FatalError, JudgeError, PermanentError, RateLimited, TransientError
-from cascadevlm.hosted import HostedJudge, error_of_status, translate
+from cascadevlm.hosted import HostedJudge
+from cascadevlm.provider_errors import error_of_status, translate
 from cascadevlm_backends.anthropic import AnthropicJudge
 from cascadevlm_backends.openai import OpenAIJudge
 
