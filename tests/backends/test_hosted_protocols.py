@@ -221,7 +221,7 @@ async def test_an_image_is_encoded_and_hashed_once(make: Make, monkeypatch: pyte
         return hashlib.sha256(data)
 
     monkeypatch.setattr("cascadevlm.hosted.encode_image", encode)
-    monkeypatch.setattr("cascadevlm.hosted.hashlib", SimpleNamespace(sha256=sha256))
+    monkeypatch.setattr("cascadevlm.encoding.hashlib", SimpleNamespace(sha256=sha256))
     faults = [Fault("server_error"), Fault("reset"), Fault("wrong_label"), Fault("unavailable")]
     async with JudgeServer(faults=faults) as server:
         judge = dependable(make(server), MemoryStore(), Ledger())
