@@ -159,7 +159,9 @@ class Conformal:
         return penalties
 
 
-def best_size(log_probs: Floats, model: JudgeModel, sizes: Sequence[int], *, none_offered: bool = False) -> int:
+def best_size(
+    log_probs: Floats, model: JudgeModel, sizes: Sequence[int], *, none_offered: bool = False, word_final: bool = False
+) -> int:
     """How many of the most probable labels to show, that the expected accuracy after asking about all N images is highest.
 
     A longer list holds the truth more often, and the judge finds it there less often. The expected accuracy is the mean over
@@ -170,9 +172,12 @@ def best_size(log_probs: Floats, model: JudgeModel, sizes: Sequence[int], *, non
         log_probs: N x C, the scorer's, calibrated.
         sizes: to choose from.
         none_offered: whether "none of these" is an option.
+        word_final: whether the judge's answer is final.
     """
     ranking = np.argsort(-log_probs, axis=1, kind="stable")
-    gains = {size: model.gain(log_probs, ranking[:, :size], none_offered=none_offered).mean() for size in sizes}
+    gains = {
+        size: model.gain(log_probs, ranking[:, :size], none_offered=none_offered, word_final=word_final).mean() for size in sizes
+    }
     return min(sizes, key=lambda size: (-round(gains[size], 9), size))
 
 
