@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import minimize, minimize_scalar
+from scipy.special import log_expit
 
 from cascadevlm.decision.judge_model import Answers, JudgeModel, among, at, weights_of
 from cascadevlm.decision.scorer_calibration import FOLDS, Floats
@@ -207,7 +208,7 @@ class JudgeFitting:
             + (right[:, :width] * weights.abilities).sum()
             + right[:, width].sum() * model.none_ability
             - (truth * np.log(weights.totals)).sum()
-            + (self.truth * np.where(silent[:, np.newaxis], np.log(weights.silent), np.log1p(-weights.silent))).sum()
+            + (self.truth * np.where(silent[:, np.newaxis], log_expit(weights.silence), log_expit(-weights.silence))).sum()
         )
         per_weight = (truth / weights.totals).sum(axis=1, keepdims=True)
         if_true = truth[:, :width] * weights.shown * np.exp(weights.abilities) / weights.totals[:, :width]

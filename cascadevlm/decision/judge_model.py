@@ -26,7 +26,7 @@ from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import expit, log_softmax, logsumexp
+from scipy.special import expit, log_expit, log_softmax, logsumexp
 
 from cascadevlm.decision.scorer_calibration import FLOOR, Floats, StoredFloats
 from cascadevlm.record import NOBODY, Columns
@@ -165,7 +165,7 @@ class JudgeModel:
         likelihoods = -np.log(weights.totals)
         likelihoods[rows[chosen], slots[chosen]] += weights.abilities[rows[chosen], slots[chosen]]
         likelihoods[slots == width, width] += self.none_ability
-        likelihoods = np.where(silent[:, np.newaxis], np.log(weights.silent), likelihoods + np.log1p(-weights.silent))
+        likelihoods = np.where(silent[:, np.newaxis], log_expit(weights.silence), likelihoods + log_expit(-weights.silence))
         found = np.repeat(likelihoods[:, width:], log_probs.shape[1], axis=1)
         where = np.nonzero(answers.shown)
         found[where[0], answers.candidates[where]] = likelihoods[:, :width][where]
@@ -266,14 +266,20 @@ class Weights:
         abilities: N x K nats that each would have more if it were.
         none: of "none of these" where the truth is among the candidates; 0 if it is not offered.
         totals: N x (K + 1), over all options, if the truth is each candidate or, last, none of them.
-        silent: K + 1, how likely no answer is, likewise.
+        silence: K + 1, the log-odds of no answer, likewise.
     """
 
     shown: Floats
     abilities: Floats
     none: float
     totals: Floats
-    silent: Floats
+    silence: Floats
+
+    @property
+    def silent(self) -> Floats:
+        """K + 1: how likely no answer is, if the truth is each candidate or, last, none of them."""
+        silent: Floats = expit(self.silence)
+        return silent
 
 
 def weights_of(model: JudgeModel, log_probs: Floats, answers: Answers) -> Weights:
@@ -285,7 +291,7 @@ def weights_of(model: JudgeModel, log_probs: Floats, answers: Answers) -> Weight
     base = np.maximum(shown.sum(axis=1, keepdims=True) + none, LEAST_TOTAL)
     totals = np.concatenate([base + np.expm1(abilities) * shown, base + np.expm1(model.none_ability) * none], axis=1)
     silence = np.append(np.full(columns.shape[1], model.silence), model.silence + model.silence_ability)
-    return Weights(shown=shown, abilities=abilities, none=none, totals=totals, silent=expit(silence))
+    return Weights(shown=shown, abilities=abilities, none=none, totals=totals, silence=silence)
 
 
 def _utilities(model: JudgeModel, log_probs: Floats, answers: Answers) -> Floats:

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from pydantic import JsonValue
+from scipy.special import expit, softmax
 
 from cascadevlm import Cascade, Prediction, Stage, TopK, load_prompt, parse_policy
 from cascadevlm.budget import NANODOLLARS, Ledger
@@ -201,9 +202,9 @@ def test_both_opinions_are_weighed_by_bayes_rule(seed: int, reply: str) -> None:
         utilities = [
             *(MODEL.following * before[c] + MODEL.class_bias[c] + MODEL.ability * (c == truth) for c in shown),
             MODEL.none_bias + MODEL.none_ability * (truth not in shown),
-            MODEL.silence,
         ]
-        after[truth] *= np.exp(utilities[place]) / np.exp(utilities).sum()
+        silent = expit(MODEL.silence + MODEL.silence_ability * (truth not in shown))
+        after[truth] *= [*softmax(utilities) * (1 - silent), silent][place]
     after /= after.sum()
     assert found.label == NAMES[after.argmax()]
     assert found.probability == pytest.approx(after.max(), abs=1e-5)
@@ -256,14 +257,14 @@ def test_policies_of_gain_and_fusion_want_a_model() -> None:
 def test_the_reason_tells_the_gain() -> None:
     asked = cascade(FakeJudge(), policy="gain > 0.1").classify(noise(1))
     scores = known().calibrated(FakeScorer().score([noise(1)], LABELS))
-    gain = Asking(model=MODEL, candidates=TopK(), none_offered=False).gain(scores)[0]
+    gain = Asking(model=MODEL, candidates=TopK(), none_offered=False, word_final=False).gain(scores)[0]
     assert asked.reasons == (f"gain {gain:.2f} (asks for gain > 0.1)",)
 
 
 def test_a_budget_goes_where_the_gain_is() -> None:
     images = [noise(seed) for seed in range(20)]
     scores = known().calibrated(FakeScorer().score(images, LABELS))
-    gain = Asking(model=MODEL, candidates=TopK(), none_offered=False).gain(scores)
+    gain = Asking(model=MODEL, candidates=TopK(), none_offered=False, word_final=False).gain(scores)
     found = cascade(FakeJudge(), policy="calls <= 5").classify(images)
     assert {number for number, p in enumerate(found) if p.escalated} == set(np.argsort(-gain, kind="stable")[:5].tolist())
 
@@ -278,7 +279,7 @@ def test_where_asking_costs_more_the_gain_must_be_greater() -> None:
             return 20_000_000  # nanodollars
 
     scores = known().calibrated(FakeScorer().score(images, LABELS))
-    worth = Asking(model=MODEL, candidates=TopK(), none_offered=False).gain(scores) > 10 * 0.02
+    worth = Asking(model=MODEL, candidates=TopK(), none_offered=False, word_final=False).gain(scores) > 10 * 0.02
     assert 0 < worth.sum() < 20
     assert [p.escalated for p in cascade(Priced(), policy="gain_per_dollar > 10").classify(images)] == worth.tolist()
 
