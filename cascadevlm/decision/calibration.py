@@ -389,7 +389,8 @@ def decided(record: Record, calibration: Calibration) -> Record:
         belief = np.where(known[:, None], judge.fuser(calibration.fusion).posterior(before, answers_of(judged)), before)
     last, answers = calibration.judges[-1], answers_of(record.judged)
     labels, probabilities = belief.argmax(axis=1), np.exp(belief.max(axis=1))
-    if calibration.fusion == "judge":
+    word_final = calibration.fusion == "judge"
+    if word_final:
         answered = record.judged.answers != NOBODY
         labels = np.where(answered, record.judged.answers, scores.log_probs.argmax(axis=1))
         own = np.full(answers.candidates.shape, np.nan) if answers.probabilities is None else answers.probabilities
@@ -398,9 +399,8 @@ def decided(record: Record, calibration: Calibration) -> Record:
     fused = Fused(
         labels=np.where(record.readable, labels, NOBODY),
         probabilities=probabilities,
-        gain=last.model.gain(
-            before, answers.candidates, none_offered=answers.none_offered, word_final=calibration.fusion == "judge"
-        ),
+        gain=last.model.gain(before, answers.candidates, none_offered=answers.none_offered, word_final=word_final),
+        word_final=word_final,
     )
     return replace(record, scores=scores, fused=fused)
 

@@ -127,25 +127,40 @@ def recorded(folder: Path, cascade: Cascade, images: int) -> tuple[Record, list[
 @pytest.mark.parametrize("offer_none", [False, True])
 @pytest.mark.parametrize("order", ["ranked", "reversed"])
 @pytest.mark.parametrize("policy", ["always", "gain > 0.1", "entropy > 0.6 & calls <= 9", "gain > 0.05 & calls <= 7"])
-def test_a_live_cascade_is_what_its_record_says_it_would_be(tmp_path: Path, offer_none: bool, order: Order, policy: str) -> None:
+@pytest.mark.parametrize("fusion", ["bayes", "judge"])
+def test_a_live_cascade_is_what_its_record_says_it_would_be(
+    tmp_path: Path, offer_none: bool, order: Order, policy: str, fusion: FusionRule
+) -> None:
     """Asking everything without a calibration, then deciding on the record, gives what asking with one does, where the same
     candidates are shown: all, in an order that is that of calibrated scores."""
-    calibration = known()
+    calibration = known(fusion=fusion)
 
     def asking(judge: Judge, policy: str) -> Cascade:
         candidates = TopK(k=6, order=order)
-        return cascade(judge, policy=policy, candidates=candidates, offer_none=offer_none, batch_size=64)
+        return cascade(judge, policy=policy, candidates=candidates, offer_none=offer_none, fusion=fusion, batch_size=64)
 
     record, _ = recorded(tmp_path / "all", asking(FakeJudge(reply=by_pixels), "always"), 32)
     judge = FakeJudge(reply=by_pixels)
     _, live = recorded(tmp_path / "live", asking(judge, policy), 32)
     replayed = under(decided(record, calibration), parse_policy(policy))
     assert [prediction.label for prediction in live] == [NAMES[column] for column in replayed.predicted]
-    np.testing.assert_allclose([prediction.probability or 0 for prediction in live], replayed.probabilities, atol=1e-5)
+    given_probabilities = [np.nan if prediction.probability is None else prediction.probability for prediction in live]
+    np.testing.assert_allclose(given_probabilities, replayed.probabilities, atol=1e-5)
     assert tuple(prediction.decided_by for prediction in live) == replayed.decided_by
     assert [prediction.escalated for prediction in live] == replayed.judged.asked.tolist()
     assert len(judge.questions) == replayed.judged.asked.sum()
-    assert {"fusion"} <= set(replayed.decided_by)
+    assert ("fusion" if fusion == "bayes" else "judge") in replayed.decided_by
+
+
+def test_where_its_word_is_final_a_judge_is_not_asked_that_knows_less_than_the_scorer() -> None:
+    ignorant = known(replace(MODEL, ability=0.0))
+    images = [noise(seed) for seed in range(20)]
+    asked = {
+        fusion: sum(p.escalated for p in cascade(FakeJudge(), ignorant, "gain > -0.05", fusion=fusion).classify(images))
+        for fusion in ("bayes", "judge")
+    }
+    assert asked["bayes"] == 20
+    assert asked["judge"] < 10
 
 
 class Opinionated(FakeJudge):
