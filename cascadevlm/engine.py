@@ -103,7 +103,8 @@ class _Item:
 class _RunningStage:
     """A stage during one run: its judge made dependable, its places, and where its spending stands."""
 
-    def __init__(self, stage: Stage, store: VerdictStore | None, ledger: Ledger, spending: Spending) -> None:
+    def __init__(self, number: int, stage: Stage, store: VerdictStore | None, ledger: Ledger, spending: Spending) -> None:
+        self.number = number
         self.stage = stage
         self.policy = stage.informed_policy
         self.judge = stage.by_votes(dependable(stage.judge, store, ledger))
@@ -120,7 +121,7 @@ class _RunningStage:
     def _price(self, item: _Item, candidates: tuple[Candidate, ...]) -> float:
         """Dollars that asking about an image is expected to cost; nothing, if it has gone since it was scored."""
         try:
-            question = self.stage.question(item.prepared.unread, candidates)
+            question = Stage.question(self.stage, item.prepared.unread, candidates)  # not one to be kept as if it had been put
         except ImageError:
             return 0.0
         return self.stage.by_votes(self.stage.judge).usual_case(question) / NANODOLLARS
@@ -221,7 +222,10 @@ class Run:
         self.following = Following(shares, start.seen, batch_size) if shares else None
         self.total: int | None = None
         spending = start.spending or (START,) * len(stages)
-        self.stages = [_RunningStage(stage, store, ledger, before) for stage, before in zip(stages, spending, strict=True)]
+        self.stages = [
+            _RunningStage(number, stage, store, ledger, before)
+            for number, (stage, before) in enumerate(zip(stages, spending, strict=True))
+        ]
         self.labels = labels
         self.on_failure: OnFailure = on_failure
         self.accept = accept
@@ -442,7 +446,7 @@ class Run:
                 break
             item.hear(running.stage, wider)
             verdict = replace(wider, usage=verdict.usage + wider.usage)
-        item.verdicts.append(verdict)
+        item.verdicts.append(replace(verdict, stage=running.number))
         if last:
             self._settle(item)
 

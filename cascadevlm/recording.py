@@ -194,11 +194,11 @@ def _write_tables(
             for name, p in zip(data.names, predictions, strict=True)
         ],
         "verdicts": [
-            _answered(stage.kept[digest], prediction)
+            _answered(stages[verdict.stage].kept[digest], prediction)
             | _verdict_columns(verdict)
-            | {"image": image, "stage": number, "judge": stage.judge.spec}
+            | {"image": image, "judge": stages[verdict.stage].judge.spec}
             for image, (prediction, digest) in enumerate(zip(predictions, digests, strict=True))
-            for number, (stage, verdict) in enumerate(zip(stages, prediction.verdicts, strict=False))  # later ones said nothing
+            for verdict in prediction.verdicts
             if digest is not None
         ],
     }

@@ -15,6 +15,7 @@ from pydantic import JsonValue
 
 from cascadevlm import Cascade, Prediction, Stage, TopK, load_prompt, parse_policy
 from cascadevlm.budget import NANODOLLARS, Ledger
+from cascadevlm.cache import MemoryStore
 from cascadevlm.candidates import Order
 from cascadevlm.config import Config
 from cascadevlm.data import Data
@@ -31,12 +32,12 @@ from cascadevlm.decision.live import Asking, CalibratedScorer
 from cascadevlm.decision.pool import Pool
 from cascadevlm.decision.scorer_calibration import ScorerCalibration
 from cascadevlm.errors import BudgetExhausted, ConfigError, DataError, InputError, PolicyError
-from cascadevlm.evaluate import asking_everything
+from cascadevlm.evaluate import asking_everything, record_run
 from cascadevlm.images import ImageSource
 from cascadevlm.judge import Judge
 from cascadevlm.labels import LabelSet
 from cascadevlm.prompt import NONE_OF_THESE, options
-from cascadevlm.record import Record, read_record
+from cascadevlm.record import NOBODY, Record, read_record
 from cascadevlm.recording import KeepingScorer, KeepingStage, write_record
 from cascadevlm.scorer import Prepared
 from cascadevlm.sweep import under
@@ -508,7 +509,6 @@ def test_the_bundled_models_decide_as_their_record_says(tmp_path: Path, mode: st
     from importlib import resources
 
     from cascadevlm.data import read_data
-    from cascadevlm.evaluate import record_run
 
     folder = Path(str(resources.files("cascadevlm_backends") / "aviary" / "images"))
     birds = sorted(folder.glob("*.jpg"))[:8]
@@ -574,6 +574,35 @@ def test_with_routing_an_image_goes_to_the_judge_who_knows_it() -> None:
 
     assert heard(routing=True) == [("ant", []), ("ant", ["fake:ant-bee"]), ("dragonfly", ["fake:dragonfly-cicada"])]
     assert heard(routing=False) == [("ant", []), ("ant", ["fake:ant-bee"]), ("cicada", [])]
+
+
+@pytest.mark.parametrize("policy", ["gain > 0.05", "gain_per_dollar > 40000"])
+def test_a_record_with_routing_tells_who_said_what(tmp_path: Path, policy: str) -> None:
+    stages = [
+        replace(stage_of_expert(*names, policy=policy), judge=ByPixels(names[0], reply=says(names[0])))
+        for names in (("ant", "bee"), ("dragonfly", "cicada"))
+    ]
+    images = {"red": RED, "insect": INSECT, "swarm": SWARM}
+    data = Data(
+        images=tuple(map(picture, images.values())), names=tuple(images), truths=("ant", "ant", "dragonfly"), splits=("",) * 3
+    )
+    config = Config.parse({"scorer": {"use": "fake:fake"}, "stage": [{"judge": each.judge.spec} for each in stages]})
+    record = record_run(
+        Cascade(IN_DOUBT, stages, labels=LABELS, routing=True, store=MemoryStore()), data, tmp_path / "run", config=config
+    )
+    assert [stage.asked.tolist() for stage in record.stages] == [[False, True, False], [False, False, True]]
+    assert [stage.answers.tolist() for stage in record.stages] == [[NOBODY, 0, NOBODY], [NOBODY, NOBODY, 3]]
+    lines = [json.loads(line) for line in (tmp_path / "run" / "predictions.jsonl").read_text().splitlines()]
+    assert [line["verdict"] and line["verdict"]["stage"] for line in lines] == [None, 0, 1]
+
+
+def test_an_answer_from_the_cache_is_of_the_stage_that_asks() -> None:
+    judge, store = FakeJudge(reply="ANSWER: A"), MemoryStore()
+    stage = Stage(judge=judge, prompt=SELECT)
+    for stages in ([stage], [replace(stage, judge=FakeJudge("mute", reply="")), stage]):
+        (prediction,) = Cascade(FakeScorer(), stages, labels=LABELS, store=store).classify([noise(1)])
+        assert [verdict.stage for verdict in prediction.verdicts] == [*range(len(stages))]
+    assert len(judge.questions) == 1
 
 
 @pytest.mark.parametrize(("dollars", "judge"), [(0.01, "dear"), (0.5, "cheap")])

@@ -150,7 +150,7 @@ def check(record: Record, data: Data, predictions: list[Prediction], judges: lis
             column = NAMES.index(candidate.label.name)
             assert record.scores.probabilities[image, column] == np.float32(candidate.probability)
         for number, stage in enumerate(record.stages):
-            verdict = prediction.verdicts[number] if number < len(prediction.verdicts) else None
+            verdict = next((verdict for verdict in prediction.verdicts if verdict.stage == number), None)
             usage = verdict.usage if verdict else Usage()
             assert stage.asked[image] == (verdict is not None and verdict.outcome != "skipped")
             assert stage.outcomes[image] == (verdict.outcome if verdict else "")
@@ -160,7 +160,7 @@ def check(record: Record, data: Data, predictions: list[Prediction], judges: lis
             assert (stage.input_tokens[image], stage.output_tokens[image]) == (usage.input_tokens, usage.output_tokens)
             assert stage.seconds[image] == usage.seconds
         if prediction.verdicts:
-            last = record.stages[len(prediction.verdicts) - 1].candidates[image]
+            last = record.stages[prediction.verdicts[-1].stage].candidates[image]
             assert last[last != NOBODY].tolist() == columns([c.label.name for c in prediction.candidates])
 
 
