@@ -441,11 +441,12 @@ class Run:
             if verdict.outcome != "none" or not _widened(running.stage.candidates, item, seen):
                 break
             wider = await self._verdict(running, item)
-            if wider.outcome in ("failed", "skipped"):
-                item.candidates = shown
+            usage = verdict.usage + wider.usage
+            if not wider.valid:
+                item.candidates, verdict = shown, replace(verdict, usage=usage)
                 break
             item.hear(running.stage, wider)
-            verdict = replace(wider, usage=verdict.usage + wider.usage)
+            verdict = replace(wider, usage=usage)
         item.verdicts.append(replace(verdict, stage=running.number))
         if last:
             self._settle(item)

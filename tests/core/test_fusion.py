@@ -377,6 +377,28 @@ def test_an_error_in_a_later_round_keeps_what_was_said() -> None:
     assert found.verdict.outcome == "none"
 
 
+class CutOff(FakeJudge):
+    """Its second answer is cut off, and paid for."""
+
+    async def judge(self, question: Question) -> Verdict:
+        verdict = await super().judge(question)
+        return verdict if len(self.questions) == 1 else replace(verdict, outcome="failed", label=None, error="cut off")
+
+
+@pytest.mark.parametrize("on_failure", ["scorer", "raise", "abstain"])
+@pytest.mark.parametrize("judge", [FakeJudge, CutOff])
+def test_no_answer_in_a_later_round_keeps_what_was_said_and_is_paid(judge: type[FakeJudge], on_failure: str) -> None:
+    asked = judge(reply=["ANSWER: C", "mumble", "mumble"], dollars=0.01)
+    ledger = Ledger()
+    wide = cascade(asked, candidates=TopK(k=2), offer_none=True, widen=3, on_failure=on_failure, ledger=ledger)
+    found = wide.classify(noise(1))
+    assert found.verdict is not None
+    assert found.verdict.outcome == "none"
+    assert [candidate.label.name for candidate in found.candidates] == [label.name for label in asked.questions[0].labels]
+    assert found.cost.requests == len(asked.questions) >= 2
+    assert found.cost.dollars == pytest.approx(ledger.spent_dollars) == pytest.approx(0.01 * len(asked.questions))
+
+
 # abstaining
 
 
