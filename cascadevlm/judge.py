@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from pydantic import JsonValue
 
-from cascadevlm.errors import FatalError, JudgeError
+from cascadevlm.errors import BudgetExhausted, FatalError, JudgeError
 from cascadevlm.prompt import read_answer
 from cascadevlm.types import Question, Usage, Verdict
 
@@ -208,8 +208,9 @@ class Voting(WrapperJudge):
 
     The orders are rotations, evenly spread, so that with as many votes as candidates each is shown at every place once: what a
     judge has for a place averages out. The judge's own probabilities are averaged, or the shares of its answers; of equal
-    candidates the first shown wins. Votes that fail do not count, unless all do. What an image costs and how many
-    can be had at once is counted with all its votes.
+    candidates the first shown wins. Votes that fail do not count, unless all do; where one is not asked for want of money, the
+    question is not answered: fewer orders than meant would say what a judge has for a place. What an image costs and how many can
+    be had at once is counted with all its votes.
 
     Args:
         votes: how often; at most once for every candidate.
@@ -242,8 +243,9 @@ class Voting(WrapperJudge):
         verdicts = [each for each in said if isinstance(each, Verdict)]
         failures = [each for each in said if isinstance(each, BaseException)]
         serious = [each for each in failures if isinstance(each, FatalError) or not isinstance(each, JudgeError)]
-        if serious or not verdicts:
-            raise (serious or failures)[0]
+        unpaid = [each for each in failures if isinstance(each, BudgetExhausted)]
+        if serious or unpaid or not verdicts:
+            raise (serious or unpaid or failures)[0]
         return _mean_verdict([candidate.label.name for candidate in shown], verdicts)
 
 

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tenacity import wait_none
 
-from cascadevlm.errors import FatalError, PermanentError, RateLimited, TransientError
+from cascadevlm.errors import BudgetExhausted, FatalError, PermanentError, RateLimited, TransientError
 from cascadevlm.judge import Judge, LocalJudge, Repairing, Voting, verdict_from_text
 from cascadevlm.prompt import NONE_OF_THESE
 from cascadevlm.retry import Retrying, retry_after, wait_as_told
@@ -195,6 +195,11 @@ async def test_a_vote_that_fails_does_not_count() -> None:
     said: list[Reply] = [PermanentError("no"), "ANSWER: blue finch", "ANSWER: blue finch"]
     verdict = await Voting(FakeJudge(reply=said), 3).judge(question(NAMES))
     assert verdict.probabilities == {"red finch": 0, "blue finch": 1, "grey owl": 0}
+
+
+async def test_where_there_is_no_money_for_a_vote_there_is_no_answer() -> None:
+    with pytest.raises(BudgetExhausted):
+        await Voting(FakeJudge(reply=["ANSWER: A", PermanentError("no"), BudgetExhausted("spent")]), 3).judge(question(NAMES))
 
 
 @pytest.mark.parametrize("worst", [FatalError("the key is wrong"), ValueError("a bug")])
