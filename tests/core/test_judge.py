@@ -66,6 +66,56 @@ def test_a_local_judge_serves_one_event_loop_after_another() -> None:
     assert [asyncio.run(judge.judge(question())).label for _ in range(2)] == ["red finch"] * 2
 
 
+async def test_event_loops_at_once_do_not_lose_each_others_answers() -> None:
+    judge = Local(batch_size=2)
+    at_work = most = 0
+
+    def counted(questions: Sequence[Question]) -> list[Verdict]:
+        nonlocal at_work, most
+        at_work += 1
+        most = max(most, at_work)
+        verdicts = Local.judge_batch(judge, questions)
+        at_work -= 1
+        return verdicts
+
+    judge.judge_batch = counted  # type: ignore[method-assign]
+
+    async def ask(loop: int) -> list[str | None]:
+        asked = (judge.judge(question([f"bird {loop} {number}", "other"])) for number in range(20))
+        return [verdict.label for verdict in await asyncio.wait_for(asyncio.gather(*asked), 30)]
+
+    elsewhere = [asyncio.to_thread(asyncio.run, ask(loop)) for loop in range(3)]
+    for loop, labels in enumerate(await asyncio.gather(*elsewhere, ask(3))):
+        assert labels == [f"bird {loop} {number}" for number in range(20)]
+    assert most == 1
+    assert judge._waiting == {}
+
+
+@pytest.mark.parametrize("missing", [1, 4])
+async def test_verdicts_that_are_missing_are_told_to_all(missing: int) -> None:
+    class Short(Local):
+        def judge_batch(self, questions: Sequence[Question]) -> list[Verdict]:
+            return super().judge_batch(questions)[missing:]
+
+    judge = Short(batch_size=4)
+    answers = asyncio.gather(*(judge.judge(question()) for _ in range(4)), return_exceptions=True)
+    for outcome in await asyncio.wait_for(answers, 30):
+        with pytest.raises(FatalError, match=f"'local:test' has {4 - missing} verdicts on 4 questions"):
+            raise outcome  # type: ignore[misc]
+
+
+async def test_what_fails_all_questions_is_not_asked_again_one_by_one() -> None:
+    class Broken(Local):
+        def judge_batch(self, questions: Sequence[Question]) -> list[Verdict]:
+            self.batches.append(len(questions))
+            raise FatalError("The model is broken.")
+
+    judge = Broken(batch_size=4)
+    outcomes = await asyncio.gather(*(judge.judge(question()) for _ in range(4)), return_exceptions=True)
+    assert [type(outcome) for outcome in outcomes] == [FatalError] * 4
+    assert judge.batches == [4]
+
+
 async def test_an_answer_that_names_nothing_is_asked_about_once_more() -> None:
     judge = FakeJudge(reply=["A sparrow.", "ANSWER: B", "ANSWER: C"], dollars=0.1)
     verdict = await Repairing(judge).judge(question())
