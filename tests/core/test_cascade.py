@@ -1,6 +1,9 @@
 """The engine through `Cascade`: order, concurrency, stages, failures, bounds."""
 
 import asyncio
+import gc
+import os
+import queue
 import random
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -26,7 +29,7 @@ from cascadevlm.scorer import Prepared
 from cascadevlm.support import SupportSet
 from cascadevlm.testing import FakeJudge, FakeScorer, noise, picture
 from cascadevlm.testing.fakes import Reply
-from cascadevlm.types import Question, Usage, Verdict
+from cascadevlm.types import Question, Scores, Usage, Verdict
 
 RED, BLUE, GREY = (200, 0, 0), (0, 0, 200), (90, 90, 90)
 LABELS = ["red bird", "blue bird", "grey bird"]
@@ -222,6 +225,57 @@ def test_leaving_a_stream_early_leaves_nothing_running() -> None:
     asked = len(judge.questions)
     threading.Event().wait(0.05)
     assert len(judge.questions) == asked < 100
+
+
+def test_a_policy_that_waits_for_a_cascade_is_told() -> None:
+    other = cascade()
+
+    def asking(scores: Scores) -> NDArray[np.bool_]:
+        other.classify([picture(RED)])
+        return np.ones(len(scores), dtype=bool)
+
+    with pytest.raises(InputError, match="cannot wait for a cascade"):
+        cascade(Stage(judge=FakeJudge(), prompt=SELECT, policy=asking)).classify([picture(GREY)])
+
+
+def test_a_stream_may_be_forgotten_and_collected_anywhere() -> None:
+    def collecting(_: Question) -> str:
+        gc.collect()  # here: in the thread of the event loop
+        return "ANSWER: A"
+
+    forgotten = FakeJudge(seconds=0.01)
+    gc.disable()
+    try:
+        stream = cascade(stage(forgotten), batch_size=2).stream(numbered(100))
+        next(stream)
+        cycle: list[object] = [stream]
+        cycle.append(cycle)
+        del stream, cycle
+        assert cascade(stage(FakeJudge(reply=collecting))).classify(picture(GREY)).label == "red bird"
+    finally:
+        gc.enable()
+    threading.Event().wait(0.1)
+    asked = len(forgotten.questions)
+    threading.Event().wait(0.1)
+    assert len(forgotten.questions) == asked < 100
+
+
+def test_sources_that_wait_hold_nobody_else_up() -> None:
+    """More of them than the default executor has threads."""
+    opened: queue.Queue[None] = queue.Queue()
+
+    def waiting() -> Iterator[Image.Image]:
+        yield picture(RED)
+        opened.get()
+        yield picture(RED)
+
+    streams = [cascade(stage(FakeJudge()), batch_size=1).stream(waiting()) for _ in range((os.cpu_count() or 1) + 5)]
+    for stream in streams:
+        assert next(stream).label == "red bird"
+    assert cascade(stage(FakeJudge())).classify(picture(GREY)).label == "red bird"
+    for _ in streams:
+        opened.put(None)
+    assert [len(list(stream)) for stream in streams] == [1] * len(streams)
 
 
 def test_an_endless_source_can_be_streamed() -> None:
