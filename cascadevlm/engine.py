@@ -241,6 +241,7 @@ class Run:
         self.workers = os.cpu_count() or 1
         self.readers = ThreadPoolExecutor(self.workers, "reading")
         self.scoring = ThreadPoolExecutor(1, "scoring")
+        self.taking = ThreadPoolExecutor(1, "taking")  # sources may wait, for whatever they want, and hold up no other run
 
     async def predictions(self, sources: Iterable[ImageSource], total: int | None = None) -> AsyncGenerator[Prediction, None]:
         """Classify and yield in input order. ``total`` is how many images the run has, those before its start too; policies that
@@ -250,6 +251,7 @@ class Run:
         async with AsyncExitStack() as stack:
             stack.callback(self.readers.shutdown, wait=False, cancel_futures=True)
             stack.callback(self.scoring.shutdown, wait=False, cancel_futures=True)
+            stack.callback(self.taking.shutdown, wait=False, cancel_futures=True)
             for running in self.stages:
                 stack.push_async_callback(running.judge.aclose)
                 await running.judge.prepare()
@@ -312,7 +314,7 @@ class Run:
         loop = asyncio.get_running_loop()
 
         async def take() -> list[ImageSource]:
-            return await asyncio.to_thread(lambda: list(islice(sources, self.batch_size)))
+            return await loop.run_in_executor(self.taking, lambda: list(islice(sources, self.batch_size)))
 
         async with _ending(ahead):
             if batch := await take():
@@ -453,18 +455,18 @@ class Run:
 
     async def _verdict(self, running: _RunningStage, item: _Item) -> Verdict:
         """What the judge says of an image, among its candidates."""
-        stage = running.stage
+        stage, loop = running.stage, asyncio.get_running_loop()
         async with running.places:
             try:
                 if self.fatal is not None:
                     raise self.fatal
                 if not item.prepared.decoded:
-                    await asyncio.to_thread(lambda: item.prepared.image)
+                    await loop.run_in_executor(self.readers, lambda: item.prepared.image)
                 image = item.prepared.image
                 item.candidates = stage.candidates.arrange(item.candidates, image)
                 question = replace(stage.question(image, item.candidates), label_set=self.labels)
                 if is_large(image):  # encode and hash it beside the event loop, once for all
-                    await asyncio.to_thread(running.judge.image_digest, question)
+                    await loop.run_in_executor(self.readers, running.judge.image_digest, question)
                 return await running.judge.judge(question)
             except FatalError as exc:
                 self.fatal = exc
