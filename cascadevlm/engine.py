@@ -383,7 +383,7 @@ class Run:
                 last = running is self.stages[-1]
                 for item in set(items).difference(asked, left):
                     self._settle(item)
-                await asyncio.gather(*(self._ask(running, item, last=last) for item in asked))
+                await _together(self._ask(running, item, last=last) for item in asked)
                 items = [item for item in items if not item.result.done()]
             for item in items:
                 self._settle(item)
@@ -511,6 +511,16 @@ class Run:
 
 def _abstained(prediction: Prediction, why: str) -> Prediction:
     return replace(prediction, label=None, probability=None, decided_by=None, error=why)
+
+
+async def _together(works: Iterable[Coroutine[None, None, None]]) -> None:
+    """Do all at once; the first error ends the others, so that nothing goes on asking when nobody will hear the answer."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            for work in works:
+                group.create_task(work)
+    except ExceptionGroup as errors:
+        raise errors.exceptions[0] from None
 
 
 @asynccontextmanager

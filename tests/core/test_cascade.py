@@ -328,6 +328,17 @@ def test_a_bug_in_a_judge_is_not_swallowed() -> None:
         cascade(stage(FakeJudge(reply=ZeroDivisionError()))).classify(numbered(10))
 
 
+def test_after_a_bug_nothing_more_is_asked_and_paid() -> None:
+    replies: list[Reply] = [ZeroDivisionError(), *["ANSWER: A"] * 99]
+    judge, ledger = FakeJudge(reply=replies, seconds=0.01, dollars=0.01), Ledger()
+    judge.concurrency = 2
+    with pytest.raises(ZeroDivisionError):
+        cascade(stage(judge), ledger=ledger).classify(numbered(32))
+    threading.Event().wait(0.1)
+    assert len(judge.questions) <= 4
+    assert ledger.spent_dollars <= 0.04
+
+
 def test_a_bug_in_a_policy_or_scorer_is_not_swallowed() -> None:
     with pytest.raises(KeyError):
         cascade().classify([noise(1)])
