@@ -259,7 +259,7 @@ class BatchJudge(WrapperJudge):
         if nanodollars > before:
             self.ledger.reserve_now(nanodollars - before)
         else:
-            self.ledger.settle(before - nanodollars, 0)
+            self.ledger.settle(before - nanodollars, 0, standing=True)
             self.freed |= nanodollars < before
         self._reserved[key] = nanodollars
         self._short.pop(key, None)
@@ -273,7 +273,7 @@ class BatchJudge(WrapperJudge):
 
     def _release(self, key: str, *, spent: int = 0) -> None:
         reserved = self._reserved.pop(key, 0)
-        self.ledger.settle(reserved, spent)
+        self.ledger.settle(reserved, spent, standing=True)
         self.freed |= reserved > 0
         self._short.pop(key, None)
 
