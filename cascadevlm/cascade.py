@@ -15,6 +15,7 @@ from cascadevlm.cache import VerdictStore
 from cascadevlm.decision.calibration import Calibration
 from cascadevlm.decision.drift import Drift
 from cascadevlm.decision.live import CalibratedScorer
+from cascadevlm.dependable import DependableJudges
 from cascadevlm.engine import BEGINNING, Checkpoint, OnFailure, ReadBatch, Run
 from cascadevlm.errors import ConfigError, ImageError
 from cascadevlm.images import ImageSource
@@ -76,6 +77,7 @@ class Cascade:
         self.calibration = calibration
         self.follow_shares = follow_shares
         self._reading: Callable[[int], ReadBatch] | None = None
+        self._judges = DependableJudges(self.store, self.ledger)
 
     def altered(
         self,
@@ -151,6 +153,8 @@ class Cascade:
 
     def begin(self, start: Checkpoint = BEGINNING, stopping: Callable[[], bool] = lambda: False) -> Run:
         """A run not yet under way; it goes on where another one was left, and begins no further batch once it is to stop."""
+        if self._judges.store is not self.store or self._judges.ledger is not self.ledger:
+            self._judges = DependableJudges(self.store, self.ledger)
         return Run(
             scorer=self.scorer,
             stages=self.stages,
@@ -158,8 +162,7 @@ class Cascade:
             on_failure=self.on_failure,
             accept=self.accept,
             routing=self.routing,
-            store=self.store,
-            ledger=self.ledger,
+            judges=self._judges,
             batch_size=self.batch_size,
             start=start,
             stopping=stopping,

@@ -18,18 +18,16 @@ from typing import Literal, TypeAlias, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from cascadevlm.budget import NANODOLLARS, Ledger, Metered
-from cascadevlm.cache import Cached, SingleFlight, VerdictStore
+from cascadevlm.budget import NANODOLLARS
 from cascadevlm.candidates import CandidateRule, TopK, as_scored
 from cascadevlm.decision.drift import Drift
 from cascadevlm.decision.shares import Following, Seen, Shares
+from cascadevlm.dependable import DependableJudges
 from cascadevlm.errors import BudgetExhausted, FatalError, ImageError, JudgeError
 from cascadevlm.images import ImageSource, is_large, path_of
-from cascadevlm.judge import Judge, Repairing
+from cascadevlm.judge import Judge
 from cascadevlm.labels import Label, LabelSet
-from cascadevlm.pacing import Paced
 from cascadevlm.policy import START, Selection, Spending
-from cascadevlm.retry import Retrying
 from cascadevlm.scorer import Prepared, Scorer, prepared_or_error
 from cascadevlm.stage import Stage
 from cascadevlm.types import Candidate, Prediction, Scores, Verdict
@@ -101,13 +99,13 @@ class _Item:
 
 
 class _RunningStage:
-    """A stage during one run: its judge made dependable, its places, and where its spending stands."""
+    """A stage during one run: its judge, made dependable, its places, and where its spending stands."""
 
-    def __init__(self, number: int, stage: Stage, store: VerdictStore | None, ledger: Ledger, spending: Spending) -> None:
+    def __init__(self, number: int, stage: Stage, judge: Judge, spending: Spending) -> None:
         self.number = number
         self.stage = stage
         self.policy = stage.informed_policy
-        self.judge = stage.by_votes(dependable(stage.judge, store, ledger))
+        self.judge = stage.by_votes(judge)
         self.places = asyncio.Semaphore(self.judge.concurrency)
         self.spending = spending
 
@@ -129,13 +127,6 @@ class _RunningStage:
     def surplus(self, scores: Scores, items: Sequence[_Item]) -> NDArray[np.floating]:
         """N: by how much asking is worth more than it has to be."""
         return self.policy.surplus(scores, self.spending_on(items, 0))
-
-
-def dependable(judge: Judge, store: VerdictStore | None, ledger: Ledger) -> Judge:
-    """A judge that keeps to the budget and its rates, retries, repairs, asks identical concurrent questions once and, with a
-    store, no question twice."""
-    patient = Repairing(Retrying(Paced(Metered(judge, ledger))))
-    return Cached(patient, store) if store is not None else SingleFlight(patient)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,8 +195,7 @@ class Run:
         on_failure: OnFailure,
         accept: float,
         routing: bool,
-        store: VerdictStore | None,
-        ledger: Ledger,
+        judges: DependableJudges,
         batch_size: int,
         start: Checkpoint = BEGINNING,
         stopping: Callable[[], bool] = lambda: False,
@@ -221,11 +211,9 @@ class Run:
         self.checkpoint = start
         self.following = Following(shares, start.seen, batch_size) if shares else None
         self.total: int | None = None
-        spending = start.spending or (START,) * len(stages)
-        self.stages = [
-            _RunningStage(number, stage, store, ledger, before)
-            for number, (stage, before) in enumerate(zip(stages, spending, strict=True))
-        ]
+        self.judges = judges
+        self.stages = [*zip(stages, start.spending or (START,) * len(stages), strict=True)]
+        self.running: list[_RunningStage] = []
         self.labels = labels
         self.on_failure: OnFailure = on_failure
         self.accept = accept
@@ -252,9 +240,9 @@ class Run:
             stack.callback(self.readers.shutdown, wait=False, cancel_futures=True)
             stack.callback(self.scoring.shutdown, wait=False, cancel_futures=True)
             stack.callback(self.taking.shutdown, wait=False, cancel_futures=True)
-            for running in self.stages:
-                stack.push_async_callback(running.judge.aclose)
-                await running.judge.prepare()
+            for number, (stage, spending) in enumerate(self.stages):
+                judge = await stack.enter_async_context(self.judges.ready(stage.judge))
+                self.running.append(_RunningStage(number, stage, judge, spending))
             producer = asyncio.create_task(self._produce(sources))
             stack.push_async_callback(self._close, producer)
             while (batch := await self.output.get()) is not None:
@@ -373,14 +361,14 @@ class Run:
     async def _escalate(self, items: list[_Item], earlier: Sequence[asyncio.Event], batch: _Batch) -> None:
         """Take a batch through the stages; every image is settled when no further stage asks about it."""
         try:
-            if not self.stages:
+            if not self.running:
                 _rank(TopK(), items)
-            for number, (running, before, turn) in enumerate(zip(self.stages, earlier, batch.turns, strict=True)):
+            for number, (running, before, turn) in enumerate(zip(self.running, earlier, batch.turns, strict=True)):
                 await before.wait()
                 asked, left = self._decide(number, items, batch.end)
                 batch.spending.append(running.spending)
                 turn.set()
-                last = running is self.stages[-1]
+                last = running is self.running[-1]
                 for item in set(items).difference(asked, left):
                     self._settle(item)
                 await _together(self._ask(running, item, last=last) for item in asked)
@@ -400,7 +388,7 @@ class Run:
         stage; all get its reasons, those of the first stage its candidates too."""
         if not items:
             return [], []
-        running, scores = self.stages[number], _stacked([item.current_scores() for item in items])
+        running, scores = self.running[number], _stacked([item.current_scores() for item in items])
         spending = running.spending_on(items, self._remaining(running.spending.images + len(items), end))
         selected = running.policy.select(scores, spending)
         left = self._better_later(number, scores, items)
@@ -425,7 +413,7 @@ class Run:
         """N: whether asking the judge of a later stage is worth more, where that may be chosen."""
         if not self.routing:
             return np.zeros(len(scores), dtype=bool)
-        own, *later = [running.surplus(scores, items) for running in self.stages[number:]]
+        own, *later = [running.surplus(scores, items) for running in self.running[number:]]
         left: Selection = reduce(np.maximum, later, own) > np.maximum(own, 0.0)
         return left
 
