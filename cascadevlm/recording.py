@@ -46,13 +46,13 @@ class KeepingScorer(WrapperScorer):
 
     def prepare(self, source: ImageSource) -> Prepared:
         prepared = super().prepare(source)
-        prepared.digest  # noqa: B018  # here, beside the model
+        prepared.image_digest  # noqa: B018  # here, beside the model
         if prepared.features is not None:
             prepared.forget_large()
         return prepared
 
     def score_prepared(self, prepared: Sequence[Prepared], labels: LabelSet) -> Scores:
-        self.digests.extend(each.digest for each in prepared)
+        self.digests.extend(each.image_digest for each in prepared)
         return super().score_prepared(prepared, labels)
 
     def altered(self, scores: Scores) -> Scores:

@@ -45,7 +45,7 @@ class Prepared:
         return load_image(self.source)
 
     @cached_property
-    def digest(self) -> str:
+    def image_digest(self) -> str:
         """Of the pixels; kept when they are let go.
 
         Raises:
