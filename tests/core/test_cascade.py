@@ -140,14 +140,16 @@ def test_judges_work_concurrently() -> None:
 @settings(deadline=None, max_examples=15)
 @given(st.integers(0, 99), st.integers(1, 7))
 def test_a_budget_of_calls_falls_on_the_same_images_whatever_the_latencies(seed: int, batch_size: int) -> None:
-    def asked(latency_seed: int) -> list[bool]:
-        stages = (
-            stage(Jittery(latency_seed, 0.003), "always & calls <= 7"),
-            stage(Jittery(latency_seed + 1, 0.003), "calls <= 3 & always"),
-        )
-        return [len(p.verdicts) == 2 for p in cascade(*stages, batch_size=batch_size).classify(numbered(20))]
+    def asked(latency_seed: int) -> list[int]:
+        judges = Jittery(latency_seed, 0.003), Jittery(latency_seed + 1, 0.003)
+        stages = stage(judges[0], "always & calls <= 7"), stage(judges[1], "calls <= 3 & always")
+        predictions = cascade(*stages, batch_size=batch_size).classify(numbered(20))
+        assert [judge.asked for judge in judges] == [7, 3]
+        return [len(p.verdicts) for p in predictions]
 
-    assert asked(seed) == asked(seed + 1)
+    first = asked(seed)
+    assert first == asked(seed + 1)
+    assert sorted(first) == [0] * 13 + [1] * 4 + [2] * 3
 
 
 def test_a_budget_is_spread_over_a_run_of_known_length_and_over_what_reaches_each_stage() -> None:
