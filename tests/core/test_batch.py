@@ -19,10 +19,10 @@ from cascadevlm import batch as batch_module
 from cascadevlm.batch import MOST_ATTEMPTS, BatchJudge, stream_in_batches
 from cascadevlm.budget import NANODOLLARS, Ledger
 from cascadevlm.cache import DiskStore, MemoryStore, VerdictStore
-from cascadevlm.engine import OnFailure
 from cascadevlm.errors import BackendError, FatalError, InputError, JudgeError, PermanentError, TransientError
 from cascadevlm.hosted import BatchLimits, HostedJudge
 from cascadevlm.images import pixel_digest
+from cascadevlm.item import OnFailure
 from cascadevlm.judge import Judge
 from cascadevlm.testing import FakeJudge, FakeScorer, noise
 from cascadevlm.testing.server import Conversation, Fault, JudgeServer

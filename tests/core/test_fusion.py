@@ -1,6 +1,7 @@
 """The decision layer in a running cascade: fused opinions, gain, widening, abstaining, and what a configuration binds."""
 
 import json
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import permutations
@@ -644,9 +645,10 @@ def test_with_routing_a_dear_judge_has_to_be_worth_its_price(dollars: float, jud
 
 
 class ByPixels(FakeJudge):
-    """A judge that is paid by the pixel."""
+    """A judge that is paid by the pixel; its price is not told in the event loop, as files are opened for it."""
 
     def usual_case(self, question: Question) -> int:
+        assert threading.current_thread().name.startswith("reading")
         return question.image.width * question.image.height
 
 

@@ -19,10 +19,10 @@ from cascadevlm.budget import Ledger
 from cascadevlm.cache import MemoryStore, VerdictStore
 from cascadevlm.data import Data, read_data
 from cascadevlm.decision.judge_model import JudgeModel
-from cascadevlm.engine import OnFailure
 from cascadevlm.errors import BackendError, DataError, JudgeError, PermanentError
 from cascadevlm.evaluate import can_replay, evaluate_replayed
 from cascadevlm.images import ImageSource, load_image, pixel_digest
+from cascadevlm.item import OnFailure
 from cascadevlm.judge import Judge
 from cascadevlm.labels import LabelSet
 from cascadevlm.measures import entropy
