@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from cascadevlm import Cascade, Prediction, Stage, load_prompt, parse_policy
-from cascadevlm import batch as batch_module
-from cascadevlm.batch import MOST_ATTEMPTS, BatchJudge, stream_in_batches
+from cascadevlm.batch import stream_in_batches
+from cascadevlm.batch_judge import MOST_ATTEMPTS, BatchJudge, Chunk
 from cascadevlm.budget import NANODOLLARS, Ledger
 from cascadevlm.cache import DiskStore, MemoryStore, VerdictStore
 from cascadevlm.errors import BackendError, FatalError, InputError, JudgeError, PermanentError, TransientError
@@ -294,7 +294,7 @@ async def test_killed_again_and_again(provider: Provider, tmp_path: Path, monkey
     async with bench(provider, tmp_path, store=MemoryStore(), answer=unparsed_at_first) as one:
         saves, save = 0, BatchJudge._save
 
-        def dying(self: BatchJudge, chunk: batch_module.Chunk) -> None:
+        def dying(self: BatchJudge, chunk: Chunk) -> None:
             nonlocal saves
             saves += 1
             save(self, chunk)
@@ -826,7 +826,7 @@ def test_whatever_becomes_of_the_rows(
     images = IMAGES[:8]
     saves, save = -1, BatchJudge._save
 
-    def dying(self: BatchJudge, chunk: batch_module.Chunk) -> None:
+    def dying(self: BatchJudge, chunk: Chunk) -> None:
         nonlocal saves
         saves += 1
         save(self, chunk)
