@@ -26,6 +26,7 @@ class Ledger:
         self._lock = threading.Lock()
         self._spent = 0
         self._reserved = 0
+        self._standing = 0
         self._waiting: list[tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]] = []
 
     @property
@@ -38,20 +39,20 @@ class Ledger:
 
     @property
     def reserved_dollars(self) -> float:
-        """Promised to requests in flight."""
+        """Promised: to requests in flight, and standing."""
         return self._reserved / NANODOLLARS
 
     async def reserve(self, nanodollars: int) -> None:
-        """Promise an amount, waiting while only promises to others stand in its way.
+        """Promise an amount, waiting while only promises to requests in flight stand in its way.
 
         Raises:
-            BudgetExhausted: if it would not fit even if all promises came back unspent.
+            BudgetExhausted: if it would not fit even if all those came back unspent.
         """
         while (waiter := self._try_to_reserve(nanodollars, asyncio.get_running_loop())) is not None:
             await waiter
 
     def reserve_now(self, nanodollars: int) -> None:
-        """Promise an amount.
+        """Promise an amount that stands until somebody else is done, so that nobody waits for it: to be settled as ``standing``.
 
         Raises:
             BudgetExhausted: if it does not fit beside what is promised already.
@@ -63,19 +64,21 @@ class Ledger:
         with self._lock:
             if nanodollars == 0 or self.cap is None or self._spent + self._reserved + nanodollars <= self.cap:
                 self._change(reserved=nanodollars)
+                self._standing += nanodollars if loop is None else 0
                 return None
-            if loop is None or self._spent + nanodollars > self.cap:
-                left = self.cap - self._spent - (self._reserved if loop is None else 0)
+            if loop is None or self._spent + self._standing + nanodollars > self.cap:
+                left = self.cap - self._spent - (self._reserved if loop is None else self._standing)
                 raise BudgetExhausted(
                     f"The budget has ${left / NANODOLLARS:.4f} left and this question may cost ${nanodollars / NANODOLLARS:.4f}."
                 )
             self._waiting.append((loop, loop.create_future()))
             return self._waiting[-1][1]
 
-    def settle(self, reserved: int, spent: int) -> None:
+    def settle(self, reserved: int, spent: int, *, standing: bool = False) -> None:
         """Turn a promise into what it really cost, and let those who waited for it try again."""
         with self._lock:
             self._change(reserved=-reserved, spent=spent)
+            self._standing -= reserved if standing else 0
             waiting, self._waiting = self._waiting, []
         for loop, waiter in waiting:
             with suppress(RuntimeError):  # who waited gave up, and its loop is closed

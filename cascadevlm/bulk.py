@@ -89,7 +89,7 @@ def _run(
         folder.tally.spent_dollars = ledger.spent_dollars
         lasting = cascade.altered(
             scorer=_Noting(cascade.scorer, folder),
-            store=cascade.store or DiskStore(folder.folder / "verdicts"),
+            store=DiskStore(folder.folder / "verdicts") if cascade.store is None else cascade.store,
             ledger=ledger,
         )
 

@@ -186,6 +186,7 @@ class Verdict:
         text: the whole raw answer.
         error: why there is no answer, for ``"failed"``, ``"refused"``, ``"unparsed"`` and ``"skipped"``.
         judge: the spec of the judge asked.
+        stage: the position, from 0, of the stage that asked; of one that is stored or was never part of a run, 0.
         usage: what it took.
     """
 
@@ -196,6 +197,7 @@ class Verdict:
     text: str = ""
     error: str = ""
     judge: str = ""
+    stage: int = 0
     usage: Usage = field(default_factory=Usage)
 
     def __post_init__(self) -> None:
@@ -223,7 +225,7 @@ class Prediction:
         decided_by: None if there is no label.
         candidates: the scorer's best in ranked order; in the order last shown, where a judge was asked.
         reasons: for every stage whose policy was consulted, what it went by.
-        verdicts: what each judge asked said, in order of the stages.
+        verdicts: what each judge asked said, in order of the stages; a stage that did not ask has none.
         error: why there is no label.
     """
 

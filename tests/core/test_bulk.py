@@ -19,6 +19,7 @@ from benchmarks.kills import predictions as lines
 from benchmarks.kills import prove
 from cascadevlm import Cascade, Stage, bulk, load_prompt, parse_policy
 from cascadevlm.budget import Ledger
+from cascadevlm.cache import DiskStore
 from cascadevlm.errors import DataError, FatalError, PermanentError
 from cascadevlm.inputs import Inputs, Named
 from cascadevlm.run_folder import DurableLedger
@@ -71,6 +72,15 @@ def test_it_says_what_classify_says(tmp_path: Path) -> None:
     }
     assert 0 < tally.counts["answered"] < 30
     assert json.loads((tmp_path / "run" / "summary.json").read_text()) == tally.to_dict()
+
+
+def test_a_cache_serves_all_runs_from_the_first_on(tmp_path: Path) -> None:
+    judges = FakeJudge(reply=second), FakeJudge(reply=second)
+    for name, judge in zip(("first", "second"), judges, strict=True):
+        bulk.run(cascade(judge, "always", store=DiskStore(tmp_path / "cache")), Pictures(8), tmp_path / name, config={})
+        assert not (tmp_path / name / "verdicts").exists()
+    assert [len(judge.questions) for judge in judges] == [8, 0]
+    assert len(DiskStore(tmp_path / "cache")) == 8
 
 
 def test_the_table_holds_what_the_lines_hold(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The decision layer in a running cascade: fused opinions, gain, widening, abstaining, and what a configuration binds."""
 
 import json
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import permutations
@@ -16,6 +17,7 @@ from scipy.special import expit, softmax
 
 from cascadevlm import Cascade, Prediction, Stage, TopK, load_prompt, parse_policy
 from cascadevlm.budget import NANODOLLARS, Ledger
+from cascadevlm.cache import MemoryStore
 from cascadevlm.candidates import Order
 from cascadevlm.config import Config
 from cascadevlm.data import Data
@@ -32,12 +34,12 @@ from cascadevlm.decision.live import Asking, CalibratedScorer
 from cascadevlm.decision.pool import Pool
 from cascadevlm.decision.scorer_calibration import ScorerCalibration
 from cascadevlm.errors import BudgetExhausted, ConfigError, DataError, InputError, PolicyError
-from cascadevlm.evaluate import asking_everything
+from cascadevlm.evaluate import asking_everything, record_run
 from cascadevlm.images import ImageSource
 from cascadevlm.judge import Judge
 from cascadevlm.labels import LabelSet
 from cascadevlm.prompt import NONE_OF_THESE, options
-from cascadevlm.record import Record, read_record
+from cascadevlm.record import NOBODY, Record, read_record
 from cascadevlm.recording import KeepingScorer, KeepingStage, write_record
 from cascadevlm.scorer import Prepared
 from cascadevlm.sweep import under
@@ -392,6 +394,28 @@ def test_an_error_in_a_later_round_keeps_what_was_said() -> None:
     assert found.verdict.outcome == "none"
 
 
+class CutOff(FakeJudge):
+    """Its second answer is cut off, and paid for."""
+
+    async def judge(self, question: Question) -> Verdict:
+        verdict = await super().judge(question)
+        return verdict if len(self.questions) == 1 else replace(verdict, outcome="failed", label=None, error="cut off")
+
+
+@pytest.mark.parametrize("on_failure", ["scorer", "raise", "abstain"])
+@pytest.mark.parametrize("judge", [FakeJudge, CutOff])
+def test_no_answer_in_a_later_round_keeps_what_was_said_and_is_paid(judge: type[FakeJudge], on_failure: str) -> None:
+    asked = judge(reply=["ANSWER: C", "mumble", "mumble"], dollars=0.01)
+    ledger = Ledger()
+    wide = cascade(asked, candidates=TopK(k=2), offer_none=True, widen=3, on_failure=on_failure, ledger=ledger)
+    found = wide.classify(noise(1))
+    assert found.verdict is not None
+    assert found.verdict.outcome == "none"
+    assert [candidate.label.name for candidate in found.candidates] == [label.name for label in asked.questions[0].labels]
+    assert found.cost.requests == len(asked.questions) >= 2
+    assert found.cost.dollars == pytest.approx(ledger.spent_dollars) == pytest.approx(0.01 * len(asked.questions))
+
+
 # abstaining
 
 
@@ -524,7 +548,6 @@ def test_the_bundled_models_decide_as_their_record_says(tmp_path: Path, mode: st
     from importlib import resources
 
     from cascadevlm.data import read_data
-    from cascadevlm.evaluate import record_run
 
     folder = Path(str(resources.files("cascadevlm_backends") / "aviary" / "images"))
     birds = sorted(folder.glob("*.jpg"))[:8]
@@ -592,6 +615,35 @@ def test_with_routing_an_image_goes_to_the_judge_who_knows_it() -> None:
     assert heard(routing=False) == [("ant", []), ("ant", ["fake:ant-bee"]), ("cicada", [])]
 
 
+@pytest.mark.parametrize("policy", ["gain > 0.05", "gain_per_dollar > 40000"])
+def test_a_record_with_routing_tells_who_said_what(tmp_path: Path, policy: str) -> None:
+    stages = [
+        replace(stage_of_expert(*names, policy=policy), judge=ByPixels(names[0], reply=says(names[0])))
+        for names in (("ant", "bee"), ("dragonfly", "cicada"))
+    ]
+    images = {"red": RED, "insect": INSECT, "swarm": SWARM}
+    data = Data(
+        images=tuple(map(picture, images.values())), names=tuple(images), truths=("ant", "ant", "dragonfly"), splits=("",) * 3
+    )
+    config = Config.parse({"scorer": {"use": "fake:fake"}, "stage": [{"judge": each.judge.spec} for each in stages]})
+    record = record_run(
+        Cascade(IN_DOUBT, stages, labels=LABELS, routing=True, store=MemoryStore()), data, tmp_path / "run", config=config
+    )
+    assert [stage.asked.tolist() for stage in record.stages] == [[False, True, False], [False, False, True]]
+    assert [stage.answers.tolist() for stage in record.stages] == [[NOBODY, 0, NOBODY], [NOBODY, NOBODY, 3]]
+    lines = [json.loads(line) for line in (tmp_path / "run" / "predictions.jsonl").read_text().splitlines()]
+    assert [line["verdict"] and line["verdict"]["stage"] for line in lines] == [None, 0, 1]
+
+
+def test_an_answer_from_the_cache_is_of_the_stage_that_asks() -> None:
+    judge, store = FakeJudge(reply="ANSWER: A"), MemoryStore()
+    stage = Stage(judge=judge, prompt=SELECT)
+    for stages in ([stage], [replace(stage, judge=FakeJudge("mute", reply="")), stage]):
+        (prediction,) = Cascade(FakeScorer(), stages, labels=LABELS, store=store).classify([noise(1)])
+        assert [verdict.stage for verdict in prediction.verdicts] == [*range(len(stages))]
+    assert len(judge.questions) == 1
+
+
 @pytest.mark.parametrize(("dollars", "judge"), [(0.01, "dear"), (0.5, "cheap")])
 def test_with_routing_a_dear_judge_has_to_be_worth_its_price(dollars: float, judge: str) -> None:
     class Priced(FakeJudge):
@@ -609,9 +661,10 @@ def test_with_routing_a_dear_judge_has_to_be_worth_its_price(dollars: float, jud
 
 
 class ByPixels(FakeJudge):
-    """A judge that is paid by the pixel."""
+    """A judge that is paid by the pixel; its price is not told in the event loop, as files are opened for it."""
 
     def usual_case(self, question: Question) -> int:
+        assert threading.current_thread().name.startswith("reading")
         return question.image.width * question.image.height
 
 
