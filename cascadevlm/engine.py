@@ -27,6 +27,7 @@ from cascadevlm.errors import BudgetExhausted, FatalError, ImageError, JudgeErro
 from cascadevlm.images import ImageSource, is_large, path_of
 from cascadevlm.judge import Judge, Repairing
 from cascadevlm.labels import Label, LabelSet
+from cascadevlm.outage import Reachable
 from cascadevlm.pacing import Paced
 from cascadevlm.policy import START, Selection, Spending
 from cascadevlm.retry import Retrying
@@ -131,9 +132,9 @@ class _RunningStage:
 
 
 def dependable(judge: Judge, store: VerdictStore | None, ledger: Ledger) -> Judge:
-    """A judge that keeps to the budget and its rates, retries, repairs, asks identical concurrent questions once and, with a
-    store, no question twice."""
-    patient = Repairing(Retrying(Paced(Metered(judge, ledger))))
+    """A judge that keeps to the budget and its rates, retries, stops in an outage, repairs, asks identical concurrent questions
+    once and, with a store, no question twice."""
+    patient = Repairing(Reachable(Retrying(Paced(Metered(judge, ledger)))))
     return Cached(patient, store) if store is not None else SingleFlight(patient)
 
 
