@@ -78,6 +78,11 @@ class Tally:
         """The counts as JSON-serialisable data."""
         return vars(self) | {"counts": dict(self.counts)}
 
+    @property
+    def in_vain(self) -> bool:
+        """Whether no image could be read, or no question asked got as far as an answer."""
+        return 0 < self.images == self.counts["unreadable"] or 0 < self.asked == self.counts["failed"]
+
     def add(self, prediction: Prediction | Line) -> None:
         """Count one more prediction."""
         verdict, cost = prediction.verdict, prediction.cost
