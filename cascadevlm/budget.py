@@ -4,10 +4,16 @@ Amounts are whole nanodollars, so that sums are exact: a dollar per million toke
 """
 
 import asyncio
+import json
+import os
 import threading
 from contextlib import suppress
+from pathlib import Path
 
-from cascadevlm.errors import BudgetExhausted, JudgeError
+from pydantic import BaseModel, ValidationError
+
+from cascadevlm.errors import BudgetExhausted, DataError, JudgeError
+from cascadevlm.files import write_whole, writing_to
 from cascadevlm.judge import Judge, WrapperJudge
 from cascadevlm.types import Question, Verdict
 
@@ -93,6 +99,71 @@ class Ledger:
 def _wake(waiter: "asyncio.Future[None]") -> None:
     if not waiter.done():
         waiter.set_result(None)
+
+
+class _Change(BaseModel):
+    """A line of a `DurableLedger`, in nanodollars."""
+
+    reserved: int
+    spent: int
+
+
+class DurableLedger(Ledger):
+    """A ledger that writes down every promise and payment, and goes on from what is written.
+
+    A promise that a killed process did not settle counts as spent: the question may have been answered and billed.
+
+    Args:
+        dollars: the cap over all sessions; None for no cap.
+        path: of its file.
+
+    Raises:
+        DataError: if a line of the file is damaged.
+        RunError: if it cannot be written, now or later.
+    """
+
+    def __init__(self, dollars: float | None, path: Path) -> None:
+        super().__init__(dollars)
+        self.path = path
+        self._spent = _sum(path) if path.exists() else 0
+        with writing_to(path.parent):
+            write_whole(path, _line(reserved=0, spent=self._spent))
+            self._file = path.open("a", encoding="utf-8")
+
+    def sync(self) -> None:
+        """Make sure that what was written outlasts the machine."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Write no more."""
+        self._file.close()
+
+    def _change(self, *, reserved: int, spent: int = 0) -> None:
+        super()._change(reserved=reserved, spent=spent)
+        if reserved or spent:
+            with writing_to(self.path.parent):
+                self._file.write(_line(reserved=reserved, spent=spent))
+                self._file.flush()
+
+
+def _line(*, reserved: int, spent: int) -> str:
+    return json.dumps({"reserved": reserved, "spent": spent}) + "\n"
+
+
+def _sum(path: Path) -> int:
+    """What a ledger's file says is spent or promised."""
+    total = 0
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.endswith(b"\n"):  # what is not ended did not happen
+                break
+            try:
+                change = _Change.model_validate_json(line)
+            except ValidationError as exc:
+                hint = "Write into it what the provider billed, in nanodollars, as the other lines do, or take it out."
+                raise DataError(f"{str(path)!r}, line {number}, is damaged: what was spent is not known.", hint=hint) from exc
+            total += change.reserved + change.spent
+    return total
 
 
 class Metered(WrapperJudge):

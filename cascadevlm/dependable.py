@@ -8,14 +8,15 @@ from contextlib import asynccontextmanager
 from cascadevlm.budget import Ledger, Metered
 from cascadevlm.cache import Cached, SingleFlight, VerdictStore
 from cascadevlm.judge import Judge, Repairing
+from cascadevlm.outage import Reachable
 from cascadevlm.pacing import Paced
 from cascadevlm.retry import Retrying
 
 
 def dependable(judge: Judge, store: VerdictStore | None, ledger: Ledger) -> Judge:
-    """A judge that keeps to the budget and its rates, retries, repairs, asks identical concurrent questions once and, with a
-    store, no question twice."""
-    patient = Repairing(Retrying(Paced(Metered(judge, ledger))))
+    """A judge that keeps to the budget and its rates, retries, stops in an outage, repairs, asks identical concurrent questions
+    once and, with a store, no question twice."""
+    patient = Repairing(Reachable(Retrying(Paced(Metered(judge, ledger)))))
     return Cached(patient, store) if store is not None else SingleFlight(patient)
 
 

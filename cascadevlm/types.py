@@ -2,8 +2,9 @@
 
 import string
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from dataclasses import dataclass, field
+from functools import cached_property, reduce
+from operator import add
 from typing import Literal
 
 import numpy as np
@@ -173,6 +174,10 @@ class Usage:
             saved_dollars=self.saved_dollars + other.saved_dollars,
         )
 
+    def to_dict(self) -> dict[str, JsonValue]:
+        """The usage as JSON-serialisable data."""
+        return dict(vars(self))
+
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
@@ -206,7 +211,8 @@ class Verdict:
 
     def to_dict(self) -> dict[str, JsonValue]:
         """The verdict as JSON-serialisable data."""
-        return asdict(self) | {"probabilities": dict(self.probabilities) if self.probabilities is not None else None}
+        probabilities = dict(self.probabilities) if self.probabilities is not None else None
+        return vars(self) | {"probabilities": probabilities, "usage": self.usage.to_dict()}
 
     @property
     def valid(self) -> bool:
@@ -255,7 +261,7 @@ class Prediction:
     @property
     def cost(self) -> Usage:
         """What all verdicts took together."""
-        return sum((verdict.usage for verdict in self.verdicts), Usage(cached=self.escalated))
+        return reduce(add, (verdict.usage for verdict in self.verdicts)) if self.verdicts else Usage()
 
     def to_dict(self) -> dict[str, JsonValue]:
         """The prediction as JSON-serialisable data, one line in a record."""
@@ -268,6 +274,6 @@ class Prediction:
             "reasons": list(self.reasons),
             "verdict": self.verdict.to_dict() if self.verdict else None,
             "earlier_verdicts": [verdict.to_dict() for verdict in self.verdicts[:-1]],
-            "cost": asdict(self.cost),
+            "cost": self.cost.to_dict(),
             "error": self.error,
         }
