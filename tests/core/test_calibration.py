@@ -30,11 +30,12 @@ from cascadevlm.decision.scorer_calibration import ScorerCalibration
 from cascadevlm.decision.targets import Target, TargetKind, outcome, policy_for
 from cascadevlm.errors import ConfigError, DataError
 from cascadevlm.labels import LabelSet
+from cascadevlm.limits import WithinCalls
 from cascadevlm.measures import entropy, margin, top_probability
 from cascadevlm.metrics import expected_calibration_error
-from cascadevlm.policy import EntropyAbove, GainAbove, WithinCalls
 from cascadevlm.policy_language import parse_policy
 from cascadevlm.record import NOBODY, Record
+from cascadevlm.rules import EntropyAbove, GainAbove
 from cascadevlm.sweep import sweep, under
 from cascadevlm.types import Scores
 

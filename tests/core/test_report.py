@@ -22,10 +22,10 @@ from cascadevlm.evaluate import evaluate_replayed
 from cascadevlm.images import pixel_digest
 from cascadevlm.labels import LabelSet
 from cascadevlm.metrics import evaluate
-from cascadevlm.policy import EntropyAbove
 from cascadevlm.record import NOBODY, Judged, Record
 from cascadevlm.report import Run, read_studies, render
 from cascadevlm.report.cases import MOST_CASES, MOST_IN_ALL, UNASKED, cases, kinds_of, sample
+from cascadevlm.rules import EntropyAbove
 from cascadevlm.sweep import under
 from cascadevlm.testing import noise
 from cascadevlm.types import Scores

@@ -21,8 +21,8 @@ from cascadevlm.errors import BudgetExhausted, DataError, InputError
 from cascadevlm.images import load_image
 from cascadevlm.labels import LabelSet
 from cascadevlm.measures import entropy
-from cascadevlm.policy import EntropyAbove
 from cascadevlm.record import NOBODY, Judged, Record, read_record
+from cascadevlm.rules import EntropyAbove
 from cascadevlm.study import (
     position_bias,
     split_errors,
