@@ -17,7 +17,7 @@ from cascadevlm import measures
 from cascadevlm.budget import NANODOLLARS
 from cascadevlm.errors import PolicyError
 from cascadevlm.measures import Measure, Values
-from cascadevlm.policy import START, Limit, Priority, Selection, Spending, number
+from cascadevlm.policy import START, Limit, Priority, Selection, Spending, number, require_whole
 from cascadevlm.types import Scores
 
 WINDOW = 1024
@@ -81,8 +81,7 @@ class WithinCalls(WithinBudget):
     calls: int
 
     def __post_init__(self) -> None:
-        if self.calls != int(self.calls):
-            raise PolicyError(f"calls takes a whole number, not {self.calls!r}.")
+        require_whole("calls", self.calls)
 
     def share_out(self, wanted: Selection, ranked: Values, prices: Values, spending: Spending, *, by_gain: bool) -> Selection:
         left, to_come = self.calls - spending.calls, spending.remaining
@@ -102,6 +101,10 @@ class WithinDollars(WithinBudget):
 
     comparison = "<="
     dollars: float
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.dollars < math.inf:
+            raise PolicyError(f"dollars takes an amount from 0 on, not {self.dollars!r}.")
 
     @property
     def by_price(self) -> bool:

@@ -4,6 +4,7 @@ A policy is one method over a batch, composes with ``&``, ``|`` and ``~``, and a
 array serves as one. ``&`` with a limit on calls or dollars spends it on the best of what the other side selects.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -323,3 +324,13 @@ def number(value: float) -> str:
     """A number in the string form: short, where that is exact."""
     short = f"{value:g}"
     return short if float(short) == value else str(value)
+
+
+def require_whole(name: str, value: float) -> None:
+    """Refuse what is no whole number from 0 on.
+
+    Raises:
+        PolicyError: naming the parameter.
+    """
+    if not (0 <= value < math.inf and value == int(value)):
+        raise PolicyError(f"{name} takes a whole number from 0 on, not {value!r}.")

@@ -1,5 +1,6 @@
 """Rules: policies that look at the images alone, whatever was spent."""
 
+import math
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -8,7 +9,7 @@ from numpy.typing import NDArray
 from cascadevlm import measures
 from cascadevlm.errors import PolicyError
 from cascadevlm.measures import EntropyUnit, Measure
-from cascadevlm.policy import START, Policy, Priority, Selection, Spending, number
+from cascadevlm.policy import START, Policy, Priority, Selection, Spending, number, require_whole
 from cascadevlm.types import Scores
 
 
@@ -43,8 +44,7 @@ class Random(Policy):
 
     def __post_init__(self) -> None:
         _require_share("random", self.rate)
-        if self.seed != int(self.seed) or self.seed < 0:
-            raise PolicyError(f"random takes a whole number as its seed, not {self.seed!r}.")
+        require_whole("The seed of random", self.seed)
 
     def select(self, scores: Scores, spending: Spending = START) -> Selection:
         bits = np.random.PCG64(int(self.seed)).advance(spending.images)  # one draw an image, wherever its batch begins
@@ -61,6 +61,13 @@ class EntropyAbove(Policy):
     comparison = ">"
     threshold: float
     unit: EntropyUnit = "normalized"
+
+    def __post_init__(self) -> None:
+        if self.unit == "nats":
+            _require_from_0("entropy", self.threshold)
+        else:
+            hint = f'In nats: "entropy > {number(self.threshold)} nats".' if self.threshold > 1 else ""
+            _require_share("entropy", self.threshold, hint=hint)
 
     def select(self, scores: Scores, spending: Spending = START) -> Selection:
         return measures.entropy(scores, self.unit) > self.threshold
@@ -83,6 +90,9 @@ class MarginBelow(Policy):
     comparison = "<"
     threshold: float
 
+    def __post_init__(self) -> None:
+        _require_share("margin", self.threshold)
+
     def select(self, scores: Scores, spending: Spending = START) -> Selection:
         return measures.margin(scores) < self.threshold
 
@@ -103,6 +113,9 @@ class TopProbabilityBelow(Policy):
 
     comparison = "<"
     threshold: float
+
+    def __post_init__(self) -> None:
+        _require_share("top_probability", self.threshold)
 
     def select(self, scores: Scores, spending: Spending = START) -> Selection:
         return measures.top_probability(scores) < self.threshold
@@ -129,6 +142,9 @@ class GainAbove(Policy):
     comparison = ">"
     threshold: float
     gain: Measure | None = field(default=None, kw_only=True, repr=False)
+
+    def __post_init__(self) -> None:
+        _require_share("gain", self.threshold)
 
     def informed(self, gain: Measure) -> Policy:
         return replace(self, gain=gain)
@@ -163,6 +179,9 @@ class GainPerDollarAbove(GainAbove):
     asking costs nothing, wherever there is a gain."""
 
     by_price = True
+
+    def __post_init__(self) -> None:
+        _require_from_0("gain_per_dollar", self.threshold)
 
     def surplus(self, scores: Scores, spending: Spending = START) -> NDArray[np.floating]:
         return self._expected(scores) - self.threshold * np.array(spending.prices or 0.0)
@@ -199,6 +218,11 @@ def _reasons(measure: str, values: NDArray[np.floating], policy: Policy) -> list
     return [f"{measure} {value:.2f} (asks for {policy})" for value in values]
 
 
-def _require_share(name: str, value: float) -> None:
+def _require_share(name: str, value: float, hint: str = "") -> None:
     if not 0 <= value <= 1:
-        raise PolicyError(f"{name} takes a share from 0 to 1, not {value!r}.")
+        raise PolicyError(f"{name} takes a number from 0 to 1, not {value!r}.", hint=hint)
+
+
+def _require_from_0(name: str, value: float) -> None:
+    if not 0 <= value < math.inf:
+        raise PolicyError(f"{name} takes a number from 0 on, not {value!r}.")

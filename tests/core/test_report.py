@@ -217,7 +217,7 @@ def test_pages_are_the_same_every_time() -> None:
         of_classes(LabelSet.of(["ant"]), right=True),
         of_classes(LabelSet.of(["ant", "bee"]), right=False, size=1),
         small_record(0, 5, unreadable=5),
-        with_policy(under(small_record(0), EntropyAbove(2.0)), "entropy > 2"),
+        with_policy(under(small_record(0), EntropyAbove(1.0)), "entropy > 1"),
         replace(record(), stages=(*record().stages, *record().stages)),
         unconfigured(record()),
     ],
