@@ -10,10 +10,11 @@ from cascadevlm.config import Config
 from cascadevlm.data import Data
 from cascadevlm.decision.calibration import BESIDE, FUSION_RULES, calibration_beside, decided
 from cascadevlm.metrics import Evaluation, evaluate
-from cascadevlm.policy import Always, Policy, PolicyLike
+from cascadevlm.policy import Policy, PolicyLike
 from cascadevlm.policy_language import parse_policy
 from cascadevlm.record import Record, read_record
 from cascadevlm.recording import KeepingScorer, KeepingStage, write_record
+from cascadevlm.rules import Always
 from cascadevlm.sweep import under
 from cascadevlm.types import Prediction
 

@@ -19,7 +19,7 @@ EntropyUnit = Literal["normalized", "nats"]
 def entropy(scores: Scores, unit: EntropyUnit = "normalized") -> Values:
     """Shannon entropy: N numbers from 0 (certain) to 1 (uniform), in nats divided by log C; or in nats."""
     nats: Values = -(scores.probabilities * np.maximum(scores.log_probs, -1e4)).sum(axis=1)
-    return nats if unit == "nats" else nats / np.float32(np.log(max(len(scores.labels), 2)))
+    return nats if unit == "nats" else np.minimum(nats / np.float32(np.log(max(len(scores.labels), 2))), 1)
 
 
 def margin(scores: Scores) -> Values:

@@ -15,8 +15,9 @@ from cascadevlm import measures
 from cascadevlm.decision.calibration import Calibration, decided, held_out
 from cascadevlm.evaluate import as_configured, policies
 from cascadevlm.metrics import BINS, Interval, evaluate, expected_calibration_error
-from cascadevlm.policy import All, AnyOf, EntropyAbove, Not, Policy
+from cascadevlm.policy import All, AnyOf, Not, Policy
 from cascadevlm.record import NOBODY, Columns, Record
+from cascadevlm.rules import EntropyAbove
 from cascadevlm.sweep import Sweep, sweep
 
 if TYPE_CHECKING:

@@ -80,7 +80,7 @@ def _pointing(text: str, column: int, message: str, hint: str = "") -> PolicyErr
 
 
 def _value(token: Token) -> float:
-    return int(token) if token.lstrip("+-").isdigit() else float(token)
+    return int(token) if token.lstrip("+-").isdigit() and len(token) < 19 else float(token)  # Python refuses to read longer ones
 
 
 @v_args(inline=True)
@@ -134,7 +134,7 @@ class _Builder(Transformer[Token, Policy]):
         except TypeError as exc:
             raise self._error(name, f"{name!s}: {exc}") from exc
         except PolicyError as exc:
-            raise self._error(name, exc.args[0].rstrip(".")) from exc
+            raise self._error(name, exc.args[0].rstrip("."), exc.hint) from exc
 
     def _error(self, token: Token, message: str, hint: str = "") -> PolicyError:
         return _pointing(self.text, (token.column or 1) - 1, message, hint)

@@ -12,7 +12,8 @@ from cascadevlm.decision.pool import Pool
 from cascadevlm.errors import InputError, PromptError
 from cascadevlm.judge import Judge, Voting
 from cascadevlm.measures import once
-from cascadevlm.policy import Always, Policy, PolicyLike, as_policy
+from cascadevlm.policy import Policy, PolicyLike, as_policy
+from cascadevlm.rules import Always
 from cascadevlm.support import SupportSet
 from cascadevlm.types import Candidate, Prompt, Question
 

@@ -40,9 +40,10 @@ from cascadevlm.evaluate import asking_everything, record_run
 from cascadevlm.images import pixel_digest
 from cascadevlm.labels import LabelSet
 from cascadevlm.metrics import Bools, Interval, coverage, covered_by, interval, mean
-from cascadevlm.policy import Always, EntropyAbove, PolicyLike
+from cascadevlm.policy import PolicyLike
 from cascadevlm.record import NOBODY, Record
 from cascadevlm.registry import load_prompt
+from cascadevlm.rules import Always, EntropyAbove
 from cascadevlm.scorer import Scorer
 from cascadevlm.stage import Stage
 from cascadevlm.support import SupportSet

@@ -20,7 +20,7 @@ from cascadevlm.cache import MemoryStore
 from cascadevlm.config import Config, read_toml
 from cascadevlm.images import load_image
 from cascadevlm.measures import entropy
-from cascadevlm.policy import Always
+from cascadevlm.rules import Always
 from training.birds import species
 from training.render import TEST_SEED, render_files
 

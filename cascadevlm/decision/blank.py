@@ -16,8 +16,8 @@ from cascadevlm.config import Config
 from cascadevlm.decision.judge_model import NONE_CHOSEN, Answers
 from cascadevlm.errors import DataError
 from cascadevlm.labels import LabelSet
-from cascadevlm.policy import Always
 from cascadevlm.record import NOBODY, Record
+from cascadevlm.rules import Always
 from cascadevlm.scorer import Scorer
 from cascadevlm.types import Scores
 

@@ -15,9 +15,9 @@ from cascadevlm.decision.targets import Outcome, Target, outcome, policy_for
 from cascadevlm.errors import DataError, InputError
 from cascadevlm.labels import LabelSet
 from cascadevlm.metrics import expected_calibration_error
-from cascadevlm.policy import Always
 from cascadevlm.policy_language import parse_policy
 from cascadevlm.record import Record
+from cascadevlm.rules import Always
 from cascadevlm.sweep import sweep, under
 from cascadevlm.types import Scores
 

@@ -26,7 +26,7 @@ SHAPE = Shape(scale=1.0, bias=1.0)
 JUDGE_PRECISION = 100.0
 """Of what is particular to a class or a position in the judge's model."""
 
-HELD = {"ability": 1.0, "following": 1e6}
+HELD = {"ability": 3.0, "following": 1e6}
 """Precisions of the judge's ability, and of how much it follows the scorer, which stays what it is taken to be beforehand."""
 
 

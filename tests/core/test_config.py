@@ -7,7 +7,7 @@ from cascadevlm.candidates import CumulativeMass, TopK
 from cascadevlm.config import Config, override, read_toml, toml_value
 from cascadevlm.errors import ConfigError, InputError
 from cascadevlm.labels import LabelSet
-from cascadevlm.policy import EntropyAbove
+from cascadevlm.rules import EntropyAbove
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.toml"))
 LABELS = LabelSet.of(["a", "b"])

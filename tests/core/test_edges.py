@@ -16,7 +16,7 @@ from cascadevlm.cache import MemoryStore, Payload
 from cascadevlm.errors import BackendError, BudgetExhausted, FatalError, JudgeError
 from cascadevlm.hosted import HostedJudge, Reply
 from cascadevlm.judge import Repairing
-from cascadevlm.policy import Always
+from cascadevlm.rules import Always
 from cascadevlm.support import SupportSet
 from cascadevlm.testing import FakeJudge, FakeScorer, noise, picture, question
 from cascadevlm.types import Exemplar, Question, Verdict

@@ -24,8 +24,8 @@ from cascadevlm import plots
 from cascadevlm.errors import PolicyError
 from cascadevlm.evaluate import as_configured, evaluate_replayed
 from cascadevlm.labels import LabelSet
-from cascadevlm.policy import EntropyAbove, Never
 from cascadevlm.record import NOBODY, Record, RunInfo
+from cascadevlm.rules import EntropyAbove, Never
 from cascadevlm.sweep import sweep, under
 from cascadevlm.types import Scores
 from tests.core.test_sweep import record

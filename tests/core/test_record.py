@@ -27,9 +27,9 @@ from cascadevlm.judge import Judge
 from cascadevlm.labels import LabelSet
 from cascadevlm.measures import entropy
 from cascadevlm.metrics import evaluate, top_k_recall
-from cascadevlm.policy import Always, EntropyAbove
 from cascadevlm.record import NOBODY, Record, read_record, read_verdicts
 from cascadevlm.recording import KeepingScorer, KeepingStage, write_record
+from cascadevlm.rules import Always, EntropyAbove
 from cascadevlm.scorer import Prepared, Scorer
 from cascadevlm.sweep import sweep, under
 from cascadevlm.testing import FakeJudge, FakeScorer, noise

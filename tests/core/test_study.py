@@ -21,8 +21,8 @@ from cascadevlm.errors import BudgetExhausted, DataError, InputError
 from cascadevlm.images import load_image
 from cascadevlm.labels import LabelSet
 from cascadevlm.measures import entropy
-from cascadevlm.policy import EntropyAbove
 from cascadevlm.record import NOBODY, Judged, Record, read_record
+from cascadevlm.rules import Always, EntropyAbove
 from cascadevlm.study import (
     position_bias,
     split_errors,
@@ -406,5 +406,5 @@ def test_an_abstention_is_wrong_though_the_scorer_be_right(data: Data) -> None:
     cascade = cascade_of(FakeJudge(reply="I cannot tell")).altered(on_failure="abstain")
     (row,) = study_candidates(cascade, data, config=CONFIG, ks=[2]).rows
     assert row.figures["judge_all_accuracy"] == row.figures["answered"] == 0
-    always = cascade.altered(stages=[replace(cascade.stages[0], policy=EntropyAbove(-1))])
+    always = cascade.altered(stages=[replace(cascade.stages[0], policy=Always())])
     assert study_candidates(always, data, config=CONFIG, ks=[2]).rows[0].accuracy == 0

@@ -11,9 +11,10 @@ from sklearn.metrics import accuracy_score
 
 from cascadevlm.errors import DataError
 from cascadevlm.labels import LabelSet
+from cascadevlm.limits import WithinDollars
 from cascadevlm.measures import entropy, margin, top_probability
-from cascadevlm.policy import EntropyAbove, MarginBelow, Never, TopProbabilityBelow, WithinDollars
 from cascadevlm.record import NOBODY, Judged, Record
+from cascadevlm.rules import EntropyAbove, MarginBelow, Never, TopProbabilityBelow
 from cascadevlm.sweep import sweep, under
 from cascadevlm.types import Scores
 
