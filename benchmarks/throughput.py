@@ -5,6 +5,7 @@ take turns, and each figure is the median of the ratios of its rounds. Orchestra
 costs nothing, on images made on the fly, each run in a process of its own.
 """
 
+import io
 import json
 import resource
 import statistics
@@ -12,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -22,11 +23,14 @@ import numpy as np
 import typer
 from PIL import Image, ImageFilter
 
-from cascadevlm import Cascade, LabelSet, Scorer, Scores, Stage, bulk, load_prompt, load_scorer, parse_policy
+from benchmarks.sweep import made_up
+from cascadevlm import Cascade, Judge, LabelSet, Scorer, Scores, Stage, bulk, load_judge, load_prompt, load_scorer, parse_policy
 from cascadevlm.embeddings import CachedEmbeddings
 from cascadevlm.inputs import Inputs, Named
 from cascadevlm.scorer import EmbeddingScorer
+from cascadevlm.sweep import under
 from cascadevlm.testing import FakeJudge
+from cascadevlm_backends.recorded import RecordingJudge, RecordingScorer
 
 NAMES = [f"species {number}" for number in range(200)]
 BATCH = 64
@@ -159,25 +163,74 @@ class OnTheFly:
             yield f"{number:08}.jpg", pixels
 
 
-def orchestrate(images: int, policy: str) -> dict[str, float]:
-    """CPU milliseconds and wall seconds an image, the share asked, and the peak RSS in MB; judges answer at once."""
-    stage = Stage(judge=FakeJudge(), prompt=load_prompt("select"), policy=parse_policy(policy))
-    cascade = Cascade(Made(10), [stage], labels=[f"species {number}" for number in range(10)], batch_size=BATCH)
-    with tempfile.TemporaryDirectory() as folder:
-        bulk.run(cascade, OnTheFly(BATCH), Path(folder) / "warm", config={})
-        cpu, began = time.process_time(), time.perf_counter()
-        tally = bulk.run(cascade, OnTheFly(images), Path(folder) / "run", config={})
+class Noise(OnTheFly):
+    """Pictures that are all different."""
+
+    def __iter__(self) -> Iterator[Named]:
+        for number, (name, _) in enumerate(super().__iter__()):
+            yield name, np.random.default_rng(number).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+
+
+def of_ten(scorer: Scorer, judge: Judge | None = None, policy: str = "never") -> Cascade:
+    """A cascade over ten labels."""
+    stage = Stage(judge=judge or FakeJudge(), prompt=load_prompt("select"), policy=parse_policy(policy))
+    return Cascade(scorer, [stage], labels=[f"species {number}" for number in range(10)], batch_size=BATCH)
+
+
+def measured(cascade: Cascade, inputs: Iterable[Named], folder: Path, warm: type[OnTheFly] = OnTheFly) -> dict[str, float]:
+    """A run's CPU milliseconds an image and images a second after a short run, the share asked, and the peak RSS in MB."""
+    with tempfile.TemporaryDirectory() as scratch:
+        bulk.run(cascade, warm(BATCH), Path(scratch), config={})
+    cpu, began = time.process_time(), time.perf_counter()
+    tally = bulk.run(cascade, inputs, folder, config={})
     return {
-        "cpu_ms": 1000 * (time.process_time() - cpu) / images,
-        "images_per_second": images / (time.perf_counter() - began),
-        "asked": tally.asked / images,
+        "cpu_ms": 1000 * (time.process_time() - cpu) / tally.images,
+        "images_per_second": tally.images / (time.perf_counter() - began),
+        "asked": tally.asked / tally.images,
         "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
     }
 
 
-def alone(images: int, policy: str) -> dict[str, float]:
-    """`orchestrate`, in a process of its own."""
-    code = f"import json; from benchmarks.throughput import orchestrate; print(json.dumps(orchestrate({images}, {policy!r})))"
+def orchestrate(images: int, policy: str) -> dict[str, float]:
+    """Of images on the fly; judges answer at once."""
+    with tempfile.TemporaryDirectory() as folder:
+        return measured(of_ten(Made(10), policy=policy), OnTheFly(images), Path(folder))
+
+
+def replay(images: int) -> dict[str, float]:
+    """Of recorded scores and verdicts, all asked."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder, record = Path(scratch), Path(scratch) / "record.jsonl"
+        recording = of_ten(RecordingScorer(Made(10), record), RecordingJudge(FakeJudge(), record), "always")
+        bulk.run(recording, Noise(images), folder / "recording", config={})
+        scorer, judge = load_scorer(f"recorded:{record}"), load_judge(f"recorded:{record}")
+        return measured(of_ten(scorer, judge, "always"), Noise(images), folder / "run", Noise)
+
+
+def into(folder: str, images: int) -> dict[str, float]:
+    """Of images on the fly into a folder, from where it stands."""
+    return measured(of_ten(Made(10)), OnTheFly(images), Path(folder))
+
+
+def of_files(images: str) -> dict[str, float]:
+    """Of a folder of files."""
+    with tempfile.TemporaryDirectory() as folder:
+        return measured(of_ten(Made(10)), Inputs(images), Path(folder))
+
+
+def small_files(folder: Path, images: int) -> Path:
+    """That many JPEG files of 64 x 64 pixels."""
+    folder.mkdir()
+    content = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(content, "JPEG")
+    for number in range(images):
+        (folder / f"{number:08}.jpg").write_bytes(content.getvalue())
+    return folder
+
+
+def alone(call: str) -> dict[str, float]:
+    """One of the above, in a process of its own."""
+    code = f"import json; from benchmarks import throughput; print(json.dumps(throughput.{call}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     figures: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return figures
@@ -225,6 +278,21 @@ def compare_speed(images: int, rounds: int) -> None:
         show("images/s, embeddings kept against not, labels embedded", f"{statistics.median(cached):.0f} x")
 
 
+def compare_sizes(many: int) -> None:
+    """Speed and memory of many images against those of a tenth, on the fly, where a run goes on, and of files."""
+    few = many // 10
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = f"{scratch}/run"
+        short, long = alone(f"into('{scratch}/short', {few})"), alone(f"into({folder!r}, {many})")
+        again = alone(f"into({folder!r}, {many + few})")
+        files, more = small_files(Path(scratch, "few"), few // 10), small_files(Path(scratch, "many"), few)
+        of_few, of_many = alone(f"of_files({str(files)!r})"), alone(f"of_files({str(more)!r})")
+    show(f"images/s, {many:,} images against {few:,}", f"{long['images_per_second'] / short['images_per_second']:.2f} x")
+    show(f"peak memory, {many:,} images less {few:,}", f"{long['peak_mb'] - short['peak_mb']:.0f} MB")
+    show(f"the same, where a run of {many:,} goes on with {few:,}", f"{again['peak_mb'] - short['peak_mb']:.0f} MB")
+    show(f"peak memory, {few:,} JPEG files less {few // 10:,}", f"{of_many['peak_mb'] - of_few['peak_mb']:.0f} MB")
+
+
 def main(
     images: Annotated[int, typer.Option(help="JPEG files.")] = 512,
     rounds: Annotated[int, typer.Option(help="Of turns.")] = 3,
@@ -232,11 +300,13 @@ def main(
 ) -> None:
     """Print the table."""
     for policy in ("never", "entropy > 0.45", "always"):
-        figures = alone(20_000, policy)
+        figures = alone(f"orchestrate(20_000, {policy!r})")
         show(f"our CPU ms an image, asked {figures['asked']:.0%}", f"{figures['cpu_ms']:.2f}")
-    short, long = alone(many // 10, "never"), alone(many, "never")
-    show(f"images/s, {many:,} images against {many // 10:,}", f"{long['images_per_second'] / short['images_per_second']:.2f} x")
-    show(f"peak memory, {many:,} images less {many // 10:,}", f"{long['peak_mb'] - short['peak_mb']:.0f} MB")
+    show("images/s, all asked, recorded scores and verdicts", f"{alone('replay(5_000)')['images_per_second']:,.0f}")
+    record, other = made_up(100_000, 10), parse_policy("entropy > 0.45")
+    taken = seconds(lambda: under(record, other))
+    show("images/s, a record under another policy (sweep, nothing is run)", f"{len(record) / taken:,.0f}")
+    compare_sizes(many)
     compare_speed(images, rounds)
 
 

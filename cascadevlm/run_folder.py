@@ -196,12 +196,16 @@ class RunFolder:
         self.checkpoint = self._progress()
 
     def _progress(self) -> Checkpoint:
-        """What was noted, unless it cannot be read or predictions before it are missing."""
+        """What was noted, unless it cannot be read or predictions before it are missing, which forgets it."""
+        path = self.folder / "progress.json"
         try:
-            noted = _CHECKPOINT.validate_json((self.folder / "progress.json").read_bytes())
+            noted = _CHECKPOINT.validate_json(path.read_bytes())
         except (FileNotFoundError, ValidationError):
             return BEGINNING
-        return noted if noted.images <= self.tally.images else BEGINNING
+        if noted.images <= self.tally.images:
+            return noted
+        path.unlink()  # other predictions may soon stand before it
+        return BEGINNING
 
     def paths(self) -> Iterator[str]:
         """Of the images that have a prediction, in order."""

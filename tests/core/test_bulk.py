@@ -28,10 +28,13 @@ from cascadevlm.config import Config
 from cascadevlm.decision.calibration import CalibratedJudge, Calibration
 from cascadevlm.decision.judge_model import JudgeModel
 from cascadevlm.decision.scorer_calibration import ScorerCalibration
+from cascadevlm.engine import BEGINNING
 from cascadevlm.errors import DataError, FatalError, PermanentError, RunError
 from cascadevlm.files import write_whole
 from cascadevlm.inputs import Inputs, Named
 from cascadevlm.labels import Label, LabelSet
+from cascadevlm.manifest import Manifest
+from cascadevlm.run_folder import RunFolder
 from cascadevlm.support import SupportSet
 from cascadevlm.testing import FakeJudge, FakeScorer, noise, picture
 from cascadevlm.types import Exemplar, Prompt, Question, Scores, Verdict
@@ -451,6 +454,14 @@ def test_damaged_progress_is_none(tmp_path: Path, damage: bytes) -> None:
     assert bulk.run(cascade(), Pictures(20), tmp_path, config={}).images == 20
     bulk.run(cascade(), Pictures(20), tmp_path / "whole", config={})
     assert lines(tmp_path) == lines(tmp_path / "whole")
+
+
+def test_progress_beyond_what_is_there_is_forgotten(tmp_path: Path) -> None:
+    bulk.run(cascade(), Pictures(20), tmp_path, config={})
+    os.truncate(tmp_path / "predictions.jsonl", 700)
+    with RunFolder.opened(tmp_path, Manifest.of(cascade(), Pictures(20), {})) as folder:
+        assert folder.checkpoint == BEGINNING
+        assert not (tmp_path / "progress.json").exists()
 
 
 def test_a_table_that_is_gone_is_written_again(tmp_path: Path) -> None:
