@@ -213,7 +213,7 @@ def _content_and_digest(source: ImageSource) -> tuple[ImageSource, bytes]:
             source = Path(source).read_bytes()
         except FileNotFoundError as exc:
             raise ImageError(f"Image {str(source)!r} does not exist.") from exc
-        except OSError as exc:
+        except (OSError, ValueError) as exc:  # a name that no file can have
             raise ImageError(f"Image {str(source)!r} cannot be read: {exc}.") from exc
     if isinstance(source, bytes):
         return source, hashlib.sha256(source).digest()
