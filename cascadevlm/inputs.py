@@ -58,8 +58,16 @@ class Inputs:
 
     @property
     def is_table(self) -> bool:
-        """Whether it is a Parquet file, in which images may stand that are no files."""
+        """Whether it is a Parquet file."""
         return self._read is _of_parquet
+
+    @property
+    def holds_images(self) -> bool:
+        """Whether it is a Parquet file in which images stand."""
+        if not self.is_table:
+            return False
+        with self._told(), _opened(self.path) as file:
+            return "image" in file.schema_arrow.names
 
     def __iter__(self) -> Iterator[Named]:
         with self._told():
