@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import sys
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
@@ -115,7 +116,7 @@ def names(inputs: Iterable[Named]) -> Iterator[str]:
 
 def after(inputs: Iterable[Named], first: int) -> Iterator[Named]:
     """All images but so many, in order, without reading what comes before in a table."""
-    return inputs.rows(range(first, len(inputs))) if isinstance(inputs, Inputs) else islice(inputs, first, None)
+    return inputs.rows(range(first, sys.maxsize)) if isinstance(inputs, Inputs) else islice(inputs, first, None)
 
 
 def _of_folder(folder: Path) -> Iterator[Named]:

@@ -13,7 +13,7 @@ import pickle
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -78,19 +78,17 @@ def on_ray(cascade: Cascade, config: Config, inputs: Iterable[Named], *, workers
         raise BackendError("--engine ray needs Ray.", hint="Install it: pip install 'cascadevlm[ray]'") from exc
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     joined = ray.is_initialized()
-    if not joined:
-        ray.init(log_to_driver=False, logging_level=logging.ERROR)
-    try:
+    with ExitStack() as stack:
+        if not joined:
+            ray.init(log_to_driver=False, logging_level=logging.ERROR)
+            stack.callback(ray.shutdown)
         cluster = _Cluster.of(cascade, config, inputs, workers)
         judges = [cluster.judge(stage, of_config) for stage, of_config in zip(cascade.stages, config.stage, strict=True)]
         yield cascade.altered(
             scorer=_ScoredElsewhere(cascade.scorer),
             stages=[replace(stage, judge=judge) for stage, judge in zip(cascade.stages, judges, strict=True)],
-            reading=lambda first: Arriving(cluster.scored(first), cascade.labels),
+            reading=lambda first: stack.enter_context(closing(Arriving(cluster.scored(first), cascade.labels))),
         )
-    finally:
-        if not joined:
-            ray.shutdown()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,6 +211,10 @@ class Arriving:
         self.batches = batches
         self.labels = labels
         self.thread = ThreadPoolExecutor(1, "arriving")
+
+    def close(self) -> None:
+        """Wait for no batch any more."""
+        self.thread.shutdown(wait=False, cancel_futures=True)
 
     async def __call__(self, sources: Sequence[ImageSource]) -> list[Read]:
         from ray.exceptions import RayError
