@@ -24,8 +24,9 @@ from urllib.parse import quote
 from xml.etree import ElementTree
 
 from PIL import Image
-from pydantic import AliasPath, BaseModel, Field, InstanceOf, JsonValue, ValidationError
+from pydantic import BaseModel, JsonValue, ValidationError
 
+from cascadevlm import lines
 from cascadevlm.errors import DataError, InputError
 from cascadevlm.files import valid_text
 from cascadevlm.inputs import Inputs
@@ -47,30 +48,8 @@ class _Described(BaseModel):
     inputs: str = ""
 
 
-class _Candidate(BaseModel):
-    label: str
-
-
-class Line(BaseModel):
-    """Of a line that `Prediction.to_dict` tells, what is exported; the texts need not be valid Unicode."""
-
-    path: InstanceOf[str]
-    label: str | None
-    probability: float | None
-    decided_by: str | None
-    candidates: list[_Candidate]
-    outcome: str | None = Field(None, validation_alias=AliasPath("verdict", "outcome"))
-    dollars: float = Field(0.0, validation_alias=AliasPath("cost", "dollars"))
-    error: InstanceOf[str]
-
-    @property
-    def escalated(self) -> bool:
-        return self.outcome is not None
-
-    @property
-    def abstained(self) -> bool:
-        """Whether the image could be read and was given no label."""
-        return self.label is None and bool(self.candidates)
+class Line(lines.Line):
+    """A line, and what is exported of it."""
 
     @property
     def absolute(self) -> Path:
@@ -294,12 +273,12 @@ def read_lines(file: Path, end: int) -> Iterator[tuple[int, Line]]:
     """
     line, number = b"", 0
     try:
-        with file.open("rb") as lines:
-            for number, line in enumerate(lines, start=1):
+        with file.open("rb") as opened:
+            for number, line in enumerate(opened, start=1):
                 end -= len(line)
                 if end < 0:
                     return
-                yield number, Line.model_validate(json.loads(line.decode()))
+                yield number, Line.read(line.decode())
     except ValidationError as exc:
         first = exc.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the line"

@@ -283,7 +283,7 @@ class HostedJudge(Judge):
         except CascadeError:
             raise
         except Exception as exc:
-            shows_key = self.secret in str(exc)
+            shows_key = bool(self.secret) and self.secret in str(exc)
             raise translate(exc, self.errors, secret=self.secret) from (None if shows_key else exc)
 
     async def ask(self, request: Awaitable[Reply], question: Question) -> Verdict:

@@ -4,6 +4,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import ClassVar
 
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from cascadevlm.errors import ImageError, InputError
-from cascadevlm.images import ImageSource, is_large, load_image, unread_image
+from cascadevlm.images import ImageSource, is_large, load_image, pixel_digest, unread_image
 from cascadevlm.labels import LabelSet, one_line
 from cascadevlm.types import Scores
 
@@ -46,6 +47,15 @@ class Prepared:
         if self.pixels is None:
             self.pixels = load_image(self.source)
         return self.pixels
+
+    @cached_property
+    def image_digest(self) -> str:
+        """Of the pixels; kept when they are let go.
+
+        Raises:
+            ImageError: if it cannot be read.
+        """
+        return pixel_digest(self.image)
 
     @property
     def unread(self) -> Image.Image:
