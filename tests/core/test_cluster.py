@@ -237,6 +237,28 @@ def test_without_ray_there_is_a_command(images: Inputs, monkeypatch: pytest.Monk
         pass
 
 
+def test_a_ray_that_does_not_begin_is_one_sentence(images: Inputs, monkeypatch: pytest.MonkeyPatch) -> None:
+    def late(**_: object) -> None:
+        raise Exception("The current node timed out during startup.\nMore.")  # as Ray does
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    monkeypatch.setattr(ray, "init", late)
+    config = Config.parse({"scorer": {"use": "open_clip:aviary"}, "labels": ["finch", "owl"]})
+    with (
+        pytest.raises(BackendError, match=r"Ray does not begin: The current node timed out during startup\. On a busy machine"),
+        on_ray(config.build(), config, images),
+    ):
+        pass
+
+
+async def test_arriving_batches_are_waited_for_no_more_once_closed() -> None:
+    arriving = Arriving(iter([]), LabelSet.of(["ant"]))
+    arriving.close()
+    with pytest.raises(RuntimeError, match="after shutdown"):
+        await arriving([Path("a.png")])
+
+
 async def test_a_silent_cluster_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cluster, "SILENT_SECONDS", 0.05)
     given = threading.Event()
