@@ -197,10 +197,18 @@ def _csv_columns(path: Path) -> dict[str, list[object]]:
 
 def _jsonl_columns(path: Path) -> dict[str, list[object]]:
     with path.open(encoding="utf-8-sig") as file:
-        rows = [json.loads(line) for line in file if line.strip()]
-    if not all(isinstance(row, dict) for row in rows):
-        raise ValueError("a line is no JSON object")
+        rows = [_json_object(line, number) for number, line in enumerate(file, start=1) if line.strip()]
     return {name: [row.get(name) for row in rows] for name in dict.fromkeys(name for row in rows for name in row)}
+
+
+def _json_object(line: str, number: int) -> dict[str, object]:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as exc:
+        raise ValueError(f"line {number} is no JSON: {exc.msg}") from exc
+    if not isinstance(row, dict):
+        raise ValueError(f"line {number} is no JSON object")
+    return row
 
 
 def _parquet_columns(path: Path) -> dict[str, list[object]]:
@@ -269,10 +277,21 @@ def _of_hub_dataset(source: HubDataset, split: str) -> Data:
     )
 
 
-def stored_image(value: object) -> ImageSource:
-    """What the package ``datasets`` keeps of an image: the bytes of its file, else its path."""
-    stored = cast(Mapping[str, bytes | str | None], value or {})
-    return stored.get("bytes") or stored.get("path") or b""
+def stored_image(value: object) -> bytes | str:
+    """What a table keeps of an image: the bytes of its file or its path or, as the package ``datasets`` does, both by name;
+    nothing where there is none.
+
+    Raises:
+        ValueError: if it is none of these.
+    """
+    stored = value
+    if isinstance(value, Mapping) and {"bytes", "path"} & value.keys():
+        stored = value.get("bytes") or value.get("path")
+    if stored is None:
+        return b""
+    if not isinstance(stored, bytes | str):
+        raise ValueError(f"{value!r:.80}, which is no image and no path of one")
+    return stored
 
 
 def _load_saved(path: Path) -> HubDataset | Mapping[str, HubDataset]:

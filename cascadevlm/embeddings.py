@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
 
+import filelock
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
@@ -30,6 +31,9 @@ SHARD_ROWS = 16_384
 
 SHARDS_MAPPED = 4
 """How many shards are mapped at once: what is mapped counts as memory of the process."""
+
+LONGEST_WAIT = 60.0
+"""How long a store waits for other processes, in seconds."""
 
 _WIDTH = np.dtype(np.float16).itemsize
 
@@ -52,16 +56,23 @@ class EmbeddingStore:
         self._shard = lru_cache(SHARDS_MAPPED)(self._map)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self._index = sqlite3.connect(folder / "index.sqlite", timeout=60, isolation_level=None, check_same_thread=False)
-            self._index.execute("PRAGMA journal_mode = WAL")
-            self._index.execute("PRAGMA synchronous = NORMAL")
-            self._index.execute("CREATE TABLE IF NOT EXISTS rows (row INTEGER PRIMARY KEY, digest UNIQUE, checksum INTEGER)")
+            with filelock.FileLock(folder / "lock", timeout=LONGEST_WAIT):  # SQLite waits for no one who makes a file WAL
+                self._index = sqlite3.connect(
+                    folder / "index.sqlite", timeout=LONGEST_WAIT, isolation_level=None, check_same_thread=False
+                )
+                self._index.execute("PRAGMA journal_mode = WAL")
+                self._index.execute("PRAGMA synchronous = NORMAL")
+                self._index.execute("CREATE TABLE IF NOT EXISTS rows (row INTEGER PRIMARY KEY, digest UNIQUE, checksum INTEGER)")
         except (OSError, sqlite3.Error) as exc:
             hint = "Set cache.folder to one that can, or cache.embeddings = false."
             raise BackendError(f"The folder {str(folder)!r} cannot keep embeddings: {exc}.", hint=hint) from exc
 
     def get(self, digest: bytes) -> Embedding | None:
-        """The embedding of an image, if it is kept."""
+        """The embedding of an image, if it is kept.
+
+        Raises:
+            OSError, ValueError, sqlite3.DatabaseError: if the files are damaged.
+        """
         with self._lock:
             found = self._index.execute("SELECT row, checksum FROM rows WHERE digest = ?", (digest,)).fetchone()
             if found is None:
@@ -129,11 +140,16 @@ class CachedEmbeddings(Scorer):
     Args:
         wrapped: the model.
         folder: of all models' embeddings.
+
+    Warns:
+        RuntimeWarning: once, if what is kept is damaged or cannot be added to: no further embeddings are kept then.
     """
 
     def __init__(self, wrapped: EmbeddingScorer, folder: Path) -> None:
         self.wrapped = wrapped
         self.folder = folder
+        self._keeping = True
+        self._telling = threading.Lock()
 
     @cached_property
     def store(self) -> EmbeddingStore:
@@ -146,17 +162,14 @@ class CachedEmbeddings(Scorer):
 
     def prepare(self, source: ImageSource) -> Prepared:
         content, digest = _content_and_digest(source)
-        embedding = self.store.get(digest)
+        embedding = self._kept(digest)
         if embedding is not None:
             return _Known(source=source, digest=digest, embedding=embedding)
         try:
             prepared = self.wrapped.prepare(content)
         except ImageError:
             prepared = self.wrapped.prepare(source)  # fails again, by its name
-        known = _Known(source=source, features=prepared.features, digest=digest)
-        if prepared.decoded:
-            known.image = prepared.image
-        return known
+        return _Known(source=source, features=prepared.features, pixels=prepared.pixels, digest=digest)
 
     def score(self, images: Sequence[Image.Image], labels: LabelSet) -> Scores:
         return self.score_prepared([self.prepare(image) for image in images], labels)
@@ -167,12 +180,30 @@ class CachedEmbeddings(Scorer):
         if new:
             for each, row in zip(new, self.wrapped.embed_prepared(new), strict=True):
                 each.embedding = row.astype(np.float16)
-            try:
-                self.store.put({each.digest: each.embedding for each in new if each.embedding is not None})
-            except (OSError, sqlite3.Error) as exc:  # a full disk: they are made anew next time
-                warnings.warn(f"Embeddings could not be kept: {exc}", RuntimeWarning, stacklevel=2)
+            self._keep({each.digest: each.embedding for each in new if each.embedding is not None})
         embeddings = np.array([each.embedding for each in known], dtype=np.float32)
         return self.wrapped.score_embeddings(embeddings, labels)
+
+    def _kept(self, digest: bytes) -> Embedding | None:
+        try:
+            return self.store.get(digest)
+        except (OSError, ValueError, sqlite3.DatabaseError) as exc:
+            self._keep_no_more(f"The embeddings in {str(self.store.folder)!r} are damaged: {exc}. Delete that folder.")
+            return None
+
+    def _keep(self, embeddings: Mapping[bytes, Embedding]) -> None:
+        if not self._keeping:
+            return
+        try:
+            self.store.put(embeddings)
+        except (OSError, sqlite3.Error) as exc:
+            self._keep_no_more(f"No more embeddings can be kept in {str(self.store.folder)!r}: {exc}.")
+
+    def _keep_no_more(self, why: str) -> None:
+        with self._telling:
+            told, self._keeping = not self._keeping, False
+        if not told:
+            warnings.warn(why, RuntimeWarning, stacklevel=2)
 
 
 def _content_and_digest(source: ImageSource) -> tuple[ImageSource, bytes]:
@@ -182,7 +213,7 @@ def _content_and_digest(source: ImageSource) -> tuple[ImageSource, bytes]:
             source = Path(source).read_bytes()
         except FileNotFoundError as exc:
             raise ImageError(f"Image {str(source)!r} does not exist.") from exc
-        except OSError as exc:
+        except (OSError, ValueError) as exc:  # a name that no file can have
             raise ImageError(f"Image {str(source)!r} cannot be read: {exc}.") from exc
     if isinstance(source, bytes):
         return source, hashlib.sha256(source).digest()

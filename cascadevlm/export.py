@@ -1,20 +1,25 @@
 """Predictions of a run in the formats of other tools.
 
 They are read from ``predictions.jsonl`` line by line and written as they are read, so that memory does not grow with their
-number. Relative paths in them count from the working directory, as they did in the run. Images that the run could not read, or
-that are gone since, are in no format but CSV; images from which it abstained are unlabelled ones in every format.
+number but for a byte each. Of a run that is still being written, what is there at the beginning is exported. Relative paths
+count from the working directory, as they did in the run. Images that the run could not read, or that are gone since, are in no
+format but CSV; images from which it abstained are unlabelled ones in every format. Images that stand in a table are read from
+there, but for the formats that can only name files.
 """
 
 import csv
+import io
 import json
+import mmap
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
+from itertools import compress
 from pathlib import Path
-from typing import TextIO
+from typing import Literal, TextIO, TypeAlias
 from urllib.parse import quote
 from xml.etree import ElementTree
 
@@ -24,6 +29,7 @@ from pydantic import BaseModel, JsonValue, ValidationError
 from cascadevlm import lines
 from cascadevlm.errors import DataError, InputError
 from cascadevlm.files import valid_text
+from cascadevlm.inputs import Inputs
 
 PREDICTIONS = "predictions.jsonl"
 
@@ -35,19 +41,15 @@ class _Named(BaseModel):
     name: str
 
 
-class _Labelled(BaseModel):
-    """Of a run's description, what is exported."""
+class _Described(BaseModel):
+    """Of a run's description, what is exported, and what it was run over, where that is told."""
 
     labels: list[_Named]
+    inputs: str = ""
 
 
 class Line(lines.Line):
     """A line, and what is exported of it."""
-
-    @property
-    def readable(self) -> bool:
-        """Whether the run could read the image and its file is still there."""
-        return bool(self.candidates) and Path(self.path).is_file()
 
     @property
     def absolute(self) -> Path:
@@ -61,33 +63,82 @@ class Line(lines.Line):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Predictions:
+    """The predictions of a file, one JSON object a line, read anew by every pass over them.
+
+    Attributes:
+        file: may grow meanwhile.
+        end: how many of its bytes are read.
+        table: in which the images stand, a row for every line; None where they are files.
+    """
+
+    file: Path
+    end: int
+    table: Inputs | None
+
+    def __iter__(self) -> Iterator[tuple[int, Line]]:
+        """The lines, with their numbers in the file, from 1.
+
+        Raises:
+            DataError: if a line is no prediction.
+        """
+        return read_lines(self.file, self.end)
+
+    def with_images(self) -> Iterator[tuple[int, Line, Path | bytes]]:
+        """The same, each with its image: the path or the bytes of its file.
+
+        Raises:
+            DataError: if the table has come to hold others.
+        """
+        if self.table is None:
+            yield from ((number, line, Path(line.path)) for number, line in self)
+            return
+        rows = iter(self.table)
+        for number, line in self:
+            name, image = next(rows, ("", b""))
+            if name != line.path:
+                raise DataError(
+                    f"Row {number - 1} of {str(self.table.path)!r} was {line.path!r} in the run and is now {name or 'gone'!r}.",
+                    hint="Export with the table that was run.",
+                )
+            yield number, line, image if isinstance(image, bytes) else Path(line.path)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Chosen:
-    """The predictions of a file that are to be exported, read anew by every pass over them.
+    """The predictions that are to be exported.
 
     Attributes:
         name: of the run.
-        file: one JSON object a line.
         labels: the names of the label set.
-        wanted: whether a line is exported.
+        wanted: for every line, whether it is exported.
     """
 
     name: str
-    file: Path
     labels: tuple[str, ...]
-    wanted: Callable[[Line], bool]
+    predictions: Predictions
+    wanted: Sequence[int]
 
     def __iter__(self) -> Iterator[tuple[int, Line]]:
         """The lines, with their numbers in the file, from 1."""
-        return ((number, line) for number, line in read_lines(self.file) if self.wanted(line))
+        return compress(self.predictions, self.wanted)
+
+    def with_images(self) -> Iterator[tuple[int, Line, Path | bytes]]:
+        """The same, each with the path or the bytes of its file."""
+        return compress(self.predictions.with_images(), self.wanted)
+
+
+Images: TypeAlias = Literal["none", "any", "files"]
+"""What a format wants of images: nothing, to read them, or that they are files which it can name."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Format:
     """A format: ``write`` is given the predictions and what to make, a file or a folder, and tells in one sentence how that is
-    loaded; ``shows_images`` says whether an image that is not there is of no use in it."""
+    loaded."""
 
     write: Callable[[Chosen, Path], str]
-    shows_images: bool = True
+    images: Images
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,33 +178,28 @@ def export(run: str | Path, to: str, output: str | Path, *, review: bool = False
         raise InputError(f"There is no format {to!r}.", hint=f"Known are {', '.join(FORMATS)}.")
     if output.exists():
         raise InputError(f"{str(output)!r} is there already.", hint="Give another name, or delete it first.")
-    file, form = _predictions_of(run), FORMATS[to]
-    labels = _labels_of(run)
-    known, occurring, counts = set(labels), set[str](), Counter[str]()
-
-    def asked_for(line: Line) -> bool:
-        return line.abstained or not review
-
-    def wanted(line: Line) -> bool:
-        return asked_for(line) and (line.readable or not form.shows_images)
-
-    for number, line in read_lines(file):
+    form = FORMATS[to]
+    described = _description_of(run)
+    said = _predictions_of(run, _table_of(described) if form.images == "any" else None)
+    labels = tuple(label.name for label in described.labels)
+    known, occurring, counts, wanted = set(labels), set[str](), Counter[str](), bytearray()
+    for number, line, image in said.with_images():
         named = {line.label} if line.label is not None else set()
         if known and not named <= known:
-            raise DataError(f"{str(file)!r}, line {number}: {line.label!r} is not in the label set of the run.")
+            raise DataError(f"{str(said.file)!r}, line {number}: {line.label!r} is not in the label set of the run.")
         occurring |= named | {candidate.label for candidate in line.candidates}
-        counts["lines"] += 1
-        counts["asked_for"] += asked_for(line)
-        counts["images"] += wanted(line)
-        counts["labelled"] += wanted(line) and line.label is not None
-    if not counts["lines"]:
-        raise DataError(f"{str(file)!r} holds no predictions.")
+        asked_for = line.abstained or not review
+        wanted.append(asked_for and (form.images == "none" or (bool(line.candidates) and _is_there(image))))
+        counts["asked_for"] += asked_for
+        counts["images"] += wanted[-1]
+        counts["labelled"] += wanted[-1] and line.label is not None
+    if not wanted:
+        raise DataError(f"{str(said.file)!r} holds no predictions.")
     if not counts["asked_for"]:
-        raise DataError(f"{str(file)!r} has nothing to review: the cascade abstained from no image.")
+        raise DataError(f"{str(said.file)!r} has nothing to review: the cascade abstained from no image.")
     if not counts["images"]:
-        hint = "Relative paths count from the working directory: call export where the run was made."
-        raise DataError(f"None of the images in {str(file)!r} can be read.", hint=hint)
-    chosen = Chosen(name=run.resolve().name, file=file, labels=labels or tuple(sorted(occurring)), wanted=wanted)
+        raise _unreadable(said.file, to, described)
+    chosen = Chosen(name=run.resolve().name, labels=labels or tuple(sorted(occurring)), predictions=said, wanted=wanted)
     try:
         with tempfile.TemporaryDirectory(dir=output.parent, prefix=".export-") as scratch:
             unfinished = Path(scratch) / output.name
@@ -169,44 +215,77 @@ def export(run: str | Path, to: str, output: str | Path, *, review: bool = False
     )
 
 
-def _predictions_of(run: Path) -> Path:
+def _is_there(image: Path | bytes) -> bool:
+    return image.is_file() if isinstance(image, Path) else bool(image)
+
+
+def _predictions_of(run: Path, table: Inputs | None) -> Predictions:
     if not run.exists():
         raise DataError(f"{str(run)!r} does not exist.")
     file = run / PREDICTIONS if run.is_dir() else run
     if not file.exists():
         raise DataError(f"{str(run)!r} holds no predictions.", hint=f"Give the folder of a run, which has a {PREDICTIONS}.")
-    return file
+    return Predictions(file=file, end=_whole_lines(file) if run.is_dir() else file.stat().st_size, table=table)
 
 
-def _labels_of(run: Path) -> tuple[str, ...]:
-    """The names of the label set that a folder tells; none, where it does not."""
+def _whole_lines(file: Path) -> int:
+    """How many bytes there are up to the end of the last line that has one: another may be being written."""
+    if not file.stat().st_size:
+        return 0
+    with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return content.rfind(b"\n") + 1
+
+
+def _description_of(run: Path) -> _Described:
+    """What a folder tells of itself; nothing, where it does not."""
     found = next((file for file in (run / "manifest.json", run / "run.json") if file.is_file()), None)
     if found is None:
-        return ()
+        return _Described(labels=[])
     try:
-        return tuple(label.name for label in _Labelled.model_validate_json(found.read_bytes()).labels)
+        return _Described.model_validate_json(found.read_bytes())
     except ValidationError as exc:
         raise DataError(f"{str(found)!r} tells no label set: {exc.errors()[0]['msg']}.") from exc
 
 
-def read_lines(file: Path) -> Iterator[tuple[int, Line]]:
-    """The predictions in a file, one JSON object a line, with their numbers from 1.
+def _table_of(described: _Described) -> Inputs | None:
+    """In which a run's images stand, if they do and it is there."""
+    path = Path(described.inputs)
+    inputs = Inputs(path) if path.suffix and path.is_file() else None
+    return inputs if inputs is not None and inputs.holds_images else None
+
+
+def _unreadable(file: Path, to: str, described: _Described) -> DataError:
+    """Why there is nothing that a format could show."""
+    if _table_of(described) is not None and FORMATS[to].images == "files":
+        others = ", ".join(name for name, form in FORMATS.items() if form.images != "files")
+        told = f"The images stand in {described.inputs!r}, and the format {to!r} can only name files."
+        return DataError(told, hint=f"Formats that need no files are {others}.")
+    read = f"The run read them from {described.inputs!r}" if described.inputs else "Only files can be read again"
+    hint = f"{read}, and relative paths count from the working directory: call export where the run was made."
+    return DataError(f"None of the images in {str(file)!r} can be read.", hint=hint)
+
+
+def read_lines(file: Path, end: int) -> Iterator[tuple[int, Line]]:
+    """The predictions in so many bytes of a file, one JSON object a line, with their numbers from 1.
 
     Raises:
-        DataError: if a line is no prediction, as the last is where a run was interrupted.
+        DataError: if a line is no prediction, as the last is where it was not written to its end.
     """
-    text, number = "", 0
+    line, number = b"", 0
     try:
-        with file.open(encoding="utf-8") as opened:
-            for number, text in enumerate(opened, start=1):
-                yield number, Line.read(text)
+        with file.open("rb") as opened:
+            for number, line in enumerate(opened, start=1):
+                end -= len(line)
+                if end < 0:
+                    return
+                yield number, Line.read(line.decode())
     except ValidationError as exc:
         first = exc.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the line"
         raise DataError(f"{str(file)!r}, line {number}, is no prediction: {where}: {first['msg']}.") from exc
     except json.JSONDecodeError as exc:
-        if not text.endswith("\n"):
-            raise DataError(f"{str(file)!r} breaks off in line {number}.", hint="Go on with its run, or make it anew.") from exc
+        if not line.endswith(b"\n"):
+            raise DataError(f"{str(file)!r} breaks off in line {number}.", hint="Make it anew.") from exc
         raise DataError(f"{str(file)!r}, line {number}, is no JSON: {exc.msg}.") from exc
     except (OSError, UnicodeDecodeError) as exc:
         raise DataError(f"{str(file)!r} cannot be read: {exc}.") from exc
@@ -240,9 +319,10 @@ def write_hf(chosen: Chosen, output: Path) -> str:
     columns |= {"image": datasets.Image(), "label": datasets.ClassLabel(names=list(chosen.labels))}
 
     def examples() -> Iterator[dict[str, object]]:
-        for _, line in chosen:
+        for _, line, image in chosen.with_images():
             texts = {name: valid_text(value) if isinstance(value, str) else value for name, value in line.columns.items()}
-            yield {**texts, "image": {"bytes": Path(line.path).read_bytes(), "path": valid_text(Path(line.path).name)}}
+            content = image if isinstance(image, bytes) else image.read_bytes()
+            yield {**texts, "image": {"bytes": content, "path": valid_text(Path(line.path).name)}}
 
     try:
         made = datasets.Dataset.from_generator(
@@ -259,15 +339,15 @@ def write_coco(chosen: Chosen, output: Path) -> str:
     have a category and a score but no box. Ids count from 1; those of images and annotations are lines of the predictions."""
     category = {name: number for number, name in enumerate(chosen.labels, start=1)}
 
-    def image(number: int, line: Line) -> dict[str, JsonValue]:
-        with Image.open(line.path) as opened:
+    def image(number: int, line: Line, source: Path | bytes) -> dict[str, JsonValue]:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as opened:
             return {"id": number, "file_name": line.path, "width": opened.width, "height": opened.height}
 
     with output.open("w", encoding="utf-8") as file:
         file.write(f'{{"info": {json.dumps({"description": f"Predictions of {chosen.name}"})},\n"categories": ')
         _write_list(file, ({"id": number, "name": name} for name, number in category.items()))
         file.write(',\n"images": ')
-        _write_list(file, (image(number, line) for number, line in chosen))
+        _write_list(file, (image(number, line, source) for number, line, source in chosen.with_images()))
         file.write(',\n"annotations": ')
         annotations = (
             {"id": number, "image_id": number, "category_id": category[line.label], "score": line.probability}
@@ -347,10 +427,10 @@ def _write_joined(file: TextIO, opening: str, items: Iterable[str], closing: str
 
 
 FORMATS: Mapping[str, Format] = {
-    "csv": Format(write=write_csv, shows_images=False),
-    "hf": Format(write=write_hf),
-    "coco": Format(write=write_coco),
-    "label-studio": Format(write=write_label_studio),
-    "fiftyone": Format(write=write_fiftyone),
+    "csv": Format(write=write_csv, images="none"),
+    "hf": Format(write=write_hf, images="any"),
+    "coco": Format(write=write_coco, images="any"),
+    "label-studio": Format(write=write_label_studio, images="files"),
+    "fiftyone": Format(write=write_fiftyone, images="files"),
 }
 """By the names that `export` takes."""

@@ -30,19 +30,23 @@ class Prepared:
     Attributes:
         source: what it is read from.
         features: what the scorer made of it beside the model; None where it makes nothing.
+        pixels: the image, upright RGB; None where it is not in memory.
     """
 
     source: ImageSource
     features: NDArray[np.float32] | None = None
+    pixels: Image.Image | None = None
 
-    @cached_property
+    @property
     def image(self) -> Image.Image:
         """Upright RGB, read at first use.
 
         Raises:
             ImageError: if it cannot be read.
         """
-        return load_image(self.source)
+        if self.pixels is None:
+            self.pixels = load_image(self.source)
+        return self.pixels
 
     @cached_property
     def image_digest(self) -> str:
@@ -65,12 +69,12 @@ class Prepared:
     @property
     def decoded(self) -> bool:
         """Whether the pixels are in memory."""
-        return "image" in vars(self)
+        return self.pixels is not None
 
     def forget_large(self) -> None:
         """Let the pixels of a large file go: they are read again should a judge be asked, which few images need."""
         if isinstance(self.source, str | Path | bytes) and is_large(self.image):
-            del self.image
+            self.pixels = None
 
 
 class Scorer(ABC):
@@ -95,9 +99,7 @@ class Scorer(ABC):
         Raises:
             ImageError: if it cannot be read.
         """
-        prepared = Prepared(source=source)
-        prepared.image  # noqa: B018  # reads it
-        return prepared
+        return Prepared(source=source, pixels=load_image(source))
 
     def score_prepared(self, prepared: Sequence[Prepared], labels: LabelSet) -> Scores:
         """`score`, of images that this scorer prepared."""

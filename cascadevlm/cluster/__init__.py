@@ -1,9 +1,11 @@
 """``cascadevlm run --engine ray``: images are read, scored and judged by the machines of a Ray cluster.
 
 Ray Data lists the images, a batch a row, and hands the batches to scoring workers; their log-probabilities come back in the
-order of the input. Judges answer in workers too. All that has an order or costs money stays in the process that runs the
-command: decisions, ledger, rate limits, retries, the answers that are kept and the folder of the run are those of the local
-engine. What a question may cost is reserved here before it is sent to a worker, so the cap holds whatever becomes of the worker.
+order of the input. They are those of one process to the last bit where ``OMP_NUM_THREADS`` is the same, and else to a few units
+in the last place of a float32: with other threads, numerical libraries add up in another order. Judges answer in workers too.
+All that has an order or costs money stays in the process that runs the command: decisions, ledger, rate limits, retries, the
+answers that are kept and the folder of the run are those of the local engine. What a question may cost is reserved here before
+it is sent to a worker, so the cap holds whatever becomes of the worker.
 """
 
 import asyncio
@@ -13,7 +15,7 @@ import pickle
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -67,7 +69,7 @@ def on_ray(cascade: Cascade, config: Config, inputs: Iterable[Named], *, workers
         workers: that score, and as many for every judge with a model; one a GPU or, without any, one a machine, unless given.
 
     Raises:
-        BackendError: if Ray is not installed.
+        BackendError: if Ray is not installed or does not begin.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")  # under "uv run", Ray would send the working directory around
@@ -78,19 +80,21 @@ def on_ray(cascade: Cascade, config: Config, inputs: Iterable[Named], *, workers
         raise BackendError("--engine ray needs Ray.", hint="Install it: pip install 'cascadevlm[ray]'") from exc
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     joined = ray.is_initialized()
-    if not joined:
-        ray.init(log_to_driver=False, logging_level=logging.ERROR)
-    try:
+    with ExitStack() as stack:
+        if not joined:
+            stack.callback(ray.shutdown)
+            try:
+                ray.init(log_to_driver=False, logging_level=logging.ERROR)
+            except Exception as exc:  # it raises that very class, where its processes do not come up in time
+                hint = "On a busy machine, try again; a cluster that is elsewhere is named by $RAY_ADDRESS."
+                raise BackendError(f"Ray does not begin: {str(exc).strip().partition(chr(10))[0]}", hint=hint) from exc
         cluster = _Cluster.of(cascade, config, inputs, workers)
         judges = [cluster.judge(stage, of_config) for stage, of_config in zip(cascade.stages, config.stage, strict=True)]
         yield cascade.altered(
             scorer=_ScoredElsewhere(cascade.scorer),
             stages=[replace(stage, judge=judge) for stage, judge in zip(cascade.stages, judges, strict=True)],
-            reading=lambda first: Arriving(cluster.scored(first), cascade.labels),
+            reading=lambda first: stack.enter_context(closing(Arriving(cluster.scored(first), cascade.labels))),
         )
-    finally:
-        if not joined:
-            ray.shutdown()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,6 +217,10 @@ class Arriving:
         self.batches = batches
         self.labels = labels
         self.thread = ThreadPoolExecutor(1, "arriving")
+
+    def close(self) -> None:
+        """Wait for no batch any more."""
+        self.thread.shutdown(wait=False, cancel_futures=True)
 
     async def __call__(self, sources: Sequence[ImageSource]) -> list[Read]:
         from ray.exceptions import RayError

@@ -1,6 +1,7 @@
 """Judges that answer in the workers of a cluster."""
 
 import asyncio
+import warnings
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
@@ -9,9 +10,9 @@ from typing import Protocol, TypeVar
 from PIL import Image
 from pydantic import JsonValue
 
-from cascadevlm.errors import BackendError, CascadeError, TransientError
+from cascadevlm.errors import BackendError, CascadeError, FatalError, TransientError
 from cascadevlm.judge import Judge, LocalJudge, WrapperJudge
-from cascadevlm.types import Question, Verdict
+from cascadevlm.types import Exemplar, Question, Verdict
 
 T_co = TypeVar("T_co", covariant=True)
 
@@ -37,7 +38,8 @@ class Worker(Protocol):
 class RemoteJudge(WrapperJudge):
     """Puts every question to one of several workers, each of which has at most as many in hand as the judge takes at once.
 
-    A worker that is lost gets no question until it is back; what it was asked fails, and may have been billed.
+    A worker that is lost gets no question until it is back, and none if it cannot work any more, as where a key or a model is
+    missing now; what it was asked fails, and may have been billed. Once no worker is left, every question is a fatal error.
 
     Args:
         wrapped: the judge as it is built in this process; knows prices and limits, and is never asked.
@@ -57,6 +59,8 @@ class RemoteJudge(WrapperJudge):
         self._workers: list[Worker] = []
         self._lost: set[asyncio.Task[None]] = set()
         self._told: Mapping[str, JsonValue] | None = None
+        self._places: asyncio.Queue[Worker | CascadeError] = asyncio.Queue()
+        self._left = 0
 
     def identity(self) -> Mapping[str, JsonValue]:
         return self._told or self.wrapped.identity()
@@ -65,7 +69,7 @@ class RemoteJudge(WrapperJudge):
         """Raises BackendError, too, if hosted judges are not the same ones in the workers: their prices are those known here."""
         self.costs_money  # noqa: B018  # raises where the price is unknown
         self._workers = [self._begin() for _ in range(self._number)]
-        for told in await asyncio.gather(*(worker.identity.remote() for worker in self._workers)):
+        for told in await asyncio.gather(*map(_identity, self._workers)):
             if isinstance(told, CascadeError):
                 raise told
             if not isinstance(self.wrapped, LocalJudge) and told != self.wrapped.identity():
@@ -74,10 +78,11 @@ class RemoteJudge(WrapperJudge):
                     hint="Set the same environment variables on every machine.",
                 )
             self._told = told
-        self._places: asyncio.Queue[Worker] = asyncio.Queue()
+        self._places = asyncio.Queue()
         for _ in range(self.wrapped.concurrency):
             for worker in self._workers:
                 self._places.put_nowait(worker)
+        self._left = self._places.qsize()
 
     async def aclose(self) -> None:
         for task in self._lost:
@@ -90,38 +95,70 @@ class RemoteJudge(WrapperJudge):
         from ray.exceptions import RayError, RayTaskError
 
         worker = await self._places.get()
+        if isinstance(worker, CascadeError):
+            self._places.put_nowait(worker)  # for the next question
+            raise FatalError(f"No worker is left in which {self.spec!r} could be asked: {worker}") from worker
+        lost = False
         try:
             said = await worker.judge.remote(_packed(question))
         except RayTaskError:
             raise
         except RayError as exc:
+            lost = True
             task = asyncio.create_task(self._await(worker))
             self._lost.add(task)
             task.add_done_callback(self._lost.discard)
             raise TransientError(f"The worker in which {self.spec!r} was asked is lost.", may_be_billed=True) from exc
-        self._places.put_nowait(worker)
+        finally:
+            if not lost:
+                self._places.put_nowait(worker)
         if isinstance(said, CascadeError):
             raise said
         return said
 
     async def _await(self, worker: Worker) -> None:
-        """Give a worker its place again once it is back."""
+        """Give a worker its place again once it is back and can work."""
         from ray.exceptions import RayError
 
         while True:
             with suppress(RayError):
-                if not isinstance(await worker.identity.remote(), CascadeError):
-                    self._places.put_nowait(worker)
-                return
+                told = await _identity(worker)
+                break
             await asyncio.sleep(ASK_AGAIN_SECONDS)
+        if not isinstance(told, CascadeError):
+            self._places.put_nowait(worker)
+            return
+        warnings.warn(
+            f"A worker that was lost is back, but {self.spec!r} cannot be asked in it: {told}", RuntimeWarning, stacklevel=2
+        )
+        self._left -= 1
+        if not self._left:
+            self._places.put_nowait(told)
+
+
+async def _identity(worker: Worker) -> Mapping[str, JsonValue] | CascadeError:
+    """What the judge of a worker is, or why it cannot work.
+
+    Raises:
+        ray.exceptions.RayError: if the worker is lost.
+    """
+    from ray.exceptions import RayTaskError
+
+    try:
+        return await worker.identity.remote()
+    except RayTaskError as exc:
+        return BackendError(f"A judge cannot be made ready in a worker: {str(exc.cause).strip()}.")
 
 
 def _packed(question: Question) -> Question:
-    """Without the pixels of images that the judge has encoded, which is then all it sends of them."""
-    exemplars = tuple(replace(each, image=_nothing()) if each.encoded else each for each in question.exemplars)
-    return replace(question, image=_nothing() if question.encoded else question.image, exemplars=exemplars)
+    """Without the pixels of images that the judge has encoded, which is then all it sends of them.
 
+    In their places are images of one pixel, each an object of its own: by that, and by nothing else, `HostedJudge.sent` tells
+    the images of a question apart.
+    """
 
-def _nothing() -> Image.Image:
-    """In place of an image, and unlike any other: questions tell their images apart by identity."""
-    return Image.new("RGB", (1, 1))
+    def without_pixels(shown: Question | Exemplar) -> Image.Image:
+        return Image.new("RGB", (1, 1)) if shown.encoded else shown.image
+
+    exemplars = tuple(replace(each, image=without_pixels(each)) for each in question.exemplars)
+    return replace(question, image=without_pixels(question), exemplars=exemplars)

@@ -20,7 +20,7 @@ from pydantic import JsonValue
 from cascadevlm.config import Config, Options
 from cascadevlm.errors import BackendError, CascadeError, ImageError
 from cascadevlm.images import ImageSource, path_of
-from cascadevlm.inputs import Named
+from cascadevlm.inputs import Named, after
 from cascadevlm.judge import Judge
 from cascadevlm.labels import LabelSet
 from cascadevlm.registry import load_judge
@@ -78,7 +78,7 @@ def list_images(
     """The images from a given one on, a batch a row."""
     try:
         place.enter()
-        sources = (source for _, source in islice(images, int(rows["item"][0]), None))
+        sources = (source for _, source in after(images, int(rows["item"][0])))
         while batch := list(islice(sources, batch_size)):
             yield {"images": [pickle.dumps(batch)]}
     except CascadeError as exc:

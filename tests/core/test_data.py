@@ -286,7 +286,7 @@ def test_what_is_told_is_bounded(folder: Path) -> None:
         ("data.csv", "path,label\nx\n", r"1 labels are not in the label set \(''\)"),
         ("data.csv", "path,label\n,ant\n", "1 files do not exist"),
         ("data.jsonl", '{"path": 1\n', "cannot be read"),
-        ("data.jsonl", "[1, 2]\n", "a line is no JSON object"),
+        ("data.jsonl", "\n[1, 2]\n", "line 2 is no JSON object"),
         ("data.jsonl", '{"image": "x"}\n', "lacks the column 'path'"),
         ("data.parquet", "no parquet", "cannot be read"),
         ("data.xlsx", "", r"is no table\. Known are \.csv, \.jsonl, \.parquet\."),

@@ -1,9 +1,11 @@
 """Embeddings on disk: what comes back, what is not computed twice, and what damage does."""
 
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import filelock
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -13,8 +15,9 @@ from cascadevlm import Cascade, embeddings
 from cascadevlm.embeddings import CachedEmbeddings, EmbeddingStore
 from cascadevlm.errors import BackendError
 from cascadevlm.labels import LabelSet
-from cascadevlm.scorer import EmbeddingScorer
+from cascadevlm.scorer import EmbeddingScorer, Prepared
 from cascadevlm.testing import noise
+from cascadevlm.types import Prediction
 
 LABELS = LabelSet.of(["finch", "owl", "wren"])
 
@@ -144,6 +147,68 @@ def test_a_damaged_row_is_no_embedding(store: EmbeddingStore) -> None:
         file.write(b"\0" * 12)
     assert store.get((1).to_bytes(32)) is None
     assert store.get((2).to_bytes(32)) is not None
+
+
+def _emptied(file: Path) -> None:
+    file.write_bytes(b"")
+
+
+def _scrawled_over(file: Path) -> None:
+    with file.open("r+b") as opened:
+        opened.seek(4096)
+        opened.write(b"\xff" * 4096)
+
+
+@pytest.mark.parametrize(
+    ("name", "harm"), [("000000.f16", Path.unlink), ("000000.f16", _emptied), ("index.sqlite", _scrawled_over)]
+)
+def test_damage_is_told_once_and_images_are_embedded_anew(
+    files: list[Path], tmp_path: Path, name: str, harm: Callable[[Path], None]
+) -> None:
+    def classify(model: TinyTowers) -> list[Prediction]:
+        scorer = CachedEmbeddings(model, tmp_path / "kept")
+        try:
+            return Cascade(scorer, [], labels=LABELS, batch_size=4).classify(files)
+        finally:
+            scorer.store.close()
+
+    sound = classify(TinyTowers())
+    (store,) = (tmp_path / "kept").iterdir()
+    harm(store / name)
+    model = TinyTowers()
+    with pytest.warns(RuntimeWarning) as told:
+        assert classify(model) == sound
+    assert [str(each.message).partition(" are damaged")[0] for each in told] == [f"The embeddings in {str(store)!r}"]
+    assert model.embedded == len(files)
+
+
+def test_a_full_disk_is_told_once(files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(EmbeddingStore, "_write", full)
+    with pytest.warns(RuntimeWarning, match="No more embeddings can be kept in .* No space left") as told:
+        Cascade(CachedEmbeddings(TinyTowers(), tmp_path / "kept"), [], labels=LABELS, batch_size=4).classify(files)
+    assert len(told) == 1
+
+
+def test_processes_may_make_a_store_at_the_same_time(tmp_path: Path) -> None:
+    """Without a lock, one in some hundreds finds the database locked; another process may hold it just as long."""
+    with filelock.FileLock(tmp_path / "lock"):
+        waiting = ThreadPoolExecutor(1).submit(EmbeddingStore, tmp_path)
+        time.sleep(0.2)
+        assert not (tmp_path / "index.sqlite").exists()
+    waiting.result(timeout=60).close()
+
+
+def test_what_is_prepared_tells_whether_it_is_in_memory(files: list[Path], tmp_path: Path) -> None:
+    known = CachedEmbeddings(TinyTowers(), tmp_path / "kept").prepare(files[0])
+    assert known.decoded
+    assert known.image is known.pixels
+    unread = Prepared(source=files[0])
+    assert (unread.decoded, unread.unread.size, unread.decoded) == (False, known.image.size, False)
+    assert unread.image.tobytes() == known.image.tobytes()
+    assert unread.decoded
 
 
 def test_a_folder_that_cannot_be_used_says_so(tmp_path: Path) -> None:

@@ -12,6 +12,8 @@ from urllib.parse import unquote_to_bytes
 from xml.etree import ElementTree
 
 import datasets
+import pyarrow
+import pyarrow.parquet
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -19,17 +21,19 @@ from PIL import Image
 from pycocotools.coco import COCO  # type: ignore[import-untyped]
 from pydantic import JsonValue
 
+from cascadevlm import Cascade, bulk
 from cascadevlm.errors import DataError, InputError
-from cascadevlm.export import FORMATS, export
+from cascadevlm.export import FORMATS, Line, export
 from cascadevlm.images import load_image
+from cascadevlm.inputs import Inputs
 from cascadevlm.labels import Label
-from cascadevlm.testing import noise
+from cascadevlm.testing import FakeScorer, noise
 from cascadevlm.types import Candidate, Prediction, Usage, Verdict
 
 NAMES = ("wren", "robin, European", 'the "grey" <heron> & co')
 """The label set, in no order of the alphabet."""
 
-SHOWING_IMAGES = [name for name, form in FORMATS.items() if form.shows_images]
+SHOWING_IMAGES = [name for name, form in FORMATS.items() if form.images != "none"]
 
 
 def ranked(*names: str) -> tuple[Candidate, ...]:
@@ -240,7 +244,6 @@ def test_memory_does_not_grow_with_the_predictions(run: Path, tmp_path: Path, to
         ('{"path": "x.jpg"}\n', "line 1, is no prediction: label: Field required"),
         ("[]\n", "line 1, is no prediction"),
         ("GOOD\nnonsense\n", "line 2, is no JSON"),
-        ('GOOD\n{"path": "x.j', "breaks off in line 2. Go on with its run"),
         ("GOOD\n\n", "line 2, is no JSON"),
         ("OTHER\n", "line 1: 'eagle' is not in the label set of the run"),
     ],
@@ -253,6 +256,100 @@ def test_what_is_no_prediction_is_one_sentence(run: Path, tmp_path: Path, text: 
     with pytest.raises(DataError, match=sentence):
         export(run, "csv", tmp_path / "out")
     assert {path.name for path in tmp_path.iterdir()} == {"run"}
+
+
+def test_a_line_that_is_being_written_is_not_exported_yet(run: Path, tmp_path: Path) -> None:
+    good = json.dumps(predictions(run / "images")[0].to_dict())
+    for text, count in ((f"{good}\n{good[:40]}", 1), (f"{good}\n{good}\n{good[:-1]}", 2)):
+        (run / "predictions.jsonl").write_text(text)
+        assert export(run, "csv", tmp_path / f"{count}.csv").images == count
+    (run / "predictions.jsonl").write_text(good)
+    with pytest.raises(DataError, match="holds no predictions"):
+        export(run, "csv", tmp_path / "none.csv")
+
+
+def test_a_printed_file_that_breaks_off_is_told(run: Path, tmp_path: Path) -> None:
+    good = json.dumps(predictions(run / "images")[0].to_dict())
+    (tmp_path / "printed").write_text(f"{good}\n{good[:40]}")
+    with pytest.raises(DataError, match=r"breaks off in line 2\."):
+        export(tmp_path / "printed", "csv", tmp_path / "out")
+    (tmp_path / "printed").write_text(f"{good}\n{good}")
+    assert export(tmp_path / "printed", "csv", tmp_path / "out").images == 2
+
+
+@pytest.mark.parametrize("to", FORMATS)
+def test_a_run_that_is_going_on_is_exported_as_it_stood(
+    run: Path, tmp_path: Path, to: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With every line that is read, another one is written."""
+    (good, *_), read = predictions(run / "images"), Line.model_validate
+
+    def growing(told: dict[str, JsonValue]) -> Line:
+        with (run / "predictions.jsonl").open("a") as file:
+            file.write(json.dumps(good.to_dict()) + "\n")
+        return read(told)
+
+    monkeypatch.setattr(Line, "model_validate", growing)
+    done = export(run, to, tmp_path / "out")
+    assert done.images == (5 if to == "csv" else 3)
+    if to == "coco":
+        written = json.loads((tmp_path / "out").read_text())
+        assert [len(written[part]) for part in ("images", "annotations")] == [3, 2]
+
+
+@pytest.fixture
+def table_run(tmp_path: Path) -> Path:
+    """A run over images that stand in a table, one of which is none, and one of which is a file."""
+    noise(3, (5, 7)).save(tmp_path / "file.png")
+    content = (tmp_path / "file.png").read_bytes()
+    images = [{"bytes": content, "path": "0.png"}, {"bytes": b"x", "path": None}, {"bytes": None, "path": "file.png"}]
+    pyarrow.parquet.write_table(pyarrow.table({"image": images}), tmp_path / "images.parquet")
+    bulk.run(Cascade(FakeScorer(), [], labels=["ant", "bee"]), Inputs(tmp_path / "images.parquet"), tmp_path / "run", config={})
+    return tmp_path / "run"
+
+
+def test_images_in_a_table_are_read_from_there(table_run: Path, tmp_path: Path) -> None:
+    names = [str(tmp_path / "0.png"), str(tmp_path / "file.png")]
+    done = export(table_run, "hf", tmp_path / "hf")
+    assert (done.images, done.left_out) == (2, 1)
+    loaded = datasets.load_from_disk(str(tmp_path / "hf"))
+    assert loaded["path"][:] == names
+    assert [load_image(row["image"]).tobytes() for row in loaded] == [noise(3, (5, 7)).tobytes()] * 2
+    export(table_run, "coco", tmp_path / "coco.json")
+    images = json.loads((tmp_path / "coco.json").read_text())["images"]
+    assert [(each["id"], each["file_name"], each["width"], each["height"]) for each in images] == [
+        (1, names[0], 5, 7),
+        (3, names[1], 5, 7),
+    ]
+    assert export(table_run, "fiftyone", tmp_path / "fiftyone.json").images == 1
+
+
+@pytest.mark.parametrize("to", [name for name, form in FORMATS.items() if form.images == "files"])
+def test_what_can_only_name_files_says_so_of_images_in_a_table(table_run: Path, tmp_path: Path, to: str) -> None:
+    (tmp_path / "file.png").unlink()
+    with pytest.raises(
+        DataError, match=rf"stand in .*images.parquet', and the format '{to}' can only name files\. .* csv, hf, coco"
+    ):
+        export(table_run, to, tmp_path / "out")
+
+
+def test_a_table_that_is_gone_or_another_one_is_told(table_run: Path, tmp_path: Path) -> None:
+    pyarrow.parquet.write_table(pyarrow.table({"image": [b"1", b"2", b"3"]}), tmp_path / "images.parquet")
+    with pytest.raises(DataError, match=r"Row 0 of .*images.parquet' was .*0.png' in the run and is now '#0'"):
+        export(table_run, "hf", tmp_path / "out")
+    (tmp_path / "images.parquet").unlink()
+    (tmp_path / "file.png").unlink()
+    with pytest.raises(DataError, match=r"None of the images .* can be read\. The run read them from .*images.parquet'"):
+        export(table_run, "coco", tmp_path / "out")
+
+
+@pytest.mark.parametrize("to", FORMATS)
+def test_a_run_over_names_that_are_no_text_is_exported(tmp_path: Path, to: str) -> None:
+    (tmp_path / "images").mkdir()
+    noise(0).save(tmp_path / "0.png")
+    (tmp_path / "0.png").rename(tmp_path / "images" / os.fsdecode(b"\xe9.png"))
+    bulk.run(Cascade(FakeScorer(), [], labels=["ant", "bee"]), Inputs(tmp_path / "images"), tmp_path / "run", config={})
+    assert export(tmp_path / "run", to, tmp_path / "out").images == 1
 
 
 def test_an_image_is_no_run(run: Path, tmp_path: Path) -> None:

@@ -1,0 +1,137 @@
+"""Judges in workers that are lost, come back, or come back and cannot work: what becomes of questions and places."""
+
+import asyncio
+import pickle
+import warnings
+from collections.abc import Callable, Coroutine, Iterator, Mapping
+from dataclasses import replace
+
+import pytest
+from pydantic import JsonValue
+
+from cascadevlm import load_judge
+from cascadevlm.cluster import judging
+from cascadevlm.cluster.judging import RemoteJudge, Worker
+from cascadevlm.errors import BackendError, CascadeError, FatalError, TransientError
+from cascadevlm.hosted import HostedJudge
+from cascadevlm.labels import Label
+from cascadevlm.testing import FakeJudge, noise, question
+from cascadevlm.types import Exemplar, Question, Verdict
+
+with warnings.catch_warnings():  # not ours
+    warnings.simplefilter("ignore")
+    exceptions = pytest.importorskip("ray.exceptions")
+
+
+class Method:
+    """Of a worker, as Ray has it."""
+
+    def __init__(self, method: Callable[..., Coroutine[None, None, object]]) -> None:
+        self.remote = method
+
+
+class OneWorker:
+    """A worker that answers, once it is prepared, what it is told to: for every question an outcome, or an error."""
+
+    def __init__(self, judged: Iterator[Verdict | BaseException], back: CascadeError | None = None) -> None:
+        self.judged, self.back, self.asked = judged, back, 0
+
+    @property
+    def identity(self) -> Method:
+        return Method(self._identity)
+
+    @property
+    def judge(self) -> Method:
+        return Method(self._judge)
+
+    async def _identity(self) -> Mapping[str, JsonValue] | CascadeError:
+        return self.back if self.back and self.asked else {"judge": "fake:fake"}
+
+    async def _judge(self, _: Question) -> Verdict:
+        self.asked += 1
+        said = next(self.judged)
+        if isinstance(said, BaseException):
+            raise said
+        return said
+
+
+ANSWER = Verdict(outcome="answered", label="owl")
+
+
+async def prepared(*workers: OneWorker, concurrency: int = 1) -> RemoteJudge:
+    judge, begun = FakeJudge(), iter(workers)
+    judge.concurrency = concurrency
+    remote = RemoteJudge(judge, len(workers), begin=lambda: as_worker(next(begun)), end=lambda _: None)
+    await remote.prepare()
+    return remote
+
+
+def as_worker(worker: OneWorker) -> Worker:
+    return worker  # type: ignore[return-value]  # what its methods return is not known so exactly
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(judging, "ASK_AGAIN_SECONDS", 0.01)
+
+
+async def test_no_worker_that_can_work_is_a_fatal_error_for_all_who_wait() -> None:
+    lost = OneWorker(iter([exceptions.ActorDiedError()] * 2), back=BackendError("The key is missing."))
+    remote = await prepared(lost, concurrency=2)
+    with pytest.warns(RuntimeWarning, match="lost is back, but 'fake:fake' cannot be asked in it: The key is missing"):
+        said = await asyncio.wait_for(asyncio.gather(*_ask(remote, 5), return_exceptions=True), 10)
+    assert [type(each) for each in said] == [TransientError] * 2 + [FatalError] * 3
+    assert "No worker is left in which 'fake:fake' could be asked: The key is missing." in str(said[-1])
+    await remote.aclose()
+
+
+def _ask(remote: RemoteJudge, count: int) -> list[Coroutine[None, None, Verdict]]:
+    return [remote.judge(question(image=noise(number))) for number in range(count)]
+
+
+async def test_workers_that_are_left_go_on() -> None:
+    lost = OneWorker(iter([exceptions.ActorDiedError()]), back=BackendError("The key is missing."))
+    sound = OneWorker(iter([ANSWER] * 9))
+    remote = await prepared(lost, sound)
+    with pytest.warns(RuntimeWarning, match="key is missing"):
+        said = await asyncio.wait_for(asyncio.gather(*_ask(remote, 10), return_exceptions=True), 10)
+    assert (said.count(ANSWER), sound.asked, lost.asked) == (9, 9, 1)
+    await remote.aclose()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        exceptions.RayTaskError("judge", "Traceback", ValueError("a defect")),
+        asyncio.CancelledError(),
+        exceptions.ActorDiedError(),
+    ],
+)
+async def test_a_place_is_free_again_whatever_became_of_the_question(error: BaseException) -> None:
+    remote = await prepared(OneWorker(iter([error, ANSWER])))
+    with pytest.raises((type(error), TransientError)):
+        await remote.judge(question())
+    assert await asyncio.wait_for(remote.judge(question()), 10) == ANSWER
+    await remote.aclose()
+
+
+async def test_a_defect_while_a_judge_is_made_ready_is_one_sentence() -> None:
+    class Broken(OneWorker):
+        async def _identity(self) -> Mapping[str, JsonValue] | CascadeError:
+            raise exceptions.RayTaskError("identity", "Traceback", OSError("no space left"))
+
+    with pytest.raises(BackendError, match="cannot be made ready in a worker: no space left"):
+        await prepared(Broken(iter([])))
+
+
+def test_images_are_told_apart_though_their_pixels_stay_here() -> None:
+    judge = load_judge("openai:any", base_url="http://localhost:9", price={"input": 1, "output": 2})
+    assert isinstance(judge, HostedJudge)
+    exemplars = tuple(Exemplar(image=noise(number), label=Label(name=str(number))) for number in range(2))
+    asked = replace(question(image=noise(9)), exemplars=exemplars)
+    sent = [judge.sent(image, asked).data for image in (asked.image, *(each.image for each in exemplars))]
+    there: Question = pickle.loads(pickle.dumps(judging._packed(asked)))
+    images = [there.image, *(each.image for each in there.exemplars)]
+    assert [image.size for image in images] == [(1, 1)] * 3
+    assert [judge.sent(image, there).data for image in images] == sent
+    assert len(set(sent)) == 3
