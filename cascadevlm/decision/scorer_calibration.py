@@ -138,7 +138,8 @@ class Shape:
 def fit_scorer(
     log_probs: NDArray[np.floating], responsibilities: Floats, *, prior: Floats | None = None
 ) -> tuple[ScorerCalibration, Floats]:
-    """The calibration of the highest cross-validated log-likelihood; priors hold back the richer ones where there are few images.
+    """The calibration of the highest cross-validated log-likelihood; a matrix, which has by far the most to fit, only if it is
+    better by more than a standard error.
 
     Args:
         log_probs: N x C, the scorer's.
@@ -167,9 +168,10 @@ def fit_scorer(
         "matched prior": attempt([Shape(matched=True)]),
         "bias": attempt([Shape(bias=precision) for precision in BIAS_PRECISIONS]),
     }
+    best = max(tried.values(), key=_Tried.mean)
     if classes <= MOST_CLASSES_MIXED and (biased := tried["bias"].shape):
         tried["matrix"] = attempt([replace(biased, mixing=precision) for precision in MIXING_PRECISIONS])
-    best = max(tried.values(), key=_Tried.mean)  # of equals the simplest
+        best = best.unless_surely_better(tried["matrix"])
     calibration = ScorerCalibration.identity(classes)
     if best.shape is not None:
         (calibration,) = fit_shapes(log_probs, responsibilities, [best.shape], prior)
@@ -193,6 +195,12 @@ class _Tried:
     @classmethod
     def of(cls, held_out: Floats, responsibilities: Floats, shape: Shape | None) -> "_Tried":
         return cls(shape=shape, held_out=held_out, likelihoods=(held_out * responsibilities).sum(axis=1))
+
+    def unless_surely_better(self, richer: "_Tried") -> "_Tried":
+        """The richer one, if it is better by more than a standard error (Breiman et al., "Classification and Regression Trees",
+        1984, section 3.4.3)."""
+        gained = richer.likelihoods - self.likelihoods
+        return richer if gained.mean() > gained.std() / np.sqrt(len(gained)) else self
 
     def mean(self) -> float:
         """Of the likelihoods."""
