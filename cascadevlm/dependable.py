@@ -2,8 +2,7 @@
 keeps to one rate, and is asked once."""
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager
 
 from cascadevlm.budget import Ledger, Metered
 from cascadevlm.cache import Cached, SingleFlight, VerdictStore
@@ -29,37 +28,38 @@ class DependableJudges:
     def __init__(self, store: VerdictStore | None, ledger: Ledger) -> None:
         self.store = store
         self.ledger = ledger
-        self._shared: dict[asyncio.AbstractEventLoop, dict[int, _Shared]] = {}
+        self._shared: dict[asyncio.AbstractEventLoop, dict[int, SharedJudge]] = {}
 
-    @asynccontextmanager
-    async def ready(self, judge: Judge) -> AsyncIterator[Judge]:
-        """The judge, dependable and prepared; let go of when the last that uses it has ended."""
+    def of(self, judge: Judge) -> "SharedJudge":
+        """The judge, to be entered: dependable, and shared by all runs of the event loop that is running."""
         for loop in list(self._shared):
             if loop.is_closed():
                 self._shared.pop(loop, None)
         of_loop = self._shared.setdefault(asyncio.get_running_loop(), {})
-        shared = of_loop.setdefault(id(judge), _Shared(dependable(judge, self.store, self.ledger)))
-        async with shared.changing:
-            if shared.users == 0:
-                try:
-                    await shared.judge.prepare()
-                except BaseException:
-                    await shared.judge.aclose()
-                    raise
-            shared.users += 1
-        try:
-            yield shared.judge
-        finally:
-            async with shared.changing:
-                shared.users -= 1
-                if shared.users == 0:
-                    await shared.judge.aclose()
+        return of_loop.setdefault(id(judge), SharedJudge(dependable(judge, self.store, self.ledger)))
 
 
-class _Shared:
-    """A dependable judge, and how many use it."""
+class SharedJudge(AbstractAsyncContextManager[Judge]):
+    """A dependable judge, made ready by the first that enters it and let go of by the last that leaves."""
 
     def __init__(self, judge: Judge) -> None:
         self.judge = judge
-        self.users = 0
-        self.changing = asyncio.Lock()
+        self._users = 0
+        self._changing = asyncio.Lock()
+
+    async def __aenter__(self) -> Judge:
+        async with self._changing:
+            if self._users == 0:
+                try:
+                    await self.judge.prepare()
+                except BaseException:
+                    await self.judge.aclose()
+                    raise
+            self._users += 1
+        return self.judge
+
+    async def __aexit__(self, *_: object) -> None:
+        async with self._changing:
+            self._users -= 1
+            if self._users == 0:
+                await self.judge.aclose()

@@ -163,7 +163,7 @@ class Run:
             stack.callback(self.taking.shutdown, wait=False, cancel_futures=True)
             spending = self.checkpoint.spending or (START,) * len(self.settings.stages)
             for number, (stage, before) in enumerate(zip(self.settings.stages, spending, strict=True)):
-                judge = await stack.enter_async_context(self.settings.judges.ready(stage.judge))
+                judge = await stack.enter_async_context(self.settings.judges.of(stage.judge))
                 self.stages.append(RunningStage(number, stage, judge, self.settings.labels, self.readers, before))
             producer = asyncio.create_task(self._produce(sources))
             stack.push_async_callback(self._close, producer)

@@ -53,6 +53,9 @@ def run(coroutine: Coroutine[object, object, T]) -> T:
 
 _END = object()
 
+_open: set[AsyncIterator[object]] = set()
+"""What `iterate` goes through: of a source that nobody else holds, the garbage collector would close the inner parts first."""
+
 
 def iterate(items: AsyncIterator[T]) -> Iterator[T]:
     """The same items, one at a time; leaving early closes the source."""
@@ -61,9 +64,11 @@ def iterate(items: AsyncIterator[T]) -> Iterator[T]:
         return await anext(items, _END)
 
     async def close() -> None:
+        _open.discard(items)
         if hasattr(items, "aclose"):
             await items.aclose()
 
+    _open.add(items)
     try:
         while (item := run(following())) is not _END:
             yield item  # type: ignore[misc]  # only the sentinel is no T
