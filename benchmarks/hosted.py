@@ -26,7 +26,7 @@ from PIL import Image
 
 from cascadevlm import Cascade, LabelSet, Scorer, Scores, Stage, load_judge, load_prompt
 from cascadevlm.cache import Cached, DiskStore
-from cascadevlm.hosted import JPEG_QUALITY
+from cascadevlm.encoding import JPEG_QUALITY
 from cascadevlm.images import load_image
 from cascadevlm.testing import FakeJudge, noise, question
 from cascadevlm.testing.server import JudgeServer

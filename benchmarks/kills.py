@@ -1,9 +1,10 @@
 """What a bulk run loses and pays twice when it is killed: ``python -m benchmarks.kills``.
 
-A run with a judge that is paid for (the real openai SDK against a server on this machine that counts what it is asked) is killed
-with SIGKILL at random moments and taken up again, run after run, until there were as many kills as asked for. After every kill it
-is noted which answers were stored and which questions were under way; after every run, its predictions are held against those of
-a run that nobody disturbed.
+A run with a judge that is paid for (the real openai SDK against a server on this machine that counts what it is asked) is
+killed with SIGKILL at random moments, from the start of its process on, and taken up again, run after run, until there were as
+many kills as asked for. Embeddings are kept in every run, the judge's answers in the folder of the run or, every other time, in a
+cache beside it. After every kill it is noted which answers were stored and which questions were under way; after every run, its
+predictions are held against those of a run that nobody disturbed.
 """
 
 import hashlib
@@ -14,7 +15,7 @@ import random
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -22,18 +23,27 @@ from typing import Annotated
 import diskcache
 import numpy as np
 import typer
+from numpy.typing import NDArray
+from PIL import Image
 
 from cascadevlm import Cascade, Stage, bulk, load_judge, load_prompt, parse_policy
+from cascadevlm.cache import DiskStore
+from cascadevlm.embeddings import CachedEmbeddings
 from cascadevlm.inputs import Named
 from cascadevlm.run_folder import Tally
-from cascadevlm.testing import FakeScorer
+from cascadevlm.scorer import EmbeddingScorer
 from cascadevlm.testing.server import JudgeServer
 from cascadevlm.testing.server.conversation import Conversation
 
 NAMES = ("finch", "owl", "wren", "stork")
 CONCURRENCY = 8
-LATENCY = 0.01
+LATENCY = 0.05
 MODEL = "gpt-4o"
+WIDTH = 8
+"""Of embeddings."""
+
+SPANS = (0.02, 0.1, 1.0)
+"""Shares of a run within which it is killed: most kills are to hit its beginning, where the folder is made."""
 
 
 class Pictures:
@@ -47,11 +57,34 @@ class Pictures:
             yield f"{number:06}", np.random.default_rng(number).integers(0, 256, (16, 16, 3), dtype=np.uint8)
 
 
-def run(folder: Path, url: str, images: int) -> Tally:
-    """The run that is killed."""
+class Towers(EmbeddingScorer):
+    """Embeds an image as its first pixels, and a text at random but always as the same."""
+
+    def embed_images(self, images: Sequence[Image.Image]) -> NDArray[np.float32]:
+        pixels = np.stack([np.asarray(image, dtype=np.float32).ravel()[:WIDTH] for image in images])
+        return _unit(pixels - 127.5)
+
+    def embed_texts(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        return _unit(np.stack([np.random.default_rng(list(text.encode())).normal(size=WIDTH) for text in texts]))
+
+    def logits(self, similarities: NDArray[np.float32]) -> NDArray[np.float32]:
+        return 4 * similarities
+
+    def model_fingerprint(self) -> str:
+        return "towers"
+
+
+def _unit(rows: NDArray[np.floating]) -> NDArray[np.float32]:
+    unit: NDArray[np.float32] = (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+    return unit
+
+
+def run(folder: Path, cache: Path, answers: Path | None, url: str, images: int) -> Tally:
+    """The run that is killed; its embeddings are kept in a cache and, if wanted, the answers too."""
     judge = load_judge(f"openai:{MODEL}", base_url=url, concurrency=CONCURRENCY)
     stage = Stage(judge=judge, prompt=load_prompt("select"), policy=parse_policy("entropy > 0.6 & calls <= 100000"))
-    cascade = Cascade(FakeScorer(), [stage], labels=NAMES, batch_size=8)
+    store = None if answers is None else DiskStore(answers)
+    cascade = Cascade(CachedEmbeddings(Towers(), cache), [stage], labels=NAMES, batch_size=8, store=store)
     return bulk.run(cascade, Pictures(images), folder, config={"images": images})
 
 
@@ -73,6 +106,7 @@ class Proof:
 
     Attributes:
         kills: that hit a run at work.
+        early: of them, before the run had a manifest.
         runs: that were brought to their end.
         questions: different ones, over all runs.
         asked_again: questions whose answer had been stored before a kill and that were asked after it.
@@ -82,6 +116,7 @@ class Proof:
     """
 
     kills: int = 0
+    early: int = 0
     runs: int = 0
     questions: int = 0
     asked_again: int = 0
@@ -90,11 +125,11 @@ class Proof:
     different: int = 0
 
 
-def stored(folder: Path) -> set[str]:
+def stored(answers: Path) -> set[str]:
     """The digests of the images whose answers are kept."""
-    if not (folder / "verdicts").exists():
+    if not answers.exists():
         return set()
-    with diskcache.Cache(str(folder / "verdicts"), disk=diskcache.JSONDisk) as cache:
+    with diskcache.Cache(str(answers), disk=diskcache.JSONDisk) as cache:
         return {cache[key]["payload"]["image"] for key in cache.iterkeys()}
 
 
@@ -108,13 +143,6 @@ def predictions(folder: Path) -> list[Mapping[str, object]]:
     return lines
 
 
-def _begun(folder: Path) -> float:
-    """When the run in a folder has begun to write, waiting for it."""
-    while not (folder / "ledger.jsonl").exists():
-        time.sleep(0.001)
-    return time.monotonic()
-
-
 def prove(kills: int, *, images: int, seed: int = 0) -> Proof:
     """Kill runs over so many images until there were so many kills."""
     os.environ |= {"OPENAI_API_KEY": "of no use", "PYTHONWARNINGS": "ignore::RuntimeWarning:runpy"}
@@ -125,29 +153,35 @@ def prove(kills: int, *, images: int, seed: int = 0) -> Proof:
         tempfile.TemporaryDirectory() as scratch,
         JudgeServer(answer=server.answer, latency=LATENCY, keep_requests=False) as judge,
     ):
-        undisturbed = Path(scratch) / "undisturbed"
-        arguments = (judge.openai_url, images)
-        once = processes.Process(target=run, args=(undisturbed, *arguments))
-        once.start()
-        began = _begun(undisturbed)
-        once.join()
-        seconds = time.monotonic() - began
-        expected = predictions(undisturbed)
+
+        def began(name: str, answers: Path | None) -> multiprocessing.process.BaseProcess:
+            folder, cache = Path(scratch) / name, Path(scratch) / f"{name}, embeddings"
+            process = processes.Process(target=run, args=(folder, cache, answers, judge.openai_url, images))
+            process.start()
+            return process
+
+        began("warming up", None).join()
+        start = time.monotonic()
+        began("undisturbed", None).join()
+        seconds = time.monotonic() - start
+        expected = predictions(Path(scratch) / "undisturbed")
         while proof.kills < kills:
-            folder = Path(scratch) / f"run {proof.runs}"
+            name = f"run {proof.runs}"
+            folder = Path(scratch) / name
+            beside = Path(scratch) / f"{name}, answers" if proof.runs % 2 else None
+            answers = beside or folder / "verdicts"
             server.served.clear()
             while not (folder / "summary.json").exists():
-                before, known = server.served.copy(), stored(folder)
-                process = processes.Process(target=run, args=(folder, *arguments))
-                process.start()
-                _begun(folder)
-                process.join(draw.uniform(0, seconds) if proof.kills < kills else None)
+                before, known = server.served.copy(), stored(answers)
+                process = began(name, beside)
+                process.join(draw.uniform(0, seconds * draw.choice(SPANS)) if proof.kills < kills else None)
                 if process.exitcode is None:
                     process.kill()
                     process.join()
                     proof.kills += 1
+                    proof.early += not (folder / "manifest.json").exists()
                     time.sleep(3 * LATENCY)  # what the server has received, it serves
-                    proof.under_way += len((server.served - before).keys() - stored(folder))
+                    proof.under_way += len((server.served - before).keys() - stored(answers))
                 else:
                     assert process.exitcode == 0
                 proof.asked_again += sum((server.served - before)[digest] for digest in known)

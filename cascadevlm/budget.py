@@ -4,10 +4,16 @@ Amounts are whole nanodollars, so that sums are exact: a dollar per million toke
 """
 
 import asyncio
+import json
+import os
 import threading
 from contextlib import suppress
+from pathlib import Path
 
-from cascadevlm.errors import BudgetExhausted, JudgeError
+from pydantic import BaseModel, ValidationError
+
+from cascadevlm.errors import BudgetExhausted, DataError, JudgeError
+from cascadevlm.files import write_whole, writing_to
 from cascadevlm.judge import Judge, WrapperJudge
 from cascadevlm.types import Question, Verdict
 
@@ -26,6 +32,7 @@ class Ledger:
         self._lock = threading.Lock()
         self._spent = 0
         self._reserved = 0
+        self._standing = 0
         self._waiting: list[tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]] = []
 
     @property
@@ -38,20 +45,20 @@ class Ledger:
 
     @property
     def reserved_dollars(self) -> float:
-        """Promised to requests in flight."""
+        """Promised: to requests in flight, and standing."""
         return self._reserved / NANODOLLARS
 
     async def reserve(self, nanodollars: int) -> None:
-        """Promise an amount, waiting while only promises to others stand in its way.
+        """Promise an amount, waiting while only promises to requests in flight stand in its way.
 
         Raises:
-            BudgetExhausted: if it would not fit even if all promises came back unspent.
+            BudgetExhausted: if it would not fit even if all those came back unspent.
         """
         while (waiter := self._try_to_reserve(nanodollars, asyncio.get_running_loop())) is not None:
             await waiter
 
     def reserve_now(self, nanodollars: int) -> None:
-        """Promise an amount.
+        """Promise an amount that stands until somebody else is done, so that nobody waits for it: to be settled as ``standing``.
 
         Raises:
             BudgetExhausted: if it does not fit beside what is promised already.
@@ -63,19 +70,21 @@ class Ledger:
         with self._lock:
             if nanodollars == 0 or self.cap is None or self._spent + self._reserved + nanodollars <= self.cap:
                 self._change(reserved=nanodollars)
+                self._standing += nanodollars if loop is None else 0
                 return None
-            if loop is None or self._spent + nanodollars > self.cap:
-                left = self.cap - self._spent - (self._reserved if loop is None else 0)
+            if loop is None or self._spent + self._standing + nanodollars > self.cap:
+                left = self.cap - self._spent - (self._reserved if loop is None else self._standing)
                 raise BudgetExhausted(
                     f"The budget has ${left / NANODOLLARS:.4f} left and this question may cost ${nanodollars / NANODOLLARS:.4f}."
                 )
             self._waiting.append((loop, loop.create_future()))
             return self._waiting[-1][1]
 
-    def settle(self, reserved: int, spent: int) -> None:
+    def settle(self, reserved: int, spent: int, *, standing: bool = False) -> None:
         """Turn a promise into what it really cost, and let those who waited for it try again."""
         with self._lock:
             self._change(reserved=-reserved, spent=spent)
+            self._standing -= reserved if standing else 0
             waiting, self._waiting = self._waiting, []
         for loop, waiter in waiting:
             with suppress(RuntimeError):  # who waited gave up, and its loop is closed
@@ -90,6 +99,71 @@ class Ledger:
 def _wake(waiter: "asyncio.Future[None]") -> None:
     if not waiter.done():
         waiter.set_result(None)
+
+
+class _Change(BaseModel):
+    """A line of a `DurableLedger`, in nanodollars."""
+
+    reserved: int
+    spent: int
+
+
+class DurableLedger(Ledger):
+    """A ledger that writes down every promise and payment, and goes on from what is written.
+
+    A promise that a killed process did not settle counts as spent: the question may have been answered and billed.
+
+    Args:
+        dollars: the cap over all sessions; None for no cap.
+        path: of its file.
+
+    Raises:
+        DataError: if a line of the file is damaged.
+        RunError: if it cannot be written, now or later.
+    """
+
+    def __init__(self, dollars: float | None, path: Path) -> None:
+        super().__init__(dollars)
+        self.path = path
+        self._spent = _sum(path) if path.exists() else 0
+        with writing_to(path.parent):
+            write_whole(path, _line(reserved=0, spent=self._spent))
+            self._file = path.open("a", encoding="utf-8")
+
+    def sync(self) -> None:
+        """Make sure that what was written outlasts the machine."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Write no more."""
+        self._file.close()
+
+    def _change(self, *, reserved: int, spent: int = 0) -> None:
+        super()._change(reserved=reserved, spent=spent)
+        if reserved or spent:
+            with writing_to(self.path.parent):
+                self._file.write(_line(reserved=reserved, spent=spent))
+                self._file.flush()
+
+
+def _line(*, reserved: int, spent: int) -> str:
+    return json.dumps({"reserved": reserved, "spent": spent}) + "\n"
+
+
+def _sum(path: Path) -> int:
+    """What a ledger's file says is spent or promised."""
+    total = 0
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.endswith(b"\n"):  # what is not ended did not happen
+                break
+            try:
+                change = _Change.model_validate_json(line)
+            except ValidationError as exc:
+                hint = "Write into it what the provider billed, in nanodollars, as the other lines do, or take it out."
+                raise DataError(f"{str(path)!r}, line {number}, is damaged: what was spent is not known.", hint=hint) from exc
+            total += change.reserved + change.spent
+    return total
 
 
 class Metered(WrapperJudge):

@@ -3,8 +3,8 @@
 import asyncio
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
-from contextlib import aclosing, closing
-from datetime import UTC, datetime
+from contextlib import aclosing
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -13,16 +13,21 @@ from pydantic import JsonValue
 from cascadevlm import loop
 from cascadevlm.cache import DiskStore
 from cascadevlm.cascade import Cascade
-from cascadevlm.errors import DataError, RunError
+from cascadevlm.engine import Run
+from cascadevlm.errors import DataError
 from cascadevlm.images import ImageSource
-from cascadevlm.inputs import Inputs, Named
-from cascadevlm.recording import machine, versions
-from cascadevlm.run_folder import DurableLedger, Manifest, RunFolder, Tally
+from cascadevlm.inputs import Named
+from cascadevlm.judge import Judge, WrapperJudge
+from cascadevlm.manifest import Manifest
+from cascadevlm.run_folder import RunFolder, Tally
 from cascadevlm.scorer import Scorer, WrapperScorer
 from cascadevlm.types import Scores
 
+FLUSH_SECONDS = 1.0
+"""How long predictions wait at most to be made safe; answers of judges are kept at once."""
 
-class _Noting(WrapperScorer):
+
+class _NotedScorer(WrapperScorer):
     """Scores as another scorer does; the folder is told its fingerprint."""
 
     def __init__(self, wrapped: Scorer, folder: RunFolder) -> None:
@@ -30,8 +35,21 @@ class _Noting(WrapperScorer):
         self.folder = folder
 
     def altered(self, scores: Scores) -> Scores:
-        self.folder.fingerprinted(scores.fingerprint)
+        self.folder.scored_with(scores.fingerprint)
         return scores
+
+
+class _NotedJudge(WrapperJudge):
+    """Judges as another judge does; the folder is told its identity once it is ready, which it may load a model for."""
+
+    def __init__(self, wrapped: Judge, folder: RunFolder, stage: int) -> None:
+        super().__init__(wrapped)
+        self.folder = folder
+        self.stage = stage
+
+    async def prepare(self) -> None:
+        await super().prepare()
+        self.folder.judged_by(self.stage, self.identity())
 
 
 def run(
@@ -40,6 +58,7 @@ def run(
     folder: Path,
     *,
     config: Mapping[str, JsonValue],
+    retry_failed: bool = False,
     stopping: Callable[[], bool] = lambda: False,
     progress: Callable[[Tally], None] = lambda tally: None,
 ) -> Tally:
@@ -50,6 +69,8 @@ def run(
         inputs: the images by name, in an order that does not change: see `Inputs`.
         folder: see `cascadevlm.run_folder`.
         config: what tells this run from another.
+        retry_failed: whether images that could not be read or of which a judge could not be asked are done anew, and all after
+            the first of them worked out again, with the answers that are kept: decisions depend on what came before.
         stopping: asked before each batch; the run ends in order, where it says so.
         progress: told of every prediction.
 
@@ -58,48 +79,20 @@ def run(
         RunError: if the disk is full or fails; what was written is kept.
         JudgeError: if a judge cannot work at all.
     """
-    manifest = Manifest(
-        config=dict(config),
-        labels=list(cascade.labels),
-        inputs=str(inputs.path.absolute()) if isinstance(inputs, Inputs) else type(inputs).__name__,
-        began=datetime.now(UTC),
-        versions=versions(),
-        machine=machine(),
-    )
-    try:
-        with RunFolder.opened(folder, manifest) as opened:
-            return _run(cascade, inputs, opened, stopping, progress)
-    except OSError as exc:
-        raise RunError(
-            f"{str(folder)!r} cannot be written to: {exc.strerror or exc}.",
-            hint="What is in it is kept: once that is mended, the same command goes on.",
-        ) from exc
-
-
-def _run(
-    cascade: Cascade,
-    inputs: Iterable[Named],
-    folder: RunFolder,
-    stopping: Callable[[], bool],
-    progress: Callable[[Tally], None],
-) -> Tally:
-    _require_same_images(inputs, folder)
-    cap = cascade.ledger.cap_dollars
-    with closing(DurableLedger(cap, folder.folder / "ledger.jsonl")) as ledger:
-        folder.tally.spent_dollars = ledger.spent_dollars
+    manifest = Manifest.of(cascade, inputs, config)
+    dollars = cascade.ledger.cap_dollars
+    with RunFolder.opened(folder, manifest, dollars=dollars, retry_failed=retry_failed) as opened:
+        _require_same_images(inputs, opened)
+        noted = [replace(stage, judge=_NotedJudge(stage.judge, opened, number)) for number, stage in enumerate(cascade.stages)]
         lasting = cascade.altered(
-            scorer=_Noting(cascade.scorer, folder),
-            store=cascade.store or DiskStore(folder.folder / "verdicts"),
-            ledger=ledger,
+            scorer=_NotedScorer(cascade.scorer, opened),
+            stages=noted,
+            store=DiskStore(folder / "verdicts") if cascade.store is None else cascade.store,
+            ledger=opened.ledger,
         )
-
-        def told(tally: Tally) -> None:
-            tally.spent_dollars = ledger.spent_dollars
-            progress(tally)
-
-        if loop.run(_classify(lasting, inputs, folder, stopping, told)):
-            folder.finish()
-    return folder.tally
+        if loop.run(_classify(lasting, inputs, opened, stopping, progress)):
+            opened.finish()
+        return opened.tally
 
 
 def _require_same_images(inputs: Iterable[Named], folder: RunFolder) -> None:
@@ -126,6 +119,21 @@ async def _classify(
 ) -> bool:
     """Whether all images have a prediction."""
     run = cascade.begin(folder.checkpoint, stopping)
+    tasks = [asyncio.create_task(work) for work in (_append(run, inputs, folder, progress), _flush(run, folder))]
+    try:
+        ended, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in ended:
+            task.result()
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+    folder.checkpoint = run.checkpoint
+    return not run.stopped
+
+
+async def _append(run: Run, inputs: Iterable[Named], folder: RunFolder, progress: Callable[[Tally], None]) -> None:
+    """Write down every prediction that is not known yet."""
     number = first = folder.checkpoint.images
     known = folder.tally.images
     names: deque[str] = deque()
@@ -143,7 +151,10 @@ async def _classify(
             if number > known:
                 folder.append(name, prediction)
                 progress(folder.tally)
-            if folder.flush_due:
-                await asyncio.to_thread(folder.flush, run.checkpoint)
-    folder.checkpoint = run.checkpoint
-    return not run.stopped
+
+
+async def _flush(run: Run, folder: RunFolder) -> None:
+    """Make what was written safe again and again, whether or not anything comes: the first in line may wait for minutes."""
+    while True:
+        await asyncio.sleep(FLUSH_SECONDS)
+        await asyncio.to_thread(folder.flush, run.checkpoint)

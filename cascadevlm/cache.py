@@ -70,7 +70,11 @@ class VerdictStore(ABC):
 
     @abstractmethod
     def put(self, payload: Payload, verdict: Verdict) -> None:
-        """Store a valid verdict under its payload's key."""
+        """Store a verdict under its payload's key.
+
+        Raises:
+            ValueError: if it is not valid.
+        """
 
 
 class DiskStore(VerdictStore):
@@ -97,8 +101,7 @@ class DiskStore(VerdictStore):
             return None
 
     def put(self, payload: Payload, verdict: Verdict) -> None:
-        if not verdict.valid:
-            raise ValueError(f"a verdict {verdict.outcome!r} is not kept")
+        _require_valid(verdict)
         entry = {"payload": payload, "verdict": _VERDICT.dump_python(verdict, mode="json")}
         self._cache.set(key_of(payload), entry, retry=True)
 
@@ -135,7 +138,13 @@ class MemoryStore(VerdictStore):
         return self.verdicts.get(key)
 
     def put(self, payload: Payload, verdict: Verdict) -> None:
+        _require_valid(verdict)
         self.verdicts[key_of(payload)] = verdict
+
+
+def _require_valid(verdict: Verdict) -> None:
+    if not verdict.valid:
+        raise ValueError(f"a verdict {verdict.outcome!r} is not kept")
 
 
 class SingleFlight(WrapperJudge):

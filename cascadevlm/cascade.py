@@ -15,9 +15,11 @@ from cascadevlm.cache import VerdictStore
 from cascadevlm.decision.calibration import Calibration
 from cascadevlm.decision.drift import Drift
 from cascadevlm.decision.live import CalibratedScorer
-from cascadevlm.engine import BEGINNING, Checkpoint, OnFailure, ReadBatch, Run
+from cascadevlm.dependable import DependableJudges
+from cascadevlm.engine import BEGINNING, Checkpoint, ReadBatch, Run, Settings
 from cascadevlm.errors import ConfigError, ImageError
 from cascadevlm.images import ImageSource
+from cascadevlm.item import OnFailure
 from cascadevlm.labels import Label, LabelSet
 from cascadevlm.scorer import Scorer
 from cascadevlm.stage import Stage, require_cascade
@@ -78,6 +80,7 @@ class Cascade:
         self.calibration = calibration
         self.follow_shares = follow_shares
         self._reading: Callable[[int], ReadBatch] | None = None
+        self._judges = DependableJudges(self.store, self.ledger)
 
     def altered(
         self,
@@ -153,19 +156,19 @@ class Cascade:
 
     def begin(self, start: Checkpoint = BEGINNING, stopping: Callable[[], bool] = lambda: False) -> Run:
         """A run not yet under way; it goes on where another one was left, and begins no further batch once it is to stop."""
-        return Run(
+        if self._judges.store is not self.store or self._judges.ledger is not self.ledger:
+            self._judges = DependableJudges(self.store, self.ledger)
+        settings = Settings(
             scorer=self.scorer,
             stages=self.stages,
             labels=self.labels,
             on_failure=self.on_failure,
             accept=self.accept,
             routing=self.routing,
-            store=self.store,
-            ledger=self.ledger,
             batch_size=self.batch_size,
-            start=start,
-            stopping=stopping,
+            judges=self._judges,
             read=self._reading(start.images) if self._reading else None,
             drift=Drift(self.calibration, self.stages) if self.calibration else None,
             shares=self.calibration.shares if self.calibration and self.follow_shares else None,
         )
+        return Run(settings, start, stopping)

@@ -14,8 +14,8 @@ from cascadevlm.candidates import CandidateRule, ConformalSet, CumulativeMass, O
 from cascadevlm.cascade import Cascade
 from cascadevlm.decision.calibration import Calibration, FusionRule, read_calibration
 from cascadevlm.embeddings import CachedEmbeddings
-from cascadevlm.engine import OnFailure
 from cascadevlm.errors import ConfigError
+from cascadevlm.item import OnFailure
 from cascadevlm.labels import LabelSet
 from cascadevlm.policy_language import parse_policy
 from cascadevlm.registry import Option, load_judge, load_prompt, load_scorer, nearest

@@ -19,8 +19,9 @@ from urllib.parse import quote
 from xml.etree import ElementTree
 
 from PIL import Image
-from pydantic import AliasPath, BaseModel, Field, InstanceOf, JsonValue, ValidationError
+from pydantic import BaseModel, JsonValue, ValidationError
 
+from cascadevlm import lines
 from cascadevlm.errors import DataError, InputError
 from cascadevlm.files import valid_text
 
@@ -40,30 +41,8 @@ class _Labelled(BaseModel):
     labels: list[_Named]
 
 
-class _Candidate(BaseModel):
-    label: str
-
-
-class Line(BaseModel):
-    """Of a line that `Prediction.to_dict` tells, what is exported; the texts need not be valid Unicode."""
-
-    path: InstanceOf[str]
-    label: str | None
-    probability: float | None
-    decided_by: str | None
-    candidates: list[_Candidate]
-    outcome: str | None = Field(None, validation_alias=AliasPath("verdict", "outcome"))
-    dollars: float = Field(0.0, validation_alias=AliasPath("cost", "dollars"))
-    error: InstanceOf[str]
-
-    @property
-    def escalated(self) -> bool:
-        return self.outcome is not None
-
-    @property
-    def abstained(self) -> bool:
-        """Whether the image could be read and was given no label."""
-        return self.label is None and bool(self.candidates)
+class Line(lines.Line):
+    """A line, and what is exported of it."""
 
     @property
     def readable(self) -> bool:
@@ -218,9 +197,9 @@ def read_lines(file: Path) -> Iterator[tuple[int, Line]]:
     """
     text, number = "", 0
     try:
-        with file.open(encoding="utf-8") as lines:
-            for number, text in enumerate(lines, start=1):
-                yield number, Line.model_validate(json.loads(text))
+        with file.open(encoding="utf-8") as opened:
+            for number, text in enumerate(opened, start=1):
+                yield number, Line.read(text)
     except ValidationError as exc:
         first = exc.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the line"

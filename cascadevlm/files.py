@@ -1,7 +1,11 @@
-"""What files want: to be written as a whole, and texts that are valid Unicode."""
+"""What files want: to be written as a whole, errors in one sentence, and texts that are valid Unicode."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from cascadevlm.errors import RunError
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -12,6 +16,24 @@ def write_whole(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     unfinished.replace(path)
+    if os.name == "posix":  # elsewhere, folders cannot be opened
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+@contextmanager
+def writing_to(folder: Path) -> Iterator[None]:
+    """Raises RunError, if what is done here cannot be written to the folder of a run."""
+    try:
+        yield
+    except OSError as exc:
+        raise RunError(
+            f"{str(folder)!r} cannot be written to: {exc.strerror or exc}.",
+            hint="What is in it is kept: once that is mended, the same command goes on.",
+        ) from exc
 
 
 def valid_text(text: str) -> str:

@@ -1,5 +1,6 @@
 """What all hosted judges share: answers held to a schema, prices, the worst case, the key, batches."""
 
+import importlib.util
 import os
 import time
 from abc import abstractmethod
@@ -21,6 +22,9 @@ from cascadevlm.pricing import FREE, Price, find_price
 from cascadevlm.prompt import answer_format, options, render
 from cascadevlm.provider_errors import translate
 from cascadevlm.types import Exemplar, Question, Usage, Verdict
+
+HAS_AIOHTTP = importlib.util.find_spec("aiohttp") is not None
+"""Whether the SDKs' faster transport can be used."""
 
 LOCAL_ONLY = "CASCADEVLM_LOCAL_ONLY"
 """The environment variable that keeps judges from paid endpoints, whatever the configuration says."""
@@ -122,8 +126,10 @@ class HostedJudge(Judge):
         model: as the provider names it.
         base_url: another endpoint than the provider's.
         api_key_env: the environment variable that holds the key.
+        client: the user's own, if any.
     """
 
+    client: object | None
     provider: ClassVar[str]
     hosts: ClassVar[tuple[str, ...]]
     limits: ClassVar[ImageLimits]
@@ -231,17 +237,27 @@ class HostedJudge(Judge):
         if self._runs <= 0:
             await self.disconnect()
 
+    @property
     @abstractmethod
+    def _client(self) -> object:
+        """The SDK's, or the user's own; made at the first call.
+
+        Raises:
+            BackendError: if there is no key.
+        """
+
     def connect(self) -> None:
         """Make the client.
 
         Raises:
             BackendError: if there is no key.
         """
+        self._client  # noqa: B018  # raises
 
-    @abstractmethod
     async def disconnect(self) -> None:
         """Close the client, unless it is the user's own."""
+        if self.client is None and "_client" in vars(self):
+            await vars(self).pop("_client").close()
 
     def encoded(self, shown: Question | Exemplar) -> EncodedImage:
         """The image of a question or exemplar as it is sent; encoded at the first call."""
@@ -283,7 +299,7 @@ class HostedJudge(Judge):
         except CascadeError:
             raise
         except Exception as exc:
-            shows_key = self.secret in str(exc)
+            shows_key = bool(self.secret) and self.secret in str(exc)
             raise translate(exc, self.errors, secret=self.secret) from (None if shows_key else exc)
 
     async def ask(self, request: Awaitable[Reply], question: Question) -> Verdict:

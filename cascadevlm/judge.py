@@ -4,12 +4,14 @@ process, `LocalJudge`. What every judge wants (a cache, retries, repair) is a wr
 import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import cached_property
 from typing import ClassVar
 
 from pydantic import JsonValue
 
-from cascadevlm.errors import FatalError, JudgeError
+from cascadevlm.errors import BudgetExhausted, FatalError, JudgeError
 from cascadevlm.prompt import read_answer
 from cascadevlm.types import Question, Usage, Verdict
 
@@ -75,8 +77,11 @@ class Judge(ABC):
         """Let go of connections; once at the end of a run."""
 
 
+_Waiting = list[tuple[Question, "asyncio.Future[Verdict]"]]
+
+
 class LocalJudge(Judge):
-    """A judge whose model runs in this process: concurrent questions are gathered into batches.
+    """A judge whose model runs in this process: concurrent questions are gathered into batches, answered one after another.
 
     Attributes:
         batch_size: the most questions in one batch.
@@ -85,43 +90,60 @@ class LocalJudge(Judge):
     def __init__(self, *, batch_size: int = 8) -> None:
         self.batch_size = batch_size
         self.concurrency = 2 * batch_size
-        self._waiting: list[tuple[Question, asyncio.Future[Verdict]]] = []
-        self._worker: asyncio.Task[None] | None = None
+        self._waiting: dict[asyncio.AbstractEventLoop, _Waiting] = {}
+        self._workers: set[asyncio.Task[None]] = set()
 
     @abstractmethod
     def judge_batch(self, questions: Sequence[Question]) -> list[Verdict]:
         """Answer up to ``batch_size`` questions; each verdict is what the question alone would have got."""
 
+    @cached_property
+    def _thread(self) -> ThreadPoolExecutor:
+        """Where the model runs, for every event loop: one batch at a time."""
+        return ThreadPoolExecutor(1, "judging")
+
     async def judge(self, question: Question) -> Verdict:
-        answer: asyncio.Future[Verdict] = asyncio.get_running_loop().create_future()
-        self._waiting.append((question, answer))
-        if self._worker is None or self._worker.done():
-            self._worker = asyncio.create_task(self._work())
+        loop = asyncio.get_running_loop()
+        if loop not in self._waiting:  # questions of two loops share no batch: neither could wake the other's
+            self._waiting[loop] = []
+            worker = loop.create_task(self._work(loop))
+            self._workers.add(worker)
+            worker.add_done_callback(self._workers.discard)
+        answer: asyncio.Future[Verdict] = loop.create_future()
+        self._waiting[loop].append((question, answer))
         return await answer
 
-    async def _work(self) -> None:
-        while self._waiting:
-            await asyncio.sleep(0.005)  # lets concurrent callers join the batch
-            batch = self._waiting[: self.batch_size]
-            del self._waiting[: self.batch_size]
-            if wanted := [(question, answer) for question, answer in batch if not answer.done()]:
-                await self._answer(wanted)
-
-    async def _answer(self, batch: list[tuple[Question, "asyncio.Future[Verdict]"]]) -> None:
+    async def _work(self, loop: asyncio.AbstractEventLoop) -> None:
+        waiting = self._waiting[loop]
         try:
-            verdicts = await asyncio.to_thread(self.judge_batch, [question for question, _ in batch])
+            while waiting:
+                await asyncio.sleep(0.005)  # lets concurrent callers join the batch
+                batch = waiting[: self.batch_size]
+                del waiting[: self.batch_size]
+                if wanted := [(question, answer) for question, answer in batch if not answer.done()]:
+                    await self._answer(wanted)
+        finally:
+            del self._waiting[loop]
+
+    async def _answer(self, batch: _Waiting) -> None:
+        questions = [question for question, _ in batch]
+        try:
+            verdicts = await asyncio.get_running_loop().run_in_executor(self._thread, self.judge_batch, questions)
+            if len(verdicts) != len(questions):
+                told = f"{self.spec!r} has {len(verdicts)} verdicts on {len(questions)} questions."
+                raise FatalError(told, hint="Return one for each from judge_batch.")
         except Exception as exc:
-            failure = exc
-        else:
-            for (_, answer), verdict in zip(batch, verdicts, strict=True):
+            if len(batch) > 1 and not isinstance(exc, FatalError):  # one bad question must not fail its neighbours
+                for single in batch:
+                    await self._answer([single])
+                return
+            for _, answer in batch:
                 if not answer.done():
-                    answer.set_result(verdict)
+                    answer.set_exception(exc)
             return
-        if len(batch) > 1:  # one bad question must not fail its neighbours
-            for single in batch:
-                await self._answer([single])
-        elif not batch[0][1].done():
-            batch[0][1].set_exception(failure)
+        for (_, answer), verdict in zip(batch, verdicts, strict=True):
+            if not answer.done():
+                answer.set_result(verdict)
 
 
 def verdict_from_text(
@@ -208,8 +230,9 @@ class Voting(WrapperJudge):
 
     The orders are rotations, evenly spread, so that with as many votes as candidates each is shown at every place once: what a
     judge has for a place averages out. The judge's own probabilities are averaged, or the shares of its answers; of equal
-    candidates the first shown wins. Votes that fail do not count, unless all do. What an image costs and how many
-    can be had at once is counted with all its votes.
+    candidates the first shown wins. Votes that fail do not count, unless all do; where one is not asked for want of money, the
+    question is not answered: fewer orders than meant would say what a judge has for a place. What an image costs and how many can
+    be had at once is counted with all its votes.
 
     Args:
         votes: how often; at most once for every candidate.
@@ -242,8 +265,9 @@ class Voting(WrapperJudge):
         verdicts = [each for each in said if isinstance(each, Verdict)]
         failures = [each for each in said if isinstance(each, BaseException)]
         serious = [each for each in failures if isinstance(each, FatalError) or not isinstance(each, JudgeError)]
-        if serious or not verdicts:
-            raise (serious or failures)[0]
+        unpaid = [each for each in failures if isinstance(each, BudgetExhausted)]
+        if serious or unpaid or not verdicts:
+            raise (serious or unpaid or failures)[0]
         return _mean_verdict([candidate.label.name for candidate in shown], verdicts)
 
 

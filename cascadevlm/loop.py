@@ -7,6 +7,8 @@ from collections.abc import AsyncIterator, Coroutine, Iterator
 from functools import cache
 from typing import TypeVar
 
+from cascadevlm.errors import InputError
+
 T = TypeVar("T")
 
 
@@ -21,8 +23,26 @@ if hasattr(os, "register_at_fork"):  # a forked child has no thread for the loop
     os.register_at_fork(after_in_child=_loop.cache_clear)
 
 
+def _inside() -> bool:
+    """Whether this is the loop's own thread: whoever waits there for the loop waits for ever."""
+    try:
+        return asyncio.get_running_loop() is _loop()
+    except RuntimeError:
+        return False
+
+
 def run(coroutine: Coroutine[object, object, T]) -> T:
-    """Run to its end and return the result; an interrupt cancels it."""
+    """Run to its end and return the result; an interrupt cancels it.
+
+    Raises:
+        InputError: if called by what itself runs in the loop.
+    """
+    if _inside():
+        coroutine.close()
+        raise InputError(
+            "What a cascade calls in its event loop, such as a policy, cannot wait for a cascade.",
+            hint="Classify before, or use aclassify() where you can await it.",
+        )
     future = asyncio.run_coroutine_threadsafe(coroutine, _loop())
     try:
         return future.result()
@@ -48,4 +68,7 @@ def iterate(items: AsyncIterator[T]) -> Iterator[T]:
         while (item := run(following())) is not _END:
             yield item  # type: ignore[misc]  # only the sentinel is no T
     finally:
-        run(close())
+        if _inside():  # whoever left it early did not close it, and the garbage collector runs in any thread
+            asyncio.run_coroutine_threadsafe(close(), _loop())
+        else:
+            run(close())

@@ -23,7 +23,7 @@ that all of them can be tried without asking anybody; ``recorded:`` replays them
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
@@ -157,15 +157,17 @@ class Fused:
         labels: N columns, the most probable label once the last stage's judge was asked.
         probabilities: N, of that label.
         gain: N, the expected gain in accuracy from asking the last stage's judge.
+        word_final: whether that judge's answer is the label wherever it gave one.
     """
 
     labels: Columns
     probabilities: NDArray[np.float64]
     gain: NDArray[np.float64]
+    word_final: bool
 
     def take(self, rows: NDArray[np.intp]) -> "Fused":
         """The same of some of the images."""
-        return Fused(labels=self.labels[rows], probabilities=self.probabilities[rows], gain=self.gain[rows])
+        return replace(self, labels=self.labels[rows], probabilities=self.probabilities[rows], gain=self.gain[rows])
 
 
 @dataclass(frozen=True, kw_only=True)

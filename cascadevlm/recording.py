@@ -17,10 +17,10 @@ from pydantic import JsonValue
 from cascadevlm.data import Data
 from cascadevlm.errors import DataError
 from cascadevlm.files import valid_text, write_whole
-from cascadevlm.images import pixel_digest
+from cascadevlm.images import ImageSource, pixel_digest
 from cascadevlm.labels import LabelSet
 from cascadevlm.record import NOBODY, RunInfo, scores_kept, table_schemas
-from cascadevlm.scorer import Scorer
+from cascadevlm.scorer import Prepared, Scorer, WrapperScorer
 from cascadevlm.stage import Stage
 from cascadevlm.types import Candidate, Prediction, Question, Scores, Verdict
 
@@ -30,25 +30,38 @@ PACKAGES = ("cascadevlm", "torch", "transformers", "open_clip_torch", "openai", 
 Number = TypeVar("Number", bound=np.generic)
 
 
-class KeepingScorer(Scorer):
+class KeepingScorer(WrapperScorer):
     """Scores as another scorer does and keeps what a record holds of it, with the digests of the images."""
 
     def __init__(self, wrapped: Scorer) -> None:
-        self.wrapped = wrapped
+        super().__init__(wrapped)
         self.fingerprint = ""
         self.log_probs: list[NDArray[np.float32]] = []
         self.columns: list[NDArray[np.int32]] = []
         self.digests: list[str] = []
 
     def score(self, images: Sequence[Image.Image], labels: LabelSet) -> Scores:
-        scores = self.wrapped.score(images, labels)
-        log_probs, kept = scores.log_probs, scores_kept(labels)
-        if kept < len(labels):
+        self.digests.extend(pixel_digest(image) for image in images)
+        return super().score(images, labels)
+
+    def prepare(self, source: ImageSource) -> Prepared:
+        prepared = super().prepare(source)
+        prepared.image_digest  # noqa: B018  # here, beside the model
+        if prepared.features is not None:
+            prepared.forget_large()
+        return prepared
+
+    def score_prepared(self, prepared: Sequence[Prepared], labels: LabelSet) -> Scores:
+        self.digests.extend(each.image_digest for each in prepared)
+        return super().score_prepared(prepared, labels)
+
+    def altered(self, scores: Scores) -> Scores:
+        log_probs, kept = scores.log_probs, scores_kept(scores.labels)
+        if kept < len(scores.labels):
             best = np.argsort(-log_probs, axis=1, kind="stable")[:, :kept]
             log_probs = np.take_along_axis(log_probs, best, axis=1)
             self.columns.append(best.astype(np.int32))
         self.log_probs.append(log_probs)
-        self.digests.extend(pixel_digest(image) for image in images)
         self.fingerprint = scores.fingerprint
         return scores
 
@@ -194,11 +207,11 @@ def _write_tables(
             for name, p in zip(data.names, predictions, strict=True)
         ],
         "verdicts": [
-            _answered(stage.kept[digest], prediction)
+            _answered(stages[verdict.stage].kept[digest], prediction)
             | _verdict_columns(verdict)
-            | {"image": image, "stage": number, "judge": stage.judge.spec}
+            | {"image": image, "judge": stages[verdict.stage].judge.spec}
             for image, (prediction, digest) in enumerate(zip(predictions, digests, strict=True))
-            for number, (stage, verdict) in enumerate(zip(stages, prediction.verdicts, strict=False))  # later ones said nothing
+            for verdict in prediction.verdicts
             if digest is not None
         ],
     }

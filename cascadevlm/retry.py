@@ -6,7 +6,7 @@ from contextlib import suppress
 from email.utils import parsedate_to_datetime
 from math import isfinite
 
-from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, stop_after_attempt, stop_before_delay
+from tenacity import AsyncRetrying, RetryCallState, retry_if_exception
 from tenacity.wait import wait_random_exponential
 
 from cascadevlm.errors import CascadeError, FatalError, RateLimited
@@ -36,11 +36,11 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
 
 
 def patient(*, attempts: int = 6, seconds: float = 300, wait: Callable[[RetryCallState], float] = wait_as_told) -> AsyncRetrying:
-    """Calls again after retryable errors, at most ``attempts`` times; no attempt begins ``seconds`` after the first, nor is it
-    waited for."""
+    """Calls again after retryable errors, at most ``attempts`` times; between them, less than ``seconds`` go by in all. What a
+    call itself waits for, a turn or money, does not count: under a slow rate, no error would be worth a second attempt."""
     return AsyncRetrying(
         retry=retry_if_exception(lambda exc: isinstance(exc, CascadeError) and exc.retryable),
-        stop=stop_after_attempt(attempts) | stop_before_delay(seconds),
+        stop=lambda state: state.attempt_number >= attempts or state.idle_for + state.upcoming_sleep >= seconds,
         wait=wait,
         reraise=True,
     )

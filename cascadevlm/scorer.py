@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from cascadevlm.errors import ImageError, InputError
-from cascadevlm.images import ImageSource, is_large, load_image, unread_image
+from cascadevlm.images import ImageSource, is_large, load_image, pixel_digest, unread_image
 from cascadevlm.labels import LabelSet, one_line
 from cascadevlm.types import Scores
 
@@ -43,6 +43,15 @@ class Prepared:
             ImageError: if it cannot be read.
         """
         return load_image(self.source)
+
+    @cached_property
+    def image_digest(self) -> str:
+        """Of the pixels; kept when they are let go.
+
+        Raises:
+            ImageError: if it cannot be read.
+        """
+        return pixel_digest(self.image)
 
     @property
     def unread(self) -> Image.Image:

@@ -100,6 +100,7 @@ class Stage:
             model=self.model,
             candidates=self.candidates,
             none_offered=self.offer_none,
+            word_final=self.fusion == "judge",
             pool=self.pool if self.fusion == "weighted" else None,
         )
 

@@ -131,8 +131,8 @@ def under(record: Record, policy: PolicyLike) -> Record:
         )
     answers = np.where(wanted, judged.answers, NOBODY)
     predicted = np.where(wanted, final_answers(record), record.scored)
-    by_judge = answers != NOBODY if record.fused is None else wanted
-    by_whom = "judge" if record.fused is None else "fusion"
+    word_final = record.fused is None or record.fused.word_final
+    by_judge, by_whom = (answers != NOBODY, "judge") if word_final else (wanted, "fusion")
     decided_by = np.where(predicted == NOBODY, "", np.where(by_judge, by_whom, "scorer"))
     of_judge = record.probabilities if record.fused is None else record.fused.probabilities
     of_scorer = np.where(decided_by == "scorer", record.scores.probabilities.max(axis=1), np.nan)

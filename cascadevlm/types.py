@@ -2,8 +2,9 @@
 
 import string
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from dataclasses import dataclass, field
+from functools import cached_property, reduce
+from operator import add
 from typing import Literal
 
 import numpy as np
@@ -173,6 +174,10 @@ class Usage:
             saved_dollars=self.saved_dollars + other.saved_dollars,
         )
 
+    def to_dict(self) -> dict[str, JsonValue]:
+        """The usage as JSON-serialisable data."""
+        return dict(vars(self))
+
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
@@ -186,6 +191,7 @@ class Verdict:
         text: the whole raw answer.
         error: why there is no answer, for ``"failed"``, ``"refused"``, ``"unparsed"`` and ``"skipped"``.
         judge: the spec of the judge asked.
+        stage: the position, from 0, of the stage that asked; of one that is stored or was never part of a run, 0.
         usage: what it took.
     """
 
@@ -196,6 +202,7 @@ class Verdict:
     text: str = ""
     error: str = ""
     judge: str = ""
+    stage: int = 0
     usage: Usage = field(default_factory=Usage)
 
     def __post_init__(self) -> None:
@@ -204,7 +211,8 @@ class Verdict:
 
     def to_dict(self) -> dict[str, JsonValue]:
         """The verdict as JSON-serialisable data."""
-        return asdict(self) | {"probabilities": dict(self.probabilities) if self.probabilities is not None else None}
+        probabilities = dict(self.probabilities) if self.probabilities is not None else None
+        return vars(self) | {"probabilities": probabilities, "usage": self.usage.to_dict()}
 
     @property
     def valid(self) -> bool:
@@ -223,7 +231,7 @@ class Prediction:
         decided_by: None if there is no label.
         candidates: the scorer's best in ranked order; in the order last shown, where a judge was asked.
         reasons: for every stage whose policy was consulted, what it went by.
-        verdicts: what each judge asked said, in order of the stages.
+        verdicts: what each judge asked said, in order of the stages; a stage that did not ask has none.
         error: why there is no label.
     """
 
@@ -253,7 +261,7 @@ class Prediction:
     @property
     def cost(self) -> Usage:
         """What all verdicts took together."""
-        return sum((verdict.usage for verdict in self.verdicts), Usage(cached=self.escalated))
+        return reduce(add, (verdict.usage for verdict in self.verdicts)) if self.verdicts else Usage()
 
     def to_dict(self) -> dict[str, JsonValue]:
         """The prediction as JSON-serialisable data, one line in a record."""
@@ -266,6 +274,6 @@ class Prediction:
             "reasons": list(self.reasons),
             "verdict": self.verdict.to_dict() if self.verdict else None,
             "earlier_verdicts": [verdict.to_dict() for verdict in self.verdicts[:-1]],
-            "cost": asdict(self.cost),
+            "cost": self.cost.to_dict(),
             "error": self.error,
         }

@@ -4,7 +4,6 @@ The answer is held to the candidates by a JSON schema or, with ``structured="too
 part of a question (reference images, the wording before them) can be kept in the provider's prompt cache.
 """
 
-import importlib.util
 import json
 from collections.abc import Mapping
 from datetime import datetime
@@ -16,13 +15,12 @@ from pydantic import JsonValue, PositiveFloat, PositiveInt
 
 from cascadevlm.encoding import ImageLimits
 from cascadevlm.errors import FatalError, JudgeError, PermanentError, TransientError
-from cascadevlm.hosted import BatchLimits, HostedJudge, PriceOption, Reply, answer_schema
+from cascadevlm.hosted import HAS_AIOHTTP, BatchLimits, HostedJudge, PriceOption, Reply, answer_schema
 from cascadevlm.prompt import Message, Part, render
 from cascadevlm.types import Question, Usage, Verdict
 
 if TYPE_CHECKING:
     import anthropic
-    import httpx2
     from anthropic.types import AssistantMessageParam, ImageBlockParam, OutputConfigParam, TextBlockParam, UserMessageParam
     from anthropic.types import Message as AnthropicMessage
     from anthropic.types.message_create_params import MessageCreateParamsNonStreaming as MessageParams
@@ -119,7 +117,7 @@ class AnthropicJudge(HostedJudge):
         self.effort: Effort | None = effort
         self.cache_prompt = cache_prompt
         self.headers = headers
-        self.client = client
+        self.client: anthropic.AsyncAnthropic | None = client
         self.temperature = temperature
         self.timeout = timeout
 
@@ -133,13 +131,6 @@ class AnthropicJudge(HostedJudge):
             "temperature": self.temperature,
             "max_tokens": self.max_tokens,
         }
-
-    def connect(self) -> None:
-        self._client  # noqa: B018  # raises where there is no key
-
-    async def disconnect(self) -> None:
-        if self.client is None and "_client" in vars(self):
-            await vars(self).pop("_client").close()
 
     @property
     def secret(self) -> str:
@@ -158,7 +149,7 @@ class AnthropicJudge(HostedJudge):
             default_headers=self.headers,
             max_retries=0,
             timeout=self.timeout,
-            http_client=_http_client(),
+            http_client=anthropic.DefaultAioHttpClient() if HAS_AIOHTTP else None,
         )
 
     def output_limit(self, question: Question) -> int:
@@ -274,12 +265,3 @@ def _of_message(message: "AnthropicMessage") -> Reply:
         refusal="The model refused to answer." if message.stop_reason == "refusal" else None,
         cut_off=message.stop_reason == "max_tokens",
     )
-
-
-def _http_client() -> "httpx2.AsyncClient | None":
-    """The SDK's faster transport, where aiohttp is installed."""
-    if importlib.util.find_spec("aiohttp") is None:
-        return None
-    import anthropic
-
-    return anthropic.DefaultAioHttpClient()

@@ -5,7 +5,6 @@ hold an answer to a schema it is asked to; where it cannot, the lettered prompt 
 """
 
 import asyncio
-import importlib.util
 import json
 import math
 from collections.abc import Awaitable, Mapping
@@ -19,6 +18,7 @@ from pydantic import JsonValue, PositiveFloat, PositiveInt
 from cascadevlm.encoding import ImageLimits
 from cascadevlm.errors import BackendError, FatalError, JudgeError, PermanentError, TransientError
 from cascadevlm.hosted import (
+    HAS_AIOHTTP,
     BatchLimits,
     HostedJudge,
     PriceOption,
@@ -33,7 +33,6 @@ from cascadevlm.provider_errors import error_of_status
 from cascadevlm.types import Question, Usage, Verdict
 
 if TYPE_CHECKING:
-    import httpx2
     import openai
     from openai.types import CompletionUsage, DecisionInputPartUnionParam
     from openai.types.chat import ChatCompletion, ChatCompletionContentPartParam, ChatCompletionMessageParam
@@ -149,7 +148,7 @@ class OpenAIJudge(HostedJudge):
         self.logprobs = logprobs
         self.organization = organization
         self.headers = headers
-        self.client = client
+        self.client: openai.AsyncOpenAI | None = client
         self.detail: Detail = detail
         self.temperature = temperature
         self.reasoning_effort: Effort | None = reasoning_effort
@@ -171,12 +170,8 @@ class OpenAIJudge(HostedJudge):
             "reasoning_effort": self.reasoning_effort,
         }
 
-    def connect(self) -> None:
-        self._client  # noqa: B018  # raises where there is no key
-
     async def disconnect(self) -> None:
-        if self.client is None and "_client" in vars(self):
-            await vars(self).pop("_client").close()
+        await super().disconnect()
         self._finding_out = asyncio.Lock()  # the next run may be in another event loop
 
     @property
@@ -197,7 +192,7 @@ class OpenAIJudge(HostedJudge):
             default_headers=self.headers,
             max_retries=0,
             timeout=self.timeout,
-            http_client=_http_client(),
+            http_client=openai.DefaultAioHttpClient() if HAS_AIOHTTP else None,
         )
 
     async def judge(self, question: Question) -> Verdict:
@@ -459,12 +454,3 @@ def _probabilities(logprobs: "ChoiceLogprobs", question: Question) -> Mapping[st
 
 def _bare(token: str) -> str:
     return token.strip(" \"')(.:*").upper()
-
-
-def _http_client() -> "httpx2.AsyncClient | None":
-    """The SDK's faster transport, where aiohttp is installed."""
-    if importlib.util.find_spec("aiohttp") is None:
-        return None
-    import openai
-
-    return openai.DefaultAioHttpClient()

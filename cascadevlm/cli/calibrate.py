@@ -30,6 +30,9 @@ def calibrate(
     class_conditional: Annotated[
         bool, typer.Option("--class-conditional", help="Conformal lists shall do so for every class, not only on average.")
     ] = False,
+    shares: Annotated[
+        Path | None, typer.Option(help="Shares of the classes, a JSON object by name, that the scorer may be matched to. [even]")
+    ] = None,
     deferral_rate: Annotated[float | None, typer.Option(help="Target: escalate this share of the images.")] = None,
     dollars_per_thousand: Annotated[float | None, typer.Option(help="Target: spend this on a thousand images.")] = None,
     accuracy: Annotated[float | None, typer.Option(help="Target: this accuracy, with the fewest questions.")] = None,
@@ -56,6 +59,7 @@ def calibrate(
     from cascadevlm.cli.show import calibration_rows, print_summary
     from cascadevlm.decision.blank import ask_blank, blank_cascade, blank_images
     from cascadevlm.decision.calibrate import calibrate as calibrated
+    from cascadevlm.decision.calibrate import read_prior
     from cascadevlm.decision.calibration import FUSION_RULES
     from cascadevlm.decision.targets import Target, TargetKind
     from cascadevlm.errors import InputError
@@ -79,6 +83,8 @@ def calibrate(
         raise InputError("Without labels, nothing tells what a blank image is worth.", hint="Leave --blank out.")
     if class_conditional and without_labels:
         raise InputError("Without labels, there are no conformal lists.", hint="Leave --class-conditional out.")
+    if shares and without_labels:
+        raise InputError("Without labels, shares are not matched.", hint="Leave --shares out.")
     record = read_record(run)
     about_blank = None
     if blank:
@@ -98,6 +104,7 @@ def calibrate(
         confidence=confidence,
         coverage=coverage,
         class_conditional=class_conditional,
+        prior=read_prior(shares, record.labels) if shares else None,
         blank=about_blank,
     )
     result.calibration.write(output)

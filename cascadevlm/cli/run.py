@@ -15,8 +15,11 @@ from cascadevlm.cli import options
 
 Engine = Literal["local", "ray"]
 
-INTERRUPTED = 130
-"""The exit code of a program that Ctrl-C ended."""
+SIGNALLED = 128
+"""With the number of the signal that ended it, the exit code of a program: 130 after Ctrl-C."""
+
+SHOWN_A_SECOND = 10
+"""How often the bar is moved."""
 
 LOG_SECONDS = 10
 """How often a log, which shows no bar, is told where the run stands."""
@@ -35,19 +38,25 @@ def run(
     settings: options.Settings = None,
     engine: Annotated[Engine, typer.Option(help="This process, or a Ray cluster: $RAY_ADDRESS, or one begun here.")] = "local",
     workers: Annotated[int | None, typer.Option(min=1, help="Of the cluster. [default: one a GPU, or one a machine]")] = None,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="Do anew what failed, and all after it, with the answers that are kept.")
+    ] = False,
     yes: options.Yes = False,
     as_json: options.AsJson = False,
 ) -> None:
-    """Classify any number of images into a folder. Killed or interrupted, the same command goes on where it stood."""
+    """Classify any number of images into a folder. Killed or interrupted, the same command goes on where it stood.
+
+    Where no image could be read, or no question asked got an answer, the exit code is 1.
+    """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
     from cascadevlm import bulk, cluster
     from cascadevlm.cli.money import confirm
     from cascadevlm.cli.show import print_summary, tally_rows
-    from cascadevlm.errors import DataError, InputError
+    from cascadevlm.errors import DataError, InputError, RunError
     from cascadevlm.inputs import Inputs
-    from cascadevlm.run_folder import Tally
+    from cascadevlm.run_folder import FAILURES, Tally
 
     parsed = options.parse(config, scorer, judge, policy, candidates, prompt, settings)
     cascade, images = options.build(parsed, labels, bulk=True), Inputs(inputs)
@@ -70,9 +79,12 @@ def run(
 
         def told(tally: Tally) -> None:
             nonlocal told_at
-            progress.update(task, completed=tally.images, description=f"${tally.spent_dollars:.2f}")
-            if not errors.is_terminal and time.monotonic() - told_at > LOG_SECONDS:
-                told_at = time.monotonic()
+            if time.monotonic() - told_at < (1 / SHOWN_A_SECOND if errors.is_terminal else LOG_SECONDS):
+                return
+            told_at = time.monotonic()
+            if errors.is_terminal:
+                progress.update(task, completed=tally.images, description=f"${tally.spent_dollars:.2f}")
+            else:
                 typer.echo(f"{tally.images} of {total} images, ${tally.spent_dollars:.2f} spent.", err=True)
 
         tally = bulk.run(
@@ -80,30 +92,40 @@ def run(
             images,
             output,
             config=parsed.frozen(cascade).model_dump(mode="json"),
+            retry_failed=retry_failed,
             stopping=lambda: bool(stopping),
             progress=told,
         )
     if as_json:
         typer.echo(json.dumps(tally.to_dict()))
     else:
-        print_summary(Console(highlight=False), f"Run in {output}", tally_rows(tally))
+        failures = {"failures": f"{tally.failures}, in {FAILURES}"} if tally.failures else {}
+        print_summary(Console(highlight=False), f"Run in {output}", tally_rows(tally) | failures)
     if stopping:
-        typer.echo("Stopped in order. The same command goes on from here.", err=True)
-        raise typer.Exit(INTERRUPTED)
+        without = ", without --retry-failed," if retry_failed else ""
+        typer.echo(f"Stopped in order. The same command{without} goes on from here.", err=True)
+        raise typer.Exit(SIGNALLED + stopping[0])
+    if tally.in_vain:
+        raise RunError(f"Nothing came of it: {output / FAILURES} tells why.", hint="Once that is mended, add --retry-failed.")
 
 
 @contextmanager
 def _stopping_in_order() -> Iterator[list[int]]:
-    """The signals received: the first Ctrl-C lets what is in flight finish, the second ends at once."""
+    """The signals received: the first Ctrl-C, or SIGTERM, as clusters send it, lets what is in flight finish; the second ends at
+    once."""
     received: list[int] = []
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def handle(number: int, _: FrameType | None) -> None:
         received.append(number)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        for each in before:
+            signal.signal(each, signal.default_int_handler)
         typer.echo("Finishing what is in flight; Ctrl-C again ends at once.", err=True)
 
-    before = signal.signal(signal.SIGINT, handle)
+    for number in before:
+        signal.signal(number, handle)
     try:
         yield received
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -122,6 +122,8 @@ def calibration_rows(result: "Calibrated") -> dict[str, str]:
             ("scorer, calibration error", "calibration_error", "{:.3f}"),
         )
     }
+    if not result.calibration.labelled:
+        rows["the judge says what the scorer finds likeliest"] = _share(result.agreement)
     if result.areas:
         rows["area, entropy and judge's word → gain and fusion"] = f"{result.areas[0]:.3f} → {result.areas[1]:.3f}"
     for rule, value in (result.calibration.judges[-1].log_likelihoods or {}).items():

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from pydantic import JsonValue, TypeAdapter, ValidationError
 
 from cascadevlm.decision.conformal import Conformal, best_size
-from cascadevlm.decision.judge_model import NONE_CHOSEN, Answers, JudgeModel, fit_judge
+from cascadevlm.decision.judge_fit import fit_judge
+from cascadevlm.decision.judge_model import NONE_CHOSEN, Answers, JudgeModel
 from cascadevlm.decision.pool import Pool, fit_pool
 from cascadevlm.decision.scorer_calibration import Floats, ScorerCalibration, fit_scorer
 from cascadevlm.decision.shares import Shares
@@ -290,6 +291,7 @@ def fit_calibration(
     fusion: FusionRule = "bayes",
     coverage: float = COVERAGE,
     class_conditional: bool = False,
+    prior: Floats | None = None,
     blank: Answers | None = None,
 ) -> Calibration:
     """Learn from a record how far to trust its scorer and its judges.
@@ -300,6 +302,7 @@ def fit_calibration(
         coverage: of the conformal sets. They are fitted on what the scorer's calibrations on other folds say of each image, which
             holds the promise closely, not strictly.
         class_conditional: whether they shall hold the truth so often for every class that has enough images.
+        prior: C shares of the classes, for calibrations that match them; even, unless given.
         blank: of the last judge, about an image without content; only looked at where there are labels.
 
     Raises:
@@ -316,7 +319,7 @@ def fit_calibration(
     log_probs, conformal, reference = record.scores.log_probs, None, None
     if labelled:
         responsibilities = np.eye(len(record.labels))[record.truths]
-        scorer, belief = fit_scorer(log_probs, responsibilities)
+        scorer, belief = fit_scorer(log_probs, responsibilities, prior=prior)
         conformal = Conformal.fit(np.exp(belief), record.truths, coverage=coverage, class_conditional=class_conditional)
         reference = Reference.of(np.exp(belief.max(axis=1)))
     else:
@@ -346,7 +349,7 @@ def fit_calibration(
                 model=model,
                 pool=pool,
                 log_likelihoods=likelihoods,
-                best_size=best_size(before, model, sizes, none_offered=judged.none_offered),
+                best_size=best_size(before, model, sizes, none_offered=judged.none_offered, word_final=fusion == "judge"),
                 reference=Reference.of(agreed - likely),
             )
         )
@@ -386,7 +389,8 @@ def decided(record: Record, calibration: Calibration) -> Record:
         belief = np.where(known[:, None], judge.fuser(calibration.fusion).posterior(before, answers_of(judged)), before)
     last, answers = calibration.judges[-1], answers_of(record.judged)
     labels, probabilities = belief.argmax(axis=1), np.exp(belief.max(axis=1))
-    if calibration.fusion == "judge":
+    word_final = calibration.fusion == "judge"
+    if word_final:
         answered = record.judged.answers != NOBODY
         labels = np.where(answered, record.judged.answers, scores.log_probs.argmax(axis=1))
         own = np.full(answers.candidates.shape, np.nan) if answers.probabilities is None else answers.probabilities
@@ -395,7 +399,8 @@ def decided(record: Record, calibration: Calibration) -> Record:
     fused = Fused(
         labels=np.where(record.readable, labels, NOBODY),
         probabilities=probabilities,
-        gain=last.model.gain(before, answers.candidates, none_offered=answers.none_offered),
+        gain=last.model.gain(before, answers.candidates, none_offered=answers.none_offered, word_final=word_final),
+        word_final=word_final,
     )
     return replace(record, scores=scores, fused=fused)
 

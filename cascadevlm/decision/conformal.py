@@ -1,13 +1,15 @@
 """Conformal prediction: short lists of labels that hold the truth as often as was asked for, whatever the scorer.
 
 A label's score is the probability of all labels that rank before it, plus u times its own, plus, in RAPS, a penalty for every
-rank beyond the first few; u is uniform on 0 to 1 and drawn for each image. The threshold is the ceil((n + 1) coverage)-th
-smallest score of the truths of n labelled images. An image's set is the labels of a score up to it.
+rank beyond the first few; u is uniform on 0 to 1 and drawn for each image, or left out. The threshold is the
+ceil((n + 1) coverage)-th smallest score of the truths of n labelled images. An image's set is the labels of a score up to it.
 
-- Randomised, with u drawn for the image too, the set holds the truth of a new image with a probability of at least the
-  coverage and at most 1/(n + 1) more. It can be empty.
-- Deterministic, it ends with the label at which the sum reaches the threshold. This holds every randomised set, whatever u,
-  so it covers more than was asked for, by the most where one label is often enough; it is never empty.
+- Deterministic, as lists of candidates are made, both scores and sets leave u out: a label's score is what ranks before it. The
+  set holds the truth of a new image with a probability of at least the coverage, and at most 1/(n + 1) more but for equal scores:
+  where the best label alone is right more often than asked for, sets have one label and cover as often as it is right. It is
+  never empty.
+- Randomised, with u drawn for the image too, the same holds without exception, and the set can be empty.
+- With u drawn for the scores alone, the set that leaves it out holds every randomised one, and covers more than was asked for.
 
 All this needs is that the labelled and the new images come in no particular order (exchangeable), and that the probabilities
 were not fitted on these labels: calibrate the scorer on other images, or leave it as it is. With the probabilities that
@@ -67,7 +69,7 @@ class Conformal:
         penalty: float = 0.0,
         free: int = FREE,
         class_conditional: bool = False,
-        u: Floats | int = 0,
+        u: Floats | int | None = None,
     ) -> "Conformal":
         """Split-conformal calibration on N labelled images.
 
@@ -77,7 +79,7 @@ class Conformal:
             penalty: `PENALTY` is RAPS's, 0 makes it APS.
             class_conditional: whether every class has its own threshold. One with n images where ceil((n + 1) coverage) > n
                 has too few for it; it shares the one of all images, and the promise does not hold for it alone.
-            u: N numbers from 0 to 1, or the seed of them.
+            u: for randomised sets, N numbers from 0 to 1, or the seed of them.
 
         Raises:
             InputError: if the coverage is not between 0 and 1, or N images cannot promise it.
@@ -118,7 +120,7 @@ class Conformal:
         """
         if self.class_thresholds is not None:
             raise InputError("Sets with a threshold for each class are not the most probable labels.", hint="Use sets().")
-        inside = self._reached(descending) <= self.threshold
+        inside = self._scores(descending) <= self.threshold
         sizes: NDArray[np.intp] = _bounded(inside, minimum, maximum).sum(axis=1)
         return sizes
 
@@ -139,27 +141,28 @@ class Conformal:
             u: for randomised sets, N numbers from 0 to 1, or the seed of them.
         """
         ranking, descending = _ranked(probabilities)
-        scores = self._reached(descending) if u is None else self._scores(descending, u)
+        scores = self._scores(descending, u)
         inside = scores <= (self.threshold if self.class_thresholds is None else self.class_thresholds[ranking])
         found = np.empty_like(inside)
         np.put_along_axis(found, ranking, _bounded(inside, minimum, maximum), axis=1)
         return found
 
-    def _scores(self, descending: NDArray[np.floating], u: Floats | int) -> Floats:
-        """N x C, of the labels in descending order."""
+    def _scores(self, descending: NDArray[np.floating], u: Floats | int | None = None) -> Floats:
+        """N x C, of the labels in descending order; without u, those that no u makes less."""
+        ranks = np.arange(1, descending.shape[1] + 1)
+        if u is None:
+            return _before(descending) + self._penalties(ranks - 1)
         drawn = np.random.default_rng(u).random(len(descending)) if isinstance(u, int) else u
-        return _before(descending) + drawn[:, None] * descending + self._penalties(np.arange(1, descending.shape[1] + 1))
-
-    def _reached(self, descending: NDArray[np.floating]) -> Floats:
-        """N x C: the penalised sum before each label; no score is less, whatever u."""
-        return _before(descending) + self._penalties(np.arange(descending.shape[1]))
+        return _before(descending) + drawn[:, None] * descending + self._penalties(ranks)
 
     def _penalties(self, ranks: NDArray[np.intp]) -> Floats:
         penalties: Floats = self.penalty * np.maximum(ranks - self.free, 0)
         return penalties
 
 
-def best_size(log_probs: Floats, model: JudgeModel, sizes: Sequence[int], *, none_offered: bool = False) -> int:
+def best_size(
+    log_probs: Floats, model: JudgeModel, sizes: Sequence[int], *, none_offered: bool = False, word_final: bool = False
+) -> int:
     """How many of the most probable labels to show, that the expected accuracy after asking about all N images is highest.
 
     A longer list holds the truth more often, and the judge finds it there less often. The expected accuracy is the mean over
@@ -170,9 +173,12 @@ def best_size(log_probs: Floats, model: JudgeModel, sizes: Sequence[int], *, non
         log_probs: N x C, the scorer's, calibrated.
         sizes: to choose from.
         none_offered: whether "none of these" is an option.
+        word_final: whether the judge's answer is final.
     """
     ranking = np.argsort(-log_probs, axis=1, kind="stable")
-    gains = {size: model.gain(log_probs, ranking[:, :size], none_offered=none_offered).mean() for size in sizes}
+    gains = {
+        size: model.gain(log_probs, ranking[:, :size], none_offered=none_offered, word_final=word_final).mean() for size in sizes
+    }
     return min(sizes, key=lambda size: (-round(gains[size], 9), size))
 
 

@@ -5,13 +5,14 @@ qualitative choice behavior", 1974). An option's utility is
 
 - for a candidate: how much the judge follows the scorer, times the scorer's calibrated log-probability of it; a bias of the
   class; a bias of the position it is shown at; and, if it is the truth, the judge's ability, with a deviation for the class;
-- for "none of these", where it is offered: a constant, and more where the truth is not among the candidates;
-- for saying nothing that counts (a refusal, an unreadable answer): a constant.
+- for "none of these", where it is offered: a constant, and more where the truth is not among the candidates.
 
 So a judge errs towards what the scorer finds likely too, and more often on images that are hard for both, which a table of
-confusions cannot say; there are 2 C + K + 5 numbers rather than C x C, every one shrunk by a normal prior; and what the model
-says of longer or shorter lists follows from the same numbers. Its strength for classes and positions is chosen by
-cross-validated log-likelihood.
+confusions cannot say; there are 2 C + K + 6 numbers rather than C x C, every one shrunk by a normal prior; and what the model
+says of longer or shorter lists follows from the same numbers.
+
+That nothing comes of asking (a refusal, an unreadable answer) is decided before: its log-odds are a constant, and more or less
+where the truth is not among the candidates. Where that makes no difference, silence changes no belief.
 
 A judge that tells its own probabilities of the candidates says more than its answer, which is the greatest of them. Were their
 logarithms the utilities with normal noise, the log-likelihood ratio of two candidates would be the difference of (logarithm less
@@ -20,45 +21,33 @@ Fisher, "The use of multiple measurements in taxonomic problems", 1936). This ta
 if it is better on held-out images; labels that were not shown keep what the answer left them.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import minimize, minimize_scalar
-from scipy.special import log_softmax, logsumexp
+from scipy.special import expit, log_expit, log_softmax, logsumexp
 
-from cascadevlm.decision.scorer_calibration import FOLDS, Floats, StoredFloats
+from cascadevlm.decision.scorer_calibration import FLOOR, Floats, StoredFloats
 from cascadevlm.record import NOBODY, Columns
 
 NONE_CHOSEN = -2
 """In an array of answers: "none of these"."""
 
-PRECISIONS = (100.0, 10.0, 3.0, 1.0)
-"""Of the normal prior of what is particular to a class or a position, in nats."""
+ABILITY = 3.0
+"""Of a judge that nothing is known of: right in 8 to 9 of 10 cases where two or three candidates are plausible."""
 
-ABILITY, ABILITY_PRECISION = 3.0, 0.1
-"""Prior of the ability: right in 8 to 9 of 10 cases where two or three candidates are plausible, give or take 3 nats."""
+FOLLOWING = 0.5
+"""Of a judge that nothing is known of: between not at all and as the scorer itself would choose."""
 
-FOLLOWING, FOLLOWING_PRECISION = 0.5, 4.0
-"""Prior of following the scorer: between not at all and as the scorer itself would choose, give or take 0.5."""
-
-NONE_BIAS, NONE_ABILITY, SILENCE, CONSTANT_PRECISION = -1.0, 2.0, -4.0, 0.1
-"""Priors of the constants of "none of these" and of silence, give or take 3 nats."""
-
-WORD_PRECISION = 1.0
-"""Of the normal prior, around 0, of the logarithm of the weight of a judge's own probabilities: 1 takes them at their word, as
-if all candidates had been alike before."""
-
-LOG_WEIGHTS = (-4.0, 4.0)
-"""Between which it is looked for."""
+NONE_BIAS, NONE_ABILITY, SILENCE = -1.0, 2.0, -4.0
+"""Constants of a judge that nothing is known of."""
 
 LEAST_PROBABILITY = 1e-3
 """A candidate that a judge gives less is taken to have so much: those that an endpoint does not list have none."""
 
-ITERATIONS = 40
-"""The most of each fit."""
+LEAST_TOTAL = float(np.finfo(np.float64).tiny)
+"""Where nothing is shown."""
 
 Bools: TypeAlias = NDArray[np.bool_]
 
@@ -107,16 +96,16 @@ class Answers:
 
     @property
     def slots(self) -> Columns:
-        """N: the position of the answer among the candidates; K for "none of these", K + 1 for no answer."""
+        """N: the position of the answer among the candidates; K for "none of these", where it is offered; K + 1 for no answer."""
         width = self.candidates.shape[1]
-        special = np.where(self.answers == NONE_CHOSEN, width, width + 1)
+        special = np.where((self.answers == NONE_CHOSEN) & self.none_offered, width, width + 1)
         matches = self.candidates == self.answers[:, None]
         slots: Columns = np.where((self.answers >= 0) & matches.any(axis=1), matches.argmax(axis=1), special)
         return slots
 
     def spread(self, responsibilities: Floats) -> Floats:
         """N x (K + 1): of N x C responsibilities, those of the candidates, and the rest."""
-        inside = np.where(self.shown, _at(responsibilities, self.candidates), 0.0)
+        inside = np.where(self.shown, at(responsibilities, self.candidates), 0.0)
         rest = np.maximum(1 - inside.sum(axis=1, keepdims=True), 0)
         return np.concatenate([inside, rest], axis=1)
 
@@ -133,7 +122,8 @@ class JudgeModel:
         position_bias: of the first, second, … position; 0 beyond those seen.
         none_bias: of "none of these".
         none_ability: what "none of these" gains where the truth is not among the candidates.
-        silence: of no answer.
+        silence: log-odds of no answer.
+        silence_ability: what these gain where the truth is not among the candidates.
         probability_weight: of the judge's own probabilities, which count instead of its answer where it gives any; 0 if the
             answer says more.
         blank: whether the biases begin at those found on a blank image, which was better than at none; None if that was not
@@ -148,6 +138,7 @@ class JudgeModel:
     none_bias: float = NONE_BIAS
     none_ability: float = NONE_ABILITY
     silence: float = SILENCE
+    silence_ability: float = 0.0
     probability_weight: float = 0.0
     blank: bool | None = None
 
@@ -170,13 +161,14 @@ class JudgeModel:
         """
         weights = self._weights(log_probs, answers)
         width, slots, rows = answers.candidates.shape[1], answers.slots, np.arange(len(answers))
-        inside = -np.log(weights.totals[:, :width])
-        chosen = slots < width
-        inside[rows[chosen], slots[chosen]] += weights.abilities[rows[chosen], slots[chosen]]
-        found = -np.log(weights.totals[:, width:]) + np.where(slots == width, self.none_ability, 0.0)[:, None]
-        found = np.repeat(found, log_probs.shape[1], axis=1)
+        chosen, silent = slots < width, slots > width
+        likelihoods = -np.log(weights.totals)
+        likelihoods[rows[chosen], slots[chosen]] += weights.abilities[rows[chosen], slots[chosen]]
+        likelihoods[slots == width, width] += self.none_ability
+        likelihoods = np.where(silent[:, np.newaxis], log_expit(weights.silence), likelihoods + log_expit(-weights.silence))
+        found = np.repeat(likelihoods[:, width:], log_probs.shape[1], axis=1)
         where = np.nonzero(answers.shown)
-        found[where[0], answers.candidates[where]] = inside[where]
+        found[where[0], answers.candidates[where]] = likelihoods[:, :width][where]
         return found
 
     def posterior(self, log_probs: Floats, answers: Answers) -> Floats:
@@ -191,9 +183,9 @@ class JudgeModel:
         evidence = self.evidence(log_probs, answers)
         rows, places = np.nonzero(~np.isnan(evidence))
         columns = answers.candidates
-        among = _among(_at(log_probs, columns) + self.probability_weight * evidence)
-        shown = logsumexp(np.where(answers.shown, _at(after, columns), -np.inf), axis=1, keepdims=True)
-        after[rows, columns[rows, places]] = (shown + among)[rows, places]
+        inside = among(at(log_probs, columns) + self.probability_weight * evidence)
+        shown = logsumexp(np.where(answers.shown, at(after, columns), -np.inf), axis=1, keepdims=True)
+        after[rows, columns[rows, places]] = (shown + inside)[rows, places]
         return after
 
     def evidence(self, log_probs: Floats, answers: Answers) -> Floats:
@@ -203,37 +195,44 @@ class JudgeModel:
         Args:
             log_probs: N x C, before: the scorer's, calibrated.
         """
-        utilities = _utilities(self, _at(log_probs, answers.candidates), answers)
+        utilities = _utilities(self, at(log_probs, answers.candidates), answers)
         evidence: Floats = np.where(answers.shown, answers.opinions - utilities, np.nan)
         return evidence
 
-    def gain(self, log_probs: Floats, candidates: Columns, *, none_offered: bool = False) -> Floats:
-        """The expected gain in accuracy from asking: N numbers from 0 to 1.
+    def gain(self, log_probs: Floats, candidates: Columns, *, none_offered: bool = False, word_final: bool = False) -> Floats:
+        """The expected gain in accuracy from asking: N numbers up to 1.
 
-        The expected probability of the best label after the answer, over all answers by how likely they are, less that of the
-        best label now: the value of information of decision theory (Howard, "Information value theory", 1966) where being
-        right is worth 1.
+        The expected probability that the final label is right, over all answers by how likely they are, less that of the best
+        label now: the value of information of decision theory (Howard, "Information value theory", 1966) where being right is
+        worth 1.
 
         Args:
             log_probs: N x C, the scorer's, calibrated.
             candidates: N x K columns, as they would be shown.
+            word_final: whether the judge's answer is final, and the scorer's best label stands where it gives none: asking can
+                then lose, and the gain be less than 0. Else the best label after the answer is taken.
         """
         nobody = np.full(len(log_probs), NOBODY)
         answers = Answers(candidates=candidates, answers=nobody, none_offered=none_offered)
-        weights, width = self._weights(log_probs, answers), candidates.shape[1]
-        now = np.exp(log_probs)
-        outside = now / weights.totals[:, width:]
-        inside = np.where(answers.shown, _at(now, candidates) / weights.totals[:, :width], 0.0)
-        where = np.nonzero(answers.shown)
-        outside[where[0], candidates[where]] = 0.0
-        best_outside = outside.max(axis=1, keepdims=True)
-        ranked = np.sort(np.concatenate([np.zeros((len(now), 1)), inside], axis=1), axis=1)
-        best_inside = ranked[:, -1:]
-        best_other = np.where(inside == best_inside, ranked[:, -2:-1], best_inside)
-        if_chosen = np.maximum(inside * np.exp(weights.abilities), np.maximum(best_other, best_outside))
-        if_none = np.maximum(best_inside, best_outside * np.exp(self.none_ability))
-        if_silent = np.maximum(best_inside, best_outside)
-        after = (weights.shown * if_chosen).sum(axis=1) + (weights.none * if_none + np.exp(self.silence) * if_silent)[:, 0]
+        weights, where = self._weights(log_probs, answers), np.nonzero(answers.shown)
+        others = np.exp(log_probs)
+        others[where[0], candidates[where]] = 0.0
+        shown_now = np.where(answers.shown, np.exp(at(log_probs, candidates)), 0.0)
+        now = np.column_stack([shown_now, others.max(axis=1)])  # of labels that are not shown, only the best can win
+        silent, spoke = now * weights.silent, now * (1 - weights.silent) / weights.totals
+        inside, outside, none_ability = spoke[:, :-1], spoke[:, -1:], np.exp(self.none_ability)
+        if_named = inside * np.exp(weights.abilities)
+        if word_final:
+            rows, best = np.arange(len(now)), now.argmax(axis=1)
+            if_none = spoke[rows, best] * np.where(best < candidates.shape[1], 1.0, none_ability)
+            right = (weights.shown * if_named).sum(axis=1) + weights.none * if_none + silent[rows, best]
+            lost_or_gained: Floats = right - now[rows, best]
+            return lost_or_gained
+        two_best = np.partition(np.column_stack([np.zeros((len(now), 2)), inside]), -2, axis=1)[:, -2:]
+        other, best_inside = two_best[:, :1], two_best[:, 1:]
+        best_other = np.maximum(np.where(inside == best_inside, other, best_inside), outside)
+        if_none = np.maximum(best_inside, outside * none_ability)[:, 0]
+        after = (weights.shown * np.maximum(if_named, best_other)).sum(axis=1) + weights.none * if_none + silent.max(axis=1)
         gained: Floats = np.maximum(after - now.max(axis=1), 0.0)
         return gained
 
@@ -244,21 +243,22 @@ class JudgeModel:
             log_probs: N x C, before: the scorer's, calibrated. Those of labels that are not shown do not matter.
         """
         weights, truths = self._weights(log_probs, answers), answers.spread(np.exp(log_probs))
-        shares = truths / weights.totals
+        shares = truths * (1 - weights.silent) / weights.totals
         named = weights.shown * (shares.sum(axis=1, keepdims=True) + np.expm1(weights.abilities) * shares[:, :-1])
         best = np.where(answers.shown, truths[:, :-1], -1.0).argmax(axis=1)
         return answers.slots == best, np.minimum(named[np.arange(len(answers)), best], 1.0)
 
-    def _weights(self, log_probs: Floats, answers: Answers) -> "_Weights":
-        return _weights(self, _at(log_probs, answers.candidates), answers)
+    def _weights(self, log_probs: Floats, answers: Answers) -> "Weights":
+        return weights_of(self, at(log_probs, answers.candidates), answers)
 
-    def _positions(self, width: int) -> Floats:
+    def positions(self, width: int) -> Floats:
+        """The biases of so many positions."""
         known = self.position_bias[:width]
         return np.concatenate([known, np.zeros(width - len(known))])
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Weights:
+class Weights:
     """Exponentials of utilities.
 
     Attributes:
@@ -266,213 +266,46 @@ class _Weights:
         abilities: N x K nats that each would have more if it were.
         none: of "none of these" where the truth is among the candidates; 0 if it is not offered.
         totals: N x (K + 1), over all options, if the truth is each candidate or, last, none of them.
+        silence: K + 1, the log-odds of no answer, likewise.
     """
 
     shown: Floats
     abilities: Floats
     none: float
     totals: Floats
+    silence: Floats
+
+    @property
+    def silent(self) -> Floats:
+        """K + 1: how likely no answer is, if the truth is each candidate or, last, none of them."""
+        silent: Floats = expit(self.silence)
+        return silent
 
 
-def _weights(model: JudgeModel, log_probs: Floats, answers: Answers) -> _Weights:
+def weights_of(model: JudgeModel, log_probs: Floats, answers: Answers) -> Weights:
     """Of N x K log-probabilities of the candidates."""
     columns = np.maximum(answers.candidates, 0)
     shown = np.where(answers.shown, np.exp(_utilities(model, log_probs, answers)), 0.0)
     abilities = np.where(answers.shown, model.ability + model.abilities[columns], 0.0)
     none = float(np.exp(model.none_bias)) if answers.none_offered else 0.0
-    base = shown.sum(axis=1, keepdims=True) + none + np.exp(model.silence)
+    base = np.maximum(shown.sum(axis=1, keepdims=True) + none, LEAST_TOTAL)
     totals = np.concatenate([base + np.expm1(abilities) * shown, base + np.expm1(model.none_ability) * none], axis=1)
-    return _Weights(shown=shown, abilities=abilities, none=none, totals=totals)
+    silence = np.append(np.full(columns.shape[1], model.silence), model.silence + model.silence_ability)
+    return Weights(shown=shown, abilities=abilities, none=none, totals=totals, silence=silence)
 
 
 def _utilities(model: JudgeModel, log_probs: Floats, answers: Answers) -> Floats:
     """N x K: of the candidates where they are not the truth, from their log-probabilities."""
     columns = np.maximum(answers.candidates, 0)
-    return model.following * log_probs + model.class_bias[columns] + model._positions(columns.shape[1])
+    return model.following * np.maximum(log_probs, FLOOR) + model.class_bias[columns] + model.positions(columns.shape[1])
 
 
-def _among(logits: Floats) -> Floats:
+def among(logits: Floats) -> Floats:
     """N x K log-probabilities among the candidates that have a number."""
-    among: Floats = logits - logsumexp(np.where(np.isnan(logits), -np.inf, logits), axis=1, keepdims=True)
-    return among
+    normalised: Floats = logits - logsumexp(np.where(np.isnan(logits), -np.inf, logits), axis=1, keepdims=True)
+    return normalised
 
 
-def blank_prior(blank: Answers, classes: int) -> JudgeModel:
-    """What is believed of a judge that only is known to have answered so about an image without content."""
-    nothing = np.zeros((len(blank), classes))
-    fitting = JudgeFitting(nothing, nothing, blank)
-    found = fitting.model(fitting.fit(fitting.start(), PRECISIONS[-1]))
-    prior = JudgeModel.prior(classes)
-    return replace(prior, class_bias=found.class_bias, position_bias=found.position_bias)
-
-
-def fit_judge(
-    log_probs: Floats, responsibilities: Floats, answers: Answers, *, blank: Answers | None = None
-) -> tuple[JudgeModel, Floats]:
-    """The model of the highest posterior probability, the strength of its prior by cross-validated log-likelihood.
-
-    The judge's own probabilities get a weight if they are better than its answers by more than a standard error of the
-    cross-validated log-likelihood of the truth.
-
-    Args:
-        log_probs: N x C, the scorer's, calibrated without looking at these images' labels (the second of what `fit_scorer`
-            returns): otherwise the judge seems to follow a scorer that is always right.
-        responsibilities: N x C, rows sum to 1: one-hot where the truth is known.
-        blank: about an image without content; the biases begin at those found there, if that gives a better cross-validated
-            log-likelihood.
-
-    Returns:
-        the model, and the N x C log-probabilities after the answers as models fitted on the other folds give them.
-    """
-    fold_of, classes = folds(len(answers)), log_probs.shape[1]
-    priors = [JudgeModel.prior(classes), *([] if blank is None else [blank_prior(blank, classes)])]
-    tried = [(prior, precision) for prior in priors for precision in PRECISIONS]
-    scores = np.zeros(len(tried))
-    models: list[list[JudgeModel]] = []
-    for fold in range(FOLDS):
-        inside = fold_of == fold
-        fitting = JudgeFitting(log_probs[~inside], responsibilities[~inside], answers.rows(~inside))
-        held_out = JudgeFitting(log_probs[inside], responsibilities[inside], answers.rows(inside))
-        values, found = fitting.start(), []
-        for number, (prior, precision) in enumerate(tried):
-            values = fitting.fit(values, precision, prior)
-            scores[number] += held_out.log_likelihood(values)
-            found.append(fitting.model(values))
-        models.append(found)
-    best = int(scores.argmax())
-    prior, precision = tried[best]
-    whole = JudgeFitting(log_probs, responsibilities, answers)
-    model = whole.model(whole.fit(whole.start(), precision, prior))
-    if blank is not None:
-        model = replace(model, blank=prior is not priors[0])
-    parts = [(np.flatnonzero(fold_of == fold), found[best]) for fold, found in enumerate(models)]
-    if answers.probabilities is not None:
-        weight = _probability_weight(log_probs, responsibilities, answers, parts)
-        model = replace(model, probability_weight=weight)
-        parts = [(rows, replace(part, probability_weight=weight)) for rows, part in parts]
-    after = np.empty_like(log_probs)
-    for rows, part in parts:
-        after[rows] = part.posterior(log_probs[rows], answers.rows(rows))
-    return model, after
-
-
-def folds(images: int) -> NDArray[np.int64]:
-    """N: the fold of cross-validation that each image is in."""
-    return np.random.default_rng(1).permutation(images) % FOLDS
-
-
-def _probability_weight(
-    log_probs: Floats, responsibilities: Floats, answers: Answers, parts: Sequence[tuple[NDArray[np.intp], JudgeModel]]
-) -> float:
-    """The weight of a judge's own probabilities among the candidates, by models that do not know the rows beside them."""
-    evidence, answered = np.full(answers.candidates.shape, np.nan), np.zeros(answers.candidates.shape)
-    for rows, part in parts:
-        some = answers.rows(rows)
-        evidence[rows] = part.evidence(log_probs[rows], some)
-        answered[rows] = _at(part.posterior(log_probs[rows], some), some.candidates)
-    known = ~np.isnan(evidence)
-    before, truth = _at(log_probs, answers.candidates), np.where(known, _at(responsibilities, answers.candidates), 0.0)
-    by_answer = np.where(known, _among(np.where(known, answered, np.nan)), 0.0)
-
-    def gained(weight: float) -> Floats:
-        """N: nats that the truth has more than by the answer."""
-        among = np.where(known, _among(before + weight * evidence), 0.0)
-        gains: Floats = (truth * (among - by_answer)).sum(axis=1)
-        return gains
-
-    def objective(log_weight: float) -> float:
-        return float(WORD_PRECISION * log_weight**2 / 2 - gained(np.exp(log_weight)).sum())
-
-    weight = float(np.exp(minimize_scalar(objective, bounds=LOG_WEIGHTS, method="bounded").x))
-    gains = gained(weight)
-    return weight if gains.sum() > gains.std() * np.sqrt(len(gains)) else 0.0
-
-
-class JudgeFitting:
-    """The likelihood of some answers, as a function of one vector: ability, following, the constants, then C abilities, C
-    biases and K positions."""
-
-    def __init__(self, log_probs: Floats, responsibilities: Floats, answers: Answers) -> None:
-        self.answers = answers
-        self.classes, self.width = log_probs.shape[1], answers.candidates.shape[1]
-        self.log_probs = _at(log_probs, answers.candidates)
-        self.truth = answers.spread(responsibilities)
-        self.slots, self.rows = answers.slots, np.arange(len(answers))
-
-    def start(self, prior: JudgeModel | None = None) -> Floats:
-        """The values of a prior; of that of a judge that nothing is known of, unless given."""
-        prior = prior or JudgeModel.prior(self.classes)
-        constants = [prior.ability, prior.following, prior.none_bias, prior.none_ability, prior.silence]
-        return np.concatenate([constants, prior.abilities, prior.class_bias, prior._positions(self.width)])
-
-    def model(self, values: Floats) -> JudgeModel:
-        constants, abilities, bias, positions = np.split(values, np.cumsum([5, self.classes, self.classes]))
-        ability, following, none_bias, none_ability, silence = constants.tolist()
-        return JudgeModel(
-            ability=ability,
-            following=following,
-            none_bias=none_bias,
-            none_ability=none_ability,
-            silence=silence,
-            abilities=abilities,
-            class_bias=bias,
-            position_bias=positions,
-        )
-
-    def fit(self, values: Floats, precision: float, prior: JudgeModel | None = None) -> Floats:
-        """The values of the highest posterior probability, from these on."""
-        constants = [ABILITY_PRECISION, FOLLOWING_PRECISION, *[CONSTANT_PRECISION] * 3]
-        precisions = np.concatenate([constants, np.full(2 * self.classes + self.width, precision)])
-        start = self.start(prior)
-
-        def objective(values: Floats) -> tuple[float, Floats]:
-            likelihood, gradient = self._likelihood(values)
-            away = values - start
-            return float((precisions * away) @ away / 2 - likelihood), precisions * away - gradient
-
-        found: Floats = minimize(objective, values, method="L-BFGS-B", jac=True, options={"maxiter": ITERATIONS}).x
-        return found
-
-    def log_likelihood(self, values: Floats) -> float:
-        return self._likelihood(values)[0]
-
-    def _likelihood(self, values: Floats) -> tuple[float, Floats]:
-        """Of the answers, in expectation over the truth; and its gradient."""
-        model, answers, width, truth = self.model(values), self.answers, self.width, self.truth
-        weights = _weights(model, self.log_probs, answers)
-        columns, chosen, none = np.maximum(answers.candidates, 0), self.slots < width, self.slots == width
-        right = np.zeros_like(truth)  # the truth, where it was chosen
-        spoke = self.slots <= width
-        right[self.rows[spoke], self.slots[spoke]] = truth[self.rows[spoke], self.slots[spoke]]
-        with np.errstate(divide="ignore"):
-            utilities = np.log(weights.shown)
-        likelihood = (
-            utilities[self.rows[chosen], self.slots[chosen]].sum()
-            + none.sum() * model.none_bias
-            + (~spoke).sum() * model.silence
-            + (right[:, :width] * weights.abilities).sum()
-            + right[:, width].sum() * model.none_ability
-            - (truth * np.log(weights.totals)).sum()
-        )
-        per_weight = (truth / weights.totals).sum(axis=1, keepdims=True)
-        if_true = truth[:, :width] * weights.shown * np.exp(weights.abilities) / weights.totals[:, :width]
-        if_none = truth[:, width:] * weights.none * np.exp(model.none_ability) / weights.totals[:, width:]
-        of_ability = np.where(answers.shown, right[:, :width] - if_true, 0.0)
-        of_utility = -weights.shown * per_weight + if_true * np.expm1(-weights.abilities)
-        of_utility[self.rows[chosen], self.slots[chosen]] += 1.0
-        of_utility = np.where(answers.shown, of_utility, 0.0)
-        silent = np.exp(model.silence)
-        gradient = [
-            [of_ability.sum(), (of_utility * self.log_probs).sum()],
-            [none.sum() - weights.none * per_weight.sum() + (if_none * np.expm1(-model.none_ability)).sum()],
-            [right[:, width].sum() - if_none.sum(), (~spoke).sum() - silent * per_weight.sum()],
-            np.bincount(columns.ravel(), of_ability.ravel(), self.classes),
-            np.bincount(columns.ravel(), of_utility.ravel(), self.classes),
-            of_utility.sum(axis=0),
-        ]
-        return float(likelihood), np.concatenate(gradient)
-
-
-def _at(values: Floats, candidates: Columns) -> Floats:
+def at(values: Floats, candidates: Columns) -> Floats:
     """N x K: the values of N x C at the candidates; anything where there is none."""
     return np.take_along_axis(values, np.maximum(candidates, 0), axis=1)

@@ -36,6 +36,7 @@ class Asking:
 
     Attributes:
         model: of the judge.
+        word_final: whether its answer is final.
         pool: by which its answers are weighed, if not by the model.
         candidates: what it is shown.
         none_offered: whether "none of these" is one of the options.
@@ -44,14 +45,18 @@ class Asking:
     model: JudgeModel
     candidates: CandidateRule
     none_offered: bool
+    word_final: bool
     pool: Pool | None = None
 
     def gain(self, scores: Scores) -> NDArray[np.floating]:
-        """N: how much more likely the best label is to be right, in expectation, once the judge has answered; from 0 to 1."""
+        """N: how much more likely the final label is to be right, in expectation, once the judge has answered; less than 0 where
+        its word is final and the scorer knows better."""
         columns = self.candidates.columns(scores)
         if self.candidates.order == "reversed":
             columns = columns[:, ::-1]
-        return self.model.gain(scores.log_probs.astype(np.float64), columns, none_offered=self.none_offered)
+        return self.model.gain(
+            scores.log_probs.astype(np.float64), columns, none_offered=self.none_offered, word_final=self.word_final
+        )
 
     def fuse(self, scores: Scores, shown: Sequence[Candidate], verdict: Verdict) -> Scores:
         """1 x C: what to believe after a verdict, from what was believed before."""

@@ -11,7 +11,8 @@ import numpy as np
 from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax
 
-from cascadevlm.decision.judge_model import NONE_CHOSEN, Answers, folds
+from cascadevlm.decision.judge_fit import folds
+from cascadevlm.decision.judge_model import NONE_CHOSEN, Answers
 from cascadevlm.decision.scorer_calibration import FOLDS, Floats
 
 MOST = 5.0

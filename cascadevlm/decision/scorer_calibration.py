@@ -11,14 +11,13 @@ Responsibilities are N x C, rows sum to 1: how likely each label is to be the tr
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import reduce
 from typing import Annotated, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from pydantic import PlainSerializer, PlainValidator
 from scipy.optimize import minimize
-from scipy.special import log_softmax, softmax
+from scipy.special import log_softmax, logsumexp
 
 Floats: TypeAlias = NDArray[np.float64]
 
@@ -30,11 +29,11 @@ def _floats(value: ArrayLike) -> Floats:
 StoredFloats = Annotated[Floats, PlainValidator(_floats), PlainSerializer(np.ndarray.tolist)]
 """An array that pydantic writes and reads as lists."""
 
-CalibrationMethod = Literal["none", "temperature", "bias", "matrix"]
+CalibrationMethod = Literal["none", "temperature", "matched prior", "bias", "matrix"]
 
 FOLDS = 5
 FLOOR = -50.0
-"""Log-probabilities below are no different from it: a scorer that rounds to 0 says nothing about how improbable."""
+"""Of a probability of 0, unless another one of the image is less: a scorer that rounds says nothing about how improbable."""
 
 BIAS_PRECISIONS = (100.0, 10.0, 3.0, 1.0, 0.3)
 """Of the normal prior of a class's bias, in nats; from the strongest on, each fit begins where the last ended."""
@@ -45,11 +44,14 @@ MIXING_PRECISIONS = (30.0, 10.0, 3.0, 1.0)
 MOST_CLASSES_MIXED = 50
 """Beyond, W has too many elements for the labels that anybody has."""
 
-FEW = 10.0
-"""How many images it takes for marginals to be matched half-way to a prior."""
+MATCHING_PRECISION = 3.0
+"""Of the normal prior of a class's bias where it is to match marginals: of a few images, these are known roughly."""
 
-METHODS = ("none", "temperature", "matched prior, temperature", "bias", "matched prior, bias", "matrix")
-"""From the simplest on."""
+SCALE_PRECISION = 0.1
+"""Of the normal prior of log s around 0."""
+
+FARTHEST = 12.0
+"""How far log s is looked for: an optimiser's steps may be wide, and exponentials overflow."""
 
 ITERATIONS = 60
 """The most of each fit: a prior makes them converge sooner."""
@@ -86,50 +88,62 @@ class ScorerCalibration:
         return calibrated
 
 
+def floored(log_probs: NDArray[np.floating]) -> Floats:
+    """N x C, without infinities."""
+    values = np.asarray(log_probs, dtype=np.float64)
+    impossible = np.isneginf(values)
+    least = np.where(impossible, 0.0, values).min(axis=1, keepdims=True)
+    return np.where(impossible, np.minimum(least, FLOOR), values)
+
+
 def centre(log_probs: NDArray[np.floating]) -> Floats:
     """N x C, every row less its mean."""
-    floored = np.maximum(log_probs, FLOOR, dtype=np.float64)
-    centred: Floats = floored - floored.mean(axis=1, keepdims=True)
+    values = floored(log_probs)
+    centred: Floats = values - values.mean(axis=1, keepdims=True)
     return centred
 
 
 def match_prior(log_probs: NDArray[np.floating], prior: Floats | None = None) -> Floats:
-    """C biases that make the mean of the N calibrated distributions the ``prior`` over classes (uniform, unless given).
+    """C biases by which the mean of the N calibrated distributions comes near the ``prior`` over classes (uniform, unless given).
 
-    Needs no labels. Of few images (`FEW`), the marginals are brought only a part of the way. Source: the marginal constraint of
-    Menon et al., "Long-tail learning via logit adjustment", ICLR 2021, solved by iterative scaling (Deming and Stephan 1940).
+    Needs no labels. They are those of the highest posterior probability under a normal prior of `MATCHING_PRECISION`, which pulls
+    them back where there are few images; without it, the mean would be the prior exactly. Source: the marginal constraint of
+    Menon et al., "Long-tail learning via logit adjustment", ICLR 2021.
     """
-    classes = log_probs.shape[1]
-    wanted = np.full(classes, 1 / classes) if prior is None else prior
-    centred, bias = centre(log_probs), np.zeros(classes)
-    part = len(centred) / (len(centred) + FEW)
-    target = part * wanted + (1 - part) * softmax(centred, axis=1).mean(axis=0)
-    for _ in range(ITERATIONS):
-        step = np.log(target / softmax(centred + bias, axis=1).mean(axis=0))
-        bias += step
-        if np.abs(step).max() < 1e-3:
-            break
-    return bias
+    images, classes = log_probs.shape
+    wanted = images * (np.full(classes, 1 / classes) if prior is None else prior)
+    centred = centre(log_probs)
+
+    def objective(bias: Floats) -> tuple[float, Floats]:
+        logits = centred + bias
+        totals = logsumexp(logits, axis=1, keepdims=True)
+        gradient = np.exp(logits - totals).sum(axis=0) - wanted + MATCHING_PRECISION * bias
+        return float(totals.sum() - wanted @ bias + MATCHING_PRECISION * (bias @ bias) / 2), gradient
+
+    found: Floats = minimize(objective, np.zeros(classes), jac=True, method="L-BFGS-B", options={"maxiter": ITERATIONS}).x
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """What is fitted: from C biases ``start`` on, a scale and, where their prior has a precision, bias and mixing."""
+    """What is fitted: a scale, its logarithm with a prior of this precision; from biases that match a prior on, if ``matched``;
+    and, where their priors have a precision, bias and mixing."""
 
-    start: Floats
+    scale: float = SCALE_PRECISION
+    matched: bool = False
     bias: float | None = None
     mixing: float | None = None
 
 
 def fit_scorer(
-    log_probs: NDArray[np.floating], responsibilities: Floats, *, unlabelled: NDArray[np.floating] | None = None
+    log_probs: NDArray[np.floating], responsibilities: Floats, *, prior: Floats | None = None
 ) -> tuple[ScorerCalibration, Floats]:
-    """The simplest calibration that none is better than by more than a standard error of the cross-validated log-likelihood.
+    """The calibration of the highest cross-validated log-likelihood; priors hold back the richer ones where there are few images.
 
     Args:
         log_probs: N x C, the scorer's.
         responsibilities: N x C.
-        unlabelled: M x C, further scores of the same kind of images for `match_prior`.
+        prior: C shares of the classes to match; even, unless given.
 
     Returns:
         the calibration, and the N x C calibrated log-probabilities of the images as those fitted on the other folds give
@@ -137,27 +151,29 @@ def fit_scorer(
     """
     classes = log_probs.shape[1]
     fold_of = np.random.default_rng(0).permutation(len(log_probs)) % FOLDS
-    matched = match_prior(log_probs if unlabelled is None else np.concatenate([log_probs, unlabelled]))
-    tried = {"none": _Tried.of(np.maximum(log_probs, FLOOR, dtype=np.float64), responsibilities, None)}
 
-    def attempt(name: str, shapes: Sequence[Shape]) -> None:
-        found = _held_out(log_probs, responsibilities, fold_of, shapes)
-        fits = [_Tried.of(held_out, responsibilities, shape) for shape, held_out in zip(shapes, found, strict=True)]
-        tried[name] = max(fits, key=lambda fit: fit.likelihoods.mean())
+    def attempt(shapes: Sequence[Shape]) -> "_Tried":
+        held_out = np.empty((len(shapes), *log_probs.shape))
+        for fold in range(FOLDS):
+            inside = fold_of == fold
+            for number, fitted in enumerate(fit_shapes(log_probs[~inside], responsibilities[~inside], shapes, prior)):
+                held_out[number, inside] = fitted(log_probs[inside])
+        tried = [_Tried.of(found, responsibilities, shape) for shape, found in zip(shapes, held_out, strict=True)]
+        return max(tried, key=_Tried.mean)
 
-    for name, start in (("", np.zeros(classes)), ("matched prior, ", matched)):
-        attempt(name + "temperature", [Shape(start=start)])
-        attempt(name + "bias", [Shape(start=start, bias=precision) for precision in BIAS_PRECISIONS])
-    if classes <= MOST_CLASSES_MIXED:
-        biased = max(tried["bias"], tried["matched prior, bias"], key=lambda fit: fit.likelihoods.mean())
-        if biased.shape is not None:
-            attempt("matrix", [replace(biased.shape, mixing=precision) for precision in MIXING_PRECISIONS])
-    best = reduce(_Tried.unless_better, (tried[name] for name in METHODS if name in tried))
+    tried = {
+        "none": _Tried.of(floored(log_probs), responsibilities, None),
+        "temperature": attempt([Shape()]),
+        "matched prior": attempt([Shape(matched=True)]),
+        "bias": attempt([Shape(bias=precision) for precision in BIAS_PRECISIONS]),
+    }
+    if classes <= MOST_CLASSES_MIXED and (biased := tried["bias"].shape):
+        tried["matrix"] = attempt([replace(biased, mixing=precision) for precision in MIXING_PRECISIONS])
+    best = max(tried.values(), key=_Tried.mean)  # of equals the simplest
     calibration = ScorerCalibration.identity(classes)
     if best.shape is not None:
-        (calibration,) = fit_shapes(log_probs, responsibilities, [best.shape])
-    likelihoods = {name: float(fit.likelihoods.mean()) for name, fit in tried.items()}
-    return replace(calibration, log_likelihoods=likelihoods), best.held_out
+        (calibration,) = fit_shapes(log_probs, responsibilities, [best.shape], prior)
+    return replace(calibration, log_likelihoods={name: fit.mean() for name, fit in tried.items()}), best.held_out
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,32 +194,23 @@ class _Tried:
     def of(cls, held_out: Floats, responsibilities: Floats, shape: Shape | None) -> "_Tried":
         return cls(shape=shape, held_out=held_out, likelihoods=(held_out * responsibilities).sum(axis=1))
 
-    def unless_better(self, richer: "_Tried") -> "_Tried":
-        """The richer one, if it is better by more than a standard error (Breiman et al., "Classification and Regression Trees",
-        1984, section 3.4.3)."""
-        gained = richer.likelihoods - self.likelihoods
-        return richer if gained.mean() > gained.std() / np.sqrt(len(gained)) else self
+    def mean(self) -> float:
+        """Of the likelihoods."""
+        return float(self.likelihoods.mean())
 
 
-def _held_out(
-    log_probs: NDArray[np.floating], responsibilities: Floats, fold_of: NDArray[np.int64], shapes: Sequence[Shape]
-) -> Floats:
-    held_out = np.empty((len(shapes), *log_probs.shape))
-    for fold in range(FOLDS):
-        inside = fold_of == fold
-        for number, calibration in enumerate(fit_shapes(log_probs[~inside], responsibilities[~inside], shapes)):
-            held_out[number, inside] = calibration(log_probs[inside])
-    return held_out
-
-
-def fit_shapes(log_probs: NDArray[np.floating], responsibilities: Floats, shapes: Sequence[Shape]) -> list[ScorerCalibration]:
+def fit_shapes(
+    log_probs: NDArray[np.floating], responsibilities: Floats, shapes: Sequence[Shape], prior: Floats | None = None
+) -> list[ScorerCalibration]:
     """A fit of every shape, all with the same parts; each begins at the one before."""
     classes, first = log_probs.shape[1], shapes[0]
-    centred = centre(log_probs) + first.start
+    matched = match_prior(log_probs, prior) if first.matched else np.zeros(classes)
+    centred = centre(log_probs) + matched
     spread, means = max(float(centred.std()), 1e-6), centred.mean(axis=0)
     features = (centred - means) / spread
     parts = (1, classes * (first.bias is not None), classes**2 * (first.mixing is not None))
     ends = np.cumsum(parts)
+    bounds = [(-FARTHEST, FARTHEST)] + [(None, None)] * (sum(parts) - 1)
 
     def objective(values: Floats, precisions: Floats) -> tuple[float, Floats]:
         log_scale, bias, mixing = np.split(values, ends[:-1])
@@ -224,14 +231,18 @@ def fit_shapes(log_probs: NDArray[np.floating], responsibilities: Floats, shapes
 
     values, fitted = np.zeros(ends[-1]), []
     for shape in shapes:
-        precisions = np.repeat([1.0, shape.bias or 0.0, shape.mixing or 0.0], parts)
-        values = minimize(objective, values, (precisions,), "L-BFGS-B", jac=True, options={"maxiter": ITERATIONS}).x
+        precisions = np.repeat([shape.scale, shape.bias or 0.0, shape.mixing or 0.0], parts)
+        values = minimize(
+            objective, values, (precisions,), "L-BFGS-B", jac=True, bounds=bounds, options={"maxiter": ITERATIONS}
+        ).x
         log_scale, bias, mixing = np.split(values, ends[:-1])
         scale = float(np.exp(log_scale[0]))
         whole = mixing.reshape(classes, classes) / spread if mixing.size else None
-        offset = scale * shape.start + (bias if bias.size else 0)
+        offset = scale * matched + (bias if bias.size else 0)
         if whole is not None:
-            offset = offset + (shape.start - means) @ whole
-        method: CalibrationMethod = "matrix" if mixing.size else "bias" if bias.size or shape.start.any() else "temperature"
+            offset = offset + (matched - means) @ whole
+        method: CalibrationMethod = (
+            "matrix" if mixing.size else "bias" if bias.size else "matched prior" if first.matched else "temperature"
+        )
         fitted.append(ScorerCalibration(method=method, scale=scale, bias=offset, mixing=whole))
     return fitted

@@ -164,3 +164,17 @@ def test_a_server_that_is_not_there_has_billed_nothing(through: type[HostedJudge
 
     error = asyncio.run(ask())
     assert (type(error), error.may_be_billed) == (TransientError, False)
+
+
+@pytest.mark.parametrize(("secret", "told"), [("", True), ("sk-abcdef", True), ("no JSON", False)])
+async def test_the_cause_is_told_unless_it_shows_the_key(secret: str, told: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client of the user's own may have no key."""
+    cause = ValueError("no JSON")
+
+    async def request() -> None:
+        raise cause
+
+    monkeypatch.setattr(OpenAIJudge, "secret", secret)
+    with pytest.raises(TransientError) as caught:
+        await OpenAIJudge("gpt-4o").call(request())
+    assert caught.value.__cause__ is (cause if told else None)

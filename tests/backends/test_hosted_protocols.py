@@ -14,8 +14,8 @@ from pydantic import JsonValue
 from cascadevlm import load_prompt
 from cascadevlm.budget import Ledger
 from cascadevlm.cache import MemoryStore, key_of, question_payload
+from cascadevlm.dependable import dependable
 from cascadevlm.encoding import encode_image, size_within
-from cascadevlm.engine import dependable
 from cascadevlm.hosted import HostedJudge
 from cascadevlm.judge import Judge
 from cascadevlm.testing import JudgeContract, noise, picture, question

@@ -51,6 +51,42 @@ def test_without_labels_is_marked(birds: Path) -> None:
     assert written["images"] == 20
 
 
+def test_shares_of_the_classes_are_matched(birds: Path) -> None:
+    """With all images of one class, no other label is likely any more after matching; most images are of others."""
+    names = [folder.name for folder in sorted((birds / "data").iterdir())]
+    given = {"even": dict.fromkeys(names, 1), "one": dict.fromkeys(names, 0) | {names[0]: 3}}
+    reached = {}
+    for name, shares in given.items():
+        (birds / "shares.json").write_text(json.dumps(shares))
+        run("calibrate", birds / "run", "-o", birds / f"{name}.json", "--size", "20", "--shares", birds / "shares.json")
+        reached[name] = json.loads((birds / f"{name}.json").read_text())["scorer"]["log_likelihoods"]
+    run("calibrate", birds / "run", "-o", birds / "plain.json", "--size", "20")
+    assert json.loads((birds / "plain.json").read_text())["scorer"]["log_likelihoods"] == reached["even"]
+    assert reached["one"]["matched prior"] < reached["even"]["matched prior"]
+
+
+@pytest.mark.parametrize(
+    ("shares", "told"),
+    [
+        ('{"owl": 1}', "is missing"),
+        ("[1, 2]", "no JSON object of shares by name"),
+        (None, "cannot be read"),
+        ("zeros", "all shares are 0"),
+        ("more", "'zebra' is no label of the record"),
+    ],
+)
+def test_shares_that_do_not_fit_are_refused(birds: Path, shares: str | None, told: str) -> None:
+    names = [folder.name for folder in sorted((birds / "data").iterdir())]
+    made = {"zeros": json.dumps(dict.fromkeys(names, 0)), "more": json.dumps(dict.fromkeys([*names, "zebra"], 1))}
+    path = birds / "odd.json"
+    path.unlink(missing_ok=True)
+    if shares is not None:
+        path.write_text(made.get(shares, shares))
+    failed = run("calibrate", birds / "run", "-o", birds / "x.json", "--size", "20", "--shares", path, check=False)
+    assert failed.returncode == 2
+    assert told in " ".join(failed.stderr.split())
+
+
 def test_what_is_said_of_a_blank_image_is_asked_once(birds: Path) -> None:
     """In mode "likelihood" the bundled judge always chooses; writing, it names a bird that is not on the list."""
     weighing = ("--set", 'stage.0.options={ mode = "likelihood" }')

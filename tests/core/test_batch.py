@@ -15,17 +15,18 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from cascadevlm import Cascade, Prediction, Stage, load_prompt, parse_policy
-from cascadevlm import batch as batch_module
-from cascadevlm.batch import MOST_ATTEMPTS, BatchJudge, stream_in_batches
+from cascadevlm.batch import stream_in_batches
+from cascadevlm.batch_judge import MOST_ATTEMPTS, BatchJudge, Chunk
 from cascadevlm.budget import NANODOLLARS, Ledger
 from cascadevlm.cache import DiskStore, MemoryStore, VerdictStore
-from cascadevlm.engine import OnFailure
 from cascadevlm.errors import BackendError, FatalError, InputError, JudgeError, PermanentError, TransientError
 from cascadevlm.hosted import BatchLimits, HostedJudge
 from cascadevlm.images import pixel_digest
+from cascadevlm.item import OnFailure
 from cascadevlm.judge import Judge
 from cascadevlm.testing import FakeJudge, FakeScorer, noise
 from cascadevlm.testing.server import Conversation, Fault, JudgeServer
+from cascadevlm.types import Question
 from cascadevlm_backends.anthropic import AnthropicJudge
 from cascadevlm_backends.openai import OpenAIJudge
 
@@ -293,7 +294,7 @@ async def test_killed_again_and_again(provider: Provider, tmp_path: Path, monkey
     async with bench(provider, tmp_path, store=MemoryStore(), answer=unparsed_at_first) as one:
         saves, save = 0, BatchJudge._save
 
-        def dying(self: BatchJudge, chunk: batch_module.Chunk) -> None:
+        def dying(self: BatchJudge, chunk: Chunk) -> None:
             nonlocal saves
             saves += 1
             save(self, chunk)
@@ -554,6 +555,30 @@ async def test_a_run_taken_up_with_less_money(provider: Provider, tmp_path: Path
         assert len(one.rows) == 30
 
 
+@pytest.mark.parametrize("batched_first", [True, False])
+async def test_a_paid_judge_without_batches_does_not_wait_for_bills(batched_first: bool, tmp_path: Path) -> None:
+    """There is money for an answer to each image, and three more: the bills of images not yet in hand will not come back."""
+    bill = BILL // 2
+
+    class Paid(FakeJudge):
+        def worst_case(self, question: Question) -> int:
+            return bill
+
+    images = [noise(seed, (8, 8)) for seed in range(100)]
+    async with bench("openai", tmp_path) as one:
+        cascade = one.cascade("always")
+        paid = Stage(judge=Paid("paid", dollars=bill / NANODOLLARS), prompt=SELECT)
+        stages = [*cascade.stages, paid] if batched_first else [paid, *cascade.stages]
+        cap = 103 * bill / NANODOLLARS
+        one.ledger = Ledger(cap)
+        predictions = await asyncio.wait_for(one.run(cascade.altered(stages=stages, ledger=one.ledger), images), 60)
+        answered = Counter(verdict.stage for each in predictions for verdict in each.verdicts if verdict.outcome == "answered")
+        assert answered.total() >= 95
+        assert one.ledger.spent_dollars == pytest.approx(answered.total() * bill / NANODOLLARS)
+        assert one.ledger.spent_dollars <= cap
+        assert one.ledger.reserved_dollars == 0
+
+
 # Batches refused
 
 
@@ -801,7 +826,7 @@ def test_whatever_becomes_of_the_rows(
     images = IMAGES[:8]
     saves, save = -1, BatchJudge._save
 
-    def dying(self: BatchJudge, chunk: batch_module.Chunk) -> None:
+    def dying(self: BatchJudge, chunk: Chunk) -> None:
         nonlocal saves
         saves += 1
         save(self, chunk)

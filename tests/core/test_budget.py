@@ -220,7 +220,7 @@ def test_a_waiter_whose_loop_is_gone_does_not_stop_the_others() -> None:
         with pytest.raises(TimeoutError):
             await asyncio.wait_for(ledger.reserve(500), 0.01)
 
-    ledger.reserve_now(1000)
+    asyncio.run(ledger.reserve(1000))
     asyncio.run(give_up())
     ledger.settle(1000, 0)
     ledger.reserve_now(1000)
@@ -271,6 +271,22 @@ def test_reserving_now_does_not_wait() -> None:
         ledger.reserve_now(301)
     ledger.reserve_now(300)
     assert ledger.reserved_dollars == 1e-6
+
+
+async def test_nobody_waits_for_a_standing_promise() -> None:
+    ledger = Ledger(1e-6)
+    ledger.reserve_now(700)
+    await ledger.reserve(200)
+    waiting = asyncio.create_task(ledger.reserve(300))
+    await asyncio.sleep(0.01)
+    assert not waiting.done()  # what is in flight may come back
+    ledger.settle(200, 0)
+    await asyncio.wait_for(waiting, 1)
+    with pytest.raises(BudgetExhausted, match=r"\$0\.0000 left"):
+        await asyncio.wait_for(ledger.reserve(301), 1)
+    ledger.settle(700, 100, standing=True)
+    await asyncio.wait_for(ledger.reserve(600), 1)
+    assert (ledger._spent, ledger._reserved) == (100, 900)
 
 
 async def test_without_a_cap_nothing_is_refused_and_all_is_counted() -> None:

@@ -1,10 +1,13 @@
 """Bulk runs: what they write, and what is left of them when they are disturbed."""
 
+import asyncio
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+import tracemalloc
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,17 +16,25 @@ import pytest
 from filelock import FileLock
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 from pydantic import JsonValue
 
 from benchmarks.kills import predictions as lines
 from benchmarks.kills import prove
-from cascadevlm import Cascade, Stage, bulk, load_prompt, parse_policy
-from cascadevlm.budget import Ledger
-from cascadevlm.errors import DataError, FatalError, PermanentError
+from cascadevlm import Cascade, Stage, bulk, load_prompt, parse_policy, run_folder
+from cascadevlm.budget import DurableLedger, Ledger
+from cascadevlm.cache import DiskStore
+from cascadevlm.config import Config
+from cascadevlm.decision.calibration import CalibratedJudge, Calibration
+from cascadevlm.decision.judge_model import JudgeModel
+from cascadevlm.decision.scorer_calibration import ScorerCalibration
+from cascadevlm.errors import DataError, FatalError, PermanentError, RunError
+from cascadevlm.files import write_whole
 from cascadevlm.inputs import Inputs, Named
-from cascadevlm.run_folder import DurableLedger
+from cascadevlm.labels import Label, LabelSet
+from cascadevlm.support import SupportSet
 from cascadevlm.testing import FakeJudge, FakeScorer, noise, picture
-from cascadevlm.types import Question
+from cascadevlm.types import Exemplar, Prompt, Question, Scores, Verdict
 
 RED, GREY = (200, 0, 0), (90, 90, 90)
 LABELS = ["finch", "owl", "wren", "stork"]
@@ -71,6 +82,15 @@ def test_it_says_what_classify_says(tmp_path: Path) -> None:
     }
     assert 0 < tally.counts["answered"] < 30
     assert json.loads((tmp_path / "run" / "summary.json").read_text()) == tally.to_dict()
+
+
+def test_a_cache_serves_all_runs_from_the_first_on(tmp_path: Path) -> None:
+    judges = FakeJudge(reply=second), FakeJudge(reply=second)
+    for name, judge in zip(("first", "second"), judges, strict=True):
+        bulk.run(cascade(judge, "always", store=DiskStore(tmp_path / "cache")), Pictures(8), tmp_path / name, config={})
+        assert not (tmp_path / name / "verdicts").exists()
+    assert [len(judge.questions) for judge in judges] == [8, 0]
+    assert len(DiskStore(tmp_path / "cache")) == 8
 
 
 def test_the_table_holds_what_the_lines_hold(tmp_path: Path) -> None:
@@ -182,6 +202,75 @@ def test_another_configuration_is_refused_by_its_difference(tmp_path: Path) -> N
     bulk.run(cascade(), Pictures(5), tmp_path, config=config | {"budget": {"usd": 2.0}})
 
 
+@pytest.mark.parametrize(
+    ("before", "now"),
+    [
+        ({"stage": [{"judge": "a", "options": {"requests_per_minute": 500, "timeout": 9}}]}, {"stage": [{"judge": "a"}]}),
+        ({"scorer": {"use": "a", "options": {"device": "cpu"}}}, {"scorer": {"use": "a"}}),
+        ({"scorer": {"use": "a"}}, Config.parse({"scorer": {"use": "a"}}).model_dump(mode="json")),
+        ({"calibration": "a.json"}, {"calibration": "b.json"}),
+    ],
+)
+def test_what_decides_nothing_may_change(tmp_path: Path, before: dict[str, JsonValue], now: dict[str, JsonValue]) -> None:
+    """A key that a newer version knows, too."""
+    for config in (before, now):
+        bulk.run(cascade(), Pictures(5), tmp_path, config=config)
+
+
+class Endpoint(FakeJudge):
+    """Is known by its endpoint once it is ready."""
+
+    def __init__(self, endpoint: str) -> None:
+        super().__init__(reply=second)
+        self.endpoint = endpoint
+        self.ready = False
+
+    async def prepare(self) -> None:
+        self.ready = True
+
+    def identity(self) -> Mapping[str, JsonValue]:
+        assert self.ready
+        return {"judge": self.spec, "endpoint": self.endpoint}
+
+
+def test_another_judge_is_refused_by_its_identity(tmp_path: Path) -> None:
+    bulk.run(cascade(Endpoint("here")), Pictures(5), tmp_path, config={})
+    other = Endpoint("there")
+    with pytest.raises(DataError, match=r"stage\.0\.judge\.endpoint was 'here' and is 'there'"):
+        bulk.run(cascade(other), Pictures(9), tmp_path, config={})
+    assert not other.questions
+    assert bulk.run(cascade(Endpoint("here")), Pictures(9), tmp_path, config={}).images == 9
+
+
+def of_contents(*, prompt: Prompt | None = None, shown: int = 1, scale: float = 1.0) -> Cascade:
+    calibration = Calibration(
+        labels=tuple(LABELS),
+        fingerprint="fake:fake",
+        scorer=ScorerCalibration(method="bias", scale=scale, bias=np.zeros(len(LABELS))),
+        judges=(CalibratedJudge(judge="fake:fake", settings={}, model=JudgeModel.prior(len(LABELS))),),
+        images=20,
+        labelled=True,
+        fitted_on=(),
+    )
+    support = SupportSet({"owl": (Exemplar(image=noise(shown, (8, 8)), label=Label(name="owl")),)})
+    stage = Stage(judge=FakeJudge(), prompt=prompt or load_prompt("select_fewshot"), support=support)
+    return Cascade(FakeScorer(), [stage], labels=LABELS, calibration=calibration)
+
+
+def test_other_contents_of_files_are_refused(tmp_path: Path) -> None:
+    prompt = load_prompt("select_fewshot")
+    others = {
+        "stage.0.prompt": of_contents(prompt=replace(prompt, text=prompt.text + "!")),
+        "stage.0.support": of_contents(shown=2),
+        "calibration": of_contents(scale=2.0),
+    }
+    bulk.run(of_contents(), Pictures(5), tmp_path, config={})
+    for name, other in others.items():
+        with pytest.raises(DataError, match=f"run: the content of {name} is another"):
+            bulk.run(other, Pictures(5), tmp_path, config={})
+    bulk.run(of_contents(), Pictures(5), tmp_path, config={})
+
+
 def test_another_scorer_is_refused(tmp_path: Path) -> None:
     bulk.run(cascade(), Pictures(5), tmp_path, config={})
     with pytest.raises(DataError, match="begun with the scorer 'fake:fake', this one is 'fake:another'"):
@@ -206,6 +295,12 @@ def test_a_folder_of_other_things_is_left_alone(tmp_path: Path) -> None:
     assert [entry.name for entry in tmp_path.iterdir()] == ["thesis.tex"]
 
 
+def test_a_process_killed_before_its_manifest_was_there_leaves_a_folder_to_begin_in(tmp_path: Path) -> None:
+    (tmp_path / "lock").touch()
+    (tmp_path / "manifest.json.part").write_text('{"form')
+    assert bulk.run(cascade(), Pictures(5), tmp_path, config={}).images == 5
+
+
 def test_failures_are_told_once(tmp_path: Path) -> None:
     files = [tmp_path / f"{number}.png" for number in range(8)]
     for number, file in enumerate(files):
@@ -224,6 +319,32 @@ def test_failures_are_told_once(tmp_path: Path) -> None:
     assert told[1]["error"] == "cannot be asked"
     assert "does not exist" in told[2]["error"]
     assert tally.counts == {"answered": 6, "failed": 1, "unreadable": 2}
+
+
+def test_failures_are_tried_again_if_that_is_wanted(tmp_path: Path) -> None:
+    """What follows the first of them is worked out again, from answers that are kept."""
+    files = [tmp_path / f"{number}.png" for number in range(12)]
+    for number, file in enumerate(files):
+        noise(number, (8, 8)).save(file)
+    files[7].unlink()
+    images = [(str(file), file) for file in files]
+
+    def reply(question: Question) -> str | Exception:
+        return PermanentError("no answer") if question.image == noise(5, (8, 8)) else "ANSWER: A"
+
+    run = tmp_path / "run"
+    tally = bulk.run(cascade(FakeJudge(reply=reply), "always"), images, run, config={})
+    assert (tally.failures, tally.counts) == (2, {"answered": 10, "failed": 1, "unreadable": 1})
+    noise(7, (8, 8)).save(files[7])
+    judge = FakeJudge()
+    assert bulk.run(cascade(judge, "always"), images, run, config={}).failures == 2
+    assert not judge.questions
+    tally = bulk.run(cascade(judge, "always"), images, run, config={}, retry_failed=True)
+    assert (tally.images, tally.counts, tally.failures) == (12, {"answered": 12}, 0)
+    assert [question.image for question in judge.questions] == [noise(5, (8, 8)), noise(7, (8, 8))]
+    assert (run / "failures.jsonl").read_text() == ""
+    assert [line["path"] for line in lines(run)] == [name for name, _ in images]
+    assert json.loads((run / "summary.json").read_text()) == tally.to_dict()
 
 
 def test_a_dead_judge_ends_the_run_and_what_was_done_is_kept(tmp_path: Path) -> None:
@@ -301,6 +422,89 @@ def test_a_ledger_never_forgets(
         assert expected == sum(promise if paid is None else min(promise, paid) for promise, paid in promises)
 
 
+def test_a_long_ledger_takes_no_memory(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.jsonl"
+    path.write_text('{"reserved": 5, "spent": 0}\n{"reserved": -5, "spent": 3}\n' * 50_000)
+    tracemalloc.start()
+    ledger = DurableLedger(None, path)
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    ledger.close()
+    assert round(ledger.spent_dollars * 1e9) == 150_000
+    assert most < 500_000
+
+
+@pytest.mark.parametrize("damage", [b"\0\0\0\n", b'{"reserved": 5, "sp\n{"reserved": 1, "spent": 2}\n', b'{"reserved": 5}\n'])
+def test_a_damaged_ledger_is_one_sentence(tmp_path: Path, damage: bytes) -> None:
+    bulk.run(cascade(), Pictures(5), tmp_path, config={})
+    with (tmp_path / "ledger.jsonl").open("ab") as file:
+        file.write(damage)
+    with pytest.raises(DataError, match=r"ledger\.jsonl', line 2, is damaged: what was spent is not known\. Write into it"):
+        bulk.run(cascade(), Pictures(9), tmp_path, config={})
+
+
+@pytest.mark.parametrize("damage", [b"", bytes(30), b'{"images": '])
+def test_damaged_progress_is_none(tmp_path: Path, damage: bytes) -> None:
+    stop = stopping_after(2)
+    bulk.run(cascade(), Pictures(20), tmp_path, config={}, stopping=stop.__next__)
+    (tmp_path / "progress.json").write_bytes(damage)
+    assert bulk.run(cascade(), Pictures(20), tmp_path, config={}).images == 20
+    bulk.run(cascade(), Pictures(20), tmp_path / "whole", config={})
+    assert lines(tmp_path) == lines(tmp_path / "whole")
+
+
+def test_a_table_that_is_gone_is_written_again(tmp_path: Path) -> None:
+    bulk.run(cascade(), Pictures(5), tmp_path, config={})
+    (tmp_path / "predictions.parquet").unlink()
+    bulk.run(cascade(), Pictures(5), tmp_path, config={})
+    assert pyarrow.parquet.read_metadata(tmp_path / "predictions.parquet").num_rows == 5
+
+
+def test_what_is_there_is_made_safe_while_the_next_image_keeps_the_run_waiting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bulk, "FLUSH_SECONDS", 0.05)
+    known: list[int] = []
+
+    class Slow(FakeJudge):
+        async def judge(self, question: Question) -> Verdict:
+            if question.image == noise(9, (8, 8)):
+                for _ in range(200):
+                    await asyncio.sleep(0.05)
+                    written = (tmp_path / "predictions.jsonl").read_bytes().count(b"\n")
+                    progress = tmp_path / "progress.json"
+                    known[:] = [written, json.loads(progress.read_bytes())["images"] if progress.exists() else 0]
+                    if known == [9, 8]:
+                        break
+            return await super().judge(question)
+
+    bulk.run(cascade(Slow(), "always"), Pictures(12), tmp_path, config={})
+    assert known == [9, 8]
+
+
+def test_what_cannot_be_flushed_ends_the_run_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bulk, "FLUSH_SECONDS", 0.05)
+
+    def full(path: Path, text: str) -> None:
+        if path.name == "progress.json":
+            raise OSError(28, "No space left on device")
+        write_whole(path, text)
+
+    monkeypatch.setattr(run_folder, "write_whole", full)
+    judge = FakeJudge(seconds=600)
+    with pytest.raises(RunError, match="cannot be written to: No space left on device"):
+        bulk.run(cascade(judge, "always"), Pictures(5), tmp_path, config={})
+
+
+def test_an_error_of_another_folder_is_not_of_this_one(tmp_path: Path) -> None:
+    class Broken(FakeScorer):
+        def score(self, images: Sequence[Image.Image], labels: LabelSet) -> Scores:
+            raise OSError(5, "Input/output error", "/embeddings/000000.f16")
+
+    with pytest.raises(OSError, match="embeddings"):
+        bulk.run(cascade().altered(scorer=Broken()), Pictures(5), tmp_path, config={})
+
+
 def test_a_full_disk_is_one_sentence_and_what_was_written_is_kept(tmp_path: Path) -> None:
     """The limit on the size of a file stands for the end of the disk."""
     script = """
@@ -329,7 +533,7 @@ def test_killed_runs_lose_nothing_and_pay_twice_only_for_what_was_under_way() ->
     proof = prove(3, images=150)
     assert (proof.kills, proof.asked_again, proof.different) == (3, 0, 0)
     assert proof.questions > 0
-    assert proof.paid_twice <= proof.under_way <= 3 * 8
+    assert proof.paid_twice <= proof.under_way <= proof.kills * 8
 
 
 def image_table(folder: Path, column: object) -> Path:

@@ -107,8 +107,9 @@ async def test_only_answers_are_kept(reply: str | Exception) -> None:
         await Cached(judge, store).judge(question())
     assert not store.verdicts
     assert (await Cached(judge, store).judge(question())).label == "blue finch"
-    with pytest.raises(ValueError, match="not kept"):
-        DiskStore(Path("unused")).put({}, Verdict(outcome="refused"))
+    for refusing in (DiskStore(Path("unused")), store):
+        with pytest.raises(ValueError, match="not kept"):
+            refusing.put({}, Verdict(outcome="refused"))
 
 
 async def test_none_of_these_is_an_answer(tmp_path: Path) -> None:

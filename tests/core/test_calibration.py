@@ -328,7 +328,7 @@ def test_records_are_decided_by_bayes_rule(seed: int) -> None:
             shown, answer = given_record.judged.candidates[row], given_record.judged.answers[row]
             for truth in range(5):
                 weights = np.exp(0.5 * calibrated.log_probs[row, shown].astype(float) + 2.0 * (shown == truth))
-                belief[truth] *= weights[shown == answer][0] / (weights.sum() + np.exp(-4.0))
+                belief[truth] *= weights[shown == answer][0] / weights.sum()
             belief /= belief.sum()
         assert fused.predicted[row] == belief.argmax()
         assert fused.probabilities[row] == pytest.approx(belief.max(), abs=1e-6)
@@ -456,14 +456,12 @@ def test_the_outcome_is_that_of_the_policy_on_other_images() -> None:
 # calibrating
 
 
-def rows_swapped(record: Record, names: tuple[str, ...], *, inside: bool) -> Record:
-    """All but truths and names in another order among the images inside or outside of some, which is as good as permuting the
-    truths: the draw of the images, which goes by classes, stays."""
+def truths_swapped(record: Record, names: tuple[str, ...], *, inside: bool) -> Record:
+    """With other truths of the images inside or outside of some."""
     rows = np.flatnonzero(np.isin(record.names, names) == inside)
-    order = np.arange(len(record))
-    order[rows] = np.roll(rows, 7)
-    moved = record.take(order)
-    return replace(moved, truths=record.truths, names=record.names)
+    truths = record.truths.copy()
+    truths[rows] = np.roll(truths[rows], 7)
+    return replace(record, truths=truths)
 
 
 TARGETS: list[Target | None] = [None, Target(kind="accuracy", value=0.8)]
@@ -473,7 +471,7 @@ TARGETS: list[Target | None] = [None, Target(kind="accuracy", value=0.8)]
 @pytest.mark.parametrize("labelled", [True, False])
 def test_labels_of_other_images_are_not_looked_at(target: Target | None, labelled: bool) -> None:
     one = calibrate(record(), size=120, target=target, labelled=labelled).calibration
-    moved = rows_swapped(record(), one.fitted_on, inside=False)
+    moved = truths_swapped(record(), one.fitted_on, inside=False)
     other = calibrate(moved, size=120, target=target, labelled=labelled).calibration
     assert one.fitted_on == other.fitted_on
     assert content(replace(one, figures={})) == content(replace(other, figures={}))
@@ -482,14 +480,12 @@ def test_labels_of_other_images_are_not_looked_at(target: Target | None, labelle
 
 def test_without_labels_those_of_its_own_images_are_not_looked_at_either() -> None:
     one = calibrate(record(), size=120, labelled=False).calibration
-    other = calibrate(rows_swapped(record(), one.fitted_on, inside=True), size=120, labelled=False).calibration
+    other = calibrate(truths_swapped(record(), one.fitted_on, inside=True), size=120, labelled=False).calibration
     assert not one.labelled
-    assert other.scorer.scale == pytest.approx(one.scorer.scale, rel=1e-3)
-    assert other.judges[0].model.ability == pytest.approx(one.judges[0].model.ability, rel=1e-3)
-    np.testing.assert_allclose(other.scorer.bias, one.scorer.bias, atol=1e-3)
+    assert content(replace(one, figures={})) == content(replace(other, figures={}))
     labelled = [
         calibrate(each, size=120).calibration.judges[0].model.ability
-        for each in (record(), rows_swapped(record(), one.fitted_on, inside=True))
+        for each in (record(), truths_swapped(record(), one.fitted_on, inside=True))
     ]
     assert labelled[0] > labelled[1] + 1
 

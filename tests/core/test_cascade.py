@@ -1,6 +1,9 @@
 """The engine through `Cascade`: order, concurrency, stages, failures, bounds."""
 
 import asyncio
+import gc
+import os
+import queue
 import random
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -26,7 +29,7 @@ from cascadevlm.scorer import Prepared
 from cascadevlm.support import SupportSet
 from cascadevlm.testing import FakeJudge, FakeScorer, noise, picture
 from cascadevlm.testing.fakes import Reply
-from cascadevlm.types import Question, Usage, Verdict
+from cascadevlm.types import Question, Scores, Usage, Verdict
 
 RED, BLUE, GREY = (200, 0, 0), (0, 0, 200), (90, 90, 90)
 LABELS = ["red bird", "blue bird", "grey bird"]
@@ -137,14 +140,16 @@ def test_judges_work_concurrently() -> None:
 @settings(deadline=None, max_examples=15)
 @given(st.integers(0, 99), st.integers(1, 7))
 def test_a_budget_of_calls_falls_on_the_same_images_whatever_the_latencies(seed: int, batch_size: int) -> None:
-    def asked(latency_seed: int) -> list[bool]:
-        stages = (
-            stage(Jittery(latency_seed, 0.003), "always & calls <= 7"),
-            stage(Jittery(latency_seed + 1, 0.003), "calls <= 3 & always"),
-        )
-        return [len(p.verdicts) == 2 for p in cascade(*stages, batch_size=batch_size).classify(numbered(20))]
+    def asked(latency_seed: int) -> list[int]:
+        judges = Jittery(latency_seed, 0.003), Jittery(latency_seed + 1, 0.003)
+        stages = stage(judges[0], "always & calls <= 7"), stage(judges[1], "calls <= 3 & always")
+        predictions = cascade(*stages, batch_size=batch_size).classify(numbered(20))
+        assert [judge.asked for judge in judges] == [7, 3]
+        return [len(p.verdicts) for p in predictions]
 
-    assert asked(seed) == asked(seed + 1)
+    first = asked(seed)
+    assert first == asked(seed + 1)
+    assert sorted(first) == [0] * 13 + [1] * 4 + [2] * 3
 
 
 def test_a_budget_is_spread_over_a_run_of_known_length_and_over_what_reaches_each_stage() -> None:
@@ -224,6 +229,57 @@ def test_leaving_a_stream_early_leaves_nothing_running() -> None:
     assert len(judge.questions) == asked < 100
 
 
+def test_a_policy_that_waits_for_a_cascade_is_told() -> None:
+    other = cascade()
+
+    def asking(scores: Scores) -> NDArray[np.bool_]:
+        other.classify([picture(RED)])
+        return np.ones(len(scores), dtype=bool)
+
+    with pytest.raises(InputError, match="cannot wait for a cascade"):
+        cascade(Stage(judge=FakeJudge(), prompt=SELECT, policy=asking)).classify([picture(GREY)])
+
+
+def test_a_stream_may_be_forgotten_and_collected_anywhere() -> None:
+    def collecting(_: Question) -> str:
+        gc.collect()  # here: in the thread of the event loop
+        return "ANSWER: A"
+
+    forgotten = FakeJudge(seconds=0.01)
+    gc.disable()
+    try:
+        stream = cascade(stage(forgotten), batch_size=2).stream(numbered(100))
+        next(stream)
+        cycle: list[object] = [stream]
+        cycle.append(cycle)
+        del stream, cycle
+        assert cascade(stage(FakeJudge(reply=collecting))).classify(picture(GREY)).label == "red bird"
+    finally:
+        gc.enable()
+    threading.Event().wait(0.1)
+    asked = len(forgotten.questions)
+    threading.Event().wait(0.1)
+    assert len(forgotten.questions) == asked < 100
+
+
+def test_sources_that_wait_hold_nobody_else_up() -> None:
+    """More of them than the default executor has threads."""
+    opened: queue.Queue[None] = queue.Queue()
+
+    def waiting() -> Iterator[Image.Image]:
+        yield picture(RED)
+        opened.get()
+        yield picture(RED)
+
+    streams = [cascade(stage(FakeJudge()), batch_size=1).stream(waiting()) for _ in range((os.cpu_count() or 1) + 5)]
+    for stream in streams:
+        assert next(stream).label == "red bird"
+    assert cascade(stage(FakeJudge())).classify(picture(GREY)).label == "red bird"
+    for _ in streams:
+        opened.put(None)
+    assert [len(list(stream)) for stream in streams] == [1] * len(streams)
+
+
 def test_an_endless_source_can_be_streamed() -> None:
     def forever() -> Iterator[Image.Image]:
         while True:
@@ -272,6 +328,17 @@ def test_a_fatal_error_stops_the_run_at_once() -> None:
 def test_a_bug_in_a_judge_is_not_swallowed() -> None:
     with pytest.raises(ZeroDivisionError):
         cascade(stage(FakeJudge(reply=ZeroDivisionError()))).classify(numbered(10))
+
+
+def test_after_a_bug_nothing_more_is_asked_and_paid() -> None:
+    replies: list[Reply] = [ZeroDivisionError(), *["ANSWER: A"] * 99]
+    judge, ledger = FakeJudge(reply=replies, seconds=0.01, dollars=0.01), Ledger()
+    judge.concurrency = 2
+    with pytest.raises(ZeroDivisionError):
+        cascade(stage(judge), ledger=ledger).classify(numbered(32))
+    threading.Event().wait(0.1)
+    assert len(judge.questions) <= 4
+    assert ledger.spent_dollars <= 0.04
 
 
 def test_a_bug_in_a_policy_or_scorer_is_not_swallowed() -> None:

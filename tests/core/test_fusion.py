@@ -1,6 +1,7 @@
 """The decision layer in a running cascade: fused opinions, gain, widening, abstaining, and what a configuration binds."""
 
 import json
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import permutations
@@ -12,9 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from pydantic import JsonValue
+from scipy.special import expit, softmax
 
 from cascadevlm import Cascade, Prediction, Stage, TopK, load_prompt, parse_policy
 from cascadevlm.budget import NANODOLLARS, Ledger
+from cascadevlm.cache import MemoryStore
 from cascadevlm.candidates import Order
 from cascadevlm.config import Config
 from cascadevlm.data import Data
@@ -31,12 +34,12 @@ from cascadevlm.decision.live import Asking, CalibratedScorer
 from cascadevlm.decision.pool import Pool
 from cascadevlm.decision.scorer_calibration import ScorerCalibration
 from cascadevlm.errors import BudgetExhausted, ConfigError, DataError, InputError, PolicyError
-from cascadevlm.evaluate import asking_everything
+from cascadevlm.evaluate import asking_everything, record_run
 from cascadevlm.images import ImageSource
 from cascadevlm.judge import Judge
 from cascadevlm.labels import LabelSet
 from cascadevlm.prompt import NONE_OF_THESE, options
-from cascadevlm.record import Record, read_record
+from cascadevlm.record import NOBODY, Record, read_record
 from cascadevlm.recording import KeepingScorer, KeepingStage, write_record
 from cascadevlm.scorer import Prepared
 from cascadevlm.sweep import under
@@ -126,25 +129,40 @@ def recorded(folder: Path, cascade: Cascade, images: int) -> tuple[Record, list[
 @pytest.mark.parametrize("offer_none", [False, True])
 @pytest.mark.parametrize("order", ["ranked", "reversed"])
 @pytest.mark.parametrize("policy", ["always", "gain > 0.1", "entropy > 0.6 & calls <= 9", "gain > 0.05 & calls <= 7"])
-def test_a_live_cascade_is_what_its_record_says_it_would_be(tmp_path: Path, offer_none: bool, order: Order, policy: str) -> None:
+@pytest.mark.parametrize("fusion", ["bayes", "judge"])
+def test_a_live_cascade_is_what_its_record_says_it_would_be(
+    tmp_path: Path, offer_none: bool, order: Order, policy: str, fusion: FusionRule
+) -> None:
     """Asking everything without a calibration, then deciding on the record, gives what asking with one does, where the same
     candidates are shown: all, in an order that is that of calibrated scores."""
-    calibration = known()
+    calibration = known(fusion=fusion)
 
     def asking(judge: Judge, policy: str) -> Cascade:
         candidates = TopK(k=6, order=order)
-        return cascade(judge, policy=policy, candidates=candidates, offer_none=offer_none, batch_size=64)
+        return cascade(judge, policy=policy, candidates=candidates, offer_none=offer_none, fusion=fusion, batch_size=64)
 
     record, _ = recorded(tmp_path / "all", asking(FakeJudge(reply=by_pixels), "always"), 32)
     judge = FakeJudge(reply=by_pixels)
     _, live = recorded(tmp_path / "live", asking(judge, policy), 32)
     replayed = under(decided(record, calibration), parse_policy(policy))
     assert [prediction.label for prediction in live] == [NAMES[column] for column in replayed.predicted]
-    np.testing.assert_allclose([prediction.probability or 0 for prediction in live], replayed.probabilities, atol=1e-5)
+    given_probabilities = [np.nan if prediction.probability is None else prediction.probability for prediction in live]
+    np.testing.assert_allclose(given_probabilities, replayed.probabilities, atol=1e-5)
     assert tuple(prediction.decided_by for prediction in live) == replayed.decided_by
     assert [prediction.escalated for prediction in live] == replayed.judged.asked.tolist()
     assert len(judge.questions) == replayed.judged.asked.sum()
-    assert {"fusion"} <= set(replayed.decided_by)
+    assert ("fusion" if fusion == "bayes" else "judge") in replayed.decided_by
+
+
+def test_where_its_word_is_final_a_judge_is_not_asked_that_knows_less_than_the_scorer() -> None:
+    ignorant = known(replace(MODEL, ability=0.0))
+    images = [noise(seed) for seed in range(20)]
+    asked = {
+        fusion: sum(p.escalated for p in cascade(FakeJudge(), ignorant, "gain > -0.05", fusion=fusion).classify(images))
+        for fusion in ("bayes", "judge")
+    }
+    assert asked["bayes"] == 20
+    assert asked["judge"] < 10
 
 
 class Opinionated(FakeJudge):
@@ -201,9 +219,9 @@ def test_both_opinions_are_weighed_by_bayes_rule(seed: int, reply: str) -> None:
         utilities = [
             *(MODEL.following * before[c] + MODEL.class_bias[c] + MODEL.ability * (c == truth) for c in shown),
             MODEL.none_bias + MODEL.none_ability * (truth not in shown),
-            MODEL.silence,
         ]
-        after[truth] *= np.exp(utilities[place]) / np.exp(utilities).sum()
+        silent = expit(MODEL.silence + MODEL.silence_ability * (truth not in shown))
+        after[truth] *= [*softmax(utilities) * (1 - silent), silent][place]
     after /= after.sum()
     assert found.label == NAMES[after.argmax()]
     assert found.probability == pytest.approx(after.max(), abs=1e-5)
@@ -259,14 +277,14 @@ def test_policies_of_gain_and_fusion_want_a_model() -> None:
 def test_the_reason_tells_the_gain() -> None:
     asked = cascade(FakeJudge(), policy="gain > 0.1").classify(noise(1))
     scores = known().calibrated(FakeScorer().score([noise(1)], LABELS))
-    gain = Asking(model=MODEL, candidates=TopK(), none_offered=False).gain(scores)[0]
+    gain = Asking(model=MODEL, candidates=TopK(), none_offered=False, word_final=False).gain(scores)[0]
     assert asked.reasons == (f"gain {gain:.2f} (asks for gain > 0.1)",)
 
 
 def test_a_budget_goes_where_the_gain_is() -> None:
     images = [noise(seed) for seed in range(20)]
     scores = known().calibrated(FakeScorer().score(images, LABELS))
-    gain = Asking(model=MODEL, candidates=TopK(), none_offered=False).gain(scores)
+    gain = Asking(model=MODEL, candidates=TopK(), none_offered=False, word_final=False).gain(scores)
     found = cascade(FakeJudge(), policy="calls <= 5").classify(images)
     assert {number for number, p in enumerate(found) if p.escalated} == set(np.argsort(-gain, kind="stable")[:5].tolist())
 
@@ -281,7 +299,7 @@ def test_where_asking_costs_more_the_gain_must_be_greater() -> None:
             return 20_000_000  # nanodollars
 
     scores = known().calibrated(FakeScorer().score(images, LABELS))
-    worth = Asking(model=MODEL, candidates=TopK(), none_offered=False).gain(scores) > 10 * 0.02
+    worth = Asking(model=MODEL, candidates=TopK(), none_offered=False, word_final=False).gain(scores) > 10 * 0.02
     assert 0 < worth.sum() < 20
     assert [p.escalated for p in cascade(Priced(), policy="gain_per_dollar > 10").classify(images)] == worth.tolist()
 
@@ -377,6 +395,28 @@ def test_an_error_in_a_later_round_keeps_what_was_said() -> None:
     assert (found.label, found.probability, found.candidates) == (once.label, once.probability, once.candidates)
     assert found.verdict is not None
     assert found.verdict.outcome == "none"
+
+
+class CutOff(FakeJudge):
+    """Its second answer is cut off, and paid for."""
+
+    async def judge(self, question: Question) -> Verdict:
+        verdict = await super().judge(question)
+        return verdict if len(self.questions) == 1 else replace(verdict, outcome="failed", label=None, error="cut off")
+
+
+@pytest.mark.parametrize("on_failure", ["scorer", "raise", "abstain"])
+@pytest.mark.parametrize("judge", [FakeJudge, CutOff])
+def test_no_answer_in_a_later_round_keeps_what_was_said_and_is_paid(judge: type[FakeJudge], on_failure: str) -> None:
+    asked = judge(reply=["ANSWER: C", "mumble", "mumble"], dollars=0.01)
+    ledger = Ledger()
+    wide = cascade(asked, candidates=TopK(k=2), offer_none=True, widen=3, on_failure=on_failure, ledger=ledger)
+    found = wide.classify(noise(1))
+    assert found.verdict is not None
+    assert found.verdict.outcome == "none"
+    assert [candidate.label.name for candidate in found.candidates] == [label.name for label in asked.questions[0].labels]
+    assert found.cost.requests == len(asked.questions) >= 2
+    assert found.cost.dollars == pytest.approx(ledger.spent_dollars) == pytest.approx(0.01 * len(asked.questions))
 
 
 # abstaining
@@ -511,7 +551,6 @@ def test_the_bundled_models_decide_as_their_record_says(tmp_path: Path, mode: st
     from importlib import resources
 
     from cascadevlm.data import read_data
-    from cascadevlm.evaluate import record_run
 
     folder = Path(str(resources.files("cascadevlm_backends") / "aviary" / "images"))
     birds = sorted(folder.glob("*.jpg"))[:8]
@@ -579,6 +618,35 @@ def test_with_routing_an_image_goes_to_the_judge_who_knows_it() -> None:
     assert heard(routing=False) == [("ant", []), ("ant", ["fake:ant-bee"]), ("cicada", [])]
 
 
+@pytest.mark.parametrize("policy", ["gain > 0.05", "gain_per_dollar > 40000"])
+def test_a_record_with_routing_tells_who_said_what(tmp_path: Path, policy: str) -> None:
+    stages = [
+        replace(stage_of_expert(*names, policy=policy), judge=ByPixels(names[0], reply=says(names[0])))
+        for names in (("ant", "bee"), ("dragonfly", "cicada"))
+    ]
+    images = {"red": RED, "insect": INSECT, "swarm": SWARM}
+    data = Data(
+        images=tuple(map(picture, images.values())), names=tuple(images), truths=("ant", "ant", "dragonfly"), splits=("",) * 3
+    )
+    config = Config.parse({"scorer": {"use": "fake:fake"}, "stage": [{"judge": each.judge.spec} for each in stages]})
+    record = record_run(
+        Cascade(IN_DOUBT, stages, labels=LABELS, routing=True, store=MemoryStore()), data, tmp_path / "run", config=config
+    )
+    assert [stage.asked.tolist() for stage in record.stages] == [[False, True, False], [False, False, True]]
+    assert [stage.answers.tolist() for stage in record.stages] == [[NOBODY, 0, NOBODY], [NOBODY, NOBODY, 3]]
+    lines = [json.loads(line) for line in (tmp_path / "run" / "predictions.jsonl").read_text().splitlines()]
+    assert [line["verdict"] and line["verdict"]["stage"] for line in lines] == [None, 0, 1]
+
+
+def test_an_answer_from_the_cache_is_of_the_stage_that_asks() -> None:
+    judge, store = FakeJudge(reply="ANSWER: A"), MemoryStore()
+    stage = Stage(judge=judge, prompt=SELECT)
+    for stages in ([stage], [replace(stage, judge=FakeJudge("mute", reply="")), stage]):
+        (prediction,) = Cascade(FakeScorer(), stages, labels=LABELS, store=store).classify([noise(1)])
+        assert [verdict.stage for verdict in prediction.verdicts] == [*range(len(stages))]
+    assert len(judge.questions) == 1
+
+
 @pytest.mark.parametrize(("dollars", "judge"), [(0.01, "dear"), (0.5, "cheap")])
 def test_with_routing_a_dear_judge_has_to_be_worth_its_price(dollars: float, judge: str) -> None:
     class Priced(FakeJudge):
@@ -596,9 +664,10 @@ def test_with_routing_a_dear_judge_has_to_be_worth_its_price(dollars: float, jud
 
 
 class ByPixels(FakeJudge):
-    """A judge that is paid by the pixel."""
+    """A judge that is paid by the pixel; its price is not told in the event loop, as files are opened for it."""
 
     def usual_case(self, question: Question) -> int:
+        assert threading.current_thread().name.startswith("reading")
         return question.image.width * question.image.height
 
 

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tenacity import wait_none
 
-from cascadevlm.errors import FatalError, PermanentError, RateLimited, TransientError
+from cascadevlm.errors import BudgetExhausted, FatalError, PermanentError, RateLimited, TransientError
 from cascadevlm.judge import Judge, LocalJudge, Repairing, Voting, verdict_from_text
 from cascadevlm.prompt import NONE_OF_THESE
 from cascadevlm.retry import Retrying, retry_after, wait_as_told
@@ -64,6 +64,56 @@ async def test_a_cancelled_question_leaves_its_batch_alone() -> None:
 def test_a_local_judge_serves_one_event_loop_after_another() -> None:
     judge = Local(batch_size=2)
     assert [asyncio.run(judge.judge(question())).label for _ in range(2)] == ["red finch"] * 2
+
+
+async def test_event_loops_at_once_do_not_lose_each_others_answers() -> None:
+    judge = Local(batch_size=2)
+    at_work = most = 0
+
+    def counted(questions: Sequence[Question]) -> list[Verdict]:
+        nonlocal at_work, most
+        at_work += 1
+        most = max(most, at_work)
+        verdicts = Local.judge_batch(judge, questions)
+        at_work -= 1
+        return verdicts
+
+    judge.judge_batch = counted  # type: ignore[method-assign]
+
+    async def ask(loop: int) -> list[str | None]:
+        asked = (judge.judge(question([f"bird {loop} {number}", "other"])) for number in range(20))
+        return [verdict.label for verdict in await asyncio.wait_for(asyncio.gather(*asked), 30)]
+
+    elsewhere = [asyncio.to_thread(asyncio.run, ask(loop)) for loop in range(3)]
+    for loop, labels in enumerate(await asyncio.gather(*elsewhere, ask(3))):
+        assert labels == [f"bird {loop} {number}" for number in range(20)]
+    assert most == 1
+    assert judge._waiting == {}
+
+
+@pytest.mark.parametrize("missing", [1, 4])
+async def test_verdicts_that_are_missing_are_told_to_all(missing: int) -> None:
+    class Short(Local):
+        def judge_batch(self, questions: Sequence[Question]) -> list[Verdict]:
+            return super().judge_batch(questions)[missing:]
+
+    judge = Short(batch_size=4)
+    answers = asyncio.gather(*(judge.judge(question()) for _ in range(4)), return_exceptions=True)
+    for outcome in await asyncio.wait_for(answers, 30):
+        with pytest.raises(FatalError, match=f"'local:test' has {4 - missing} verdicts on 4 questions"):
+            raise outcome  # type: ignore[misc]
+
+
+async def test_what_fails_all_questions_is_not_asked_again_one_by_one() -> None:
+    class Broken(Local):
+        def judge_batch(self, questions: Sequence[Question]) -> list[Verdict]:
+            self.batches.append(len(questions))
+            raise FatalError("The model is broken.")
+
+    judge = Broken(batch_size=4)
+    outcomes = await asyncio.gather(*(judge.judge(question()) for _ in range(4)), return_exceptions=True)
+    assert [type(outcome) for outcome in outcomes] == [FatalError] * 4
+    assert judge.batches == [4]
 
 
 async def test_an_answer_that_names_nothing_is_asked_about_once_more() -> None:
@@ -195,6 +245,11 @@ async def test_a_vote_that_fails_does_not_count() -> None:
     said: list[Reply] = [PermanentError("no"), "ANSWER: blue finch", "ANSWER: blue finch"]
     verdict = await Voting(FakeJudge(reply=said), 3).judge(question(NAMES))
     assert verdict.probabilities == {"red finch": 0, "blue finch": 1, "grey owl": 0}
+
+
+async def test_where_there_is_no_money_for_a_vote_there_is_no_answer() -> None:
+    with pytest.raises(BudgetExhausted):
+        await Voting(FakeJudge(reply=["ANSWER: A", PermanentError("no"), BudgetExhausted("spent")]), 3).judge(question(NAMES))
 
 
 @pytest.mark.parametrize("worst", [FatalError("the key is wrong"), ValueError("a bug")])

@@ -4,6 +4,7 @@ import asyncio
 import json
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -13,14 +14,15 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
-from cascadevlm import Cascade, Stage, TopK, load_judge, load_prompt, load_scorer
+from cascadevlm import Cascade, Stage, TopK, load_judge, load_prompt, load_scorer, parse_policy
 from cascadevlm.budget import Ledger
 from cascadevlm.cache import MemoryStore, VerdictStore
 from cascadevlm.data import Data, read_data
-from cascadevlm.engine import OnFailure
+from cascadevlm.decision.judge_model import JudgeModel
 from cascadevlm.errors import BackendError, DataError, JudgeError, PermanentError
 from cascadevlm.evaluate import can_replay, evaluate_replayed
-from cascadevlm.images import pixel_digest
+from cascadevlm.images import ImageSource, load_image, pixel_digest
+from cascadevlm.item import OnFailure
 from cascadevlm.judge import Judge
 from cascadevlm.labels import LabelSet
 from cascadevlm.measures import entropy
@@ -28,7 +30,7 @@ from cascadevlm.metrics import evaluate, top_k_recall
 from cascadevlm.record import NOBODY, Record, read_record, read_verdicts
 from cascadevlm.recording import KeepingScorer, KeepingStage, write_record
 from cascadevlm.rules import Always, EntropyAbove
-from cascadevlm.scorer import Scorer
+from cascadevlm.scorer import Prepared, Scorer
 from cascadevlm.sweep import sweep, under
 from cascadevlm.testing import FakeJudge, FakeScorer, noise
 from cascadevlm.testing.fakes import Reply
@@ -150,7 +152,7 @@ def check(record: Record, data: Data, predictions: list[Prediction], judges: lis
             column = NAMES.index(candidate.label.name)
             assert record.scores.probabilities[image, column] == np.float32(candidate.probability)
         for number, stage in enumerate(record.stages):
-            verdict = prediction.verdicts[number] if number < len(prediction.verdicts) else None
+            verdict = next((verdict for verdict in prediction.verdicts if verdict.stage == number), None)
             usage = verdict.usage if verdict else Usage()
             assert stage.asked[image] == (verdict is not None and verdict.outcome != "skipped")
             assert stage.outcomes[image] == (verdict.outcome if verdict else "")
@@ -160,7 +162,7 @@ def check(record: Record, data: Data, predictions: list[Prediction], judges: lis
             assert (stage.input_tokens[image], stage.output_tokens[image]) == (usage.input_tokens, usage.output_tokens)
             assert stage.seconds[image] == usage.seconds
         if prediction.verdicts:
-            last = record.stages[len(prediction.verdicts) - 1].candidates[image]
+            last = record.stages[prediction.verdicts[-1].stage].candidates[image]
             assert last[last != NOBODY].tolist() == columns([c.label.name for c in prediction.candidates])
 
 
@@ -281,6 +283,48 @@ def test_what_a_scorer_kept_before_is_no_part_of_a_record(tmp_path: Path, data: 
     )
     predictions = list(written)
     check(read_record(tmp_path / "run"), data, predictions, [])
+
+
+class Preprocessing(FakeScorer):
+    """Loads a model, and does what it can beside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loaded = 0
+        self.prepared: list[str] = []
+
+    def load(self) -> None:
+        self.loaded += 1
+
+    def prepare(self, source: ImageSource) -> Prepared:
+        prepared = super().prepare(source)
+        self.prepared.append(threading.current_thread().name)
+        prepared.features = np.array([self._logits(prepared.image, LABELS)], dtype=np.float32)
+        prepared.forget_large()
+        return prepared
+
+    def score_prepared(self, prepared: Sequence[Prepared], labels: LabelSet) -> Scores:
+        assert [each.decoded for each in prepared] == [False] * len(prepared)
+        features = [each.features for each in prepared if each.features is not None]
+        return Scores.from_logits(np.concatenate(features), labels, "fake:fake")
+
+
+def test_large_images_are_read_and_prepared_beside_the_model(tmp_path: Path) -> None:
+    """Their pixels are let go, for the digest too; and a price is told without them."""
+    paths = [tmp_path / f"{number}.png" for number in range(3)]
+    for number, path in enumerate(paths):
+        noise(number, (1100, 1000)).save(path)
+    names = tuple(path.name for path in paths)
+    large = Data(images=tuple(paths), names=names, truths=(NAMES[0],) * 3, splits=("",) * 3)
+    scorer = Preprocessing()
+    policy = parse_policy("gain_per_dollar > 0")
+    stage = Stage(judge=Priced(), prompt=load_prompt("select"), policy=policy, model=JudgeModel.prior(len(LABELS)))
+    predictions = recorded(tmp_path / "run", large, [stage], scorer=scorer)
+    check(read_record(tmp_path / "run"), large, predictions, ["fake:fake"])
+    assert read_record(tmp_path / "run").digests == tuple(pixel_digest(load_image(path)) for path in paths)
+    assert any(each.verdicts for each in predictions)
+    assert scorer.loaded == 1
+    assert all(name.startswith("reading") for name in scorer.prepared)
 
 
 class Tempered(Scorer):

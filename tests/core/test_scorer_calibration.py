@@ -12,13 +12,16 @@ from sklearn.metrics import log_loss
 
 from cascadevlm.decision.scorer_calibration import (
     FLOOR,
+    MATCHING_PRECISION,
     MOST_CLASSES_MIXED,
+    SCALE_PRECISION,
     Floats,
     ScorerCalibration,
     Shape,
     centre,
     fit_scorer,
     fit_shapes,
+    floored,
     match_prior,
 )
 
@@ -33,14 +36,20 @@ def truly(seed: int, size: int, classes: int = 8, spread: float = 2.0) -> tuple[
     return log_probs, np.eye(classes)[drawn]
 
 
+def start_of(shape: Shape, log_probs: Floats) -> Floats:
+    return match_prior(log_probs) if shape.matched else np.zeros(log_probs.shape[1])
+
+
 def penalised(calibration: ScorerCalibration, log_probs: Floats, truths: Floats, shape: Shape) -> float:
     """What a fit minimises, written anew: the loss and the normal priors, W's for scores of standard deviation 1."""
-    shifted = centre(log_probs) + shape.start
-    bias = calibration.bias - calibration.scale * shape.start
-    loss = log_loss(truths, np.exp(calibration(log_probs)), normalize=False) + np.log(calibration.scale) ** 2 / 2
+    start = start_of(shape, log_probs)
+    shifted = centre(log_probs) + start
+    bias = calibration.bias - calibration.scale * start
+    loss = log_loss(truths, np.exp(calibration(log_probs)), normalize=False)
+    loss += SCALE_PRECISION * np.log(calibration.scale) ** 2 / 2
     if calibration.mixing is not None:
         assert shape.mixing is not None
-        bias = bias - (shape.start - shifted.mean(axis=0)) @ calibration.mixing
+        bias = bias - (start - shifted.mean(axis=0)) @ calibration.mixing
         loss += shape.mixing * ((shifted.std() * calibration.mixing) ** 2).sum() / 2
     return float(loss + (shape.bias or 0.0) * (bias**2).sum() / 2)
 
@@ -51,27 +60,27 @@ def test_calibrated_rows_are_distributions(seed: int, classes: int, spread: floa
     log_probs, truths = truly(seed, 40, classes, spread)
     if certain:
         log_probs = np.where(log_probs < np.sort(log_probs, axis=1)[:, -2:-1], -np.inf, log_probs)
-    for shape in (Shape(start=np.zeros(classes)), Shape(start=match_prior(log_probs), bias=1.0, mixing=3.0)):
+    for shape in (Shape(), Shape(matched=True, bias=1.0, mixing=3.0)):
         (calibration,) = fit_shapes(log_probs, truths, [shape])
         calibrated = calibration(log_probs)
         np.testing.assert_allclose(np.exp(calibrated).sum(axis=1), 1)
         np.testing.assert_allclose(calibration(log_probs.astype(np.float32)), calibrated, atol=1e-3)
 
 
-def test_what_is_below_the_floor_is_no_different_from_it() -> None:
-    calibration = ScorerCalibration.identity(3)
-    probabilities = np.exp(calibration(np.array([[0.0, FLOOR, -1e9], [0.0, FLOOR, -np.inf]])))
-    np.testing.assert_allclose(probabilities, [[1, 0, 0]] * 2, atol=1e-15)
+def test_a_probability_of_0_is_as_small_as_the_floor_or_the_least_other() -> None:
+    rows = floored(np.array([[0.0, -3.0, -np.inf], [0.0, -200.0, -np.inf], [0.0, -np.inf, -np.inf]]))
+    np.testing.assert_array_equal(rows, [[0, -3, FLOOR], [0, -200, -200], [0, FLOOR, FLOOR]])
 
 
 @pytest.mark.parametrize(
     "shape",
     [
-        Shape(start=np.zeros(5)),
-        Shape(start=np.linspace(-1, 1, 5), bias=1.0),
-        Shape(start=np.linspace(-1, 1, 5), bias=3.0, mixing=3.0),
+        Shape(),
+        Shape(matched=True),
+        Shape(bias=1.0),
+        Shape(matched=True, bias=3.0, mixing=3.0),
     ],
-    ids=["temperature", "bias", "matrix"],
+    ids=["temperature", "matched prior", "bias", "matrix"],
 )
 def test_no_neighbour_of_a_fit_is_better(shape: Shape) -> None:
     log_probs, truths = truly(1, 150, 5)
@@ -82,7 +91,7 @@ def test_no_neighbour_of_a_fit_is_better(shape: Shape) -> None:
     for size in (0.3, 0.03):
         for _ in range(40):
             factor = np.exp(size * rng.normal())
-            other = replace(fit, scale=fit.scale * factor, bias=fit.bias + fit.scale * (factor - 1) * shape.start)
+            other = replace(fit, scale=fit.scale * factor, bias=fit.bias + fit.scale * (factor - 1) * start_of(shape, log_probs))
             if shape.bias is not None:
                 other = replace(other, bias=other.bias + size * rng.normal(size=5))
             if fit.mixing is not None:
@@ -95,11 +104,11 @@ def test_no_neighbour_of_a_fit_is_better(shape: Shape) -> None:
 def test_the_temperature_is_that_of_a_scalar_minimiser(seed: int, temperature: float) -> None:
     log_probs, truths = truly(seed, 100)
     scaled = log_softmax(log_probs * temperature, axis=1)
-    (fit,) = fit_shapes(scaled, truths, [Shape(start=np.zeros(8))])
+    (fit,) = fit_shapes(scaled, truths, [Shape()])
 
     def loss(log_scale: float) -> float:
         unexplained = log_loss(truths, np.exp(log_softmax(scaled * np.exp(log_scale), axis=1)), normalize=False)
-        return float(unexplained + log_scale**2 / 2)
+        return float(unexplained + SCALE_PRECISION * log_scale**2 / 2)
 
     found = minimize_scalar(loss, bounds=(-4, 4), method="bounded", options={"xatol": 1e-8})
     assert np.log(fit.scale) == pytest.approx(found.x, abs=2e-3)
@@ -110,7 +119,7 @@ def test_a_known_temperature_and_bias_are_found() -> None:
     log_probs, truths = truly(2, 20_000)
     bias = np.linspace(-1, 1, 8)
     given_scores = log_softmax(3.0 * log_probs - bias, axis=1)
-    (fit,) = fit_shapes(given_scores, truths, [Shape(start=np.zeros(8), bias=0.01)])
+    (fit,) = fit_shapes(given_scores, truths, [Shape(bias=0.01)])
     assert fit.scale == pytest.approx(1 / 3, rel=0.03)
     np.testing.assert_allclose(fit.bias - fit.bias.mean(), bias / 3, atol=0.1)
     np.testing.assert_allclose(np.exp(fit(given_scores)), np.exp(log_probs), atol=0.05)
@@ -124,28 +133,44 @@ def test_marginals_match_the_prior(prior: Floats | None) -> None:
     np.testing.assert_allclose(marginals, np.full(5, 0.2) if prior is None else prior, atol=2e-3)
 
 
-def test_one_image_brings_marginals_a_tenth_of_the_way() -> None:
-    seen = np.array([[0.98, 0.01, 0.01]])
-    matched = softmax(np.log(seen) + match_prior(np.log(seen)), axis=1)
-    np.testing.assert_allclose(matched, seen * 10 / 11 + 1 / 33, atol=1e-3)
+@pytest.mark.parametrize("images", [1, 20])
+def test_few_images_bring_marginals_a_part_of_the_way(images: int) -> None:
+    """Where the gain in matching is what the prior of the biases costs."""
+    seen = np.log(np.tile([0.98, 0.01, 0.01], (images, 1)))
+    bias = match_prior(seen)
+    marginals = softmax(seen + bias, axis=1).mean(axis=0)
+    np.testing.assert_allclose(images * (1 / 3 - marginals), MATCHING_PRECISION * bias, atol=1e-2)
+    assert 1 / 3 + 0.1 < marginals[0] < 0.98
 
 
-def test_calibrated_scores_are_left_alone() -> None:
-    """One standard error is asked of the gain, so chance alone makes some other choice now and then."""
-    chosen = [fit_scorer(*truly(seed, 200))[0] for seed in range(10)]
-    assert sum(each.method == "none" for each in chosen) >= 7
-    unchanged = next(each for each in chosen if each.method == "none")
-    log_probs, _ = truly(99, 10)
+def test_calibrated_scores_stay_so() -> None:
+    """Chance makes some richer choice now and then, which changes little; nothing is changed where nothing is better."""
+    fits = [fit_scorer(*truly(seed, 200))[0] for seed in range(10)]
+    log_probs, truths = truly(99, 5000)
+    lost = [log_loss(truths, np.exp(fit(log_probs))) - log_loss(truths, np.exp(log_probs)) for fit in fits]
+    assert np.mean(lost) < 0.01
+    assert max(lost) < 0.04
+    unchanged = next(fit for fit in fits if fit.method == "none")
     np.testing.assert_allclose(unchanged(log_probs), log_probs)
+
+
+@settings(max_examples=20)
+@given(st.floats(1e-3, 1e3))
+def test_the_unit_of_the_scores_does_not_matter(unit: float) -> None:
+    log_probs, truths = truly(3, 300)
+    fit, held_out = fit_scorer(log_softmax(unit * log_probs, axis=1), truths)
+    best, _ = fit_scorer(log_probs, truths)
+    assert log_loss(truths, np.exp(fit(log_softmax(unit * log_probs, axis=1)))) < log_loss(truths, np.exp(best(log_probs))) + 0.03
+    assert np.isfinite(held_out).all()
 
 
 @pytest.mark.parametrize(
     ("skew", "mixed", "methods"),
-    [(0.0, False, {"temperature"}), (1.5, False, {"bias", "matrix"}), (0.0, True, {"matrix"})],
+    [(0.0, False, {"temperature", "bias"}), (1.5, False, {"bias", "matrix"}), (0.0, True, {"matrix"})],
     ids=["overconfident", "biased", "mixed"],
 )
 def test_what_is_wrong_is_put_right(skew: float, mixed: bool, methods: set[str]) -> None:
-    """On fresh images: nearly what the truths were drawn from. What was tried is told, and no simpler method would do."""
+    """On fresh images: nearly what the truths were drawn from. What was tried is told."""
     log_probs, truths = truly(4, 3000)
     rng = np.random.default_rng(4)
     mixing = np.eye(8) + 0.4 * rng.normal(size=(8, 8)) * mixed
@@ -153,7 +178,7 @@ def test_what_is_wrong_is_put_right(skew: float, mixed: bool, methods: set[str])
     fit, held_out = fit_scorer(wrong[:400], truths[:400])
     assert fit.method in methods
     assert fit.log_likelihoods is not None
-    assert {"none", "temperature", "bias", "matched prior, bias", "matrix"} <= set(fit.log_likelihoods)
+    assert {"none", "temperature", "matched prior", "bias", "matrix"} == set(fit.log_likelihoods)
     own, best = (-log_loss(truths[400:], np.exp(scores[400:])) for scores in (wrong, log_probs))
     reached = -log_loss(truths[400:], np.exp(fit(wrong[400:])))
     assert reached > own + 0.75 * (best - own)
@@ -177,14 +202,19 @@ def test_many_classes_are_not_mixed() -> None:
         assert ("matrix" in fit.log_likelihoods) == mixed
 
 
-def test_images_without_truths_help_to_match_the_prior() -> None:
-    """With skewed scores and few labels; truths are uniform, so the skew is in the many unlabelled scores to be seen."""
+def test_a_prior_that_is_known_helps() -> None:
+    """With skewed scores and few labels, the shares of the classes say what the skew is."""
     log_probs, truths = truly(7, 3000, 20)
     skewed = log_softmax(log_probs + np.linspace(-3, 3, 20), axis=1)
-    alone, _ = fit_scorer(skewed[:40], truths[:40])
-    helped, _ = fit_scorer(skewed[:40], truths[:40], unlabelled=skewed[40:2000])
-    own, with_help = (log_loss(truths[2000:], np.exp(fit(skewed[2000:]))) for fit in (alone, helped))
-    assert with_help < own - 0.05
+    tried = {}
+    for prior in (truths.mean(axis=0), np.exp(skewed[:60]).mean(axis=0)):
+        fit, _ = fit_scorer(skewed[:60], truths[:60], prior=prior)
+        assert fit.log_likelihoods is not None
+        tried[prior[0]] = fit.log_likelihoods
+    right, wrong = tried.values()
+    assert right["matched prior"] > right["temperature"] + 0.1
+    assert wrong["matched prior"] < wrong["temperature"] + 0.01
+    assert {**right, "matched prior": 0} == {**wrong, "matched prior": 0}
 
 
 @settings(max_examples=25)

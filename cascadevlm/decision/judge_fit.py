@@ -1,0 +1,229 @@
+"""Fitting the model of a judge to what it said: values of the highest posterior probability.
+
+Every number has a normal prior. The strength of that of classes and positions is chosen by cross-validated log-likelihood.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import minimize, minimize_scalar
+from scipy.special import log_expit
+
+from cascadevlm.decision.judge_model import Answers, JudgeModel, among, at, weights_of
+from cascadevlm.decision.scorer_calibration import FOLDS, Floats
+
+PRECISIONS = (100.0, 10.0, 3.0, 1.0)
+"""Of the priors, around 0, of what is particular to a class or a position, in nats."""
+
+CONSTANTS = {
+    "ability": 0.1,
+    "following": 4.0,
+    "none_bias": 0.1,
+    "none_ability": 0.1,
+    "silence": 0.1,
+    "silence_ability": 1.0,
+}
+"""Precisions of the priors of the other numbers, around those of `JudgeModel.prior`: give or take 3 nats; 0.5, so that following
+the scorer stays between not at all and as the scorer itself would choose; and 1, so that silence means little until it shows that
+it does."""
+
+WORD_PRECISION = 1.0
+"""Of the normal prior, around 0, of the logarithm of the weight of a judge's own probabilities: 1 takes them at their word, as
+if all candidates had been alike before."""
+
+LOG_WEIGHTS = (-4.0, 4.0)
+"""Between which it is looked for."""
+
+ITERATIONS = 40
+"""The most of each fit."""
+
+FARTHEST, FOLLOWING_RANGE = 20.0, (-1.0, 2.0)
+"""Where values are looked for, in nats: an optimiser's steps may be wide, and exponentials overflow."""
+
+
+def blank_prior(blank: Answers, classes: int) -> JudgeModel:
+    """What is believed of a judge that only is known to have answered so about an image without content."""
+    nothing = np.zeros((len(blank), classes))
+    fitting = JudgeFitting(nothing, nothing, blank)
+    found = fitting.model(fitting.fit(fitting.start(), PRECISIONS[-1]))
+    prior = JudgeModel.prior(classes)
+    return replace(prior, class_bias=found.class_bias, position_bias=found.position_bias)
+
+
+def fit_judge(
+    log_probs: Floats, responsibilities: Floats, answers: Answers, *, blank: Answers | None = None
+) -> tuple[JudgeModel, Floats]:
+    """The model of the highest posterior probability, the strength of its prior by cross-validated log-likelihood.
+
+    The judge's own probabilities get a weight if they are better than its answers by more than a standard error of the
+    cross-validated log-likelihood of the truth.
+
+    Args:
+        log_probs: N x C, the scorer's, calibrated without looking at these images' labels (the second of what `fit_scorer`
+            returns): otherwise the judge seems to follow a scorer that is always right.
+        responsibilities: N x C, rows sum to 1: one-hot where the truth is known.
+        blank: about an image without content; the biases begin at those found there, if that gives a better cross-validated
+            log-likelihood.
+
+    Returns:
+        the model, and the N x C log-probabilities after the answers as models fitted on the other folds give them.
+    """
+    fold_of, classes = folds(len(answers)), log_probs.shape[1]
+    priors = [JudgeModel.prior(classes), *([] if blank is None else [blank_prior(blank, classes)])]
+    tried = [(prior, precision) for prior in priors for precision in PRECISIONS]
+    scores = np.zeros(len(tried))
+    models: list[list[JudgeModel]] = []
+    for fold in range(FOLDS):
+        inside = fold_of == fold
+        fitting = JudgeFitting(log_probs[~inside], responsibilities[~inside], answers.rows(~inside))
+        held_out = JudgeFitting(log_probs[inside], responsibilities[inside], answers.rows(inside))
+        values, found = fitting.start(), []
+        for number, (prior, precision) in enumerate(tried):
+            values = fitting.fit(values, precision, prior)
+            scores[number] += held_out.log_likelihood(values)
+            found.append(fitting.model(values))
+        models.append(found)
+    best = int(scores.argmax())
+    prior, precision = tried[best]
+    whole = JudgeFitting(log_probs, responsibilities, answers)
+    model = whole.model(whole.fit(whole.start(), precision, prior))
+    if blank is not None:
+        model = replace(model, blank=prior is not priors[0])
+    parts = [(np.flatnonzero(fold_of == fold), found[best]) for fold, found in enumerate(models)]
+    if answers.probabilities is not None:
+        weight = _probability_weight(log_probs, responsibilities, answers, parts)
+        model = replace(model, probability_weight=weight)
+        parts = [(rows, replace(part, probability_weight=weight)) for rows, part in parts]
+    after = np.empty_like(log_probs)
+    for rows, part in parts:
+        after[rows] = part.posterior(log_probs[rows], answers.rows(rows))
+    return model, after
+
+
+def folds(images: int) -> NDArray[np.int64]:
+    """N: the fold of cross-validation that each image is in."""
+    return np.random.default_rng(1).permutation(images) % FOLDS
+
+
+def _probability_weight(
+    log_probs: Floats, responsibilities: Floats, answers: Answers, parts: Sequence[tuple[NDArray[np.intp], JudgeModel]]
+) -> float:
+    """The weight of a judge's own probabilities among the candidates, by models that do not know the rows beside them."""
+    evidence, answered = np.full(answers.candidates.shape, np.nan), np.zeros(answers.candidates.shape)
+    for rows, part in parts:
+        some = answers.rows(rows)
+        evidence[rows] = part.evidence(log_probs[rows], some)
+        answered[rows] = at(part.posterior(log_probs[rows], some), some.candidates)
+    known = ~np.isnan(evidence)
+    before, truth = at(log_probs, answers.candidates), np.where(known, at(responsibilities, answers.candidates), 0.0)
+    by_answer = np.where(known, among(np.where(known, answered, np.nan)), 0.0)
+
+    def gained(weight: float) -> Floats:
+        """N: nats that the truth has more than by the answer."""
+        inside = np.where(known, among(before + weight * evidence), 0.0)
+        gains: Floats = (truth * (inside - by_answer)).sum(axis=1)
+        return gains
+
+    def objective(log_weight: float) -> float:
+        return float(WORD_PRECISION * log_weight**2 / 2 - gained(np.exp(log_weight)).sum())
+
+    weight = float(np.exp(minimize_scalar(objective, bounds=LOG_WEIGHTS, method="bounded").x))
+    gains = gained(weight)
+    return weight if gains.sum() > gains.std() * np.sqrt(len(gains)) else 0.0
+
+
+class JudgeFitting:
+    """The likelihood of some answers, as a function of one vector: `CONSTANTS`, then C abilities, C biases and K positions."""
+
+    def __init__(self, log_probs: Floats, responsibilities: Floats, answers: Answers) -> None:
+        self.answers = answers
+        self.classes, self.width = log_probs.shape[1], answers.candidates.shape[1]
+        self.log_probs = at(log_probs, answers.candidates)
+        self.truth = answers.spread(responsibilities)
+        self.slots, self.rows = answers.slots, np.arange(len(answers))
+
+    def start(self, prior: JudgeModel | None = None) -> Floats:
+        """The values of a prior; of that of a judge that nothing is known of, unless given."""
+        prior = prior or JudgeModel.prior(self.classes)
+        constants = [getattr(prior, name) for name in CONSTANTS]
+        return np.concatenate([constants, prior.abilities, prior.class_bias, prior.positions(self.width)])
+
+    def model(self, values: Floats) -> JudgeModel:
+        constants, abilities, bias, positions = np.split(values, np.cumsum([len(CONSTANTS), self.classes, self.classes]))
+        ability, following, none_bias, none_ability, silence, silence_ability = constants.tolist()
+        return JudgeModel(
+            ability=ability,
+            following=following,
+            none_bias=none_bias,
+            none_ability=none_ability,
+            silence=silence,
+            silence_ability=silence_ability,
+            abilities=abilities,
+            class_bias=bias,
+            position_bias=positions,
+        )
+
+    def fit(
+        self, values: Floats, precision: float, prior: JudgeModel | None = None, *, held: Mapping[str, float] | None = None
+    ) -> Floats:
+        """The values of the highest posterior probability, from these on.
+
+        Args:
+            precision: of the prior of what is particular to a class or a position.
+            held: other precisions for some of `CONSTANTS`.
+        """
+        constants = [*(CONSTANTS | dict(held or {})).values()]
+        precisions = np.concatenate([constants, np.full(2 * self.classes + self.width, precision)])
+        start = self.start(prior)
+
+        def objective(values: Floats) -> tuple[float, Floats]:
+            likelihood, gradient = self._likelihood(values)
+            away = values - start
+            return float((precisions * away) @ away / 2 - likelihood), precisions * away - gradient
+
+        bounds = [FOLLOWING_RANGE if name == "following" else (-FARTHEST, FARTHEST) for name in CONSTANTS]
+        bounds += [(-FARTHEST, FARTHEST)] * (len(values) - len(bounds))
+        found: Floats = minimize(objective, values, method="L-BFGS-B", jac=True, bounds=bounds, options={"maxiter": ITERATIONS}).x
+        return found
+
+    def log_likelihood(self, values: Floats) -> float:
+        return self._likelihood(values)[0]
+
+    def _likelihood(self, values: Floats) -> tuple[float, Floats]:
+        """Of the answers, in expectation over the truth; and its gradient."""
+        model, answers, width = self.model(values), self.answers, self.width
+        weights = weights_of(model, self.log_probs, answers)
+        columns, chosen = np.maximum(answers.candidates, 0), self.slots < width
+        none, silent = self.slots == width, self.slots > width
+        truth = np.where(silent[:, np.newaxis], 0.0, self.truth)  # of those that answered
+        right = np.zeros_like(truth)  # the truth, where it was chosen
+        right[self.rows[~silent], self.slots[~silent]] = truth[self.rows[~silent], self.slots[~silent]]
+        with np.errstate(divide="ignore"):
+            utilities = np.log(weights.shown)
+        likelihood = (
+            utilities[self.rows[chosen], self.slots[chosen]].sum()
+            + none.sum() * model.none_bias
+            + (right[:, :width] * weights.abilities).sum()
+            + right[:, width].sum() * model.none_ability
+            - (truth * np.log(weights.totals)).sum()
+            + (self.truth * np.where(silent[:, np.newaxis], log_expit(weights.silence), log_expit(-weights.silence))).sum()
+        )
+        per_weight = (truth / weights.totals).sum(axis=1, keepdims=True)
+        if_true = truth[:, :width] * weights.shown * np.exp(weights.abilities) / weights.totals[:, :width]
+        if_none = truth[:, width:] * weights.none * np.exp(model.none_ability) / weights.totals[:, width:]
+        of_ability = np.where(answers.shown, right[:, :width] - if_true, 0.0)
+        of_utility = -weights.shown * per_weight + if_true * np.expm1(-weights.abilities)
+        of_utility[self.rows[chosen], self.slots[chosen]] += 1.0
+        of_utility = np.where(answers.shown, of_utility, 0.0)
+        of_silence = (self.truth * (silent[:, np.newaxis] - weights.silent)).sum(axis=0)
+        gradient = [
+            [of_ability.sum(), (of_utility * self.log_probs).sum()],
+            [none.sum() - weights.none * per_weight.sum() + (if_none * np.expm1(-model.none_ability)).sum()],
+            [right[:, width].sum() - if_none.sum(), of_silence.sum(), of_silence[-1]],
+            np.bincount(columns.ravel(), of_ability.ravel(), self.classes),
+            np.bincount(columns.ravel(), of_utility.ravel(), self.classes),
+            of_utility.sum(axis=0),
+        ]
+        return float(likelihood), np.concatenate(gradient)
