@@ -175,6 +175,10 @@ class Limit(Policy):
         return All(())
 
     @abstractmethod
+    def most_calls(self, price: float) -> float:
+        """How many questions it suffices for, at so many dollars each."""
+
+    @abstractmethod
     def within(self, wanted: Selection, priority: Priority | None, scores: Scores, spending: Spending) -> Selection:
         """Of the wanted, the highest in priority that there is room for; some of it is kept for images to come. Where the others
         rank none above another, the limit has a priority of its own."""
