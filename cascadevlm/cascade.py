@@ -22,7 +22,7 @@ from cascadevlm.images import ImageSource
 from cascadevlm.item import OnFailure
 from cascadevlm.labels import Label, LabelSet
 from cascadevlm.scorer import Scorer
-from cascadevlm.stage import Stage
+from cascadevlm.stage import Stage, require_cascade
 from cascadevlm.types import Prediction
 
 
@@ -47,6 +47,7 @@ class Cascade:
 
     Raises:
         ConfigError: if shares are to be followed and it is not known which the calibration had.
+        InputError: if the stages do not go together, or cannot be routed between.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class Cascade:
     ) -> None:
         if follow_shares and (calibration is None or calibration.shares is None):
             raise ConfigError("follow_shares needs a calibration that tells its own.", hint="Make one: cascadevlm calibrate.")
+        require_cascade(stages, routing=routing)
         self.scorer = CalibratedScorer(scorer, calibration) if calibration else scorer
         self.stages = tuple(stages)
         self.labels = LabelSet.of(labels)

@@ -1,11 +1,12 @@
 """Configuration: one TOML file, validated; it builds a cascade from specs and names."""
 
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, Self, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, PlainValidator, ValidationError
+from pydantic_core import PydanticCustomError
 
 from cascadevlm.budget import Ledger
 from cascadevlm.cache import DiskStore, VerdictStore, default_cache_folder
@@ -37,15 +38,22 @@ class ScorerConfig(_Section):
     options: Options = {}
 
 
+def _size(value: JsonValue) -> JsonValue:
+    if value is None or value == "best" or (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
+        return value
+    raise PydanticCustomError("size", 'a number from 1 on, or "best"')
+
+
 class CandidatesConfig(_Section):
     """``candidates = {…}``: the ``k`` best (``k = "best"``: as many as the calibration finds best), those that reach ``mass``, or
-    as many as hold the truth with a probability of ``coverage`` by the calibration; and the order they are shown in."""
+    as many as hold the truth with a probability of ``coverage`` by the calibration, within bounds; and the order they are shown
+    in."""
 
-    k: Annotated[int, Field(ge=1)] | Literal["best"] | None = None
+    k: Annotated[int | Literal["best"] | None, PlainValidator(_size)] = None
     mass: Annotated[float, Field(gt=0, le=1)] | None = None
     coverage: Annotated[float, Field(gt=0, lt=1)] | None = None
-    minimum: int = 2
-    maximum: int = 10
+    minimum: int | None = None
+    maximum: int | None = None
     order: Order = "ranked"
     seed: int = 0
 
@@ -53,11 +61,15 @@ class CandidatesConfig(_Section):
         """The rule for a stage, counted from 0 on.
 
         Raises:
-            ConfigError: unless exactly one of ``k``, ``mass`` and ``coverage`` is given; if there is no calibration for the
-                coverage or the best.
+            ConfigError: unless exactly one of ``k``, ``mass`` and ``coverage`` is given; if ``k`` has bounds; if there is no
+                calibration for the coverage or the best.
         """
         if [self.k, self.mass, self.coverage].count(None) != 2:
             raise ConfigError("candidates wants one of k, mass and coverage.", hint="For example: candidates = { mass = 0.95 }.")
+        given = {"minimum": self.minimum, "maximum": self.maximum}
+        bounds = {name: bound for name, bound in given.items() if bound is not None}
+        if self.k is not None and bounds:
+            raise ConfigError(f"candidates with k have no {' or '.join(bounds)}.", hint="Bounds are for mass and coverage.")
         if self.k == "best":
             if calibration is None:
                 raise ConfigError('candidates = "best" needs a calibration.', hint="Make one: cascadevlm calibrate.")
@@ -65,12 +77,12 @@ class CandidatesConfig(_Section):
         if self.k is not None:
             return TopK(k=self.k, order=self.order, seed=self.seed)
         if self.mass is not None:
-            return CumulativeMass(mass=self.mass, minimum=self.minimum, maximum=self.maximum, order=self.order, seed=self.seed)
+            return CumulativeMass(mass=self.mass, **bounds, order=self.order, seed=self.seed)
         assert self.coverage is not None
         if calibration is None:
             raise ConfigError("candidates with a coverage need a calibration.", hint="Make one: cascadevlm calibrate.")
         rule = calibration.conformal_for(self.coverage)
-        return ConformalSet(rule=rule, minimum=self.minimum, maximum=self.maximum, order=self.order, seed=self.seed)
+        return ConformalSet(rule=rule, **bounds, order=self.order, seed=self.seed)
 
     def frozen(self, built: CandidateRule) -> Self:
         """With the number that the calibration found best, if that was asked for."""
@@ -79,7 +91,7 @@ class CandidatesConfig(_Section):
 
 def _k_alone(value: JsonValue) -> JsonValue:
     """``candidates = 5`` is short for ``candidates = { k = 5 }``; so is "best"."""
-    return {"k": value} if isinstance(value, int | str) else value
+    return {"k": value} if isinstance(value, int | float | str) else value
 
 
 class SupportConfig(_Section):
@@ -294,13 +306,15 @@ def _explain(model: type[BaseModel], error: ValidationError) -> str:
 
 def _keys(model: type[BaseModel], path: list[int | str]) -> list[str]:
     """The valid keys of the section at a path."""
-    sections: dict[str, type[BaseModel]] = {
-        "scorer": ScorerConfig,
-        "stage": StageConfig,
-        "cache": CacheConfig,
-        "budget": BudgetConfig,
-        "support": SupportConfig,
-        "candidates": CandidatesConfig,
-    }
-    named = [step for step in path if step in sections]
-    return list((sections[str(named[-1])] if named else model).model_fields)
+    for step in path:
+        if step in model.model_fields:
+            model = next(_sections(model.model_fields[str(step)].annotation), model)
+    return list(model.model_fields)
+
+
+def _sections(annotation: object) -> Iterator[type[BaseModel]]:
+    """Those in the annotation of a key."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for argument in get_args(annotation):
+        yield from _sections(argument)

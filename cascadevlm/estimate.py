@@ -2,19 +2,22 @@
 
 import math
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import compress
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy.stats import binomtest
 
 from cascadevlm.budget import NANODOLLARS
 from cascadevlm.cascade import Cascade
 from cascadevlm.errors import ImageError, InputError
-from cascadevlm.images import ImageSource, load_image
+from cascadevlm.images import ImageSource
 from cascadevlm.judge import Judge
-from cascadevlm.stage import Stage
-from cascadevlm.types import Scores
+from cascadevlm.policy import Spending
+from cascadevlm.scorer import Prepared, prepared_or_error
+from cascadevlm.types import Question, Scores
 
 SAMPLE = 200
 """Images scored, unless asked otherwise: the share escalated is then known to about seven points."""
@@ -31,8 +34,8 @@ class Estimate:
         judge: its spec.
         images: that the run has.
         sample: how many of them were looked at.
-        deferral_rate: the share that the policy escalates; images that cannot be read are not.
-        deferral_range: its 95 % confidence interval (Wilson 1927).
+        deferral_rate: the share that the policy escalates, within its limits; images that cannot be read are not.
+        deferral_range: its 95 % confidence interval (Wilson 1927), but for limits.
         calls: how many questions that is; those already in the cache are not taken off.
         dollars: what they usually cost, by the rules for images, four bytes of text a token and answers a third of their limit.
         dollars_range: from the interval's lower end at that price to its upper end at the worst case of every question.
@@ -57,8 +60,9 @@ def estimate(
 
     ``total`` is how many images there will be, where these are themselves drawn at random from them.
 
-    A later stage is taken to get all that its predecessor was asked about or, with routing, all images. Limits on calls and
-    dollars, the cache, and answers that have to be asked for twice are left out of account.
+    A later stage is taken to get all that its predecessor was asked about or, with routing, all images. Of limits on calls and
+    dollars all is taken to be left, and spent at the mean price. The cache, and answers that have to be asked for twice, are left
+    out of account.
 
     Raises:
         InputError: if there are no images.
@@ -70,66 +74,69 @@ def estimate(
         raise InputError("There are no images.")
     total = len(images) if total is None else total
     looked_at = np.sort(np.random.default_rng(seed).permutation(len(images))[:sample])
-    readable, scores = _score(cascade, [images[index] for index in looked_at])
-    escalated = np.ones(len(readable), dtype=bool)
+    readable, scores = _scored(cascade, [images[index] for index in looked_at])
+    escalated, kept = np.ones(len(readable), dtype=bool), 1.0
     estimates = []
     for stage in cascade.stages:
-        judge = stage.by_votes(stage.judge)
-        escalated = stage.informed_policy.select(scores) & (escalated | cascade.routing)
+        judge, policy = stage.by_votes(stage.judge), stage.informed_policy
+        questions = [
+            stage.question(prepared.unread, candidates)
+            for prepared, candidates in zip(readable, stage.candidates.choose(scores), strict=True)
+        ]
+        selected = policy.unlimited.select(scores, Spending(prices=_usual(judge, questions) if policy.by_price else ()))
+        escalated = selected & (escalated | cascade.routing)
         priced = escalated if escalated.any() else ~escalated  # where none is asked about, all say what one would cost
-        usual, worst, tokens = _mean_price(stage, judge, readable, scores, priced)
-        rate = int(escalated.sum()) / len(looked_at)
+        usual, worst, tokens = _mean_price(judge, list(compress(questions, priced)))
+        rate = float(escalated.sum() / len(looked_at)) * kept
         interval = binomtest(int(escalated.sum()), len(looked_at)).proportion_ci(method="wilson")
-        calls = round(rate * total)
+        most = min((limit.most_calls(usual) / total for limit in policy.limits), default=1.0)
+        low, high = (min(float(end) * kept, most) for end in (interval.low, interval.high))
+        calls = round(min(rate, most) * total)
         estimates.append(
             Estimate(
                 judge=stage.judge.spec,
                 images=total,
                 sample=len(looked_at),
-                deferral_rate=rate,
-                deferral_range=(float(interval.low), float(interval.high)),
+                deferral_rate=min(rate, most),
+                deferral_range=(low, high),
                 calls=calls,
                 dollars=calls * usual,
-                dollars_range=(
-                    float(interval.low) * total * usual,
-                    math.ceil(float(interval.high) * total) * worst * (1 + stage.widen),
-                ),
+                dollars_range=(low * total * usual, math.ceil(high * total) * worst * (1 + stage.widen)),
                 minutes=_minutes(judge, calls, tokens) if worst else 0.0,
             )
         )
+        if rate > most and not cascade.routing:
+            kept *= most / rate
     return estimates
 
 
-def _score(cascade: Cascade, images: Sequence[ImageSource]) -> tuple[list[ImageSource], Scores]:
+def _scored(cascade: Cascade, images: Sequence[ImageSource]) -> tuple[list[Prepared], Scores]:
     """Those that can be read, and their scores; no more of them decoded at once than the cascade would have."""
-    readable: list[ImageSource] = []
+    readable: list[Prepared] = []
     parts: list[Scores] = []
-    for start in range(0, len(images), cascade.batch_size):
-        pictures = []
-        for source in images[start : start + cascade.batch_size]:
-            try:
-                pictures.append(load_image(source))
-            except ImageError:
-                continue
-            readable.append(source)
-        if pictures:
-            parts.append(cascade.scorer.score(pictures, cascade.labels))
+    cascade.scorer.load()
+    with ThreadPoolExecutor() as readers:
+        for start in range(0, len(images), cascade.batch_size):
+            batch = images[start : start + cascade.batch_size]
+            read = list(readers.map(partial(prepared_or_error, cascade.scorer), batch))
+            if prepared := [each for each in read if isinstance(each, Prepared)]:
+                parts.append(cascade.scorer.score_prepared(prepared, cascade.labels))
+                readable += [Prepared(source=each.source) for each in prepared]
     if not parts:
         raise ImageError("None of the images sampled can be read.")
     return readable, replace(parts[0], log_probs=np.concatenate([part.log_probs for part in parts]))
 
 
-def _mean_price(
-    stage: Stage, judge: Judge, images: Sequence[ImageSource], scores: Scores, priced: NDArray[np.bool_]
-) -> tuple[float, float, float]:
-    """Of the questions about some of the images: usual dollars, most dollars, most tokens."""
-    prices = []
-    for source, candidates, wanted in zip(images, stage.candidates.choose(scores), priced, strict=True):
-        if wanted:
-            question = stage.question(load_image(source), candidates)
-            prices.append((judge.usual_case(question), judge.worst_case(question), judge.worst_case_tokens(question)))
-    usual, worst, tokens = (float(mean) for mean in np.mean(prices, axis=0))
-    return usual / NANODOLLARS, worst / NANODOLLARS, tokens
+def _usual(judge: Judge, questions: Sequence[Question]) -> tuple[float, ...]:
+    """What each question usually costs, in dollars."""
+    return tuple(judge.usual_case(question) / NANODOLLARS for question in questions)
+
+
+def _mean_price(judge: Judge, questions: Sequence[Question]) -> tuple[float, float, float]:
+    """Of some questions: usual dollars, most dollars, most tokens."""
+    worst = [(judge.worst_case(question) / NANODOLLARS, judge.worst_case_tokens(question)) for question in questions]
+    dollars, tokens = (float(mean) for mean in np.mean(worst, axis=0))
+    return float(np.mean(_usual(judge, questions))), dollars, tokens
 
 
 def _minutes(judge: Judge, calls: int, tokens: float) -> float:

@@ -343,11 +343,7 @@ class HostedJudge(Judge):
         return text + 3 * sum(len(name.encode()) for name in options(question).values())
 
     def _image_tokens_of(self, question: Question) -> int:
-        images = [self.encoded(question), *(self.encoded(exemplar) for exemplar in question.exemplars)]
-        return sum(self._image_tokens((image.width, image.height)) for image in images)
-
-    def _usual_image_tokens_of(self, question: Question) -> int:
-        """By the sizes alone: nothing is encoded."""
+        """By the sizes alone: nothing is decoded or encoded. An image whose bytes make it shrink further takes no more."""
         images = [question.image, *(exemplar.image for exemplar in question.exemplars)]
         return sum(self._image_tokens(size_within(image.size, self.limits)) for image in images)
 
@@ -358,7 +354,7 @@ class HostedJudge(Judge):
     def usual_case(self, question: Question) -> int:
         text = self._input_bytes(question) // USUAL_BYTES_PER_TOKEN
         usage = Usage(
-            input_tokens=text + self._usual_image_tokens_of(question),
+            input_tokens=text + self._image_tokens_of(question),
             output_tokens=int(self.output_limit(question) * USUAL_SHARE_OF_LIMIT),
         )
         return self.price.nanodollars(usage)

@@ -83,6 +83,9 @@ class WithinCalls(WithinBudget):
     def __post_init__(self) -> None:
         require_whole("calls", self.calls)
 
+    def most_calls(self, price: float) -> float:
+        return self.calls
+
     def share_out(self, wanted: Selection, ranked: Values, prices: Values, spending: Spending, *, by_gain: bool) -> Selection:
         left, to_come = self.calls - spending.calls, spending.remaining
         return _shared_out(wanted, ranked, np.ones(len(ranked)), left=left, to_come=to_come, surely=to_come)
@@ -109,6 +112,9 @@ class WithinDollars(WithinBudget):
     @property
     def by_price(self) -> bool:
         return True
+
+    def most_calls(self, price: float) -> float:
+        return self.dollars / price if price else math.inf
 
     def share_out(self, wanted: Selection, ranked: Values, prices: Values, spending: Spending, *, by_gain: bool) -> Selection:
         if not any(spending.prices):

@@ -77,6 +77,11 @@ class Policy(ABC):
         """Whether the policy goes by `Spending.prices`, which take time to find out."""
         return False
 
+    @property
+    def lacks_gain(self) -> bool:
+        """Whether it goes by the expected gain from asking and was not `informed` of it."""
+        return False
+
     @abstractmethod
     def select(self, scores: Scores, spending: Spending = START) -> Selection:
         """N booleans for N images."""
@@ -99,15 +104,13 @@ class Policy(ABC):
     def surplus(self, scores: Scores, spending: Spending = START) -> NDArray[np.floating]:
         """N numbers: by how much the gain from asking is above what this policy wants for it; an image whose judge may be chosen
         goes to the one of the most. Above 0 where the policy selects: an image that is left to a later judge is to be asked
-        about there.
+        about there. A policy that does not go by gain alone has none, and cannot choose between judges."""
+        raise NotImplementedError
 
-        Raises:
-            PolicyError: if the policy does not go by gain alone.
-        """
-        raise PolicyError(
-            f"The policy '{self}' cannot choose between judges.",
-            hint='With routing, go by gain alone, as in "gain > 0.02"; what may be spent in all is [budget] usd.',
-        )
+    @property
+    def can_route(self) -> bool:
+        """Whether it can choose between judges."""
+        return type(self).surplus is not Policy.surplus
 
     def remembered(self, scores: Scores, spending: Spending) -> tuple[float, ...]:
         """What is to be `Spending.recent` when the next batch is decided on."""
@@ -172,6 +175,10 @@ class Limit(Policy):
         return All(())
 
     @abstractmethod
+    def most_calls(self, price: float) -> float:
+        """How many questions it suffices for, at so many dollars each."""
+
+    @abstractmethod
     def within(self, wanted: Selection, priority: Priority | None, scores: Scores, spending: Spending) -> Selection:
         """Of the wanted, the highest in priority that there is room for; some of it is kept for images to come. Where the others
         rank none above another, the limit has a priority of its own."""
@@ -190,6 +197,10 @@ class All(Policy):
     @property
     def by_price(self) -> bool:
         return any(part.by_price for part in self.parts)
+
+    @property
+    def lacks_gain(self) -> bool:
+        return any(part.lacks_gain for part in self.parts)
 
     @property
     def priority(self) -> Priority | None:
@@ -246,6 +257,10 @@ class AnyOf(Policy):
         return any(part.by_price for part in self.parts)
 
     @property
+    def lacks_gain(self) -> bool:
+        return any(part.lacks_gain for part in self.parts)
+
+    @property
     def priority(self) -> Priority | None:
         return _first_priority(self.parts)
 
@@ -280,6 +295,10 @@ class Not(Policy):
         return self.part.by_price
 
     @property
+    def lacks_gain(self) -> bool:
+        return self.part.lacks_gain
+
+    @property
     def priority(self) -> Priority | None:
         if (priority := self.part.priority) is None:
             return None
@@ -296,6 +315,13 @@ class Not(Policy):
 
     def __str__(self) -> str:
         return f"~({self.part})"
+
+
+def uncalibrated(policy: Policy) -> PolicyError:
+    """What to raise where a policy goes by gain and it is not known."""
+    return PolicyError(
+        f"The policy '{policy}' needs a calibration.", hint='Make one: cascadevlm calibrate; calibration = "FILE".'
+    )
 
 
 def _flat(kind: type[All] | type[AnyOf], *policies: Policy) -> tuple[Policy, ...]:

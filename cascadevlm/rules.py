@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from cascadevlm import measures
 from cascadevlm.errors import PolicyError
 from cascadevlm.measures import EntropyUnit, Measure
-from cascadevlm.policy import START, Policy, Priority, Selection, Spending, number, require_whole
+from cascadevlm.policy import START, Policy, Priority, Selection, Spending, number, require_whole, uncalibrated
 from cascadevlm.types import Scores
 
 
@@ -146,6 +146,10 @@ class GainAbove(Policy):
     def __post_init__(self) -> None:
         _require_share("gain", self.threshold)
 
+    @property
+    def lacks_gain(self) -> bool:
+        return self.gain is None
+
     def informed(self, gain: Measure) -> Policy:
         return replace(self, gain=gain)
 
@@ -161,9 +165,7 @@ class GainAbove(Policy):
 
     def _expected(self, scores: Scores) -> NDArray[np.floating]:
         if self.gain is None:
-            raise PolicyError(
-                f"The policy '{self}' needs a calibration.", hint='Make one with cascadevlm calibrate; calibration = "FILE".'
-            )
+            raise uncalibrated(self)
         return self.gain(scores)
 
     def reasons(self, scores: Scores) -> list[str]:

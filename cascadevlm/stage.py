@@ -1,5 +1,6 @@
 """A stage of a cascade: one judge, and when and how it is asked."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from PIL import Image
@@ -9,10 +10,10 @@ from cascadevlm.decision.calibration import FusionRule
 from cascadevlm.decision.judge_model import JudgeModel
 from cascadevlm.decision.live import Asking
 from cascadevlm.decision.pool import Pool
-from cascadevlm.errors import InputError, PromptError
+from cascadevlm.errors import InputError, PolicyError, PromptError
 from cascadevlm.judge import Judge, Voting
 from cascadevlm.measures import once
-from cascadevlm.policy import Policy, PolicyLike, as_policy
+from cascadevlm.policy import Policy, PolicyLike, as_policy, uncalibrated
 from cascadevlm.rules import Always
 from cascadevlm.support import SupportSet
 from cascadevlm.types import Candidate, Prompt, Question
@@ -35,8 +36,10 @@ class Stage:
         widen: how many times more the judge is asked, about the next candidates, where it chose "none of these".
 
     Raises:
-        InputError: if opinions are to be fused and there is no model, or no weight.
-        PromptError: if the prompt shows reference images and there is no support set.
+        InputError: if opinions are to be fused and there is no model, or no weight; if the list is to widen after an answer that
+            is not offered.
+        PromptError: if the prompt shows reference images and there is no support set, or the other way round.
+        PolicyError: if the policy goes by gain and there is no model.
     """
 
     judge: Judge
@@ -58,6 +61,15 @@ class Stage:
             raise InputError("fusion = 'weighted' needs a judge's weight.", hint="Calibrate anew: cascadevlm calibrate.")
         if self.support is None and self.prompt.shows_references:
             raise PromptError(f"Prompt {self.prompt.name!r} shows $references.", hint="Give the stage a support folder.")
+        if self.support is not None and not self.prompt.shows_references:
+            raise PromptError(
+                f"Prompt {self.prompt.name!r} has no place for the support images.",
+                hint="Take one with $references, as select_fewshot, or no support.",
+            )
+        if self.widen and not self.offer_none:
+            raise InputError(f"widen = {self.widen} needs the answer 'none of these'.", hint="Offer it: offer_none = true.")
+        if self.informed_policy.lacks_gain:
+            raise uncalibrated(as_policy(self.policy))
 
     def question(self, image: Image.Image, candidates: tuple[Candidate, ...]) -> Question:
         """What the judge is asked about an image, the candidates in the order they are to be shown."""
@@ -91,3 +103,26 @@ class Stage:
             word_final=self.fusion == "judge",
             pool=self.pool if self.fusion == "weighted" else None,
         )
+
+
+def require_cascade(stages: Sequence[Stage], *, routing: bool) -> None:
+    """Refuse stages that make no cascade together.
+
+    Raises:
+        InputError: if their fusion differs, or there is nothing to choose between in routing.
+        PolicyError: if a policy cannot choose between judges and is to.
+    """
+    if len(fusions := sorted({stage.fusion for stage in stages})) > 1:
+        raise InputError(f"The stages differ in their fusion, {' and '.join(map(repr, fusions))}.", hint="Give all the same.")
+    if not routing:
+        return
+    if len(stages) < 2:
+        raise InputError(
+            "With routing, there must be two judges to choose between.", hint="Add a [[stage]], or leave routing out."
+        )
+    for stage in stages:
+        if not as_policy(stage.policy).can_route:
+            raise PolicyError(
+                f"The policy '{as_policy(stage.policy)}' cannot choose between judges.",
+                hint='With routing, go by gain alone, as in "gain > 0.02"; what may be spent in all is [budget] usd.',
+            )

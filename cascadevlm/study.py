@@ -188,7 +188,7 @@ def study_candidates(
         rule = TopK(k=k, order=stage.candidates.order, seed=stage.candidates.seed)
         variants[f"k={k}"] = (
             replace(stage, candidates=rule),
-            {"candidates.k": k, "candidates.mass": None, "candidates.coverage": None},
+            {f"candidates.{key}": k if key == "k" else None for key in ("k", "mass", "coverage", "minimum", "maximum")},
         )
     records = _ask(variants, cascade, data, config, folder, begin, progress)
     return Study(

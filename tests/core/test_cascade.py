@@ -21,7 +21,7 @@ from cascadevlm import Cascade, Prediction, Stage, TopK, load_prompt, parse_poli
 from cascadevlm.budget import Ledger
 from cascadevlm.cache import MemoryStore
 from cascadevlm.engine import READ_AHEAD
-from cascadevlm.errors import FatalError, ImageError, InputError, JudgeError, PermanentError
+from cascadevlm.errors import FatalError, ImageError, InputError, JudgeError, PermanentError, PromptError
 from cascadevlm.images import ImageSource
 from cascadevlm.judge import Judge, verdict_from_text
 from cascadevlm.labels import LabelSet
@@ -410,6 +410,8 @@ def test_reference_images_come_from_the_support_set(tmp_path: Path) -> None:
     judge = FakeJudge()
     cascade(stage(judge, support=support, prompt=load_prompt("select_fewshot"))).classify([picture(GREY)])
     assert [exemplar.label.name for exemplar in judge.questions[0].exemplars] == ["red bird", "blue bird"]
+    with pytest.raises(PromptError, match=r"Prompt 'select' has no place for the support images\. Take one with \$references"):
+        stage(judge, support=support)
     with pytest.raises(InputError, match="no image of any label"):
         SupportSet.read(tmp_path, LabelSet.of(["owl"]))
 
@@ -444,3 +446,9 @@ def test_predictions_are_one_json_line() -> None:
     (prediction,) = cascade(stage(FakeJudge())).classify([picture(GREY)])
     row = prediction.to_dict()
     assert {"path", "label", "probability", "decided_by", "candidates", "verdict", "cost"} <= set(row)
+
+
+def test_lists_widen_only_after_an_answer_that_is_offered() -> None:
+    with pytest.raises(InputError, match=r"widen = 2 needs the answer 'none of these'\. Offer it: offer_none = true\."):
+        stage(FakeJudge(), widen=2)
+    assert stage(FakeJudge(), widen=2, offer_none=True).widen == 2

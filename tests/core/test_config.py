@@ -42,6 +42,12 @@ def test_candidates_want_one_rule(candidates: JsonValue) -> None:
         Config.parse(data(candidates=candidates)).build(LABELS)
 
 
+@pytest.mark.parametrize("candidates", [{"k": 5, "minimum": 2}, {"k": "best", "maximum": 10}])
+def test_lists_of_one_length_have_no_bounds(candidates: JsonValue) -> None:
+    with pytest.raises(ConfigError, match=r"candidates with k have no (minimum|maximum)\. Bounds are for mass and coverage\."):
+        Config.parse(data(candidates=candidates)).build(LABELS)
+
+
 @pytest.mark.parametrize(
     ("wrong", "sentence"),
     [
@@ -50,7 +56,12 @@ def test_candidates_want_one_rule(candidates: JsonValue) -> None:
         (data(polcy="always"), "Did you mean 'policy'?"),
         (data(candidates={"mas": 0.9}), "Did you mean 'mass'?"),
         (data(candidates="five"), "'five'"),
-        (data(candidates=0), "greater than or equal to 1"),
+        (data(candidates="beste"), "stage.0.candidates.k: a number from 1 on, or \"best\" (given: 'beste')."),
+        (data(candidates=0), 'stage.0.candidates.k: a number from 1 on, or "best" (given: 0).'),
+        (data(candidates=True), 'stage.0.candidates.k: a number from 1 on, or "best" (given: True).'),
+        (data(candidates={"k": 2.5}), 'a number from 1 on, or "best" (given: 2.5).'),
+        (data(support={"folder": "x", "shot": 1}), "There is no key 'stage.0.support.shot'. Did you mean 'shots'?"),
+        ({"scorer": {"use": "x:y"}, "budget": {"us": 3}}, "There is no key 'budget.us'. Did you mean 'usd'?"),
         ({"stage": []}, "The key 'scorer' is missing."),
         ({"scorer": {}}, "The key 'scorer.use' is missing."),
     ],
@@ -65,6 +76,34 @@ def test_mistakes_name_the_key_and_the_fix(wrong: dict[str, JsonValue], sentence
 def test_labels_are_wanted() -> None:
     with pytest.raises(ConfigError, match="There are no labels"):
         Config.parse(data()).build()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "sentence"),
+    [
+        (data(policy="gain > 0.02"), "The policy 'gain > 0.02' needs a calibration. Make one"),
+        (data(widen=2), "widen = 2 needs the answer 'none of these'"),
+        ({**data(), "routing": True}, "there must be two judges"),
+        (
+            {**data(), "routing": True, "stage": [{"judge": "hf_chat:aviary"}] * 2},
+            "The policy 'always' cannot choose between judges",
+        ),
+        (data(policy="~(calls <= 3)"), "A limit on calls or dollars stands alone or behind &"),
+        (data(policy="calls <= 1e999"), "a whole number from 0 on, not inf"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_is_loaded(wrong: dict[str, JsonValue], sentence: str) -> None:
+    config = Config.parse(wrong)
+    with pytest.raises(InputError) as caught:
+        config.build(LABELS)
+    assert sentence in str(caught.value)
+
+
+def test_a_study_of_a_length_can_be_read_again() -> None:
+    bounded = Config.parse(data(candidates={"mass": 0.9, "minimum": 3}))
+    again = Config.parse(bounded.model_dump(mode="json"))
+    assert again == bounded
+    assert again.build(LABELS).stages[0].candidates == CumulativeMass(mass=0.9, minimum=3)
 
 
 def test_an_unknown_option_of_a_backend_is_refused() -> None:

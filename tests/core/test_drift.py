@@ -102,7 +102,10 @@ def failing(question: Question) -> Reply:
 def cascade(
     reply: Callable[[Question], Reply] = by_the_model, *, scorer: FakeScorer | None = None, stages: int = 1, widen: int = 0
 ) -> Cascade:
-    stage = Stage(judge=FakeJudge(reply=reply), prompt=SELECT, candidates=TopK(k=4), fusion="bayes", model=MODEL, widen=widen)
+    rule, offered = TopK(k=4), widen > 0
+    stage = Stage(
+        judge=FakeJudge(reply=reply), prompt=SELECT, candidates=rule, fusion="bayes", model=MODEL, offer_none=offered, widen=widen
+    )
     return Cascade(
         CalibratedScorer(scorer or FakeScorer(), calibration()), [stage] * stages, labels=LABELS, calibration=calibration()
     )

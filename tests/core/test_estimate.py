@@ -1,6 +1,7 @@
 """What a run will take, held against counts by hand and against the run itself."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,17 +9,18 @@ from PIL import Image
 from pydantic import JsonValue
 
 from cascadevlm import Cascade, Stage, load_prompt, parse_policy
+from cascadevlm.budget import NANODOLLARS
 from cascadevlm.errors import BackendError, ImageError, InputError, PermanentError
 from cascadevlm.estimate import Estimate, estimate
 from cascadevlm.hosted import HostedJudge
-from cascadevlm.images import ImageSource
+from cascadevlm.images import ImageSource, load_image
 from cascadevlm.judge import Judge
 from cascadevlm.labels import LabelSet
 from cascadevlm.policy import PolicyLike, Selection
 from cascadevlm.support import SupportSet
 from cascadevlm.testing import FakeJudge, FakeScorer, noise, picture
 from cascadevlm.testing.server import JudgeServer
-from cascadevlm.types import Exemplar, Scores
+from cascadevlm.types import Exemplar, Question, Scores
 from cascadevlm_backends.anthropic import AnthropicJudge
 from cascadevlm_backends.openai import OpenAIJudge
 
@@ -164,6 +166,76 @@ def test_minutes_go_by_the_slowest_limit() -> None:
     assert estimated(hosted(concurrency=4), images).minutes == pytest.approx(2)
     assert estimated(hosted(concurrency=4, requests_per_minute=12), images).minutes == pytest.approx(10)
     assert estimated(hosted(concurrency=4, tokens_per_minute=100), images).minutes > 120 * 600 / 100
+
+
+class Cents(FakeJudge):
+    """A hundredth of a dollar for a small image, ten times as much for a large one."""
+
+    def usual_case(self, question: Question) -> int:
+        return NANODOLLARS // (100 if question.image.width < 100 else 10)
+
+    def worst_case(self, question: Question) -> int:
+        return 3 * self.usual_case(question)
+
+
+def test_a_limit_on_calls_bounds_the_whole_not_the_sample() -> None:
+    one = estimated(Cents(), mixture(100, 100), "entropy > 0.5 & calls <= 500", total=100_000)
+    assert (one.calls, one.deferral_rate, one.deferral_range) == (500, 0.005, (0.005, 0.005))
+    assert one.dollars == pytest.approx(5)
+    assert one.dollars_range == pytest.approx((5, 15))
+    loose = estimated(Cents(), mixture(100, 100), "entropy > 0.5 & calls <= 60000", total=100_000)
+    assert (loose.calls, loose.deferral_rate) == (50_000, 0.5)
+    assert loose.deferral_range[0] < 0.5 < loose.deferral_range[1]
+
+
+@pytest.mark.parametrize("policy", ["dollars <= 0.1", "calls <= 50 & always & dollars <= 0.1"])
+def test_a_limit_on_dollars_bounds_the_whole(policy: str) -> None:
+    one = estimated(Cents(), mixture(0, 200), policy)
+    assert one.calls == 10
+    assert one.deferral_rate == pytest.approx(0.05)
+    assert one.dollars == pytest.approx(0.1)
+    assert estimated(FakeJudge(), mixture(0, 200), "dollars <= 0.1").calls == 200  # costs nothing
+
+
+def test_what_a_limit_keeps_from_a_judge_does_not_reach_the_next() -> None:
+    stages = [stage(Cents(), "calls <= 20"), stage(Cents(), "entropy > 0.5")]
+    first, second = estimate(Cascade(SCORER, stages, labels=LABELS), mixture(50, 50))
+    assert (first.calls, second.calls, second.deferral_rate) == (20, 10, 0.1)
+
+
+def test_policies_by_price_see_the_price_of_every_image() -> None:
+    images: list[ImageSource] = [*[picture(UNSURE, (10, 10))] * 15, *[picture(UNSURE, (200, 200))] * 5]
+
+    def asked(policy: str) -> tuple[int, float]:
+        gaining = parse_policy(policy).informed(lambda scores: np.full(len(scores), 0.3))
+        (one,) = estimate(Cascade(SCORER, [stage(Cents(), gaining)], labels=LABELS), images)
+        return one.calls, round(one.dollars, 6)
+
+    assert asked("gain_per_dollar > 1") == (20, 0.65)
+    assert asked("gain_per_dollar > 10") == (15, 0.15)
+    assert asked("gain_per_dollar > 1000") == (0, 0)
+
+
+def test_files_are_decoded_once_and_prepared_as_in_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(6):
+        noise(number).save(tmp_path / f"{number}.png")
+    decoded: list[ImageSource] = []
+    loaded: list[bool] = []
+
+    def decode(source: ImageSource) -> Image.Image:
+        decoded.append(source)
+        return load_image(source)
+
+    class Loading(FakeScorer):
+        def load(self) -> None:
+            loaded.append(True)
+
+    monkeypatch.setattr("cascadevlm.scorer.load_image", decode)
+    files: list[ImageSource] = [*sorted(tmp_path.iterdir())]
+    cascade = Cascade(Loading(), [stage(hosted(), "dollars <= 100"), stage(hosted(), "always")], labels=LABELS)
+    assert [each.calls for each in estimate(cascade, files)] == [6, 6]
+    assert sorted(map(str, decoded)) == sorted(map(str, files))
+    assert loaded == [True]
 
 
 def test_no_more_images_in_hand_than_a_batch() -> None:

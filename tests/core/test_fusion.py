@@ -266,9 +266,12 @@ def test_policies_of_gain_and_fusion_want_a_model() -> None:
     judge = FakeJudge()
     with pytest.raises(InputError, match="needs a calibration"):
         Stage(judge=judge, prompt=SELECT, fusion="bayes")
-    unknown = Stage(judge=judge, prompt=SELECT, policy=parse_policy("gain > 0.1"))
+    for policy in ("gain > 0.1", "never | ~(gain_per_dollar > 3)", "gain > 0.1 & calls <= 3"):
+        with pytest.raises(PolicyError, match=r"^The policy '.*' needs a calibration"):
+            Stage(judge=judge, prompt=SELECT, policy=parse_policy(policy))
     with pytest.raises(PolicyError, match="needs a calibration"):
-        Cascade(FakeScorer(), [unknown], labels=LABELS).classify(noise(1))
+        parse_policy("gain > 0.1").select(FakeScorer().score([noise(1)], LABELS))
+    Stage(judge=judge, prompt=SELECT, policy=parse_policy("gain > 0.1").informed(lambda scores: np.ones(len(scores))))
 
 
 def test_the_reason_tells_the_gain() -> None:
@@ -708,7 +711,19 @@ def test_a_price_is_told_by_the_size_of_a_file_that_is_not_decoded(tmp_path: Pat
 def test_routing_wants_policies_of_gain_alone(policies: tuple[str, str], also: str) -> None:
     stages = [stage_of_expert("ant", policy=policy + also) for policy in policies]
     with pytest.raises(PolicyError, match=r"cannot choose between judges. With routing, go by gain alone"):
-        Cascade(IN_DOUBT, stages, labels=LABELS, routing=True).classify([picture(INSECT)])
+        Cascade(IN_DOUBT, stages, labels=LABELS, routing=True)
+
+
+def test_routing_wants_judges_to_choose_between() -> None:
+    with pytest.raises(InputError, match="there must be two judges to choose between"):
+        Cascade(IN_DOUBT, [stage_of_expert("ant", policy="gain > 0.1")], labels=LABELS, routing=True)
+
+
+def test_stages_of_different_fusion_are_no_cascade() -> None:
+    """The first judge's final word would be lost behind a second one that mumbles, and whose answer is fused."""
+    fused = stage_of_expert("ant", policy="always")
+    with pytest.raises(InputError, match=r"The stages differ in their fusion, 'bayes' and 'judge'\."):
+        Cascade(IN_DOUBT, [replace(fused, fusion="judge"), fused], labels=LABELS)
 
 
 def test_asking_everything_asks_every_judge_whatever_the_routing() -> None:

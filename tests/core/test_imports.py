@@ -24,6 +24,6 @@ def test_the_whole_core_does_without_models_and_sdks() -> None:
 def test_all_public_names_are_there() -> None:
     import cascadevlm
 
-    assert {"Cascade", "Stage", "Scorer", "Judge", "LabelSet"} <= set(cascadevlm.__all__)
+    assert {"Cascade", "Stage", "Scorer", "Judge", "LabelSet", "Policy"} <= set(cascadevlm.__all__)
     for name in cascadevlm.__all__:
         assert getattr(cascadevlm, name).__name__ == name

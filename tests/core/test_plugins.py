@@ -31,7 +31,7 @@ MODULE = """
 from dataclasses import dataclass
 import numpy as np
 import cascadevlm
-from cascadevlm.policy import Policy, START
+from cascadevlm.policy import START
 
 class FlatScorer(cascadevlm.Scorer):
     def __init__(self, model, *, slope=0.0):
@@ -47,7 +47,7 @@ class LastJudge(cascadevlm.Judge):
         return cascadevlm.Verdict(outcome="answered", label=question.labels[-1].name, judge=self.spec)
 
 @dataclass(frozen=True)
-class Wide(Policy):
+class Wide(cascadevlm.Policy):
     comparison = ">"
     threshold: float
     def select(self, scores, spending=START):

@@ -43,6 +43,14 @@ def test_rows_are_sound(row: PricedModel) -> None:
     assert find_price(row.provider, row.name) is price
 
 
+@ROWS
+@given(st.integers(1, 5000), st.integers(1, 5000))
+def test_an_image_that_shrinks_takes_no_more(row: PricedModel, width: int, height: int) -> None:
+    """What is sent is at most as large as its limits allow, so that a question's worst case is known without encoding it."""
+    assert row.price.image is not None
+    assert row.price.image.tokens(max(width * 3 // 4, 1), max(height * 3 // 4, 1)) <= row.price.image.tokens(width, height)
+
+
 IMAGES = [
     # OpenAI's guide to images: https://platform.openai.com/docs/guides/images-vision
     ("openai", "gpt-4o", (1024, 1024), 765),  # to 768 x 768: 4 tiles
