@@ -5,7 +5,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from contextlib import aclosing
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 
 from pydantic import JsonValue
@@ -16,7 +15,7 @@ from cascadevlm.cascade import Cascade
 from cascadevlm.engine import Run
 from cascadevlm.errors import DataError
 from cascadevlm.images import ImageSource
-from cascadevlm.inputs import Named
+from cascadevlm.inputs import Named, after, names
 from cascadevlm.judge import Judge, WrapperJudge
 from cascadevlm.manifest import Manifest
 from cascadevlm.run_folder import RunFolder, Tally
@@ -97,17 +96,13 @@ def run(
 
 def _require_same_images(inputs: Iterable[Named], folder: RunFolder) -> None:
     """Raises DataError, if the first images are not those that the folder has predictions of."""
-    for number, ((name, _), path) in enumerate(_side_by_side(inputs, folder.paths())):
-        if name != path:
+    known = names(inputs)
+    for number, path in enumerate(folder.paths()):
+        if (name := next(known, "")) != path:
             raise DataError(
                 f"Image {number} of {str(folder.folder)!r} was {path!r} and is now {name or 'gone'!r}.",
                 hint="Images may be added after the last one only; for others, give another folder.",
             )
-
-
-def _side_by_side(inputs: Iterable[Named], paths: Iterator[str]) -> Iterator[tuple[Named, str]]:
-    known = iter(inputs)
-    return ((next(known, ("", b"")), path) for path in paths)
 
 
 async def _classify(
@@ -136,17 +131,17 @@ async def _append(run: Run, inputs: Iterable[Named], folder: RunFolder, progress
     """Write down every prediction that is not known yet."""
     number = first = folder.checkpoint.images
     known = folder.tally.images
-    names: deque[str] = deque()
+    begun: deque[str] = deque()
 
     def sources() -> Iterator[ImageSource]:
-        for name, source in islice(inputs, first, None):
-            names.append(name)
+        for name, source in after(inputs, first):
+            begun.append(name)
             yield source
 
     total = len(inputs) if isinstance(inputs, Sized) else None
     async with aclosing(run.predictions(sources(), total)) as predictions:
         async for prediction in predictions:
-            name = names.popleft()
+            name = begun.popleft()
             number += 1
             if number > known:
                 folder.append(name, prediction)

@@ -15,7 +15,7 @@ from cascadevlm.cascade import Cascade
 from cascadevlm.config import Config
 from cascadevlm.decision.calibration import Calibration
 from cascadevlm.errors import DataError
-from cascadevlm.files import write_whole
+from cascadevlm.files import valid_text, write_whole
 from cascadevlm.inputs import Inputs, Named
 from cascadevlm.labels import Label
 from cascadevlm.recording import machine, versions
@@ -56,7 +56,7 @@ class Manifest(BaseModel):
         return cls(
             config=dict(config),
             labels=list(cascade.labels),
-            inputs=str(inputs.path.absolute()) if isinstance(inputs, Inputs) else type(inputs).__name__,
+            inputs=valid_text(str(inputs.path.absolute())) if isinstance(inputs, Inputs) else type(inputs).__name__,
             began=datetime.now(UTC),
             versions=versions(),
             machine=machine(),
