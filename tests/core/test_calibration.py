@@ -306,7 +306,7 @@ def test_the_gain_curve_is_what_the_policy_gives(seed: int, word_of_judge: bool)
     for rate, accuracy, dollars, least in zip(
         curve.deferral_rates, curve.accuracies, curve.dollars, curve.thresholds, strict=True
     ):
-        gated = under(fused, GainAbove(float(least)))
+        gated = under(fused, GainAbove(float(np.nan_to_num(least, nan=1).clip(0, 1))))
         if gated.judged.asked.mean() == rate:
             assert (gated.predicted == gated.truths).mean() == pytest.approx(accuracy)
             assert 1000 * gated.judged.dollars.mean() == pytest.approx(dollars)
@@ -381,8 +381,8 @@ def all_policies(fused: Record, measure: str) -> list[str]:
     measures = {"entropy": entropy, "margin": margin, "top_probability": top_probability}
     values = fused.fused.gain if measure == "gain" else measures[measure](fused.scores).astype(float)
     edges = np.unique(values)
-    between = [edges[0] - 1, *((edges[1:] + edges[:-1]) / 2), edges[-1] + 1]
-    return [f"{measure} {'>' if measure in ('gain', 'entropy') else '<'} {value:.17g}" for value in between]
+    comparison = ">" if measure in ("gain", "entropy") else "<"
+    return ["always", "never", *(f"{measure} {comparison} {value:.17g}" for value in (edges[1:] + edges[:-1]) / 2)]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -538,7 +538,7 @@ def test_a_promised_error_is_one_among_accepted_answers() -> None:
         ({"policy": "entropy > 0.3"}, {}, r"for policy 'always', not for 'entropy > 0\.3'\. .* set accept yourself"),
         ({}, {"fusion": "judge"}, "for fusion 'bayes', not for 'judge'"),
         ({}, {"follow_shares": True}, "for follow_shares False, not for True"),
-        ({"widen": 1}, {}, "for widen 0, not for 1"),
+        ({"widen": 1, "offer_none": True}, {}, "for widen 0, not for 1"),
         ({"candidates": 3}, {}, "for candidates"),
         ({"policy": "entropy > 0.3"}, {"accept": 0.7}, None),
         ({}, {}, None),
