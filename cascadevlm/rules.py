@@ -133,7 +133,8 @@ class TopProbabilityBelow(Policy):
 
 @dataclass(frozen=True)
 class GainAbove(Policy):
-    """Ask where the expected gain in accuracy is above a threshold from 0 to 1: `cascadevlm.decision.JudgeModel.gain`.
+    """Ask where the expected gain in accuracy is above a threshold from -1 (certain loss, by a judge whose word is final) to 1:
+    `cascadevlm.decision.JudgeModel.gain`.
 
     Raises:
         PolicyError: when deciding, if the stage has no model of its judge.
@@ -144,7 +145,8 @@ class GainAbove(Policy):
     gain: Measure | None = field(default=None, kw_only=True, repr=False)
 
     def __post_init__(self) -> None:
-        _require_share("gain", self.threshold)
+        if not -1 <= self.threshold <= 1:
+            raise PolicyError(f"gain takes a number from -1 to 1, not {self.threshold!r}.")
 
     @property
     def lacks_gain(self) -> bool:

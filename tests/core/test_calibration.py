@@ -306,7 +306,7 @@ def test_the_gain_curve_is_what_the_policy_gives(seed: int, word_of_judge: bool)
     for rate, accuracy, dollars, least in zip(
         curve.deferral_rates, curve.accuracies, curve.dollars, curve.thresholds, strict=True
     ):
-        gated = under(fused, GainAbove(float(np.nan_to_num(least, nan=1).clip(0, 1))))
+        gated = under(fused, GainAbove(float(np.nan_to_num(least, nan=1).clip(-1, 1))))
         if gated.judged.asked.mean() == rate:
             assert (gated.predicted == gated.truths).mean() == pytest.approx(accuracy)
             assert 1000 * gated.judged.dollars.mean() == pytest.approx(dollars)

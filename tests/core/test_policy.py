@@ -55,7 +55,7 @@ rules = st.one_of(
 measured = st.one_of(
     rules,
     st.builds(EntropyAbove, st.floats(0, 9), st.just("nats")),
-    st.builds(GainAbove, shares),
+    st.builds(GainAbove, st.floats(-1, 1)),
     st.builds(GainPerDollarAbove, st.floats(0, 1e9)),
 )
 limits: st.SearchStrategy[Policy] = st.one_of(
@@ -351,7 +351,7 @@ def test_a_policy_says_itself_in_the_string_form(policy: Policy) -> None:
         ("entropy > -1 nats", 1, "entropy takes a number from 0 on, not -1"),
         ("margin < -1", 1, "margin takes a number from 0 to 1, not -1"),
         ("always & top_probability < 2", 10, "top_probability takes a number from 0 to 1, not 2"),
-        ("gain > 5", 1, "gain takes a number from 0 to 1, not 5"),
+        ("gain > 5", 1, "gain takes a number from -1 to 1, not 5"),
         ("gain_per_dollar > 1e999", 1, "gain_per_dollar takes a number from 0 on, not inf"),
         ("calls <= -3", 1, "calls takes a whole number from 0 on, not -3"),
         ("calls <= 1e999", 1, "calls takes a whole number from 0 on, not inf"),
