@@ -227,15 +227,18 @@ def fit_shapes(
             logits = logits + bias
         if mixing.size:
             logits = logits + features @ mixing.reshape(classes, classes)
-        predicted = log_softmax(logits, axis=1)
-        errors = np.exp(predicted) - responsibilities
+        highest = logits.max(axis=1, keepdims=True)
+        weights = np.exp(logits - highest)
+        totals = weights.sum(axis=1, keepdims=True)
+        errors = weights / totals - responsibilities
         gradient = [np.array([(errors * centred).sum() * np.exp(log_scale[0])])]
         if bias.size:
             gradient.append(errors.sum(axis=0))
         if mixing.size:
             gradient.append((features.T @ errors).ravel())
         penalty = precisions * values
-        return float(-(predicted * responsibilities).sum() + penalty @ values / 2), np.concatenate(gradient) + penalty
+        unlikelihood = (np.log(totals) + highest).sum() - (responsibilities * logits).sum()
+        return float(unlikelihood + penalty @ values / 2), np.concatenate(gradient) + penalty
 
     values, fitted = np.zeros(ends[-1]), []
     for shape in shapes:

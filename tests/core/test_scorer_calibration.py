@@ -154,7 +154,7 @@ def test_calibrated_scores_stay_so() -> None:
     np.testing.assert_allclose(unchanged(log_probs), log_probs)
 
 
-@settings(max_examples=20)
+@settings(max_examples=6)
 @given(st.floats(1e-3, 1e3))
 def test_the_unit_of_the_scores_does_not_matter(unit: float) -> None:
     log_probs, truths = truly(3, 300)
