@@ -146,8 +146,9 @@ def _contents(cascade: Cascade) -> dict[str, str]:
     for number, stage in enumerate(cascade.stages):
         contents[f"stage.{number}.prompt"] = key_of(asdict(stage.prompt))
         if stage.support is not None:
-            shown = {name: [each.digest for each in exemplars] for name, exemplars in stage.support.exemplars.items()}
-            contents[f"stage.{number}.support"] = key_of({name: list(digests) for name, digests in shown.items()})
+            contents[f"stage.{number}.support"] = key_of(
+                {name: [each.digest for each in exemplars] for name, exemplars in stage.support.exemplars.items()}
+            )
     return contents
 
 
