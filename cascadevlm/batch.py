@@ -31,9 +31,9 @@ class _Collecting(VerdictStore):
     def get(self, key: str) -> Verdict | None:
         return self.store.get(key)
 
-    def put(self, payload: Payload, verdict: Verdict) -> None:
+    def put(self, key: str, payload: Payload, verdict: Verdict) -> None:
         if verdict.usage.requests:
-            self.store.put(payload, verdict)
+            self.store.put(key, payload, verdict)
 
 
 def _in_batches(stages: Sequence[Stage], folder: Path, ledger: Ledger) -> list[Stage]:

@@ -69,8 +69,8 @@ class VerdictStore(ABC):
         """The verdict stored under a key, if any."""
 
     @abstractmethod
-    def put(self, payload: Payload, verdict: Verdict) -> None:
-        """Store a verdict under its payload's key.
+    def put(self, key: str, payload: Payload, verdict: Verdict) -> None:
+        """Store a verdict under its payload's key, see `key_of`.
 
         Raises:
             ValueError: if it is not valid.
@@ -100,10 +100,9 @@ class DiskStore(VerdictStore):
         except _DAMAGE:  # a missing entry is a KeyError; a damaged one is asked again and overwritten
             return None
 
-    def put(self, payload: Payload, verdict: Verdict) -> None:
+    def put(self, key: str, payload: Payload, verdict: Verdict) -> None:
         _require_valid(verdict)
-        entry = {"payload": payload, "verdict": _VERDICT.dump_python(verdict, mode="json")}
-        self._cache.set(key_of(payload), entry, retry=True)
+        self._cache.set(key, {"payload": payload, "verdict": verdict.to_dict()}, retry=True)
 
     def __len__(self) -> int:
         return len(self._cache)
@@ -137,9 +136,9 @@ class MemoryStore(VerdictStore):
     def get(self, key: str) -> Verdict | None:
         return self.verdicts.get(key)
 
-    def put(self, payload: Payload, verdict: Verdict) -> None:
+    def put(self, key: str, payload: Payload, verdict: Verdict) -> None:
         _require_valid(verdict)
-        self.verdicts[key_of(payload)] = verdict
+        self.verdicts[key] = verdict
 
 
 def _require_valid(verdict: Verdict) -> None:
@@ -194,7 +193,7 @@ class Cached(SingleFlight):
         verdict = await super()._ask(key, payload, question)
         if verdict.valid:
             try:
-                self.store.put(payload, verdict)
+                self.store.put(key, payload, verdict)
             except (OSError, sqlite3.Error) as exc:  # a full disk: the answer is paid for and counts all the same
                 warnings.warn(f"An answer could not be kept in the cache: {exc}", RuntimeWarning, stacklevel=2)
         return verdict

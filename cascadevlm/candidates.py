@@ -46,12 +46,15 @@ class CandidateRule(ABC):
 
     def choose(self, scores: Scores) -> list[tuple[Candidate, ...]]:
         """The candidates of N images, best first."""
+        columns = self.columns(scores)
+        probabilities = np.take_along_axis(scores.probabilities, columns, axis=1)
         return [
             tuple(
-                Candidate(label=scores.labels[column], probability=float(scores.probabilities[row, column]), rank=rank)
-                for rank, column in enumerate(columns[columns != NOBODY], start=1)
+                Candidate(label=scores.labels[column], probability=probability, rank=rank)
+                for rank, (column, probability) in enumerate(zip(*row, strict=True), start=1)
+                if column != NOBODY
             )
-            for row, columns in enumerate(self.columns(scores))
+            for row in zip(columns.tolist(), probabilities.tolist(), strict=True)
         ]
 
     def arrange(self, candidates: tuple[Candidate, ...], image: Image.Image) -> tuple[Candidate, ...]:

@@ -14,7 +14,9 @@ from cascadevlm.retry import Retrying
 
 def dependable(judge: Judge, store: VerdictStore | None, ledger: Ledger) -> Judge:
     """A judge that keeps to the budget and its rates, retries, stops in an outage, repairs, asks identical concurrent questions
-    once and, with a store, no question twice."""
+    once and, with a store, no question twice. One that replays does all that it can."""
+    if judge.replays:
+        return judge
     patient = Repairing(Reachable(Retrying(Paced(Metered(judge, ledger)))))
     return Cached(patient, store) if store is not None else SingleFlight(patient)
 
@@ -36,7 +38,9 @@ class DependableJudges:
             if loop.is_closed():
                 self._shared.pop(loop, None)
         of_loop = self._shared.setdefault(asyncio.get_running_loop(), {})
-        return of_loop.setdefault(id(judge), SharedJudge(dependable(judge, self.store, self.ledger)))
+        if id(judge) not in of_loop:
+            of_loop[id(judge)] = SharedJudge(dependable(judge, self.store, self.ledger))
+        return of_loop[id(judge)]
 
 
 class SharedJudge(AbstractAsyncContextManager[Judge]):

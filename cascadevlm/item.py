@@ -11,7 +11,7 @@ from cascadevlm.errors import JudgeError
 from cascadevlm.labels import Label
 from cascadevlm.scorer import Prepared
 from cascadevlm.stage import Stage
-from cascadevlm.types import Candidate, Prediction, Scores, Verdict
+from cascadevlm.types import Candidate, DecidedBy, Prediction, Scores, Verdict
 
 OnFailure = Literal["scorer", "raise", "abstain"]
 """What a prediction is where no judge asked gave an answer: the scorer's label, an error, or no label."""
@@ -74,21 +74,17 @@ class Item:
         """
         answered = next((verdict for verdict in reversed(self.verdicts) if verdict.label is not None), None)
         asked = [verdict for verdict in self.verdicts if verdict.outcome != "skipped"]
-        decisive = self.belief if self.fused else self.scores
-        best = int(decisive.log_probs[0].argmax())
+        label, probability, decided_by = self._opinion(answered)
         prediction = Prediction(
             path=self.path,
-            label=decisive.labels[best].name,
-            probability=float(decisive.probabilities[0, best]),
-            decided_by="fusion" if self.fused else "scorer",
+            label=label,
+            probability=probability,
+            decided_by=decided_by,
             candidates=self.candidates,
             reasons=tuple(self.reasons),
             verdicts=tuple(self.verdicts),
         )
-        if answered is not None and not self.fused:
-            probability = answered.probabilities.get(answered.label or "") if answered.probabilities else None
-            prediction = replace(prediction, label=answered.label, probability=probability, decided_by="judge")
-        elif answered is None and asked:
+        if answered is None and asked:
             chose_none = any(verdict.valid for verdict in asked)
             why = "The judge chose none of the candidates." if chose_none else asked[-1].error
             if on_failure == "abstain":
@@ -99,6 +95,15 @@ class Item:
             why = f"{prediction.label!r} has a probability of {prediction.probability:.2f}, below {accept:g}."
             prediction = _abstained(prediction, why)
         return prediction
+
+    def _opinion(self, answered: Verdict | None) -> tuple[str | None, float | None, DecidedBy]:
+        """The label, its probability and whose opinion that is; ``answered`` is the last verdict that names one."""
+        if answered is not None and not self.fused:
+            probabilities = answered.probabilities or {}
+            return answered.label, probabilities.get(answered.label or ""), "judge"
+        decisive = self.belief if self.fused else self.scores
+        best = int(decisive.log_probs[0].argmax())
+        return decisive.labels[best].name, float(decisive.probabilities[0, best]), "fusion" if self.fused else "scorer"
 
 
 def _abstained(prediction: Prediction, why: str) -> Prediction:

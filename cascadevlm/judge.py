@@ -25,6 +25,8 @@ class Judge(ABC):
         concurrency: how many questions it can well have in hand at once.
         requests_per_minute: how many requests it may begin in a minute.
         tokens_per_minute: how many tokens, in and out, they may take.
+        replays: whether it only gives again what was said before, at once and at no cost: its answers are not cached, and what
+            fails is not tried again.
     """
 
     spec: str
@@ -32,6 +34,7 @@ class Judge(ABC):
     concurrency: int = 8
     requests_per_minute: float | None = None
     tokens_per_minute: float | None = None
+    replays: bool = False
 
     @property
     def costs_money(self) -> bool:
@@ -174,6 +177,7 @@ class WrapperJudge(Judge):
         self.concurrency = wrapped.concurrency
         self.requests_per_minute = wrapped.requests_per_minute
         self.tokens_per_minute = wrapped.tokens_per_minute
+        self.replays = wrapped.replays
 
     @property
     def costs_money(self) -> bool:

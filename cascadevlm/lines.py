@@ -5,7 +5,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
-from pydantic import BaseModel, InstanceOf
+from pydantic import BaseModel, InstanceOf, ValidationError
 
 from cascadevlm.files import valid_text
 from cascadevlm.types import DecidedBy, Outcome, Prediction
@@ -58,8 +58,11 @@ class Line(BaseModel):
 
     @classmethod
     def read(cls, text: str | bytes) -> Self:
-        """A line; unlike other readers of JSON, Python's takes texts that are no valid Unicode."""
-        return cls.model_validate(json.loads(text))
+        """A line."""
+        try:
+            return cls.model_validate_json(text)
+        except ValidationError:  # unlike pydantic's, Python's reader takes texts that are no valid Unicode
+            return cls.model_validate(json.loads(text))
 
     @property
     def verdicts(self) -> list[LineVerdict]:
@@ -139,6 +142,8 @@ def _row(line: Line) -> dict[str, object]:
         "probability": line.probability,
         "escalated": line.escalated,
         "dollars": line.dollars,
-        "candidates": [each.model_dump() | {"label": valid_text(each.label)} for each in line.candidates],
+        "candidates": [
+            {"label": valid_text(each.label), "probability": each.probability, "rank": each.rank} for each in line.candidates
+        ],
         "reasons": line.reasons,
     }

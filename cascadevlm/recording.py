@@ -91,8 +91,8 @@ class KeepingStage(Stage):
         """One that asks as this one does and has kept nothing yet."""
         return cls(**{each.name: getattr(stage, each.name) for each in fields(Stage)})
 
-    def question(self, image: Image.Image, candidates: tuple[Candidate, ...]) -> Question:
-        question = super().question(image, candidates)
+    def question(self, image: Image.Image, candidates: tuple[Candidate, ...], label_set: LabelSet | None = None) -> Question:
+        question = super().question(image, candidates, label_set)
         self.kept.setdefault(question.image_digest, []).append(asked_of(question))
         return question
 

@@ -108,7 +108,7 @@ class RunningStage:
                 break
             item.hear(self.stage, wider)
             verdict = replace(wider, usage=usage)
-        item.verdicts.append(replace(verdict, stage=self.number))
+        item.verdicts.append(verdict if verdict.stage == self.number else replace(verdict, stage=self.number))
 
     async def _verdict(self, item: Item) -> Verdict:
         """What the judge says of an image, among its candidates; after a fatal error, that is all it says."""
@@ -121,7 +121,7 @@ class RunningStage:
                     await loop.run_in_executor(self.readers, lambda: item.prepared.image)
                 image = item.prepared.image
                 item.candidates = self.stage.candidates.arrange(item.candidates, image)
-                question = replace(self.stage.question(image, item.candidates), label_set=self.labels)
+                question = self.stage.question(image, item.candidates, self.labels)
                 if is_large(image):  # encode and hash it beside the event loop, once for all
                     await loop.run_in_executor(self.readers, self.judge.image_digest, question)
                 return await self.judge.judge(question)

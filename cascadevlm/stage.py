@@ -12,6 +12,7 @@ from cascadevlm.decision.live import Asking
 from cascadevlm.decision.pool import Pool
 from cascadevlm.errors import InputError, PolicyError, PromptError
 from cascadevlm.judge import Judge, Voting
+from cascadevlm.labels import LabelSet
 from cascadevlm.measures import once
 from cascadevlm.policy import Policy, PolicyLike, as_policy, uncalibrated
 from cascadevlm.rules import Always
@@ -71,14 +72,15 @@ class Stage:
         if self.informed_policy.lacks_gain:
             raise uncalibrated(as_policy(self.policy))
 
-    def question(self, image: Image.Image, candidates: tuple[Candidate, ...]) -> Question:
-        """What the judge is asked about an image, the candidates in the order they are to be shown."""
+    def question(self, image: Image.Image, candidates: tuple[Candidate, ...], label_set: LabelSet | None = None) -> Question:
+        """What the judge is asked about an image, the candidates, of the label set, in the order they are to be shown."""
         return Question(
             image=image,
             candidates=candidates,
             prompt=self.prompt,
             exemplars=self.support.of(candidates) if self.support else (),
             offer_none=self.offer_none,
+            label_set=label_set,
         )
 
     def by_votes(self, judge: Judge) -> Judge:

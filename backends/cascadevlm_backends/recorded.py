@@ -121,6 +121,9 @@ class RecordedJudge(Judge):
         DataError: when first asked, if the folder is no whole record.
     """
 
+    replays = True
+    concurrency = 256
+
     def __init__(self, model: str) -> None:
         self.spec = f"recorded:{model}"
         self.model = model
@@ -134,6 +137,8 @@ class RecordedJudge(Judge):
         if verdict.outcome == "skipped":
             raise BudgetExhausted(verdict.error)
         usage = verdict.usage
+        if not usage.dollars:
+            return verdict
         return replace(verdict, usage=replace(usage, dollars=0.0, saved_dollars=usage.dollars + usage.saved_dollars))
 
     def identity(self) -> Mapping[str, JsonValue]:

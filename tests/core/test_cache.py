@@ -109,7 +109,7 @@ async def test_only_answers_are_kept(reply: str | Exception) -> None:
     assert (await Cached(judge, store).judge(question())).label == "blue finch"
     for refusing in (DiskStore(Path("unused")), store):
         with pytest.raises(ValueError, match="not kept"):
-            refusing.put({}, Verdict(outcome="refused"))
+            refusing.put("key", {}, Verdict(outcome="refused"))
 
 
 async def test_none_of_these_is_an_answer(tmp_path: Path) -> None:

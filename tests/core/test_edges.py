@@ -111,7 +111,7 @@ async def test_what_costs_nothing_is_never_blocked() -> None:
 
 
 class FullDisk(MemoryStore):
-    def put(self, payload: Payload, verdict: Verdict) -> None:
+    def put(self, key: str, payload: Payload, verdict: Verdict) -> None:
         raise sqlite3.OperationalError("database or disk is full")
 
 
