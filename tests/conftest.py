@@ -1,6 +1,7 @@
 """What holds for all tests: no hub, no paid endpoint, and a cache of their own."""
 
 import os
+import sys
 import tempfile
 
 from hypothesis import settings
@@ -8,6 +9,9 @@ from hypothesis import settings
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["CASCADEVLM_LOCAL_ONLY"] = "1"
 os.environ["CASCADEVLM_CACHE_DIR"] = tempfile.mkdtemp(prefix="cascadevlm-tests-")
+
+sys.dont_write_bytecode = False  # a hundred processes begin here: to compile torch anew would take each of them 15 seconds
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 settings.register_profile("tests", deadline=None)  # a busy machine is no defect
 settings.load_profile("tests")
