@@ -33,8 +33,7 @@ class Manifest(BaseModel):
     """``manifest.json``.
 
     Attributes:
-        contents: digests of what the configuration names: the calibration and, of every stage, prompt and support set; None in
-            manifests from before that.
+        contents: digests of what the configuration names: the calibration and, of every stage, prompt and support set.
         fingerprint: of the scorer, once something was scored.
         judges: the identity of each stage's judge, once it was made ready.
     """
@@ -46,7 +45,7 @@ class Manifest(BaseModel):
     began: datetime
     versions: dict[str, str]
     machine: str
-    contents: dict[str, str] | None = None
+    contents: dict[str, str]
     fingerprint: str | None = None
     judges: dict[int, dict[str, JsonValue]] = {}
 
@@ -94,11 +93,8 @@ class Manifest(BaseModel):
     def differences(self, other: "Manifest") -> list[str]:
         """What another run does otherwise, one sentence each."""
         found = _changes(_filled(self.config), _filled(other.config))
-        if self.contents is not None and other.contents is not None:
-            names = {**self.contents, **other.contents}
-            found += [
-                f"the content of {name} is another" for name in names if self.contents.get(name) != other.contents.get(name)
-            ]
+        names = {**self.contents, **other.contents}
+        found += [f"the content of {name} is another" for name in names if self.contents.get(name) != other.contents.get(name)]
         return found + ["the labels are others"] * (self.labels != other.labels)
 
     def with_judge(self, stage: int, identity: Mapping[str, JsonValue], folder: Path) -> "Manifest":

@@ -204,6 +204,8 @@ class TopFraction(Policy):
 
     def __post_init__(self) -> None:
         _require_share("top_fraction", self.fraction)
+        if not callable(self.measure):
+            raise PolicyError(f"The measure of top_fraction is a function of scores, not {self.measure!r}.")
 
     def select(self, scores: Scores, spending: Spending = START) -> Selection:
         selected = np.zeros(len(scores), dtype=bool)

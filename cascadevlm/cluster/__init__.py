@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cascadevlm.cascade import Cascade
-from cascadevlm.cluster.judging import RemoteJudge, Worker
+from cascadevlm.cluster.judging import SILENT_SECONDS, RemoteJudge, Worker
 from cascadevlm.cluster.workers import SAME_FILES, JudgingWorker, ScoredBatch, ScoringWorker, Workplace, list_images
 from cascadevlm.config import Config, StageConfig
 from cascadevlm.engine import Read
@@ -49,9 +49,6 @@ LISTING_CPUS = 0.01
 
 CALLS_AT_ONCE = 2
 """Batches that a scoring worker has in work: one is read while another one is scored."""
-
-SILENT_SECONDS = 120.0
-"""How long the workers may take to give a batch before that is told."""
 
 CALLS_AHEAD = 4
 """Batches that a scoring worker has been given."""

@@ -19,6 +19,9 @@ T_co = TypeVar("T_co", covariant=True)
 ASK_AGAIN_SECONDS = 1.0
 """How often a worker that was lost is asked whether it is back."""
 
+SILENT_SECONDS = 120.0
+"""How long workers may keep the run waiting before that is told: Ray waits for lost machines without a word."""
+
 
 class _Remote(Protocol[T_co]):
     """A method of a worker."""
@@ -51,6 +54,7 @@ class RemoteJudge(WrapperJudge):
 
     def __init__(self, wrapped: Judge, workers: int, begin: Callable[[], Worker], end: Callable[[Worker], None]) -> None:
         super().__init__(wrapped)
+        self.replays = False  # a worker may be lost, and the question is to be put again
         if isinstance(wrapped, LocalJudge):
             self.concurrency = wrapped.concurrency * workers
         self._number = workers
@@ -120,11 +124,16 @@ class RemoteJudge(WrapperJudge):
         """Give a worker its place again once it is back and can work."""
         from ray.exceptions import RayError
 
-        while True:
-            with suppress(RayError):
-                told = await _identity(worker)
-                break
-            await asyncio.sleep(ASK_AGAIN_SECONDS)
+        gone = f"A worker in which {self.spec!r} was asked has been gone for {SILENT_SECONDS:.0f} s. 'ray status' tells more."
+        telling = asyncio.get_running_loop().call_later(SILENT_SECONDS, warnings.warn, gone, RuntimeWarning)
+        try:
+            while True:
+                with suppress(RayError):
+                    told = await _identity(worker)
+                    break
+                await asyncio.sleep(ASK_AGAIN_SECONDS)
+        finally:
+            telling.cancel()
         if not isinstance(told, CascadeError):
             self._places.put_nowait(worker)
             return

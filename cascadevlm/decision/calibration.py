@@ -68,12 +68,12 @@ class CalibratedJudge:
         judge: its spec.
         settings: of its stage, as far as they change its answers (`SETTINGS`); empty for records made of arrays.
         model: how it chooses.
-        pool: how much its opinion counts where opinions are weighted; None in files from before that.
+        pool: how much its opinion counts where opinions are weighted; None where that was not fitted.
         log_likelihoods: mean cross-validated log-likelihood of the truth in nats, by the rule of fusion; None without labels.
-        best_size: how many candidates to show that the expected accuracy is highest, of `SIZES`, by the model; None in files
-            from before that.
+        best_size: how many candidates to show that the expected accuracy is highest, of `SIZES`, by the model; None where
+            that was not looked for.
         reference: whether it named the likeliest candidate, 1 or 0, less the model's probability of that: a model that shrinks
-            what it learns can be some points off on average; None in files from before that.
+            what it learns can be some points off on average; None where nothing is to be held against it.
     """
 
     judge: str
@@ -111,9 +111,8 @@ class Calibration:
         fitted_on: digests of these images (names, where a record has none), so that they can be left out where the outcome is
             measured.
         conformal: how long lists of candidates must be for a coverage; None without labels.
-        reference: the scorer's probability of its best label, calibrated on the other images each time; None without labels, and
-            in files from before that.
-        shares: of the classes among its images, as the calibrated scorer has them; None in files from before that.
+        reference: the scorer's probability of its best label, calibrated on the other images each time; None without labels.
+        shares: of the classes among its images, as the calibrated scorer has them; None where they cannot be followed.
         policy: when to ask, if it was chosen for a target.
         fusion: whose word is final.
         accept: the least probable label that is not abstained from, if an error was to be guaranteed.

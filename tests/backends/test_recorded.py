@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from cascadevlm import Cascade, Stage
+from cascadevlm.cache import MemoryStore
 from cascadevlm.errors import BackendError, PermanentError
 from cascadevlm.judge import Judge
 from cascadevlm.labels import LabelSet
@@ -27,7 +28,9 @@ def test_a_cascade_replays_itself(tmp_path: Path) -> None:
     )
     first = recording.classify(images)
     stage = Stage(judge=load_judge(f"recorded:{path}"), prompt=load_prompt("select_cot"))
-    second = Cascade(load_scorer(f"recorded:{path}"), [stage], labels=LABELS).classify(images)
+    store = MemoryStore()
+    second = Cascade(load_scorer(f"recorded:{path}"), [stage], labels=LABELS, store=store).classify(images)
+    assert not store.verdicts
     for replayed, given in zip(second, first, strict=True):
         assert replayed.verdict is not None
         assert given.verdict is not None

@@ -2,21 +2,28 @@
 
 import asyncio
 import pickle
+import random
 import warnings
 from collections.abc import Callable, Coroutine, Iterator, Mapping
 from dataclasses import replace
+from itertools import count
 
 import pytest
 from pydantic import JsonValue
+from tenacity import wait_none
 
 from cascadevlm import load_judge
+from cascadevlm.budget import NANODOLLARS, Ledger, Metered
 from cascadevlm.cluster import judging
 from cascadevlm.cluster.judging import RemoteJudge, Worker
-from cascadevlm.errors import BackendError, CascadeError, FatalError, TransientError
+from cascadevlm.dependable import dependable
+from cascadevlm.errors import BackendError, BudgetExhausted, CascadeError, FatalError, TransientError
 from cascadevlm.hosted import HostedJudge
+from cascadevlm.judge import WrapperJudge
 from cascadevlm.labels import Label
+from cascadevlm.retry import Retrying
 from cascadevlm.testing import FakeJudge, noise, question
-from cascadevlm.types import Exemplar, Question, Verdict
+from cascadevlm.types import Exemplar, Question, Usage, Verdict
 
 with warnings.catch_warnings():  # not ours
     warnings.simplefilter("ignore")
@@ -56,6 +63,8 @@ class OneWorker:
 
 
 ANSWER = Verdict(outcome="answered", label="owl")
+BILL = 0.01
+"""Dollars."""
 
 
 async def prepared(*workers: OneWorker, concurrency: int = 1) -> RemoteJudge:
@@ -122,6 +131,55 @@ async def test_a_defect_while_a_judge_is_made_ready_is_one_sentence() -> None:
 
     with pytest.raises(BackendError, match="cannot be made ready in a worker: no space left"):
         await prepared(Broken(iter([])))
+
+
+async def test_replays_that_a_lost_worker_failed_are_asked_again() -> None:
+    replaying = FakeJudge()
+    replaying.replays = True
+    worker = OneWorker(iter([exceptions.ActorDiedError(), ANSWER]))
+    remote = RemoteJudge(replaying, 1, begin=lambda: as_worker(worker), end=lambda _: None)
+    await remote.prepare()
+    assert await asyncio.wait_for(dependable(remote, None, Ledger()).judge(question()), 10) == ANSWER
+    await remote.aclose()
+
+
+async def test_a_worker_that_does_not_come_back_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(judging, "SILENT_SECONDS", 0.05)
+
+    class Late(OneWorker):
+        async def _identity(self) -> Mapping[str, JsonValue] | CascadeError:
+            await asyncio.sleep(0.2 * self.asked)
+            return await super()._identity()
+
+    remote = await prepared(Late(iter([exceptions.ActorDiedError(), ANSWER])))
+    with pytest.raises(TransientError):
+        await remote.judge(question())
+    with pytest.warns(RuntimeWarning, match="'fake:fake' was asked has been gone for"):
+        assert await asyncio.wait_for(remote.judge(question()), 10) == ANSWER
+    await remote.aclose()
+
+
+class Priced(WrapperJudge):
+    def worst_case(self, question: Question) -> int:
+        return round(BILL * NANODOLLARS)
+
+
+@pytest.mark.parametrize("seed", range(5))
+async def test_the_cap_holds_whatever_becomes_of_the_workers(seed: int) -> None:
+    """Every question that reaches a worker is billed, whether or not the worker lives to tell the answer."""
+    draw, enough_for = random.Random(seed), 25
+    answer = replace(ANSWER, usage=Usage(dollars=BILL, requests=1))
+    workers = [OneWorker(answer if draw.random() < 0.7 else exceptions.ActorDiedError() for _ in count()) for _ in range(2)]
+    remote = await prepared(*workers, concurrency=4)
+    ledger = Ledger(enough_for * BILL)
+    patient = Retrying(Metered(Priced(remote), ledger), wait=wait_none())
+    asking = asyncio.gather(*(patient.judge(question()) for _ in range(40)), return_exceptions=True)
+    said = await asyncio.wait_for(asking, 20)
+    assert workers[0].asked + workers[1].asked == enough_for
+    assert ledger.spent_dollars == pytest.approx(enough_for * BILL)
+    assert {type(each) for each in said} == {Verdict, BudgetExhausted}
+    assert 0 < said.count(answer) < enough_for
+    await remote.aclose()
 
 
 def test_images_are_told_apart_though_their_pixels_stay_here() -> None:
