@@ -2,10 +2,10 @@
 
 With ``../shared/recorded/artdl``, for each of the four pairs of `benchmarks.sweep`, on the images that nothing was fitted on,
 mean over random draws of the others: the area under accuracy against deferral (0 to 1 in steps of .05) by entropy with the
-judge's word final, and by gain with the opinions fused, after calibration on 200 labelled images, on 50, and on 200 without
-their labels; how often the calibrated scorer is right, and, with everything asked, how often the opinions together are, and how
-well they know it. Then, on 800 labelled images, of conformal lists with one threshold and with one for each class: how often they
-hold the truth, overall and of the class where that is least often, and how long they are.
+judge's word final, and by gain with the opinions fused, after calibration on 200 labelled images (fused by one weight, too), on
+50, and on 200 without their labels; how often the calibrated scorer is right, and, with everything asked, how often the opinions
+together are, and how well they know it. Then, on 800 labelled images, of conformal lists with one threshold and with one for each
+class: how often they hold the truth, overall and of the class where that is least often, and how long they are.
 
 Without a folder, images are made up: 200 labelled ones to calibrate on and others to measure, of 1,000 classes of which the judge
 is shown five, and of 10 of which it is shown all. Told are accuracies, and seconds for the fit and for the gain of 1,000 images;
@@ -27,7 +27,7 @@ from scipy.special import softmax
 from benchmarks.sweep import judged_all, pairs
 from cascadevlm import LabelSet, Scores
 from cascadevlm.candidates import ConformalSet, TopK
-from cascadevlm.decision.calibration import Calibration, answers_of, decided, fit_calibration
+from cascadevlm.decision.calibration import Calibration, FusionRule, answers_of, decided, fit_calibration
 from cascadevlm.decision.scorer_calibration import Floats
 from cascadevlm.metrics import expected_calibration_error
 from cascadevlm.record import NOBODY, Record
@@ -37,6 +37,14 @@ FAMILY = 10
 """Classes that look alike."""
 
 DIMENSIONS = 64
+
+CALIBRATED_ON: list[tuple[str, int, bool, FusionRule]] = [
+    ("200 labels", 200, True, "bayes"),
+    ("200 labels, weighted", 200, True, "weighted"),
+    ("50 labels", 50, True, "bayes"),
+    ("200, no labels", 200, False, "bayes"),
+]
+"""Name, images, whether their labels are looked at, and how opinions are fused."""
 
 
 def made_up(
@@ -84,12 +92,14 @@ def worth(rest: Record, calibration: Calibration) -> dict[str, float]:
     assert fused.fused is not None
     right = fused.fused.labels == rest.truths
     areas = {curve.name: curve.area for curve in sweep(fused).curves}
-    return {
+    found = {
         "area": areas["gain"],
         "scorer": float((fused.scored == rest.truths).mean()),
         "fused": float(right.mean()),
         "calibration_error": expected_calibration_error(fused.fused.probabilities, right) or 0.0,
     }
+    fitted = calibration.judges[-1].log_likelihoods
+    return found if fitted is None else found | {"cross_validated_log_likelihood": fitted[calibration.fusion]}
 
 
 def on_recorded(record: Record, seeds: int) -> dict[str, dict[str, float]]:
@@ -97,10 +107,10 @@ def on_recorded(record: Record, seeds: int) -> dict[str, dict[str, float]]:
     found: dict[str, list[dict[str, float]]] = {}
     for seed in range(seeds):
         order = np.random.default_rng(seed).permutation(len(record))
-        for name, size, labelled in (("200 labels", 200, True), ("50 labels", 50, True), ("200, no labels", 200, False)):
+        for name, size, labelled, fusion in CALIBRATED_ON:
             own, rest = (record.take(np.sort(rows)) for rows in (order[:size], order[size:]))
-            found.setdefault(name, []).append(worth(rest, fit_calibration(own, labelled=labelled)))
-            if size == 200 and labelled:
+            found.setdefault(name, []).append(worth(rest, fit_calibration(own, labelled=labelled, fusion=fusion)))
+            if name == "200 labels":
                 entropy = next(curve.area for curve in sweep(rest).curves if curve.name == "entropy")
                 judge = float((rest.predicted == rest.truths).mean())
                 before = {"area": entropy, "scorer": float((rest.scored == rest.truths).mean()), "judge": judge}

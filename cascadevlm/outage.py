@@ -11,11 +11,15 @@ FEWEST, MOST = 8, 20
 cannot cope with would stop every run over them."""
 
 
+PATIENCE = 0.5
+"""Seconds for which a question that failed is held where no other is under way: the next ones may just be on their way."""
+
+
 class Reachable(WrapperJudge):
     """Fails for good when question after question failed, in spite of retries, for a reason that should have passed.
 
-    A question that failed is held until another one is answered, or none is under way that could be: in an outage, no image
-    gets a failure for a verdict that only had to wait.
+    A question that failed is held until another one is answered, or for a while none is under way that could be: in an outage, no
+    image gets a failure for a verdict that only had to wait.
     """
 
     def __init__(self, wrapped: Judge) -> None:
@@ -47,7 +51,7 @@ class Reachable(WrapperJudge):
             return verdict
         finally:
             self._under_way -= 1
-            self._let_go_if_all_wait()
+            self._watch()
 
     def _heard(self, word: Verdict | JudgeError) -> None:
         """The judge is there, whatever it said; a question that was not asked for want of money says nothing."""
@@ -61,15 +65,22 @@ class Reachable(WrapperJudge):
             return
         waiting = asyncio.get_running_loop().create_future()
         self._held.add(waiting)
-        self._let_go_if_all_wait()
+        self._watch()
         try:
             await waiting
         finally:
             self._held.discard(waiting)
 
+    def _watch(self) -> None:
+        if self._all_wait():
+            asyncio.get_running_loop().call_later(PATIENCE, self._let_go_if_all_wait)
+
     def _let_go_if_all_wait(self) -> None:
-        if len(self._held) == self._under_way:
+        if self._all_wait():
             self._let_go()
+
+    def _all_wait(self) -> bool:
+        return 0 < len(self._held) == self._under_way
 
     def _let_go(self) -> None:
         held, self._held = self._held, set()

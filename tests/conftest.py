@@ -7,6 +7,7 @@ import tempfile
 from hypothesis import settings
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # what is computed here is small, and several threads get in each other's way
 os.environ["CASCADEVLM_LOCAL_ONLY"] = "1"
 os.environ["CASCADEVLM_CACHE_DIR"] = tempfile.mkdtemp(prefix="cascadevlm-tests-")
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.kills import predictions as lines
-from cascadevlm import bulk
+from cascadevlm import bulk, outage
 from cascadevlm.errors import FatalError, PermanentError, RateLimited, TransientError
 from cascadevlm.outage import FEWEST, MOST, Reachable
 from cascadevlm.testing import FakeJudge, question
@@ -30,7 +30,8 @@ async def ask(judge: Reachable, times: int) -> Sequence[Verdict | BaseException]
 
 
 @pytest.mark.parametrize(("concurrency", "most"), [(1, FEWEST), (12, 12), (64, MOST)])
-async def test_so_many_failures_in_a_row_are_an_outage(concurrency: int, most: int) -> None:
+async def test_so_many_failures_in_a_row_are_an_outage(concurrency: int, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(outage, "PATIENCE", 0.01)
     judge = reachable(*[DOWN] * 64, concurrency=concurrency)
     for number in range(1, most):
         with pytest.raises(TransientError):
@@ -48,6 +49,20 @@ async def test_a_question_that_fails_alone_is_a_failure_of_its_own() -> None:
     replies: list[Reply] = [*[DOWN] * 5, "ANSWER: A", *[DOWN] * 5, PermanentError("no image"), *[DOWN] * 5]
     said = await ask(reachable(*replies, concurrency=8), len(replies))
     assert [type(each) for each in said] == [type(reply) if isinstance(reply, Exception) else Verdict for reply in replies]
+
+
+async def test_who_fails_alone_waits_for_the_next_one_that_is_on_its_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(outage, "PATIENCE", 0.2)
+    judge = reachable(DOWN, "ANSWER: A", concurrency=8)
+    first = asyncio.create_task(judge.judge(question()))
+    await asyncio.sleep(0.05)
+    judge.wrapped.seconds = 0.5  # type: ignore[attr-defined]
+    second = asyncio.create_task(judge.judge(question()))
+    await asyncio.sleep(0.35)  # the patience with the first is over
+    assert not first.done()
+    assert (await second).label == "red finch"
+    with pytest.raises(TransientError):
+        await asyncio.wait_for(first, 10)
 
 
 async def test_who_gives_up_waiting_keeps_nobody_else_waiting() -> None:
