@@ -2,6 +2,7 @@
 
 import hashlib
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
@@ -11,6 +12,8 @@ if TYPE_CHECKING:
     import torch
 
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
+
+TEXTS_AT_ONCE, TEXTS_AT_ONCE_ON_CPU = 256, 32
 
 MODEL_FILES = frozenset({".json", ".safetensors", ".bin", ".pt", ".pth", ".txt", ".model", ".jinja", ".py"})
 
@@ -60,6 +63,12 @@ def choose_dtype(device: str, dtype: str) -> "torch.dtype":
     if kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
         return torch.bfloat16
     return torch.float16 if kind in ("cuda", "mps") else torch.float32
+
+
+def text_blocks(texts: Sequence[str], device: str) -> Iterator[Sequence[str]]:
+    """As many texts at once as a device is fast with: a CPU embeds 32 at once in .8 of the time it takes for 64."""
+    size = TEXTS_AT_ONCE_ON_CPU if device == "cpu" else TEXTS_AT_ONCE
+    return (texts[start : start + size] for start in range(0, len(texts), size))
 
 
 def directory_digest(path: Path) -> str:

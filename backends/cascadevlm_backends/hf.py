@@ -17,7 +17,14 @@ from safetensors import SafetensorError
 
 from cascadevlm.errors import BackendError
 from cascadevlm.scorer import DEFAULT_TEMPLATES, EmbeddingScorer, Prepared
-from cascadevlm_backends._torch import DtypeName, choose_device, choose_dtype, directory_digest, hide_progress_in_logs
+from cascadevlm_backends._torch import (
+    DtypeName,
+    choose_device,
+    choose_dtype,
+    directory_digest,
+    hide_progress_in_logs,
+    text_blocks,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -26,7 +33,6 @@ if TYPE_CHECKING:
 
 SIGMOID_TYPES = frozenset({"siglip", "siglip2"})
 MODEL_TYPES = SIGMOID_TYPES | {"align", "chinese_clip", "clip"}
-TEXTS_AT_ONCE = 256
 
 
 class _TwoTowers(Protocol):
@@ -124,8 +130,7 @@ class HfScorer(EmbeddingScorer):
             return _unit_rows(loaded.model.get_image_features(**inputs.to(loaded.device, loaded.dtype)))
 
     def embed_texts(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        blocks = [texts[start : start + TEXTS_AT_ONCE] for start in range(0, len(texts), TEXTS_AT_ONCE)]
-        return np.concatenate([self._embed_texts(block) for block in blocks])
+        return np.concatenate([self._embed_texts(block) for block in text_blocks(texts, self._loaded.device)])
 
     def _embed_texts(self, texts: Sequence[str]) -> NDArray[np.float32]:
         import torch

@@ -18,7 +18,7 @@ from PIL import Image
 from cascadevlm.errors import BackendError
 from cascadevlm.registry import nearest
 from cascadevlm.scorer import DEFAULT_TEMPLATES, EmbeddingScorer, Prepared
-from cascadevlm_backends._torch import DtypeName, choose_device, choose_dtype
+from cascadevlm_backends._torch import DtypeName, choose_device, choose_dtype, text_blocks
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     import torch
 
 AVIARY = Path(__file__).parent / "aviary" / "scorer"
-TEXTS_AT_ONCE = 256
 
 
 class _TwoTowers(Protocol):
@@ -103,8 +102,7 @@ class OpenClipScorer(EmbeddingScorer):
 
         loaded = self._loaded
         with torch.inference_mode():
-            blocks = [texts[start : start + TEXTS_AT_ONCE] for start in range(0, len(texts), TEXTS_AT_ONCE)]
-            tokens = (loaded.tokenize(list(block)).to(loaded.device) for block in blocks)
+            tokens = (loaded.tokenize(list(block)).to(loaded.device) for block in text_blocks(texts, loaded.device))
             return np.concatenate([_array(loaded.model.encode_text(block, normalize=True)) for block in tokens])
 
     def logits(self, similarities: NDArray[np.float32]) -> NDArray[np.float32]:
