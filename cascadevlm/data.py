@@ -201,11 +201,20 @@ def _jsonl_columns(path: Path) -> dict[str, list[object]]:
     return {name: [row.get(name) for row in rows] for name in dict.fromkeys(name for row in rows for name in row)}
 
 
-def _json_object(line: str, number: int) -> dict[str, object]:
+def json_line(line: str, number: int) -> object:
+    """What a line of JSON lines says.
+
+    Raises:
+        ValueError: naming the line, if it is no JSON.
+    """
     try:
-        row = json.loads(line)
+        return json.loads(line)
     except json.JSONDecodeError as exc:
         raise ValueError(f"line {number} is no JSON: {exc.msg}") from exc
+
+
+def _json_object(line: str, number: int) -> dict[str, object]:
+    row = json_line(line, number)
     if not isinstance(row, dict):
         raise ValueError(f"line {number} is no JSON object")
     return row

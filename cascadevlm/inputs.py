@@ -1,7 +1,6 @@
 """Images without labels, by the million: a folder, a list of files or a table, read one by one and never held as a whole."""
 
 import csv
-import json
 import os
 import sys
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
@@ -11,7 +10,7 @@ from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, TypeAlias
 
-from cascadevlm.data import stored_image
+from cascadevlm.data import json_line, stored_image
 from cascadevlm.errors import DataError
 from cascadevlm.images import SUFFIXES, ImageSource
 
@@ -166,14 +165,7 @@ def _of_json_lines(path: Path) -> Iterator[Named]:
     with path.open(encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, start=1):
             if line.strip():
-                yield _named(path.parent / _path_of(_parsed(line, number), f"line {number}"))
-
-
-def _parsed(line: str, number: int) -> object:
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError as exc:
-        raise ValueError(f"line {number} is no JSON: {exc.msg}") from exc
+                yield _named(path.parent / _path_of(json_line(line, number), f"line {number}"))
 
 
 def _of_parquet(path: Path, wanted: Container[int] | None = None) -> Iterator[Named]:
