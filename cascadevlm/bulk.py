@@ -43,6 +43,7 @@ class _NotedJudge(WrapperJudge):
 
     def __init__(self, wrapped: Judge, folder: RunFolder, stage: int) -> None:
         super().__init__(wrapped)
+        self.replays = wrapped.replays
         self.folder = folder
         self.stage = stage
 

@@ -14,7 +14,7 @@ from cascadevlm.retry import Retrying
 
 def dependable(judge: Judge, store: VerdictStore | None, ledger: Ledger) -> Judge:
     """A judge that keeps to the budget and its rates, retries, stops in an outage, repairs, asks identical concurrent questions
-    once and, with a store, no question twice. One that replays does all that it can."""
+    once and, with a store, no question twice. One that replays is left as it is."""
     if judge.replays:
         return judge
     patient = Repairing(Reachable(Retrying(Paced(Metered(judge, ledger)))))

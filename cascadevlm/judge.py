@@ -26,7 +26,7 @@ class Judge(ABC):
         requests_per_minute: how many requests it may begin in a minute.
         tokens_per_minute: how many tokens, in and out, they may take.
         replays: whether it only gives again what was said before, at once and at no cost: its answers are not cached, and what
-            fails is not tried again.
+            fails is not tried again. Not taken over by judges around it, which may ask others.
     """
 
     spec: str
@@ -177,7 +177,6 @@ class WrapperJudge(Judge):
         self.concurrency = wrapped.concurrency
         self.requests_per_minute = wrapped.requests_per_minute
         self.tokens_per_minute = wrapped.tokens_per_minute
-        self.replays = wrapped.replays
 
     @property
     def costs_money(self) -> bool:

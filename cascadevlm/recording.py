@@ -2,6 +2,7 @@
 
 import json
 import platform
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
@@ -30,19 +31,17 @@ PACKAGES = ("cascadevlm", "torch", "transformers", "open_clip_torch", "openai", 
 Number = TypeVar("Number", bound=np.generic)
 
 
-class KeepingScorer(WrapperScorer):
-    """Scores as another scorer does and keeps what a record holds of it, with the digests of the images."""
+class NotingScorer(WrapperScorer, ABC):
+    """Scores as another scorer does and notes what it gave."""
 
-    def __init__(self, wrapped: Scorer) -> None:
-        super().__init__(wrapped)
-        self.fingerprint = ""
-        self.log_probs: list[NDArray[np.float32]] = []
-        self.columns: list[NDArray[np.int32]] = []
-        self.digests: list[str] = []
+    @abstractmethod
+    def note(self, digests: Sequence[str], scores: Scores) -> None:
+        """Keep N x C scores of N images, by the digests of their pixels."""
 
     def score(self, images: Sequence[Image.Image], labels: LabelSet) -> Scores:
-        self.digests.extend(pixel_digest(image) for image in images)
-        return super().score(images, labels)
+        scores = super().score(images, labels)
+        self.note([pixel_digest(image) for image in images], scores)
+        return scores
 
     def prepare(self, source: ImageSource) -> Prepared:
         prepared = super().prepare(source)
@@ -52,18 +51,30 @@ class KeepingScorer(WrapperScorer):
         return prepared
 
     def score_prepared(self, prepared: Sequence[Prepared], labels: LabelSet) -> Scores:
-        self.digests.extend(each.image_digest for each in prepared)
-        return super().score_prepared(prepared, labels)
+        scores = super().score_prepared(prepared, labels)
+        self.note([each.image_digest for each in prepared], scores)
+        return scores
 
-    def altered(self, scores: Scores) -> Scores:
+
+class KeepingScorer(NotingScorer):
+    """Scores as another scorer does and keeps what a record holds of it."""
+
+    def __init__(self, wrapped: Scorer) -> None:
+        super().__init__(wrapped)
+        self.fingerprint = ""
+        self.log_probs: list[NDArray[np.float32]] = []
+        self.columns: list[NDArray[np.int32]] = []
+        self.digests: list[str] = []
+
+    def note(self, digests: Sequence[str], scores: Scores) -> None:
         log_probs, kept = scores.log_probs, scores_kept(scores.labels)
         if kept < len(scores.labels):
             best = np.argsort(-log_probs, axis=1, kind="stable")[:, :kept]
             log_probs = np.take_along_axis(log_probs, best, axis=1)
             self.columns.append(best.astype(np.int32))
+        self.digests.extend(digests)
         self.log_probs.append(log_probs)
         self.fingerprint = scores.fingerprint
-        return scores
 
 
 def asked_of(question: Question) -> dict[str, JsonValue]:

@@ -21,8 +21,8 @@ from cascadevlm.images import pixel_digest
 from cascadevlm.judge import Judge, WrapperJudge
 from cascadevlm.labels import LabelSet
 from cascadevlm.record import read_record, read_verdicts
-from cascadevlm.recording import asked_of
-from cascadevlm.scorer import Prepared, Scorer, WrapperScorer
+from cascadevlm.recording import NotingScorer, asked_of
+from cascadevlm.scorer import Scorer
 from cascadevlm.types import Question, Scores, Verdict
 
 
@@ -42,24 +42,17 @@ class _RecordLine(BaseModel):
     verdict: Verdict | None = None
 
 
-class RecordingScorer(WrapperScorer):
+class RecordingScorer(NotingScorer):
     """Scores as another scorer does and appends what it gave to a record."""
 
     def __init__(self, wrapped: Scorer, path: str | Path) -> None:
         super().__init__(wrapped)
         self.path = Path(path)
 
-    def score(self, images: Sequence[Image.Image], labels: LabelSet) -> Scores:
-        return self._recorded([pixel_digest(image) for image in images], super().score(images, labels))
-
-    def score_prepared(self, prepared: Sequence[Prepared], labels: LabelSet) -> Scores:
-        return self._recorded([each.image_digest for each in prepared], super().score_prepared(prepared, labels))
-
-    def _recorded(self, digests: Sequence[str], scores: Scores) -> Scores:
+    def note(self, digests: Sequence[str], scores: Scores) -> None:
         for digest, row in zip(digests, scores.log_probs, strict=True):
             line = {"labels": list(scores.labels.names), "fingerprint": scores.fingerprint, "log_probs": row.tolist()}
             _append(self.path, {"image": digest, "scores": line})
-        return scores
 
 
 class RecordingJudge(WrapperJudge):

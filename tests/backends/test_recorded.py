@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cascadevlm import Cascade, Stage
-from cascadevlm.cache import MemoryStore
+from cascadevlm import Cascade, Stage, bulk
+from cascadevlm.cache import DiskStore, MemoryStore
 from cascadevlm.errors import BackendError, PermanentError
 from cascadevlm.judge import Judge
 from cascadevlm.labels import LabelSet
@@ -37,6 +37,34 @@ def test_a_cascade_replays_itself(tmp_path: Path) -> None:
         assert (replayed.cost.dollars, replayed.cost.saved_dollars) == (0, 0.01)
         verdict = replace(replayed.verdict, usage=given.verdict.usage)
         assert replace(replayed, verdicts=(verdict,)).to_dict() == given.to_dict()
+
+
+def test_a_bulk_run_keeps_no_replayed_answers_again(tmp_path: Path) -> None:
+    path, pictures = tmp_path / "record.jsonl", [(str(seed), noise(seed)) for seed in range(6)]
+    cascades = [
+        Cascade(scorer, [Stage(judge=judge, prompt=load_prompt("select"))], labels=LABELS)
+        for scorer, judge in [
+            (RecordingScorer(FakeScorer(), path), RecordingJudge(FakeJudge(), path)),
+            (load_scorer(f"recorded:{path}"), load_judge(f"recorded:{path}")),
+        ]
+    ]
+    kept = []
+    for number, cascade in enumerate(cascades):
+        assert bulk.run(cascade, pictures, tmp_path / str(number), config={}).counts == {"answered": 6}
+        kept.append(len(DiskStore(tmp_path / str(number) / "verdicts")))
+    assert kept == [6, 0]
+
+
+def test_a_recording_scorer_reads_large_images_once_and_keeps_no_pixels(tmp_path: Path) -> None:
+    noise(1, (1100, 1000)).save(tmp_path / "large.png")
+    scorer = RecordingScorer(load_scorer("open_clip:aviary"), tmp_path / "record.jsonl")
+    scorer.load()
+    prepared = scorer.prepare(tmp_path / "large.png")
+    (tmp_path / "large.png").unlink()
+    scorer.score_prepared([prepared], LABELS)
+    assert not prepared.decoded
+    replayed = load_scorer(f"recorded:{tmp_path / 'record.jsonl'}").score([noise(1, (1100, 1000))], LABELS)
+    assert replayed.labels == LABELS
 
 
 def test_scores_are_exact_and_keep_their_fingerprint(tmp_path: Path) -> None:

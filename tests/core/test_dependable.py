@@ -8,10 +8,10 @@ from dataclasses import replace
 import pytest
 
 from cascadevlm import Cascade, Prediction, Stage, load_prompt
-from cascadevlm.budget import Ledger
+from cascadevlm.budget import NANODOLLARS, Ledger
 from cascadevlm.cache import MemoryStore
 from cascadevlm.errors import BackendError
-from cascadevlm.judge import Judge
+from cascadevlm.judge import Judge, WrapperJudge
 from cascadevlm.testing import FakeJudge, FakeScorer, noise
 from cascadevlm.types import Question, Verdict
 
@@ -135,3 +135,31 @@ def test_another_ledger_or_store_holds_from_the_next_run_on() -> None:
     classifier.classify(noise(1))
     assert classifier.ledger.spent_dollars == 0.01
     assert len(judge.questions) == 2
+
+
+class Replaying(FakeJudge):
+    replays = True
+
+
+class AskingElsewhere(WrapperJudge):
+    """Has what the wrapped judge does not know answered for money."""
+
+    costs_money = True
+
+    def __init__(self, wrapped: Judge) -> None:
+        super().__init__(wrapped)
+        self.paid = FakeJudge(dollars=0.01)
+
+    def worst_case(self, question: Question) -> int:
+        return NANODOLLARS // 100
+
+    async def judge(self, question: Question) -> Verdict:
+        return await self.paid.judge(question)
+
+
+def test_what_is_around_a_judge_that_replays_is_paid_for_and_kept() -> None:
+    judge, store, ledger = AskingElsewhere(Replaying()), MemoryStore(), Ledger(0.02)
+    predictions = cascade(judge, store=store, ledger=ledger).classify([noise(number) for number in range(5)])
+    assert [prediction.verdict.outcome for prediction in predictions if prediction.verdict].count("answered") == 2
+    assert (len(judge.paid.questions), len(store.verdicts)) == (2, 2)
+    assert ledger.spent_dollars == pytest.approx(0.02)
