@@ -2,9 +2,11 @@
 
 import asyncio
 import warnings
-from collections.abc import Awaitable, Callable, Mapping
-from contextlib import suppress
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import replace
+from datetime import datetime
 from typing import Protocol, TypeVar
 
 from PIL import Image
@@ -20,7 +22,7 @@ ASK_AGAIN_SECONDS = 1.0
 """How often a worker that was lost is asked whether it is back."""
 
 SILENT_SECONDS = 120.0
-"""How long workers may keep the run waiting before that is told: Ray waits for lost machines without a word."""
+"""How long a worker may take to be ready before that is told: Ray waits for lost machines without a word."""
 
 
 class _Remote(Protocol[T_co]):
@@ -54,14 +56,14 @@ class RemoteJudge(WrapperJudge):
 
     def __init__(self, wrapped: Judge, workers: int, begin: Callable[[], Worker], end: Callable[[Worker], None]) -> None:
         super().__init__(wrapped)
-        self.replays = False  # a worker may be lost, and the question is to be put again
         if isinstance(wrapped, LocalJudge):
             self.concurrency = wrapped.concurrency * workers
         self._number = workers
         self._begin = begin
         self._end = end
         self._workers: list[Worker] = []
-        self._lost: set[asyncio.Task[None]] = set()
+        self._lost: Counter[Worker] = Counter()
+        self._returns: set[asyncio.Task[None]] = set()
         self._told: Mapping[str, JsonValue] | None = None
         self._places: asyncio.Queue[Worker | CascadeError] = asyncio.Queue()
         self._left = 0
@@ -73,7 +75,9 @@ class RemoteJudge(WrapperJudge):
         """Raises BackendError, too, if hosted judges are not the same ones in the workers: their prices are those known here."""
         self.costs_money  # noqa: B018  # raises where the price is unknown
         self._workers = [self._begin() for _ in range(self._number)]
-        for told in await asyncio.gather(*map(_identity, self._workers)):
+        with self._told_if_late():
+            identities = await asyncio.gather(*map(_identity, self._workers))
+        for told in identities:
             if isinstance(told, CascadeError):
                 raise told
             if not isinstance(self.wrapped, LocalJudge) and told != self.wrapped.identity():
@@ -89,11 +93,12 @@ class RemoteJudge(WrapperJudge):
         self._left = self._places.qsize()
 
     async def aclose(self) -> None:
-        for task in self._lost:
+        for task in self._returns:
             task.cancel()
         for worker in self._workers:
             self._end(worker)
         self._workers = []
+        self._lost.clear()
 
     async def judge(self, question: Question) -> Verdict:
         from ray.exceptions import RayError, RayTaskError
@@ -109,9 +114,7 @@ class RemoteJudge(WrapperJudge):
             raise
         except RayError as exc:
             lost = True
-            task = asyncio.create_task(self._await(worker))
-            self._lost.add(task)
-            task.add_done_callback(self._lost.discard)
+            self._lose(worker)
             raise TransientError(f"The worker in which {self.spec!r} was asked is lost.", may_be_billed=True) from exc
         finally:
             if not lost:
@@ -120,29 +123,48 @@ class RemoteJudge(WrapperJudge):
             raise said
         return said
 
+    def _lose(self, worker: Worker) -> None:
+        """Leave out one of a worker's places until the worker is back."""
+        self._lost[worker] += 1
+        if self._lost[worker] == 1:
+            task = asyncio.create_task(self._await(worker))
+            self._returns.add(task)
+            task.add_done_callback(self._returns.discard)
+
     async def _await(self, worker: Worker) -> None:
-        """Give a worker its place again once it is back and can work."""
+        """Give a worker its places again once it is back and can work."""
         from ray.exceptions import RayError
 
-        gone = f"A worker in which {self.spec!r} was asked has been gone for {SILENT_SECONDS:.0f} s. 'ray status' tells more."
-        telling = asyncio.get_running_loop().call_later(SILENT_SECONDS, warnings.warn, gone, RuntimeWarning)
-        try:
+        with self._told_if_late():
             while True:
                 with suppress(RayError):
                     told = await _identity(worker)
                     break
                 await asyncio.sleep(ASK_AGAIN_SECONDS)
-        finally:
-            telling.cancel()
+        places = self._lost.pop(worker)
         if not isinstance(told, CascadeError):
-            self._places.put_nowait(worker)
+            for _ in range(places):
+                self._places.put_nowait(worker)
             return
         warnings.warn(
             f"A worker that was lost is back, but {self.spec!r} cannot be asked in it: {told}", RuntimeWarning, stacklevel=2
         )
-        self._left -= 1
+        self._left -= places
         if not self._left:
             self._places.put_nowait(told)
+
+    @contextmanager
+    def _told_if_late(self) -> Iterator[None]:
+        """Warn, should workers not be ready in time."""
+        late = (
+            f"A worker in which {self.spec!r} is asked has not been ready since {datetime.now():%H:%M:%S}: it loads its model, "
+            "is lost, or finds no place. 'ray status' tells more."
+        )
+        telling = asyncio.get_running_loop().call_later(SILENT_SECONDS, warnings.warn, late, RuntimeWarning)
+        try:
+            yield
+        finally:
+            telling.cancel()
 
 
 async def _identity(worker: Worker) -> Mapping[str, JsonValue] | CascadeError:

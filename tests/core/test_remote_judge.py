@@ -151,12 +151,42 @@ async def test_a_worker_that_does_not_come_back_is_told(monkeypatch: pytest.Monk
             await asyncio.sleep(0.2 * self.asked)
             return await super()._identity()
 
-    remote = await prepared(Late(iter([exceptions.ActorDiedError(), ANSWER])))
+    remote = await prepared(Late(iter([*[exceptions.ActorDiedError()] * 3, ANSWER])), concurrency=3)
+    lost = await asyncio.gather(*_ask(remote, 3), return_exceptions=True)
+    assert [type(each) for each in lost] == [TransientError] * 3
+    with pytest.warns(RuntimeWarning, match=r"'fake:fake' is asked has not been ready since \d\d:\d\d:\d\d: ") as told:
+        assert await asyncio.wait_for(remote.judge(question()), 10) == ANSWER
+    assert len(told) == 1
+    await remote.aclose()
+
+
+async def test_all_places_of_a_worker_that_is_back_are_free_again() -> None:
+    remote = await prepared(OneWorker(iter([*[exceptions.ActorDiedError()] * 3, *[ANSWER] * 3])), concurrency=3)
+    await asyncio.gather(*_ask(remote, 3), return_exceptions=True)
+    assert await asyncio.wait_for(asyncio.gather(*_ask(remote, 3)), 10) == [ANSWER] * 3
+    assert remote._places.qsize() == 3
+    await remote.aclose()
+
+
+async def test_a_worker_that_is_back_in_time_is_not_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(judging, "SILENT_SECONDS", 0.1)
+    remote = await prepared(OneWorker(iter([exceptions.ActorDiedError(), ANSWER])))
     with pytest.raises(TransientError):
         await remote.judge(question())
-    with pytest.warns(RuntimeWarning, match="'fake:fake' was asked has been gone for"):
-        assert await asyncio.wait_for(remote.judge(question()), 10) == ANSWER
+    assert await asyncio.wait_for(remote.judge(question()), 10) == ANSWER
+    await asyncio.sleep(0.2)  # a warning would be an error
     await remote.aclose()
+
+
+async def test_a_worker_that_never_begins_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(judging, "SILENT_SECONDS", 0.05)
+
+    class Never(OneWorker):
+        async def _identity(self) -> Mapping[str, JsonValue] | CascadeError:
+            return await asyncio.Event().wait()  # type: ignore[return-value]
+
+    with pytest.warns(RuntimeWarning, match="has not been ready since"), pytest.raises(TimeoutError):
+        await asyncio.wait_for(prepared(Never(iter([]))), 0.2)
 
 
 class Priced(WrapperJudge):
