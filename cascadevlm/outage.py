@@ -19,7 +19,8 @@ class Reachable(WrapperJudge):
     """Fails for good when question after question failed, in spite of retries, for a reason that should have passed.
 
     A question that failed is held until another one is answered, or for a while none is under way that could be: in an outage, no
-    image gets a failure for a verdict that only had to wait.
+    image gets a failure for a verdict that only had to wait. Where fewer than `FEWEST` are in flight at once, those before the
+    last of so many do: they cannot be told from images that a judge cannot cope with.
     """
 
     def __init__(self, wrapped: Judge) -> None:
@@ -28,9 +29,11 @@ class Reachable(WrapperJudge):
         self._in_a_row = 0
         self._under_way = 0
         self._held: set[asyncio.Future[None]] = set()
+        self._patience: asyncio.TimerHandle | None = None
 
     async def judge(self, question: Question) -> Verdict:
         self._under_way += 1
+        self._watch()
         try:
             verdict = await self.wrapped.judge(question)
         except JudgeError as exc:
@@ -72,15 +75,11 @@ class Reachable(WrapperJudge):
             self._held.discard(waiting)
 
     def _watch(self) -> None:
-        if self._all_wait():
-            asyncio.get_running_loop().call_later(PATIENCE, self._let_go_if_all_wait)
-
-    def _let_go_if_all_wait(self) -> None:
-        if self._all_wait():
-            self._let_go()
-
-    def _all_wait(self) -> bool:
-        return 0 < len(self._held) == self._under_way
+        """Have patience, from now on, if no question is under way but those that are held."""
+        if self._patience is not None:
+            self._patience.cancel()
+        if 0 < len(self._held) == self._under_way:
+            self._patience = asyncio.get_running_loop().call_later(PATIENCE, self._let_go)
 
     def _let_go(self) -> None:
         held, self._held = self._held, set()

@@ -9,7 +9,7 @@ from math import isfinite
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception
 from tenacity.wait import wait_random_exponential
 
-from cascadevlm.errors import CascadeError, FatalError, JudgeError, RateLimited
+from cascadevlm.errors import CascadeError, FatalError, RateLimited
 from cascadevlm.judge import Judge, WrapperJudge
 from cascadevlm.types import Question, Verdict
 
@@ -61,9 +61,7 @@ class Retrying(WrapperJudge):
     async def judge(self, question: Question) -> Verdict:
         try:
             return await self.wrapped.judge(question)  # without tenacity, which takes a tenth of a millisecond to begin
-        except JudgeError as exc:
-            if not exc.retryable:
-                raise
+        except CascadeError as exc:
             failed = [exc]
 
         async def ask() -> Verdict:

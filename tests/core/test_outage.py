@@ -52,17 +52,29 @@ async def test_a_question_that_fails_alone_is_a_failure_of_its_own() -> None:
 
 
 async def test_who_fails_alone_waits_for_the_next_one_that_is_on_its_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(outage, "PATIENCE", 0.2)
+    monkeypatch.setattr(outage, "PATIENCE", 0.5)
     judge = reachable(DOWN, "ANSWER: A", concurrency=8)
     first = asyncio.create_task(judge.judge(question()))
     await asyncio.sleep(0.05)
-    judge.wrapped.seconds = 0.5  # type: ignore[attr-defined]
+    judge.wrapped.seconds = 1.0  # type: ignore[attr-defined]
     second = asyncio.create_task(judge.judge(question()))
-    await asyncio.sleep(0.35)  # the patience with the first is over
+    await asyncio.sleep(0.7)  # the patience with the first is over
     assert not first.done()
     assert (await second).label == "red finch"
     with pytest.raises(TransientError):
         await asyncio.wait_for(first, 10)
+
+
+async def test_patience_begins_anew_with_whoever_fails_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(outage, "PATIENCE", 0.6)
+    judge = reachable(DOWN, DOWN, concurrency=8)
+    first = asyncio.create_task(judge.judge(question()))
+    await asyncio.sleep(0.3)
+    second = asyncio.create_task(judge.judge(question()))
+    await asyncio.sleep(0.45)  # since the first is held .75 s, since the second .45
+    assert not first.done()
+    assert not second.done()
+    assert {type(said) for said in await asyncio.gather(first, second, return_exceptions=True)} == {TransientError}
 
 
 async def test_who_gives_up_waiting_keeps_nobody_else_waiting() -> None:
