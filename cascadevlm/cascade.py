@@ -46,7 +46,7 @@ class Cascade:
         follow_shares: whether the scorer's probabilities follow the shares that the classes have in a run (`Following`).
 
     Raises:
-        ConfigError: if shares are to be followed and it is not known which the calibration had.
+        ConfigError: if shares are to be followed without a calibration.
         InputError: if the stages do not go together, or cannot be routed between.
     """
 
@@ -65,8 +65,8 @@ class Cascade:
         calibration: Calibration | None = None,
         follow_shares: bool = False,
     ) -> None:
-        if follow_shares and (calibration is None or calibration.shares is None):
-            raise ConfigError("follow_shares needs a calibration that tells its own.", hint="Make one: cascadevlm calibrate.")
+        if follow_shares and calibration is None:
+            raise ConfigError("follow_shares needs a calibration.", hint="Make one: cascadevlm calibrate.")
         require_cascade(stages, routing=routing)
         self.scorer = CalibratedScorer(scorer, calibration) if calibration else scorer
         self.stages = tuple(stages)

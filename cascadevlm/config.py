@@ -73,7 +73,7 @@ class CandidatesConfig(_Section):
         if self.k == "best":
             if calibration is None:
                 raise ConfigError('candidates = "best" needs a calibration.', hint="Make one: cascadevlm calibrate.")
-            return TopK(k=calibration.best_size_of(stage), order=self.order, seed=self.seed)
+            return TopK(k=calibration.judges[stage].best_size, order=self.order, seed=self.seed)
         if self.k is not None:
             return TopK(k=self.k, order=self.order, seed=self.seed)
         if self.mass is not None:
@@ -121,6 +121,7 @@ class StageConfig(_Section):
             ConfigError: if the calibration is of another judge.
         """
         policy = self.policy or (calibration.policy if calibration else None) or "always"
+        known = calibration.judge_of(number, self.model_dump(mode="json")) if calibration else None
         return Stage(
             judge=load_judge(self.judge, **self.options),
             prompt=load_prompt(self.prompt),
@@ -129,8 +130,8 @@ class StageConfig(_Section):
             offer_none=self.offer_none,
             support=SupportSet.read(self.support.folder, labels, shots=self.support.shots) if self.support else None,
             fusion=fusion,
-            model=calibration.judge_of(number, self.model_dump(mode="json")) if calibration else None,
-            pool=calibration.judges[number].pool if calibration else None,
+            model=known.model if known else None,
+            pool=known.pool if known else None,
             votes=self.votes,
             widen=self.widen,
         )

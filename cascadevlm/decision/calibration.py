@@ -68,33 +68,24 @@ class CalibratedJudge:
         judge: its spec.
         settings: of its stage, as far as they change its answers (`SETTINGS`); empty for records made of arrays.
         model: how it chooses.
-        pool: how much its opinion counts where opinions are weighted; None where that was not fitted.
+        pool: how much its opinion counts where opinions are weighted.
         log_likelihoods: mean cross-validated log-likelihood of the truth in nats, by the rule of fusion; None without labels.
-        best_size: how many candidates to show that the expected accuracy is highest, of `SIZES`, by the model; None where
-            that was not looked for.
+        best_size: how many candidates to show that the expected accuracy is highest, of `SIZES`, by the model.
         reference: whether it named the likeliest candidate, 1 or 0, less the model's probability of that: a model that shrinks
-            what it learns can be some points off on average; None where nothing is to be held against it.
+            what it learns can be some points off on average.
     """
 
     judge: str
     settings: dict[str, JsonValue]
     model: JudgeModel
-    pool: Pool | None = None
+    pool: Pool
+    best_size: int
+    reference: Reference
     log_likelihoods: dict[FusionRule, float] | None = None
-    best_size: int | None = None
-    reference: Reference | None = None
 
     def fuser(self, fusion: FusionRule) -> JudgeModel | Pool:
-        """What learns from its answers.
-
-        Raises:
-            ConfigError: if opinions are to be weighted and the weight is not known.
-        """
-        if fusion != "weighted":
-            return self.model
-        if self.pool is None:
-            raise ConfigError(f"The calibration has no weight for {self.judge!r}.", hint="Make it anew: cascadevlm calibrate.")
-        return self.pool
+        """What learns from its answers."""
+        return self.pool if fusion == "weighted" else self.model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +103,7 @@ class Calibration:
             measured.
         conformal: how long lists of candidates must be for a coverage; None without labels.
         reference: the scorer's probability of its best label, calibrated on the other images each time; None without labels.
-        shares: of the classes among its images, as the calibrated scorer has them; None where they cannot be followed.
+        shares: of the classes among its images, as the calibrated scorer has them.
         policy: when to ask, if it was chosen for a target.
         fusion: whose word is final.
         accept: the least probable label that is not abstained from, if an error was to be guaranteed.
@@ -129,9 +120,9 @@ class Calibration:
     images: int
     labelled: bool
     fitted_on: tuple[str, ...]
+    shares: Shares
     conformal: Conformal | None = None
     reference: Reference | None = None
-    shares: Shares | None = None
     policy: str | None = None
     fusion: FusionRule = "bayes"
     accept: float | None = None
@@ -170,8 +161,8 @@ class Calibration:
             fingerprint=self.calibrated_fingerprint,
         )
 
-    def judge_of(self, stage: int, settings: Mapping[str, JsonValue]) -> JudgeModel:
-        """The model of a stage's judge.
+    def judge_of(self, stage: int, settings: Mapping[str, JsonValue]) -> CalibratedJudge:
+        """A stage's judge.
 
         Args:
             stage: its number, from 0 on.
@@ -187,7 +178,7 @@ class Calibration:
         for name, value in known.settings.items():
             if (given := settings.get(name)) != value:
                 raise ConfigError(f"The calibration is of {name} {value!r}, not of {given!r}.", hint=hint)
-        return known.model
+        return known
 
     def require_promised(self, given: Mapping[str, JsonValue]) -> None:
         """Refuse what the guarantee was not fitted with.
@@ -201,17 +192,6 @@ class Calibration:
                     f"The guarantee is for {name} {value!r}, not for {given[name]!r}.",
                     hint="Take that, calibrate again, or set accept yourself, without a guarantee.",
                 )
-
-    def best_size_of(self, stage: int) -> int:
-        """How many candidates to show a stage's judge.
-
-        Raises:
-            ConfigError: if that is not known.
-        """
-        size = self.judges[stage].best_size
-        if size is None:
-            raise ConfigError("The calibration does not tell the best list.", hint="Make it anew: cascadevlm calibrate.")
-        return size
 
     def conformal_for(self, coverage: float) -> Conformal:
         """The rule for a coverage.

@@ -40,7 +40,7 @@ class Drift:
     A run that goes on where an earlier one was left begins its windows anew.
 
     Args:
-        calibration: what the run is held against. A number that it has no `Reference` of is not watched.
+        calibration: what the run is held against. The scorer is watched where labels gave it a `Reference`.
         stages: of the cascade. The judge is watched where it is the only one, and asked once about an image: otherwise a
             prediction does not tell what the first question was, least of all where the answer was a surprise.
 
@@ -55,7 +55,8 @@ class Drift:
         self.sureness = self.agreement = None
         if calibration.reference is not None:
             self.sureness = _Windows(calibration.reference, "the scorer's mean probability of its best label")
-        if len(stages) == len(calibration.judges) == 1 and not stages[0].widen and (reference := calibration.judges[0].reference):
+        if len(stages) == len(calibration.judges) == 1 and not stages[0].widen:
+            reference = calibration.judges[0].reference
             self.agreement = _Windows(reference, "the share of the judge's answers that are the scorer's best label")
 
     def scored(self, scores: Scores) -> None:

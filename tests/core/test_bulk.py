@@ -25,7 +25,6 @@ from cascadevlm import Cascade, Stage, bulk, load_prompt, parse_policy, run_fold
 from cascadevlm.budget import DurableLedger, Ledger
 from cascadevlm.cache import DiskStore
 from cascadevlm.config import Config
-from cascadevlm.decision.calibration import CalibratedJudge, Calibration
 from cascadevlm.decision.judge_model import JudgeModel
 from cascadevlm.decision.scorer_calibration import ScorerCalibration
 from cascadevlm.engine import BEGINNING
@@ -38,6 +37,7 @@ from cascadevlm.run_folder import RunFolder
 from cascadevlm.support import SupportSet
 from cascadevlm.testing import FakeJudge, FakeScorer, noise, picture
 from cascadevlm.types import Exemplar, Prompt, Question, Scores, Verdict
+from tests.calibrations import some_calibration
 
 RED, GREY = (200, 0, 0), (90, 90, 90)
 LABELS = ["finch", "owl", "wren", "stork"]
@@ -246,15 +246,8 @@ def test_another_judge_is_refused_by_its_identity(tmp_path: Path) -> None:
 
 
 def of_contents(*, prompt: Prompt | None = None, shown: int = 1, scale: float = 1.0) -> Cascade:
-    calibration = Calibration(
-        labels=tuple(LABELS),
-        fingerprint="fake:fake",
-        scorer=ScorerCalibration(method="bias", scale=scale, bias=np.zeros(len(LABELS))),
-        judges=(CalibratedJudge(judge="fake:fake", settings={}, model=JudgeModel.prior(len(LABELS))),),
-        images=20,
-        labelled=True,
-        fitted_on=(),
-    )
+    scorer = ScorerCalibration(method="bias", scale=scale, bias=np.zeros(len(LABELS)))
+    calibration = replace(some_calibration(LABELS, JudgeModel.prior(len(LABELS))), scorer=scorer)
     support = SupportSet({"owl": (Exemplar(image=noise(shown, (8, 8)), label=Label(name="owl")),)})
     stage = Stage(judge=FakeJudge(), prompt=prompt or load_prompt("select_fewshot"), support=support)
     return Cascade(FakeScorer(), [stage], labels=LABELS, calibration=calibration)

@@ -18,7 +18,6 @@ from cascadevlm.candidates import TopK
 from cascadevlm.config import CandidatesConfig, Config
 from cascadevlm.decision.calibrate import calibrate
 from cascadevlm.decision.calibration import (
-    CalibratedJudge,
     Calibration,
     decided,
     fit_calibration,
@@ -38,6 +37,7 @@ from cascadevlm.record import NOBODY, Record
 from cascadevlm.rules import Always, EntropyAbove, GainAbove
 from cascadevlm.sweep import sweep, under
 from cascadevlm.types import Scores
+from tests.calibrations import some_calibration
 
 seeds = st.integers(0, 10_000)
 ADAPTER = TypeAdapter(Calibration)
@@ -63,14 +63,10 @@ def known_to(record: Record) -> Calibration:
     """Some calibration of a record's scorer and judge, without a fit."""
     classes = len(record.labels)
     model = replace(JudgeModel.prior(classes), ability=2.0)
-    return Calibration(
-        labels=record.labels.names,
+    return replace(
+        some_calibration(record.labels.names, model, judge=record.judged.judge),
         fingerprint=record.scores.fingerprint,
         scorer=ScorerCalibration(method="bias", scale=0.6, bias=np.linspace(-0.5, 0.5, classes)),
-        judges=(CalibratedJudge(judge=record.judged.judge, settings={}, model=model),),
-        images=0,
-        labelled=True,
-        fitted_on=(),
     )
 
 
@@ -143,7 +139,7 @@ def test_other_judges_are_refused(changed: dict[str, JsonValue], sentence: str) 
     }
     (judge,) = learned().judges
     calibration = replace(learned(), judges=(replace(judge, judge="openai:gpt-4o", settings=settings),))
-    assert calibration.judge_of(0, settings | {"policy": "always", "candidates": 3}) is judge.model
+    assert calibration.judge_of(0, settings | {"policy": "always", "candidates": 3}) is calibration.judges[0]
     with pytest.raises(ConfigError, match=sentence):
         calibration.judge_of(0, settings | changed)
     with pytest.raises(ConfigError, match="knows 1 judges, not 2"):
@@ -161,17 +157,6 @@ def test_what_is_no_calibration_is_one_sentence(tmp_path: Path, text: str) -> No
         read_calibration(tmp_path / "nowhere.json")
     with pytest.raises(DataError, match="cannot be written"):
         learned().write(tmp_path / "nowhere" / "calibration.json")
-
-
-def test_a_file_from_before_probabilities_and_weights_is_read(tmp_path: Path) -> None:
-    data = json.loads(ADAPTER.dump_json(learned()))
-    (judge,) = data["judges"]
-    del judge["model"]["probability_weight"], judge["pool"], judge["log_likelihoods"], judge["best_size"]
-    path = tmp_path / "calibration.json"
-    path.write_text(json.dumps(data))
-    again = read_calibration(path)
-    assert again.judges[0].pool is None
-    assert _labels(decided(record(), again)) == _labels(decided(record(), learned()))
 
 
 def configured(calibration: Calibration, folder: Path, candidates: JsonValue) -> Config:
@@ -195,9 +180,7 @@ def test_the_best_list_is_that_of_each_stage(tmp_path: Path) -> None:
     assert tuple(stage.candidates for stage in cascade.stages) == tuple(TopK(k=size) for size in sizes)
 
 
-def test_a_best_list_that_is_not_known_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="does not tell the best list"):
-        configured(known_to(record()), tmp_path, "best").build()
+def test_a_best_list_without_a_calibration_is_refused(tmp_path: Path) -> None:
     without = configured(known_to(record()), tmp_path, {"k": "best"}).model_copy(update={"calibration": None})
     with pytest.raises(ConfigError, match='"best" needs a calibration'):
         without.build()

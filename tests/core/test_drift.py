@@ -18,11 +18,10 @@ from cascadevlm.batch import stream_in_batches
 from cascadevlm.config import Config
 from cascadevlm.data import Data
 from cascadevlm.decision import drift
-from cascadevlm.decision.calibration import CalibratedJudge, Calibration, Reference, answers_of, fit_calibration, read_calibration
+from cascadevlm.decision.calibration import Calibration, Reference, answers_of, fit_calibration
 from cascadevlm.decision.drift import WINDOW, Drift
 from cascadevlm.decision.judge_model import JudgeModel
 from cascadevlm.decision.live import CalibratedScorer
-from cascadevlm.decision.scorer_calibration import ScorerCalibration
 from cascadevlm.errors import PermanentError
 from cascadevlm.evaluate import record_run
 from cascadevlm.prompt import options
@@ -31,6 +30,7 @@ from cascadevlm.testing.fakes import Reply
 from cascadevlm.testing.server import JudgeServer
 from cascadevlm.types import Candidate, Question, Verdict
 from cascadevlm_backends.openai import OpenAIJudge
+from tests.calibrations import some_calibration
 
 NAMES = ["ant", "bee", "cicada", "dragonfly", "earwig", "fly"]
 LABELS = LabelSet.of(NAMES)
@@ -58,19 +58,8 @@ def pictures(first: int, last: int, size: tuple[int, int] = (8, 8)) -> list[Imag
 def calibration() -> Calibration:
     """Of the scorer as it is, and a judge whose model is known well."""
     scores = FakeScorer().score(pictures(10_000, 11_000), LABELS)
-    judge = CalibratedJudge(
-        judge="fake:fake", settings={}, model=MODEL, reference=Reference(images=20_000, mean=0.0, deviation=0.4)
-    )
-    return Calibration(
-        labels=LABELS.names,
-        fingerprint=scores.fingerprint,
-        scorer=ScorerCalibration.identity(len(NAMES)),
-        judges=(judge,),
-        images=1000,
-        labelled=True,
-        fitted_on=(),
-        reference=Reference.of(scores.probabilities.max(axis=1).astype(np.float64)),
-    )
+    sureness = Reference.of(scores.probabilities.max(axis=1).astype(np.float64))
+    return replace(some_calibration(NAMES, MODEL), images=1000, reference=sureness)
 
 
 def by_the_model(question: Question) -> str:
@@ -157,17 +146,6 @@ def test_windows_belong_to_one_run() -> None:
 @pytest.mark.parametrize(("stages", "widen"), [(2, 0), (1, 1)])
 def test_a_judge_whose_first_question_is_not_told_is_not_watched(stages: int, widen: int) -> None:
     assert not warned(cascade(blindly, stages=stages, widen=widen), pictures(0, WINDOW, FOREIGN))
-
-
-def test_older_calibrations_are_held_against_nothing(tmp_path: Path) -> None:
-    judges = tuple(replace(judge, reference=None) for judge in calibration().judges)
-    replace(calibration(), reference=None, judges=judges).write(tmp_path / "old.json")
-    old = re.sub(r',?\s*"reference": null', "", (tmp_path / "old.json").read_text())
-    assert "reference" not in old
-    (tmp_path / "old.json").write_text(old)
-    watched = cascade(blindly, scorer=Scoring())
-    watched.calibration = read_calibration(tmp_path / "old.json")
-    assert not warned(watched, pictures(0, WINDOW, FOREIGN))
 
 
 def test_labelled_images_in_order_are_evaluated_without_a_word(tmp_path: Path) -> None:

@@ -23,7 +23,6 @@ from cascadevlm.config import Config
 from cascadevlm.data import Data
 from cascadevlm.decision.blank import ask_blank, blank_images
 from cascadevlm.decision.calibration import (
-    CalibratedJudge,
     Calibration,
     FusionRule,
     decided,
@@ -46,6 +45,7 @@ from cascadevlm.sweep import under
 from cascadevlm.testing import FakeJudge, FakeScorer, noise, picture
 from cascadevlm.testing.fakes import Reply
 from cascadevlm.types import Question, Scores, Verdict
+from tests.calibrations import some_calibration
 
 NAMES = ["ant", "bee", "cicada", "dragonfly", "earwig", "fly"]
 LABELS = LabelSet.of(NAMES)
@@ -57,14 +57,11 @@ POOL = Pool(accuracy=0.8, weight=0.7)
 
 def known(model: JudgeModel = MODEL, pool: Pool = POOL, fingerprint: str = "fake:fake", **changed: object) -> Calibration:
     """A calibration of the fake scorer and a fake judge."""
-    calibration = Calibration(
-        labels=LABELS.names,
+    calibration = replace(
+        some_calibration(NAMES, model, pool=pool),
         fingerprint=fingerprint,
         scorer=ScorerCalibration(method="bias", scale=0.5, bias=np.linspace(-0.3, 0.3, len(NAMES))),
-        judges=(CalibratedJudge(judge="fake:fake", settings={}, model=model, pool=pool),),
         images=200,
-        labelled=True,
-        fitted_on=(),
     )
     return replace(calibration, **changed)  # type: ignore[arg-type]
 
@@ -474,7 +471,7 @@ class Listed(FakeScorer):
 CONFIG: dict[str, JsonValue] = {"scorer": {"use": "open_clip:aviary"}, "stage": [{"judge": "hf_chat:aviary"}], "labels": [*NAMES]}
 
 
-def written(folder: Path, *, policy: str | None = None, accept: float | None = None, pool: Pool | None = POOL) -> str:
+def written(folder: Path, *, policy: str | None = None, accept: float | None = None) -> str:
     path = folder / "calibration.json"
     settings: dict[str, JsonValue] = {
         "judge": "hf_chat:aviary",
@@ -484,7 +481,7 @@ def written(folder: Path, *, policy: str | None = None, accept: float | None = N
         "options": {},
     }
     (judge,) = known().judges
-    known(judges=(replace(judge, settings=settings, pool=pool),), policy=policy, accept=accept).write(path)
+    known(judges=(replace(judge, settings=settings),), policy=policy, accept=accept).write(path)
     return str(path)
 
 
@@ -528,14 +525,9 @@ def test_a_configuration_that_does_not_fit_is_refused(
         Config.parse(json.loads(json.dumps(whole))).build()
 
 
-def test_a_calibration_without_a_weight_is_refused_where_opinions_are_weighted(tmp_path: Path) -> None:
-    path = written(tmp_path, pool=None)
+def test_a_stage_without_a_weight_is_refused_where_opinions_are_weighted() -> None:
     with pytest.raises(InputError, match="needs a judge's weight"):
-        Config.parse({**CONFIG, "calibration": path, "fusion": "weighted"}).build()
-    record, _ = recorded(tmp_path / "run", cascade(FakeJudge()), 2)
-    (judge,) = known().judges
-    with pytest.raises(ConfigError, match="has no weight for 'fake:fake'"):
-        decided(record, known(fusion="weighted", judges=(replace(judge, pool=None),)))
+        Stage(judge=FakeJudge(), prompt=SELECT, model=MODEL, fusion="weighted")
 
 
 def test_another_scorer_is_refused_at_the_first_image() -> None:

@@ -14,31 +14,22 @@ from scipy.special import log_softmax
 from cascadevlm import Cascade, LabelSet, Prediction, Stage, bulk, load_prompt, parse_policy
 from cascadevlm.budget import NANODOLLARS
 from cascadevlm.decision import shares
-from cascadevlm.decision.calibration import CalibratedJudge, Calibration
 from cascadevlm.decision.judge_model import JudgeModel
 from cascadevlm.decision.live import CalibratedScorer
-from cascadevlm.decision.scorer_calibration import Floats, ScorerCalibration
+from cascadevlm.decision.scorer_calibration import Floats
 from cascadevlm.decision.shares import MEMORY, PERIOD, Following, Seen, Shares
 from cascadevlm.errors import ConfigError, InputError
 from cascadevlm.images import ImageSource
 from cascadevlm.inputs import Named
 from cascadevlm.testing import FakeJudge, FakeScorer, noise
 from cascadevlm.types import Question, Scores, Verdict
+from tests.calibrations import some_calibration
 
 NAMES = ["ant", "bee", "cicada", "dragonfly"]
 LABELS = LabelSet.of(NAMES)
 SHARES = Shares(images=20, shares=np.array([0.1, 0.2, 0.3, 0.4]))
 MODEL = JudgeModel.prior(len(NAMES))
-CALIBRATION = Calibration(
-    labels=LABELS.names,
-    fingerprint="fake:fake",
-    scorer=ScorerCalibration(method="none", scale=1.0, bias=np.zeros(len(NAMES))),
-    judges=(CalibratedJudge(judge="fake:fake", settings={}, model=MODEL),),
-    images=20,
-    labelled=True,
-    fitted_on=(),
-    shares=SHARES,
-)
+CALIBRATION = replace(some_calibration(NAMES, MODEL), shares=SHARES)
 
 
 class Jittery(FakeJudge):
