@@ -67,7 +67,6 @@ def main(
     print(f"{'model':<28}{'model alone':>14}{'end to end':>14}{'ratio':>8}")
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "images"
-        folder.mkdir()
         made = make_images(folder, min(images, 512))
         for number in range(len(made), images):  # the same pictures again, under other names
             os.link(made[number % len(made)], folder / f"{number:05}.jpg")

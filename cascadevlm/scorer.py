@@ -34,7 +34,7 @@ class Prepared:
     """
 
     source: ImageSource
-    features: NDArray[np.float32] | None = None
+    features: NDArray[np.uint8 | np.float32] | None = None
     pixels: Image.Image | None = None
 
     @property
@@ -198,8 +198,8 @@ class EmbeddingScorer(Scorer):
     def score(self, images: Sequence[Image.Image], labels: LabelSet) -> Scores:
         return self.score_embeddings(self.embed_images(images), labels)
 
-    def preprocess(self, image: Image.Image) -> NDArray[np.float32] | None:
-        """What the model takes in of an image, 3 x H x W; None where `embed_images` sees to it. Called from many threads."""
+    def preprocess(self, image: Image.Image) -> NDArray[np.uint8 | np.float32] | None:
+        """What `embed_prepared` wants of an image; None where `embed_images` sees to it. Called from many threads."""
         return None
 
     def embed_prepared(self, prepared: Sequence[Prepared]) -> NDArray[np.float32]:

@@ -40,8 +40,16 @@ class _TwoTowers(Protocol):
 
 @dataclass(frozen=True)
 class _Loaded:
+    """A model and what goes with it.
+
+    Attributes:
+        fit: brings a picture to the size that the model takes.
+        normalize: the last step of its preprocessing, of pixels from 0 to 1.
+    """
+
     model: _TwoTowers
-    preprocess: "Callable[[Image.Image], torch.Tensor]"
+    fit: "Callable[[Image.Image], Image.Image]"
+    normalize: "Callable[[torch.Tensor], torch.Tensor]"
     tokenize: "Callable[[list[str]], torch.Tensor]"
     device: str
     dtype: "torch.dtype"
@@ -79,9 +87,9 @@ class OpenClipScorer(EmbeddingScorer):
     def load(self) -> None:
         self._loaded  # noqa: B018  # loads it
 
-    def preprocess(self, image: Image.Image) -> NDArray[np.float32]:
-        pixels: NDArray[np.float32] = self._loaded.preprocess(image).numpy()
-        return pixels
+    def preprocess(self, image: Image.Image) -> NDArray[np.uint8]:
+        """H x W x 3. What is left is for torch, whose threads in the readers would get in the way of the model's."""
+        return np.asarray(self._loaded.fit(image))
 
     def embed_images(self, images: Sequence[Image.Image]) -> NDArray[np.float32]:
         return self._embed([self.preprocess(image) for image in images])
@@ -89,13 +97,14 @@ class OpenClipScorer(EmbeddingScorer):
     def embed_prepared(self, prepared: Sequence[Prepared]) -> NDArray[np.float32]:
         return self._embed([each.features for each in prepared if each.features is not None])
 
-    def _embed(self, pixels: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
+    def _embed(self, pixels: Sequence[NDArray[np.uint8 | np.float32]]) -> NDArray[np.float32]:
         import torch
 
         loaded = self._loaded
         with torch.inference_mode():
-            batch = torch.from_numpy(np.stack(pixels))
-            return _array(loaded.model.encode_image(batch.to(loaded.device, loaded.dtype), normalize=True))
+            batch = torch.from_numpy(np.stack(pixels)).to(loaded.device).permute(0, 3, 1, 2)
+            batch = loaded.normalize(batch.to(torch.float32, memory_format=torch.contiguous_format) / 255)
+            return _array(loaded.model.encode_image(batch.to(loaded.dtype), normalize=True))
 
     def embed_texts(self, texts: Sequence[str]) -> NDArray[np.float32]:
         import torch
@@ -117,6 +126,7 @@ class OpenClipScorer(EmbeddingScorer):
     def _loaded(self) -> _Loaded:
         import open_clip
         import torch
+        from torchvision.transforms import Compose
 
         device = choose_device(self.device)
         dtype = choose_dtype(device, self.dtype)
@@ -134,9 +144,11 @@ class OpenClipScorer(EmbeddingScorer):
             ) from exc
         model.eval()
         bias = getattr(model, "logit_bias", None)
+        *fit, _, normalize = preprocess.transforms  # the one between them makes the picture a tensor
         return _Loaded(
             model=model,
-            preprocess=preprocess,
+            fit=Compose(fit),
+            normalize=normalize,
             tokenize=tokenize,
             device=device,
             dtype=dtype,

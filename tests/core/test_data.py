@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-import torchvision  # type: ignore[import-untyped]
+import torchvision
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
