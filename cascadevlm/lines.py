@@ -58,7 +58,11 @@ class Line(BaseModel):
 
     @classmethod
     def read(cls, text: str | bytes) -> Self:
-        """A line."""
+        """A line of ``predictions.jsonl``.
+
+        Raises:
+            ValueError: if it is none.
+        """
         try:
             return cls.model_validate_json(text)
         except ValidationError:  # unlike pydantic's, Python's reader takes texts that are no valid Unicode

@@ -149,7 +149,7 @@ def _contents(cascade: Cascade) -> dict[str, str]:
 
 
 def _filled(config: dict[str, JsonValue]) -> dict[str, JsonValue]:
-    """With the keys that an older version did not know; what is no configuration of ours, as it is."""
+    """With every key and its default; what is no configuration of ours, as it is."""
     try:
         return Config.model_validate(config).model_dump(mode="json")
     except ValidationError:

@@ -360,6 +360,7 @@ def test_a_policy_says_itself_in_the_string_form(policy: Policy) -> None:
         ("dollars <= 1e999", 1, "dollars takes an amount from 0 on, not inf"),
         ("random(0.1, 1e999)", 1, "The seed of random takes a whole number from 0 on, not inf"),
         ("random(0.1, sed=3)", 1, "'sed'"),
+        ("top_fraction(0.5, measure=1)", 1, "is a function of scores, not 1"),
         ("calls <= 2.5", 1, "a whole number"),
         ("never; import os", 6, "expected"),
         ("", 1, "expected"),
