@@ -96,7 +96,6 @@ def main(
         show(f"peak memory over {number} images, 20,000 labels less 48", f"{more:.0f} MB")
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        (folder / "images").mkdir()
         files, name = make_images(folder / "images", images), make_model("ViT-B-32", folder / "model")
         exact, rounded = (
             ours(load_scorer(f"open_clip:{name}", dtype=dtype), folder / "images") for dtype in ("float32", "bfloat16")
