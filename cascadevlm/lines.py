@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 from pydantic import BaseModel, InstanceOf, ValidationError
+from pydantic_core import PydanticSerializationError, to_json
 
 from cascadevlm.files import valid_text
 from cascadevlm.types import DecidedBy, Outcome, Prediction
@@ -94,6 +95,15 @@ class Line(BaseModel):
     def failed(self) -> bool:
         """Whether the image could not be read or a judge could not be asked about it."""
         return not self.candidates or any(verdict.outcome == "failed" for verdict in self.verdicts)
+
+
+def line_of(path: str, prediction: Prediction) -> bytes:
+    """A line of ``predictions.jsonl`` without its end, for `Line.read`."""
+    told = prediction.to_dict() | {"path": path}
+    try:
+        return to_json(told)
+    except PydanticSerializationError:  # texts that are no valid Unicode: see `Line.read`
+        return json.dumps(told).encode()
 
 
 def failure_of(prediction: Prediction | Line) -> str:

@@ -38,13 +38,13 @@ from cascadevlm.budget import DurableLedger
 from cascadevlm.engine import BEGINNING, Checkpoint
 from cascadevlm.errors import DataError
 from cascadevlm.files import write_whole, writing_to
-from cascadevlm.lines import Line, failure_of, write_table
+from cascadevlm.lines import Line, failure_of, line_of, write_table
 from cascadevlm.manifest import Manifest
 from cascadevlm.types import Prediction
 
 FAILURES = "failures.jsonl"
 
-_CHECKSUM = b', "crc32": '
+_CHECKSUM = b',"crc32":'
 _CHECKPOINT = TypeAdapter(Checkpoint)
 _BEFORE_THE_MANIFEST = {"lock", f"{manifests.NAME}.part"}
 """What a process that was killed before its manifest was there leaves."""
@@ -233,7 +233,7 @@ class RunFolder:
 
     def append(self, path: str, prediction: Prediction) -> None:
         """Write a prediction down; it is safe once flushed."""
-        body = json.dumps(prediction.to_dict() | {"path": path}).encode()
+        body = line_of(path, prediction)
         with writing_to(self.folder):
             self._reopen()
             self._predictions.write(b"%b%b%d}\n" % (body[:-1], _CHECKSUM, zlib.crc32(body)))

@@ -198,7 +198,7 @@ def test_judges_one_after_another_go_on_as_if_they_had_not_been_stopped(
         bulk.run(several(seed), images, tmp_path / "parts", config={}, stopping=partial(next, stop))
     whole, parts = ((tmp_path / name / "predictions.jsonl").read_text() for name in ("whole", "parts"))
     assert whole == parts
-    assert '"earlier_verdicts": [{' in whole or routing or "never" in policies
+    assert '"earlier_verdicts":[{' in whole or routing or "never" in policies
 
 
 def test_shares_are_followed_from_those_of_a_calibration() -> None:
