@@ -55,7 +55,7 @@ def test_a_bulk_run_keeps_no_replayed_answers_again(tmp_path: Path) -> None:
     assert kept == [6, 0]
 
 
-def test_a_recording_scorer_reads_large_images_once_and_keeps_no_pixels(tmp_path: Path) -> None:
+def test_a_recording_scorer_needs_no_large_file_once_it_is_prepared_and_keeps_no_pixels(tmp_path: Path) -> None:
     noise(1, (1100, 1000)).save(tmp_path / "large.png")
     scorer = RecordingScorer(load_scorer("open_clip:aviary"), tmp_path / "record.jsonl")
     scorer.load()

@@ -148,6 +148,12 @@ def test_a_judge_whose_first_question_is_not_told_is_not_watched(stages: int, wi
     assert not warned(cascade(blindly, stages=stages, widen=widen), pictures(0, WINDOW, FOREIGN))
 
 
+def test_a_scorer_that_was_calibrated_without_labels_is_not_watched() -> None:
+    watched = cascade(scorer=Scoring())
+    watched.calibration = replace(calibration(), reference=None)
+    assert not warned(watched, pictures(0, WINDOW + 100, FOREIGN))
+
+
 def test_labelled_images_in_order_are_evaluated_without_a_word(tmp_path: Path) -> None:
     images = pictures(0, WINDOW, FOREIGN)
     data = Data(images=images, names=tuple(map(str, range(WINDOW))), truths=("ant",) * WINDOW, splits=("",) * WINDOW)

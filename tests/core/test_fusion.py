@@ -45,14 +45,13 @@ from cascadevlm.sweep import under
 from cascadevlm.testing import FakeJudge, FakeScorer, noise, picture
 from cascadevlm.testing.fakes import Reply
 from cascadevlm.types import Question, Scores, Verdict
-from tests.calibrations import some_calibration
+from tests.calibrations import POOL, some_calibration
 
 NAMES = ["ant", "bee", "cicada", "dragonfly", "earwig", "fly"]
 LABELS = LabelSet.of(NAMES)
 SELECT = load_prompt("select")
 RED = (200, 0, 0)
 MODEL = replace(JudgeModel.prior(len(NAMES)), ability=2.5, class_bias=np.linspace(-0.4, 0.4, len(NAMES)))
-POOL = Pool(accuracy=0.8, weight=0.7)
 
 
 def known(model: JudgeModel = MODEL, pool: Pool = POOL, fingerprint: str = "fake:fake", **changed: object) -> Calibration:
