@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
+from scipy.special import log_softmax
 
 from cascadevlm.candidates import CandidateRule, as_scored
 from cascadevlm.errors import JudgeError
@@ -136,4 +137,5 @@ def _without(scores: Scores, rejected: Collection[str]) -> Scores:
     impossible = np.isin(scores.labels.names, list(rejected)) | (scores.probabilities[0] == 0)
     if impossible.all():
         return scores
-    return Scores.from_logits(np.where(impossible, -np.inf, scores.log_probs), scores.labels, scores.fingerprint)
+    log_probs = log_softmax(np.where(impossible, -np.inf, scores.log_probs.astype(np.float64)), axis=1)
+    return replace(scores, log_probs=log_probs.astype(np.float32))

@@ -129,6 +129,16 @@ class LabelSet:
         return frozenset(fold(name) for label in self.labels for name in (label.name, *label.aliases))
 
     @cached_property
+    def texts(self) -> tuple[str, ...]:
+        """C texts: what stands for each label in a scorer's templates."""
+        return tuple(one_line(label.prompt_text) for label in self.labels)
+
+    @cached_property
+    def texts_digest(self) -> str:
+        """sha256 of every name with its text, in column order, in hexadecimal."""
+        return hashlib.sha256(json.dumps([*zip(self.names, self.texts, strict=True)]).encode()).hexdigest()
+
+    @cached_property
     def digest(self) -> str:
         """sha256 of the spellings, in hexadecimal."""
         return hashlib.sha256(json.dumps(sorted(self.spellings)).encode()).hexdigest()

@@ -14,7 +14,7 @@ from PIL import Image
 
 from cascadevlm.errors import ImageError, InputError
 from cascadevlm.images import ImageSource, is_large, load_image, pixel_digest, unread_image
-from cascadevlm.labels import LabelSet, one_line
+from cascadevlm.labels import LabelSet
 from cascadevlm.types import Scores
 
 DEFAULT_TEMPLATES = ("a photo of a {label}.",)
@@ -106,6 +106,11 @@ class Scorer(ABC):
         return self.score([each.image for each in prepared], labels)
 
 
+def texts_part(labels: LabelSet) -> str:
+    """The part of a fingerprint that names the texts of the labels."""
+    return f"texts={labels.texts_digest[:12]}"
+
+
 def prepared_or_error(scorer: Scorer, source: ImageSource) -> Prepared | ImageError:
     """What a scorer prepares of an image, or why it cannot be read."""
     try:
@@ -175,17 +180,15 @@ class EmbeddingScorer(Scorer):
     def model_fingerprint(self) -> str:
         """Names the weights, revision, precision and preprocessing."""
 
-    @property
-    def fingerprint(self) -> str:
-        """The model's fingerprint and a digest of the templates."""
+    def fingerprint(self, labels: LabelSet) -> str:
+        """Names the model, the templates and the texts that stand for the labels in the templates."""
         digest = hashlib.sha256("\0".join(self.templates).encode()).hexdigest()[:12]
-        return f"{self.model_fingerprint()}|templates={digest}"
+        return f"{self.model_fingerprint()}|templates={digest}|{texts_part(labels)}"
 
     def label_embeddings(self, labels: LabelSet) -> NDArray[np.float32]:
         """C x D, rows of length 1; computed at the first call with this label set, a block of labels at a time."""
         if self._embedded is None or self._embedded[0] != labels:
-            names = [one_line(label.prompt_text) for label in labels]
-            blocks = [names[start : start + LABELS_AT_ONCE] for start in range(0, len(names), LABELS_AT_ONCE)]
+            blocks = [labels.texts[start : start + LABELS_AT_ONCE] for start in range(0, len(labels), LABELS_AT_ONCE)]
             self._embedded = labels, np.concatenate([self._embed_names(block) for block in blocks])
         return self._embedded[1]
 
@@ -224,4 +227,4 @@ class EmbeddingScorer(Scorer):
             labels: the C labels.
         """
         similarities = embeddings @ self.label_embeddings(labels).T
-        return Scores.from_logits(self.logits(similarities), labels, self.fingerprint)
+        return Scores.from_logits(self.logits(similarities), labels, self.fingerprint(labels))

@@ -38,6 +38,7 @@ from cascadevlm.data import Data
 from cascadevlm.errors import BudgetExhausted, DataError, InputError
 from cascadevlm.evaluate import asking_everything, record_run
 from cascadevlm.images import pixel_digest
+from cascadevlm.item import stacked
 from cascadevlm.labels import LabelSet
 from cascadevlm.metrics import Bools, Interval, coverage, covered_by, interval, mean
 from cascadevlm.policy import PolicyLike
@@ -147,17 +148,15 @@ class RememberingScorer(Scorer):
 
     def __init__(self, wrapped: Scorer) -> None:
         self.wrapped = wrapped
-        self.known: dict[str, NDArray[np.float32]] = {}
-        self.fingerprint = ""
+        self.known: dict[str, Scores] = {}
 
     def score(self, images: Sequence[Image.Image], labels: LabelSet) -> Scores:
         digests = [pixel_digest(image) for image in images]
         new = {digest: image for digest, image in zip(digests, images, strict=True) if digest not in self.known}
         if new:
             scores = self.wrapped.score([*new.values()], labels)
-            self.known.update(zip(new, scores.log_probs, strict=True))
-            self.fingerprint = scores.fingerprint
-        return Scores(log_probs=np.array([self.known[digest] for digest in digests]), labels=labels, fingerprint=self.fingerprint)
+            self.known.update((digest, scores.rows(slice(row, row + 1))) for row, digest in enumerate(new))
+        return stacked([self.known[digest] for digest in digests])
 
 
 Variant = tuple[Stage, dict[str, JsonValue]]

@@ -2,7 +2,7 @@
 
 import string
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, reduce
 from operator import add
 from typing import Literal
@@ -31,7 +31,7 @@ class Scores:
     Attributes:
         log_probs: N x C float32, natural logarithms; the exponentials of a row sum to 1.
         labels: the C labels, in column order.
-        fingerprint: names the model, revision and preprocessing that produced the numbers.
+        fingerprint: names what produced the numbers: the model, its revision and preprocessing, and the texts of the labels.
     """
 
     log_probs: NDArray[np.float32]
@@ -60,7 +60,7 @@ class Scores:
 
     def rows(self, index: NDArray[np.bool_] | NDArray[np.intp] | slice) -> "Scores":
         """The scores of some of the images."""
-        return Scores(log_probs=self.log_probs[index], labels=self.labels, fingerprint=self.fingerprint)
+        return replace(self, log_probs=self.log_probs[index])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,7 +22,7 @@ from cascadevlm.judge import Judge, WrapperJudge
 from cascadevlm.labels import LabelSet
 from cascadevlm.record import read_record, read_verdicts
 from cascadevlm.recording import NotingScorer, asked_of
-from cascadevlm.scorer import Scorer
+from cascadevlm.scorer import Scorer, texts_part
 from cascadevlm.types import Question, Scores, Verdict
 
 
@@ -73,7 +73,8 @@ class RecordedScorer(Scorer):
     """Replays the scores of a record.
 
     Raises:
-        BackendError: when scoring, if the file is no record, or holds no scores of an image for this label set.
+        BackendError: when scoring, if the file is no record, holds no scores of an image for this label set, or holds those for
+            other texts of the labels.
         DataError: when scoring, if the folder is no whole record.
     """
 
@@ -92,7 +93,13 @@ class RecordedScorer(Scorer):
                 f"Record {str(self.path)!r} has no scores of an image ({key[0][:12]}…) for these {len(labels)} labels.",
                 hint="Give the images and labels it was recorded with, in their order.",
             )
-        return self._rows[key]
+        row, fingerprint = self._rows[key]
+        if "|texts=" in fingerprint and texts_part(labels) not in fingerprint.split("|"):
+            raise BackendError(
+                f"Record {str(self.path)!r} has scores of these labels with other texts.",
+                hint="Give the labels with the texts it was recorded with.",
+            )
+        return row, fingerprint
 
     @cached_property
     def _rows(self) -> Mapping[tuple[str, tuple[str, ...]], tuple[Sequence[float], str]]:

@@ -39,6 +39,9 @@ BESIDE = "calibration.json"
 COVERAGE = 0.95
 """How often a list of candidates shall hold the truth, unless said otherwise."""
 
+WORDING = {"templates": "templates", "texts": "texts for the labels"}
+"""Parts of a scorer's fingerprint that name what it was prompted with, in words."""
+
 SIZES = range(2, 11)
 """Lengths of the list of candidates that are tried."""
 
@@ -151,15 +154,9 @@ class Calibration:
         if scores.fingerprint == self.calibrated_fingerprint:
             return scores
         if scores.fingerprint != self.fingerprint:
-            raise ConfigError(
-                f"The calibration is of the scorer {self.fingerprint!r}, not of {scores.fingerprint!r}.",
-                hint="Make one for this scorer: cascadevlm calibrate.",
-            )
-        return Scores(
-            log_probs=self.scorer(scores.log_probs).astype(np.float32),
-            labels=scores.labels,
-            fingerprint=self.calibrated_fingerprint,
-        )
+            raise _of_another_scorer(self.fingerprint, scores.fingerprint)
+        log_probs = self.scorer(scores.log_probs).astype(np.float32)
+        return replace(scores, log_probs=log_probs, fingerprint=self.calibrated_fingerprint)
 
     def judge_of(self, stage: int, settings: Mapping[str, JsonValue]) -> CalibratedJudge:
         """A stage's judge.
@@ -216,6 +213,20 @@ class Calibration:
             path.write_bytes(_ADAPTER.dump_json(self, indent=2) + b"\n")
         except OSError as exc:
             raise DataError(f"{str(path)!r} cannot be written: {exc.strerror}.") from exc
+
+
+def _of_another_scorer(known: str, given: str) -> ConfigError:
+    """What to raise where fingerprints differ; a difference in wording alone is named."""
+    parts = {part.partition("=")[0] for part in {*known.split("|")} ^ {*given.split("|")}}
+    if parts <= WORDING.keys():
+        wording = " and ".join(words for part, words in WORDING.items() if part in parts)
+        return ConfigError(
+            f"The calibration was made with other {wording}: scorer {known!r}, not {given!r}.",
+            hint="Give those that it was made with, or make one for these: cascadevlm calibrate.",
+        )
+    return ConfigError(
+        f"The calibration is of the scorer {known!r}, not of {given!r}.", hint="Make one for this scorer: cascadevlm calibrate."
+    )
 
 
 _ADAPTER = TypeAdapter(Calibration)

@@ -51,6 +51,12 @@ class ScorerContract(ABC):
         assert first == second
         assert first
 
+    def test_fingerprint_names_the_texts_of_the_labels(self) -> None:
+        """Where another text of a label gives other scores."""
+        drawn = LabelSet.of(replace(label, text=f"a drawing of {label.name}") for label in self.labels)
+        plain, other = (self.make().score([noise(1)], labels) for labels in (self.labels, drawn))
+        assert plain.fingerprint != other.fingerprint or np.array_equal(plain.log_probs, other.log_probs)
+
 
 class JudgeContract(ABC):
     """What every judge keeps."""

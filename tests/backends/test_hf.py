@@ -238,7 +238,7 @@ def test_fingerprint_follows_weights_precision_and_preprocessing(folders: dict[s
         folder = tmp_path / str(len(list(tmp_path.iterdir()))) / "clip"
         shutil.copytree(folders["clip"], folder)
         change(folder)
-        return HfScorer(str(folder), device="cpu", dtype=dtype).fingerprint
+        return HfScorer(str(folder), device="cpu", dtype=dtype).fingerprint(LABELS)
 
     def other_weights(folder: Path) -> None:
         model = AutoModel.from_pretrained(folder)
@@ -253,7 +253,7 @@ def test_fingerprint_follows_weights_precision_and_preprocessing(folders: dict[s
         file.write_text(file.read_text().replace('"shortest_edge": 32', '"shortest_edge": 40'))
 
     same = fingerprint_after(nothing)
-    assert same == scorer_of(folders["clip"]).fingerprint
+    assert same == scorer_of(folders["clip"]).fingerprint(LABELS)
     others = [fingerprint_after(other_weights), fingerprint_after(other_size), fingerprint_after(nothing, "bfloat16")]
     assert len({same, *others}) == 4
 
@@ -266,7 +266,7 @@ def test_hub_model_is_named_by_its_commit(folders: dict[str, Path], tmp_path: Pa
     (cached / "refs" / "main").write_text(commit)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    assert f"bird/clip@{commit}" in HfScorer("bird/clip", device="cpu").fingerprint
+    assert f"bird/clip@{commit}" in HfScorer("bird/clip", device="cpu").fingerprint(LABELS)
 
 
 def test_missing_model_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -111,7 +111,7 @@ def test_fingerprints_tell_weights_and_templates_apart(models_folder: Path) -> N
         OpenClipScorer(softmax, templates=["{label}"]),
         OpenClipScorer(softmax, dtype="bfloat16"),
     ]
-    assert len({scorer.fingerprint for scorer in scorers}) == len(scorers)
+    assert len({scorer.fingerprint(LABELS) for scorer in scorers}) == len(scorers)
 
 
 @pytest.mark.parametrize(

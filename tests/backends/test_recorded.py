@@ -10,7 +10,7 @@ from cascadevlm import Cascade, Stage, bulk
 from cascadevlm.cache import DiskStore, MemoryStore
 from cascadevlm.errors import BackendError, PermanentError
 from cascadevlm.judge import Judge
-from cascadevlm.labels import LabelSet
+from cascadevlm.labels import Label, LabelSet
 from cascadevlm.registry import load_judge, load_prompt, load_scorer
 from cascadevlm.scorer import Scorer
 from cascadevlm.testing import FakeJudge, FakeScorer, JudgeContract, ScorerContract, noise, question
@@ -73,6 +73,16 @@ def test_scores_are_exact_and_keep_their_fingerprint(tmp_path: Path) -> None:
     replayed = load_scorer(f"recorded:{path}").score([noise(2)], LABELS)
     np.testing.assert_array_equal(replayed.log_probs[0], given.log_probs[1])
     assert replayed.fingerprint == given.fingerprint == "fake:v1"
+
+
+def test_scores_of_other_texts_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "record.jsonl"
+    given = RecordingScorer(load_scorer("open_clip:aviary", device="cpu"), path).score([noise(1)], LABELS)
+    replayed = load_scorer(f"recorded:{path}")
+    assert replayed.score([noise(1)], LABELS).fingerprint == given.fingerprint
+    drawn = LabelSet.of(Label(name=name, text=f"a drawing of a {name}") for name in LABELS.names)
+    with pytest.raises(BackendError, match="with other texts"):
+        replayed.score([noise(1)], drawn)
 
 
 def test_nothing_is_made_up(tmp_path: Path) -> None:

@@ -1,8 +1,9 @@
 """The artifact and what is refused, records under it, thresholds for targets, and what calibrating looks at."""
 
+import asyncio
 import json
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from pydantic import JsonValue, TypeAdapter
 
 from benchmarks.decision import made_up
 from benchmarks.sweep import judged_all
+from cascadevlm import Cascade, Label, Stage, load_prompt, load_scorer
 from cascadevlm.candidates import TopK
 from cascadevlm.config import CandidatesConfig, Config
 from cascadevlm.decision.calibrate import calibrate
@@ -25,9 +27,12 @@ from cascadevlm.decision.calibration import (
     read_calibration,
 )
 from cascadevlm.decision.judge_model import JudgeModel
+from cascadevlm.decision.live import Asking
 from cascadevlm.decision.scorer_calibration import ScorerCalibration
+from cascadevlm.decision.shares import Following, Seen
 from cascadevlm.decision.targets import Target, TargetKind, outcome, policy_for
 from cascadevlm.errors import ConfigError, DataError
+from cascadevlm.item import Item, stacked
 from cascadevlm.labels import LabelSet
 from cascadevlm.limits import WithinCalls
 from cascadevlm.measures import entropy, margin, top_probability
@@ -35,8 +40,10 @@ from cascadevlm.metrics import expected_calibration_error
 from cascadevlm.policy_language import parse_policy
 from cascadevlm.record import NOBODY, Record
 from cascadevlm.rules import Always, EntropyAbove, GainAbove
+from cascadevlm.scorer import Prepared
 from cascadevlm.sweep import sweep, under
-from cascadevlm.types import Scores
+from cascadevlm.testing import FakeJudge, noise
+from cascadevlm.types import Scores, Verdict
 from tests.calibrations import some_calibration
 
 seeds = st.integers(0, 10_000)
@@ -118,6 +125,60 @@ def test_other_scorers_label_sets_and_stages_are_refused() -> None:
         learned().calibrated(fewer)
     with pytest.raises(ConfigError, match="of 1 judges, the record of 2"):
         decided(replace(record(), stages=(record().judged,) * 2), learned())
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ("clip:b|templates=1|texts=3", r"was made with other texts for the labels: scorer 'clip:b\|templates=1\|texts=2', not"),
+        ("clip:b|templates=2|texts=2", "was made with other templates: scorer"),
+        ("clip:b|templates=2|texts=3", "was made with other templates and texts for the labels: scorer"),
+        ("clip:l|templates=1|texts=3", r"is of the scorer 'clip:b\|templates=1\|texts=2', not of"),
+    ],
+)
+def test_other_wordings_are_refused_and_named(given: str, sentence: str) -> None:
+    calibration = replace(learned(), fingerprint="clip:b|templates=1|texts=2")
+    with pytest.raises(ConfigError, match=sentence):
+        calibration.calibrated(replace(record().scores, fingerprint=given))
+
+
+def test_a_calibration_is_refused_where_the_labels_have_other_texts() -> None:
+    names = ["red-crowned plain owl", "blue-crowned spotted duck", "yellow-crowned barred wren"]
+    drawn = LabelSet.of(Label(name=name, text=f"a drawing of a {name}") for name in names)
+    scorer = load_scorer("open_clip:aviary", device="cpu")
+    made_with = scorer.score([noise(1)], LabelSet.of(names)).fingerprint
+    calibration = replace(some_calibration(names, JudgeModel.prior(len(names))), fingerprint=made_with)
+    Cascade(scorer, [], labels=names, calibration=calibration).classify(noise(1))
+    with pytest.raises(ConfigError, match="made with other texts for the labels"):
+        Cascade(scorer, [], labels=drawn, calibration=calibration).classify(noise(1))
+
+
+@dataclass(frozen=True, kw_only=True)
+class NotedScores(Scores):
+    """Scores with one field more, as later versions have."""
+
+    note: str
+
+
+def test_no_field_of_scores_is_lost_on_their_way() -> None:
+    labels = record().labels
+    noted = NotedScores(log_probs=record().scores.log_probs[:1], labels=labels, fingerprint=learned().fingerprint, note="kept")
+    candidates = TopK(k=2).choose(noted)[0]
+    item = Item(path="", prepared=Prepared(source=""), scores=noted, belief=noted, candidates=candidates)
+    item.hear(Stage(judge=FakeJudge(), prompt=load_prompt("select")), Verdict(outcome="none"))
+    asking = Asking(model=JudgeModel.prior(len(labels)), candidates=TopK(), none_offered=False, word_final=False)
+    answered = Verdict(outcome="answered", label=candidates[1].label.name)
+    on_its_way = [
+        noted.rows(slice(1)),
+        learned().calibrated(noted),
+        stacked([noted, noted]),
+        item.belief,
+        asking.fuse(noted, candidates, answered),
+        asyncio.run(Following(learned().shares, Seen(), 32).adjusted(noted, 0)),
+    ]
+    item.verdicts.append(answered)
+    on_its_way.append(item.current_scores())
+    assert [each.note for each in on_its_way if isinstance(each, NotedScores)] == ["kept"] * len(on_its_way)
 
 
 @pytest.mark.parametrize(

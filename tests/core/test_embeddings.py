@@ -14,7 +14,7 @@ from PIL import Image
 from cascadevlm import Cascade, embeddings
 from cascadevlm.embeddings import CachedEmbeddings, EmbeddingStore
 from cascadevlm.errors import BackendError
-from cascadevlm.labels import LabelSet
+from cascadevlm.labels import Label, LabelSet
 from cascadevlm.scorer import EmbeddingScorer, Prepared
 from cascadevlm.testing import noise
 from cascadevlm.types import Prediction
@@ -79,6 +79,22 @@ def test_no_image_is_embedded_twice_and_scores_are_the_same(files: list[Path], t
     assert [each.probability for each in warm] == pytest.approx([each.probability for each in cold], rel=1e-6)
     Cascade(CachedEmbeddings(anew, tmp_path / "kept"), [], labels=["stork", "eagle owl"]).classify(files)
     assert anew.embedded == 0
+
+
+def test_other_texts_are_another_scorer_with_the_same_image_embeddings(files: list[Path], tmp_path: Path) -> None:
+    model = TinyTowers()
+    scorer = CachedEmbeddings(model, tmp_path / "kept")
+
+    def fingerprint(*labels: str | Label) -> str:
+        return scorer.score_prepared([scorer.prepare(files[0])], LabelSet.of(labels)).fingerprint
+
+    plain = fingerprint("finch", "owl")
+    assert fingerprint(Label(name="finch", text="finch"), Label(name="owl", aliases=("night bird",))) == plain
+    assert fingerprint("finch", Label(name="owl", text=" owl\n")) == plain  # embedded as "owl"
+    swapped = fingerprint(Label(name="finch", text="owl"), Label(name="owl", text="finch"))
+    drawn = fingerprint("finch", Label(name="owl", text="a drawing of an owl"))
+    assert len({plain, swapped, drawn}) == 3
+    assert model.embedded == 1
 
 
 def test_rounding_hardly_changes_scores(files: list[Path], tmp_path: Path) -> None:
