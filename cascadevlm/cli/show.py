@@ -114,16 +114,17 @@ def evaluation_rows(evaluation: "Evaluation") -> dict[str, str]:
 
 def calibration_rows(result: "Calibrated") -> dict[str, str]:
     """What a calibration is worth, on images that it was not fitted on."""
-    rows = {
-        name: f"{what.format(result.before[key])} → {what.format(result.after[key])}"
-        for name, key, what in (
-            ("scorer, right", "accuracy", "{:.1%}"),
-            ("scorer, log-likelihood in nats", "log_likelihood", "{:.3f}"),
-            ("scorer, calibration error", "calibration_error", "{:.3f}"),
-        )
-    }
-    if not result.calibration.labelled:
-        rows["the judge says what the scorer finds likeliest"] = _share(result.agreement)
+    if result.before and result.after:
+        rows = {
+            name: f"{what.format(result.before[key])} → {what.format(result.after[key])}"
+            for name, key, what in (
+                ("scorer, right", "accuracy", "{:.1%}"),
+                ("scorer, log-likelihood in nats", "log_likelihood", "{:.3f}"),
+                ("scorer, calibration error", "calibration_error", "{:.3f}"),
+            )
+        }
+    else:
+        rows = {"the judge says what the scorer finds likeliest": _share(result.agreement)}
     if result.areas:
         rows["area, entropy and judge's word → gain and fusion"] = f"{result.areas[0]:.3f} → {result.areas[1]:.3f}"
     for rule, value in (result.calibration.judges[-1].log_likelihoods or {}).items():

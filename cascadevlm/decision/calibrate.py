@@ -28,18 +28,19 @@ class Calibrated:
 
     Attributes:
         calibration: to be used.
-        before: of the scorer as it is, on held-out images: accuracy, mean log-likelihood in nats, expected calibration error.
-        after: of the calibrated scorer.
+        before: of the scorer as it is, on held-out images: accuracy, mean log-likelihood in nats, expected calibration error;
+            None without labels.
+        after: of the calibrated scorer; None without labels.
         agreement: how often the last judge's answer is the label that the scorer as it is finds likeliest.
         areas: under accuracy against deferral rate on held-out images: the entropy gate with the judge's word final, and the gain
-            with the opinions fused; None where the judge was not asked about everything.
+            with the opinions fused; None without labels, or where the judge was not asked about everything.
         outcome: of the policy chosen for the target; None without one.
         acceptance: what the images support of the promised error; None if none was promised.
     """
 
     calibration: Calibration
-    before: dict[str, float]
-    after: dict[str, float]
+    before: dict[str, float] | None
+    after: dict[str, float] | None
     agreement: float
     areas: tuple[float, float] | None
     outcome: Outcome | None
@@ -70,7 +71,8 @@ def calibrate(
 
     Args:
         record: of labelled images.
-        labelled: whether to look at the labels of the ``size`` images to fit the models.
+        labelled: whether to look at the images' labels. Without, nothing is measured on the others but how often scorer and judge
+            agree, and there are no targets and no promises.
         measure: the policy's, as the string form calls it.
         prior: C shares of the classes, for calibrations of the scorer that match them; even, unless given.
         target: what the policy shall meet.
@@ -80,9 +82,15 @@ def calibrate(
         target_error: the most that may be wrong of the accepted answers, with ``confidence``.
 
     Raises:
-        DataError: if there are too few images, no other ones, or a target cannot be met or promised.
+        DataError: if there are too few images, no other ones, or a target cannot be met or promised; if there is a target or an
+            error to be promised without labels.
     """
     wanted = [target is not None, target_error is not None]
+    if any(wanted) and not labelled:
+        raise DataError(
+            "Without labels, there is no target and no guarantee: both are measured on the labels.",
+            hint='Leave the target out, and set the policy yourself, for example "calls <= 500".',
+        )
     if any(wanted) and len(record.stages) != 1:
         raise DataError(f"A target is for one judge, and the record has {len(record.stages)} stages.", hint="Leave it out.")
     if target_error is not None and fusion == "judge":
@@ -121,10 +129,12 @@ def calibrate(
     after = decided(rest, calibration)
     result = Calibrated(
         calibration=calibration,
-        before=_quality(rest.scores, rest.truths),
-        after=_quality(after.scores, after.truths),
+        before=_quality(rest.scores, rest.truths) if labelled else None,
+        after=_quality(after.scores, after.truths) if labelled else None,
         agreement=float((rest.judged.answers == rest.scored)[rest.judged.asked].mean()),
-        areas=(sweep(rest).curve("entropy").area, sweep(after).curve("gain").area) if rest.asked_everything else None,
+        areas=(sweep(rest).curve("entropy").area, sweep(after).curve("gain").area)
+        if labelled and rest.asked_everything
+        else None,
         outcome=outcome(after, policy) if target is not None else None,
         acceptance=acceptance,
     )
@@ -165,8 +175,8 @@ def _quality(scores: Scores, truths: NDArray[np.int64]) -> dict[str, float]:
 
 def _figures(result: Calibrated) -> dict[str, JsonValue]:
     return {
-        "scorer_before": dict(result.before),
-        "scorer_after": dict(result.after),
+        "scorer_before": dict(result.before) if result.before else None,
+        "scorer_after": dict(result.after) if result.after else None,
         "agreement": result.agreement,
         "area_entropy_judge": result.areas and result.areas[0],
         "area_gain_fused": result.areas and result.areas[1],

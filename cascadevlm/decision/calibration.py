@@ -221,7 +221,7 @@ def _of_another_scorer(known: str, given: str) -> ConfigError:
     if parts <= WORDING.keys():
         wording = " and ".join(words for part, words in WORDING.items() if part in parts)
         return ConfigError(
-            f"The calibration was made with other {wording}: scorer {known!r}, not {given!r}.",
+            f"The calibration was made with other {wording}.",
             hint="Give those that it was made with, or make one for these: cascadevlm calibrate.",
         )
     return ConfigError(

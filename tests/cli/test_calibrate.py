@@ -6,6 +6,7 @@ import shutil
 from importlib import resources
 from pathlib import Path
 
+import pyarrow.parquet
 import pytest
 
 from tests.cli.test_cli import run
@@ -49,6 +50,21 @@ def test_without_labels_is_marked(birds: Path) -> None:
     written = json.loads((birds / "unlabelled.json").read_text())
     assert not written["labelled"]
     assert written["images"] == 20
+
+
+@pytest.mark.parametrize("more", [[], ["--json"], ["--fusion", "weighted"]])
+def test_without_labels_other_labels_change_no_byte(birds: Path, tmp_path: Path, more: list[str]) -> None:
+    shutil.copytree(birds / "run", tmp_path / "shuffled")
+    table = pyarrow.parquet.read_table(birds / "run" / "images.parquet")
+    truths = pyarrow.array(table["truth"].to_pylist()[::-1])
+    shuffled = table.set_column(table.schema.get_field_index("truth"), "truth", truths)
+    pyarrow.parquet.write_table(shuffled, tmp_path / "shuffled" / "images.parquet")
+    given = []
+    for folder in (birds / "run", tmp_path / "shuffled"):
+        told = run("calibrate", folder, "-o", tmp_path / "made.json", "--without-labels", "--size", "20", *more)
+        written = re.sub(r'"made": "[^"]+"', "", (tmp_path / "made.json").read_text())
+        given.append((written, told.stdout, told.stderr))
+    assert given[0] == given[1]
 
 
 def test_shares_of_the_classes_are_matched(birds: Path) -> None:
@@ -151,7 +167,7 @@ def test_a_sweep_shows_what_is_gained(birds: Path) -> None:
 @pytest.mark.parametrize(
     ("setting", "sentence"),
     [
-        ("scorer.templates=['a drawing of a {label}.']", "The calibration is of the scorer"),
+        ("scorer.templates=['a drawing of a {label}.']", "The calibration was made with other templates."),
         ("stage.0.prompt=select", "The calibration is of prompt 'select_cot', not of 'select'"),
         ("stage.0.offer_none=true", "The calibration is of offer_none"),
     ],
@@ -171,6 +187,8 @@ def test_other_models_are_refused(birds: Path, setting: str, sentence: str) -> N
         (["--blank"], "The judge gave no answer about a blank image"),
         (["--blank", "--without-labels"], "Without labels, nothing tells what a blank image is worth"),
         (["--class-conditional", "--without-labels"], "Without labels, there are no conformal lists"),
+        (["--accuracy", "0.5", "--without-labels"], "Without labels, there is no target and no guarantee"),
+        (["--target-error", "0.1", "--without-labels"], "Without labels, there is no target and no guarantee"),
         (["--measure", "doubt"], "There is no measure 'doubt'. Known: gain, entropy, margin, top_probability."),
         (["--accuracy", "0.5", "--deferral-rate", "0.5"], "one target"),
         (["--accuracy", "0.5"], "answered about 11 images, too few"),

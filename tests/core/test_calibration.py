@@ -6,6 +6,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -17,10 +18,12 @@ from benchmarks.decision import made_up
 from benchmarks.sweep import judged_all
 from cascadevlm import Cascade, Label, Stage, load_prompt, load_scorer
 from cascadevlm.candidates import TopK
+from cascadevlm.cli.show import calibration_rows
 from cascadevlm.config import CandidatesConfig, Config
 from cascadevlm.decision.calibrate import calibrate
 from cascadevlm.decision.calibration import (
     Calibration,
+    FusionRule,
     decided,
     fit_calibration,
     held_out,
@@ -130,9 +133,9 @@ def test_other_scorers_label_sets_and_stages_are_refused() -> None:
 @pytest.mark.parametrize(
     ("given", "sentence"),
     [
-        ("clip:b|templates=1|texts=3", r"was made with other texts for the labels: scorer 'clip:b\|templates=1\|texts=2', not"),
-        ("clip:b|templates=2|texts=2", "was made with other templates: scorer"),
-        ("clip:b|templates=2|texts=3", "was made with other templates and texts for the labels: scorer"),
+        ("clip:b|templates=1|texts=3", r"was made with other texts for the labels\."),
+        ("clip:b|templates=2|texts=2", r"was made with other templates\."),
+        ("clip:b|templates=2|texts=3", "was made with other templates and texts for the labels"),
         ("clip:l|templates=1|texts=3", r"is of the scorer 'clip:b\|templates=1\|texts=2', not of"),
     ],
 )
@@ -512,21 +515,33 @@ TARGETS: list[Target | None] = [None, Target(kind="accuracy", value=0.8)]
 
 
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("labelled", [True, False])
-def test_labels_of_other_images_are_not_looked_at(target: Target | None, labelled: bool) -> None:
-    one = calibrate(record(), size=120, target=target, labelled=labelled).calibration
+def test_labels_of_other_images_are_not_looked_at(target: Target | None) -> None:
+    one = calibrate(record(), size=120, target=target).calibration
     moved = truths_swapped(record(), one.fitted_on, inside=False)
-    other = calibrate(moved, size=120, target=target, labelled=labelled).calibration
+    other = calibrate(moved, size=120, target=target).calibration
     assert one.fitted_on == other.fitted_on
     assert content(replace(one, figures={})) == content(replace(other, figures={}))
     assert one.figures != other.figures
 
 
-def test_without_labels_those_of_its_own_images_are_not_looked_at_either() -> None:
-    one = calibrate(record(), size=120, labelled=False).calibration
-    other = calibrate(truths_swapped(record(), one.fitted_on, inside=True), size=120, labelled=False).calibration
-    assert not one.labelled
-    assert content(replace(one, figures={})) == content(replace(other, figures={}))
+@pytest.mark.parametrize("fusion", ["bayes", "weighted", "judge"])
+def test_without_labels_none_are_looked_at(fusion: FusionRule) -> None:
+    shuffled = replace(record(), truths=np.random.default_rng(0).permutation(record().truths))
+    one, other = (calibrate(each, size=120, labelled=False, fusion=fusion) for each in (record(), shuffled))
+    assert not one.calibration.labelled
+    assert content(one.calibration) == content(other.calibration)
+    assert calibration_rows(one) == calibration_rows(other)
+
+
+@pytest.mark.parametrize("kind", get_args(TargetKind))
+def test_without_labels_there_are_no_targets_and_no_promises(kind: TargetKind) -> None:
+    for promised in ({"target": Target(kind=kind, value=0.5)}, {"target_error": 0.2}):
+        with pytest.raises(DataError, match="Without labels, there is no target and no guarantee"):
+            calibrate(record(), size=120, labelled=False, **promised)
+
+
+def test_with_labels_those_of_its_own_images_are_looked_at() -> None:
+    one = calibrate(record(), size=120).calibration
     labelled = [
         calibrate(each, size=120).calibration.judges[0].model.ability
         for each in (record(), truths_swapped(record(), one.fitted_on, inside=True))
@@ -540,6 +555,7 @@ def test_figures_are_those_of_the_held_out_images() -> None:
     assert len(rest) == 180
     after = decided(rest, result.calibration)
     for figures, scores in ((result.before, rest.scores), (result.after, after.scores)):
+        assert figures is not None
         right = scores.log_probs.argmax(axis=1) == rest.truths
         assert figures["accuracy"] == pytest.approx(right.mean())
         assert figures["log_likelihood"] == pytest.approx(scores.log_probs[np.arange(180), rest.truths].mean())
@@ -624,7 +640,7 @@ def test_a_gated_record_calibrates_but_has_no_curves(labelled: bool) -> None:
     result = calibrate(gated, size=150, labelled=labelled)
     assert result.areas is None
     assert result.calibration.judges[0].model.ability > 0
-    with pytest.raises(DataError, match="--judge-all"):
+    with pytest.raises(DataError, match="--judge-all" if labelled else "no target"):
         calibrate(gated, size=250, labelled=labelled, target=Target(kind="accuracy", value=0.5))
 
 
