@@ -7,7 +7,7 @@ ones is binomial; the p-value is the probability of as few or fewer at the targe
 the strictest threshold on, and end with the first that fails, so every one may be at the full level (fixed-sequence testing).
 
 The grid is fixed beforehand and the order too: the best of many thresholds tried on these images would be chosen for being
-lucky. The sequence begins where enough images are accepted that the test could be passed, and a tenth of all: one
+lucky. The sequence begins where enough images are accepted that the test could be passed, and a quarter of all: one
 wrong answer among the very surest would end it. That looks at how many are accepted, not at how many of them are wrong, and
 is exact where the share of wrong answers among the accepted never falls as the threshold is lowered, which is what a
 confidence is for.
@@ -26,7 +26,7 @@ from cascadevlm.errors import InputError
 GRID = np.append(expit(np.arange(140, -70, -1) / 10), 0.0)
 """Thresholds, strictest first: steps of 0.1 in the log-odds, from 1 - 8e-7 to 0.001, and last 0, which accepts all."""
 
-LEAST_SHARE = 0.1
+LEAST_SHARE = 0.25
 """Of the images, to be accepted at the first threshold that is tested."""
 
 
