@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import JsonValue, TypeAdapter, ValidationError
 
+from cascadevlm.candidates import TopK
 from cascadevlm.decision.conformal import Conformal, best_size
 from cascadevlm.decision.judge_fit import fit_judge
 from cascadevlm.decision.judge_model import NONE_CHOSEN, Answers, JudgeModel
@@ -20,7 +21,7 @@ from cascadevlm.decision.scorer_calibration import Floats, ScorerCalibration, fi
 from cascadevlm.decision.shares import Shares
 from cascadevlm.decision.without_labels import fit_without_labels
 from cascadevlm.errors import ConfigError, DataError
-from cascadevlm.record import NOBODY, Fused, Judged, Record
+from cascadevlm.record import NOBODY, Columns, Fused, Judged, Record
 from cascadevlm.types import Scores
 
 FusionRule = Literal["judge", "bayes", "weighted"]
@@ -362,7 +363,8 @@ def decided(record: Record, calibration: Calibration) -> Record:
     """The record as the decision layer sees it: calibrated scores, and what scorer and judges say together.
 
     Its measures are then those of calibrated probabilities; policies of gain can be tried on it. The candidates are those that
-    were shown, though a calibrated scorer might have shown others.
+    were shown, though a calibrated scorer might have shown others; of images that the judge was not asked about, those that are
+    likeliest, as many as in the longest list.
 
     Raises:
         ConfigError: if the calibration is of another scorer, label set, number of stages, judge or prompt, or has no weights that
@@ -386,13 +388,22 @@ def decided(record: Record, calibration: Calibration) -> Record:
         own = np.full(answers.candidates.shape, np.nan) if answers.probabilities is None else answers.probabilities
         of_answer = np.where(answers.candidates == answers.answers[:, None], own, 0.0).sum(axis=1)
         probabilities = np.where(answered, of_answer, scores.probabilities.max(axis=1))
+    candidates = _shown_if_asked(answers.candidates, replace(scores, log_probs=before.astype(np.float32)))
     fused = Fused(
         labels=np.where(record.readable, labels, NOBODY),
         probabilities=probabilities,
-        gain=last.model.gain(before, answers.candidates, none_offered=answers.none_offered, word_final=word_final),
+        gain=last.model.gain(before, candidates, none_offered=answers.none_offered, word_final=word_final),
         word_final=word_final,
     )
     return replace(record, scores=scores, fused=fused)
+
+
+def _shown_if_asked(shown: Columns, scores: Scores) -> Columns:
+    """N x K: what was shown; where nothing was, the likeliest labels."""
+    if not shown.shape[1]:
+        return TopK().columns(scores)
+    likeliest = TopK(k=shown.shape[1]).columns(scores)
+    return np.where((shown == NOBODY).all(axis=1, keepdims=True), likeliest, shown)
 
 
 def held_out(record: Record, calibration: Calibration) -> Record:

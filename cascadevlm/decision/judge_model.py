@@ -46,8 +46,8 @@ NONE_BIAS, NONE_ABILITY, SILENCE = -1.0, 2.0, -4.0
 LEAST_PROBABILITY = 1e-3
 """A candidate that a judge gives less is taken to have so much: those that an endpoint does not list have none."""
 
-LEAST_TOTAL = float(np.finfo(np.float64).tiny)
-"""Where nothing is shown."""
+LEAST_TOTAL = 1e-200
+"""Where nothing is shown: less than every sum of exponentials, and divided by without an overflow."""
 
 Bools: TypeAlias = NDArray[np.bool_]
 
@@ -100,7 +100,8 @@ class Answers:
         width = self.candidates.shape[1]
         special = np.where((self.answers == NONE_CHOSEN) & self.none_offered, width, width + 1)
         matches = self.candidates == self.answers[:, None]
-        slots: Columns = np.where((self.answers >= 0) & matches.any(axis=1), matches.argmax(axis=1), special)
+        position = (matches * np.arange(width)).sum(axis=1)  # of lists without a place, too, where nobody was asked
+        slots: Columns = np.where((self.answers >= 0) & matches.any(axis=1), position, special)
         return slots
 
     def spread(self, responsibilities: Floats) -> Floats:

@@ -126,6 +126,14 @@ def test_a_run_decides_by_what_was_learned(birds: Path) -> None:
     assert all(0 < line["probability"] <= 1 for line in lines)
 
 
+def test_an_evaluation_by_what_was_learned_warns_of_nothing(birds: Path) -> None:
+    """Of images that the judge is not asked about, no candidates are recorded."""
+    for policy, low, high in (("entropy > 0.1", 0.01, 0.99), ("never", 0, 0)):
+        done = run("evaluate", birds / "data", "--config", birds / "learned.toml", "--policy", policy, "--json")
+        assert low <= json.loads(done.stdout)["deferral_rate"] <= high
+        assert "Warning" not in done.stderr
+
+
 def test_a_calibration_is_set_on_the_command_line(birds: Path) -> None:
     image = sorted((birds / "data").glob("*/0.jpg"))[0]
     command = ("classify", image, "--labels", birds / "data", "--json")

@@ -644,6 +644,24 @@ def test_a_gated_record_calibrates_but_has_no_curves(labelled: bool) -> None:
         calibrate(gated, size=250, labelled=labelled, target=Target(kind="accuracy", value=0.5))
 
 
+@pytest.mark.parametrize("fusion", ["bayes", "weighted", "judge"])
+@pytest.mark.parametrize("threshold", [0.4, 1])
+def test_the_gain_is_known_of_images_not_asked_about(fusion: FusionRule, threshold: float) -> None:
+    """In a record as a run leaves it: without candidates where nobody was asked, about half of the images or about none."""
+    calibration = replace(known_to(record()), fusion=fusion)
+    gated = under(record(), EntropyAbove(threshold)).judged
+    width = gated.candidates.shape[1] if gated.asked.any() else 0
+    gated = replace(gated, candidates=np.where(gated.asked[:, None], gated.candidates, NOBODY)[:, :width])
+    fused = decided(replace(record(), stages=(gated,)), calibration).fused
+    assert fused is not None
+    scores = calibration.calibrated(record().scores)
+    likeliest = np.argsort(-scores.log_probs, axis=1)[:, : width or 5]
+    shown = np.where(gated.asked[:, None], gated.candidates, likeliest) if width else likeliest
+    log_probs = scores.log_probs.astype(np.float64)
+    expected = calibration.judges[0].model.gain(log_probs, shown, word_final=fusion == "judge")
+    np.testing.assert_allclose(fused.gain, expected, atol=1e-6)
+
+
 def test_a_gated_record_is_not_replayed_under_a_policy_that_asks_more() -> None:
     """An image that was not asked about has a gain, too, by the candidates that are not known; it is not passed over silently."""
     gated = decided(under(record(), EntropyAbove(0.4)), known_to(record()))

@@ -142,6 +142,14 @@ def test_a_judge_that_cannot_tell_is_worth_nothing(seed: int, none_offered: bool
 
 
 @given(seeds)
+def test_asking_about_nothing_is_worth_nothing(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    log_probs, _ = some_questions(rng, 8, 6, 4, none_offered=False)
+    for width in (0, 4):
+        assert (some_model(rng, 6, 4).gain(log_probs, np.full((8, width), NOBODY)) == 0).all()
+
+
+@given(seeds)
 def test_a_perfect_judge_is_worth_all_that_is_shown(seed: int) -> None:
     rng = np.random.default_rng(seed)
     log_probs, answers = some_questions(rng, 8, 6, 4, none_offered=False)
