@@ -9,23 +9,30 @@ import os
 import threading
 from contextlib import suppress
 from pathlib import Path
+from typing import ClassVar, Self
 
 from pydantic import BaseModel, ValidationError
 
 from cascadevlm.errors import BudgetExhausted, DataError, JudgeError
 from cascadevlm.files import write_whole, writing_to
 from cascadevlm.judge import Judge, WrapperJudge
+from cascadevlm.portable import Live, Portable
 from cascadevlm.types import Question, Verdict
 
 NANODOLLARS = 1_000_000_000
 
 
-class Ledger:
+class Ledger(Portable):
     """What a run may spend, has spent, and has promised. Safe across tasks and threads.
+
+    A deep copy is the ledger itself, so that copies of a cascade spend the same money. A pickled ledger cannot be shared: what is
+    read from it may spend what was left when it was pickled.
 
     Args:
         dollars: the cap; None for no cap.
     """
+
+    live: ClassVar[Live] = (("_lock", threading.Lock), ("_reserved", int), ("_standing", int), ("_waiting", list))
 
     def __init__(self, dollars: float | None = None) -> None:
         self.cap = None if dollars is None else round(dollars * NANODOLLARS)
@@ -34,6 +41,9 @@ class Ledger:
         self._reserved = 0
         self._standing = 0
         self._waiting: list[tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]] = []
+
+    def __deepcopy__(self, memo: object) -> Self:
+        return self
 
     @property
     def cap_dollars(self) -> float | None:

@@ -1,10 +1,11 @@
 """The cascade: a scorer ranks every label, policies decide what is worth asking, judges choose among few candidates."""
 
-from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence, Sized
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import aclosing
 from copy import copy
+from functools import cached_property
 from pathlib import Path
-from typing import Self, overload
+from typing import Self, TypeGuard, cast, overload
 
 import numpy as np
 from PIL import Image
@@ -17,16 +18,17 @@ from cascadevlm.decision.drift import Drift
 from cascadevlm.decision.live import CalibratedScorer
 from cascadevlm.dependable import DependableJudges
 from cascadevlm.engine import BEGINNING, Checkpoint, ReadBatch, Run, Settings
-from cascadevlm.errors import ConfigError, ImageError
+from cascadevlm.errors import ConfigError, ImageError, InputError
 from cascadevlm.images import ImageSource
 from cascadevlm.item import OnFailure
 from cascadevlm.labels import Label, LabelSet
+from cascadevlm.portable import Portable
 from cascadevlm.scorer import Scorer
 from cascadevlm.stage import Stage, require_cascade
 from cascadevlm.types import Prediction
 
 
-class Cascade:
+class Cascade(Portable):
     """Classifies images with a scorer and one or more stages of judges.
 
     Args:
@@ -47,13 +49,13 @@ class Cascade:
 
     Raises:
         ConfigError: if shares are to be followed without a calibration.
-        InputError: if the stages do not go together, or cannot be routed between.
+        InputError: if the scorer is none, or the stages do not go together, or cannot be routed between.
     """
 
     def __init__(
         self,
         scorer: Scorer,
-        stages: Sequence[Stage],
+        stages: Sequence[Stage] = (),
         *,
         labels: LabelSet | Iterable[str | Label],
         on_failure: OnFailure = "scorer",
@@ -67,6 +69,10 @@ class Cascade:
     ) -> None:
         if follow_shares and calibration is None:
             raise ConfigError("follow_shares needs a calibration.", hint="Make one: cascadevlm calibrate.")
+        if not isinstance(scorer, Scorer):
+            raise InputError(f"The scorer is a Scorer, not {scorer!r}.", hint='For example: load_scorer("open_clip:aviary").')
+        if isinstance(stages, Stage):
+            raise InputError("The stages are a list, not one stage.", hint="Write [stage].")
         require_cascade(stages, routing=routing)
         self.scorer = CalibratedScorer(scorer, calibration) if calibration else scorer
         self.stages = tuple(stages)
@@ -80,7 +86,16 @@ class Cascade:
         self.calibration = calibration
         self.follow_shares = follow_shares
         self._reading: Callable[[int], ReadBatch] | None = None
-        self._judges = DependableJudges(self.store, self.ledger)
+
+    def __copy__(self) -> Self:
+        """Runs of both are runs of the same judges; those of a deep copy are not."""
+        same = object.__new__(type(self))
+        vars(same).update(vars(self), _judges=self._judges)
+        return same
+
+    @cached_property
+    def _judges(self) -> DependableJudges:
+        return DependableJudges(self.store, self.ledger)
 
     def altered(
         self,
@@ -119,9 +134,10 @@ class Cascade:
     def classify(self, images: ImageSource | Iterable[ImageSource]) -> Prediction | list[Prediction]:
         """Classify one image, or many.
 
-        Of many, an image that cannot be read is one prediction with an error.
+        Of many, an image that cannot be read is one prediction with an error. An array of N x H x W x 3 is N images.
 
         Raises:
+            InputError: if ``images`` is a table, or an array of anything but pixels.
             ImageError: if a single image cannot be read.
             JudgeError: if a judge cannot work at all, or failed and ``on_failure`` is "raise".
         """
@@ -136,19 +152,24 @@ class Cascade:
         return await self._classify(images)
 
     async def _classify(self, images: ImageSource | Iterable[ImageSource]) -> Prediction | list[Prediction]:
-        if not isinstance(images, str | Path | bytes | Image.Image | np.ndarray):
-            return [prediction async for prediction in self.astream(images)]
+        if not _is_one(images):
+            return [prediction async for prediction in self.astream(cast(Iterable[ImageSource], images))]
         (prediction,) = [prediction async for prediction in self.astream([images])]
         if prediction.error and not prediction.candidates:
             raise ImageError(prediction.error)
         return prediction
 
     def stream(self, images: Iterable[ImageSource]) -> Iterator[Prediction]:
-        """Predictions in input order, each as soon as it and all before it are known; later images are worked on meanwhile."""
+        """Predictions in input order, each as soon as it and all before it are known; later images are worked on meanwhile.
+
+        Raises:
+            InputError: if ``images`` is a single image, a table, or an array of anything but pixels.
+        """
         return loop.iterate(self.astream(images))
 
     async def astream(self, images: Iterable[ImageSource]) -> AsyncGenerator[Prediction, None]:
         """`stream`, for asynchronous callers."""
+        _require_many(images)
         total = len(images) if isinstance(images, Sized) else None
         async with aclosing(self.begin().predictions(images, total)) as predictions:
             async for prediction in predictions:
@@ -172,3 +193,33 @@ class Cascade:
             shares=self.calibration.shares if self.calibration and self.follow_shares else None,
         )
         return Run(settings, start, stopping)
+
+
+def _is_one(images: ImageSource | Iterable[ImageSource]) -> TypeGuard[ImageSource]:
+    """Whether it is a single image; an array of four dimensions is several."""
+    if isinstance(images, np.ndarray):
+        return images.dtype.kind not in "OSU" and images.ndim != 4
+    return isinstance(images, str | Path | bytes | Image.Image)
+
+
+def _require_many(images: ImageSource | Iterable[ImageSource]) -> None:
+    """Refuse what has no images in it.
+
+    Raises:
+        InputError: saying what to give instead.
+    """
+    kind = type(images).__name__
+    if _is_one(images):
+        raise InputError(f"The images are one image ({kind}), not several.", hint="Give a list, or use classify().")
+    if isinstance(images, np.ndarray) and images.ndim != 4:
+        raise InputError(
+            f"The images are an array of dtype {images.dtype}, which holds no pixels.", hint="Give a list: images.tolist()."
+        )
+    if isinstance(images, Mapping) or hasattr(images, "columns") or hasattr(images, "column_names"):
+        raise InputError(
+            f"The images are a table ({kind}), not a list.", hint="Give its column of paths or images, for example table['path']."
+        )
+    if not isinstance(images, Iterable):
+        raise InputError(
+            f"The images are no list of images but of type {kind!r}.", hint="Give paths, bytes, PIL images or arrays."
+        )

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
+from typing import ClassVar
 
 import filelock
 import numpy as np
@@ -23,6 +24,7 @@ from PIL import Image
 from cascadevlm.errors import BackendError, ImageError
 from cascadevlm.images import ImageSource, load_image, pixel_digest
 from cascadevlm.labels import LabelSet
+from cascadevlm.portable import Live
 from cascadevlm.scorer import EmbeddingScorer, Prepared, Scorer
 from cascadevlm.types import Scores
 
@@ -144,6 +146,8 @@ class CachedEmbeddings(Scorer):
     Warns:
         RuntimeWarning: once, if what is kept is damaged or cannot be added to: no further embeddings are kept then.
     """
+
+    live: ClassVar[Live] = (("_telling", threading.Lock),)
 
     def __init__(self, wrapped: EmbeddingScorer, folder: Path) -> None:
         self.wrapped = wrapped

@@ -18,6 +18,7 @@ from cascadevlm.budget import NANODOLLARS
 from cascadevlm.encoding import EncodedImage, ImageLimits, encode_image, size_within
 from cascadevlm.errors import BackendError, CascadeError, JudgeError, PermanentError
 from cascadevlm.judge import Judge, verdict_from_text
+from cascadevlm.portable import Live
 from cascadevlm.pricing import FREE, Price, find_price
 from cascadevlm.prompt import answer_format, options, render
 from cascadevlm.provider_errors import translate
@@ -129,6 +130,8 @@ class HostedJudge(Judge):
         client: the user's own, if any.
     """
 
+    live: ClassVar[Live] = (("_runs", int),)
+
     client: object | None
     provider: ClassVar[str]
     hosts: ClassVar[tuple[str, ...]]
@@ -225,6 +228,13 @@ class HostedJudge(Judge):
         if key is None:
             raise BackendError(f"{self.spec!r} needs a key.", hint=f"Set the environment variable {self.api_key_env}.")
         return key
+
+    def __getstate__(self) -> dict[str, object]:
+        if self.client is not None:
+            raise BackendError(
+                f"{self.spec!r} has a client of its own, which cannot be copied.", hint="Give base_url and headers instead."
+            )
+        return super().__getstate__()
 
     async def prepare(self) -> None:
         self._runs += 1

@@ -12,11 +12,12 @@ from typing import ClassVar
 from pydantic import JsonValue
 
 from cascadevlm.errors import BudgetExhausted, FatalError, JudgeError
+from cascadevlm.portable import Live, Portable
 from cascadevlm.prompt import read_answer
 from cascadevlm.types import Question, Usage, Verdict
 
 
-class Judge(ABC):
+class Judge(Portable, ABC):
     """Answers questions. Constructors store parameters; models, clients and keys are looked up at first use.
 
     Attributes:
@@ -89,6 +90,8 @@ class LocalJudge(Judge):
     Attributes:
         batch_size: the most questions in one batch.
     """
+
+    live: ClassVar[Live] = (("_waiting", dict), ("_workers", set))
 
     def __init__(self, *, batch_size: int = 8) -> None:
         self.batch_size = batch_size

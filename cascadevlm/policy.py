@@ -134,12 +134,24 @@ class Policy(ABC):
         return Not(self)
 
 
-PolicyLike: TypeAlias = Policy | Callable[[Scores], Selection]
+PolicyLike: TypeAlias = Policy | str | Callable[[Scores], Selection]
 
 
 def as_policy(policy: PolicyLike) -> Policy:
-    """The policy itself, or a function made one."""
-    return policy if isinstance(policy, Policy) else Function(policy)
+    """The policy itself, or made of its string form or a function.
+
+    Raises:
+        PolicyError: if the string form is wrong, or it is none of these.
+    """
+    from cascadevlm.policy_language import parse_policy
+
+    if isinstance(policy, Policy):
+        return policy
+    if isinstance(policy, str):
+        return parse_policy(policy)
+    if callable(policy) and not isinstance(policy, type):
+        return Function(policy)
+    raise PolicyError(f"A policy is not {policy!r}.", hint='Give one, a function of scores, or text such as "entropy > 0.3".')
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from PIL import Image
 from cascadevlm.errors import ImageError, InputError
 from cascadevlm.images import ImageSource, is_large, load_image, pixel_digest, unread_image
 from cascadevlm.labels import LabelSet
+from cascadevlm.portable import Portable
 from cascadevlm.types import Scores
 
 DEFAULT_TEMPLATES = ("a photo of a {label}.",)
@@ -77,7 +78,7 @@ class Prepared:
             self.pixels = None
 
 
-class Scorer(ABC):
+class Scorer(Portable, ABC):
     """Gives log-probabilities over a label set. Constructors store parameters; models load at first use.
 
     Attributes:

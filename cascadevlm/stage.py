@@ -1,6 +1,6 @@
 """A stage of a cascade: one judge, and when and how it is asked."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from PIL import Image
@@ -15,13 +15,20 @@ from cascadevlm.judge import Judge, Voting
 from cascadevlm.labels import LabelSet
 from cascadevlm.measures import once
 from cascadevlm.policy import Policy, PolicyLike, as_policy, uncalibrated
+from cascadevlm.portable import Portable
 from cascadevlm.rules import Always
 from cascadevlm.support import SupportSet
 from cascadevlm.types import Candidate, Prompt, Question
 
+_MADE_BY: Mapping[str, tuple[type, str]] = {
+    "judge": (Judge, 'load_judge("openai:gpt-4o")'),
+    "prompt": (Prompt, 'load_prompt("select")'),
+    "candidates": (CandidateRule, "TopK(k=5)"),
+}
+
 
 @dataclass(frozen=True, kw_only=True)
-class Stage:
+class Stage(Portable):
     """One judge of a cascade and when and how it is asked.
 
     The policy of the first stage sees the scorer's scores. That of a later stage sees the images its predecessor was asked
@@ -37,8 +44,8 @@ class Stage:
         widen: how many times more the judge is asked, about the next candidates, where it chose "none of these".
 
     Raises:
-        InputError: if opinions are to be fused and there is no model, or no weight; if the list is to widen after an answer that
-            is not offered.
+        InputError: if judge, prompt or candidates are something else, such as a spec; if opinions are to be fused and there is no
+            model, or no weight; if the list is to widen after an answer that is not offered.
         PromptError: if the prompt shows reference images and there is no support set, or the other way round.
         PolicyError: if the policy goes by gain and there is no model.
     """
@@ -56,6 +63,9 @@ class Stage:
     widen: int = 0
 
     def __post_init__(self) -> None:
+        for name, (kind, fix) in _MADE_BY.items():
+            if not isinstance(value := getattr(self, name), kind):
+                raise InputError(f"The {name} of a stage is a {kind.__name__}, not {value!r}.", hint=f"For example: {fix}.")
         if self.fusion != "judge" and self.model is None:
             raise InputError(f"fusion = {self.fusion!r} needs a calibration.", hint="Make one: cascadevlm calibrate.")
         if self.fusion == "weighted" and self.pool is None:

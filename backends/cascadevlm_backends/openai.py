@@ -28,6 +28,7 @@ from cascadevlm.hosted import (
     is_json_answer,
     normalised,
 )
+from cascadevlm.portable import Live
 from cascadevlm.prompt import Message, Part, options, render
 from cascadevlm.provider_errors import error_of_status
 from cascadevlm.types import Question, Usage, Verdict
@@ -75,6 +76,8 @@ class OpenAIJudge(HostedJudge):
         tokens_per_minute: the most tokens, by worst case, in a minute.
         timeout: seconds to wait for an answer.
     """
+
+    live: ClassVar[Live] = (("_finding_out", asyncio.Lock),)
 
     provider: ClassVar[str] = "openai"
     hosts: ClassVar[tuple[str, ...]] = ("api.openai.com",)

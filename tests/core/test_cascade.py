@@ -11,6 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pandas
+import pyarrow
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -21,7 +23,7 @@ from cascadevlm import Cascade, Prediction, Stage, TopK, load_prompt, parse_poli
 from cascadevlm.budget import Ledger
 from cascadevlm.cache import MemoryStore
 from cascadevlm.engine import READ_AHEAD
-from cascadevlm.errors import FatalError, ImageError, InputError, JudgeError, PermanentError, PromptError
+from cascadevlm.errors import FatalError, ImageError, InputError, JudgeError, PermanentError, PolicyError, PromptError
 from cascadevlm.images import ImageSource
 from cascadevlm.judge import Judge, verdict_from_text
 from cascadevlm.labels import LabelSet
@@ -73,6 +75,7 @@ def test_one_image_gives_one_prediction_and_keeps_its_path(tmp_path: Path) -> No
 
 
 def test_without_stages_the_scorer_is_alone() -> None:
+    assert Cascade(SCORER, labels=LABELS).classify(picture(RED)).label == "red bird"
     assert names(cascade().classify([picture(RED), picture(GREY)])) == ["red bird", "red bird"]
 
 
@@ -314,6 +317,94 @@ def test_none_of_these_is_no_failure(on_failure: str, label: str | None) -> None
     (prediction,) = cascade(stage(judge, offer_none=True), on_failure=on_failure).classify([picture(GREY)])
     assert prediction.verdict is not None
     assert (prediction.verdict.outcome, prediction.label) == ("none", label)
+
+
+def test_a_policy_may_be_given_as_text() -> None:
+    judge = FakeJudge(reply="ANSWER: B")
+    given = Stage(judge=judge, prompt=SELECT, policy="entropy > 0.17 & calls <= 1")
+    predictions = cascade(given).classify([picture(RED), picture(GREY), noise(1)][:2])
+    assert names(predictions) == ["red bird", "blue bird"]
+    assert predictions[1].reasons[0].endswith("calls <= 1")
+    with pytest.raises(PolicyError, match="column 1"):
+        replace(given, policy="entrpy > 0.17")
+    with pytest.raises(PolicyError, match=r"A policy is not 0\.17"):
+        replace(given, policy=0.17)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ({"judge": "openai:gpt-4o"}, "The judge of a stage is a Judge, not 'openai:gpt-4o'"),
+        ({"prompt": "select"}, "The prompt of a stage is a Prompt, not 'select'"),
+        ({"candidates": 5}, "The candidates of a stage is a CandidateRule, not 5"),
+    ],
+)
+def test_specs_in_the_place_of_objects_are_refused(arguments: dict[str, object], sentence: str) -> None:
+    with pytest.raises(InputError, match=sentence):
+        replace(Stage(judge=FakeJudge(), prompt=SELECT), **arguments)  # type: ignore[arg-type]
+
+
+def test_a_cascade_is_made_of_a_scorer_and_a_list_of_stages() -> None:
+    with pytest.raises(InputError, match="The scorer is a Scorer, not 'open_clip:aviary'"):
+        Cascade("open_clip:aviary", labels=LABELS)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="The stages are a list"):
+        Cascade(SCORER, Stage(judge=FakeJudge(), prompt=SELECT), labels=LABELS)  # type: ignore[arg-type]
+
+
+def pixels(*colours: tuple[int, int, int]) -> NDArray[np.uint8]:
+    return np.array([np.asarray(picture(colour)) for colour in colours])
+
+
+SEVERAL: dict[str, object] = {
+    "N x H x W x 3": pixels(RED, BLUE),
+    "arrays": [*pixels(RED, BLUE)],
+    "an array and an image": (pixels(RED)[0], picture(BLUE)),
+    "an iterator": iter(pixels(RED, BLUE)),
+}
+
+
+@pytest.mark.parametrize("images", SEVERAL.values(), ids=SEVERAL)
+def test_arrays_of_pixels_are_images(images: Iterable[ImageSource]) -> None:
+    assert names(cascade().classify(images)) == ["red bird", "blue bird"]
+
+
+def test_an_array_is_one_image_and_an_empty_one_none() -> None:
+    assert cascade().classify(pixels(BLUE)[0]).label == "blue bird"
+    assert cascade().classify(pixels(BLUE)[:0]) == []  # type: ignore[comparison-overlap]
+
+
+FRAME = pandas.DataFrame({"path": ["a.png"], "label": ["red bird"]})
+REFUSED: dict[str, tuple[object, str]] = {
+    "DataFrame": (FRAME, r"are a table \(DataFrame\)"),
+    "pyarrow": (pyarrow.table({"path": ["a.png"]}), r"are a table \(Table\)"),
+    "dict": ({"path": ["a.png"]}, r"are a table \(dict\)"),
+    "texts": (np.array(["a.png", "b.png"]), r"an array of dtype <U5, which holds no pixels\. .*tolist"),
+    "objects": (np.array([Path("a.png"), Path("b.png")]), "an array of dtype object"),
+    "bytes": (np.array([b"a.png"]), "an array of dtype"),
+    "0 dimensions": (np.array("a.png"), "an array of dtype <U5"),
+    "None": (None, "of type 'NoneType'"),
+    "number": (3, "of type 'int'"),
+}
+
+
+@pytest.mark.parametrize(("images", "sentence"), REFUSED.values(), ids=REFUSED)
+def test_what_holds_no_images_is_refused_by_name(images: Iterable[ImageSource], sentence: str) -> None:
+    for classify in (cascade().classify, lambda given: list(cascade().stream(given))):
+        with pytest.raises(InputError, match=sentence):
+            classify(images)
+
+
+@pytest.mark.parametrize("image", ["a.png", Path("a.png"), b"", picture(RED), pixels(RED)[0]])
+def test_one_image_is_no_stream(image: Iterable[ImageSource]) -> None:
+    with pytest.raises(InputError, match="are one image"):
+        next(cascade().stream(image))
+
+
+def test_a_column_of_paths_is_a_list_of_images(tmp_path: Path) -> None:
+    picture(BLUE).save(tmp_path / "blue.png")
+    frame = pandas.DataFrame({"path": [str(tmp_path / "blue.png")] * 2})
+    for paths in (frame["path"], frame["path"].to_numpy().tolist()):
+        assert names(cascade().classify(paths)) == ["blue bird"] * 2
 
 
 def test_a_fatal_error_stops_the_run_at_once() -> None:
