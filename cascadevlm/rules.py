@@ -221,7 +221,7 @@ class TopFraction(Policy):
 
 
 def _reasons(measure: str, values: NDArray[np.floating], policy: Policy) -> list[str]:
-    return [f"{measure} {value:.2f} (asks for {policy})" for value in values]
+    return [f"{measure} {value:z.2f} (asks for {policy})" for value in values]
 
 
 def _require_share(name: str, value: float, hint: str = "") -> None:

@@ -87,6 +87,15 @@ def test_entropy_runs_from_certain_to_uniform() -> None:
     np.testing.assert_allclose(measures.entropy(extremes), [0, 1], atol=1e-6)
 
 
+def test_reasons_know_no_negative_zero() -> None:
+    certain = Scores(log_probs=np.array([[0.0, -np.inf]], dtype=np.float32), labels=LabelSet.of(["a", "b"]), fingerprint="")
+    little_lost = GainAbove(0.1).informed(lambda scores: np.full(len(scores), -0.001))
+    for policy in (EntropyAbove(0.5), EntropyAbove(0.5, unit="nats"), little_lost):
+        (reason,) = policy.reasons(certain)
+        assert reason.split()[1] == "0.00"
+        assert " 0.00 " in (~policy).reasons(certain)[0]
+
+
 @given(scores, rules, rules)
 def test_composition_is_boolean_algebra(given_scores: Scores, a: Policy, b: Policy) -> None:
     both, either, neither = (a & b).select(given_scores), (a | b).select(given_scores), (~(a | b)).select(given_scores)
