@@ -3,6 +3,7 @@
 import re
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -20,7 +21,7 @@ from cascadevlm.data import Data
 from cascadevlm.decision import drift
 from cascadevlm.decision.calibration import Calibration, Reference, answers_of, fit_calibration
 from cascadevlm.decision.drift import WINDOW, Drift
-from cascadevlm.decision.judge_model import JudgeModel
+from cascadevlm.decision.judge_model import Answers, JudgeModel
 from cascadevlm.decision.live import CalibratedScorer
 from cascadevlm.errors import PermanentError
 from cascadevlm.evaluate import record_run
@@ -28,7 +29,7 @@ from cascadevlm.prompt import options
 from cascadevlm.testing import FakeJudge, FakeScorer, noise
 from cascadevlm.testing.fakes import Reply
 from cascadevlm.testing.server import JudgeServer
-from cascadevlm.types import Candidate, Question, Verdict
+from cascadevlm.types import Candidate, Question, Scores, Verdict
 from cascadevlm_backends.openai import OpenAIJudge
 from tests.calibrations import some_calibration
 
@@ -134,6 +135,50 @@ def test_less_certain_scores_are_told_once_in_every_run() -> None:
 def test_a_judge_that_no_longer_sees_is_told_once() -> None:
     (told,) = warned(cascade(blindly), pictures(0, 100) + pictures(0, 2 * WINDOW, FOREIGN))
     assert told.startswith(f"Over {WINDOW} images, {ANSWERS} 0.")
+
+
+@pytest.mark.parametrize(
+    ("deviation", "images", "off", "told"),
+    [
+        (0.1, 1_000_000, 0.06, True),  # 5 standard deviations are 0.022
+        (0.1, 1_000_000, 0.04, False),  # no model is exact
+        (0.3, 1_000_000, 0.08, True),  # 0.067
+        (0.3, 1_000_000, 0.06, False),
+        (0.3, 100, 0.12, False),  # 0.16: the mean of few images is not known well
+        (0.3, 100, 0.18, True),
+    ],
+)
+def test_a_window_is_off_by_more_than_chance(deviation: float, images: int, off: float, told: bool) -> None:
+    seen = 0.5
+    reference = Reference(images=images, mean=seen + off, deviation=deviation)
+    row = np.log([seen, *[(1 - seen) / 5] * 5])
+    scores = Scores(log_probs=np.tile(row, (WINDOW, 1)).astype(np.float32), labels=LABELS, fingerprint="")
+    with pytest.warns(RuntimeWarning, match=SCORES) if told else nullcontext():
+        Drift(replace(calibration(), reference=reference), []).scored(scores)
+
+
+@pytest.mark.parametrize(("off", "told"), [(0.08, False), (0.13, True)])
+def test_answers_vary_as_much_as_the_model_expects(off: float, told: bool) -> None:
+    """Of a share of about a half, 5 standard deviations over a window are 0.11, however little it varied when calibrating."""
+    shown = [0.55, 0.2, 0.15, 0.1]
+    answers = Answers(candidates=np.array([[0, 1, 2, 3]]), answers=np.array([0]), none_offered=False)
+    log_probs = np.log([[*shown, 1e-9, 1e-9]])
+    (likely,) = MODEL.agreement(log_probs, answers)[1]
+    assert 0.4 < likely < 0.6
+    (known,) = calibration().judges
+    judges = (replace(known, reference=Reference(images=1_000_000, mean=0.0, deviation=0.01)),)
+    watching = Drift(
+        replace(calibration(), judges=judges, reference=None), [Stage(judge=FakeJudge(), prompt=SELECT, model=MODEL)]
+    )
+    candidates = tuple(
+        Candidate(label=label, probability=share, rank=rank)
+        for rank, (label, share) in enumerate(zip(LABELS, shown, strict=False), start=1)
+    )
+    with pytest.warns(RuntimeWarning, match=ANSWERS) if told else nullcontext():
+        for number in range(WINDOW):
+            answer = NAMES[0] if number < (likely - off) * WINDOW else NAMES[1]
+            verdict = Verdict(outcome="answered", label=answer)
+            watching.predicted(Prediction(label=answer, candidates=candidates, verdicts=(verdict,)))
 
 
 def test_windows_belong_to_one_run() -> None:

@@ -350,9 +350,27 @@ def test_widening_stops_where_nothing_new_is_left(fusion: FusionRule) -> None:
     assert len(judge.questions) == 2
     assert found.verdict is not None
     assert found.verdict.outcome == "none"
+    assert [candidate.label for candidate in found.candidates] == [*judge.questions[-1].labels]
     everything = FakeJudge(reply=says("no such label"))
     cascade(everything, candidates=TopK(k=6), offer_none=True, widen=9, fusion=fusion).classify(noise(2))
     assert len(everything.questions) == 1
+
+
+@pytest.mark.parametrize("order", ["reversed", "shuffled"])
+def test_where_nothing_new_is_left_the_candidates_stay_in_the_order_shown(order: Order) -> None:
+    judge = FakeJudge(reply=says("no such label"))
+    found = cascade(judge, candidates=TopK(k=6, order=order), offer_none=True, widen=2).classify(noise(2))
+    (question,) = judge.questions
+    assert [candidate.label for candidate in found.candidates] == [*question.labels]
+
+
+@pytest.mark.parametrize("fusion", ["judge", "bayes", "weighted"])
+@pytest.mark.parametrize("widen", [2, 3, 4, 9])
+def test_a_list_widens_as_often_as_it_may(fusion: FusionRule, widen: int) -> None:
+    judge = FakeJudge(reply=says("no such label"))
+    calibration = known(SURE_OF_NONE, SURE)
+    cascade(judge, calibration, candidates=TopK(k=1), offer_none=True, widen=widen, fusion=fusion).classify(noise(1))
+    assert [question.labels[0].name for question in judge.questions] == ranked(1)[: widen + 1]
 
 
 class Metered(FakeJudge):
@@ -723,6 +741,15 @@ def test_asking_everything_asks_every_judge_whatever_the_routing() -> None:
     predictions = asking_everything(routed).classify([picture(colour) for colour in (RED, INSECT)])
     assert [len(each.verdicts) for each in predictions] == [2, 2]
     assert routed.routing
+
+
+def test_with_routing_nothing_is_left_to_a_later_judge_where_no_policy_wants_it() -> None:
+    """The later judge is worth more there, too, but less than its policy wants."""
+    stages = [stage_of_expert("ant", "bee", policy="gain > 0.9"), stage_of_expert("ant", "bee", policy="gain > 0.8")]
+    for prediction in Cascade(IN_DOUBT, stages, labels=LABELS, routing=True).classify([picture(RED), picture(INSECT)]):
+        assert not prediction.verdicts
+        (reason,) = prediction.reasons
+        assert "a later judge" not in reason
 
 
 @settings(deadline=None, max_examples=20)

@@ -201,7 +201,25 @@ def test_in_a_stream_a_budget_is_spent(seed: int, calls: int, batch: int) -> Non
     assert asked.sum() == calls
 
 
-@pytest.mark.parametrize("text", ["calls <= 300", "calls <= 300 & margin < 0.5"])
+@pytest.mark.parametrize("seed", range(25))
+def test_in_a_stream_no_more_dollars_are_left_than_one_question_costs_where_prices_are_uneven(seed: int) -> None:
+    """One of ten images costs fifty times as much: what is to come may cost much less than is expected."""
+    prices = np.random.default_rng(seed).choice([0.001, 0.05], 200, p=[0.9, 0.1])
+    dollars = 0.6 * float(prices.sum())
+    spent = asked_in_a_stream(WithinDollars(dollars), make_scores(seed, 200, 4), 8, prices=prices) @ prices
+    assert dollars - prices.max() < spent <= dollars + 1e-9
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "calls <= 300",
+        "calls <= 300 & margin < 0.5",
+        "entropy > 0.3 & calls <= 300",
+        "random(0.3) & entropy > 0.1 & calls <= 300",
+        "~(top_probability < 0.5 | random(0.7)) & calls <= 300",
+    ],
+)
 def test_in_a_stream_a_budget_goes_to_the_best_of_all_images(text: str) -> None:
     whole, policy = make_scores(5, 6000, 5), parse_policy(text)
     assert policy.priority is not None
@@ -285,6 +303,14 @@ def test_a_limit_stands_alone_or_behind_and(text: str) -> None:
         ~(Always() & WithinCalls(3))
     with pytest.raises(PolicyError, match="stands alone or behind &"):
         Always() | WithinCalls(3)
+
+
+def test_of_what_is_negated_the_least_is_asked_first() -> None:
+    four = doubts(0.6, 0.9, 0.7, 0.8)
+    assert asked(parse_policy("~(entropy > 0.9) & calls <= 2"), four) == [0, 2]
+    assert asked(parse_policy("~(margin < 0.01) & calls <= 1"), four) == [0]
+    assert asked(parse_policy("~~(entropy > 0.01) & calls <= 1"), four) == [1]
+    assert asked(parse_policy("~(random(0) | entropy > 0.9) & calls <= 1"), four) == [0]
 
 
 def test_limits_among_limits_hold_all() -> None:

@@ -10,6 +10,7 @@ from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax, softmax
 from sklearn.metrics import log_loss
 
+from benchmarks.decision import made_up
 from cascadevlm.decision.scorer_calibration import (
     FLOOR,
     MATCHING_PRECISION,
@@ -184,6 +185,19 @@ def test_what_is_wrong_is_put_right(skew: float, mixed: bool, methods: set[str])
     assert reached > own + 0.75 * (best - own)
     assert max(fit.log_likelihoods.values()) - fit.log_likelihoods["none"] > 0.1
     assert -log_loss(truths[:400], np.exp(held_out)) == pytest.approx(reached, abs=0.15)
+
+
+def test_a_matrix_has_to_be_better_by_more_than_a_standard_error() -> None:
+    """On few images it sometimes is better by chance, and is not taken for that."""
+    passed_over = 0
+    for seed in range(12):
+        record = made_up(seed, 150, 4, 3)
+        fit, _ = fit_scorer(record.scores.log_probs, np.eye(4)[record.truths])
+        assert fit.log_likelihoods is not None
+        matrix = fit.log_likelihoods.pop("matrix")
+        assert fit.method != "matrix"
+        passed_over += matrix > max(fit.log_likelihoods.values())
+    assert passed_over >= 2
 
 
 def test_held_out_probabilities_do_not_know_their_own_truth() -> None:
