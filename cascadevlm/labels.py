@@ -139,6 +139,12 @@ class LabelSet:
         return hashlib.sha256(json.dumps([*zip(self.names, self.texts, strict=True)]).encode()).hexdigest()
 
     @cached_property
+    def descriptions_digest(self) -> str:
+        """sha256 of the descriptions, in column order, in hexadecimal; empty where no label has one."""
+        descriptions = [one_line(label.description) for label in self.labels]
+        return hashlib.sha256(json.dumps(descriptions).encode()).hexdigest() if any(descriptions) else ""
+
+    @cached_property
     def digest(self) -> str:
         """sha256 of the spellings, in hexadecimal."""
         return hashlib.sha256(json.dumps(sorted(self.spellings)).encode()).hexdigest()

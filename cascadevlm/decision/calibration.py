@@ -43,6 +43,8 @@ COVERAGE = 0.95
 WORDING = {"templates": "templates", "texts": "texts for the labels"}
 """Parts of a scorer's fingerprint that name what it was prompted with, in words."""
 
+SAME_WORDING = "Give those that it was made with, or make one for these: cascadevlm calibrate."
+
 SIZES = range(2, 11)
 """Lengths of the list of candidates that are tried."""
 
@@ -108,6 +110,7 @@ class Calibration:
         conformal: how long lists of candidates must be for a coverage; None without labels.
         reference: the scorer's probability of its best label, calibrated on the other images each time; None without labels.
         shares: of the classes among its images, as the calibrated scorer has them.
+        descriptions: digest of the labels' descriptions, which the judges were shown; empty where there were none.
         policy: when to ask, if it was chosen for a target.
         fusion: whose word is final.
         accept: the least probable label that is not abstained from, if an error was to be guaranteed.
@@ -127,6 +130,7 @@ class Calibration:
     shares: Shares
     conformal: Conformal | None = None
     reference: Reference | None = None
+    descriptions: str = ""
     policy: str | None = None
     fusion: FusionRule = "bayes"
     accept: float | None = None
@@ -145,13 +149,15 @@ class Calibration:
         """The scores with calibrated probabilities; themselves, if they are.
 
         Raises:
-            ConfigError: if they are of another scorer or label set.
+            ConfigError: if they are of another scorer or label set, or of labels that are described otherwise.
         """
         if scores.labels.names != self.labels:
             raise ConfigError(
                 f"The calibration is of {len(self.labels)} other labels, or of these in another order.",
                 hint="Make one for this label set: cascadevlm calibrate.",
             )
+        if scores.labels.descriptions_digest != self.descriptions:
+            raise ConfigError("The calibration was made with other descriptions of the labels.", hint=SAME_WORDING)
         if scores.fingerprint == self.calibrated_fingerprint:
             return scores
         if scores.fingerprint != self.fingerprint:
@@ -221,10 +227,7 @@ def _of_another_scorer(known: str, given: str) -> ConfigError:
     parts = {part.partition("=")[0] for part in {*known.split("|")} ^ {*given.split("|")}}
     if parts <= WORDING.keys():
         wording = " and ".join(words for part, words in WORDING.items() if part in parts)
-        return ConfigError(
-            f"The calibration was made with other {wording}.",
-            hint="Give those that it was made with, or make one for these: cascadevlm calibrate.",
-        )
+        return ConfigError(f"The calibration was made with other {wording}.", hint=SAME_WORDING)
     return ConfigError(
         f"The calibration is of the scorer {known!r}, not of {given!r}.", hint="Make one for this scorer: cascadevlm calibrate."
     )
@@ -355,6 +358,7 @@ def fit_calibration(
         conformal=conformal,
         reference=reference,
         shares=Shares.of(np.exp(scorer(log_probs))),
+        descriptions=record.labels.descriptions_digest,
         fusion=fusion,
     )
 

@@ -145,6 +145,21 @@ def test_other_wordings_are_refused_and_named(given: str, sentence: str) -> None
         calibration.calibrated(replace(record().scores, fingerprint=given))
 
 
+def test_a_calibration_is_refused_where_the_judge_is_shown_other_descriptions() -> None:
+    def described(*descriptions: str) -> Scores:
+        labels = LabelSet.of(map(lambda label, text: replace(label, description=text), record().labels, descriptions))
+        return replace(record().scores, labels=labels)
+
+    plain, brown, white = described(*[""] * 6), described(*["brown"] * 6), described(*["brown"] * 5, "white")
+    made = fit_calibration(replace(record(), scores=brown).take(np.arange(100)))
+    assert made.calibrated(described(*[" brown\n"] * 6)).fingerprint == made.calibrated_fingerprint
+    assert learned().calibrated(plain).fingerprint == learned().calibrated_fingerprint
+    for calibration, others in ((made, (plain, white)), (learned(), (brown,))):
+        for other in (*others, *(replace(each, fingerprint=calibration.calibrated_fingerprint) for each in others)):
+            with pytest.raises(ConfigError, match="made with other descriptions of the labels"):
+                calibration.calibrated(other)
+
+
 def test_a_calibration_is_refused_where_the_labels_have_other_texts() -> None:
     names = ["red-crowned plain owl", "blue-crowned spotted duck", "yellow-crowned barred wren"]
     drawn = LabelSet.of(Label(name=name, text=f"a drawing of a {name}") for name in names)
