@@ -49,7 +49,7 @@ class Cascade(Portable):
 
     Raises:
         ConfigError: if shares are to be followed without a calibration.
-        InputError: if the scorer is none, or the stages do not go together, or cannot be routed between.
+        InputError: if ``scorer`` is not a scorer, or the stages do not go together, or cannot be routed between.
     """
 
     def __init__(
@@ -70,9 +70,9 @@ class Cascade(Portable):
         if follow_shares and calibration is None:
             raise ConfigError("follow_shares needs a calibration.", hint="Make one: cascadevlm calibrate.")
         if not isinstance(scorer, Scorer):
-            raise InputError(f"The scorer is a Scorer, not {scorer!r}.", hint='For example: load_scorer("open_clip:aviary").')
+            raise InputError(f"scorer must be a Scorer, not {scorer!r}.", hint='For example: load_scorer("open_clip:aviary").')
         if isinstance(stages, Stage):
-            raise InputError("The stages are a list, not one stage.", hint="Write [stage].")
+            raise InputError("stages must be a list of stages, not one stage.", hint="Write [stage].")
         require_cascade(stages, routing=routing)
         self.scorer = CalibratedScorer(scorer, calibration) if calibration else scorer
         self.stages = tuple(stages)
@@ -203,23 +203,22 @@ def _is_one(images: ImageSource | Iterable[ImageSource]) -> TypeGuard[ImageSourc
 
 
 def _require_many(images: ImageSource | Iterable[ImageSource]) -> None:
-    """Refuse what has no images in it.
+    """Refuse what is not a list of images.
 
     Raises:
         InputError: saying what to give instead.
     """
     kind = type(images).__name__
     if _is_one(images):
-        raise InputError(f"The images are one image ({kind}), not several.", hint="Give a list, or use classify().")
+        raise InputError(f"images is a single image ({kind}), not a list of images.", hint="Give a list, or use classify().")
     if isinstance(images, np.ndarray) and images.ndim != 4:
         raise InputError(
-            f"The images are an array of dtype {images.dtype}, which holds no pixels.", hint="Give a list: images.tolist()."
+            f"images is an array of dtype {images.dtype}, which holds no pixels.", hint="Give a list: images.tolist()."
         )
     if isinstance(images, Mapping) or hasattr(images, "columns") or hasattr(images, "column_names"):
         raise InputError(
-            f"The images are a table ({kind}), not a list.", hint="Give its column of paths or images, for example table['path']."
+            f"images is a table ({kind}), not a list of images.",
+            hint="Give its column of paths or images, for example table['path'].",
         )
     if not isinstance(images, Iterable):
-        raise InputError(
-            f"The images are no list of images but of type {kind!r}.", hint="Give paths, bytes, PIL images or arrays."
-        )
+        raise InputError(f"images is of type {kind!r}, not a list of images.", hint="Give paths, bytes, PIL images or arrays.")

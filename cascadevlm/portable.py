@@ -10,13 +10,14 @@ Live: TypeAlias = tuple[tuple[str, Callable[[], object]], ...]
 
 
 class Portable:
-    """A copy, pickled or deep or scikit-learn's clone, has what the constructor was given, and makes the rest anew.
+    """An object that can be pickled, deep-copied and cloned by scikit-learn, also while it is used.
 
-    What a `cached_property` made at first use (a model, a client, a thread) is left behind, and what is ``live``.
+    The copy has the attributes of the original, except values of a `cached_property` (a model, a client, a thread) and the
+    attributes in ``live``. The copy makes its own.
 
     Attributes:
-        live: names of attributes that belong to runs, threads and event loops, each with what makes a new one; those of the bases
-            count too.
+        live: names of attributes that belong to runs, threads or event loops. Each comes with a function that makes a new value.
+            Names of the base classes count too.
     """
 
     live: ClassVar[Live] = ()

@@ -65,7 +65,7 @@ class Stage(Portable):
     def __post_init__(self) -> None:
         for name, (kind, fix) in _MADE_BY.items():
             if not isinstance(value := getattr(self, name), kind):
-                raise InputError(f"The {name} of a stage is a {kind.__name__}, not {value!r}.", hint=f"For example: {fix}.")
+                raise InputError(f"{name} must be a {kind.__name__}, not {value!r}.", hint=f"For example: {fix}.")
         if self.fusion != "judge" and self.model is None:
             raise InputError(f"fusion = {self.fusion!r} needs a calibration.", hint="Make one: cascadevlm calibrate.")
         if self.fusion == "weighted" and self.pool is None:

@@ -334,9 +334,9 @@ def test_a_policy_may_be_given_as_text() -> None:
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ({"judge": "openai:gpt-4o"}, "The judge of a stage is a Judge, not 'openai:gpt-4o'"),
-        ({"prompt": "select"}, "The prompt of a stage is a Prompt, not 'select'"),
-        ({"candidates": 5}, "The candidates of a stage is a CandidateRule, not 5"),
+        ({"judge": "openai:gpt-4o"}, "judge must be a Judge, not 'openai:gpt-4o'"),
+        ({"prompt": "select"}, "prompt must be a Prompt, not 'select'"),
+        ({"candidates": 5}, "candidates must be a CandidateRule, not 5"),
     ],
 )
 def test_specs_in_the_place_of_objects_are_refused(arguments: dict[str, object], sentence: str) -> None:
@@ -345,9 +345,9 @@ def test_specs_in_the_place_of_objects_are_refused(arguments: dict[str, object],
 
 
 def test_a_cascade_is_made_of_a_scorer_and_a_list_of_stages() -> None:
-    with pytest.raises(InputError, match="The scorer is a Scorer, not 'open_clip:aviary'"):
+    with pytest.raises(InputError, match="scorer must be a Scorer, not 'open_clip:aviary'"):
         Cascade("open_clip:aviary", labels=LABELS)  # type: ignore[arg-type]
-    with pytest.raises(InputError, match="The stages are a list"):
+    with pytest.raises(InputError, match="stages must be a list"):
         Cascade(SCORER, Stage(judge=FakeJudge(), prompt=SELECT), labels=LABELS)  # type: ignore[arg-type]
 
 
@@ -375,9 +375,9 @@ def test_an_array_is_one_image_and_an_empty_one_none() -> None:
 
 FRAME = pandas.DataFrame({"path": ["a.png"], "label": ["red bird"]})
 REFUSED: dict[str, tuple[object, str]] = {
-    "DataFrame": (FRAME, r"are a table \(DataFrame\)"),
-    "pyarrow": (pyarrow.table({"path": ["a.png"]}), r"are a table \(Table\)"),
-    "dict": ({"path": ["a.png"]}, r"are a table \(dict\)"),
+    "DataFrame": (FRAME, r"is a table \(DataFrame\)"),
+    "pyarrow": (pyarrow.table({"path": ["a.png"]}), r"is a table \(Table\)"),
+    "dict": ({"path": ["a.png"]}, r"is a table \(dict\)"),
     "texts": (np.array(["a.png", "b.png"]), r"an array of dtype <U5, which holds no pixels\. .*tolist"),
     "objects": (np.array([Path("a.png"), Path("b.png")]), "an array of dtype object"),
     "bytes": (np.array([b"a.png"]), "an array of dtype"),
@@ -396,7 +396,7 @@ def test_what_holds_no_images_is_refused_by_name(images: Iterable[ImageSource], 
 
 @pytest.mark.parametrize("image", ["a.png", Path("a.png"), b"", picture(RED), pixels(RED)[0]])
 def test_one_image_is_no_stream(image: Iterable[ImageSource]) -> None:
-    with pytest.raises(InputError, match="are one image"):
+    with pytest.raises(InputError, match="is a single image"):
         next(cascade().stream(image))
 
 
