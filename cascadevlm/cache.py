@@ -9,6 +9,7 @@ import warnings
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -26,8 +27,11 @@ from cascadevlm.types import Question, Usage, Verdict
 SCHEMA_VERSION = 1
 Payload = dict[str, JsonValue]
 
+_LARGEST_ROW = 2**30
+"""Bytes; SQLite takes no larger ones. What is larger diskcache would keep in files."""
+
 _VERDICT = TypeAdapter(Verdict)
-_DAMAGE = (KeyError, TypeError, ValueError, OSError, zlib.error)
+_DAMAGE = (KeyError, TypeError, ValueError, OSError, RecursionError, zlib.error, sqlite3.DatabaseError)
 
 
 def default_cache_folder() -> Path:
@@ -77,27 +81,66 @@ class VerdictStore(ABC):
         """
 
 
+class _JSONRows(diskcache.JSONDisk):  # type: ignore[misc]
+    """Reads nothing but JSON that stands in a row. diskcache would also unpickle keys and values, and read and delete the file
+    that a row names."""
+
+    def get(self, key: object, raw: int) -> object:
+        if not raw:
+            raise ValueError("a pickled key")
+        return super().get(key, raw)
+
+    def fetch(self, mode: int, filename: str | None, value: object, read: bool) -> object:
+        if mode != diskcache.core.MODE_RAW or filename is not None:
+            raise ValueError("not a row of JSON")
+        return super().fetch(mode, filename, value, read)
+
+    def remove(self, file_path: str) -> None:
+        pass
+
+
 class DiskStore(VerdictStore):
-    """A store in a folder: SQLite through diskcache, JSON only, nothing ever evicted. Safe across threads and processes."""
+    """A store in a folder: SQLite through diskcache, JSON only, nothing ever evicted. Safe across threads and processes.
+
+    Warns:
+        RuntimeWarning: once, if something in it is damaged.
+    """
 
     def __init__(self, folder: Path | None = None) -> None:
         self.folder = folder or default_cache_folder()
         self._opened: diskcache.Cache | None = None
+        self._warned = False
 
     @property
     def _cache(self) -> diskcache.Cache:
         if self._opened is None:
-            try:
-                self._opened = diskcache.Cache(str(self.folder), disk=diskcache.JSONDisk, eviction_policy="none")
-            except (OSError, sqlite3.Error, diskcache.Timeout) as exc:
-                hint = "Set CASCADEVLM_CACHE_DIR, or cache.folder, to one that can."
-                raise BackendError(f"The cache folder {str(self.folder)!r} cannot be used: {exc}.", hint=hint) from exc
+            with self._usable():
+                self._opened = diskcache.Cache(
+                    str(self.folder), disk=_JSONRows, eviction_policy="none", disk_min_file_size=_LARGEST_ROW
+                )
         return self._opened
 
-    def get(self, key: str) -> Verdict | None:
+    @contextmanager
+    def _usable(self) -> Iterator[None]:
+        """Raises BackendError, if the folder cannot be used or its tables are not as diskcache makes them."""
         try:
-            return _VERDICT.validate_python(self._cache.get(key, retry=True)["verdict"])
-        except _DAMAGE:  # a missing entry is a KeyError; a damaged one is asked again and overwritten
+            yield
+        except (*_DAMAGE, AttributeError, diskcache.Timeout) as exc:
+            hint = "Delete the folder, or set CASCADEVLM_CACHE_DIR, or cache.folder, to another one."
+            raise BackendError(f"The cache folder {str(self.folder)!r} cannot be used: {exc}.", hint=hint) from exc
+
+    def get(self, key: str) -> Verdict | None:
+        """The verdict stored under a key, if any; a damaged entry is none, to be overwritten."""
+        cache = self._cache
+        try:
+            entry = cache.get(key, retry=True)
+            return None if entry is None else _verdict_in(entry, key)
+        except _DAMAGE as exc:
+            if not self._warned:
+                self._warned = True
+                why = str(exc).partition("\n")[0]
+                told = f"The cache {str(self.folder)!r} is damaged ({why}): what cannot be read is asked again."
+                warnings.warn(f"{told} 'cascadevlm cache verify' lists it.", RuntimeWarning, stacklevel=2)
             return None
 
     def put(self, key: str, payload: Payload, verdict: Verdict) -> None:
@@ -105,26 +148,53 @@ class DiskStore(VerdictStore):
         self._cache.set(key, {"payload": payload, "verdict": verdict.to_dict()}, retry=True)
 
     def __len__(self) -> int:
-        return len(self._cache)
+        cache = self._cache
+        with self._usable():
+            return len(cache)
 
     def size(self) -> int:
         """Bytes on disk."""
-        return int(self._cache.volume())
+        cache = self._cache
+        with self._usable():
+            return int(cache.volume())
 
     def clear(self) -> int:
         """Forget everything; returns how many verdicts that were."""
-        return int(self._cache.clear())
+        cache = self._cache
+        with self._usable():
+            return int(cache.clear())
 
     def damaged(self) -> Iterator[str]:
-        """The keys whose entry cannot be read, is no valid verdict, or belongs to another question."""
-        for key in self._cache.iterkeys():
+        """The keys of entries that cannot be read, are no valid verdict or belong to another question; the number of the row,
+        where the key cannot be read. Last, what is wrong with the database itself."""
+        disk = self._cache.disk
+        with closing(sqlite3.connect(self.folder / "cache.db")) as database:
+            database.text_factory = bytes  # texts need not be valid Unicode
             try:
-                entry = self._cache[key]
-                sound = key_of(entry["payload"]) == key and _VERDICT.validate_python(entry["verdict"]).valid
-            except _DAMAGE:
-                sound = False
-            if not sound:
-                yield str(key)
+                for number, key, raw, *stored in database.execute("SELECT rowid, key, raw, mode, filename, value FROM Cache"):
+                    name = f"row {number}"
+                    try:
+                        name = str(disk.get(key, raw))
+                        _verdict_in(disk.fetch(*stored, read=False), name)
+                    except _DAMAGE:
+                        yield name
+                ((found,),) = database.execute("PRAGMA integrity_check(1)")
+                if found != b"ok":
+                    yield found.decode()
+            except sqlite3.DatabaseError as exc:
+                yield str(exc)
+
+
+def _verdict_in(entry: dict[str, Payload], key: str) -> Verdict:
+    """The verdict of an entry.
+
+    Raises:
+        KeyError, TypeError, ValueError, RecursionError: if it is no valid one, or belongs to another question.
+    """
+    verdict = _VERDICT.validate_python(entry["verdict"])
+    if not verdict.valid or key_of(entry["payload"]) != key:
+        raise ValueError("a verdict of another question")
+    return verdict
 
 
 class MemoryStore(VerdictStore):

@@ -289,12 +289,12 @@ def read_record(folder: str | Path) -> Record:
         labels = LabelSet(tuple(info.labels))
         column = labels.columns
         images, predictions = (_read_table(folder, name).to_pydict() for name in ("images", "predictions"))
-        log_probs = np.load(folder / "scores.npy")
+        log_probs = _read_array(folder / "scores.npy", np.float32)
         if log_probs.shape != (len(images["name"]), scores_kept(labels)) or predictions["name"] != images["name"]:
             raise ValueError("its parts are not of the same images")
-        readable = ~np.isnan(log_probs).any(axis=1)
+        readable = np.asarray(~np.isnan(log_probs).any(axis=1))
         if log_probs.shape[1] < len(labels):
-            log_probs = _spread(log_probs, np.load(folder / "columns.npy"), len(labels))
+            log_probs = _spread(log_probs, _read_array(folder / "columns.npy", np.int32), len(labels))
         log_probs[~readable] = -np.log(len(labels))
         verdicts = _read_table(folder, "verdicts")
         stages = verdicts["stage"].to_numpy()
@@ -355,6 +355,14 @@ def _reading(folder: Path) -> Iterator[None]:
     except (OSError, EOFError, ValueError, KeyError, IndexError, CascadeError, pyarrow.ArrowException) as exc:
         why = str(exc).partition("\n")[0].rstrip(".")
         raise DataError(f"{str(folder)!r} holds no whole record: {why}.", hint=hint) from exc
+
+
+def _read_array(path: Path, kind: type[Number]) -> NDArray[Number]:
+    """The array in a file; numpy would unpickle one of objects."""
+    array: NDArray[Number] = np.load(path, allow_pickle=False)
+    if not isinstance(array, np.ndarray) or array.dtype != kind:
+        raise ValueError(f"{path.name} holds no array of {kind.__name__}")
+    return array
 
 
 def _read_table(folder: Path, name: str) -> "pyarrow.Table":

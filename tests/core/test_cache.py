@@ -1,6 +1,7 @@
 import asyncio
 import contextlib
 import json
+import pickle
 import sqlite3
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cascadevlm.cache import Cached, DiskStore, MemoryStore, SingleFlight, key_of, question_payload
-from cascadevlm.errors import TransientError
+from cascadevlm.errors import BackendError, TransientError
 from cascadevlm.judge import Judge
 from cascadevlm.labels import Label, LabelSet
 from cascadevlm.registry import load_prompt
@@ -162,8 +163,82 @@ async def test_damage_is_found_and_asked_again(tmp_path: Path) -> None:
     with sqlite3.connect(tmp_path / "cache.db") as database:
         database.execute("update Cache set value = x'00' where rowid = 1")  # the first question's
     assert len(list(store.damaged())) == 3
-    before = len(judge.questions)
-    for asked in variants()[:4]:
-        await Cached(judge, store).judge(asked)
-    assert before < len(judge.questions)
+    with pytest.warns(RuntimeWarning, match="is damaged") as told:
+        await asyncio.gather(*(Cached(judge, store).judge(asked) for asked in variants()[:4]))
+    assert len(told) == 1
+    assert len(judge.questions) == 4 + 3
+    assert list(store.damaged()) == []
     assert (store.clear(), len(store)) == (4, 0)
+
+
+class Harmful:
+    """Writes a file where it is unpickled."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self) -> tuple[object, tuple[object, ...]]:
+        return Path.touch, (self.trace,)
+
+
+def change(folder: Path, sql: str, *values: object) -> None:
+    with contextlib.closing(sqlite3.connect(folder / "cache.db")) as database, database:
+        database.execute(sql, values)
+
+
+@pytest.mark.filterwarnings("ignore:The cache:RuntimeWarning")
+@pytest.mark.parametrize("hidden", ["value", "file", "key", "text file", "binary file"])
+async def test_nothing_that_is_kept_is_unpickled_or_names_a_file(tmp_path: Path, hidden: str) -> None:
+    folder, trace, mine = tmp_path / "cache", tmp_path / "trace", tmp_path / "mine"
+    harm = pickle.dumps(Harmful(trace))
+    mine.write_bytes(harm if hidden == "file" else zlib.compress(json.dumps("secret").encode()))
+    first, judge = DiskStore(folder), FakeJudge()
+    await Cached(judge, first).judge(question())
+    match hidden:
+        case "value":
+            change(folder, "update Cache set mode = 4, value = ?", harm)
+        case "key":
+            change(folder, "update Cache set raw = 0, key = ?", harm)
+        case _:
+            mode = {"file": 4, "text file": 3, "binary file": 2}[hidden]
+            change(folder, "update Cache set mode = ?, value = null, filename = ?", mode, str(mine))
+    store = DiskStore(folder)
+    assert list(store.damaged()) == ["row 1" if hidden == "key" else key(question())]
+    assert store.get(key(question())) is None
+    assert (await Cached(judge, store).judge(question())).label == "red finch"
+    assert len(judge.questions) == 2
+    assert store.get(key(question())) is not None
+    store.clear()
+    assert not trace.exists()
+    assert mine.exists()
+
+
+@pytest.mark.filterwarnings("ignore:An answer could not be kept:RuntimeWarning")
+@pytest.mark.parametrize("pages", [range(5, 6), range(6, 7), range(8, 100)], ids=["table", "index", "leaves"])
+async def test_damaged_pages_are_misses_told_once(tmp_path: Path, pages: range) -> None:
+    judge = FakeJudge()
+    asked = [replace(question(), sample=sample) for sample in range(60)]
+    for each in asked:
+        await Cached(judge, DiskStore(tmp_path)).judge(each)
+    with contextlib.closing(sqlite3.connect(tmp_path / "cache.db")) as database:
+        database.execute("pragma wal_checkpoint(truncate)")
+        (size,) = database.execute("pragma page_size").fetchone()
+    content = bytearray((tmp_path / "cache.db").read_bytes())
+    for page in range(pages.start, min(pages.stop, len(content) // size + 1)):
+        content[(page - 1) * size] = 0xFF  # the kind of the page
+    (tmp_path / "cache.db").write_bytes(content)
+    assert list(DiskStore(tmp_path).damaged())
+    judge, store = FakeJudge(), DiskStore(tmp_path)
+    with pytest.warns(RuntimeWarning, match="is damaged") as told:
+        assert {(await Cached(judge, store).judge(each)).label for each in asked} == {"red finch"}
+    assert sum("is damaged" in str(each.message) for each in told) == 1
+    assert judge.questions
+
+
+def test_settings_of_a_strangers_cache_are_one_sentence(tmp_path: Path) -> None:
+    for number, name in enumerate(("disk_evil", "directory", "disk_directory")):
+        folder = tmp_path / str(number)
+        assert len(DiskStore(folder)) == 0
+        change(folder, "insert into Settings values (?, 'os.system')", name)
+        with pytest.raises(BackendError, match="cannot be used"):
+            DiskStore(folder).get("key")

@@ -425,6 +425,20 @@ def test_a_run_that_fails_leaves_no_record(tmp_path: Path, data: Data) -> None:
         read_record(tmp_path / "run")
 
 
+@pytest.mark.parametrize("kind", ["objects", "archive", "texts", "another width"])
+def test_scores_that_are_no_array_of_numbers_are_no_record(tmp_path: Path, data: Data, kind: str) -> None:
+    """An array of objects is pickled: reading it would run what stands in it."""
+    recorded(tmp_path / "run", data, [])
+    scores = np.load(tmp_path / "run" / "scores.npy")
+    with (tmp_path / "run" / "scores.npy").open("wb") as file:
+        if kind == "archive":
+            np.savez(file, scores=scores)
+        else:
+            np.save(file, scores.astype({"objects": object, "texts": str, "another width": np.float64}[kind]))
+    with pytest.raises(DataError, match="holds no whole record"):
+        read_record(tmp_path / "run")
+
+
 @pytest.mark.parametrize("part", ["run.json", "scores.npy", "images.parquet", "verdicts.parquet", "predictions.parquet"])
 @pytest.mark.parametrize("damage", [Path.unlink, lambda file: file.write_bytes(b""), lambda file: file.write_bytes(b"{}")])
 def test_what_is_missing_or_damaged_is_one_sentence(
