@@ -225,14 +225,15 @@ def _rows(
 
 
 def _name_of(table: Path, row: Mapping[str, object], number: int, *, apart: bool) -> str:
-    """The path, where images are files ``apart`` from the table; else the row's path or the image's own, or the row's number."""
+    """The path, where images are files ``apart`` from the table. Else the row's path; or the image's own, whole, so that the image
+    has this name wherever the table is read from; or the row's number."""
     if apart:
         return str(table.parent / _path_of(row, _row(number)))
     if row.get("path"):
         return str(row["path"])
     image = row.get("image")
     own = image.get("path") if isinstance(image, Mapping) else image
-    return str(table.parent / own) if own and isinstance(own, str) else f"#{number}"
+    return str(table.absolute().parent / own) if own and isinstance(own, str) else f"#{number}"
 
 
 def _image_of(table: Path, row: Mapping[str, object], number: int) -> ImageSource:

@@ -324,6 +324,23 @@ def test_images_in_a_table_are_read_from_there(table_run: Path, tmp_path: Path) 
     assert export(table_run, "fiftyone", tmp_path / "fiftyone.json").images == 1
 
 
+@pytest.mark.parametrize("column", ["image.path", "image", "path"])
+def test_a_table_may_be_named_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, column: str) -> None:
+    folder = tmp_path / "birds"
+    folder.mkdir()
+    noise(3, (5, 7)).save(folder / "0.png")
+    content = (folder / "0.png").read_bytes()
+    rows = {"image.path": {"bytes": content, "path": "0.png"}, "image": "0.png", "path": {"bytes": content}}
+    table = {"image": [rows[column]]} | ({"path": ["0.png"]} if column == "path" else {})
+    pyarrow.parquet.write_table(pyarrow.table(table), folder / "images.parquet")
+    cascade = Cascade(FakeScorer(), [], labels=["ant", "bee"])
+    for number, (here, name) in enumerate([(folder, "images.parquet"), (tmp_path, "birds/images.parquet")]):
+        monkeypatch.chdir(here)
+        assert bulk.run(cascade, Inputs(name), tmp_path / "run", config={}).images == 1
+        for to in ("hf", "coco"):
+            assert export(tmp_path / "run", to, tmp_path / f"{to} {number}").images == 1
+
+
 @pytest.mark.parametrize("to", [name for name, form in FORMATS.items() if form.images == "files"])
 def test_what_can_only_name_files_says_so_of_images_in_a_table(table_run: Path, tmp_path: Path, to: str) -> None:
     (tmp_path / "file.png").unlink()
