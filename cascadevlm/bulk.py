@@ -61,11 +61,13 @@ def run(
     retry_failed: bool = False,
     stopping: Callable[[], bool] = lambda: False,
     progress: Callable[[Tally], None] = lambda tally: None,
+    outlook: Callable[[str], None] = lambda sentence: None,
 ) -> Tally:
     """Classify images into a folder; what is in it from an earlier session stays and is not asked again.
 
     Args:
-        cascade: what classifies; its cap is that of all sessions together.
+        cascade: what classifies; its cap is that of all sessions together. A cap that is higher than in the session before has
+            judges asked about the images that were skipped for want of money.
         inputs: the images by name, in an order that does not change: see `Inputs`.
         folder: see `cascadevlm.run_folder`.
         config: what tells this run from another.
@@ -73,6 +75,7 @@ def run(
             the first of them worked out again, with the answers that are kept: decisions depend on what came before.
         stopping: asked before each batch; the run ends in order, where it says so.
         progress: told of every prediction.
+        outlook: told what is left to do, as a sentence, if the folder holds predictions.
 
     Raises:
         DataError: if the folder is in use or of another run, or its predictions are of other images.
@@ -83,6 +86,8 @@ def run(
     dollars = cascade.ledger.cap_dollars
     with RunFolder.opened(folder, manifest, dollars=dollars, retry_failed=retry_failed) as opened:
         _require_same_images(inputs, opened)
+        if sentence := opened.outlook(len(inputs) if isinstance(inputs, Sized) else None):
+            outlook(sentence)
         noted = [replace(stage, judge=_NotedJudge(stage.judge, opened, number)) for number, stage in enumerate(cascade.stages)]
         lasting = cascade.altered(
             scorer=_NotedScorer(cascade.scorer, opened),

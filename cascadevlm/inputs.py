@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 Named: TypeAlias = tuple[str, ImageSource]
 """An image and what it is called: its path, where it is a file. Like names of files, it need not be valid Unicode."""
 
+LISTS = (".txt", ".csv", ".jsonl", ".parquet")
+"""Suffixes of lists of images and of tables."""
+
 ROWS_AT_ONCE = 64
 """Rows of a Parquet file that are in memory at once, images and all."""
 
@@ -43,12 +46,8 @@ class Inputs:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        readers: dict[str, Callable[[Path], Iterator[Named]]] = {
-            ".txt": _of_list,
-            ".csv": _of_csv,
-            ".jsonl": _of_json_lines,
-            ".parquet": _of_parquet,
-        }
+        kinds: tuple[Callable[[Path], Iterator[Named]], ...] = (_of_list, _of_csv, _of_json_lines, _of_parquet)
+        readers = dict(zip(LISTS, kinds, strict=True))
         if not self.path.exists():
             raise DataError(f"{str(path)!r} does not exist.")
         if not self.path.is_dir() and self.path.suffix.lower() not in readers:
@@ -225,8 +224,8 @@ def _rows(
 
 
 def _name_of(table: Path, row: Mapping[str, object], number: int, *, apart: bool) -> str:
-    """The path, where images are files ``apart`` from the table. Else the row's path; or the image's own, whole, so that the image
-    has this name wherever the table is read from; or the row's number."""
+    """The path, where images are files ``apart`` from the table. Else the row's path; or the image's own, made absolute, so that
+    the name is the same wherever the table is read from; or the row's number."""
     if apart:
         return str(table.parent / _path_of(row, _row(number)))
     if row.get("path"):

@@ -92,6 +92,19 @@ class Line(BaseModel):
         return self.label is None and bool(self.candidates)
 
     @property
+    def asked(self) -> bool:
+        return any(verdict.outcome != "skipped" for verdict in self.verdicts)
+
+    @property
+    def answered(self) -> bool:
+        return any(verdict.outcome in ("answered", "none") for verdict in self.verdicts)
+
+    @property
+    def skipped(self) -> bool:
+        """Whether a judge was not asked about the image for want of money."""
+        return any(verdict.outcome == "skipped" for verdict in self.verdicts)
+
+    @property
     def failed(self) -> bool:
         """Whether the image could not be read or a judge could not be asked about it."""
         return not self.candidates or any(verdict.outcome == "failed" for verdict in self.verdicts)

@@ -36,6 +36,7 @@ class Manifest(BaseModel):
         contents: digests of what the configuration names: the calibration and, of every stage, prompt and support set.
         fingerprint: of the scorer, once something was scored.
         judges: the identity of each stage's judge, once it was made ready.
+        dollars: the cap of the latest session; None for no cap.
     """
 
     format: Literal[1] = 1
@@ -48,6 +49,7 @@ class Manifest(BaseModel):
     contents: dict[str, str]
     fingerprint: str | None = None
     judges: dict[int, dict[str, JsonValue]] = {}
+    dollars: float | None = None
 
     @classmethod
     def of(cls, cascade: Cascade, inputs: Iterable[Named], config: Mapping[str, JsonValue]) -> Self:
@@ -60,6 +62,7 @@ class Manifest(BaseModel):
             versions=versions(),
             machine=machine(),
             contents=_contents(cascade),
+            dollars=cascade.ledger.cap_dollars,
         )
 
     @classmethod
@@ -120,6 +123,14 @@ class Manifest(BaseModel):
                 hint="Give another folder.",
             )
         return self if self.fingerprint else self._with(folder, fingerprint=fingerprint)
+
+    def is_raised_by(self, dollars: float | None) -> bool:
+        """Whether a cap is higher than that of the latest session."""
+        return self.dollars is not None and (dollars is None or dollars > self.dollars)
+
+    def with_cap(self, dollars: float | None, folder: Path) -> "Manifest":
+        """The manifest with the cap of this session, written where it is new."""
+        return self if self.dollars == dollars else self._with(folder, dollars=dollars)
 
     def _with(self, folder: Path, **learned: object) -> "Manifest":
         manifest = self.model_copy(update=learned)

@@ -14,8 +14,9 @@
     lock                  held by the process that writes
 
 Predictions only ever grow. A last line that was not finished is cut off when a run goes on; so is everything after a line whose
-checksum is wrong, as a machine that lost its power may leave it, and everything from the first failure on, if failures are to be
-tried again. What is cut off is worked out again, with the answers that are kept.
+checksum is wrong, as a machine that lost its power may leave it; everything from the first failure on, if failures are to be
+tried again; and everything from the first image on that was skipped for want of money, if the cap was raised. What is cut off is
+worked out again, with the answers that are kept.
 """
 
 import json
@@ -60,6 +61,7 @@ class Tally:
         failures: how many could not be read or had a judge asked in vain.
         abstained: readable images that got no label.
         asked: how many a judge was asked about, or its answer known.
+        answered: about how many of these a judge gave an answer.
         requests: to judges.
         saved_dollars: by the cache.
         spent_dollars: by the ledger, over all sessions of the run.
@@ -70,6 +72,7 @@ class Tally:
     failures: int = 0
     abstained: int = 0
     asked: int = 0
+    answered: int = 0
     requests: int = 0
     saved_dollars: float = 0.0
     spent_dollars: float = 0.0
@@ -80,8 +83,8 @@ class Tally:
 
     @property
     def in_vain(self) -> bool:
-        """Whether no image could be read, or no question asked got as far as an answer."""
-        return 0 < self.images == self.counts["unreadable"] or 0 < self.asked == self.counts["failed"]
+        """Whether no image could be read, or no question asked got an answer."""
+        return 0 < self.images == self.counts["unreadable"] or (self.asked > 0 and not self.answered)
 
     def add(self, prediction: Prediction | Line) -> None:
         """Count one more prediction."""
@@ -90,7 +93,8 @@ class Tally:
         self.counts[verdict.outcome if verdict else "kept" if prediction.candidates else "unreadable"] += 1
         self.failures += bool(failure_of(prediction))
         self.abstained += bool(prediction.candidates) and prediction.label is None
-        self.asked += any(verdict.outcome != "skipped" for verdict in prediction.verdicts)
+        self.asked += prediction.asked
+        self.answered += prediction.answered
         self.requests += cost.requests
         self.saved_dollars += cost.saved_dollars
 
@@ -122,6 +126,7 @@ class RunFolder:
         self._predictions = predictions
         self._failures = failures
         self._finished = finished
+        self._raised_from: float | None = None
         self._flushing = threading.RLock()
 
     @classmethod
@@ -165,7 +170,8 @@ class RunFolder:
                 failures=stack.enter_context((folder / FAILURES).open("wb")),
                 finished=finished,
             )
-            opened._keep_what_is_sound(retry_failed)
+            opened._keep_what_is_sound(retry_failed, raised=opened.manifest.is_raised_by(dollars))
+            opened.manifest = opened.manifest.with_cap(dollars, folder)
             files = stack.pop_all()
         try:
             yield opened
@@ -173,7 +179,7 @@ class RunFolder:
             with writing_to(folder), opened._flushing, files:
                 opened.flush(opened.checkpoint)
 
-    def _keep_what_is_sound(self, retry_failed: bool) -> None:
+    def _keep_what_is_sound(self, retry_failed: bool, *, raised: bool) -> None:
         """Count the predictions that are there and cut off what is not whole, and what is to be tried again."""
         path = self.folder / "predictions.jsonl"
         sound = 0
@@ -186,6 +192,9 @@ class RunFolder:
                         warnings.warn(told, RuntimeWarning, stacklevel=2)
                     break
                 read = Line.read(body)
+                if raised and read.skipped:
+                    self._raised_from = self.manifest.dollars
+                    break
                 if retry_failed and read.failed:
                     break
                 sound += len(line)
@@ -206,6 +215,19 @@ class RunFolder:
             return noted
         path.unlink()  # other predictions may soon stand before it
         return BEGINNING
+
+    def outlook(self, total: int | None) -> str:
+        """What is left to do, as a sentence; "" for a run that begins.
+
+        Args:
+            total: how many images there are, if that is known.
+        """
+        if self._raised_from is not None:
+            what = "judges are asked about the images that were skipped for want of money"
+            return f"The budget was raised from ${self._raised_from:.2f}: {what}; answers that are kept are used again."
+        if self.tally.images == total:
+            return f"Nothing is left to do: all {total} images have a prediction."
+        return f"{self.tally.images} images have a prediction; the run goes on after them." if self.tally.images else ""
 
     def paths(self) -> Iterator[str]:
         """Of the images that have a prediction, in order."""

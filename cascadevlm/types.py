@@ -254,6 +254,11 @@ class Prediction:
         return any(verdict.outcome != "skipped" for verdict in self.verdicts)
 
     @property
+    def answered(self) -> bool:
+        """Whether a judge gave an answer: one of the candidates, or none of them."""
+        return any(verdict.valid for verdict in self.verdicts)
+
+    @property
     def verdict(self) -> Verdict | None:
         """The last verdict."""
         return self.verdicts[-1] if self.verdicts else None

@@ -50,13 +50,14 @@ def classify(
             console.print(prediction_block(prediction, title=f"{number}/{len(files)} {prediction.path}"))
         total += prediction.cost
         counts["asked"] += prediction.asked
+        counts["with an answer"] += prediction.answered
         counts["unreadable"] += not prediction.candidates
         counts[prediction.verdict.outcome if prediction.verdict else "kept"] += bool(prediction.candidates)
     spent = cascade.ledger.spent_dollars
     rows = {"images": str(len(files)), "judge calls": str(total.requests)}
     rows |= outcome_rows(counts) | spending_rows(total, spent=spent, asked=counts["asked"], images=len(files))
     print_summary(Console(highlight=False, stderr=True) if as_json else console, "Summary", rows)
-    if counts["unreadable"] or counts["failed"] == counts["asked"] > 0:
+    if counts["unreadable"] or (counts["asked"] and not counts["with an answer"]):
         raise typer.Exit(1)
 
 

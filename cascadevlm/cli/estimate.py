@@ -1,16 +1,21 @@
 """``cascadevlm estimate``."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from cascadevlm.cli import options
 
+if TYPE_CHECKING:
+    from cascadevlm.images import ImageSource
+
 
 def estimate(
-    paths: options.Paths,
+    paths: Annotated[list[Path], typer.Argument(metavar="PATH…", help="Image files and folders of them, or what run takes.")],
     labels: options.Labels = None,
     config: options.ConfigFile = None,
     scorer: options.ScorerSpec = None,
@@ -27,10 +32,17 @@ def estimate(
     from rich.table import Table
 
     from cascadevlm.estimate import estimate as estimated
+    from cascadevlm.inputs import LISTS, Inputs
 
     parsed = options.parse(config, scorer, judge, policy, candidates, prompt, settings)
-    cascade, files = options.build(parsed, labels), options.image_files(paths)
-    estimates = estimated(cascade, files, sample=sample)
+    cascade = options.build(parsed, labels)
+    images: Sequence[ImageSource]
+    if len(paths) == 1 and (paths[0].is_dir() or paths[0].suffix.lower() in LISTS):
+        images, total = Inputs(paths[0]).sample(sample)
+    else:
+        images = options.image_files(paths)
+        total = len(images)
+    estimates = estimated(cascade, images, total=total, sample=sample)
     if as_json:
         typer.echo(json.dumps([asdict(each) for each in estimates]))
         return
@@ -46,5 +58,5 @@ def estimate(
             f"{each.minutes:.0f}" if each.minutes else "as fast as this machine",
         )
     console = Console(highlight=False)
-    console.print(f"{estimates[0].images if estimates else len(files)} images, by a sample of {sample} of them at most.")
+    console.print(f"{total} images, by a sample of {sample} of them at most.")
     console.print(table)

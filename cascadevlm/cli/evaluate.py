@@ -29,12 +29,16 @@ def evaluate(
     yes: options.Yes = False,
     as_json: options.AsJson = False,
 ) -> None:
-    """Measure a cascade on labelled images: accuracy, deferral, rescues and harms, calibration, dollars."""
+    """Measure a cascade on labelled images: accuracy, deferral, rescues and harms, calibration, dollars.
+
+    Fails (exit code 1) if no question gets an answer.
+    """
     from rich.console import Console
     from rich.progress import Progress
 
     from cascadevlm.cli.money import confirm
     from cascadevlm.cli.show import evaluation_rows, print_summary
+    from cascadevlm.errors import RunError
     from cascadevlm.evaluate import asking_everything, can_replay, evaluate_replayed, record_run
     from cascadevlm.metrics import evaluate as evaluated
 
@@ -60,3 +64,7 @@ def evaluate(
         if replays and evaluation.judge_accuracy is not None:
             rows["judge, on everything"] = f"{evaluation.judge_accuracy:.1%}"
         print_summary(Console(highlight=False), "Evaluation", rows)
+    asked = [outcome for stage in record.stages for outcome in stage.outcomes if outcome not in ("", "skipped")]
+    if asked and not {"answered", "none"} & set(asked):
+        hint = "To see why, classify one of the images: cascadevlm classify IMAGE."
+        raise RunError(f"None of {len(asked)} questions got an answer.", hint=hint)

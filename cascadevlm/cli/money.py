@@ -37,5 +37,5 @@ def confirm(config: Config, cascade: Cascade, images: Sequence[ImageSource] | In
     calls = sum(each.calls for each in estimates)
     message = f"About {calls} questions to hosted judges, ${usual:.2f}, up to about ${most:.2f}."
     if not sys.stdin.isatty():
-        raise InputError(message, hint="Give --yes to go on, or a cap: --set budget.usd=5.")
+        raise InputError(message, hint=f"Give --yes to go on, or a cap that needs no question: --set budget.usd={limit:g}.")
     typer.confirm(f"{message} Go on?", abort=True, err=True)

@@ -95,13 +95,17 @@ def run(
             retry_failed=retry_failed,
             stopping=lambda: bool(stopping),
             progress=told,
+            outlook=lambda sentence: errors.print(sentence, markup=False, soft_wrap=True),
         )
     if as_json:
         typer.echo(json.dumps(tally.to_dict()))
     else:
         failures = {"failures": f"{tally.failures}, in {FAILURES}"} if tally.failures else {}
         print_summary(Console(highlight=False), f"Run in {output}", tally_rows(tally) | failures)
-    if stopping:
+    if skipped := tally.counts["skipped"]:
+        hint = "The same command with a higher budget, --set budget.usd=DOLLARS, asks about them."
+        typer.echo(f"{skipped} images were skipped for want of money. {hint}", err=True)
+    if stopping and tally.images < total:
         without = ", without --retry-failed," if retry_failed else ""
         typer.echo(f"Stopped in order. The same command{without} goes on from here.", err=True)
         raise typer.Exit(SIGNALLED + stopping[0])

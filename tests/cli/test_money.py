@@ -4,6 +4,8 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from cascadevlm.testing import noise
@@ -63,6 +65,23 @@ def test_estimate_tells_calls_and_dollars_and_asks_nobody(call: list[str | Path]
     assert 0 < low <= stage["dollars"] <= high
     assert "openai:priced" in run("estimate", *call).stdout
     assert len(server.requests) == before
+
+
+@pytest.mark.parametrize("name", ["list.txt", "list.csv", "list.jsonl", "list.parquet", "images.parquet"])
+def test_estimate_takes_what_run_takes(call: list[str | Path], tmp_path: Path, name: str) -> None:
+    paths = [f"{seed}.png" for seed in range(4)]
+    match name:
+        case "images.parquet":
+            stored = {"image": [{"bytes": (tmp_path / path).read_bytes(), "path": path} for path in paths]}
+            pyarrow.parquet.write_table(pyarrow.table(stored), tmp_path / name)
+        case "list.parquet":
+            pyarrow.parquet.write_table(pyarrow.table({"path": paths}), tmp_path / name)
+        case _:
+            texts = {"list.txt": paths, "list.csv": ["path", *paths], "list.jsonl": map(json.dumps, paths)}
+            (tmp_path / name).write_text("\n".join(texts[name]))
+    (stage,) = json.loads(run("estimate", tmp_path / name, *call[1:], "--sample", "3", "--json").stdout)
+    assert (stage["images"], stage["sample"], stage["calls"]) == (4, 3, 4)
+    assert "4 images" in run("estimate", tmp_path / name, *call[1:]).stdout
 
 
 def test_batch_costs_half(call: list[str | Path], server: JudgeServer) -> None:

@@ -112,6 +112,56 @@ def test_wrong_calls_say_so(call: list[str | Path], tmp_path: Path) -> None:
     assert not list(empty.iterdir())
 
 
+def test_an_interrupt_in_the_last_batch_ends_as_any_run(call: list[str | Path], server: JudgeServer, tmp_path: Path) -> None:
+    process = begin([*call, "--set", "batch_size=12"], server)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate()
+    assert "Finishing what is in flight" in errors
+    assert "goes on from here" not in errors
+    assert process.returncode == 0
+    assert (tmp_path / "run" / "summary.json").exists()
+    again = run(*call, "--set", "batch_size=12")
+    assert "Nothing is left to do: all 12 images have a prediction." in again.stderr
+
+
+def test_where_no_question_gets_an_answer_the_work_failed(call: list[str | Path], server: JudgeServer, tmp_path: Path) -> None:
+    server.answer, server.latency = (lambda asked: "No idea."), 0
+    done = run(*call, check=False)
+    assert done.returncode == 1
+    assert "unparsed" in done.stdout
+    assert "failures.jsonl tells why" in done.stderr
+    assert run("classify", tmp_path / "images", *call[4:], check=False).returncode == 1
+    names = (AVIARY / "labels.txt").read_text().splitlines()
+    rows = [f"images/{image.name},{names[0]}\n" for image in sorted((tmp_path / "images").iterdir())[:3]]
+    (tmp_path / "data.csv").write_text("path,label\n" + "".join(rows))
+    evaluated = run("evaluate", tmp_path / "data.csv", *call[4:], check=False)
+    assert evaluated.returncode == 1
+    assert "None of 3 questions got an answer." in evaluated.stderr
+
+
+def test_a_higher_budget_asks_about_what_was_skipped(call: list[str | Path], server: JudgeServer, tmp_path: Path) -> None:
+    server.latency = 0
+    call += ["--set", "stage.0.options.price={ input = 2.5, output = 10 }"]
+    first = run(*call, "--set", "budget.usd=0.02")
+    skipped = json.loads((tmp_path / "run" / "summary.json").read_text())["counts"]["skipped"]
+    assert 0 < skipped < 12
+    assert f"{skipped} images were skipped for want of money. The same command with a higher budget" in first.stderr
+    served = len(server.requests)
+    second = run(*call, "--set", "budget.usd=5", "--json")
+    assert "The budget was raised from $0.02" in second.stderr
+    assert json.loads(second.stdout)["counts"] == {"answered": 12}
+    assert len(server.requests) == served + skipped == 12
+
+
+def test_the_hint_of_the_spending_question_helps(call: list[str | Path]) -> None:
+    priced = "stage.0.options.price={ input = 1000, output = 1000 }"
+    arguments = [*(argument for argument in call if argument != "--yes"), "--set", priced]
+    asked = run(*arguments, check=False)
+    hint = asked.stderr.split()[-1].rstrip(".")
+    assert hint == "budget.usd=1"
+    assert run(*arguments, "--set", hint, check=False).returncode == 0
+
+
 def test_money_is_asked_about_by_a_sample(call: list[str | Path], server: JudgeServer) -> None:
     priced = "stage.0.options.price={ input = 1000, output = 1000 }"
     done = run(*(argument for argument in call if argument != "--yes"), "--set", priced, check=False)

@@ -30,6 +30,7 @@ from cascadevlm.decision.scorer_calibration import ScorerCalibration
 from cascadevlm.engine import BEGINNING
 from cascadevlm.errors import DataError, FatalError, PermanentError, RunError
 from cascadevlm.files import write_whole
+from cascadevlm.images import ImageSource
 from cascadevlm.inputs import Inputs, Named
 from cascadevlm.labels import Label, LabelSet
 from cascadevlm.manifest import Manifest
@@ -55,6 +56,10 @@ class Pictures:
     def __iter__(self) -> Iterator[Named]:
         for number in range(self.count):
             yield f"image {number}", noise(number, (8, 8))
+
+
+def pictures(count: int) -> list[ImageSource]:
+    return [source for _, source in Pictures(count)]
 
 
 def cascade(judge: FakeJudge | None = None, policy: str = "entropy > 0.6", **options: object) -> Cascade:
@@ -389,6 +394,62 @@ def test_the_cap_holds_over_all_sessions(tmp_path: Path) -> None:
         assert tally.spent_dollars == 0.25 * asked
     assert asked == 10
     assert tally.counts == {"answered": 10, "skipped": 20}
+
+
+@given(caps=st.lists(st.integers(0, 14), min_size=1, max_size=4))
+def test_a_raised_cap_asks_about_what_was_skipped(tmp_path_factory: pytest.TempPathFactory, caps: list[int]) -> None:
+    """Caps in questions, of which there are twelve, and at last no cap."""
+    folder, judge, told = tmp_path_factory.mktemp("run"), PaidJudge(), list[str]()
+
+    def run(cap: int | None) -> Mapping[str, int]:
+        paid = cascade(judge, "always", ledger=Ledger(None if cap is None else cap * 0.25))
+        return bulk.run(paid, Pictures(12), folder, config={}, outlook=told.append).counts
+
+    answered, before = 0, -1
+    for cap in [*caps, None]:
+        limit = 99 if cap is None else cap
+        raised = before >= 0 and limit > before and answered < 12
+        answered = max(answered, min(limit, 12)) if raised or before < 0 else answered
+        expected = {"answered": answered, "skipped": 12 - answered}
+        assert run(cap) == {outcome: count for outcome, count in expected.items() if count}
+        assert len(judge.questions) == answered
+        if raised:
+            assert told.pop().startswith(f"The budget was raised from ${before * 0.25:.2f}: judges are asked about the images")
+        elif before >= 0:
+            assert told.pop() == "Nothing is left to do: all 12 images have a prediction."
+        assert not told
+        before = limit
+    assert [line["label"] for line in lines(folder)] == [each.label for each in cascade(policy="always").classify(pictures(12))]
+
+
+def test_a_raised_cap_that_is_interrupted_is_still_raised(tmp_path: Path) -> None:
+    for cap, batches in ((1.0, 99), (2.5, 1), (2.5, 99)):
+        stop = stopping_after(batches)
+        paid = cascade(PaidJudge(), "always", ledger=Ledger(cap))
+        tally = bulk.run(paid, Pictures(12), tmp_path, config={}, stopping=stop.__next__)
+    assert tally.counts == {"answered": 10, "skipped": 2}
+    assert tally.spent_dollars == 2.5
+
+
+def test_what_is_left_to_do_is_told(tmp_path: Path) -> None:
+    told: list[str] = []
+    for batches in (0, 2, 99, 99):
+        stop = stopping_after(batches)
+        bulk.run(cascade(), Pictures(30), tmp_path, config={}, stopping=stop.__next__, outlook=told.append)
+    assert told == [
+        "8 images have a prediction; the run goes on after them.",
+        "Nothing is left to do: all 30 images have a prediction.",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("replies", "in_vain"), [(["?"], True), (["?", "", PermanentError("no")], True), (["?", "ANSWER: A"], False)]
+)
+def test_a_run_without_any_answer_is_in_vain(tmp_path: Path, replies: list[str | Exception], in_vain: bool) -> None:
+    judge = FakeJudge(reply=lambda asked: replies[int(asked.image_digest, 16) % len(replies)])
+    tally = bulk.run(cascade(judge, "always"), Pictures(9), tmp_path / "run", config={})
+    assert (tally.asked, tally.in_vain, tally.answered > 0) == (9, in_vain, not in_vain)
+    assert bulk.run(cascade(judge, "always"), Pictures(9), tmp_path / "run", config={}) == tally  # by its lines
 
 
 @given(
