@@ -16,7 +16,7 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict, JsonValue
 
 from cascadevlm.cache import key_of
-from cascadevlm.errors import BackendError, BudgetExhausted, PermanentError
+from cascadevlm.errors import BackendError, BudgetExhausted, FatalError, PermanentError
 from cascadevlm.images import pixel_digest
 from cascadevlm.judge import Judge, WrapperJudge
 from cascadevlm.labels import LabelSet
@@ -24,6 +24,9 @@ from cascadevlm.record import read_record, read_verdicts
 from cascadevlm.recording import NotingScorer, asked_of
 from cascadevlm.scorer import Scorer, texts_part
 from cascadevlm.types import Question, Scores, Verdict
+
+MOST_MISSING = 8
+"""By how many the questions without an answer may outnumber the others: the record is of other questions then."""
 
 
 class _RecordedScores(BaseModel):
@@ -38,6 +41,7 @@ class _RecordLine(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     image: str
+    candidates: list[str] = []
     scores: _RecordedScores | None = None
     verdict: Verdict | None = None
 
@@ -117,13 +121,15 @@ class RecordedScorer(Scorer):
 
 
 class RecordedJudge(Judge):
-    """Replays the verdicts of a record, at no cost; a question that was never asked fails.
+    """Replays the verdicts of a record, at no cost. A question that was recorded with the candidates in another order gets that
+    verdict; a question that was never asked fails.
 
     What failed or was skipped in a run does so again.
 
     Raises:
         BackendError: when first asked, if the file is no record, or it is not said which of several stages is meant.
         DataError: when first asked, if the folder is no whole record.
+        FatalError: when asked, if most questions were never asked.
     """
 
     replays = True
@@ -132,11 +138,20 @@ class RecordedJudge(Judge):
     def __init__(self, model: str) -> None:
         self.spec = f"recorded:{model}"
         self.model = model
+        self._found = self._missing = 0
 
     async def judge(self, question: Question) -> Verdict:
-        verdict = self._verdicts.get(key_of(asked_of(question)))
+        asked = asked_of(question)
+        verdict = self._verdicts.get(key_of(asked)) or self._in_any_order.get(_set_key(asked))
         if verdict is None:
+            self._missing += 1
+            if self._missing - self._found >= MOST_MISSING:
+                raise FatalError(
+                    f"Record {self.model!r} has no answer to {self._missing} of {self._missing + self._found} questions.",
+                    hint="Replay it with the images, labels, prompt and number of candidates that it was recorded with.",
+                )
             raise PermanentError(f"Record {self.model!r} has no answer to this question.")
+        self._found += 1
         if verdict.outcome == "failed":
             raise PermanentError(verdict.error)
         if verdict.outcome == "skipped":
@@ -150,6 +165,7 @@ class RecordedJudge(Judge):
         return {"judge": self.spec, "verdicts": self._digest}
 
     async def prepare(self) -> None:
+        self._found = self._missing = 0
         self._verdicts  # noqa: B018  # reads the record
 
     @cached_property
@@ -158,24 +174,40 @@ class RecordedJudge(Judge):
 
     @cached_property
     def _verdicts(self) -> dict[str, Verdict]:
+        return {key_of(asked): verdict for asked, verdict in self._recorded}
+
+    @cached_property
+    def _in_any_order(self) -> dict[str, Verdict]:
+        return {_set_key(asked): verdict for asked, verdict in self._recorded}
+
+    @cached_property
+    def _recorded(self) -> list[tuple[dict[str, JsonValue], Verdict]]:
+        """What was asked and what the judge said."""
         folder, _, stage = self.model.rpartition("#")
         if stage.isdecimal() and Path(folder).is_dir():
             return self._of_run(Path(folder), int(stage))
         if Path(self.model).is_dir():
             return self._of_run(Path(self.model), None)
-        verdicts = {}
-        for line in _read(Path(self.model)):
-            if line.verdict is not None:
-                verdicts[key_of({"image": line.image, **(line.model_extra or {})})] = line.verdict
-        return verdicts
+        return [
+            ({"image": line.image, "candidates": [*line.candidates], **(line.model_extra or {})}, line.verdict)
+            for line in _read(Path(self.model))
+            if line.verdict is not None
+        ]
 
-    def _of_run(self, folder: Path, stage: int | None) -> dict[str, Verdict]:
+    def _of_run(self, folder: Path, stage: int | None) -> list[tuple[dict[str, JsonValue], Verdict]]:
         stages = read_verdicts(folder)
         number = 1 if stage is None and len(stages) == 1 else stage or 0
         if not 1 <= number <= len(stages):
             hint = f"Say which: recorded:{folder}#1 is the first's judge." if stages else "Give one whose cascade had a judge."
             raise BackendError(f"Record {str(folder)!r} has {len(stages)} stages.", hint=hint)
-        return {key_of(asked): verdict for asked, verdict in stages[number - 1]}
+        return stages[number - 1]
+
+
+def _set_key(asked: Mapping[str, JsonValue]) -> str:
+    """The key of a question, whatever the order of its candidates."""
+    candidates = asked["candidates"]
+    assert isinstance(candidates, list)
+    return key_of({**asked, "candidates": sorted(candidates, key=str)})
 
 
 def _append(path: Path, line: Mapping[str, object]) -> None:

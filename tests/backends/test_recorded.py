@@ -8,12 +8,13 @@ import pytest
 
 from cascadevlm import Cascade, Stage, bulk
 from cascadevlm.cache import DiskStore, MemoryStore
-from cascadevlm.errors import BackendError, PermanentError
+from cascadevlm.errors import BackendError, FatalError, PermanentError
 from cascadevlm.judge import Judge
 from cascadevlm.labels import Label, LabelSet
 from cascadevlm.registry import load_judge, load_prompt, load_scorer
 from cascadevlm.scorer import Scorer
 from cascadevlm.testing import FakeJudge, FakeScorer, JudgeContract, ScorerContract, noise, question
+from cascadevlm.types import Prediction
 from cascadevlm_backends.recorded import RecordingJudge, RecordingScorer
 
 LABELS = LabelSet.of(["ant", "bee", "cicada", "dragonfly"])
@@ -100,9 +101,42 @@ async def test_another_question_is_not_answered(tmp_path: Path) -> None:
     await RecordingJudge(FakeJudge(), path).judge(question(["ant", "bee"]))
     judge = load_judge(f"recorded:{path}")
     assert (await judge.judge(question(["ant", "bee"]))).label == "ant"
-    for other in (question(["bee", "ant"]), question(["ant", "bee", "cicada"]), question(["ant", "bee"], image=noise(3))):
+    for other in (question(["ant", "bee", "cicada"]), question(["ant"]), question(["ant", "bee"], image=noise(3))):
         with pytest.raises(PermanentError, match="no answer to this question"):
             await judge.judge(other)
+
+
+async def test_the_order_of_the_candidates_decides_only_between_recorded_ones(tmp_path: Path) -> None:
+    path = tmp_path / "record.jsonl"
+    recording = RecordingJudge(FakeJudge(), path)  # chooses the first
+    for names in (["ant", "bee", "cicada"], ["bee", "cicada", "ant"]):
+        await recording.judge(question(names))
+    judge = load_judge(f"recorded:{path}")
+    assert (await judge.judge(question(["ant", "bee", "cicada"]))).label == "ant"
+    assert (await judge.judge(question(["bee", "cicada", "ant"]))).label == "bee"
+    assert (await judge.judge(question(["cicada", "bee", "ant"]))).label in ("ant", "bee")
+
+
+@pytest.mark.parametrize(
+    ("known", "missing", "stops"), [(0, 8, True), (0, 7, False), (3, 10, False), (3, 11, True), (20, 27, False)]
+)
+def test_a_replay_stops_where_most_answers_are_missing(tmp_path: Path, known: int, missing: int, stops: bool) -> None:
+    path = tmp_path / "record.jsonl"
+    path.touch()
+
+    def classify(judge: Judge, images: range) -> list[Prediction]:
+        stage = Stage(judge=judge, prompt=load_prompt("select"))
+        return Cascade(FakeScorer(), [stage], labels=LABELS, batch_size=1).classify([noise(number) for number in images])
+
+    classify(RecordingJudge(FakeJudge(), path), range(known))
+    replaying = load_judge(f"recorded:{path}")
+    for _ in range(2):  # the second run counts anew
+        if stops:
+            with pytest.raises(FatalError, match=rf"no answer to {missing} of {known + missing} questions\. Replay it with"):
+                classify(replaying, range(known + missing))
+        else:
+            outcomes = [each.verdict and each.verdict.outcome for each in classify(replaying, range(known + missing))]
+            assert outcomes == ["answered"] * known + ["failed"] * missing
 
 
 async def test_only_valid_verdicts_are_recorded(tmp_path: Path) -> None:

@@ -535,9 +535,9 @@ async def test_another_question_is_not_answered_from_a_folder(tmp_path: Path, da
     )
     assert len(list(written)) == len(data)
     judge = load_judge(f"recorded:{tmp_path / 'run'}")
-    assert (await judge.judge(ask)).label == prediction.label
+    for known in (ask, replace(ask, candidates=ask.candidates[::-1])):
+        assert (await judge.judge(known)).label == prediction.label
     others = [
-        replace(ask, candidates=ask.candidates[::-1]),
         replace(ask, candidates=ask.candidates[:2]),
         replace(ask, prompt=load_prompt("select_cot")),
         replace(ask, offer_none=True),
