@@ -180,7 +180,7 @@ def export(run: str | Path, to: str, output: str | Path, *, review: bool = False
         raise InputError(f"{str(output)!r} is there already.", hint="Give another name, or delete it first.")
     form = FORMATS[to]
     described = _description_of(run)
-    said = _predictions_of(run, _table_of(described) if form.images == "any" else None)
+    said = predictions_of(run, table_of(described.inputs) if form.images == "any" else None)
     labels = tuple(label.name for label in described.labels)
     known, occurring, counts, wanted = set(labels), set[str](), Counter[str](), bytearray()
     for number, line, image in said.with_images():
@@ -219,7 +219,12 @@ def _is_there(image: Path | bytes) -> bool:
     return image.is_file() if isinstance(image, Path) else bool(image)
 
 
-def _predictions_of(run: Path, table: Inputs | None) -> Predictions:
+def predictions_of(run: Path, table: Inputs | None) -> Predictions:
+    """The predictions in a file or a folder.
+
+    Raises:
+        DataError: if there are none.
+    """
     if not run.exists():
         raise DataError(f"{str(run)!r} does not exist.")
     file = run / PREDICTIONS if run.is_dir() else run
@@ -247,16 +252,16 @@ def _description_of(run: Path) -> _Described:
         raise DataError(f"{str(found)!r} tells no label set: {exc.errors()[0]['msg']}.") from exc
 
 
-def _table_of(described: _Described) -> Inputs | None:
-    """In which a run's images stand, if they do and it is there."""
-    path = Path(described.inputs)
-    inputs = Inputs(path) if path.suffix and path.is_file() else None
-    return inputs if inputs is not None and inputs.holds_images else None
+def table_of(inputs: str) -> Inputs | None:
+    """The table that a run was made over, if the images stand in one and it is there."""
+    path = Path(inputs)
+    table = Inputs(path) if path.suffix and path.is_file() else None
+    return table if table is not None and table.holds_images else None
 
 
 def _unreadable(file: Path, to: str, described: _Described) -> DataError:
     """Why there is nothing that a format could show."""
-    if _table_of(described) is not None and FORMATS[to].images == "files":
+    if table_of(described.inputs) is not None and FORMATS[to].images == "files":
         others = ", ".join(name for name, form in FORMATS.items() if form.images != "files")
         told = f"The images stand in {described.inputs!r}, and the format {to!r} can only name files."
         return DataError(told, hint=f"Formats that need no files are {others}.")

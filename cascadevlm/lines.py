@@ -23,6 +23,8 @@ class LineVerdict(BaseModel):
 
     outcome: Outcome
     judge: str
+    label: InstanceOf[str] | None
+    text: InstanceOf[str]
     rationale: InstanceOf[str]
     error: InstanceOf[str]
 

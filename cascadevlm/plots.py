@@ -215,6 +215,25 @@ def entropy_histogram(record: Record) -> "Figure":
     return figure
 
 
+def confidence(counts: Mapping[str, NDArray[np.int64]]) -> "Figure":
+    """How probable the labels of a run are: by who decided, how many images there are in each of `HISTOGRAM_BINS` equal parts of
+    0 to 1."""
+    from matplotlib.ticker import MaxNLocator
+
+    figure, axes = _figure("probability of the label", "images")
+    colours = {"scorer": BLUE, "judge": ORANGE, "fusion": GREEN}
+    middles = (np.arange(HISTOGRAM_BINS) + 0.5) / HISTOGRAM_BINS
+    below = np.zeros(HISTOGRAM_BINS, dtype=np.int64)
+    for name, inside in counts.items():
+        label = f"by the {name} ({inside.sum():,})"
+        axes.bar(middles, inside, 0.88 / HISTOGRAM_BINS, bottom=below, color=colours[name], label=label)
+        below = below + inside
+    axes.set_xlim(0, 1)
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    _legend(figure)
+    return figure
+
+
 def _thresholds(policy: Policy, classes: int) -> list[float]:
     """Those on normalised entropy that a policy holds."""
     match policy:

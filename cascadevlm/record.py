@@ -341,6 +341,8 @@ def _reading(folder: Path) -> Iterator[None]:
     import pyarrow
 
     hint = "Make one: cascadevlm evaluate DATA -o RUN."
+    if (folder / "manifest.json").exists():
+        raise DataError(f"{str(folder)!r} is a run without labels: it holds no record.", hint=hint)
     missing = [part for part in PARTS if not (folder / part).is_file()]
     if missing and (folder / "predictions.jsonl").exists() and "run.json" in missing:
         raise DataError(f"{str(folder)!r} holds no whole record: its run was interrupted.", hint="Run it again.")

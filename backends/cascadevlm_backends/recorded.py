@@ -217,7 +217,7 @@ def _append(path: Path, line: Mapping[str, object]) -> None:
 
 def _read(path: Path) -> list[_RecordLine]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-        return [_RecordLine.model_validate_json(line) for line in lines if line]
+        lines = path.read_bytes().split(b"\n")  # not splitlines of a text, which knows other ends of lines
+        return [_RecordLine.model_validate_json(line) for line in lines if line.strip()]
     except (OSError, ValueError) as exc:
         raise BackendError(f"Record {str(path)!r} cannot be read: {str(exc).splitlines()[0]}.") from exc

@@ -80,7 +80,8 @@ def cases(runs: Mapping[str, tuple[Record, Record]], *, seed: int = 0) -> dict[s
         ]
         totals: dict[str, JsonValue] = {kind: int(holds.sum()) for kind, holds in kinds.items()}
         told.append({"name": name, "labels": list(record.labels.names), "totals": {"all": len(record), **totals}, "cases": shown})
-    return {"runs": told, "thumbnails": [*_thumbnails(numbers)]}
+    kinds_shown: list[JsonValue] = ["all", *kinds]
+    return {"runs": told, "thumbnails": [*_thumbnails(numbers)], "kinds": kinds_shown, "chosen": "chosen at random"}
 
 
 def _case(record: Record, final: Record, row: int) -> dict[str, JsonValue]:
@@ -137,7 +138,12 @@ def _thumbnail(image: tuple[str, str]) -> str:
         return ""
     if digest and pixel_digest(loaded) != digest:
         return ""
-    loaded.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
+    return drawn(loaded)
+
+
+def drawn(image: Image.Image) -> str:
+    """An image as the data URI of a thumbnail in WebP."""
+    image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
     file = io.BytesIO()
-    loaded.save(file, "WEBP", quality=70)
+    image.save(file, "WEBP", quality=70)
     return f"data:image/webp;base64,{base64.b64encode(file.getvalue()).decode()}"

@@ -81,6 +81,22 @@ def render(runs: Mapping[str, Run], *, seed: int = 0) -> str:
         runs: by name.
         seed: of the choice of cases, where there are more than a page holds.
     """
+    draw = Drawing()
+    return rendered(
+        "report.html.j2",
+        runs=runs,
+        figures={name: _figures(run.evaluation) for name, run in runs.items()},
+        plots={name: _plots(run, draw) for name, run in runs.items()},
+        beside=draw(plots.runs({name: run.record for name, run in runs.items()}), "Accuracy of the runs")
+        if len(runs) > 1
+        else "",
+        studies={name: [(study, _study(study, draw)) for study in run.studies] for name, run in runs.items()},
+        cases=cases({name: (run.record, run.final) for name, run in runs.items()}, seed=seed),
+    )
+
+
+def rendered(template: str, **given: object) -> str:
+    """A page, with the style and the script of all of them."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
 
@@ -91,21 +107,7 @@ def render(runs: Mapping[str, Run], *, seed: int = 0) -> str:
     templates = resources.files("cascadevlm") / "templates"
     style, script = ((templates / name).read_text(encoding="utf-8") for name in ("report.css", "report.js"))
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    figures = {name: _figures(run.evaluation) for name, run in runs.items()}
-    draw = _Drawing()
-    return environment.get_template("report.html.j2").render(
-        runs=runs,
-        figures=figures,
-        plots={name: _plots(run, draw) for name, run in runs.items()},
-        beside=draw(plots.runs({name: run.record for name, run in runs.items()}), "Accuracy of the runs")
-        if len(runs) > 1
-        else "",
-        studies={name: [(study, _study(study, draw)) for study in run.studies] for name, run in runs.items()},
-        cases=cases({name: (run.record, run.final) for name, run in runs.items()}, seed=seed),
-        style=Markup(style),
-        script=Markup(script),
-        script_digest=digest,
-    )
+    return environment.get_template(template).render(**given, style=Markup(style), script=Markup(script), script_digest=digest)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +119,7 @@ class Plot:
     svg: "Markup"
 
 
-def _plots(run: Run, draw: "_Drawing") -> list[Plot]:
+def _plots(run: Run, draw: "Drawing") -> list[Plot]:
     """Those that have something to show."""
     found = run.evaluation
     judged, read = bool(run.record.stages), found.images > found.unreadable
@@ -157,13 +159,13 @@ def _plots(run: Run, draw: "_Drawing") -> list[Plot]:
     return [Plot(title=title, text=text, svg=draw(plot(run.record), title)) for shown, title, text, plot in known if shown]
 
 
-def _study(study: StudyResult, draw: "_Drawing") -> "Markup":
+def _study(study: StudyResult, draw: "Drawing") -> "Markup":
     rows = study.rows
     figure = plots.study([row.variant for row in rows], [row.accuracy for row in rows], [row.interval for row in rows])
     return draw(figure, f"Accuracy by variant: {study.question}")
 
 
-class _Drawing:
+class Drawing:
     """Makes figures SVG for one page: text stays text, colours are the page's, and no id is there twice."""
 
     def __init__(self) -> None:

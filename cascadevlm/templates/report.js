@@ -1,9 +1,8 @@
 "use strict";
 (() => {
   const PAGE = 24, LONG = 320;
-  const KINDS = ["all", "rescued", "harmed", "abstained", "wrong", "escalated"];
-  const BADGES = [["harmed", "bad"], ["rescued", "good"], ["abstained", ""], ["wrong", "bad"]];
-  const { runs, thumbnails } = JSON.parse(document.getElementById("data").textContent);
+  const BADGES = [["harmed", "bad"], ["rescued", "good"], ["abstained", ""], ["wrong", "bad"], ["unanswered", "bad"], ["skipped", ""], ["overruled", ""]];
+  const { runs, thumbnails, kinds, chosen } = JSON.parse(document.getElementById("data").textContent);
   const find = (selector) => document.querySelector(selector);
   const list = find(".list"), more = find(".more button"), search = find("input"), choice = find("select"), status = find(".status");
   const state = { run: runs[0], kind: "all", shown: 0, matching: [] };
@@ -20,14 +19,15 @@
   function badge(each) {
     const found = BADGES.find(([kind]) => each.kinds.includes(kind));
     if (!each.readable) return make("span", "badge", "Unreadable");
-    return found ? make("span", `badge ${found[1]}`, capital(found[0])) : make("span", "badge good", "Right");
+    if (found) return make("span", `badge ${found[1]}`, capital(found[0]));
+    return each.truth < 0 ? make("span", "badge", capital(each.by)) : make("span", "badge good", "Right");
   }
 
   function picture(each, truth) {
     const uri = thumbnails[each.thumbnail];
     if (!uri) return make("div", "picture", "no picture");
     const image = make("img", "picture");
-    Object.assign(image, { src: uri, alt: `Image of: ${truth}`, width: 112, height: 112, decoding: "async" });
+    Object.assign(image, { src: uri, alt: truth ? `Image of: ${truth}` : each.name, width: 112, height: 112, decoding: "async" });
     return image;
   }
 
@@ -70,21 +70,24 @@
 
   function card(each) {
     const { labels } = state.run;
-    const truth = labels[each.truth], final = each.label >= 0 ? labels[each.label] : "no label";
-    const text = make("div", "", badge(each), make("h3", "", truth));
+    const truth = labels[each.truth], final = each.label >= 0 ? labels[each.label] : "no label";  // of unlabelled images, no truth
+    const text = make("div", "", badge(each), make("h3", "", truth || final));
     if (each.readable) {
       const by = each.by ? `by the ${each.by}` : "by nobody";
       const sure = each.probability === null ? "" : ` at ${each.probability.toFixed(2)}`;
-      text.append(make("p", "facts", each.label === each.truth ? `Named ${by}${sure}` : `Called ${final}, ${by}${sure}`));
-      text.append(make("p", "facts", `${each.kinds.includes("escalated") ? "Escalated" : "Kept"}, entropy ${each.entropy.toFixed(2)}`));
+      const named = truth ? each.label === each.truth : each.label >= 0;
+      if (truth || named) text.append(make("p", "facts", named ? `Named ${by}${sure}` : `Called ${final}, ${by}${sure}`));
+      const why = each.reasons ? each.reasons.map((reason) => `: ${reason}`).join("") : `, entropy ${each.entropy.toFixed(2)}`;
+      text.append(make("p", "facts", `${each.kinds.includes("escalated") ? "Escalated" : "Kept"}${why}`));
     }
+    if (each.error) text.append(make("p", "facts", each.error));
     text.append(make("p", "facts", each.name));
     const article = make("article", "case", picture(each, truth), text);
-    article.setAttribute("aria-label", `${truth}, called ${final}`);
+    article.setAttribute("aria-label", truth ? `${truth}, called ${final}` : `${each.name}, called ${final}`);
     article.tabIndex = -1;
     if (each.candidates.length) {
       article.append(candidates(each, labels));
-      if (!each.candidates.some(([column]) => column === each.truth)) {
+      if (truth && !each.candidates.some(([column]) => column === each.truth)) {
         article.append(make("p", "facts below", "The truth is not among these."));
       }
     }
@@ -102,7 +105,7 @@
 
   function sought(each, text) {
     const { labels } = state.run;
-    return [each.truth, each.label].some((column) => column >= 0 && labels[column].toLowerCase().includes(text));
+    return !text || [each.truth, each.label].some((column) => column >= 0 && labels[column].toLowerCase().includes(text));
   }
 
   function refresh() {
@@ -116,7 +119,7 @@
     }
     state.matching = state.kind === "all" ? found : found.filter((each) => each.kinds.includes(state.kind));
     const held = state.kind === "all" ? cases.length : cases.filter((each) => each.kinds.includes(state.kind)).length;
-    const sampled = held < totals[state.kind] ? ` This page holds ${count(held)} of ${count(totals[state.kind])}, chosen at random.` : "";
+    const sampled = held < totals[state.kind] ? ` This page holds ${count(held)} of ${count(totals[state.kind])}, ${chosen}.` : "";
     status.textContent = `${count(state.matching.length)} ${state.matching.length === 1 ? "case" : "cases"}.${sampled}`;
     state.shown = 0;
     list.replaceChildren();
@@ -144,7 +147,7 @@
     move(step);
   });
 
-  for (const kind of KINDS) {
+  for (const kind of kinds) {
     const button = make("button", "", capital(kind), make("span"));
     button.type = "button";
     button.dataset.kind = kind;

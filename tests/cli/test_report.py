@@ -41,6 +41,21 @@ def test_several_runs_are_one_page(birds: Path) -> None:
     assert "The runs beside each other" in (birds / "both.html").read_text(encoding="utf-8")
 
 
+def test_a_bulk_run_is_a_page_and_no_record(birds: Path) -> None:
+    labels = birds / "labels.txt"
+    labels.write_text("".join(f"{folder.name}\n" for folder in sorted((birds / "data").iterdir())))
+    run("run", birds / "data", "-o", birds / "bulk", "--config", CONFIG, "--labels", labels)
+    run("report", birds / "bulk", "-o", birds / "bulk.html")
+    page = (birds / "bulk.html").read_text(encoding="utf-8")
+    assert "The run holds 8 images, without labels to compare with." in page
+    assert page.count("data:image/webp") == 8
+    for options in ([], ["-o", str(birds / "output")]):
+        done = run("calibrate" if options else "sweep", birds / "bulk", *options, check=False)
+        assert (done.returncode, "is a run without labels: it holds no record." in done.stderr) == (2, True)
+    done = run("report", birds / "bulk", birds / "run", "-o", birds / "both.html", check=False)
+    assert (done.returncode, "is a run without labels, others have labels." in done.stderr) == (2, True)
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [

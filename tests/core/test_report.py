@@ -3,13 +3,17 @@
 import json
 import re
 import shutil
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -17,18 +21,23 @@ from numpy.typing import NDArray
 from PIL import ImageFilter
 from playwright.sync_api import Browser, Page, sync_playwright
 
+from cascadevlm import Cascade, Stage, bulk, load_prompt, parse_policy
+from cascadevlm.budget import Ledger
 from cascadevlm.errors import DataError
 from cascadevlm.evaluate import evaluate_replayed
-from cascadevlm.images import pixel_digest
+from cascadevlm.images import load_image, pixel_digest
+from cascadevlm.inputs import Inputs
+from cascadevlm.item import OnFailure
 from cascadevlm.labels import LabelSet
 from cascadevlm.metrics import evaluate
 from cascadevlm.record import NOBODY, Judged, Record
-from cascadevlm.report import Run, read_studies, render
-from cascadevlm.report.cases import MOST_CASES, MOST_IN_ALL, UNASKED, cases, kinds_of, sample
+from cascadevlm.report import Run, read_bulk_run, read_studies, render, render_bulk
+from cascadevlm.report.cases import MOST_CASES, MOST_IN_ALL, UNASKED, cases, drawn, kinds_of, sample
+from cascadevlm.report.unlabelled import SURE
 from cascadevlm.rules import EntropyAbove
 from cascadevlm.sweep import under
-from cascadevlm.testing import noise
-from cascadevlm.types import Scores
+from cascadevlm.testing import FakeJudge, FakeScorer, noise
+from cascadevlm.types import Question, Scores
 from tests.core.test_plots import of_classes, with_policy
 from tests.core.test_sweep import record as small_record
 
@@ -561,3 +570,161 @@ def test_ten_thousand_images_are_a_page_under_20_mb(browser: Browser, tmp_path: 
     assert visit.page.locator(".case").count() == 24
     assert visit.said == []
     page.close()
+
+
+# Runs without labels.
+
+
+def reply(asked: Question) -> str:
+    """Of every five images: a second opinion twice, none of these, nothing to be read, the scorer's best."""
+    return ["ANSWER: B", "ANSWER: none of these", "Hm?", f"{EVIL}\nANSWER: A", "ANSWER: B"][int(asked.image_digest, 16) % 5]
+
+
+class Paid(FakeJudge):
+    """Costs a quarter of a dollar."""
+
+    def __init__(self) -> None:
+        super().__init__(reply=reply, dollars=0.25)
+
+    def worst_case(self, question: Question) -> int:
+        return 250_000_000
+
+
+def run_bulk(folder: Path, inputs: Inputs, *, count: int = 99, on_failure: OnFailure = "abstain") -> list[dict[str, Any]]:
+    """A run of which every image is asked about as long as there is money for 30; and its lines."""
+    stage = Stage(judge=Paid(), prompt=load_prompt("select"), policy=parse_policy("entropy > 0.4"), offer_none=True)
+    labels = [EVIL, "bee", "cicada <b>bold</b>", "never given"]
+    cascade = Cascade(FakeScorer(), [stage], labels=labels, ledger=Ledger(7.5), on_failure=on_failure, batch_size=4)
+    stop = iter([False] * count + [True] * 99)
+    bulk.run(cascade, inputs, folder, config={}, stopping=stop.__next__)
+    return [json.loads(line) for line in (folder / "predictions.jsonl").read_bytes().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def unlabelled(tmp_path_factory: pytest.TempPathFactory, images: tuple[str, ...]) -> tuple[Path, list[dict[str, Any]]]:
+    """A page of a bulk run, one of whose images is none, and its lines."""
+    folder = tmp_path_factory.mktemp("unlabelled")
+    (folder / "none.png").write_text("no image")
+    (folder / "list.txt").write_text("\n".join([*images[:60], "none.png"]))
+    lines = run_bulk(folder / "run", Inputs(folder / "list.txt"))
+    (folder / "report.html").write_text(render_bulk({"a <run>": read_bulk_run(folder / "run")}), encoding="utf-8")
+    return folder / "report.html", lines
+
+
+def data_of(page: str) -> dict[str, Any]:
+    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)
+    assert found
+    data: dict[str, Any] = json.loads(found[1])
+    return data
+
+
+def certainty(line: Mapping[str, Any]) -> float:
+    """As the page orders images."""
+    if not line["candidates"]:
+        return 2
+    if line["label"] is None:
+        return -1
+    probabilities = {each["label"]: each["probability"] for each in line["candidates"]}
+    return float(probabilities[line["label"]] if line["probability"] is None else line["probability"])
+
+
+def test_a_run_without_labels_shows_what_there_is(unlabelled: tuple[Path, list[dict[str, Any]]]) -> None:
+    file, lines = unlabelled
+    run, page = read_bulk_run(file.parent / "run"), file.read_text(encoding="utf-8")
+    labels = Counter(line["label"] for line in lines if line["label"])
+    by_whom = Counter(line["decided_by"] for line in lines if line["label"])
+    outcomes = Counter(line["verdict"]["outcome"] if line["verdict"] else "" for line in lines)
+    assert set(outcomes) == {"answered", "none", "unparsed", "skipped", ""}
+    assert {label: those.images for label, those in run.by_label} == labels
+    assert [those.images for _, those in run.by_label] == sorted(labels.values(), reverse=True)
+    assert run.decided == by_whom
+    for label, those in run.by_label:
+        mine = [line for line in lines if line["label"] == label]
+        assert those.decided == Counter(line["decided_by"] for line in mine)
+        assert those.probability == pytest.approx(sum(map(certainty, mine)))
+    best = [
+        max(line["candidates"], key=lambda each: each["probability"])["label"] if line["candidates"] else None for line in lines
+    ]
+    assert run.kinds == {
+        "abstained": sum(line["label"] is None and bool(line["candidates"]) for line in lines),
+        "unanswered": outcomes["unparsed"],
+        "skipped": outcomes["skipped"],
+        "overruled": sum(line["label"] not in (None, first) for line, first in zip(lines, best, strict=True)),
+        "escalated": sum(line["verdict"] is not None for line in lines),
+        "kept": outcomes[""] - 1,
+        "unreadable": 1,
+    }
+    assert all(run.kinds.values())
+    assert run.sure == sum(line["label"] is not None and certainty(line) >= SURE for line in lines)
+    assert (run.finished, run.tally.spent_dollars) == (True, 7.5)
+    assert run.never_given == [label for label in [EVIL, "bee", "cicada <b>bold</b>", "never given"] if label not in labels]
+    assert "$7.50" in page
+    assert "interrupted" not in page
+    assert "<b>bold" not in page
+
+
+def test_the_doubtful_come_first_with_their_pictures(unlabelled: tuple[Path, list[dict[str, Any]]]) -> None:
+    file, lines = unlabelled
+    data = data_of(file.read_text(encoding="utf-8"))
+    (run,) = data["runs"]
+    assert [case["name"] for case in run["cases"]] == [Path(line["path"]).name for line in sorted(lines, key=certainty)]
+    assert [bool(data["thumbnails"][case["thumbnail"]]) for case in run["cases"]] == [True] * 60 + [False]
+    for case, line in zip(run["cases"], sorted(lines, key=certainty), strict=True):
+        assert (case["reasons"], case["error"]) == (line["reasons"], line["error"])
+        assert [run["labels"][number] for number, _ in case["candidates"]] == [each["label"] for each in line["candidates"]]
+        assert [verdict["outcome"] for verdict in case["verdicts"]] == ([line["verdict"]["outcome"]] if line["verdict"] else [])
+
+
+def test_a_page_without_labels_works_in_a_browser(browser: Browser, unlabelled: tuple[Path, list[dict[str, Any]]]) -> None:
+    file, lines = unlabelled
+    page = browser.new_page(viewport={"width": 1280, "height": 900}, color_scheme="light")
+    opened = Visit(page, file)
+    assert opened.shown() == [Path(line["path"]).name for line in sorted(lines, key=certainty)]
+    run = read_bulk_run(file.parent / "run")
+    for kind, count in run.kinds.items():
+        opened.press(kind.capitalize())
+        assert len(opened.shown()) == count
+    opened.press("Overruled")
+    first = page.locator(".case").first
+    assert first.locator(".badge").inner_text() == "Overruled"
+    assert "Escalated: entropy" in first.inner_text()
+    assert "truth" not in first.inner_text()
+    assert page.locator("svg.plot").count() == 1
+    assert page.title() == "a <run> – cascadevlm report"
+    assert opened.said == []
+    page.close()
+
+
+def test_images_of_a_table_are_shown_and_others_in_their_place_are_not(tmp_path: Path, images: tuple[str, ...]) -> None:
+    stored = {"image": [{"bytes": Path(name).read_bytes(), "path": Path(name).name} for name in images[:12]]}
+    pyarrow.parquet.write_table(pyarrow.table(stored), tmp_path / "table.parquet", row_group_size=3)
+    run_bulk(tmp_path / "run", Inputs(tmp_path / "table.parquet"))
+    page = data_of(render_bulk({"run": read_bulk_run(tmp_path / "run")}))
+    shown = {case["name"]: page["thumbnails"][case["thumbnail"]] for case in page["runs"][0]["cases"]}
+    assert shown == {Path(name).name: drawn(load_image(Path(name))) for name in images[:12]}
+    stored["image"][0], stored["image"][1] = stored["image"][1], stored["image"][0]
+    pyarrow.parquet.write_table(pyarrow.table(stored), tmp_path / "table.parquet", row_group_size=3)
+    text = render_bulk({"run": read_bulk_run(tmp_path / "run")})
+    assert data_of(text)["thumbnails"].count("") == 2
+    assert "2 of the images shown were not found again" in text
+
+
+def test_a_run_that_is_not_finished_or_has_nothing_says_so(tmp_path: Path, images: tuple[str, ...]) -> None:
+    (tmp_path / "list.txt").write_text("\n".join(images[:60]))
+    lines = run_bulk(tmp_path / "run", Inputs(tmp_path / "list.txt"), count=3)
+    page = render_bulk({"run": read_bulk_run(tmp_path / "run")})
+    assert f"The run is not finished. So far it holds {len(lines)} images" in page
+    run_bulk(tmp_path / "nothing", Inputs(tmp_path / "list.txt"), count=0)
+    assert "So far it holds 0 images" in render_bulk({"nothing": read_bulk_run(tmp_path / "nothing")})
+
+
+def test_of_many_images_the_page_holds_the_most_doubtful(
+    tmp_path: Path, images: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cascadevlm.report.unlabelled.MOST_CASES", 5)
+    (tmp_path / "list.txt").write_text("\n".join(images[:20]))
+    lines = run_bulk(tmp_path / "run", Inputs(tmp_path / "list.txt"), on_failure="scorer")
+    page = data_of(render_bulk({"run": read_bulk_run(tmp_path / "run")}))
+    expected = [Path(line["path"]).name for line in sorted(lines, key=certainty)[:5]]
+    assert [case["name"] for case in page["runs"][0]["cases"]] == expected
+    assert (page["runs"][0]["totals"]["all"], page["chosen"]) == (20, "the most doubtful")
