@@ -10,6 +10,8 @@ from .scorer import EmbeddingScorer, Scorer
 from .stage import Stage
 from .types import Candidate, Prediction, Question, Scores, Usage, Verdict
 
+__version__: str
+
 __all__ = [
     "Candidate",
     "Cascade",

@@ -36,6 +36,9 @@ PREDICTIONS = "predictions.jsonl"
 COLUMNS = ("path", "label", "probability", "decided_by", "escalated", "outcome", "dollars", "error")
 """What tables tell of an image."""
 
+FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")
+"""With what a text begins that a spreadsheet may take for a formula (OWASP, "CSV Injection")."""
+
 
 class _Named(BaseModel):
     name: str
@@ -297,12 +300,15 @@ def read_lines(file: Path, end: int) -> Iterator[tuple[int, Line]]:
 
 
 def write_csv(chosen: Chosen, output: Path) -> str:
-    """A table with `COLUMNS`, values exactly as they are: a name that begins with ``=`` is a formula to a spreadsheet, but with
-    anything put before it it would be another name."""
+    """A table with `COLUMNS`. A text that a spreadsheet would take for a formula has an apostrophe before it."""
+
+    def cell(value: JsonValue) -> JsonValue:
+        return f"'{value}" if isinstance(value, str) and value.startswith(FORMULA) else value
+
     with output.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file:
         table = csv.DictWriter(file, COLUMNS)
         table.writeheader()
-        table.writerows(line.columns for _, line in chosen)
+        table.writerows({name: cell(value) for name, value in line.columns.items()} for _, line in chosen)
     return "It is UTF-8 with a header line."
 
 

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+import cascadevlm
 from cascadevlm.cli import (
     backends,
     cache,
@@ -34,8 +35,17 @@ app = typer.Typer(
 )
 
 
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"cascadevlm {cascadevlm.__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def options(debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False) -> None:
+def options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")] = False,
+) -> None:
     """Options of all commands."""
 
 

@@ -23,7 +23,7 @@ from pydantic import JsonValue
 
 from cascadevlm import Cascade, bulk
 from cascadevlm.errors import DataError, InputError
-from cascadevlm.export import FORMATS, Line, export
+from cascadevlm.export import FORMATS, FORMULA, Line, export
 from cascadevlm.images import load_image
 from cascadevlm.inputs import Inputs
 from cascadevlm.labels import Label
@@ -217,7 +217,17 @@ def test_a_table_keeps_any_text(tmp_path_factory: pytest.TempPathFactory, cells:
     folder = tmp_path_factory.mktemp("texts")
     said = [Prediction(path=path, label=label, decided_by="judge", error=error) for path, label, error in cells]
     export(write_lines(folder / "printed.jsonl", said), "csv", folder / "out.csv")
-    assert [(row["path"], row["label"], row["error"]) for row in table(folder / "out.csv")] == cells
+    written = [(row["path"], row["label"], row["error"]) for row in table(folder / "out.csv")]
+    assert written == [tuple(f"'{text}" if text.startswith(FORMULA) else text for text in row) for row in cells]
+
+
+@pytest.mark.parametrize("start", ["=", "+", "-", "@", "\t", "\r", "\n", "＝"])
+def test_no_cell_of_a_table_is_a_formula(tmp_path: Path, start: str) -> None:
+    text = f"{start}HYPERLINK(1)"
+    said = [Prediction(path=text, label=text, decided_by="judge", error=text, probability=0.5)]
+    export(write_lines(tmp_path / "printed.jsonl", said), "csv", tmp_path / "out.csv")
+    (row,) = table(tmp_path / "out.csv")
+    assert [row[name] for name in ("path", "label", "error", "probability")] == [f"'{text}"] * 3 + ["0.5"]
 
 
 @pytest.mark.parametrize("to", [name for name in FORMATS if name != "hf"])
