@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import ClassVar, Self
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, NonNegativeInt
 
 from cascadevlm.errors import BudgetExhausted, DataError, JudgeError
 from cascadevlm.files import write_whole, writing_to
@@ -111,11 +111,11 @@ def _wake(waiter: "asyncio.Future[None]") -> None:
         waiter.set_result(None)
 
 
-class _Change(BaseModel):
+class _Change(BaseModel, strict=True):
     """A line of a `DurableLedger`, in nanodollars."""
 
     reserved: int
-    spent: int
+    spent: NonNegativeInt
 
 
 class DurableLedger(Ledger):
@@ -162,18 +162,20 @@ def _line(*, reserved: int, spent: int) -> str:
 
 def _sum(path: Path) -> int:
     """What a ledger's file says is spent or promised."""
-    total = 0
+    spent = reserved = 0
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.endswith(b"\n"):  # what is not ended did not happen
                 break
             try:
                 change = _Change.model_validate_json(line)
-            except ValidationError as exc:
+                spent, reserved = spent + change.spent, reserved + change.reserved
+                if reserved < 0:
+                    raise ValueError("more is settled than was promised")
+            except ValueError as exc:
                 hint = "Write into it what the provider billed, in nanodollars, as the other lines do, or take it out."
                 raise DataError(f"{str(path)!r}, line {number}, is damaged: what was spent is not known.", hint=hint) from exc
-            total += change.reserved + change.spent
-    return total
+    return spent + reserved
 
 
 class Metered(WrapperJudge):

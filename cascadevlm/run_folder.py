@@ -208,7 +208,7 @@ class RunFolder:
         """What was noted, unless it cannot be read or predictions before it are missing, which forgets it."""
         path = self.folder / "progress.json"
         try:
-            noted = _CHECKPOINT.validate_json(path.read_bytes())
+            noted = _CHECKPOINT.validate_json(_checked(path.read_bytes()) or b"")
         except (FileNotFoundError, ValidationError):
             return BEGINNING
         if noted.images <= self.tally.images:
@@ -258,7 +258,7 @@ class RunFolder:
         body = line_of(path, prediction)
         with writing_to(self.folder):
             self._reopen()
-            self._predictions.write(b"%b%b%d}\n" % (body[:-1], _CHECKSUM, zlib.crc32(body)))
+            self._predictions.write(_with_checksum(body))
             self._count(path, prediction)
         self.tally.spent_dollars = self.ledger.spent_dollars
 
@@ -284,7 +284,7 @@ class RunFolder:
             os.fsync(self._predictions.fileno())
             self.ledger.sync()
             self.checkpoint = checkpoint
-            write_whole(self.folder / "progress.json", _CHECKPOINT.dump_json(checkpoint).decode())
+            write_whole(self.folder / "progress.json", _with_checksum(_CHECKPOINT.dump_json(checkpoint)).decode())
 
     def finish(self) -> None:
         """Write the table and the summary, unless they are of all predictions already."""
@@ -297,8 +297,13 @@ class RunFolder:
         self._finished = True
 
 
+def _with_checksum(body: bytes) -> bytes:
+    """A line of a JSON object, for `_checked`."""
+    return b"%b%b%d}\n" % (body[:-1], _CHECKSUM, zlib.crc32(body))
+
+
 def _checked(line: bytes) -> bytes | None:
-    """The prediction in a line, if the line is as it was written."""
+    """The JSON object in a line, if the line is as it was written."""
     body, _, checksum = line.rpartition(_CHECKSUM)
     body += b"}"
     return body if checksum == b"%d}\n" % zlib.crc32(body) else None

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import re
 import subprocess
 import sys
 import tracemalloc
@@ -491,7 +492,18 @@ def test_a_long_ledger_takes_no_memory(tmp_path: Path) -> None:
     assert most < 500_000
 
 
-@pytest.mark.parametrize("damage", [b"\0\0\0\n", b'{"reserved": 5, "sp\n{"reserved": 1, "spent": 2}\n', b'{"reserved": 5}\n'])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        b"\0\0\0\n",
+        b'{"reserved": 5, "sp\n{"reserved": 1, "spent": 2}\n',
+        b'{"reserved": 5}\n',
+        b'{"reserved": 0, "spent": -5000000000}\n',
+        b'{"reserved": -5, "spent": 0}\n',
+        b'{"reserved": 0, "spent": "5"}\n',
+        b'{"reserved": true, "spent": 0}\n',
+    ],
+)
 def test_a_damaged_ledger_is_one_sentence(tmp_path: Path, damage: bytes) -> None:
     bulk.run(cascade(), Pictures(5), tmp_path, config={})
     with (tmp_path / "ledger.jsonl").open("ab") as file:
@@ -507,6 +519,29 @@ def test_damaged_progress_is_none(tmp_path: Path, damage: bytes) -> None:
     (tmp_path / "progress.json").write_bytes(damage)
     assert bulk.run(cascade(), Pictures(20), tmp_path, config={}).images == 20
     bulk.run(cascade(), Pictures(20), tmp_path / "whole", config={})
+    assert lines(tmp_path) == lines(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("policy", ["entropy > 0.6", "calls <= 5", "top_fraction(0.5)"])
+@pytest.mark.parametrize(
+    ("found", "false"),
+    [
+        (rb'"images":8', b'"images":-8'),
+        (rb'"images":8', b'"images":4'),
+        (rb'"calls":\d+', b'"calls":-1000'),
+        (rb'"spending":\[.*?\],"seen"', b'"spending":[],"seen"'),
+        (rb'"recent":\[', b'"recent":[1.5,'),
+    ],
+)
+def test_progress_that_was_changed_is_none(tmp_path: Path, policy: str, found: bytes, false: bytes) -> None:
+    stop = stopping_after(2)
+    bulk.run(cascade(policy=policy), Pictures(20), tmp_path, config={}, stopping=stop.__next__)
+    noted = (tmp_path / "progress.json").read_bytes()
+    changed = re.sub(found, false, noted, count=1)
+    assert changed != noted
+    (tmp_path / "progress.json").write_bytes(changed)
+    assert bulk.run(cascade(policy=policy), Pictures(20), tmp_path, config={}).images == 20
+    bulk.run(cascade(policy=policy), Pictures(20), tmp_path / "whole", config={})
     assert lines(tmp_path) == lines(tmp_path / "whole")
 
 
