@@ -1,8 +1,9 @@
 """Bulk runs: a cascade over any number of images, into a folder from which it goes on after whatever stopped it."""
 
 import asyncio
+import shutil
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import aclosing
 from dataclasses import replace
 from pathlib import Path
@@ -13,25 +14,33 @@ from cascadevlm import loop
 from cascadevlm.cache import DiskStore
 from cascadevlm.cascade import Cascade
 from cascadevlm.engine import Run
-from cascadevlm.errors import DataError
+from cascadevlm.errors import DataError, RunError
 from cascadevlm.images import ImageSource
 from cascadevlm.inputs import Named, after, names
 from cascadevlm.judge import Judge, WrapperJudge
 from cascadevlm.manifest import Manifest
 from cascadevlm.run_folder import RunFolder, Tally
-from cascadevlm.scorer import Scorer, WrapperScorer
+from cascadevlm.scorer import Prepared, Scorer, WrapperScorer
 from cascadevlm.types import Scores
+
+LEAST_FREE = 16 << 20
+"""Bytes free on a disk below which no further image is begun: there is room for the answers to what was asked already."""
 
 FLUSH_SECONDS = 1.0
 """How long predictions wait at most to be made safe; answers of judges are kept at once."""
 
 
 class _NotedScorer(WrapperScorer):
-    """Scores as another scorer does; the folder is told its fingerprint."""
+    """Scores as another scorer does; the folder is told its fingerprint and what it reads."""
 
     def __init__(self, wrapped: Scorer, folder: RunFolder) -> None:
         super().__init__(wrapped)
         self.folder = folder
+
+    def prepare(self, source: ImageSource) -> Prepared:
+        prepared = super().prepare(source)
+        self.folder.read(prepared)
+        return prepared
 
     def altered(self, scores: Scores) -> Scores:
         self.folder.scored_with(scores.fingerprint)
@@ -88,16 +97,26 @@ def run(
         _require_same_images(inputs, opened)
         if sentence := opened.outlook(len(inputs) if isinstance(inputs, Sized) else None):
             outlook(sentence)
+        store = DiskStore(folder / "verdicts") if cascade.store is None else cascade.store
+        disks = [folder, store.folder] if isinstance(store, DiskStore) else [folder]
         noted = [replace(stage, judge=_NotedJudge(stage.judge, opened, number)) for number, stage in enumerate(cascade.stages)]
         lasting = cascade.altered(
             scorer=_NotedScorer(cascade.scorer, opened),
             stages=noted,
-            store=DiskStore(folder / "verdicts") if cascade.store is None else cascade.store,
+            store=store,
             ledger=opened.ledger,
         )
-        if loop.run(_classify(lasting, inputs, opened, stopping, progress)):
+        if loop.run(_classify(lasting, inputs, opened, lambda: stopping() or bool(_full(disks)), progress)):
             opened.finish()
+        elif full := _full(disks):
+            hint = "What was done is kept: once there is room, the same command goes on."
+            raise RunError(f"The disk of {str(full[0])!r} has less than {LEAST_FREE >> 20} MB left.", hint=hint)
         return opened.tally
+
+
+def _full(folders: Sequence[Path]) -> list[Path]:
+    """Those on a disk that is nearly full."""
+    return [folder for folder in folders if folder.exists() and shutil.disk_usage(folder).free < LEAST_FREE]
 
 
 def _require_same_images(inputs: Iterable[Named], folder: RunFolder) -> None:
@@ -152,6 +171,8 @@ async def _append(run: Run, inputs: Iterable[Named], folder: RunFolder, progress
             if number > known:
                 folder.append(name, prediction)
                 progress(folder.tally)
+            else:
+                folder.forget(name)
 
 
 async def _flush(run: Run, folder: RunFolder) -> None:

@@ -210,6 +210,18 @@ class CachedEmbeddings(Scorer):
             warnings.warn(why, RuntimeWarning, stacklevel=2)
 
 
+def file_digest(prepared: Prepared) -> str:
+    """Of the file of an image, which is read for it unless its digest is known; "" where the image is in memory.
+
+    Raises:
+        ImageError: if it cannot be read.
+    """
+    if not isinstance(prepared.source, str | Path):
+        return ""
+    digest = prepared.digest if isinstance(prepared, _Known) else _content_and_digest(prepared.source)[1]
+    return digest.hex()
+
+
 def _content_and_digest(source: ImageSource) -> tuple[ImageSource, bytes]:
     """What an image is made of, read once, and its sha256."""
     if isinstance(source, str | Path):

@@ -58,6 +58,7 @@ class Line(BaseModel):
     earlier_verdicts: list[LineVerdict]
     cost: LineCost
     error: InstanceOf[str]
+    digest: str = ""
 
     @classmethod
     def read(cls, text: str | bytes) -> Self:
@@ -112,9 +113,9 @@ class Line(BaseModel):
         return not self.candidates or any(verdict.outcome == "failed" for verdict in self.verdicts)
 
 
-def line_of(path: str, prediction: Prediction) -> bytes:
-    """A line of ``predictions.jsonl`` without its end, for `Line.read`."""
-    told = prediction.to_dict() | {"path": path}
+def line_of(path: str, prediction: Prediction, digest: str) -> bytes:
+    """A line of ``predictions.jsonl`` without its end, for `Line.read`; ``digest`` is of the image's file, if it is one."""
+    told = prediction.to_dict() | {"path": path} | ({"digest": digest} if digest else {})
     try:
         return to_json(told)
     except PydanticSerializationError:  # texts that are no valid Unicode: see `Line.read`

@@ -4,7 +4,8 @@
 
     manifest.json         what is run: the frozen configuration, the labels, digests of what the configuration names, the scorer's
                           fingerprint, the judges' identities, versions, when it began
-    predictions.jsonl     a line for every image in input order, as `Prediction.to_dict` tells it, with its own checksum
+    predictions.jsonl     a line for every image in input order, as `Prediction.to_dict` tells it, with the digest of the
+                          image's file and its own checksum
     failures.jsonl        images that could not be read, and those about which a judge was asked in vain
     ledger.jsonl          what was promised to judges and what they billed
     progress.json         how far the decisions stood when the predictions were last flushed
@@ -15,8 +16,9 @@
 
 Predictions only ever grow. A last line that was not finished is cut off when a run goes on; so is everything after a line whose
 checksum is wrong, as a machine that lost its power may leave it; everything from the first failure on, if failures are to be
-tried again; and everything from the first image on that was skipped for want of money, if the cap was raised. What is cut off is
-worked out again, with the answers that are kept.
+tried again; everything from the first image on that was skipped for want of money, if the cap was raised; and everything from the
+first image on whose file has another digest now. Only files that were changed after the run began are read for that. What is cut
+off is worked out again, with the answers that are kept.
 """
 
 import json
@@ -36,11 +38,14 @@ from pydantic import JsonValue, TypeAdapter, ValidationError
 
 from cascadevlm import manifest as manifests
 from cascadevlm.budget import DurableLedger
+from cascadevlm.embeddings import file_digest
 from cascadevlm.engine import BEGINNING, Checkpoint
-from cascadevlm.errors import DataError
+from cascadevlm.errors import DataError, ImageError
 from cascadevlm.files import write_whole, writing_to
+from cascadevlm.images import path_of
 from cascadevlm.lines import Line, failure_of, line_of, write_table
 from cascadevlm.manifest import Manifest
+from cascadevlm.scorer import Prepared
 from cascadevlm.types import Prediction
 
 FAILURES = "failures.jsonl"
@@ -127,6 +132,7 @@ class RunFolder:
         self._failures = failures
         self._finished = finished
         self._raised_from: float | None = None
+        self._digests: dict[str, str] = {}
         self._flushing = threading.RLock()
 
     @classmethod
@@ -192,6 +198,10 @@ class RunFolder:
                         warnings.warn(told, RuntimeWarning, stacklevel=2)
                     break
                 read = Line.read(body)
+                if read.digest and self._has_changed(read):
+                    told = f"The image {read.path!r} was changed after its prediction: it and what follows is worked out again."
+                    warnings.warn(told, RuntimeWarning, stacklevel=2)
+                    break
                 if raised and read.skipped:
                     self._raised_from = self.manifest.dollars
                     break
@@ -203,6 +213,15 @@ class RunFolder:
             self._reopen()
             self._predictions.truncate(sound)
         self.checkpoint = self._progress()
+
+    def _has_changed(self, line: Line) -> bool:
+        """Whether the file of an image holds other bytes than when it was classified; not so of one that is gone."""
+        try:
+            found = Path(line.path).stat()
+            changed_at = max(found.st_mtime, found.st_ctime)  # the latter, nobody can set back
+            return changed_at > self.manifest.began.timestamp() and file_digest(Prepared(source=line.path)) != line.digest
+        except (OSError, ValueError, ImageError):
+            return False
 
     def _progress(self) -> Checkpoint:
         """What was noted, unless it cannot be read or predictions before it are missing, which forgets it."""
@@ -253,9 +272,22 @@ class RunFolder:
         with writing_to(self.folder):
             self.manifest = self.manifest.with_judge(stage, identity, self.folder)
 
+    def read(self, prepared: Prepared) -> None:
+        """Note the digest of an image's file, for its line. Safe across threads.
+
+        Raises:
+            ImageError: if the file has gone.
+        """
+        if digest := file_digest(prepared):
+            self._digests[path_of(prepared.source)] = digest
+
+    def forget(self, path: str) -> None:
+        """Forget the digest of an image that has its line."""
+        self._digests.pop(path, None)
+
     def append(self, path: str, prediction: Prediction) -> None:
         """Write a prediction down; it is safe once flushed."""
-        body = line_of(path, prediction)
+        body = line_of(path, prediction, self._digests.pop(path, ""))
         with writing_to(self.folder):
             self._reopen()
             self._predictions.write(_with_checksum(body))

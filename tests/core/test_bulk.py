@@ -1,21 +1,24 @@
 """Bulk runs: what they write, and what is left of them when they are disturbed."""
 
 import asyncio
+import hashlib
 import json
 import os
 import re
 import subprocess
 import sys
+import time
 import tracemalloc
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.parquet
 import pytest
 from filelock import FileLock
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from pydantic import JsonValue
@@ -28,6 +31,7 @@ from cascadevlm.cache import DiskStore
 from cascadevlm.config import Config
 from cascadevlm.decision.judge_model import JudgeModel
 from cascadevlm.decision.scorer_calibration import ScorerCalibration
+from cascadevlm.embeddings import CachedEmbeddings
 from cascadevlm.engine import BEGINNING
 from cascadevlm.errors import DataError, FatalError, PermanentError, RunError
 from cascadevlm.files import write_whole
@@ -39,6 +43,7 @@ from cascadevlm.run_folder import RunFolder
 from cascadevlm.support import SupportSet
 from cascadevlm.testing import FakeJudge, FakeScorer, noise, picture
 from cascadevlm.types import Exemplar, Prompt, Question, Scores, Verdict
+from cascadevlm_backends.open_clip import OpenClipScorer
 from tests.calibrations import some_calibration
 
 RED, GREY = (200, 0, 0), (90, 90, 90)
@@ -397,7 +402,10 @@ def test_the_cap_holds_over_all_sessions(tmp_path: Path) -> None:
     assert tally.counts == {"answered": 10, "skipped": 20}
 
 
+@settings(max_examples=12)  # each is several runs
 @given(caps=st.lists(st.integers(0, 14), min_size=1, max_size=4))
+@example(caps=[5, 5])
+@example(caps=[7, 3, 5])
 def test_a_raised_cap_asks_about_what_was_skipped(tmp_path_factory: pytest.TempPathFactory, caps: list[int]) -> None:
     """Caps in questions, of which there are twelve, and at last no cap."""
     folder, judge, told = tmp_path_factory.mktemp("run"), PaidJudge(), list[str]()
@@ -626,6 +634,85 @@ except RunError as exc:
     assert kept > 100
     assert bulk.run(cascade(policy="never"), Pictures(2000), tmp_path, config={}).images == 2000
     assert [line["path"] for line in lines(tmp_path)] == [name for name, _ in Pictures(2000)]
+
+
+@pytest.mark.parametrize("full", ["run", "cache"])
+def test_before_a_disk_is_full_the_run_stops_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full: str) -> None:
+    judge, store = PaidJudge(), DiskStore(tmp_path / "cache")
+
+    def usage(folder: Path) -> SimpleNamespace:
+        return SimpleNamespace(free=1 << 20 if folder == tmp_path / full and len(judge.questions) > 5 else 1 << 40)
+
+    monkeypatch.setattr("shutil.disk_usage", usage)
+    with pytest.raises(RunError, match=rf"{full}' has less than 16 MB left\. What was done is kept"):
+        bulk.run(cascade(judge, "always", store=store), Pictures(40), tmp_path / "run", config={})
+    asked = len(judge.questions)
+    assert 5 < asked < 40
+    assert len(lines(tmp_path / "run")) == asked
+    monkeypatch.undo()
+    assert bulk.run(cascade(judge, "always", store=store), Pictures(40), tmp_path / "run", config={}).images == 40
+    assert len(judge.questions) == 40
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Inputs:
+    """Twenty images of one size."""
+    (tmp_path / "images").mkdir()
+    for number in range(20):
+        noise(number, (8, 8)).save(tmp_path / "images" / f"{number:02}.bmp")
+    return Inputs(tmp_path / "images")
+
+
+def test_an_image_that_was_changed_is_noticed_by_its_digest(files: Inputs, tmp_path: Path) -> None:
+    judge, stop = FakeJudge(reply=second), stopping_after(3)
+    bulk.run(cascade(judge, "always"), files, tmp_path / "run", config={}, stopping=stop.__next__)
+    before = lines(tmp_path / "run")
+    changed = files.path / "05.bmp"
+    times = changed.stat()
+    noise(99, (8, 8)).save(changed)
+    os.utime(changed, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert changed.stat().st_size == times.st_size
+    with pytest.warns(
+        RuntimeWarning, match=r"05\.bmp' was changed after its prediction: it and what follows is worked out again"
+    ):
+        assert bulk.run(cascade(judge, "always"), files, tmp_path / "run", config={}).images == 20
+    assert len(judge.questions) == 21
+    after = lines(tmp_path / "run")
+    assert [now == then for now, then in zip(after, before, strict=False)][:5] == [True] * 5
+    assert after[5]["digest"] != before[5]["digest"]
+    assert [line["label"] for line in after] == [each.label for each in cascade(policy="always").classify(s for _, s in files)]
+
+
+def test_an_image_that_was_only_touched_moved_or_deleted_is_not_changed(files: Inputs, tmp_path: Path) -> None:
+    judge = FakeJudge(reply=second)
+    bulk.run(cascade(judge, "always"), files, tmp_path / "run", config={})
+    before = lines(tmp_path / "run")
+    (files.path / "03.bmp").touch()
+    content = (files.path / "04.bmp").read_bytes()
+    (files.path / "04.bmp").unlink()
+    (files.path / "04.bmp").write_bytes(content)
+    listed = [name for name, _ in files]
+    (files.path / "05.bmp").unlink()
+    (tmp_path / "list.txt").write_text("\n".join(listed))
+    assert bulk.run(cascade(judge, "always"), Inputs(tmp_path / "list.txt"), tmp_path / "run", config={}).images == 20
+    assert lines(tmp_path / "run") == before
+    assert len(judge.questions) == 20
+
+
+def test_only_files_that_were_changed_since_the_run_began_are_read_again(
+    files: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    time.sleep(0.02)  # clocks of files are coarse
+    bulk.run(cascade(), files, tmp_path / "run", config={})
+    monkeypatch.setattr(run_folder, "file_digest", lambda prepared: pytest.fail(f"{prepared.source} is read"))
+    bulk.run(cascade(), files, tmp_path / "run", config={})
+
+
+def test_digests_are_known_where_embeddings_are_kept(files: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scorer = CachedEmbeddings(OpenClipScorer("aviary", device="cpu"), tmp_path / "embeddings")
+    bulk.run(Cascade(scorer, [], labels=LABELS), files, tmp_path / "run", config={})
+    digests = [hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(files.path.iterdir())]
+    assert [line["digest"] for line in lines(tmp_path / "run")] == digests
 
 
 def test_killed_runs_lose_nothing_and_pay_twice_only_for_what_was_under_way() -> None:

@@ -1,5 +1,6 @@
 import asyncio
 import contextlib
+import hashlib
 import json
 import pickle
 import sqlite3
@@ -14,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cascadevlm.cache import Cached, DiskStore, MemoryStore, SingleFlight, key_of, question_payload
+from cascadevlm.cache import Cached, DiskStore, MemoryStore, Payload, SingleFlight, key_of, question_payload
 from cascadevlm.errors import BackendError, TransientError
 from cascadevlm.judge import Judge
 from cascadevlm.labels import Label, LabelSet
@@ -211,6 +212,23 @@ async def test_nothing_that_is_kept_is_unpickled_or_names_a_file(tmp_path: Path,
     store.clear()
     assert not trace.exists()
     assert mine.exists()
+
+
+def test_a_large_entry_is_a_row_too(tmp_path: Path) -> None:
+    payload: Payload = {"messages": [str(hashlib.sha256(str(number).encode()).hexdigest()) for number in range(3000)]}
+    DiskStore(tmp_path).put(key_of(payload), payload, Verdict(outcome="none"))
+    assert DiskStore(tmp_path).get(key_of(payload)) == Verdict(outcome="none")
+    assert not [path for path in tmp_path.rglob("*") if path.is_dir()]
+    assert (tmp_path / "cache.db").stat().st_size + (tmp_path / "cache.db-wal").stat().st_size > 100_000
+
+
+def test_a_verdict_that_is_no_answer_is_damage(tmp_path: Path) -> None:
+    entry = {"payload": {}, "verdict": Verdict(outcome="refused", error="no").to_dict()}
+    with diskcache.Cache(str(tmp_path), disk=diskcache.JSONDisk) as raw:
+        raw[key_of({})] = entry
+    with pytest.warns(RuntimeWarning, match="is damaged"):
+        assert DiskStore(tmp_path).get(key_of({})) is None
+    assert list(DiskStore(tmp_path).damaged()) == [key_of({})]
 
 
 @pytest.mark.filterwarnings("ignore:An answer could not be kept:RuntimeWarning")
