@@ -425,18 +425,30 @@ def test_a_run_that_fails_leaves_no_record(tmp_path: Path, data: Data) -> None:
         read_record(tmp_path / "run")
 
 
+class Harmful:
+    """Writes a file where it is unpickled."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self) -> tuple[object, tuple[object, ...]]:
+        return Path.touch, (self.trace,)
+
+
 @pytest.mark.parametrize("kind", ["objects", "archive", "texts", "another width"])
 def test_scores_that_are_no_array_of_numbers_are_no_record(tmp_path: Path, data: Data, kind: str) -> None:
-    """An array of objects is pickled: reading it would run what stands in it."""
     recorded(tmp_path / "run", data, [])
     scores = np.load(tmp_path / "run" / "scores.npy")
     with (tmp_path / "run" / "scores.npy").open("wb") as file:
         if kind == "archive":
             np.savez(file, scores=scores)
+        elif kind == "objects":
+            np.save(file, np.full(scores.shape, Harmful(tmp_path / "trace"), dtype=object))
         else:
-            np.save(file, scores.astype({"objects": object, "texts": str, "another width": np.float64}[kind]))
+            np.save(file, scores.astype({"texts": str, "another width": np.float64}[kind]))
     with pytest.raises(DataError, match="holds no whole record"):
         read_record(tmp_path / "run")
+    assert not (tmp_path / "trace").exists()
 
 
 @pytest.mark.parametrize("part", ["run.json", "scores.npy", "images.parquet", "verdicts.parquet", "predictions.parquet"])
