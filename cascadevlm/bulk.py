@@ -13,14 +13,16 @@ from pydantic import JsonValue
 from cascadevlm import loop
 from cascadevlm.cache import DiskStore
 from cascadevlm.cascade import Cascade
+from cascadevlm.embeddings import Digesting
 from cascadevlm.engine import Run
 from cascadevlm.errors import DataError, RunError
 from cascadevlm.images import ImageSource
 from cascadevlm.inputs import Named, after, names
 from cascadevlm.judge import Judge, WrapperJudge
+from cascadevlm.labels import LabelSet
 from cascadevlm.manifest import Manifest
 from cascadevlm.run_folder import RunFolder, Tally
-from cascadevlm.scorer import Prepared, Scorer, WrapperScorer
+from cascadevlm.scorer import Prepared, Scorer
 from cascadevlm.types import Scores
 
 LEAST_FREE = 16 << 20
@@ -30,17 +32,16 @@ FLUSH_SECONDS = 1.0
 """How long predictions wait at most to be made safe; answers of judges are kept at once."""
 
 
-class _NotedScorer(WrapperScorer):
-    """Scores as another scorer does; the folder is told its fingerprint and what it reads."""
+class _NotedScorer(Digesting):
+    """Scores as another scorer does; the folder is told its fingerprint and what it scored."""
 
     def __init__(self, wrapped: Scorer, folder: RunFolder) -> None:
         super().__init__(wrapped)
         self.folder = folder
 
-    def prepare(self, source: ImageSource) -> Prepared:
-        prepared = super().prepare(source)
-        self.folder.read(prepared)
-        return prepared
+    def score_prepared(self, prepared: Sequence[Prepared], labels: LabelSet) -> Scores:
+        self.folder.scored(prepared)
+        return super().score_prepared(prepared, labels)
 
     def altered(self, scores: Scores) -> Scores:
         self.folder.scored_with(scores.fingerprint)

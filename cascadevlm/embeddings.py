@@ -25,7 +25,7 @@ from cascadevlm.errors import BackendError, ImageError
 from cascadevlm.images import ImageSource, load_image, pixel_digest
 from cascadevlm.labels import LabelSet
 from cascadevlm.portable import Live
-from cascadevlm.scorer import EmbeddingScorer, Prepared, Scorer
+from cascadevlm.scorer import EmbeddingScorer, Prepared, Scorer, WrapperScorer
 from cascadevlm.types import Scores
 
 SHARD_ROWS = 16_384
@@ -166,14 +166,15 @@ class CachedEmbeddings(Scorer):
 
     def prepare(self, source: ImageSource) -> Prepared:
         content, digest = _content_and_digest(source)
+        of_file = digest.hex() if isinstance(source, str | Path) else ""
         embedding = self._kept(digest)
         if embedding is not None:
-            return _Known(source=source, digest=digest, embedding=embedding)
+            return _Known(source=source, digest=digest, file_digest=of_file, embedding=embedding)
         try:
             prepared = self.wrapped.prepare(content)
         except ImageError:
             prepared = self.wrapped.prepare(source)  # fails again, by its name
-        return _Known(source=source, features=prepared.features, pixels=prepared.pixels, digest=digest)
+        return _Known(source=source, features=prepared.features, pixels=prepared.pixels, digest=digest, file_digest=of_file)
 
     def score(self, images: Sequence[Image.Image], labels: LabelSet) -> Scores:
         return self.score_prepared([self.prepare(image) for image in images], labels)
@@ -210,16 +211,23 @@ class CachedEmbeddings(Scorer):
             warnings.warn(why, RuntimeWarning, stacklevel=2)
 
 
-def file_digest(prepared: Prepared) -> str:
-    """Of the file of an image, which is read for it unless its digest is known; "" where the image is in memory.
+class Digesting(WrapperScorer):
+    """Scores as another scorer does, and notes the digest of every image's file."""
+
+    def prepare(self, source: ImageSource) -> Prepared:
+        prepared = super().prepare(source)
+        if isinstance(source, str | Path) and not prepared.file_digest:
+            prepared.file_digest = file_digest(source)
+        return prepared
+
+
+def file_digest(path: str | Path) -> str:
+    """The sha256 of an image's file, in hexadecimal.
 
     Raises:
         ImageError: if it cannot be read.
     """
-    if not isinstance(prepared.source, str | Path):
-        return ""
-    digest = prepared.digest if isinstance(prepared, _Known) else _content_and_digest(prepared.source)[1]
-    return digest.hex()
+    return _content_and_digest(path)[1].hex()
 
 
 def _content_and_digest(source: ImageSource) -> tuple[ImageSource, bytes]:

@@ -27,7 +27,7 @@ import threading
 import warnings
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -219,7 +219,7 @@ class RunFolder:
         try:
             found = Path(line.path).stat()
             changed_at = max(found.st_mtime, found.st_ctime)  # the latter, nobody can set back
-            return changed_at > self.manifest.began.timestamp() and file_digest(Prepared(source=line.path)) != line.digest
+            return changed_at > self.manifest.began.timestamp() and file_digest(line.path) != line.digest
         except (OSError, ValueError, ImageError):
             return False
 
@@ -272,14 +272,9 @@ class RunFolder:
         with writing_to(self.folder):
             self.manifest = self.manifest.with_judge(stage, identity, self.folder)
 
-    def read(self, prepared: Prepared) -> None:
-        """Note the digest of an image's file, for its line. Safe across threads.
-
-        Raises:
-            ImageError: if the file has gone.
-        """
-        if digest := file_digest(prepared):
-            self._digests[path_of(prepared.source)] = digest
+    def scored(self, images: Sequence[Prepared]) -> None:
+        """Note the digests of images' files, for their lines. Safe across threads."""
+        self._digests.update({path_of(image.source): image.file_digest for image in images if image.file_digest})
 
     def forget(self, path: str) -> None:
         """Forget the digest of an image that has its line."""

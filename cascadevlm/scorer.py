@@ -32,11 +32,13 @@ class Prepared:
         source: what it is read from.
         features: what the scorer made of it beside the model; None where it makes nothing.
         pixels: the image, upright RGB; None where it is not in memory.
+        file_digest: the sha256 of the file that it was read from; "" where it is not known.
     """
 
     source: ImageSource
     features: NDArray[np.uint8 | np.float32] | None = None
     pixels: Image.Image | None = None
+    file_digest: str = ""
 
     @property
     def image(self) -> Image.Image:

@@ -238,11 +238,12 @@ class Arriving:
         paths = [path_of(source) for source in sources]
         if batch is None or batch.paths != paths:
             raise DataError("The workers find other images than this machine does.", hint=SAME_FILES)
-        rows = iter(batch.log_probs if batch.log_probs is not None else ())
-        return [
-            (path, error or _Arrived(source=source, scores=self._scores(next(rows), batch.fingerprint)))
-            for path, error, source in zip(paths, batch.errors, sources, strict=True)
-        ]
+        rows, digests = iter(batch.log_probs if batch.log_probs is not None else ()), iter(batch.digests)
+
+        def arrived(source: ImageSource) -> _Arrived:
+            return _Arrived(source=source, file_digest=next(digests), scores=self._scores(next(rows), batch.fingerprint))
+
+        return [(path, error or arrived(source)) for path, error, source in zip(paths, batch.errors, sources, strict=True)]
 
     def _scores(self, log_probs: NDArray[np.float32], fingerprint: str) -> Scores:
         return Scores(log_probs=log_probs[np.newaxis], labels=self.labels, fingerprint=fingerprint)

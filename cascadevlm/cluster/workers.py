@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from pydantic import JsonValue
 
 from cascadevlm.config import Config, Options
+from cascadevlm.embeddings import Digesting
 from cascadevlm.errors import BackendError, CascadeError, ImageError
 from cascadevlm.images import ImageSource, path_of
 from cascadevlm.inputs import Named, after
@@ -62,12 +63,14 @@ class ScoredBatch:
     Attributes:
         paths: N; "" of images that are no files.
         errors: N; None of the n that could be read.
+        digests: n, of their files; "" of images that are no files.
         log_probs: n x C; None where n is 0.
         fingerprint: the scorer's.
     """
 
     paths: Sequence[str]
     errors: Sequence[ImageError | None]
+    digests: Sequence[str]
     log_probs: NDArray[np.float32] | None
     fingerprint: str
 
@@ -115,6 +118,7 @@ class ScoringWorker:
         return ScoredBatch(
             paths=[path_of(source) for source in sources],
             errors=[each if isinstance(each, ImageError) else None for each in read],
+            digests=[each.file_digest for each in prepared],
             log_probs=scores.log_probs if scores else None,
             fingerprint=scores.fingerprint if scores else "",
         )
@@ -122,7 +126,7 @@ class ScoringWorker:
     @cached_property
     def scorer(self) -> Scorer:
         self.place.enter()
-        scorer = Config.parse(self.config).build(self.labels, bulk=True).scorer
+        scorer = Digesting(Config.parse(self.config).build(self.labels, bulk=True).scorer)
         scorer.load()
         return scorer
 

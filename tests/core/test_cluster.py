@@ -221,7 +221,7 @@ def test_workers_that_die_and_ctrl_c_cost_no_result(plugin: Path, images: Inputs
 
 async def test_other_images_in_the_workers_are_an_error() -> None:
     labels = LabelSet.of(["finch", "owl"])
-    batch = ScoredBatch(paths=["b.png"], errors=[ImageError("gone")], log_probs=None, fingerprint="")
+    batch = ScoredBatch(paths=["b.png"], errors=[ImageError("gone")], digests=[], log_probs=None, fingerprint="")
     for batches in (iter([batch]), iter([])):
         with pytest.raises(DataError, match="find other images than this machine does"):
             await Arriving(batches, labels)([Path("a.png")])
@@ -265,7 +265,7 @@ async def test_a_silent_cluster_is_told(monkeypatch: pytest.MonkeyPatch) -> None
 
     def batches() -> Iterator[ScoredBatch]:
         given.wait(10)
-        yield ScoredBatch(paths=["a.png"], errors=[ImageError("torn")], log_probs=None, fingerprint="")
+        yield ScoredBatch(paths=["a.png"], errors=[ImageError("torn")], digests=[], log_probs=None, fingerprint="")
 
     threading.Timer(0.3, given.set).start()
     with pytest.warns(RuntimeWarning, match="'ray status' tells whether its workers are there"):
