@@ -12,7 +12,7 @@ from typing import ClassVar, TypeAlias, TypeVar
 from urllib.parse import urlsplit
 
 from PIL import Image
-from pydantic import BaseModel, JsonValue, ValidationError
+from pydantic import JsonValue, ValidationError
 
 from cascadevlm.budget import NANODOLLARS
 from cascadevlm.encoding import EncodedImage, ImageLimits, encode_image, size_within
@@ -71,29 +71,6 @@ def answer_schema(question: Question, *, by_key: bool = False) -> dict[str, obje
     reasoning = {"reasoning": {"type": "string"}} if answer_format(question).reasoning else {}
     properties = {**reasoning, "answer": answer}
     return {"type": "object", "properties": properties, "required": list(properties), "additionalProperties": False}
-
-
-class _JsonAnswer(BaseModel):
-    answer: str
-    reasoning: str = ""
-
-
-def _json_answer(text: str) -> _JsonAnswer | None:
-    try:
-        return _JsonAnswer.model_validate_json(text)
-    except ValidationError:
-        return None
-
-
-def is_json_answer(text: str) -> bool:
-    """Whether a text is JSON as `answer_schema` wants it, whatever the answer."""
-    return _json_answer(text) is not None
-
-
-def text_of_json(text: str) -> str:
-    """An answer given as JSON in the form that prompts ask for; any other text unchanged."""
-    given = _json_answer(text)
-    return f"{given.reasoning}\nANSWER: {given.answer}".strip() if given else text
 
 
 def normalised(masses: Mapping[str, float]) -> Mapping[str, float] | None:
@@ -328,10 +305,7 @@ class HostedJudge(Judge):
         if reply.cut_off:
             error = f"The answer was cut off at {self.output_limit(question)} tokens; raise max_tokens."
             return Verdict(outcome="failed", text=reply.text, error=error, judge=self.spec, usage=usage)
-        verdict = verdict_from_text(
-            text_of_json(reply.text), question, judge=self.spec, usage=usage, probabilities=reply.probabilities
-        )
-        return replace(verdict, text=reply.text)
+        return verdict_from_text(reply.text, question, judge=self.spec, usage=usage, probabilities=reply.probabilities)
 
     def _unknown_usage(self, question: Question) -> Usage:
         """What a request that is paid for is taken to have used where the endpoint does not say: the most."""

@@ -13,7 +13,7 @@ from pydantic import JsonValue
 
 from cascadevlm.errors import BudgetExhausted, FatalError, JudgeError
 from cascadevlm.portable import Live, Portable
-from cascadevlm.prompt import read_answer
+from cascadevlm.prompt import after_thoughts, read_answer
 from cascadevlm.types import Question, Usage, Verdict
 
 
@@ -158,7 +158,12 @@ def verdict_from_text(
     """The verdict that a judge's text is: ``answered``, ``none`` or ``unparsed``."""
     answer = read_answer(text, question)
     if answer is None:
-        error = f"The answer names none of the {len(question.candidates)} candidates."
+        if not text.strip():
+            error = "The answer is empty."
+        elif after_thoughts(text, question) is None:
+            error = "The answer ends within the model's thoughts."
+        else:
+            error = f"The answer names none of the {len(question.candidates)} candidates, or more than one."
         return Verdict(outcome="unparsed", text=text, error=error, judge=judge, usage=usage)
     return Verdict(
         outcome="none" if answer.label is None else "answered",
@@ -278,7 +283,8 @@ class Voting(WrapperJudge):
 
 
 def _mean_verdict(names: Sequence[str], verdicts: Sequence[Verdict]) -> Verdict:
-    """Of several about the same candidates: "none of these" where more chose it than any of them, an answer if there is one."""
+    """The mean of several verdicts about the same candidates: "none of these" if more votes chose it than chose a candidate; else
+    the candidate with the highest mean probability; a verdict without an answer only if no vote holds one."""
     usage = sum((verdict.usage for verdict in verdicts), Usage())
     answered = [verdict for verdict in verdicts if verdict.outcome == "answered"]
     none = [verdict for verdict in verdicts if verdict.outcome == "none"]

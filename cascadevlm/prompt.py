@@ -5,14 +5,17 @@ A template begins with TOML between two ``+++`` lines (``reasoning``, ``max_toke
 after the template was read, on one line each, so that braces, quotes, dollar signs and line breaks in them mean nothing.
 """
 
+import json
 import re
 import string
 import tomllib
-from collections.abc import Iterator, Sequence
+import unicodedata
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import SequenceMatcher
 from functools import cache, lru_cache
 from importlib import resources
-from itertools import count
+from itertools import count, dropwhile, islice, takewhile
 from pathlib import Path
 from types import ModuleType
 from typing import Literal, TypeAlias
@@ -98,8 +101,8 @@ def _repair_prompt() -> Prompt:
 def options(question: Question) -> dict[str, str]:
     """The options offered, in the order shown: key to name, "none of these" last where it is offered.
 
-    Keys are letters, as in a spreadsheet past Z. Where one of them is also the name of a candidate, numbers are taken, or
-    numbers behind ever more ``#``: an answer must never mean two things.
+    Keys are letters: A to Z, then AA, AB and so on. If a key equals the name of a candidate, the keys are numbers instead; if a
+    number does so too, the keys are N1, N2 …, then NN1, NN2 …: an answer never means two things.
     """
     return dict(_options(question.labels, question.offer_none))
 
@@ -107,7 +110,7 @@ def options(question: Question) -> dict[str, str]:
 @lru_cache(10_000)  # wanted several times a question
 def _options(labels: tuple[Label, ...], offer_none: bool) -> tuple[tuple[str, str], ...]:
     names = [one_line(label.name) for label in labels] + [NONE_OF_THESE] * offer_none
-    taken = {fold(name) for label in labels for name in (label.name, *label.aliases)}
+    taken = {form for label in labels for name in (label.name, *label.aliases) for form in (fold(name), *_joined_up(name))}
     for keys in _key_schemes(len(names)):
         if not taken & {fold(key) for key in keys}:
             return tuple(zip(keys, names, strict=True))
@@ -189,41 +192,229 @@ class Answer:
     rationale: str
 
 
-_ANSWER_LINE = re.compile(r"^[\s>*_#`-]*answer[*_`]*\s*:[*_`]*[ \t]*(\S.*)$", re.IGNORECASE | re.MULTILINE)
-
-
 def read_answer(text: str, question: Question) -> Answer | None:
-    """What a text answers, or None if it names none of the options or more than one.
+    """What a text answers; None if it names none of the options, or more than one.
 
-    The last line of the form ``ANSWER: …`` counts; without one, the whole text if it is a single line. Its content is the
-    key of an option (``B``, ``(B)``), its name or an alias, or both (``B) name``). Names are compared exactly, then without
-    case, accents and punctuation. Where "none of these" is an option, so is the name of a label that was not shown: it says so.
+    Only what stands after the model's thoughts counts (see `after_thoughts`). There, the answer is the field ``answer`` of a JSON
+    object, wherever the object stands, and the last line of the form ``ANSWER: …``, or the paragraph below such a line. If both
+    are there, they must agree. A text with neither is an answer if it is a single line. The answer is the key of an option
+    (``B``, ``(B)``), its name or an alias, or both (``B) name``, ``name (B)``). Names are compared exactly, then without case,
+    accents and punctuation, then without apostrophes, hyphens and spaces. Beside a key, a name may also be misspelt. Where "none
+    of these" is an option, the name of a label that was not shown chooses it.
     """
-    lines = list(_ANSWER_LINE.finditer(text))
-    if lines:
-        content, rationale = lines[-1][1], text[: lines[-1].start()].strip()
-    elif len(text.strip().splitlines()) == 1:
-        content, rationale = text, ""
-    else:
+    said = after_thoughts(text, question)
+    if said is None:
         return None
-    spellings = [(label.name, *label.aliases) for label in question.labels] + [(NONE_OF_THESE,)] * question.offer_none
+    contents, rationale = _statements(_without_markers(said, question), question)
+    chosen = {_choice(content, question) for content in contents}
+    position = chosen.pop() if len(chosen) == 1 else None
+    if position is None:
+        return None
+    thoughts = _THOUGHTS.sub("", text[: len(text) - len(said)])
+    label = question.labels[position] if position < len(question.labels) else None
+    return Answer(label, f"{thoughts}\n{rationale}".strip())
+
+
+_TAG_WORD = r"(?:[a-z0-9]+[:_-])*(?:think(?:ing)?|thoughts?|reason(?:ing)?|reflect(?:ion)?|analysis|scratchpad|monologue)"
+_THOUGHTS = re.compile(
+    rf"[<\[◁]\|?(?P<end>/|end_(?:of_)?)?{_TAG_WORD}(?:[_-][a-z0-9]+)*(?:\s+\w+=[^<>]*)?\s*\|?[>\]▷]"
+    r"|(?P<final><\|channel\|>\s*final\b[^<]*(?:<\|constrain\|>[^<]*)?<\|message\|>|<channel\|>|<unused95>|assistantfinal)"
+    r"|<\|channel\|?>\s*(?:analysis|commentary|thought)|<unused94>",
+    re.IGNORECASE,
+)
+"""Tags around a model's thoughts; ``end`` or ``final`` matches in the closing ones."""
+
+
+def after_thoughts(text: str, question: Question) -> str | None:
+    """What stands after the last closing tag of thoughts; None if thoughts were begun and not ended. Tags that are part of a
+    name, and those in a text that is JSON as a whole, are ordinary text."""
+    if is_json_answer(text):
+        return text
+    tags = [tag for tag in _THOUGHTS.finditer(text) if not _in_a_name(tag[0], question)]
+    start = max((tag.end() for tag in tags if tag["end"] or tag["final"]), default=0)
+    return None if any(tag.start() >= start for tag in tags) else text[start:]
+
+
+def _in_a_name(tag: str, question: Question) -> bool:
+    return any(tag in name for label in question.labels for name in (label.name, *label.aliases))
+
+
+_MARKERS = re.compile(
+    r"(?P<begin><(?:final_?)?answer>|<\|begin_of_box\|>)"
+    r"|\${0,2}\\boxed\{(?:\\text\{)?(?P<boxed>[^{}]*)\}{1,2}\${0,2}"
+    r"|</(?:final_?)?answer>|<\|[^<>|\s]+\|>|</?s>|<eos>|<end_of_turn>|\[/?INST\]|^[^\S\n]*```\w*[^\S\n]*$",
+    re.IGNORECASE | re.MULTILINE,
+)
+"""What models and their servers write around an answer."""
+
+
+def _without_markers(text: str, question: Question) -> str:
+    def plain(marker: re.Match[str]) -> str:
+        if _in_a_name(marker[0], question):
+            return marker[0]
+        return "\nANSWER:\n" if marker["begin"] else f"\nANSWER:\n{marker['boxed']}\n" if marker["boxed"] else "\n"
+
+    return _MARKERS.sub(plain, text)
+
+
+_MARKDOWN = r"[\s>*_#`~|•\u200b\ufeff-]*"
+_ANSWER_LINE = re.compile(
+    rf"{_MARKDOWN}(?:(?:the|my|final|correct)\s+)*answer[\s*_`]*(?:[:\uff1a\ufe55\u2236][\s*_`]*(?P<content>.*))?", re.IGNORECASE
+)
+_ANSWER_SENTENCE = re.compile(
+    rf"{_MARKDOWN}(?:(?:the|my|final|correct)\s+)*answer\s+is\b[\s:\uff1a]*(?P<content>.+)", re.IGNORECASE
+)
+
+
+def _statements(text: str, question: Question) -> tuple[list[str], str]:
+    """All that a text gives as its answer, and what it says before."""
+    contents: list[str] = []
+    rationale: str | None = None
+    for start, end, fields in reversed(list(_json_answers(text))):
+        contents.append(_answer_field(fields) or "")
+        reasoning = fields.get("reasoning")
+        rationale = reasoning if isinstance(reasoning, str) else text[:start].strip()
+        text = f"{text[:start]}\n{text[end:]}"
+    lines = text.splitlines()
+    for pattern in (_ANSWER_LINE, _ANSWER_SENTENCE):
+        for number, line in reversed(list(enumerate(lines))):
+            match = pattern.fullmatch(line)
+            if match and (found := [match["content"]] if match["content"] else _paragraph(lines[number + 1 :])):
+                contents += [found[0], *(other for other in found[1:] if _choice(other, question) is not None)]
+                return contents, "\n".join(lines[:number]).strip() if rationale is None else rationale
+    written = [line for line in lines if line.strip()]
+    if not contents and len(written) == 1:
+        contents = written
+    return contents, rationale or ""
+
+
+def _paragraph(lines: Sequence[str]) -> list[str]:
+    """The first lines that are not empty, up to one that is."""
+    written = dropwhile(lambda line: not line.strip(), lines)
+    return list(takewhile(lambda line: bool(line.strip()), written))
+
+
+MOST_OBJECTS = 1000
+"""How many places of a text are looked at for a JSON object: each failure takes time in proportion to the text."""
+
+
+def _json_answers(text: str) -> Iterator[tuple[int, int, Mapping[str, object]]]:
+    """The JSON objects with a field ``answer``, and where they begin and end."""
+    decoder = json.JSONDecoder(strict=False)  # line breaks in strings are read
+    after = 0
+    for brace in islice(re.finditer(r'\{\s*"', text), MOST_OBJECTS):
+        if brace.start() < after:
+            continue
+        try:
+            value, end = decoder.raw_decode(text, brace.start())
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(value, dict) and _answer_field(value) is not None:
+            yield brace.start(), end, value
+            after = end
+
+
+def _answer_field(fields: Mapping[str, object]) -> str | None:
+    """What a JSON object gives as its answer: "" if that is no text; None if it has no such field."""
+    for name, value in fields.items():
+        if fold(name) in ("answer", "final answer"):
+            return value if isinstance(value, str) else str(value) if type(value) is int else ""
+    return None
+
+
+def is_json_answer(text: str) -> bool:
+    """Whether a text as a whole is a JSON object with an answer, whatever the answer."""
+    try:
+        value = json.loads(text, strict=False)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(value, dict) and bool(_answer_field(value))
+
+
+_EDGE = r"[\s()\[\]{}<>\"'“”‘’`*_.,:;!=–—-]"
+_KEY_FIRST = re.compile(
+    rf"{_EDGE}*(?:(?:option|choice|candidate|letter|number){_EDGE}+)?(?P<key>[^\W_]+)(?:{_EDGE}+(?P<name>\S.*?))??{_EDGE}*",
+    re.IGNORECASE,
+)
+_KEY_LAST = re.compile(rf"(?P<name>\S.*?){_EDGE}+(?P<key>[^\W_]+){_EDGE}*")
+_NO_CANDIDATE = re.compile(
+    r"(?:none|neither)(?: of (?:them|(?:these|those|the)"
+    r"(?: (?:above|listed|given|options|candidates|choices|classes|labels|names))*))?"
+)
+
+MOST_BESIDE_A_NAME = 200
+"""How much longer than the longest name an answer may be, in characters: longer text is no name, and costly to compare."""
+
+
+def _choice(content: str, question: Question) -> int | None:
+    """The position of the option that an answer names, by name before key; None where that is not exactly one."""
     named = one_line(content).strip("*_`")
-    chosen = _match(named, list(options(question)), spellings)
-    if chosen is None:
-        shown = {fold(name) for names in spellings for name in names}
-        others = question.label_set.spellings - shown if question.offer_none and question.label_set else frozenset()
-        return Answer(None, rationale) if fold(named) in others else None
-    return Answer(question.labels[chosen] if chosen < len(question.labels) else None, rationale)
-
-
-def _match(content: str, keys: Sequence[str], spellings: Sequence[Sequence[str]]) -> int | None:
-    """The position of the option that the content names, by name before key; None where that is not exactly one."""
-    for same in (one_line, fold):
-        if named := [i for i, names in enumerate(spellings) if same(content) in map(same, names)]:
-            return named[0] if len(named) == 1 else None
-    match = re.fullmatch(r"[(\[]?(\w+)(?:[)\].:]+\s*(.+)?)?", content)
-    if not match or match[1].upper() not in keys:
+    if len(named) > MOST_BESIDE_A_NAME + max(len(name) for names in _spellings(question) for name in names):
         return None
-    position = keys.index(match[1].upper())
-    agrees = match[2] is None or _match(match[2], (), spellings) == position
-    return position if agrees else None
+    if positions := _named(named, question):
+        return positions[0] if len(positions) == 1 else None
+    keys = list(options(question))
+    for form in (_KEY_FIRST, _KEY_LAST):
+        match = form.fullmatch(unicodedata.normalize("NFKC", named))
+        if match and (key := match["key"].upper()) in keys:
+            position, name = keys.index(key), match["name"]
+            return position if name is None or _agrees(name, position, question) else None
+    return None
+
+
+def _spellings(question: Question) -> list[Sequence[str]]:
+    """For each option, in the order shown, what it may be called."""
+    spellings: list[Sequence[str]] = []
+    for label in question.labels:
+        whole_line = [f"{label.name}: {label.description}"] if label.description else []
+        spellings.append([label.name, *label.aliases, *whole_line])
+    return spellings + [[NONE_OF_THESE]] * question.offer_none
+
+
+def _named(name: str, question: Question) -> list[int]:
+    """The positions of the options with that name, compared as exactly as gives any."""
+    spellings = _spellings(question)
+    shown = {fold(each) for names in spellings for each in names}
+    is_another = question.label_set is not None and fold(name) in question.label_set.spellings - shown
+    for forms in (_exactly, _folded) if is_another else (_exactly, _folded, _joined_up):
+        if positions := [i for i, names in enumerate(spellings) if any(forms(name) & forms(each) for each in names)]:
+            return positions
+    if question.offer_none and (is_another or _NO_CANDIDATE.fullmatch(fold(name))):
+        return [len(question.labels)]
+    return []
+
+
+def _exactly(name: str) -> set[str]:
+    return {one_line(name)}
+
+
+def _folded(name: str) -> set[str]:
+    return {fold(name)}
+
+
+_APOSTROPHE = "['‘’‛ʼ´`′＇]"
+_JOINTS = re.compile(r"(?<!\d)[\s_‐-―−-]+|[\s_‐-―−-]+(?!\d)")  # between digits they tell numbers apart
+
+
+def _joined_up(name: str) -> set[str]:
+    """A name without apostrophes, hyphens and spaces, with and without the s of a possessive."""
+    forms = {fold(_JOINTS.sub("", re.sub(lost, "", name))) for lost in (_APOSTROPHE, rf"{_APOSTROPHE}s\b|{_APOSTROPHE}")}
+    return forms - {""}
+
+
+def _agrees(name: str, position: int, question: Question) -> bool:
+    """Whether a name beside the key of an option is that option's, rightly spelt or nearly so."""
+    if positions := _named(name, question):
+        return position in positions
+    if question.label_set is not None and fold(name) in question.label_set.spellings:
+        return False
+    return [i for i, names in enumerate(_spellings(question)) if any(_nearly(name, each) for each in names)] == [position]
+
+
+def _nearly(name: str, other: str) -> bool:
+    """Whether names are of words that differ by a slip of the pen: not in the first letter, and not in a number."""
+    words, others = fold(name).split(), fold(other).split()
+    return len(words) == len(others) and all(
+        word == other or (word[0] == other[0] and word.isalpha() and SequenceMatcher(None, word, other).ratio() >= 0.75)
+        for word, other in zip(words, others, strict=True)
+    )

@@ -25,11 +25,10 @@ from cascadevlm.hosted import (
     Reply,
     answer_schema,
     choices,
-    is_json_answer,
     normalised,
 )
 from cascadevlm.portable import Live
-from cascadevlm.prompt import Message, Part, options, render
+from cascadevlm.prompt import Message, Part, is_json_answer, options, render
 from cascadevlm.provider_errors import error_of_status
 from cascadevlm.types import Question, Usage, Verdict
 
