@@ -124,8 +124,8 @@ class BatchJudge(WrapperJudge):
         if row is None:
             raise TransientError("The batch came back without an answer to the question.")
         try:
-            return self.hosted.read(self.hosted.of_batch_row(row, question), question, batch=True)
-        except (KeyError, TypeError, ValueError) as exc:
+            return self.hosted.read_row(row, question)
+        except (AttributeError, KeyError, TypeError, ValueError) as exc:
             raise PermanentError(f"The answer in the batch cannot be read: {exc}", may_be_billed=True) from exc
 
     def _conclude(self, key: str, verdict: Verdict) -> Verdict:

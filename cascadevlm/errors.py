@@ -108,9 +108,13 @@ class PermanentError(JudgeError):
     """This question will never be answered, other questions may."""
 
 
+class Refused(PermanentError):
+    """The provider will not answer this question, as its content filter or moderation says; it may answer others."""
+
+
 class BudgetExhausted(JudgeError):
     """The question was not asked: what it may cost is more than is left."""
 
 
 class FatalError(JudgeError):
-    """No question will be answered: authentication failed, the quota is exhausted."""
+    """No question will be answered: the key, the account, the model or the address is wrong, or the quota is exhausted."""

@@ -1,7 +1,9 @@
 """What all hosted judges share: answers held to a schema, prices, the worst case, the key, batches."""
 
+import asyncio
 import importlib.util
 import os
+import re
 import time
 from abc import abstractmethod
 from collections.abc import Awaitable, Mapping
@@ -12,16 +14,16 @@ from typing import ClassVar, TypeAlias, TypeVar
 from urllib.parse import urlsplit
 
 from PIL import Image
-from pydantic import JsonValue, ValidationError
+from pydantic import BaseModel, JsonValue, ValidationError
 
 from cascadevlm.budget import NANODOLLARS
 from cascadevlm.encoding import EncodedImage, ImageLimits, encode_image, size_within
-from cascadevlm.errors import BackendError, CascadeError, JudgeError, PermanentError
+from cascadevlm.errors import BackendError, CascadeError, FatalError, JudgeError, PermanentError, Refused, TransientError
 from cascadevlm.judge import Judge, verdict_from_text
 from cascadevlm.portable import Live
 from cascadevlm.pricing import FREE, Price, find_price
-from cascadevlm.prompt import answer_format, options, render
-from cascadevlm.provider_errors import translate
+from cascadevlm.prompt import answer_format, concluding_answer, is_json_answer, options, render
+from cascadevlm.provider_errors import ErrorResponse, translate
 from cascadevlm.types import Exemplar, Question, Usage, Verdict
 
 HAS_AIOHTTP = importlib.util.find_spec("aiohttp") is not None
@@ -49,10 +51,12 @@ UNKNOWN_IMAGE_PIXELS_PER_TOKEN = 14 * 14
 
 @dataclass(frozen=True, kw_only=True)
 class Reply:
-    """What came back from a provider, before it is read: the text, why there is none, and what is billed, if it says."""
+    """What came back from a provider, before it is read: the text, why there is none, and what is billed, if it says; and the
+    thoughts that the provider tells apart from the text."""
 
     text: str
     usage: Usage | None
+    thoughts: str = ""
     refusal: str | None = None
     cut_off: bool = False
     probabilities: Mapping[str, float] | None = None
@@ -73,6 +77,21 @@ def answer_schema(question: Question, *, by_key: bool = False) -> dict[str, obje
     return {"type": "object", "properties": properties, "required": list(properties), "additionalProperties": False}
 
 
+def texts_of(content: object) -> tuple[str, str]:
+    """The text of an answer and the thoughts told apart from it; the content is one text or a list of parts."""
+    if isinstance(content, str):
+        return content, ""
+    texts: list[str] = []
+    thoughts: list[str] = []
+    for part in content if isinstance(content, list) else ():
+        match part.model_dump(warnings=False) if isinstance(part, BaseModel) else part:
+            case str(text) | {"type": "text" | "output_text", "text": str(text)}:
+                texts.append(text)
+            case {"thinking": thought} | {"reasoning": thought} | {"summary": thought} | {"text": thought}:
+                thoughts.append(texts_of(thought)[0])
+    return "\n".join(texts), "\n".join(thoughts)
+
+
 def normalised(masses: Mapping[str, float]) -> Mapping[str, float] | None:
     """The same masses, summing to 1; None where there is none."""
     total = sum(masses.values())
@@ -85,6 +104,21 @@ class BatchLimits:
 
     requests: int
     bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Form:
+    """What not every endpoint takes of a request: a schema for the answer; the limit of tokens under its newer name."""
+
+    schema: bool
+    completion_tokens: bool = False
+
+
+NAMES_SCHEMA = re.compile(r"response_format|output_config|output_format|text\.format|schema|structured|grammar", re.IGNORECASE)
+"""How an error tells that it is about the schema."""
+
+FIRST_ALONE_SECONDS = 5.0
+"""How long the first question may keep others waiting while it finds out what the endpoint takes."""
 
 
 T = TypeVar("T")
@@ -110,6 +144,11 @@ class HostedJudge(Judge):
     live: ClassVar[Live] = (("_runs", int),)
 
     client: object | None
+    _reached = False  # whether the endpoint ever answered
+    _form: Form | None = None  # once found out
+    _schema_works = False
+    _first: "asyncio.Future[FatalError | None] | None" = None  # done when the others need not wait for the first question any more
+    _found_out = False
     provider: ClassVar[str]
     hosts: ClassVar[tuple[str, ...]]
     limits: ClassVar[ImageLimits]
@@ -199,11 +238,16 @@ class HostedJudge(Judge):
         """The key from the environment; any text does on this machine.
 
         Raises:
-            BackendError: naming the variable, if it is not set.
+            BackendError: naming the variable, if it is not set or holds what no key does.
         """
         key = os.environ.get(self.api_key_env) or (NO_KEY if self.is_local else None)
         if key is None:
             raise BackendError(f"{self.spec!r} needs a key.", hint=f"Set the environment variable {self.api_key_env}.")
+        if stray := re.search(r"[^!-~]", key):
+            raise BackendError(
+                f"The key of {self.spec!r} holds {stray[0]!r} at position {stray.start() + 1} of {len(key)}, which no key does.",
+                hint=f"Set the environment variable {self.api_key_env} without spaces, line breaks and typographic quotes.",
+            )
         return key
 
     def __getstate__(self) -> dict[str, object]:
@@ -272,6 +316,25 @@ class HostedJudge(Judge):
 
     @property
     @abstractmethod
+    def first_form(self) -> Form:
+        """The form of the first request."""
+
+    @property
+    @abstractmethod
+    def schema_is_optional(self) -> bool:
+        """Whether the judge may ask without a schema where the endpoint does not take one."""
+
+    @property
+    def form(self) -> Form:
+        """The form of requests, as far as it is known what the endpoint takes."""
+        return self._form or self.first_form
+
+    @abstractmethod
+    async def reply(self, question: Question, form: Form) -> Reply:
+        """What the model replies to a question."""
+
+    @property
+    @abstractmethod
     def secret(self) -> str:
         """The key in use, to be kept out of messages."""
 
@@ -282,18 +345,102 @@ class HostedJudge(Judge):
             JudgeError: in place of whatever the SDK raises, by `translate`.
         """
         try:
-            return await request
+            result = await request
         except CascadeError:
             raise
         except Exception as exc:
             shows_key = bool(self.secret) and self.secret in str(exc)
-            raise translate(exc, self.errors, secret=self.secret) from (None if shows_key else exc)
+            self._reached = self._reached or hasattr(exc, "status_code")
+            raise translate(exc, self.errors, secret=self.secret, reached=self._reached) from (None if shows_key else exc)
+        self._reached = True
+        return result
+
+    async def ask_as_taken(self, question: Question) -> Verdict:
+        """The verdict on a question, asked in a form that the endpoint takes. The first question finds the form out; for
+        `FIRST_ALONE_SECONDS` at most, others wait for it."""
+        loop = asyncio.get_running_loop()
+        first = self._first
+        if first is None and not self._found_out:
+            return await self._ask_first(question, loop)
+        if first is not None and first.get_loop() is loop:
+            await asyncio.wait([first])
+            if fatal := first.result():  # what stopped the first question would stop this one
+                raise fatal
+        return await self._adapt(question)
+
+    async def _ask_first(self, question: Question, loop: asyncio.AbstractEventLoop) -> Verdict:
+        self._first = first = loop.create_future()
+        patience = loop.call_later(FIRST_ALONE_SECONDS, self._let_others_go, first, None)
+        fatal = None
+        try:
+            return await self._adapt(question)
+        except FatalError as exc:
+            fatal = exc
+            raise
+        finally:
+            patience.cancel()
+            self._let_others_go(first, fatal)
+
+    def _let_others_go(self, first: "asyncio.Future[FatalError | None]", fatal: FatalError | None) -> None:
+        self._first, self._found_out = None, fatal is None
+        if not first.done():
+            first.set_result(fatal)
+
+    async def _adapt(self, question: Question) -> Verdict:
+        form, tried = self.form, set[Form]()
+        while True:
+            tried.add(form)
+            try:
+                verdict = await self.ask(self.reply(question, form), question)
+            except JudgeError as exc:
+                other = None if exc.may_be_billed else self.other_form(form, exc)  # all requests go by one reservation
+                if other is None or other in tried:
+                    raise
+                form = other
+            else:
+                self._learn(form, verdict)
+                return verdict
+
+    def other_form(self, form: Form, error: JudgeError) -> Form | None:
+        """The form to ask in after an error that was not billed; None where another form would not help."""
+        names_schema = isinstance(error, PermanentError | TransientError) and NAMES_SCHEMA.search(str(error))
+        return replace(form, schema=False) if names_schema and self.schema_is_optional else None
+
+    def _learn(self, form: Form, verdict: Verdict) -> None:
+        """Keep to a form that got an answer. An endpoint that answers with something else than JSON takes no notice of a schema;
+        an answer that is empty, refused or cut off does not tell. A schema that worked once is only left out where it must be."""
+        if form.schema and verdict.outcome not in ("refused", "failed") and verdict.text.strip():
+            self._schema_works = self._schema_works or is_json_answer(verdict.text)
+            form = replace(form, schema=self._schema_works or not self.schema_is_optional)
+        if form.schema or not self._schema_works:
+            self._form = form
 
     async def ask(self, request: Awaitable[Reply], question: Question) -> Verdict:
         """The verdict of one request, timed."""
         began = time.perf_counter()
-        verdict = self.read(await self.call(request), question)
+        try:
+            verdict = self.read(await self.call(request), question)
+        except Refused as exc:
+            verdict = self._refused(exc)
         return replace(verdict, usage=replace(verdict.usage, seconds=time.perf_counter() - began))
+
+    def read_row(self, row: JsonValue, question: Question) -> Verdict:
+        """The verdict of a row of a batch's results.
+
+        Raises:
+            JudgeError: what the row says instead of an answer.
+        """
+        try:
+            return self.read(self.of_batch_row(row, question), question, batch=True)
+        except ErrorResponse as exc:
+            error = translate(exc, self.errors, secret=self.secret)
+            if isinstance(error, Refused):
+                return self._refused(error)
+            raise error from None
+
+    def _refused(self, error: Refused) -> Verdict:
+        """The verdict that an error response amounts to which concerns one image; such a response is not billed."""
+        return Verdict(outcome="refused", error=str(error), judge=self.spec, usage=Usage(requests=1))
 
     def read(self, reply: Reply, question: Question, *, batch: bool = False) -> Verdict:
         """The verdict a reply amounts to; refusals and answers cut off are no reason to ask again."""
@@ -305,7 +452,11 @@ class HostedJudge(Judge):
         if reply.cut_off:
             error = f"The answer was cut off at {self.output_limit(question)} tokens; raise max_tokens."
             return Verdict(outcome="failed", text=reply.text, error=error, judge=self.spec, usage=usage)
-        return verdict_from_text(reply.text, question, judge=self.spec, usage=usage, probabilities=reply.probabilities)
+        text = reply.text if reply.text.strip() else concluding_answer(reply.thoughts)
+        if not text.strip() and reply.thoughts.strip():
+            error = "The answer is empty: the endpoint gave nothing but thoughts, which do not end in an answer."
+            return Verdict(outcome="unparsed", error=error, judge=self.spec, usage=usage)
+        return verdict_from_text(text, question, judge=self.spec, usage=usage, probabilities=reply.probabilities)
 
     def _unknown_usage(self, question: Question) -> Usage:
         """What a request that is paid for is taken to have used where the endpoint does not say: the most."""
@@ -391,5 +542,6 @@ class HostedJudge(Judge):
         """A row of results, read.
 
         Raises:
-            JudgeError: what it says instead of an answer.
+            ErrorResponse: what it says instead of an answer.
+            JudgeError: if it says nothing.
         """

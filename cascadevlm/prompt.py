@@ -331,6 +331,13 @@ def is_json_answer(text: str) -> bool:
     return isinstance(value, dict) and bool(_answer_field(value))
 
 
+def concluding_answer(thoughts: str) -> str:
+    """The last line of thoughts if it is an ``ANSWER: …`` line or JSON; else "": other lines of thoughts may be wrong ideas."""
+    line = next((line for line in reversed(thoughts.splitlines()) if line.strip()), "")
+    match = _ANSWER_LINE.fullmatch(line)
+    return line if (match and match["content"]) or is_json_answer(line) else ""
+
+
 _EDGE = r"[\s()\[\]{}<>\"'“”‘’`*_.,:;!=–—-]"
 _KEY_FIRST = re.compile(
     rf"{_EDGE}*(?:(?:option|choice|candidate|letter|number){_EDGE}+)?(?P<key>[^\W_]+)(?:{_EDGE}+(?P<name>\S.*?))??{_EDGE}*",

@@ -15,8 +15,9 @@ from pydantic import JsonValue, PositiveFloat, PositiveInt
 
 from cascadevlm.encoding import ImageLimits
 from cascadevlm.errors import FatalError, JudgeError, PermanentError, TransientError
-from cascadevlm.hosted import HAS_AIOHTTP, BatchLimits, HostedJudge, PriceOption, Reply, answer_schema
+from cascadevlm.hosted import HAS_AIOHTTP, BatchLimits, Form, HostedJudge, PriceOption, Reply, answer_schema, texts_of
 from cascadevlm.prompt import Message, Part, render
+from cascadevlm.provider_errors import ErrorResponse
 from cascadevlm.types import Question, Usage, Verdict
 
 if TYPE_CHECKING:
@@ -157,22 +158,30 @@ class AnthropicJudge(HostedJudge):
         return self.max_tokens or super().output_limit(question) + budget
 
     async def judge(self, question: Question) -> Verdict:
-        return await self.ask(self._ask(question), question)
+        return await self.ask_as_taken(question)
 
-    async def _ask(self, question: Question) -> Reply:
-        return _of_message(await self._client.messages.create(**self._params(question), extra_body=self._sampling))
+    @property
+    def first_form(self) -> Form:
+        return Form(schema=self.structured == "schema")
+
+    @property
+    def schema_is_optional(self) -> bool:
+        return True
+
+    async def reply(self, question: Question, form: Form) -> Reply:
+        return _of_message(await self._client.messages.create(**self._params(question, form), extra_body=self._sampling))
 
     @property
     def _sampling(self) -> dict[str, JsonValue]:
         """What the SDK has no parameter for any more, and older models still take."""
         return {} if self.temperature is None else {"temperature": self.temperature}
 
-    def _params(self, question: Question) -> "MessageParams":
+    def _params(self, question: Question, form: Form) -> "MessageParams":
         schema = answer_schema(question)
         messages = [self._message(message, question) for message in render(question)]
         params: MessageParams = {"model": self.model, "max_tokens": self.output_limit(question), "messages": messages}
         output: OutputConfigParam = {}
-        if self.structured == "schema":
+        if form.schema:
             output["format"] = {"type": "json_schema", "schema": schema}
         if self.effort is not None:
             output["effort"] = self.effort
@@ -210,7 +219,7 @@ class AnthropicJudge(HostedJudge):
         return block
 
     def batch_row(self, key: str, question: Question) -> JsonValue:
-        return {"custom_id": key, "params": {**cast(dict[str, JsonValue], self._params(question)), **self._sampling}}
+        return {"custom_id": key, "params": {**cast(dict[str, JsonValue], self._params(question, self.form)), **self._sampling}}
 
     async def submit_batch(self, rows: Path, token: str) -> str:
         requests: list[Request] = [json.loads(line) for line in rows.read_text(encoding="utf-8").splitlines()]
@@ -244,18 +253,21 @@ class AnthropicJudge(HostedJudge):
         match row["type"]:
             case "succeeded":
                 return _of_message(AnthropicMessage.model_validate(row["message"]))
-            case "errored" if "invalid_request" in str(row["error"]):
-                raise PermanentError(f"The batch refused the question: {row['error']}")
+            case "errored":
+                raise ErrorResponse(row["error"])
             case kind:
                 raise TransientError(f"The batch has no answer: {row.get('error') or kind}")
 
 
 def _of_message(message: "AnthropicMessage") -> Reply:
-    texts = [block.text for block in message.content if block.type == "text"]
-    texts += [json.dumps(block.input) for block in message.content if block.type == "tool_use"]
+    if getattr(message, "content", None) is None:
+        raise ErrorResponse(message)
+    text, thoughts = texts_of(message.content)
+    calls = [json.dumps(block.input) for block in message.content if not isinstance(block, str) and block.type == "tool_use"]
     read, written = message.usage.cache_read_input_tokens or 0, message.usage.cache_creation_input_tokens or 0
     return Reply(
-        text="\n".join(texts),
+        text="\n".join([*filter(None, [text]), *calls]),
+        thoughts=thoughts,
         usage=Usage(
             input_tokens=message.usage.input_tokens + read + written,  # Anthropic counts them apart
             cached_input_tokens=read,

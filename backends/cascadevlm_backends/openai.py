@@ -4,10 +4,10 @@ vLLM, Ollama, LM Studio, OpenRouter, Azure and ``transformers serve`` are reache
 hold an answer to a schema it is asked to; where it cannot, the lettered prompt alone does, found out with the first question.
 """
 
-import asyncio
 import json
 import math
-from collections.abc import Awaitable, Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -20,16 +20,18 @@ from cascadevlm.errors import BackendError, FatalError, JudgeError, PermanentErr
 from cascadevlm.hosted import (
     HAS_AIOHTTP,
     BatchLimits,
+    Form,
     HostedJudge,
     PriceOption,
     Reply,
     answer_schema,
     choices,
     normalised,
+    texts_of,
 )
 from cascadevlm.portable import Live
-from cascadevlm.prompt import Message, Part, is_json_answer, options, render
-from cascadevlm.provider_errors import error_of_status
+from cascadevlm.prompt import Message, Part, after_thoughts, options, read_answer, render
+from cascadevlm.provider_errors import ErrorResponse
 from cascadevlm.types import Question, Usage, Verdict
 
 if TYPE_CHECKING:
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
     from openai.types import CompletionUsage, DecisionInputPartUnionParam
     from openai.types.chat import ChatCompletion, ChatCompletionContentPartParam, ChatCompletionMessageParam
     from openai.types.chat.chat_completion import ChoiceLogprobs
+    from openai.types.chat.chat_completion_token_logprob import TopLogprob
     from openai.types.chat.completion_create_params import CompletionCreateParamsNonStreaming as ChatParams
     from openai.types.decision_create_params import InputUnionMember1DecisionInputUserMessage as DecisionMessage
     from openai.types.responses import Response, ResponseInputContentParam, ResponseInputParam
@@ -49,6 +52,12 @@ Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
 TOP_LOGPROBS = 20
 AS_JSON = "\nGive the answer as JSON: the field answer names the one shown."
+LIMIT_NOT_TAKEN = re.compile(
+    r"(?=.*max_(completion_)?tokens)"
+    r".*(not support|unsupported|not permitted|not allowed|unrecogni[sz]ed|unknown|unexpected|instead)",
+    re.IGNORECASE | re.DOTALL,
+)
+"""How an error tells that the limit of tokens has another name."""
 FILTERED = "The provider's content filter stopped the answer."
 
 
@@ -155,8 +164,6 @@ class OpenAIJudge(HostedJudge):
         self.temperature = temperature
         self.reasoning_effort: Effort | None = reasoning_effort
         self.timeout = timeout
-        self._takes_schema = structured
-        self._finding_out = asyncio.Lock()
 
     def identity(self) -> Mapping[str, JsonValue]:
         return {
@@ -171,10 +178,6 @@ class OpenAIJudge(HostedJudge):
             "max_tokens": self.max_tokens,
             "reasoning_effort": self.reasoning_effort,
         }
-
-    async def disconnect(self) -> None:
-        await super().disconnect()
-        self._finding_out = asyncio.Lock()  # the next run may be in another event loop
 
     @property
     def secret(self) -> str:
@@ -200,49 +203,41 @@ class OpenAIJudge(HostedJudge):
     async def judge(self, question: Question) -> Verdict:
         if self.mode == "decision":
             return await self.ask(self._choose(question), question)
-        if self._takes_schema is None:
-            async with self._finding_out:
-                if self._takes_schema is None:
-                    return await self._find_out(question)
-        return await self.ask(self._answer(question, self._takes_schema), question)
+        return await self.ask_as_taken(question)
 
-    async def _find_out(self, question: Question) -> Verdict:
-        """Ask for JSON by a schema: an endpoint that refuses it, or answers in other words, is asked by the prompt alone from now
-        on. A refusal costs nothing, so that both requests go by one reservation."""
-        try:
-            verdict = await self.ask(self._answer(question, True), question)
-        except PermanentError:
-            verdict = await self.ask(self._answer(question, False), question)
-            self._takes_schema = False
-            return verdict
-        if verdict.outcome not in ("refused", "failed") and verdict.text.strip():
-            self._takes_schema = is_json_answer(verdict.text)
-        return verdict
+    @property
+    def first_form(self) -> Form:
+        return Form(schema=self.structured is not False, completion_tokens=self.is_own_endpoint)
 
-    def _answer(self, question: Question, structured: bool) -> Awaitable[Reply]:
-        return self._respond(question, structured) if self.api == "responses" else self._complete(question, structured)
+    @property
+    def schema_is_optional(self) -> bool:
+        return self.structured is None
 
-    async def _complete(self, question: Question, structured: bool) -> Reply:
-        return self._of_completion(
-            await self._client.chat.completions.create(**self._chat_params(question, structured)), question
-        )
+    def other_form(self, form: Form, error: JudgeError) -> Form | None:
+        if self.api == "chat" and isinstance(error, PermanentError | TransientError) and LIMIT_NOT_TAKEN.search(str(error)):
+            return replace(form, completion_tokens=not form.completion_tokens)
+        if isinstance(error, PermanentError) and self.schema_is_optional and not self._schema_works:
+            return replace(form, schema=False)  # many servers do not say what they do not take
+        return super().other_form(form, error)
 
-    async def _respond(self, question: Question, structured: bool) -> Reply:
-        return _of_response(await self._client.responses.create(**self._response_params(question, structured)))
+    async def reply(self, question: Question, form: Form) -> Reply:
+        if self.api == "responses":
+            return _of_response(await self._client.responses.create(**self._response_params(question, form)))
+        return self._of_completion(await self._client.chat.completions.create(**self._chat_params(question, form)), question)
 
-    def _chat_params(self, question: Question, structured: bool) -> "ChatParams":
+    def _chat_params(self, question: Question, form: Form) -> "ChatParams":
         messages: list[ChatCompletionMessageParam] = []
-        for message in _worded(question, structured):
+        for message in _worded(question, form.schema):
             if message.role == "assistant":
                 messages.append({"role": "assistant", "content": "".join(map(str, message.parts))})
             else:
                 messages.append({"role": "user", "content": [self._chat_part(part, question) for part in message.parts]})
         params: ChatParams = {"model": self.model, "messages": messages}
-        if self.is_own_endpoint:
+        if form.completion_tokens:
             params["max_completion_tokens"] = self.output_limit(question)
         else:
-            params["max_tokens"] = self.output_limit(question)  # what other servers understand
-        if structured:
+            params["max_tokens"] = self.output_limit(question)  # what most other servers understand
+        if form.schema:
             schema = answer_schema(question, by_key=self.logprobs)
             params["response_format"] = {
                 "type": "json_schema",
@@ -258,20 +253,25 @@ class OpenAIJudge(HostedJudge):
         return params
 
     def _of_completion(self, completion: "ChatCompletion", question: Question) -> Reply:
-        if not completion.choices:
-            raise TransientError("The response holds no answer.", may_be_billed=True)
-        choice = completion.choices[0]
+        choice = completion.choices[0] if getattr(completion, "choices", None) else None
+        if choice is None or choice.message is None or str(choice.finish_reason) == "error":
+            error = choice and (choice.model_extra or {}).get("error")
+            raise ErrorResponse({"error": error} if error else completion)
+        text, thoughts = texts_of(choice.message.content)
+        extra = choice.message.model_extra or {}
+        thoughts = thoughts or texts_of(extra.get("reasoning_content") or extra.get("reasoning"))[0]
         return Reply(
-            text=choice.message.content or "",
+            text=text,
+            thoughts=thoughts,
             usage=_chat_usage(completion.usage),
             refusal=choice.message.refusal or (FILTERED if choice.finish_reason == "content_filter" else None),
             cut_off=choice.finish_reason == "length",
-            probabilities=_probabilities(choice.logprobs, question) if choice.logprobs else None,
+            probabilities=_probabilities(choice.logprobs, text, question) if choice.logprobs else None,
         )
 
-    def _response_params(self, question: Question, structured: bool) -> "ResponseParams":
+    def _response_params(self, question: Question, form: Form) -> "ResponseParams":
         messages: ResponseInputParam = []
-        for message in _worded(question, structured):
+        for message in _worded(question, form.schema):
             if message.role == "assistant":
                 messages.append({"role": "assistant", "content": "".join(map(str, message.parts))})
             else:
@@ -282,7 +282,7 @@ class OpenAIJudge(HostedJudge):
             "max_output_tokens": self.output_limit(question),
             "store": False,
         }
-        if structured:
+        if form.schema:
             params["text"] = {
                 "format": {"type": "json_schema", "name": "verdict", "strict": True, "schema": answer_schema(question)}
             }
@@ -345,11 +345,10 @@ class OpenAIJudge(HostedJudge):
     def batch_row(self, key: str, question: Question) -> JsonValue:
         if self.mode == "decision":
             raise BackendError(f"{self.spec!r} has no batches of decisions.", hint='Use mode = "answer".')
-        structured = self.structured is not False
         if self.api == "responses":
-            url, body = "/v1/responses", cast(JsonValue, self._response_params(question, structured))
+            url, body = "/v1/responses", cast(JsonValue, self._response_params(question, self.form))
         else:
-            url, body = "/v1/chat/completions", cast(JsonValue, self._chat_params(question, structured))
+            url, body = "/v1/chat/completions", cast(JsonValue, self._chat_params(question, self.form))
         return {"custom_id": key, "method": "POST", "url": url, "body": body}
 
     async def submit_batch(self, rows: Path, token: str) -> str:
@@ -391,11 +390,11 @@ class OpenAIJudge(HostedJudge):
         if not isinstance(response, dict) or row.get("error"):
             raise TransientError(f"The batch has no answer: {row.get('error') or 'no reason given'}")
         status, body = response.get("status_code"), response.get("body")
-        if status != 200:
-            raise error_of_status(int(str(status)), str(body))
+        if status != 200 or not isinstance(body, dict):
+            raise ErrorResponse(body, status=int(str(status)))
         if self.api == "responses":
-            return _of_response(Response.model_validate(body))
-        return self._of_completion(ChatCompletion.model_validate(body), question)
+            return _of_response(Response.construct(None, **body))
+        return self._of_completion(ChatCompletion.construct(None, **body), question)
 
 
 def _worded(question: Question, structured: bool) -> tuple[Message, ...]:
@@ -406,6 +405,8 @@ def _worded(question: Question, structured: bool) -> tuple[Message, ...]:
 
 
 def _of_response(response: "Response") -> Reply:
+    if getattr(response, "output", None) is None or response.error:
+        raise ErrorResponse(response)
     parts = [part for item in response.output if item.type == "message" for part in item.content]
     refusals = [part.refusal for part in parts if part.type == "refusal"]
     why = response.incomplete_details.reason if response.incomplete_details else None
@@ -438,21 +439,34 @@ def _chat_usage(usage: "CompletionUsage | None") -> Usage | None:
     )
 
 
-def _probabilities(logprobs: "ChoiceLogprobs", question: Question) -> Mapping[str, float] | None:
-    """Probabilities of the candidates from the alternatives to the token that gave the answer's key; None if it gave none.
-
-    The answer comes last, so the last token that is a key is the one.
-    """
-    names = dict(zip(options(question), (label.name for label in question.labels), strict=False))
-    for token in reversed(logprobs.content or []):
-        if _bare(token.token) in options(question):
-            masses = dict.fromkeys(names.values(), 0.0)
-            for alternative in token.top_logprobs:
-                if (key := _bare(alternative.token)) in names:
-                    masses[names[key]] += math.exp(alternative.logprob)
-            return normalised(masses)
+def _probabilities(logprobs: "ChoiceLogprobs", text: str, question: Question) -> Mapping[str, float] | None:
+    """Probabilities of the candidates from the alternatives to the token that is the answer's key. None if no token is exactly
+    the key of the answer that was read; and None with keys of several letters, which may be more than one token."""
+    offered = options(question)
+    answer = read_answer(text, question)
+    if answer is None or max(map(len, offered)) > 1:
+        return None
+    chosen = question.labels.index(answer.label) if answer.label else len(question.labels)
+    tokens = logprobs.content or []
+    written = "".join(token.token for token in tokens)  # where the text is without its thoughts, the tokens are not
+    said = after_thoughts(written, question) or ""
+    start = len(written) - len(said) + (said.lower().rfind("answer") + len("answer") if "answer" in said.lower() else 0)
+    end = 0
+    for token in tokens:
+        begin, end = end, end + len(token.token)
+        if end > start and re.search(r"\w", written[max(begin, start) : end]):
+            return _masses(token.top_logprobs, question) if _bare(token.token) == list(offered)[chosen] else None
     return None
 
 
+def _masses(alternatives: "Sequence[TopLogprob]", question: Question) -> Mapping[str, float] | None:
+    names = dict(zip(options(question), (label.name for label in question.labels), strict=False))
+    masses = dict.fromkeys(names.values(), 0.0)
+    for alternative in alternatives:
+        if (key := _bare(alternative.token)) in names:
+            masses[names[key]] += math.exp(alternative.logprob)
+    return normalised(masses)
+
+
 def _bare(token: str) -> str:
-    return token.strip(" \"')(.:*").upper()
+    return token.strip().upper()

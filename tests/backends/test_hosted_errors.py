@@ -2,6 +2,7 @@
 
 import asyncio
 import importlib
+import json
 import pkgutil
 from collections.abc import Iterator
 from types import ModuleType
@@ -11,9 +12,9 @@ import httpx2
 import openai
 import pytest
 
-from cascadevlm.errors import FatalError, JudgeError, PermanentError, RateLimited, TransientError
+from cascadevlm.errors import FatalError, JudgeError, PermanentError, RateLimited, Refused, TransientError
 from cascadevlm.hosted import HostedJudge
-from cascadevlm.provider_errors import error_of_status, translate
+from cascadevlm.provider_errors import ErrorResponse, error_of_response, translate
 from cascadevlm_backends.anthropic import AnthropicJudge
 from cascadevlm_backends.openai import OpenAIJudge
 
@@ -24,9 +25,9 @@ SDKS: list[tuple[ModuleType, type[Exception], type[HostedJudge]]] = [
 EITHER = pytest.mark.parametrize(("sdk", "root", "judge"), SDKS, ids=["openai", "anthropic"])
 
 BY_STATUS: dict[int, type[JudgeError]] = {
-    **dict.fromkeys((400, 405, 412, 413, 415, 422, 431, 499), PermanentError),
-    **dict.fromkeys((401, 402, 403, 404), FatalError),
-    **dict.fromkeys((408, 409, 500, 501, 502, 504), TransientError),
+    **dict.fromkeys((400, 412, 413, 415, 422, 431, 499), PermanentError),
+    **dict.fromkeys((302, 401, 402, 403, 404, 405, 407, 410), FatalError),
+    **dict.fromkeys((408, 409, 425, 500, 501, 502, 504, 520), TransientError),
     **dict.fromkeys((429, 503, 529), RateLimited),
 }
 
@@ -85,7 +86,7 @@ def test_a_status_is_what_counts(sdk: ModuleType, root: type[Exception], judge: 
 
 @pytest.mark.parametrize("status", [*BY_STATUS])
 def test_what_a_status_amounts_to(status: int) -> None:
-    assert type(error_of_status(status, "words")) is BY_STATUS[status]
+    assert type(error_of_response(status, {"error": {"message": "words"}})) is BY_STATUS[status]
 
 
 @pytest.mark.parametrize(
@@ -110,6 +111,158 @@ def test_spent_quotas_stop_the_run_whatever_their_status(provider: str, status: 
     assert "exhausted" in str(error)
 
 
+OF_ONE_IMAGE: list[tuple[int, object, str]] = [
+    (
+        403,
+        {"code": "permission-denied", "error": "Content violates usage guidelines. Failed check: SAFETY_CHECK_TYPE_X"},
+        "Failed check",
+    ),
+    (
+        403,
+        {
+            "error": {
+                "code": 403,
+                "message": "m requires moderation on X.",
+                "metadata": {"reasons": ["sexual"], "flagged_input": "…"},
+            }
+        },
+        "sexual",
+    ),
+    (
+        400,
+        {
+            "error": {
+                "message": "The response was filtered due to the prompt triggering the content management policy.",
+                "code": "content_filter",
+                "innererror": {"code": "ResponsibleAIPolicyViolation"},
+            }
+        },
+        "content management policy",
+    ),
+    (400, {"error": {"message": "Not here.", "code": "content_policy_violation"}}, "Not here."),
+    (400, {"error": {"message": "Your request was rejected as a result of our safety system.", "type": "x"}}, "safety system"),
+    (400, {"code": "DataInspectionFailed", "message": "Input data may contain inappropriate content."}, "inappropriate"),
+    (
+        400,
+        {"type": "error", "error": {"type": "invalid_request_error", "message": "Output blocked by content filtering policy"}},
+        "",
+    ),
+    (400, {"error": {"message": "The image was flagged. Repeated violations may lead to your account being closed."}}, "flagged"),
+    (200, {"error": {"message": "Blocked.", "code": "content_filter"}}, "Blocked."),
+    (200, {"error": {"message": "The input was flagged by moderation", "code": 403}}, "flagged"),
+    (500, {"error": {"message": "ContentPolicyViolationError: no", "type": "content_policy_violation"}}, "no"),
+]
+OF_ALL: list[tuple[int, object, str]] = [
+    (
+        400,
+        {
+            "type": "error",
+            "error": {"type": "invalid_request_error", "message": "Your credit balance is too low. Please buy credits."},
+        },
+        "Your credit balance is too low.",
+    ),
+    (400, {"error": {"message": "Your account is not active, please check your billing details."}}, "not active"),
+    (
+        400,
+        {"error": {"code": "Arrearage", "message": "Access denied, please make sure you are in good standing."}},
+        "good standing",
+    ),
+    (402, {"error": "Insufficient Balance"}, "Insufficient Balance"),
+    (
+        403,
+        {"error": {"message": "The free allocated quota of this model is used up.", "code": "AllocationQuota"}},
+        "free allocated",
+    ),
+    (403, {"detail": "Your account has been flagged for violating our content policy."}, "has been flagged"),
+    (403, {"error": {"message": "The key has no access to this."}}, "no access"),
+    (
+        429,
+        {"error": {"message": "You exceeded your current quota, please check your plan and billing details."}},
+        "current quota",
+    ),
+    (429, {"error": {"message": "Your account is suspended due to insufficient balance, please recharge."}}, "recharge"),
+    (401, {"message": "Unauthorized"}, "Unauthorized"),
+    (400, {"error": {"message": "Incorrect API key provided: ab***yz."}}, "Incorrect API key"),
+    (400, [{"error": {"code": 400, "message": "API key not valid.", "status": "INVALID_ARGUMENT"}}], "API key not valid."),
+    (400, {"error": {"message": "acme/x is not a valid model ID", "code": 400}}, "not a valid model"),
+    (400, {"error": {"message": "Model Not Exist", "type": "invalid_request_error"}}, "Not Exist"),
+    (404, {"error": "model 'x' not found, try pulling it first"}, "try pulling"),
+    (404, "<html><head><title>404 Not Found</title></head><body><h1>nginx</h1></body></html>", "404 Not Found"),
+    (405, {"detail": "Method Not Allowed"}, "Method Not Allowed"),
+    (500, {"error": {"code": 500, "message": "image input is not supported - hint: provide the mmproj"}}, "mmproj"),
+    (200, {"error": {"message": "No auth credentials found", "code": 401}}, "No auth"),
+    (200, {"error": {"message": "More credits are needed.", "code": "402"}}, "More credits"),
+    (200, {"type": "error", "error": {"type": "authentication_error", "message": "invalid x-api-key"}}, "x-api-key"),
+]
+THAT_PASS: list[tuple[int, object, str]] = [
+    (
+        429,
+        {"error": {"message": "Rate limit reached for m on tokens per min. See https://x/account/billing for more."}},
+        "tokens",
+    ),
+    (429, [{"error": {"code": 429, "message": "You exceeded your current quota, billing … Please retry in 33.3s."}}], "retry in"),
+    (429, {"error": {"message": "Your account reached max request: 3, please try again after 1 seconds"}}, "max request"),
+    (503, {"error": {"message": "Loading model", "type": "unavailable_error"}}, "Loading"),
+    (500, {"error": "model runner has unexpectedly stopped"}, "model runner has unexpectedly stopped"),
+    (502, "<html><head><title>502 Bad Gateway</title></head></html>", "502 Bad Gateway"),
+    (200, {"id": "g", "error": {"message": "Upstream error: temporarily overloaded", "code": 502}}, "temporarily overloaded"),
+    (200, {"error": {"message": "Slow down", "code": 429}}, "Slow down"),
+    (200, {"type": "error", "error": {"type": "overloaded_error", "message": "Overloaded"}}, "Overloaded"),
+    (200, {"error": "boom"}, "boom"),
+    (200, "<html><head><title>Sign in</title></head></html>", "answered with no JSON: 'Sign in'. Is base_url right?"),
+]
+OF_THIS_REQUEST: list[tuple[int, object, str]] = [
+    (
+        422,
+        {"detail": [{"type": "extra_forbidden", "loc": ["body", "detail"], "msg": "Extra inputs"}]},
+        "body.detail: Extra inputs",
+    ),
+    (400, [{"error": {"code": 400, "message": 'Unknown name "detail"', "status": "INVALID_ARGUMENT"}}], 'Unknown name "detail"'),
+    (400, {"error": {"message": "x is not taken into account"}}, "into account"),
+    (413, {"unheard": "of"}, '{"unheard": "of"}'),
+    (200, {"object": "error", "message": "bad", "type": "BadRequestError", "code": 400}, "bad"),
+]
+RESPONSES = [
+    *((Refused, False, *case) for case in OF_ONE_IMAGE),
+    *((FatalError, False, *case) for case in OF_ALL),
+    *((TransientError, True, *case) for case in THAT_PASS),
+    *((PermanentError, False, *case) for case in OF_THIS_REQUEST),
+]
+
+
+@EITHER
+@pytest.mark.parametrize(("kind", "retryable", "status", "body", "words"), RESPONSES)
+def test_the_table(
+    sdk: ModuleType,
+    root: type[Exception],
+    judge: type[HostedJudge],
+    kind: type[JudgeError],
+    retryable: bool,
+    status: int,
+    body: object,
+    words: str,
+) -> None:
+    """Whatever the SDK makes of a body, what concerns one image is refused, what concerns all is fatal, in the server's words."""
+    if status == 200:
+        error = translate(ErrorResponse(body), judge.errors, secret="")
+    else:
+        client = (sdk.OpenAI if sdk is openai else sdk.Anthropic)(api_key="k", base_url="http://localhost")
+        text = body if isinstance(body, str) else json.dumps(body)
+        exc = client._make_status_error_from_response(httpx2.Response(status, text=text, request=REQUEST))
+        client.close()
+        error = translate(exc, judge.errors, secret="")
+    assert error.retryable == retryable
+    assert retryable or type(error) is kind
+    assert words in str(error)
+    assert not error.may_be_billed
+    assert kind is not FatalError or error.hint
+
+
+def test_a_body_without_an_answer_or_an_error_may_be_billed() -> None:
+    error = error_of_response(200, {"id": "g", "choices": []})
+    assert (type(error), error.may_be_billed) == (TransientError, True)
+
+
 REQUEST = httpx2.Request("POST", "https://example.org/v1")
 
 
@@ -124,6 +277,8 @@ def test_what_has_no_status(sdk: ModuleType, root: type[Exception], judge: type[
         (ValueError("no JSON"), TransientError, True),
         (KeyError("a bug"), PermanentError, True),
         (caused_by(sdk.APIConnectionError(request=REQUEST), httpx2.ConnectError("refused")), TransientError, False),
+        (caused_by(sdk.APIConnectionError(request=REQUEST), httpx2.LocalProtocolError("bad header")), FatalError, False),
+        (UnicodeEncodeError("ascii", "“", 0, 1, "a header"), FatalError, False),
         (caused_by(sdk.APITimeoutError(request=REQUEST), httpx2.ConnectTimeout("slow")), TransientError, False),
         (caused_by(sdk.APITimeoutError(request=REQUEST), httpx2.ReadTimeout("slow")), TransientError, True),
     ]
@@ -137,6 +292,12 @@ def caused_by(exc: Exception, cause: Exception) -> Exception:
     return exc
 
 
+@pytest.mark.parametrize("body", ["<p>sk-abcdef</p>", {"error": "x" * 495 + "sk-abcdef"}, {"error": {"code": "sk-abcdef"}}])
+@pytest.mark.parametrize("status", [200, 400, 401])
+def test_no_body_brings_the_key_into_a_message(status: int, body: object) -> None:
+    assert "abcdef" not in str(error_of_response(status, body, secret="sk-abcdef"))
+
+
 def test_a_message_never_holds_the_key() -> None:
     exc = raised(openai.AuthenticationError, 401)
     exc.args = ("x" * 480 + "Incorrect key sk-abcdef: sk-abcdef" + "x" * 2000,)
@@ -147,8 +308,13 @@ def test_a_message_never_holds_the_key() -> None:
 
 
 @pytest.mark.parametrize("through", [OpenAIJudge, AnthropicJudge])
-def test_a_server_that_is_not_there_has_billed_nothing(through: type[HostedJudge]) -> None:
-    """Through the transport in use, a refused connection is known as one."""
+@pytest.mark.parametrize("has_aiohttp", [True, False])
+def test_a_server_that_is_not_there_has_billed_nothing(
+    through: type[HostedJudge], has_aiohttp: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Through either transport, a refused connection is known as one: fatal, where nothing was ever heard of the server."""
+    for backend in ("openai", "anthropic"):
+        monkeypatch.setattr(f"cascadevlm_backends.{backend}.HAS_AIOHTTP", has_aiohttp)
     from cascadevlm.testing import question
 
     async def ask() -> JudgeError:
@@ -163,7 +329,8 @@ def test_a_server_that_is_not_there_has_billed_nothing(through: type[HostedJudge
         raise AssertionError("it answered")
 
     error = asyncio.run(ask())
-    assert (type(error), error.may_be_billed) == (TransientError, False)
+    assert (type(error), error.may_be_billed) == (FatalError, False)
+    assert str(error) == "No connection to http://127.0.0.1:9: Connection refused. Is the server running, and is base_url right?"
 
 
 @pytest.mark.parametrize(("secret", "told"), [("", True), ("sk-abcdef", True), ("no JSON", False)])

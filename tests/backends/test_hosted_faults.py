@@ -12,10 +12,10 @@ import pytest
 
 from cascadevlm.budget import NANODOLLARS, Ledger
 from cascadevlm.cache import DiskStore, MemoryStore
-from cascadevlm.errors import FatalError, RateLimited
+from cascadevlm.errors import BackendError, FatalError, RateLimited, TransientError
 from cascadevlm.registry import load_prompt
 from cascadevlm.stage import Stage
-from cascadevlm.testing import noise
+from cascadevlm.testing import noise, question
 from cascadevlm.testing.server import Fault, FaultKind, JudgeServer
 from cascadevlm.testing.server.faults import ERRORS
 from tests.backends.hosted_judges import BILL, EITHER, EVERY, USAGE, Make, always, cascade, images, no_waiting, one_in_three
@@ -85,7 +85,7 @@ async def test_what_comes_of_a_fault(kind: FaultKind, once: bool, make: Make) ->
 
 
 def test_the_table_has_every_fault() -> None:
-    assert set(TABLE) == {kind for part in get_args(FaultKind) for kind in (get_args(part) or [part])} - {"expired"}
+    assert set(TABLE) == {kind for part in get_args(FaultKind) for kind in (get_args(part) or [part])} - {"expired", "body"}
 
 
 @EVERY
@@ -124,6 +124,91 @@ def test_nothing_is_asked_after_the_run(make: Make) -> None:
         asked = len(server.requests)
         time.sleep(0.4)
         assert len(server.requests) == asked
+
+
+@EITHER
+@pytest.mark.usefixtures("no_waiting")
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        (Fault("body", body="<html><title>Sign in</title></html>"), r"no JSON: 'Sign in'\. Is base_url right\?"),
+        (Fault("body", body={"error": {"message": "Upstream is overloaded", "code": 502}}), "Upstream is overloaded"),
+        (Fault("body", body={"error": "boom"}), "boom"),
+    ],
+)
+def test_an_endpoint_that_gives_no_answers_stops_the_run(fault: Fault, words: str, make: Make) -> None:
+    """After the usual number of failures, in its own words; what it does not bill is not booked."""
+    ledger = Ledger()
+    with JudgeServer(faults=always(fault)) as server, pytest.raises(FatalError, match=f"does not answer: .*{words}"):
+        cascade(make(server, concurrency=8), ledger=ledger).classify(images(30))
+    assert len(server.requests) <= 8 * 6 + 6
+    assert ledger._spent == 0
+
+
+@EVERY
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        (Fault("body", body={"error": {"message": "No credits", "code": 402}}), "No credits"),
+        (Fault("body", status=400, body={"error": {"message": "Your credit balance is too low"}}), "balance is too low"),
+        (Fault("body", status=403, body={"error": {"message": "The key is blocked"}}), "The key is blocked"),
+    ],
+)
+def test_what_concerns_all_stops_the_run_at_once(fault: Fault, words: str, make: Make) -> None:
+    with JudgeServer(faults=always(fault)) as server, pytest.raises(FatalError, match=words):
+        cascade(make(server)).classify(images(30))
+    assert len(server.requests) == 1
+
+
+@EVERY
+async def test_what_concerns_one_image_is_refused_and_the_run_goes_on(make: Make) -> None:
+    flagged = Fault("body", status=403, body={"code": "permission-denied", "error": "Content violates usage guidelines."})
+    filtered = Fault("body", status=400, body={"error": {"message": "no", "code": "content_filter"}})
+    ledger = Ledger()
+    async with JudgeServer(usage=USAGE, faults=[None, flagged, None, filtered]) as server:
+        predictions = await cascade(make(server, concurrency=1), ledger=ledger).aclassify(images(6))
+    verdicts = [prediction.verdict for prediction in predictions if prediction.verdict]
+    outcomes = [verdict.outcome for verdict in verdicts]
+    assert sorted(outcomes) == ["answered"] * 4 + ["refused"] * 2
+    assert "Content violates usage guidelines." in str([verdict.error for verdict in verdicts])
+    assert len(server.requests) == 6
+    assert ledger._spent == 4 * BILL
+
+
+@EITHER
+@pytest.mark.parametrize("key", ["sk-abcdef\r", "sk-abcdef\n", " sk-abcdef", "“sk-abcdef”", "sk-abc def", "\ufeffsk-abcdef"])
+def test_a_malformed_key_is_told_at_once(key: str, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("OPENAI_API_KEY", "ANTHROPIC_API_KEY"):
+        monkeypatch.setenv(name, key)
+    with JudgeServer() as server, pytest.raises(BackendError, match=r"The key of .* holds .*_API_KEY without spaces") as caught:
+        cascade(make(server)).classify(images(3))
+    assert server.requests == []
+    assert "abc" not in str(caught.value)
+
+
+@EITHER
+@pytest.mark.parametrize("has_aiohttp", [True, False])
+def test_a_malformed_header_is_told_at_once(has_aiohttp: bool, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    for backend in ("openai", "anthropic"):
+        monkeypatch.setattr(f"cascadevlm_backends.{backend}.HAS_AIOHTTP", has_aiohttp)
+    with JudgeServer() as server, pytest.raises(FatalError, match="No request can be sent") as caught:
+        cascade(make(server, headers={"x-token": "secret\r"})).classify(images(3))
+    assert server.requests == []
+    assert "secret" not in str(caught.value)
+
+
+@EITHER
+@pytest.mark.usefixtures("no_waiting")
+async def test_a_server_that_goes_away_may_come_back(make: Make) -> None:
+    """Once it was heard of, a refused connection is one that may pass, and told as what it is."""
+    async with JudgeServer() as server:
+        judge = make(server)
+        await judge.judge(question())
+    with pytest.raises(TransientError):  # the connection that was open
+        await judge.judge(question())
+    with pytest.raises(TransientError, match=r"No connection to http://127\.0\.0\.1:\d+: Connection refused\.$"):
+        await judge.judge(question())
+    await judge.disconnect()
 
 
 MIXED = [
@@ -191,7 +276,7 @@ def test_the_key_shows_nowhere(
             print(repr(judge), json.dumps(dict(judge.identity())), file=shown)
         received = server.requests[0].headers
         assert KEY in (received.get("x-api-key") or received.get("authorization", ""))  # so it was in use
-    assert errors == 4
+    assert errors == 5  # a bad request that names the key among them
     assert shown.getvalue().count("***") > 20  # where the provider repeated it
     ours = [record for record in caplog.records if record.name.startswith("cascadevlm")]
     files = [path for path in tmp_path.rglob("*") if path.is_file()]

@@ -12,7 +12,7 @@ import pytest
 
 from cascadevlm import Cascade, load_judge
 from cascadevlm.budget import NANODOLLARS, Ledger
-from cascadevlm.errors import BackendError
+from cascadevlm.errors import BackendError, FatalError
 from cascadevlm.hosted import LOCAL_ONLY, HostedJudge
 from cascadevlm.images import ImageSource
 from cascadevlm.pricing import FREE, find_price
@@ -209,9 +209,8 @@ def test_the_switch_keeps_everybody_on_this_machine(number: int, trap: Trap, mon
             cascade(judge).classify(no_images())
         assert trap.tried == []
         monkeypatch.delenv(LOCAL_ONLY)  # the trap is one: without the switch it springs
-        (prediction,) = cascade(judge).classify([noise(1)])
-        assert prediction.verdict is not None
-        assert prediction.verdict.outcome == "failed"
+        with pytest.raises(FatalError, match="the trap"):
+            cascade(judge).classify([noise(1)])
         assert trap.tried
         trap.tried.clear()
         monkeypatch.setenv(LOCAL_ONLY, "1")

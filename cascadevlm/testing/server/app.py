@@ -5,7 +5,7 @@ import io
 import json
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from itertools import count
 from typing import Self
@@ -37,8 +37,11 @@ class JudgeServer:
     Args:
         answer: what the model says, or a function of the conversation that does; the first choice, unless given.
         faults: one for each judging request and each row of a batch in order of arrival, or a function of its number from 0.
+        refuse: a fault for a request by what it holds, as for a parameter that the server does not take; it is not counted among
+            ``faults``.
         latency: seconds that every judging request takes.
         usage: input and output tokens of every answer.
+        cached: how many of the input tokens come from the provider's prompt cache.
         structured: whether schemas are understood; a request with one gets a 400, if not.
         logprobs: whether Chat Completions gives token probabilities to those who ask.
         batch_polls: how many retrievals find a batch still in progress.
@@ -57,8 +60,10 @@ class JudgeServer:
         *,
         answer: str | Callable[[Conversation], str] = lambda asked: asked.say(asked.choices[0]),
         faults: Iterable[Fault | None] | Callable[[int], Fault | None] = (),
+        refuse: Callable[[Received], Fault | None] = lambda _: None,
         latency: float = 0.0,
         usage: tuple[int, int] = (1000, 20),
+        cached: int = 0,
         structured: bool = True,
         logprobs: bool = True,
         batch_polls: int = 2,
@@ -67,8 +72,10 @@ class JudgeServer:
         keep_requests: bool = True,
     ) -> None:
         self.answer = answer
+        self.refuse = refuse
         self.latency = latency
         self.usage = usage
+        self.cached = cached
         self.structured = structured
         self.logprobs = logprobs
         self.batch_polls = batch_polls
@@ -134,7 +141,7 @@ class JudgeServer:
         received = Received(path=request.path, headers=request.headers, body=read_json(await request.read()))
         if self.keep_requests:
             self.requests.append(received)
-        fault = next(self._faults, None)
+        fault = self.refuse(received) or next(self._faults, None)
         self._at_once += 1
         self.most_at_once = max(self.most_at_once, self._at_once)
         try:
@@ -143,8 +150,10 @@ class JudgeServer:
         finally:
             self._at_once -= 1
 
-    def _reply(self, received: Received, fault: Fault | None) -> tuple[int, Json]:
+    def _reply(self, received: Received, fault: Fault | None) -> tuple[int, JsonValue | Json]:
         """Status and body of the response to a judging request or a row of a batch."""
+        if fault and fault.kind == "body":
+            return fault.status, fault.body
         try:
             if fault and fault.kind in ERRORS:
                 raise Problem(fault.kind)
@@ -156,7 +165,7 @@ class JudgeServer:
         except Problem as problem:
             return problem.reply(provider_of(received.path))
         said = say(asked, fault.kind if fault else None, self.answer)
-        return 200, REPLIES[received.path](asked, replace(said, usage=self.usage, logprobs=self.logprobs))
+        return 200, REPLIES[received.path](asked, replace(said, usage=self.usage, cached=self.cached, logprobs=self.logprobs))
 
     async def _upload(self, request: web.Request) -> web.Response:
         form = await request.post()
@@ -224,7 +233,7 @@ class JudgeServer:
         return web.json_response(self._shown(batch))
 
     def _row(self, custom_id: str, received: Received) -> Row:
-        fault = next(self._faults, None)
+        fault = self.refuse(received) or next(self._faults, None)
         status, reply = self._reply(received, fault)
         outcome: Outcome = "expired" if fault and fault.kind == "expired" else "succeeded" if status == 200 else "errored"
         return Row(custom_id=custom_id, received=received, status=status, reply=reply, outcome=outcome)
@@ -302,12 +311,14 @@ def _check_images(asked: Conversation) -> None:
             raise Problem("bad_request", f"An image cannot be decoded: {exc}") from exc
 
 
-async def _deliver(request: web.Request, status: int, reply: Json, fault: Fault | None) -> web.StreamResponse:
-    number = str(reply.get("request_id") or new_id("req"))
+async def _deliver(request: web.Request, status: int, reply: JsonValue | Json, fault: Fault | None) -> web.StreamResponse:
+    number = str((isinstance(reply, Mapping) and reply.get("request_id")) or new_id("req"))
     headers = {"x-request-id": number, "request-id": number, **(fault.headers if fault else {})}
     match fault:
         case Fault("reset") if request.transport:
             request.transport.abort()
+        case Fault("body", body=str(page)):
+            return web.Response(text=page, content_type="text/html", status=status, headers=headers)
         case Fault("invalid_json"):
             return web.Response(text='{"id": "', content_type="application/json", headers=headers)
         case Fault("truncated") if request.transport:

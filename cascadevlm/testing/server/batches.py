@@ -26,7 +26,7 @@ class Row:
     custom_id: str
     received: Received
     status: int
-    reply: Json
+    reply: JsonValue | Json
     outcome: Outcome
 
 

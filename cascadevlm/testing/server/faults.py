@@ -5,6 +5,8 @@ from dataclasses import KW_ONLY, dataclass
 from typing import Literal, NamedTuple, TypeAlias
 from uuid import uuid4
 
+from pydantic import JsonValue
+
 Json: TypeAlias = Mapping[str, object]
 Provider: TypeAlias = Literal["openai", "anthropic"]
 
@@ -27,7 +29,7 @@ ConnectionKind: TypeAlias = Literal["reset", "slow", "truncated", "invalid_json"
 VerdictKind: TypeAlias = Literal["wrong_label", "not_offered_letter", "empty", "huge", "refusal", "content_filter", "length"]
 """A proper response whose answer is of no use."""
 
-FaultKind: TypeAlias = ErrorKind | ConnectionKind | VerdictKind | Literal["expired"]
+FaultKind: TypeAlias = ErrorKind | ConnectionKind | VerdictKind | Literal["expired", "body"]
 
 
 @dataclass(frozen=True)
@@ -35,10 +37,12 @@ class Fault:
     """What goes wrong with one request.
 
     Attributes:
-        kind: what; ``"expired"`` is for the rows of batches alone.
+        kind: what; ``"expired"`` is for the rows of batches alone; ``"body"`` is a response with a status and body of your own.
         retry_after: sent with an error: seconds or an HTTP date.
         retry_after_ms: sent with an error: milliseconds.
         seconds: before the first byte of a slow answer.
+        status: of the response, for ``"body"``.
+        body: of the response, for ``"body"``: as JSON, or text that is sent as HTML.
     """
 
     kind: FaultKind
@@ -46,6 +50,8 @@ class Fault:
     retry_after: float | str | None = None
     retry_after_ms: float | None = None
     seconds: float = 1.0
+    status: int = 200
+    body: JsonValue = None
 
     @property
     def headers(self) -> dict[str, str]:

@@ -25,6 +25,7 @@ class Said:
     text: str = ""
     stop: Literal["stop", "refusal", "content_filter", "length"] = "stop"
     usage: tuple[int, int] = (0, 0)
+    cached: int = 0
     logprobs: bool = False
 
 
@@ -64,7 +65,12 @@ def _chat(asked: Conversation, said: Said) -> Json:
         "created": int(time.time()),
         "model": asked.received.body.get("model"),
         "choices": [choice],
-        "usage": {"prompt_tokens": into, "completion_tokens": out, "total_tokens": into + out},
+        "usage": {
+            "prompt_tokens": into,
+            "prompt_tokens_details": {"cached_tokens": said.cached},
+            "completion_tokens": out,
+            "total_tokens": into + out,
+        },
     }
 
 
@@ -72,18 +78,16 @@ _TOKEN = re.compile(r"\s*(?:\w+|[^\w\s])|\s+")
 
 
 def _logprobs(asked: Conversation, text: str) -> list[Json]:
-    """Tokens in order; the last that is a choice has the other choices for alternatives."""
-    tokens: list[str] = _TOKEN.findall(text)
-    key = max((place for place, token in enumerate(tokens) if token.strip() in asked.choices), default=None)
+    """Tokens in order; each that is a choice has the other choices for alternatives."""
     match asked.received.body.get("top_logprobs"):
         case int(most):
             pass
         case _:
             most = 0
     content: list[Json] = []
-    for place, token in enumerate(tokens):
+    for token in _TOKEN.findall(text):
         bare = token.strip()
-        chances = probabilities(bare, asked.choices) if place == key else {bare: 1.0}
+        chances = probabilities(bare, asked.choices) if bare in asked.choices else {bare: 1.0}
         alternatives = [_logprob(token.replace(bare, other), chance) for other, chance in chances.items()]
         content.append({**_logprob(token, chances[bare]), "top_logprobs": alternatives[:most]})
     return content
@@ -122,16 +126,16 @@ def _response(asked: Conversation, said: Said) -> Json:
         "parallel_tool_calls": True,
         "tool_choice": "auto",
         "tools": [],
-        "usage": openai_usage(said.usage),
+        "usage": openai_usage(said.usage, cached=said.cached),
     }
 
 
-def openai_usage(usage: tuple[int, int], answers: int = 1) -> Json:
+def openai_usage(usage: tuple[int, int], answers: int = 1, *, cached: int = 0) -> Json:
     """The usage of so many answers, as OpenAI puts it everywhere but in Chat Completions."""
     into, out = (tokens * answers for tokens in usage)
     return {
         "input_tokens": into,
-        "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
+        "input_tokens_details": {"cached_tokens": cached * answers, "cache_write_tokens": 0},
         "output_tokens": out,
         "output_tokens_details": {"reasoning_tokens": 0},
         "total_tokens": into + out,
@@ -151,7 +155,7 @@ def _decision(asked: Conversation, said: Said) -> Json:
     return {
         "model": asked.received.body.get("model"),
         "answers": [{"type": "refusal"} if said.stop in ("refusal", "content_filter") else decided],
-        "usage": openai_usage(said.usage),
+        "usage": openai_usage(said.usage, cached=said.cached),
     }
 
 
@@ -173,10 +177,10 @@ def _message(asked: Conversation, said: Said) -> Json:
         "stop_sequence": None,
         "stop_details": {"type": "refusal", "category": None, "explanation": None} if refused else None,
         "usage": {
-            "input_tokens": into,
+            "input_tokens": into - said.cached,
             "output_tokens": out,
             "cache_creation_input_tokens": 0,
-            "cache_read_input_tokens": 0,
+            "cache_read_input_tokens": said.cached,
         },
     }
 
