@@ -147,7 +147,7 @@ class HostedJudge(Judge):
     _reached = False  # whether the endpoint ever answered
     _form: Form | None = None  # once found out
     _schema_works = False
-    _first: "asyncio.Future[FatalError | None] | None" = None  # done when the others need not wait for the first question any more
+    _first: "asyncio.Future[FatalError | None] | None" = None  # done when no question waits for the first any more
     _found_out = False
     provider: ClassVar[str]
     hosts: ClassVar[tuple[str, ...]]

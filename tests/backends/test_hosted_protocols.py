@@ -2,7 +2,8 @@
 
 import asyncio
 import io
-from collections.abc import AsyncIterator, Iterator
+import math
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import ClassVar
@@ -16,13 +17,14 @@ from cascadevlm.budget import Ledger
 from cascadevlm.cache import MemoryStore, key_of, question_payload
 from cascadevlm.dependable import dependable
 from cascadevlm.encoding import encode_image, size_within
+from cascadevlm.errors import FatalError, JudgeError, PermanentError, RateLimited, TransientError
 from cascadevlm.hosted import HostedJudge
 from cascadevlm.judge import Judge
 from cascadevlm.testing import JudgeContract, noise, picture, question
-from cascadevlm.testing.server import Conversation, Fault, JudgeServer
+from cascadevlm.testing.server import Conversation, Fault, JudgeServer, Received
 from cascadevlm.testing.server.conversation import read_request
-from cascadevlm.types import Exemplar, Question
-from tests.backends.hosted_judges import EITHER, EVERY, Make, cascade, chat, messages, no_waiting, responses
+from cascadevlm.types import Exemplar, Question, Verdict
+from tests.backends.hosted_judges import BILL, EITHER, EVERY, USAGE, Make, cascade, chat, messages, no_waiting, responses
 
 __all__ = ["no_waiting"]
 
@@ -362,3 +364,307 @@ async def test_an_endpoint_that_takes_no_notice_of_the_schema_is_not_given_it_ag
         await judge.disconnect()
     assert [verdict.outcome for verdict in verdicts] == ["answered"] * 8
     assert sorted("response_format" in request.body for request in server.requests) == [False] * 7 + [True]
+
+
+def completion(choice: dict[str, JsonValue], **fields: JsonValue) -> Fault:
+    """A chat completion as a server of somebody else words it."""
+    usage: JsonValue = {"prompt_tokens": 100, "completion_tokens": 10, "total_tokens": 110}
+    choice = {"index": 0, "finish_reason": "stop", **choice}
+    return Fault("body", body={"id": "r", "object": "chat.completion", "choices": [choice], "usage": usage, **fields})
+
+
+def said(content: JsonValue, **fields: JsonValue) -> Fault:
+    return completion({"message": {"role": "assistant", "content": content, **fields}})
+
+
+async def asked_once(fault: Fault, **options: object) -> Verdict:
+    async with JudgeServer(faults=[fault]) as server:
+        judge = chat(server, **{"structured": False, **options})
+        try:
+            return await judge.judge(question())
+        finally:
+            await judge.disconnect()
+
+
+@pytest.mark.parametrize(
+    ("content", "label"),
+    [
+        ([{"type": "text", "text": "ANSWER: B"}], "blue finch"),
+        (
+            [{"type": "thinking", "thinking": [{"type": "text", "text": "ANSWER: A"}]}, {"type": "text", "text": "ANSWER: B"}],
+            "blue finch",
+        ),
+        ([{"type": "text", "text": "It is blue."}, {"type": "text", "text": "ANSWER: B"}], "blue finch"),
+        ([{"type": "reasoning", "text": "ANSWER: A\nno, wait"}, {"type": "output_text", "text": "B"}], "blue finch"),
+        (["ANSWER:", " B"], "blue finch"),
+        ([{"type": "thinking", "thinking": "ANSWER: A\nno, wait"}], None),
+        ([{"type": "audio", "id": "x"}, 7, None], None),
+        ([], None),
+        ({"text": "B"}, None),
+    ],
+)
+async def test_content_in_parts(content: JsonValue, label: str | None) -> None:
+    verdict = await asked_once(said(content))
+    assert (verdict.outcome, verdict.label) == ("answered" if label else "unparsed", label)
+
+
+@pytest.mark.parametrize("field", ["reasoning_content", "reasoning"])
+@pytest.mark.parametrize(
+    ("thoughts", "label"),
+    [
+        ("It is blue.\n\nANSWER: B", "blue finch"),
+        ('It is blue.\n{"answer": "B"}\n', "blue finch"),
+        ("Perhaps\nANSWER: B\nno, the bars rule that out.", None),
+        ("I think\nblue finch", None),
+        ("ANSWER: B or C", None),
+    ],
+)
+async def test_an_answer_that_a_server_took_for_thoughts(field: str, thoughts: str, label: str | None) -> None:
+    for content in (None, "", "\n"):
+        verdict = await asked_once(said(content, **{field: thoughts}))
+        assert (verdict.outcome, verdict.label) == ("answered" if label else "unparsed", label)
+        assert label or "thoughts" in verdict.error or verdict.text
+    assert (await asked_once(said("ANSWER: C", **{field: thoughts}))).label == "grey owl"
+    assert (await asked_once(said(""))).error == "The answer is empty."
+
+
+async def test_thoughts_of_claude_are_no_answer() -> None:
+    thinking: JsonValue = {"type": "thinking", "thinking": "ANSWER: A\nno", "signature": "s"}
+    usage: JsonValue = {"input_tokens": 10, "output_tokens": 5}
+    for content, outcome in (
+        ([thinking, {"type": "text", "text": "ANSWER: B"}], "answered"),
+        ([thinking], "unparsed"),
+        ("B", "answered"),
+    ):
+        body: JsonValue = {"type": "message", "role": "assistant", "content": content, "stop_reason": "end_turn", "usage": usage}  # type: ignore[dict-item]
+        async with JudgeServer(faults=[Fault("body", body=body)]) as server:
+            judge = messages(server)
+            verdict = await judge.judge(question())
+            await judge.disconnect()
+        assert (verdict.outcome, verdict.label) == (outcome, "blue finch" if outcome == "answered" else None)
+
+
+@pytest.mark.parametrize("choice", [{"message": {"content": ""}}, {"message": None}])
+async def test_an_answer_that_ended_in_an_error_may_be_asked_again(choice: dict[str, JsonValue]) -> None:
+    errors: list[JsonValue] = [
+        {"code": 502, "message": "Provider returned error"},
+        {"code": "rate_limit_exceeded", "message": "Provider busy"},
+    ]
+    for error in errors:
+        with pytest.raises(JudgeError, match="Provider ") as caught:
+            await asked_once(completion({**choice, "finish_reason": "error", "error": error}))
+        assert (caught.value.retryable, caught.value.may_be_billed) == (True, False)
+    with pytest.raises(FatalError, match="No credits"):
+        await asked_once(completion({**choice, "finish_reason": "error", "error": {"code": 402, "message": "No credits"}}))
+
+
+async def test_a_failed_response_is_judged_by_its_error() -> None:
+    for code, kind in (
+        ("server_error", TransientError),
+        ("rate_limit_exceeded", RateLimited),
+        ("insufficient_quota", FatalError),
+    ):
+        body: JsonValue = {"id": "r", "status": "failed", "error": {"code": code, "message": "Something."}, "output": []}
+        async with JudgeServer(faults=[Fault("body", body=body)]) as server:
+            judge = responses(server)
+            with pytest.raises(kind, match=r"Something\."):
+                await judge.judge(question())
+            await judge.disconnect()
+
+
+def refusing(status: int, message: str, *names: str) -> Callable[[Received], Fault | None]:
+    """Refuses requests with one of the parameters."""
+    fault = Fault("body", status=status, body={"error": {"message": message, "type": "invalid_request_error"}})
+    return lambda received: fault if set(names) & set(received.body) else None
+
+
+LIMIT = "Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead."
+NEWER = "Unrecognized request argument supplied: max_completion_tokens"
+SCHEMA = "response_format json_schema is not supported"
+OUTPUT = "output_config.format: this model does not support structured outputs"
+
+
+def both(received: Received) -> Fault | None:
+    return refusing(400, LIMIT, "max_tokens")(received) or refusing(500, SCHEMA, "response_format")(received)
+
+
+@pytest.mark.parametrize(
+    ("make", "refuse", "refused"),
+    [
+        (chat, refusing(400, LIMIT, "max_tokens"), 1),
+        (chat, refusing(422, LIMIT, "max_tokens"), 1),
+        (chat, refusing(500, SCHEMA, "response_format"), 1),
+        (chat, refusing(400, "no", "response_format"), 1),
+        (chat, both, 2),
+        (responses, refusing(400, "Unknown parameter: 'text.format'", "text"), 1),
+        (messages, refusing(400, OUTPUT, "output_config"), 1),
+        (messages, refusing(500, "structured outputs: not implemented", "output_config"), 1),
+    ],
+)
+async def test_what_an_endpoint_does_not_take_is_found_out_once(
+    make: Make, refuse: Callable[[Received], Fault | None], refused: int
+) -> None:
+    ledger = Ledger()
+    async with JudgeServer(refuse=refuse, usage=USAGE, latency=0.01) as server:
+        judge = make(server, **({} if make is messages else {"structured": None}))
+        predictions = await cascade(judge, ledger=ledger).aclassify([noise(seed) for seed in range(24)])
+    assert [p.verdict and p.verdict.outcome for p in predictions] == ["answered"] * 24
+    assert len(server.requests) == 24 + refused
+    assert ledger._spent == 24 * BILL
+
+
+async def test_the_older_name_of_the_limit_is_found_out_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cascadevlm.hosted.HostedJudge.is_own_endpoint", True)
+    async with JudgeServer(refuse=refusing(400, NEWER, "max_completion_tokens")) as server:
+        judge = chat(server, price=0)
+        assert (await judge.judge(question())).outcome == "answered"
+        await judge.disconnect()
+    assert ["max_tokens" in request.body for request in server.requests] == [False, True]
+
+
+async def test_a_schema_asked_for_is_not_left_out() -> None:
+    async with JudgeServer(refuse=refusing(400, SCHEMA, "response_format")) as server:
+        judge = chat(server, structured=True)
+        with pytest.raises(PermanentError, match="not supported"):
+            await judge.judge(question())
+        await judge.disconnect()
+    assert len(server.requests) == 1
+
+
+async def test_a_schema_that_works_is_left_out_only_where_it_must_be() -> None:
+    too_long = Fault("body", status=400, body={"error": {"message": "Invalid schema: the enum is too long"}})
+    async with JudgeServer(faults=[None, too_long]) as server:
+        judge = chat(server, structured=None)
+        for seed in range(3):
+            assert (await judge.judge(question(image=noise(seed)))).outcome == "answered"
+        await judge.disconnect()
+    assert [read_request(request).schema is not None for request in server.requests] == [True, True, False, True]
+
+
+async def test_two_parameters_that_are_both_refused_are_tried_once_each() -> None:
+    async with JudgeServer(refuse=refusing(400, LIMIT, "max_tokens", "max_completion_tokens")) as server:
+        judge = chat(server)
+        with pytest.raises(PermanentError, match="max_tokens"):
+            await judge.judge(question())
+        await judge.disconnect()
+    assert len(server.requests) == 2
+
+
+@pytest.mark.parametrize(
+    "first", [Fault("empty"), Fault("length"), Fault("refusal"), Fault("server_error"), said(None, reasoning="x")]
+)
+@pytest.mark.usefixtures("no_waiting")
+async def test_a_first_answer_that_tells_nothing_does_not_hold_up_the_others(first: Fault) -> None:
+    """Nor does it settle whether schemas are taken."""
+    async with JudgeServer(faults=[first], latency=0.05) as server:
+        judge = chat(server, structured=None)
+        await cascade(judge).aclassify([noise(seed) for seed in range(24)])
+    assert server.most_at_once > 8
+    assert all("response_format" in request.body for request in server.requests)
+
+
+@EITHER
+async def test_a_first_question_that_hangs_does_not_hold_up_the_others_for_long(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cascadevlm.hosted.FIRST_ALONE_SECONDS", 0.05)
+    async with JudgeServer(faults=[Fault("slow", seconds=30)]) as server:
+        judge = make(server)
+        first = asyncio.create_task(judge.judge(question()))
+        await asyncio.sleep(0.01)
+        others = [judge.judge(question(image=noise(seed))) for seed in range(8)]
+        verdicts = await asyncio.wait_for(asyncio.gather(*others), 10)
+        first.cancel()
+        await asyncio.gather(first, return_exceptions=True)
+        await judge.disconnect()
+    assert [verdict.outcome for verdict in verdicts] == ["answered"] * 8
+
+
+def test_a_first_question_given_up_holds_up_no_later_event_loop() -> None:
+    with JudgeServer(faults=[Fault("slow", seconds=30)]) as server:
+        judge = chat(server, structured=None)
+
+        async def give_up() -> None:
+            first = asyncio.create_task(judge.judge(question()))
+            while not server.requests:
+                await asyncio.sleep(0.01)
+            first.cancel()
+            await asyncio.gather(first, return_exceptions=True)
+            await judge.disconnect()
+
+        async def ask() -> list[Verdict]:
+            verdicts = await asyncio.gather(*(judge.judge(question(image=noise(seed))) for seed in range(4)))
+            await judge.disconnect()
+            return verdicts
+
+        asyncio.run(give_up())
+        for _ in range(2):
+            assert [verdict.outcome for verdict in asyncio.run(asyncio.wait_for(ask(), 10))] == ["answered"] * 4
+
+
+KEYS = [("A", 0.05), ("B", 0.9), ("C", 0.05)]
+
+
+def tokens(*texts: str, alternatives: Sequence[tuple[str, float]] = KEYS) -> list[JsonValue]:
+    """Every token with the same alternatives, so that only the place tells."""
+    top: list[JsonValue] = [{"token": text, "logprob": math.log(chance), "bytes": None} for text, chance in alternatives]
+    return [{"token": text, "logprob": -0.1, "bytes": None, "top_logprobs": top if "B" in text else []} for text in texts]
+
+
+@pytest.mark.parametrize(
+    ("texts", "has_probabilities"),
+    [
+        (("ANSWER", ":", " B"), True),
+        (("**", "ANSWER", ":", "**", " B", ")", " blue", " finch"), True),
+        (('{"', "answer", '":', ' "', "B", '"}'), True),
+        (('{"', "answer", '":', ' "', 'B"}'), False),
+        (('{"', "answer", '":"B', '"}'), False),
+        (("ANSWER", ":", " blue", " finch"), False),
+        (("The", " B", " is", " it", ".", "\n", "ANSWER", ":", " blue", " finch"), False),
+        (("<think>", "ANSWER", ":", " A", "</think>", "B"), True),
+        (("<think>", "ANSWER", ":", " B", "</think>", "C"), False),
+        (("B",), True),
+        (("B", " or", " C"), False),
+    ],
+)
+async def test_probabilities_are_of_the_token_that_is_the_answer(texts: tuple[str, ...], has_probabilities: bool) -> None:
+    content = tokens(*texts)
+    choice: dict[str, JsonValue] = {"message": {"role": "assistant", "content": "".join(texts)}, "logprobs": {"content": content}}
+    verdict = await asked_once(completion(choice), logprobs=True)
+    assert verdict.outcome == "answered" or not has_probabilities
+    expected = {"red finch": 0.05, "blue finch": 0.9, "grey owl": 0.05}
+    assert verdict.probabilities == (pytest.approx(expected) if has_probabilities else None)
+
+
+async def test_tokens_of_thoughts_that_the_text_is_without() -> None:
+    content = tokens("A", "?", " answer", ":", "A", "</think>", "ANSWER", ":", " B")
+    choice: dict[str, JsonValue] = {"message": {"content": "ANSWER: B"}, "logprobs": {"content": content}}
+    assert (await asked_once(completion(choice), logprobs=True)).probabilities is not None
+
+
+async def test_keys_of_several_letters_have_no_probabilities() -> None:
+    """Each may be two tokens, of which the first is another option's key."""
+    names = [f"bird number {number}" for number in range(30)]
+    async with JudgeServer(answer="ANSWER: AB") as server:
+        judge = chat(server, logprobs=True, structured=False)
+        verdict = await judge.judge(question(names))
+        await judge.disconnect()
+    assert (verdict.label, verdict.probabilities) == (names[27], None)
+
+
+async def test_the_last_key_is_the_one_whose_probabilities_count() -> None:
+    """Every key in the answer has its own."""
+    async with JudgeServer(answer=lambda asked: 'C or A?\n{"answer": "B"}') as server:
+        judge = chat(server, logprobs=True, structured=False)
+        verdict = await judge.judge(question())
+        await judge.disconnect()
+    assert verdict.probabilities == pytest.approx({"red finch": 0.05, "blue finch": 0.9, "grey owl": 0.05})
+
+
+@EVERY
+async def test_tokens_from_the_providers_cache_are_told(make: Make) -> None:
+    async with JudgeServer(usage=(1000, 20), cached=600) as server:
+        judge = make(server)
+        usage = (await judge.judge(question())).usage
+        await judge.disconnect()
+    assert (usage.input_tokens, usage.cached_input_tokens, usage.output_tokens) == (1000, 600, 20)

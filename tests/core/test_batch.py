@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
+from datetime import datetime
 from pathlib import Path
 from typing import Literal
 
@@ -13,6 +14,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from pydantic import JsonValue
 
 from cascadevlm import Cascade, Prediction, Stage, load_prompt, parse_policy
 from cascadevlm.batch import stream_in_batches
@@ -24,7 +26,7 @@ from cascadevlm.hosted import BatchLimits, HostedJudge
 from cascadevlm.images import pixel_digest
 from cascadevlm.item import OnFailure
 from cascadevlm.judge import Judge
-from cascadevlm.testing import FakeJudge, FakeScorer, noise
+from cascadevlm.testing import FakeJudge, FakeScorer, noise, question
 from cascadevlm.testing.server import Conversation, Fault, JudgeServer
 from cascadevlm.types import Question
 from cascadevlm_backends.anthropic import AnthropicJudge
@@ -856,3 +858,54 @@ def test_whatever_becomes_of_the_rows(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(BatchJudge, "_save", dying)
         asyncio.run(go())
+
+
+@both
+async def test_a_batch_whose_id_got_lost_is_known_from_a_strangers(provider: Provider, tmp_path: Path) -> None:
+    """OpenAI's batches carry our token; of Anthropic's, the newest of the right size since the right time counts."""
+    async with JudgeServer() as server:
+        judge = hosted(server, provider)
+        asked = question()
+        ids: dict[str, str] = {}
+        before, since, after = (
+            "2020-01-01T00:00:00.000000+00:00",
+            "2021-01-01T00:00:00.000000+00:00",
+            "2999-01-01T00:00:00.000000+00:00",
+        )
+        for name, count in (("old", 2), ("mine", 2), ("stranger", 3), ("another", 1)):
+            rows = tmp_path / f"{name}.jsonl"
+            rows.write_text("".join(f"{json.dumps(judge.batch_row(f'{name}{number}', asked))}\n" for number in range(count)))
+            ids[name] = await judge.submit_batch(rows, f"{since}/{count}/{name}")
+            server.batches[-1].created = datetime.fromisoformat(before if name == "old" else since)
+        server.batches.append(replace(server.batches[-1], id="stranger's", rows=[*server.batches[-1].rows] * 5, metadata=None))
+        found = [
+            await judge.find_batch(f"{since}/{count}/{name}") for name, count in (("mine", 2), ("stranger", 3), ("another", 1))
+        ]
+        assert found == [ids["mine"], ids["stranger"], ids["another"]]
+        assert await judge.find_batch(f"{since}/7/never") is None
+        assert await judge.find_batch(f"{after}/2/lost") is None
+        await judge.disconnect()
+
+
+@both
+async def test_a_row_with_a_filters_error_is_a_refusal(provider: Provider, tmp_path: Path) -> None:
+    error: JsonValue = {
+        "type": "invalid_request_error",
+        "code": "content_filter",
+        "message": "Blocked by content filtering policy.",
+    }
+    flagged = Fault("body", status=400, body={"type": "error", "error": error})
+    async with bench(provider, tmp_path, faults=[flagged]) as one:
+        predictions = await one.run()
+    assert outcomes(predictions) == {"answered": len(IMAGES) - 1, "refused": 1}
+    (refused,) = (p.verdict for p in predictions if p.verdict and p.verdict.outcome == "refused")
+    assert "content filtering policy" in refused.error
+    assert one.ledger._spent == (len(IMAGES) - 1) * BILL // 2
+
+
+async def test_rows_with_content_in_parts_are_read(tmp_path: Path) -> None:
+    message: JsonValue = {"role": "assistant", "content": [{"type": "text", "text": "ANSWER: B"}]}
+    usage: JsonValue = {"prompt_tokens": 10, "completion_tokens": 1, "total_tokens": 11}
+    parts = Fault("body", body={"choices": [{"index": 0, "finish_reason": "stop", "message": message}], "usage": usage})
+    async with bench("openai", tmp_path, faults=[parts]) as one:
+        assert outcomes(await one.run()) == {"answered": len(IMAGES)}

@@ -22,7 +22,7 @@ from openai.types.responses import Response, ResponseInputParam
 from pydantic import JsonValue
 
 from cascadevlm.testing import noise
-from cascadevlm.testing.server import Conversation, Fault, FaultKind, JudgeServer
+from cascadevlm.testing.server import Conversation, Fault, FaultKind, JudgeServer, Received
 
 OPTIONS = "Which one is shown?\nA) red finch\nB) blue finch\nC) none of these\nANSWER: letter or name"
 SCHEMA: dict[str, object] = {
@@ -229,6 +229,42 @@ async def test_token_probabilities() -> None:
     async with JudgeServer(logprobs=False) as server, Clients(server) as clients:
         completion = await clients.openai.chat.completions.create(model="m", messages=CHAT, logprobs=True)
         assert completion.choices[0].logprobs is None
+
+
+async def test_every_key_has_token_probabilities_of_its_own() -> None:
+    async with JudgeServer(answer="C? No.\nANSWER: B") as server, Clients(server) as clients:
+        completion = await clients.openai.chat.completions.create(model="m", messages=CHAT, logprobs=True, top_logprobs=20)
+    logprobs = completion.choices[0].logprobs
+    assert logprobs is not None
+    assert [len(token.top_logprobs) for token in logprobs.content or ()] == [3, *[1] * (len(logprobs.content or ()) - 2), 3]
+
+
+async def test_tokens_from_a_cache() -> None:
+    async with JudgeServer(usage=(100, 4), cached=60) as server, Clients(server) as clients:
+        chat = await clients.openai.chat.completions.create(model="m", messages=CHAT)
+        response = await clients.openai.responses.create(model="m", input=INPUT)
+        message = await clients.anthropic.messages.create(model="m", max_tokens=10, messages=MESSAGES)
+    assert chat.usage is not None
+    assert chat.usage.prompt_tokens_details is not None
+    assert (chat.usage.prompt_tokens, chat.usage.prompt_tokens_details.cached_tokens) == (100, 60)
+    assert response.usage is not None
+    assert (response.usage.input_tokens, response.usage.input_tokens_details.cached_tokens) == (100, 60)
+    assert (message.usage.input_tokens, message.usage.cache_read_input_tokens) == (40, 60)
+
+
+async def test_a_response_of_ones_own() -> None:
+    """By the number of the request, or by what it holds."""
+
+    def refuse(received: Received) -> Fault | None:
+        return Fault("body", status=422, body={"detail": "no top_logprobs"}) if "top_logprobs" in received.body else None
+
+    page = Fault("body", body="<html></html>")
+    async with JudgeServer(faults=[page], refuse=refuse) as server, Clients(server) as clients:
+        with pytest.raises(openai.UnprocessableEntityError, match="422"):
+            await clients.openai.chat.completions.create(model="m", messages=CHAT, logprobs=True, top_logprobs=20)
+        with pytest.raises(openai.APIResponseValidationError, match="text/html"):
+            await clients.openai.chat.completions.create(model="m", messages=CHAT)
+        assert (await clients.openai.chat.completions.create(model="m", messages=CHAT)).choices
 
 
 async def test_an_answer_may_depend_on_the_conversation() -> None:
