@@ -144,7 +144,7 @@ class HostedJudge(Judge):
     live: ClassVar[Live] = (("_runs", int),)
 
     client: object | None
-    _reached = False  # whether the endpoint ever answered
+    _reached = False  # whether the endpoint was ever connected to
     _form: Form | None = None  # once found out
     _schema_works = False
     _first: "asyncio.Future[FatalError | None] | None" = None  # done when no question waits for the first any more
@@ -350,8 +350,9 @@ class HostedJudge(Judge):
             raise
         except Exception as exc:
             shows_key = bool(self.secret) and self.secret in str(exc)
-            self._reached = self._reached or hasattr(exc, "status_code")
-            raise translate(exc, self.errors, secret=self.secret, reached=self._reached) from (None if shows_key else exc)
+            error = translate(exc, self.errors, secret=self.secret, reached=self._reached)
+            self._reached = self._reached or not isinstance(error, FatalError)
+            raise error from (None if shows_key else exc)
         self._reached = True
         return result
 

@@ -39,8 +39,8 @@ class AnthropicJudge(HostedJudge):
 
     Args:
         model: as Anthropic names it.
-        structured: hold the answer to the candidates by a ``"schema"``, by a forced ``"tool"`` (which models that always think
-            refuse), or not at all.
+        structured: hold the answer to the candidates by a ``"schema"`` (left out where the model refuses one), by a forced
+            ``"tool"`` (which models that always think refuse), or not at all.
         thinking: as the model takes it, or a number of tokens, for models that take a budget; the model's default, unless given.
         effort: how much the model thinks; the model's default, unless given.
         cache_prompt: mark the reference images for the provider's prompt cache: worth it where many questions show the same.

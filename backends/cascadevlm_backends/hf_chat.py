@@ -23,7 +23,7 @@ from scipy.special import softmax
 
 from cascadevlm.errors import BackendError, CascadeError, PermanentError
 from cascadevlm.judge import LocalJudge, verdict_from_text
-from cascadevlm.prompt import Message, answer_format, options, render
+from cascadevlm.prompt import Message, after_thoughts, answer_format, options, render
 from cascadevlm.types import Question, Usage, Verdict
 from cascadevlm_backends._torch import DtypeName, choose_device, choose_dtype, directory_digest, hide_progress_in_logs
 
@@ -32,6 +32,9 @@ if TYPE_CHECKING:
     from transformers import BatchFeature, Cache, GenerationConfig, PreTrainedTokenizerBase
 
 Mode = Literal["generate", "likelihood"]
+
+LAST_TOKENS = 16
+"""How many tokens at the end of a prompt are looked at for a tag that begins the thoughts."""
 
 AVIARY = Path(__file__).parent / "aviary" / "judge"
 
@@ -104,6 +107,20 @@ class _Loaded:
             {"type": "text", "text": self.plain(part)} if isinstance(part, str) else {"type": "image"} for part in message.parts
         ]
         return {"role": message.role, "content": content}
+
+    def text(self, tokens: Sequence[int], question: Question, *, asked: Sequence[int]) -> str:
+        """The text of an answer. Special tokens are left out, unless there are tags of thoughts among them. Where the chat
+        template begins the thoughts, at the end of what was asked, its tag is put before the answer."""
+        last_line = self._decoded(asked[-LAST_TOKENS:], skip_special_tokens=False).strip().rpartition("\n")[2]
+        begun = last_line if after_thoughts(last_line, question) is None else ""
+        whole = begun + self._decoded(tokens, skip_special_tokens=False)
+        has_thoughts = after_thoughts(whole, question) != whole
+        return whole if has_thoughts else self._decoded(tokens, skip_special_tokens=True)
+
+    def _decoded(self, tokens: Sequence[int], *, skip_special_tokens: bool) -> str:
+        text = self.tokenizer.decode(list(tokens), skip_special_tokens=skip_special_tokens)
+        assert isinstance(text, str)
+        return text
 
     def tokens(self, text: str) -> list[int]:
         """The tokens of a text within a conversation."""
@@ -198,11 +215,13 @@ class HfChatJudge(LocalJudge):
         ).sequences[:, inputs["input_ids"].shape[1] :]
         seconds = (time.perf_counter() - started) / len(questions)
         verdicts = []
-        for question, limit, mask, row in zip(questions, limits, inputs["attention_mask"], written.tolist(), strict=True):
+        prompts = inputs["input_ids"].tolist()
+        for question, limit, mask, asked, row in zip(
+            questions, limits, inputs["attention_mask"], prompts, written.tolist(), strict=True
+        ):
             tokens = _until(loaded.model.generation_config.eos_token_id, row[:limit])
             usage = Usage(input_tokens=int(mask.sum()), output_tokens=len(tokens), seconds=seconds, requests=1)
-            text = loaded.tokenizer.decode(tokens, skip_special_tokens=True)
-            assert isinstance(text, str)
+            text = loaded.text(tokens, question, asked=asked)
             verdicts.append(verdict_from_text(text, question, judge=self.spec, usage=usage))
         return verdicts
 

@@ -306,6 +306,8 @@ class OpenAIJudge(HostedJudge):
                 }
             ],
         )
+        if not getattr(decision, "answers", None):
+            raise ErrorResponse(decision)
         (answer,) = decision.answers
         details = decision.usage.input_tokens_details
         usage = Usage(
@@ -408,6 +410,7 @@ def _of_response(response: "Response") -> Reply:
     if getattr(response, "output", None) is None or response.error:
         raise ErrorResponse(response)
     parts = [part for item in response.output if item.type == "message" for part in item.content]
+    thoughts = [part for item in response.output if item.type == "reasoning" for part in [*(item.content or ()), *item.summary]]
     refusals = [part.refusal for part in parts if part.type == "refusal"]
     why = response.incomplete_details.reason if response.incomplete_details else None
     usage = None
@@ -421,6 +424,7 @@ def _of_response(response: "Response") -> Reply:
         )
     return Reply(
         text=response.output_text,
+        thoughts=texts_of(thoughts)[1],
         usage=usage,
         refusal=refusals[0] if refusals else FILTERED if why == "content_filter" else None,
         cut_off=why == "max_output_tokens",

@@ -1,5 +1,6 @@
 import asyncio
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
@@ -40,14 +41,14 @@ from transformers import (
 )
 
 from cascadevlm.errors import BackendError, PermanentError
-from cascadevlm.judge import Judge
+from cascadevlm.judge import Judge, verdict_from_text
 from cascadevlm.labels import Label
 from cascadevlm.prompt import NONE_OF_THESE, options, render
 from cascadevlm.registry import load_judge, load_prompt
 from cascadevlm.testing import JudgeContract, noise, question
-from cascadevlm.types import Exemplar, Question, Verdict
+from cascadevlm.types import Exemplar, Question, Usage, Verdict
 from cascadevlm_backends import hf_chat
-from cascadevlm_backends.hf_chat import HfChatJudge
+from cascadevlm_backends.hf_chat import HfChatJudge, _Loaded
 
 TURNS = ("<|im_start|>", "<|im_end|>")
 CHATML = (
@@ -532,3 +533,22 @@ async def test_missing_package_is_named(tiny: str, monkeypatch: pytest.MonkeyPat
 async def test_wrong_options_are_named(wrong: dict[str, str], tiny: str) -> None:
     with pytest.raises(BackendError, match=next(iter(wrong.values()))):
         await load_judge(f"hf_chat:{tiny}", **wrong).prepare()
+
+
+@pytest.mark.parametrize(
+    ("asked", "written", "text", "label"),
+    [
+        ("<|im_start|>assistant\n", "ANSWER: B<|im_end|>", "ANSWER: B", "blue finch"),
+        ("<|im_start|>assistant\n", "[THINK]ANSWER: A[/THINK]B<|im_end|>", "[THINK]ANSWER: A[/THINK]B<|im_end|>", "blue finch"),
+        ("<|im_start|>assistant\n[THINK]\n", "ANSWER: A", "[THINK]ANSWER: A", None),
+        ("<|im_start|>assistant\n<think>\n", "ANSWER: A\n</think>\nB", "<think>ANSWER: A\n</think>\nB", "blue finch"),
+        ("<|im_start|>assistant\n<think>\n\n</think>\n", "ANSWER: B", "ANSWER: B", "blue finch"),
+    ],
+)
+def test_thoughts_of_a_model_are_no_answer(asked: str, written: str, text: str, label: str | None) -> None:
+    """Their tags may be special tokens, and the chat template may have begun them."""
+    processor = SimpleNamespace(tokenizer=tokenizer("[THINK]", "[/THINK]"))
+    loaded = _Loaded(model=None, processor=processor, control_tokens=re.compile("$"), device="cpu", dtype=torch.float32)  # type: ignore[arg-type]
+    read = loaded.text(loaded.tokens(written), question(), asked=loaded.tokens(asked))
+    assert read == text
+    assert verdict_from_text(read, question(), judge="j", usage=Usage()).label == label

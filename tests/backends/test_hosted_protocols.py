@@ -668,3 +668,26 @@ async def test_tokens_from_the_providers_cache_are_told(make: Make) -> None:
         usage = (await judge.judge(question())).usage
         await judge.disconnect()
     assert (usage.input_tokens, usage.cached_input_tokens, usage.output_tokens) == (1000, 600, 20)
+
+
+async def test_reasoning_items_of_responses_are_no_answer() -> None:
+    reasoning: JsonValue = {"type": "reasoning", "id": "rs", "summary": [{"type": "summary_text", "text": "ANSWER: A\nno"}]}
+    answer: JsonValue = {
+        "type": "message",
+        "id": "m",
+        "content": [{"type": "output_text", "text": "ANSWER: B", "annotations": []}],
+    }
+    for output, label in (([reasoning, answer], "blue finch"), ([reasoning], None)):
+        body: JsonValue = {"id": "r", "status": "completed", "output": output}
+        async with JudgeServer(faults=[Fault("body", body=body)]) as server:
+            judge = responses(server)
+            verdict = await judge.judge(question())
+            await judge.disconnect()
+        assert verdict.label == label
+        assert label or "nothing but thoughts" in verdict.error
+
+
+async def test_a_decision_that_is_an_error_is_judged_by_it() -> None:
+    fault = Fault("body", body={"error": {"code": 402, "message": "No credits"}})
+    with pytest.raises(FatalError, match="No credits"):
+        await asked_once(fault, mode="decision")
