@@ -282,7 +282,7 @@ def translate(exc: Exception, errors: Mapping[str, type[JudgeError]], *, secret:
     status, response = getattr(exc, "status_code", None), getattr(exc, "response", None)
     if isinstance(status, int) and status >= 300:
         wait = retry_after(response.headers if response is not None else {})
-        return error_of_response(status, getattr(exc, "body", None) or str(exc), wait=wait, secret=secret)
+        return error_of_response(status, _body(exc), wait=wait, secret=secret)
     causes = _causes(exc)
     message = " ".join(f"{type(each).__name__}: {each}" for each in dict.fromkeys((exc, causes[-1])))
     message = message.replace(secret or "\0", "***")[:MOST_OF_A_MESSAGE]
@@ -294,6 +294,14 @@ def translate(exc: Exception, errors: Mapping[str, type[JudgeError]], *, secret:
     unknown = TransientError if isinstance(exc, ValueError) else PermanentError  # a ValueError: a body that is no JSON
     kind = next((errors[name] for name in _class_names(exc) if name in errors), unknown)
     return kind(message, may_be_billed=not _never_connected(causes))
+
+
+def _body(exc: Exception) -> object:
+    """The body of a response with an error status: whole, where the SDK's exception may hold a part of it."""
+    try:
+        return json.loads(exc.response.text)  # type: ignore[attr-defined]
+    except (AttributeError, ValueError, RuntimeError):  # no response, no JSON, not read
+        return getattr(exc, "body", None) or str(exc)
 
 
 def _class_names(exc: BaseException) -> list[str]:

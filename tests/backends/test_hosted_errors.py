@@ -167,6 +167,7 @@ OF_ALL: list[tuple[int, object, str]] = [
         {"error": {"code": "Arrearage", "message": "Access denied, please make sure you are in good standing."}},
         "good standing",
     ),
+    (400, {"code": "Arrearage", "error": "Not in good standing."}, "good standing"),
     (402, {"error": "Insufficient Balance"}, "Insufficient Balance"),
     (
         403,

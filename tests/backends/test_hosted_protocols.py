@@ -602,13 +602,23 @@ def test_a_first_question_given_up_holds_up_no_later_event_loop() -> None:
             assert [verdict.outcome for verdict in asyncio.run(asyncio.wait_for(ask(), 10))] == ["answered"] * 4
 
 
+async def test_a_question_does_not_wait_for_another_event_loops_first() -> None:
+    other = asyncio.new_event_loop()
+    async with JudgeServer() as server:
+        judge = chat(server)
+        judge._first = other.create_future()
+        assert (await asyncio.wait_for(judge.judge(question()), 10)).outcome == "answered"
+        await judge.disconnect()
+    other.close()
+
+
 KEYS = [("A", 0.05), ("B", 0.9), ("C", 0.05)]
 
 
 def tokens(*texts: str, alternatives: Sequence[tuple[str, float]] = KEYS) -> list[JsonValue]:
     """Every token with the same alternatives, so that only the place tells."""
     top: list[JsonValue] = [{"token": text, "logprob": math.log(chance), "bytes": None} for text, chance in alternatives]
-    return [{"token": text, "logprob": -0.1, "bytes": None, "top_logprobs": top if "B" in text else []} for text in texts]
+    return [{"token": text, "logprob": -0.1, "bytes": None, "top_logprobs": top} for text in texts]
 
 
 @pytest.mark.parametrize(
@@ -622,9 +632,9 @@ def tokens(*texts: str, alternatives: Sequence[tuple[str, float]] = KEYS) -> lis
         (("ANSWER", ":", " blue", " finch"), False),
         (("The", " B", " is", " it", ".", "\n", "ANSWER", ":", " blue", " finch"), False),
         (("<think>", "ANSWER", ":", " A", "</think>", "B"), True),
-        (("<think>", "ANSWER", ":", " B", "</think>", "C"), False),
         (("B",), True),
         (("B", " or", " C"), False),
+        (('{"answer": "', "B", '"}', "\n", "No", " answer", " A", "."), False),
     ],
 )
 async def test_probabilities_are_of_the_token_that_is_the_answer(texts: tuple[str, ...], has_probabilities: bool) -> None:

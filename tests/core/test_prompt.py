@@ -142,6 +142,7 @@ def test_hostile_names_are_offered_on_one_line_and_answered_by_key(name: str) ->
         ('{"answer": "A"}\nANSWER: B', None),
         ('{"answer": ["A", "B"]}', None),
         ('{"answer": null}', None),
+        ('{"answer": null}\nANSWER: B', None),
         ("ANSWER: Option B", "blue finch"),
         ("ANSWER: B - blue finch", "blue finch"),
         ("ANSWER: blue finch (B)", "blue finch"),
@@ -319,11 +320,23 @@ def test_apostrophes_hyphens_and_spaces_do_not_tell_names_apart(name: str, said:
         (["12 years", "7 years"], "1-2 years"),
         (["model 11", "model 2"], "model 1.1"),
         (["737-300", "737-400"], "A) 737-500"),
+        (["model 1100", "owl"], "A) model 1000"),
         (["male finch", "owl"], "A) female finch"),
     ],
 )
 def test_a_name_that_may_be_another_is_not_guessed(names: list[str], said: str) -> None:
     assert read_answer(f"ANSWER: {said}", question(names)) is None
+
+
+def test_names_that_differ_in_punctuation_alone_are_told_apart() -> None:
+    asked = question(["C++ book", "C# book", "C book"])
+    for label in asked.labels:
+        assert (answer := read_answer(f"ANSWER: {label.name}", asked)) is not None
+        assert answer.label == label
+
+
+def test_no_key_is_a_name_in_another_spelling() -> None:
+    assert list(options(question(["owl", "A's"]))) == ["1", "2"]
 
 
 def test_a_label_that_was_not_shown_is_not_taken_for_one_with_nearly_its_name() -> None:
