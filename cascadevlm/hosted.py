@@ -243,10 +243,10 @@ class HostedJudge(Judge):
         key = os.environ.get(self.api_key_env) or (NO_KEY if self.is_local else None)
         if key is None:
             raise BackendError(f"{self.spec!r} needs a key.", hint=f"Set the environment variable {self.api_key_env}.")
-        if stray := re.search(r"[^!-~]", key):
+        if stray := re.search(r"^\s|[^ -~]|\s$", key):
             raise BackendError(
                 f"The key of {self.spec!r} holds {stray[0]!r} at position {stray.start() + 1} of {len(key)}, which no key does.",
-                hint=f"Set the environment variable {self.api_key_env} without spaces, line breaks and typographic quotes.",
+                hint=f"Set {self.api_key_env} without spaces around it, line breaks and typographic quotes.",
             )
         return key
 

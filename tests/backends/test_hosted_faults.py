@@ -176,11 +176,14 @@ async def test_what_concerns_one_image_is_refused_and_the_run_goes_on(make: Make
 
 
 @EITHER
-@pytest.mark.parametrize("key", ["sk-abcdef\r", "sk-abcdef\n", " sk-abcdef", "“sk-abcdef”", "sk-abc def", "\ufeffsk-abcdef"])
+@pytest.mark.parametrize("key", ["sk-abcdef\r", "sk-abcdef\n", " sk-abcdef", "sk-abcdef ", "“sk-abcdef”", "\ufeffsk-abcdef"])
 def test_a_malformed_key_is_told_at_once(key: str, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("OPENAI_API_KEY", "ANTHROPIC_API_KEY"):
         monkeypatch.setenv(name, key)
-    with JudgeServer() as server, pytest.raises(BackendError, match=r"The key of .* holds .*_API_KEY without spaces") as caught:
+    with (
+        JudgeServer() as server,
+        pytest.raises(BackendError, match=r"The key of .* holds .*_API_KEY without spaces around it") as caught,
+    ):
         cascade(make(server)).classify(images(3))
     assert server.requests == []
     assert "abc" not in str(caught.value)
