@@ -141,7 +141,7 @@ class HostedJudge(Judge):
         client: the user's own, if any.
     """
 
-    live: ClassVar[Live] = (("_runs", int),)
+    live: ClassVar[Live] = (("_runs", int), ("_first", lambda: None))
 
     client: object | None
     _reached = False  # whether the endpoint was ever connected to

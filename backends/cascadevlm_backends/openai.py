@@ -29,7 +29,6 @@ from cascadevlm.hosted import (
     normalised,
     texts_of,
 )
-from cascadevlm.portable import Live
 from cascadevlm.prompt import Message, Part, after_thoughts, options, read_answer, render
 from cascadevlm.provider_errors import ErrorResponse
 from cascadevlm.types import Question, Usage, Verdict
@@ -84,8 +83,6 @@ class OpenAIJudge(HostedJudge):
         tokens_per_minute: the most tokens, by worst case, in a minute.
         timeout: seconds to wait for an answer.
     """
-
-    live: ClassVar[Live] = (("_finding_out", asyncio.Lock),)
 
     provider: ClassVar[str] = "openai"
     hosts: ClassVar[tuple[str, ...]] = ("api.openai.com",)
