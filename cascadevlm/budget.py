@@ -5,19 +5,23 @@ Amounts are whole nanodollars, so that sums are exact: a dollar per million toke
 
 import asyncio
 import json
+import math
 import os
 import threading
 from contextlib import suppress
 from pathlib import Path
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, NonNegativeInt
 
 from cascadevlm.errors import BudgetExhausted, DataError, JudgeError
 from cascadevlm.files import write_whole, writing_to
-from cascadevlm.judge import Judge, WrapperJudge
+from cascadevlm.judge import Judge, WrapperJudge, is_sent
 from cascadevlm.types import Question, Verdict
 
 NANODOLLARS = 1_000_000_000
+
+LAST_WORD = 0.5
+"""Seconds that a request has to end once its question is given up: after a wrong key, all others in flight fail too, unbilled."""
 
 
 class Ledger:
@@ -105,7 +109,7 @@ class _Change(BaseModel):
     """A line of a `DurableLedger`, in nanodollars."""
 
     reserved: int
-    spent: int
+    spent: NonNegativeInt
 
 
 class DurableLedger(Ledger):
@@ -152,24 +156,27 @@ def _line(*, reserved: int, spent: int) -> str:
 
 def _sum(path: Path) -> int:
     """What a ledger's file says is spent or promised."""
-    total = 0
+    spent = reserved = 0
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.endswith(b"\n"):  # what is not ended did not happen
                 break
             try:
                 change = _Change.model_validate_json(line)
-            except ValidationError as exc:
+                spent, reserved = spent + change.spent, reserved + change.reserved
+                if reserved < 0:
+                    raise ValueError("settles more than was promised")
+            except ValueError as exc:
                 hint = "Write into it what the provider billed, in nanodollars, as the other lines do, or take it out."
                 raise DataError(f"{str(path)!r}, line {number}, is damaged: what was spent is not known.", hint=hint) from exc
-            total += change.reserved + change.spent
-    return total
+    return spent + reserved
 
 
 class Metered(WrapperJudge):
     """Reserves the worst case before every request and settles with the bill after it.
 
-    A request that broke off may have been served and billed all the same; it is counted as the worst case.
+    A request that broke off may have been served and billed all the same; it is counted as the worst case. A question that is
+    given up before its request was sent costs nothing.
     """
 
     def __init__(self, wrapped: Judge, ledger: Ledger) -> None:
@@ -179,13 +186,28 @@ class Metered(WrapperJudge):
     async def judge(self, question: Question) -> Verdict:
         worst = self.wrapped.worst_case(question)
         await self.ledger.reserve(worst)
-        spent = worst
+        asking = asyncio.create_task(self.wrapped.judge(question))
+        sent = True
         try:
-            verdict = await self.wrapped.judge(question)
-            spent = round(verdict.usage.dollars * NANODOLLARS)
-            return verdict
-        except JudgeError as exc:
-            spent = worst if exc.may_be_billed else 0
+            return await asyncio.shield(asking)
+        except asyncio.CancelledError:
+            sent = is_sent(asking)
+            if sent:
+                await asyncio.wait({asking}, timeout=LAST_WORD)
+            asking.cancel()
+            await asyncio.wait({asking})
             raise
         finally:
-            self.ledger.settle(worst, spent)
+            asking.cancel()  # where the wait for its end was cancelled too
+            self.ledger.settle(worst, _bill(asking, worst) if sent else 0)
+
+
+def _bill(asking: "asyncio.Task[Verdict]", worst: int) -> int:
+    """What a request cost, in nanodollars: the worst case where nobody knows."""
+    if not asking.done() or asking.cancelled():
+        return worst
+    exc = asking.exception()
+    if exc is not None:
+        return 0 if isinstance(exc, JudgeError) and not exc.may_be_billed else worst
+    dollars = asking.result().usage.dollars
+    return round(dollars * NANODOLLARS) if 0 <= dollars < math.inf else worst

@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import ClassVar, TypeAlias, TypeVar
+from typing import ClassVar, TypeAlias, TypeVar, cast
 from urllib.parse import urlsplit
 
 from PIL import Image
@@ -16,11 +16,11 @@ from pydantic import BaseModel, JsonValue, ValidationError
 
 from cascadevlm.budget import NANODOLLARS
 from cascadevlm.encoding import EncodedImage, ImageLimits, encode_image, size_within
-from cascadevlm.errors import BackendError, CascadeError, JudgeError, PermanentError
+from cascadevlm.errors import BackendError, CascadeError, JudgeError, PermanentError, TransientError
 from cascadevlm.judge import Judge, verdict_from_text
 from cascadevlm.pricing import FREE, Price, find_price
 from cascadevlm.prompt import answer_format, options, render
-from cascadevlm.provider_errors import translate
+from cascadevlm.provider_errors import MOST_OF_A_MESSAGE, translate
 from cascadevlm.types import Exemplar, Question, Usage, Verdict
 
 HAS_AIOHTTP = importlib.util.find_spec("aiohttp") is not None
@@ -37,6 +37,9 @@ FIXED_TOKENS = 600
 
 REASONING_TOKENS = 4096
 """Room for the thoughts of models that have them, so that an answer is not cut off before it begins."""
+
+MOST_TOKENS = 100_000_000
+"""More than any model takes or gives in one request."""
 
 USUAL_BYTES_PER_TOKEN = 4
 USUAL_SHARE_OF_LIMIT = 1 / 3
@@ -55,6 +58,37 @@ class Reply:
     refusal: str | None = None
     cut_off: bool = False
     probabilities: Mapping[str, float] | None = None
+
+
+def reported(source: object, *path: str) -> object:
+    """What an object of an SDK holds under a path; None where it holds nothing: SDKs do not validate what they are sent."""
+    for name in path:
+        source = getattr(source, name, None)
+    return source
+
+
+def believed_usage(
+    *, input_tokens: object, output_tokens: object, cached: object, written: object, apart: bool = False
+) -> Usage | None:
+    """What a provider says was used; None where the counts cannot be true. It may leave out what its prompt cache gave and took.
+
+    Args:
+        apart: whether ``cached`` and ``written`` are counted beside ``input_tokens``, not among them.
+    """
+    counts = (input_tokens, output_tokens, 0 if cached is None else cached, 0 if written is None else written)
+    if not all(type(count) is int and 0 <= count <= MOST_TOKENS for count in counts):
+        return None
+    into, out, read, kept = cast(tuple[int, int, int, int], counts)
+    into += read + kept if apart else 0
+    if into == 0 or read + kept > into:
+        return None
+    return Usage(input_tokens=into, output_tokens=out, cached_input_tokens=read, cache_write_tokens=kept)
+
+
+def require_no_error(body: object) -> None:
+    """Raises TransientError where a response of status 200 holds an error in place of an answer; nobody bills that."""
+    if error := reported(body, "error"):
+        raise TransientError(f"The response holds an error: {str(error)[:MOST_OF_A_MESSAGE]}")
 
 
 def choices(question: Question, *, by_key: bool) -> list[str]:
@@ -310,8 +344,7 @@ class HostedJudge(Judge):
 
     def read(self, reply: Reply, question: Question, *, batch: bool = False) -> Verdict:
         """The verdict a reply amounts to; refusals and answers cut off are no reason to ask again."""
-        used = reply.usage or self._unknown_usage(question)
-        bill = self.price.nanodollars(used, batch=batch)
+        used, bill = self._bill(reply.usage, question, batch=batch)
         usage = replace(used, dollars=bill / NANODOLLARS, requests=1)
         if reply.refusal is not None:
             return Verdict(outcome="refused", text=reply.text, error=reply.refusal, judge=self.spec, usage=usage)
@@ -323,12 +356,13 @@ class HostedJudge(Judge):
         )
         return replace(verdict, text=reply.text)
 
-    def _unknown_usage(self, question: Question) -> Usage:
-        """What a request that is paid for is taken to have used where the endpoint does not say: the most."""
-        if not self.costs_money:
-            return Usage()
+    def _bill(self, usage: Usage | None, question: Question, *, batch: bool) -> tuple[Usage, int]:
+        """What a request used, and its bill in nanodollars: as the endpoint says, at most the worst case."""
         input_tokens, output_tokens = self.most_tokens(question)
-        return Usage(input_tokens=input_tokens, output_tokens=output_tokens)
+        worst = self.price.worst_case(input_tokens, output_tokens, batch=batch)
+        if usage is not None and (bill := self.price.nanodollars(usage, batch=batch)) <= worst:
+            return usage, bill
+        return Usage(input_tokens=input_tokens, output_tokens=output_tokens) if self.costs_money else Usage(), worst
 
     def output_limit(self, question: Question) -> int:
         """The most tokens an answer may have: the prompt's, the longest name's and, for models that have any, its thoughts."""

@@ -15,9 +15,19 @@ from pydantic import JsonValue, PositiveFloat, PositiveInt
 
 from cascadevlm.encoding import ImageLimits
 from cascadevlm.errors import FatalError, JudgeError, PermanentError, TransientError
-from cascadevlm.hosted import HAS_AIOHTTP, BatchLimits, HostedJudge, PriceOption, Reply, answer_schema
+from cascadevlm.hosted import (
+    HAS_AIOHTTP,
+    BatchLimits,
+    HostedJudge,
+    PriceOption,
+    Reply,
+    answer_schema,
+    believed_usage,
+    reported,
+    require_no_error,
+)
 from cascadevlm.prompt import Message, Part, render
-from cascadevlm.types import Question, Usage, Verdict
+from cascadevlm.types import Question, Verdict
 
 if TYPE_CHECKING:
     import anthropic
@@ -251,16 +261,17 @@ class AnthropicJudge(HostedJudge):
 
 
 def _of_message(message: "AnthropicMessage") -> Reply:
+    require_no_error(message)
     texts = [block.text for block in message.content if block.type == "text"]
     texts += [json.dumps(block.input) for block in message.content if block.type == "tool_use"]
-    read, written = message.usage.cache_read_input_tokens or 0, message.usage.cache_creation_input_tokens or 0
     return Reply(
         text="\n".join(texts),
-        usage=Usage(
-            input_tokens=message.usage.input_tokens + read + written,  # Anthropic counts them apart
-            cached_input_tokens=read,
-            cache_write_tokens=written,
-            output_tokens=message.usage.output_tokens,
+        usage=believed_usage(
+            input_tokens=reported(message, "usage", "input_tokens"),
+            output_tokens=reported(message, "usage", "output_tokens"),
+            cached=reported(message, "usage", "cache_read_input_tokens"),
+            written=reported(message, "usage", "cache_creation_input_tokens"),
+            apart=True,
         ),
         refusal="The model refused to answer." if message.stop_reason == "refusal" else None,
         cut_off=message.stop_reason == "max_tokens",

@@ -4,7 +4,6 @@ vLLM, Ollama, LM Studio, OpenRouter, Azure and ``transformers serve`` are reache
 hold an answer to a schema it is asked to; where it cannot, the lettered prompt alone does, found out with the first question.
 """
 
-import asyncio
 import json
 import math
 from collections.abc import Awaitable, Mapping
@@ -24,17 +23,21 @@ from cascadevlm.hosted import (
     PriceOption,
     Reply,
     answer_schema,
+    believed_usage,
     choices,
     is_json_answer,
     normalised,
+    reported,
+    require_no_error,
 )
+from cascadevlm.judge import Turn
 from cascadevlm.prompt import Message, Part, options, render
 from cascadevlm.provider_errors import error_of_status
 from cascadevlm.types import Question, Usage, Verdict
 
 if TYPE_CHECKING:
     import openai
-    from openai.types import CompletionUsage, DecisionInputPartUnionParam
+    from openai.types import DecisionInputPartUnionParam
     from openai.types.chat import ChatCompletion, ChatCompletionContentPartParam, ChatCompletionMessageParam
     from openai.types.chat.chat_completion import ChoiceLogprobs
     from openai.types.chat.completion_create_params import CompletionCreateParamsNonStreaming as ChatParams
@@ -154,7 +157,7 @@ class OpenAIJudge(HostedJudge):
         self.reasoning_effort: Effort | None = reasoning_effort
         self.timeout = timeout
         self._takes_schema = structured
-        self._finding_out = asyncio.Lock()
+        self._finding_out = Turn()
 
     def identity(self) -> Mapping[str, JsonValue]:
         return {
@@ -172,7 +175,7 @@ class OpenAIJudge(HostedJudge):
 
     async def disconnect(self) -> None:
         await super().disconnect()
-        self._finding_out = asyncio.Lock()  # the next run may be in another event loop
+        self._finding_out = Turn()  # the next run may be in another event loop
 
     @property
     def secret(self) -> str:
@@ -209,7 +212,9 @@ class OpenAIJudge(HostedJudge):
         on. A refusal costs nothing, so that both requests go by one reservation."""
         try:
             verdict = await self.ask(self._answer(question, True), question)
-        except PermanentError:
+        except PermanentError as exc:
+            if exc.may_be_billed:  # both requests go by one reservation
+                raise
             verdict = await self.ask(self._answer(question, False), question)
             self._takes_schema = False
             return verdict
@@ -256,12 +261,13 @@ class OpenAIJudge(HostedJudge):
         return params
 
     def _of_completion(self, completion: "ChatCompletion", question: Question) -> Reply:
+        require_no_error(completion)
         if not completion.choices:
             raise TransientError("The response holds no answer.", may_be_billed=True)
         choice = completion.choices[0]
         return Reply(
             text=choice.message.content or "",
-            usage=_chat_usage(completion.usage),
+            usage=_usage(completion, "prompt", "completion"),
             refusal=choice.message.refusal or (FILTERED if choice.finish_reason == "content_filter" else None),
             cut_off=choice.finish_reason == "length",
             probabilities=_probabilities(choice.logprobs, question) if choice.logprobs else None,
@@ -304,13 +310,9 @@ class OpenAIJudge(HostedJudge):
                 }
             ],
         )
+        require_no_error(decision)
         (answer,) = decision.answers
-        details = decision.usage.input_tokens_details
-        usage = Usage(
-            input_tokens=decision.usage.input_tokens,
-            output_tokens=decision.usage.output_tokens,
-            cached_input_tokens=details.cached_tokens,
-        )
+        usage = _usage(decision)
         if answer.type != "choice":
             return Reply(text="", usage=usage, refusal="The model declined to decide.")
         by_name = {str(option.value): option.probability for option in answer.probabilities}
@@ -404,35 +406,25 @@ def _worded(question: Question, structured: bool) -> tuple[Message, ...]:
 
 
 def _of_response(response: "Response") -> Reply:
+    require_no_error(response)
     parts = [part for item in response.output if item.type == "message" for part in item.content]
     refusals = [part.refusal for part in parts if part.type == "refusal"]
     why = response.incomplete_details.reason if response.incomplete_details else None
-    usage = None
-    if response.usage:
-        details = response.usage.input_tokens_details
-        usage = Usage(
-            input_tokens=response.usage.input_tokens,
-            output_tokens=response.usage.output_tokens,
-            cached_input_tokens=details.cached_tokens,
-            cache_write_tokens=details.cache_write_tokens,
-        )
     return Reply(
         text=response.output_text,
-        usage=usage,
+        usage=_usage(response),
         refusal=refusals[0] if refusals else FILTERED if why == "content_filter" else None,
         cut_off=why == "max_output_tokens",
     )
 
 
-def _chat_usage(usage: "CompletionUsage | None") -> Usage | None:
-    if usage is None:
-        return None
-    details = usage.prompt_tokens_details
-    return Usage(
-        input_tokens=usage.prompt_tokens,
-        output_tokens=usage.completion_tokens,
-        cached_input_tokens=(details and details.cached_tokens) or 0,
-        cache_write_tokens=(details and details.cache_write_tokens) or 0,
+def _usage(body: object, into: str = "input", out: str = "output") -> Usage | None:
+    """What a response says was used; Chat Completions has other names for the input and the output."""
+    return believed_usage(
+        input_tokens=reported(body, "usage", f"{into}_tokens"),
+        output_tokens=reported(body, "usage", f"{out}_tokens"),
+        cached=reported(body, "usage", f"{into}_tokens_details", "cached_tokens"),
+        written=reported(body, "usage", f"{into}_tokens_details", "cache_write_tokens"),
     )
 
 

@@ -41,6 +41,7 @@ class JudgeServer:
         usage: input and output tokens of every answer.
         structured: whether schemas are understood; a request with one gets a 400, if not.
         logprobs: whether Chat Completions gives token probabilities to those who ask.
+        altered: what becomes of a proper reply before it is sent.
         batch_polls: how many retrievals find a batch still in progress.
         batch_expires: whether batches expire.
         check_images: whether a request gets a 400 if it has no image, or one that cannot be decoded.
@@ -61,6 +62,7 @@ class JudgeServer:
         usage: tuple[int, int] = (1000, 20),
         structured: bool = True,
         logprobs: bool = True,
+        altered: Callable[[Json], Json] = lambda reply: reply,
         batch_polls: int = 2,
         batch_expires: bool = False,
         check_images: bool = True,
@@ -71,6 +73,7 @@ class JudgeServer:
         self.usage = usage
         self.structured = structured
         self.logprobs = logprobs
+        self.altered = altered
         self.batch_polls = batch_polls
         self.batch_expires = batch_expires
         self.check_images = check_images
@@ -156,7 +159,7 @@ class JudgeServer:
         except Problem as problem:
             return problem.reply(provider_of(received.path))
         said = say(asked, fault.kind if fault else None, self.answer)
-        return 200, REPLIES[received.path](asked, replace(said, usage=self.usage, logprobs=self.logprobs))
+        return 200, self.altered(REPLIES[received.path](asked, replace(said, usage=self.usage, logprobs=self.logprobs)))
 
     async def _upload(self, request: web.Request) -> web.Response:
         form = await request.post()
