@@ -1,5 +1,6 @@
 """What all hosted judges share: answers held to a schema, prices, the worst case, the key, batches."""
 
+import asyncio
 import importlib.util
 import os
 import time
@@ -8,7 +9,7 @@ from collections.abc import Awaitable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import ClassVar, TypeAlias, TypeVar, cast
+from typing import TYPE_CHECKING, ClassVar, Protocol, TypeAlias, TypeVar, cast
 from urllib.parse import urlsplit
 
 from PIL import Image
@@ -18,10 +19,16 @@ from cascadevlm.budget import NANODOLLARS
 from cascadevlm.encoding import EncodedImage, ImageLimits, encode_image, size_within
 from cascadevlm.errors import BackendError, CascadeError, JudgeError, PermanentError, TransientError
 from cascadevlm.judge import Judge, verdict_from_text
+from cascadevlm.loop import PerLoop
 from cascadevlm.pricing import FREE, Price, find_price
 from cascadevlm.prompt import answer_format, options, render
 from cascadevlm.provider_errors import MOST_OF_A_MESSAGE, translate
+from cascadevlm.secrets import credentials_of, login_of, scrubbed, shown_address
+from cascadevlm.transport import guard
 from cascadevlm.types import Exemplar, Question, Usage, Verdict
+
+if TYPE_CHECKING:
+    import httpx2
 
 HAS_AIOHTTP = importlib.util.find_spec("aiohttp") is not None
 """Whether the SDKs' faster transport can be used."""
@@ -149,6 +156,22 @@ PriceOption: TypeAlias = Mapping[str, JsonValue] | float | None
 """Dollars per million tokens, as in `Price`; 0 for nothing; None for what the table says."""
 
 
+class Client(Protocol):
+    """A client of an SDK."""
+
+    _client: "httpx2.AsyncClient"
+
+    async def close(self) -> None: ...
+
+
+@dataclass(kw_only=True)
+class _Connection:
+    """What a judge has in one event loop: a client, and how many runs use it."""
+
+    client: Client | None = None
+    runs: int = 0
+
+
 class HostedJudge(Judge):
     """A judge behind an API that charges by the token.
 
@@ -161,9 +184,13 @@ class HostedJudge(Judge):
         base_url: another endpoint than the provider's.
         api_key_env: the environment variable that holds the key.
         client: the user's own, if any.
+        headers: sent with every request; secret.
+        timeout: seconds that a request may take in all.
     """
 
-    client: object | None
+    client: "Client | None" = None
+    headers: Mapping[str, str] | None = None
+    timeout: float | None = None
     provider: ClassVar[str]
     hosts: ClassVar[tuple[str, ...]]
     limits: ClassVar[ImageLimits]
@@ -191,12 +218,17 @@ class HostedJudge(Judge):
         self.requests_per_minute = requests_per_minute
         self.tokens_per_minute = tokens_per_minute
         self.max_tokens = max_tokens
-        self._runs = 0
+        self._connections: PerLoop[_Connection] = PerLoop(_Connection)
 
     @property
     def endpoint(self) -> str | None:
         """Where the model is: ``base_url``, or what the SDK takes from the environment; None for the provider's own."""
         return self.base_url or os.environ.get(f"{self.provider.upper()}_BASE_URL") or None
+
+    @property
+    def address(self) -> str | None:
+        """The endpoint without credentials: what is told, and kept."""
+        return shown_address(self.endpoint) if self.endpoint else None
 
     @property
     def host(self) -> str | None:
@@ -221,9 +253,7 @@ class HostedJudge(Judge):
             BackendError: if the price is unknown or wrong.
         """
         if self.endpoint and (urlsplit(self.endpoint).scheme not in ("http", "https") or not self.host):
-            raise BackendError(
-                f"{self.endpoint!r} is no address of {self.spec!r}.", hint="Write http://host:port/v1 or https://…"
-            )
+            raise BackendError(f"{self.address!r} is no address of {self.spec!r}.", hint="Write http://host:port/v1 or https://…")
         if self.given_price is None and self.is_local:
             return FREE
         known = find_price(self.provider, self.model) if self.is_own_endpoint else None
@@ -261,37 +291,45 @@ class HostedJudge(Judge):
         return key
 
     async def prepare(self) -> None:
-        self._runs += 1
+        self._connections.get().runs += 1
         self.price  # noqa: B018  # raises where it is unknown
-        self.connect()
+        self.connected()
 
     async def aclose(self) -> None:
-        """Close the connections when the last run has ended; another event loop could not use them."""
-        self._runs -= 1
-        if self._runs <= 0:
+        """Close the client when the last run in this event loop has ended."""
+        connection = self._connections.get()
+        connection.runs -= 1
+        if connection.runs <= 0:
             await self.disconnect()
 
-    @property
     @abstractmethod
-    def _client(self) -> object:
-        """The SDK's, or the user's own; made at the first call.
+    def _new_client(self) -> Client:
+        """A client of the SDK.
 
         Raises:
             BackendError: if there is no key.
         """
 
-    def connect(self) -> None:
-        """Make the client.
+    def connected(self) -> Client:
+        """The user's own client or, in every event loop, one of ours; made at the first call.
 
         Raises:
-            BackendError: if there is no key.
+            BackendError: if there is no key, or if ``$CASCADEVLM_LOCAL_ONLY`` is set and the endpoint is elsewhere.
         """
-        self._client  # noqa: B018  # raises
+        connection = self._connections.get()
+        if connection.client is None:
+            self.require_allowed()
+            connection.client = self.client or self._new_client()
+            guard(connection.client._client)
+            if self.client is None and self.endpoint and (login := login_of(self.endpoint)):
+                connection.client._client.auth = login
+        return connection.client
 
     async def disconnect(self) -> None:
-        """Close the client, unless it is the user's own."""
-        if self.client is None and "_client" in vars(self):
-            await vars(self).pop("_client").close()
+        """Let go of the client of this event loop; close it, unless it is the user's own."""
+        connection = self._connections.pop()
+        if self.client is None and connection is not None and connection.client is not None:
+            await connection.client.close()
 
     def encoded(self, shown: Question | Exemplar) -> EncodedImage:
         """The image of a question or exemplar as it is sent; encoded at the first call."""
@@ -322,6 +360,12 @@ class HostedJudge(Judge):
     def secret(self) -> str:
         """The key in use, to be kept out of messages."""
 
+    @property
+    def secrets(self) -> list[str]:
+        """All that must be kept out of messages: the key, the values of headers, the credentials of the address."""
+        headers = [text for value in (self.headers or {}).values() for text in (value, value.rpartition(" ")[2])]
+        return [self.secret, *headers, *(credentials_of(self.endpoint) if self.endpoint else ())]
+
     async def call(self, request: Awaitable[T]) -> T:
         """The result of a request to the provider.
 
@@ -330,16 +374,22 @@ class HostedJudge(Judge):
         """
         try:
             return await request
-        except CascadeError:
-            raise
         except Exception as exc:
-            shows_key = bool(self.secret) and self.secret in str(exc)
-            raise translate(exc, self.errors, secret=self.secret) from (None if shows_key else exc)
+            known = exc if isinstance(exc, CascadeError) else exc.__cause__  # an SDK may wrap ours
+            error = known if isinstance(known, CascadeError) else translate(exc, self.errors, secret=self.secret)
+            error.args = tuple(scrubbed(str(text), self.secrets) for text in error.args)
+            shows_secret = error is known or scrubbed(str(exc), self.secrets) != str(exc)
+            raise error from (None if shows_secret else exc)
 
     async def ask(self, request: Awaitable[Reply], question: Question) -> Verdict:
         """The verdict of one request, timed."""
         began = time.perf_counter()
-        verdict = self.read(await self.call(request), question)
+        try:
+            async with asyncio.timeout(self.timeout):
+                reply = await self.call(request)
+        except TimeoutError:
+            raise TransientError(f"There was no answer within {self.timeout:g} seconds.", may_be_billed=True) from None
+        verdict = self.read(reply, question)
         return replace(verdict, usage=replace(verdict.usage, seconds=time.perf_counter() - began))
 
     def read(self, reply: Reply, question: Question, *, batch: bool = False) -> Verdict:

@@ -57,5 +57,5 @@ def _never_connected(exc: BaseException) -> bool:
         cause = cause.__cause__ or cause.__context__
     from_aiohttp = [cause for cause in causes if type(cause).__module__.partition(".")[0] == "aiohttp"]
     if from_aiohttp:
-        return any("ClientConnectorError" in _class_names(cause) for cause in from_aiohttp)
+        return any({"ClientConnectorError", "ConnectionTimeoutError"} & {*_class_names(cause)} for cause in from_aiohttp)
     return any(type(cause).__name__ in NEVER_CONNECTED for cause in causes)

@@ -7,7 +7,6 @@ part of a question (reference images, the wording before them) can be kept in th
 import json
 from collections.abc import Mapping
 from datetime import datetime
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal, cast
 
@@ -27,6 +26,7 @@ from cascadevlm.hosted import (
     require_no_error,
 )
 from cascadevlm.prompt import Message, Part, render
+from cascadevlm.secrets import without_login
 from cascadevlm.types import Question, Verdict
 
 if TYPE_CHECKING:
@@ -54,15 +54,15 @@ class AnthropicJudge(HostedJudge):
         effort: how much the model thinks; the model's default, unless given.
         cache_prompt: mark the reference images for the provider's prompt cache: worth it where many questions show the same.
         base_url: of another server; ``api_key_env`` names the variable with its key.
-        headers: sent with every request.
-        client: your own `anthropic.AsyncAnthropic`; its retries should be off.
+        headers: sent with every request, and kept nowhere.
+        client: your own `anthropic.AsyncAnthropic`; its retries should be off. It follows no redirects either.
         temperature: the endpoint's default, unless given; models that think accept no other.
         max_tokens: of an answer, thoughts included; the prompt's, and room for thoughts where a model has them, unless given.
         price: see `PriceOption`.
         concurrency: the most requests in flight.
         requests_per_minute: the most requests to begin in a minute.
         tokens_per_minute: the most tokens, by worst case, in a minute.
-        timeout: seconds to wait for an answer.
+        timeout: seconds that a request may take in all.
     """
 
     provider: ClassVar[str] = "anthropic"
@@ -134,7 +134,7 @@ class AnthropicJudge(HostedJudge):
     def identity(self) -> Mapping[str, JsonValue]:
         return {
             "judge": self.spec,
-            "endpoint": self.endpoint,
+            "endpoint": self.address,
             "structured": self.structured,
             "thinking": self.thinking,
             "effort": self.effort,
@@ -146,20 +146,20 @@ class AnthropicJudge(HostedJudge):
     def secret(self) -> str:
         return self._client.api_key or ""
 
-    @cached_property
+    @property
     def _client(self) -> "anthropic.AsyncAnthropic":
-        self.require_allowed()
-        if self.client is not None:
-            return self.client
+        return cast("anthropic.AsyncAnthropic", self.connected())
+
+    def _new_client(self) -> "anthropic.AsyncAnthropic":
         import anthropic
 
         return anthropic.AsyncAnthropic(
             api_key=self.api_key(),
-            base_url=self.endpoint,
+            base_url=without_login(self.endpoint) if self.endpoint else None,
             default_headers=self.headers,
             max_retries=0,
             timeout=self.timeout,
-            http_client=anthropic.DefaultAioHttpClient() if HAS_AIOHTTP else None,
+            http_client=anthropic.DefaultAioHttpClient() if HAS_AIOHTTP else anthropic.DefaultAsyncHttpxClient(),
         )
 
     def output_limit(self, question: Question) -> int:

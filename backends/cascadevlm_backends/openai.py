@@ -8,7 +8,6 @@ import json
 import math
 from collections.abc import Awaitable, Mapping
 from dataclasses import replace
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal, cast
 
@@ -31,8 +30,10 @@ from cascadevlm.hosted import (
     require_no_error,
 )
 from cascadevlm.judge import Turn
+from cascadevlm.loop import PerLoop
 from cascadevlm.prompt import Message, Part, options, render
 from cascadevlm.provider_errors import error_of_status
+from cascadevlm.secrets import without_login
 from cascadevlm.types import Question, Usage, Verdict
 
 if TYPE_CHECKING:
@@ -66,8 +67,8 @@ class OpenAIJudge(HostedJudge):
         logprobs: ask for token probabilities and make probabilities of the candidates of them (Chat Completions).
         base_url: of another server; ``api_key_env`` names the variable with its key.
         organization: as OpenAI calls it.
-        headers: sent with every request.
-        client: your own `openai.AsyncOpenAI`; its retries should be off.
+        headers: sent with every request, and kept nowhere.
+        client: your own `openai.AsyncOpenAI`; its retries should be off. It follows no redirects either.
         detail: how closely the model looks at images.
         temperature: the endpoint's default, unless given; models that reason accept no other.
         max_tokens: of an answer, thoughts included; the prompt's, and room for thoughts where a model has them, unless given.
@@ -76,7 +77,7 @@ class OpenAIJudge(HostedJudge):
         concurrency: the most requests in flight.
         requests_per_minute: the most requests to begin in a minute.
         tokens_per_minute: the most tokens, by worst case, in a minute.
-        timeout: seconds to wait for an answer.
+        timeout: seconds that a request may take in all.
     """
 
     provider: ClassVar[str] = "openai"
@@ -157,12 +158,12 @@ class OpenAIJudge(HostedJudge):
         self.reasoning_effort: Effort | None = reasoning_effort
         self.timeout = timeout
         self._takes_schema = structured
-        self._finding_out = Turn()
+        self._turns = PerLoop(Turn)
 
     def identity(self) -> Mapping[str, JsonValue]:
         return {
             "judge": self.spec,
-            "endpoint": self.endpoint,
+            "endpoint": self.address,
             "mode": self.mode,
             "api": self.api,
             "structured": self.structured,
@@ -173,29 +174,29 @@ class OpenAIJudge(HostedJudge):
             "reasoning_effort": self.reasoning_effort,
         }
 
-    async def disconnect(self) -> None:
-        await super().disconnect()
-        self._finding_out = Turn()  # the next run may be in another event loop
+    @property
+    def _finding_out(self) -> Turn:
+        return self._turns.get()
 
     @property
     def secret(self) -> str:
         return self._client.api_key
 
-    @cached_property
+    @property
     def _client(self) -> "openai.AsyncOpenAI":
-        self.require_allowed()
-        if self.client is not None:
-            return self.client
+        return cast("openai.AsyncOpenAI", self.connected())
+
+    def _new_client(self) -> "openai.AsyncOpenAI":
         import openai
 
         return openai.AsyncOpenAI(
             api_key=self.api_key(),
-            base_url=self.endpoint,
+            base_url=without_login(self.endpoint) if self.endpoint else None,
             organization=self.organization,
             default_headers=self.headers,
             max_retries=0,
             timeout=self.timeout,
-            http_client=openai.DefaultAioHttpClient() if HAS_AIOHTTP else None,
+            http_client=openai.DefaultAioHttpClient() if HAS_AIOHTTP else openai.DefaultAsyncHttpxClient(),
         )
 
     async def judge(self, question: Question) -> Verdict:

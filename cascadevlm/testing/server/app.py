@@ -1,12 +1,14 @@
 """The server itself."""
 
 import asyncio
+import gzip
 import io
 import json
 import threading
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import cache
 from itertools import count
 from typing import Self
 
@@ -287,7 +289,7 @@ class JudgeServer:
 async def _gate(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Turns away who brings no key, and words problems as the provider does."""
     try:
-        if "x-api-key" not in request.headers and not request.headers.get("authorization", "").startswith("Bearer "):
+        if "x-api-key" not in request.headers and not request.headers.get("authorization", "").startswith(("Bearer ", "Basic ")):
             raise Problem("unauthorized", "A key is missing.")
         return await handler(request)
     except Problem as problem:
@@ -305,12 +307,33 @@ def _check_images(asked: Conversation) -> None:
             raise Problem("bad_request", f"An image cannot be decoded: {exc}") from exc
 
 
+ENDLESS_CHUNK = 1 << 20
+BOMB_BYTES = 1 << 26
+
+
+@cache
+def _bomb() -> bytes:
+    return gzip.compress(bytes(BOMB_BYTES))
+
+
 async def _deliver(request: web.Request, status: int, reply: Json, fault: Fault | None) -> web.StreamResponse:
     number = str(reply.get("request_id") or new_id("req"))
     headers = {"x-request-id": number, "request-id": number, **(fault.headers if fault else {})}
     match fault:
         case Fault("reset") if request.transport:
             request.transport.abort()
+        case Fault("drip" | "endless" | "bomb" as kind):
+            response = web.StreamResponse(headers={**headers, **({"content-encoding": "gzip"} if kind == "bomb" else {})})
+            response.content_type = "application/json"
+            await response.prepare(request)
+            if kind == "bomb":
+                await response.write(_bomb())
+                return response
+            while True:  # until the client hangs up
+                await response.write(b" " * (1 if kind == "drip" else ENDLESS_CHUNK))
+                await asyncio.sleep(fault.seconds if kind == "drip" else 0)
+        case Fault("redirect"):
+            return web.Response(status=307, headers=headers)
         case Fault("invalid_json"):
             return web.Response(text='{"id": "', content_type="application/json", headers=headers)
         case Fault("truncated") if request.transport:
