@@ -23,7 +23,7 @@ from PIL import Image
 from cascadevlm.errors import BackendError, ImageError
 from cascadevlm.images import ImageSource, load_image, pixel_digest
 from cascadevlm.labels import LabelSet
-from cascadevlm.scorer import EmbeddingScorer, Prepared, Scorer
+from cascadevlm.scorer import EmbeddingScorer, Prepared, Scorer, load_once
 from cascadevlm.types import Scores
 
 SHARD_ROWS = 16_384
@@ -157,7 +157,7 @@ class CachedEmbeddings(Scorer):
         return EmbeddingStore(self.folder / hashlib.sha256(fingerprint.encode()).hexdigest()[:16])
 
     def load(self) -> None:
-        self.wrapped.load()
+        load_once(self.wrapped)
         self.store  # noqa: B018  # opens it
 
     def prepare(self, source: ImageSource) -> Prepared:
