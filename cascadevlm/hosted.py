@@ -427,9 +427,15 @@ class HostedJudge(Judge):
         return text + 3 * sum(len(name.encode()) for name in options(question).values())
 
     def _image_tokens_of(self, question: Question) -> int:
-        """By the sizes alone: nothing is decoded or encoded. An image whose bytes make it shrink further takes no more."""
-        images = [question.image, *(exemplar.image for exemplar in question.exemplars)]
-        return sum(self._image_tokens(size_within(image.size, self.limits)) for image in images)
+        """By the sizes as they are sent or, of images that were not encoded yet, by those that they have within the limits: their
+        bytes may make them shrink further, but not grow."""
+        shown: tuple[Question | Exemplar, ...] = (question, *question.exemplars)
+        return sum(self._image_tokens(self._sent_size(each)) for each in shown)
+
+    def _sent_size(self, shown: Question | Exemplar) -> tuple[int, int]:
+        """In a worker of a cluster only what was encoded tells the size: the pixels stay behind."""
+        encoded = shown.encoded.get(self.limits)
+        return (encoded.width, encoded.height) if encoded else size_within(shown.image.size, self.limits)
 
     def most_tokens(self, question: Question) -> tuple[int, int]:
         """The most tokens that a request can take, in and out. No tokenizer makes more tokens of a text than it has bytes."""

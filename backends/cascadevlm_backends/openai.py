@@ -343,6 +343,12 @@ class OpenAIJudge(HostedJudge):
                 content.append({"type": "input_image", "image_url": self.sent(part, question).data_url})
         return [{"role": "user", "content": content}]
 
+    def _image_tokens(self, size: tuple[int, int]) -> int:
+        rule = self.price.image
+        if rule is None or self.detail != "low" or self.mode == "decision":  # which has no detail
+            return super()._image_tokens(size)
+        return rule.tokens_in_low_detail(*size)
+
     def batch_row(self, key: str, question: Question) -> JsonValue:
         if self.mode == "decision":
             raise BackendError(f"{self.spec!r} has no batches of decisions.", hint='Use mode = "answer".')
