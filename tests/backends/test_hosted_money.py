@@ -1,6 +1,7 @@
 """What hosted judges book: whatever the provider reports, nothing that was not sent, nothing that is not billed."""
 
 import asyncio
+import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 
@@ -196,3 +197,17 @@ async def test_a_wrong_key_leaves_the_money_for_the_right_one(make: Make) -> Non
         predictions = await cascade(judge, ledger=ledger).aclassify(images(12))
     assert [prediction.decided_by for prediction in predictions] == ["judge"] * 12
     assert ledger._spent == 12 * BILL
+
+
+@EVERY
+async def test_the_worst_case_holds_the_names_of_a_schema(make: Make) -> None:
+    """They are sent twice: in the question and in the schema."""
+    asked = question([f"{letter * 400} finch" for letter in "abcdefghijkl"])
+    async with JudgeServer(usage=USAGE) as server:
+        judge = make(server)
+        await judge.judge(asked)
+        await judge.disconnect()
+        (received,) = server.requests
+    sent = len(json.dumps(received.body).encode()) - len(judge.encoded(asked).base64)
+    assert sent > 2 * 12 * 400
+    assert judge.most_tokens(asked)[0] >= sent

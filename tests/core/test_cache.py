@@ -140,6 +140,38 @@ async def test_who_stops_waiting_does_not_lose_the_answer() -> None:
     assert len(store.verdicts) == 1
 
 
+@pytest.mark.parametrize("gives_up", [0, 1])
+async def test_who_shares_an_answer_and_stops_waiting_does_not_end_it_for_the_other(gives_up: int) -> None:
+    judge = FakeJudge(seconds=0.02)
+    asked_once = SingleFlight(judge)
+    tasks = [asyncio.create_task(asked_once.judge(question())) for _ in range(2)]
+    await asyncio.sleep(0.005)
+    tasks[gives_up].cancel()
+    assert (await asyncio.wait_for(tasks[1 - gives_up], 1)).label == "red finch"
+    assert tasks[gives_up].cancelled()
+    assert len(judge.questions) == 1
+
+
+async def test_what_nobody_waits_for_any_more_ends_with_the_run() -> None:
+    store, judge = MemoryStore(), FakeJudge(seconds=0.05)
+    cached = Cached(judge, store)
+    waiting = asyncio.create_task(cached.judge(question()))
+    await asyncio.sleep(0.005)
+    waiting.cancel()
+    await cached.aclose()
+    assert (judge._at_once, cached._in_flight) == (0, {})
+    await asyncio.sleep(0.07)
+    assert not store.verdicts
+
+
+async def test_a_kept_answer_that_is_shared_says_what_it_saved_to_all() -> None:
+    store = MemoryStore()
+    await Cached(FakeJudge(dollars=0.02), store).judge(question())
+    cached = Cached(FakeJudge(), store)
+    verdicts = await asyncio.gather(*(cached.judge(question()) for _ in range(3)))
+    assert [verdict.usage for verdict in verdicts] == [Usage(cached=True, saved_dollars=0.02)] * 3
+
+
 async def test_nothing_but_json_is_stored_and_nothing_evicted(tmp_path: Path) -> None:
     store = DiskStore(tmp_path)
     await Cached(FakeJudge(), store).judge(question())
