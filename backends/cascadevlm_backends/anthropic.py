@@ -253,7 +253,11 @@ class AnthropicJudge(HostedJudge):
         assert isinstance(row, dict)
         match row["type"]:
             case "succeeded":
-                return _of_message(AnthropicMessage.model_validate(row["message"]))
+                message = row["message"]
+                assert isinstance(message, dict)
+                return _of_message(
+                    AnthropicMessage.model_construct(None, **message)
+                )  # as the SDK makes it, which does not validate
             case "errored" if "invalid_request" in str(row["error"]):
                 raise PermanentError(f"The batch refused the question: {row['error']}")
             case kind:

@@ -400,9 +400,10 @@ class OpenAIJudge(HostedJudge):
         status, body = response.get("status_code"), response.get("body")
         if status != 200:
             raise error_of_status(int(str(status)), str(body))
-        if self.api == "responses":
-            return _of_response(Response.model_validate(body))
-        return self._of_completion(ChatCompletion.model_validate(body), question)
+        assert isinstance(body, dict)
+        if self.api == "responses":  # made as the SDK makes them, which does not validate
+            return _of_response(Response.model_construct(None, **body))
+        return self._of_completion(ChatCompletion.model_construct(None, **body), question)
 
 
 def _worded(question: Question, structured: bool) -> tuple[Message, ...]:

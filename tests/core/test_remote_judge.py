@@ -214,6 +214,22 @@ async def test_the_cap_holds_whatever_becomes_of_the_workers(seed: int) -> None:
     await remote.aclose()
 
 
+async def test_who_gives_up_before_a_worker_is_free_pays_nothing() -> None:
+    class Slow(OneWorker):
+        async def _judge(self, asked: Question) -> Verdict:
+            await asyncio.sleep(0.05)
+            return await super()._judge(asked)
+
+    remote, ledger = await prepared(Slow(iter([ANSWER] * 3))), Ledger(1)
+    tasks = [asyncio.create_task(Metered(Priced(remote), ledger).judge(question())) for _ in range(3)]
+    await asyncio.sleep(0.01)
+    for task in tasks[1:]:
+        task.cancel()
+    await asyncio.wait(tasks)
+    assert (ledger.spent_dollars, ledger.reserved_dollars) == (0, 0)  # the answer of the first costs nothing
+    await remote.aclose()
+
+
 def test_images_are_told_apart_though_their_pixels_stay_here() -> None:
     judge = load_judge("openai:any", base_url="http://localhost:9", price={"input": 1, "output": 2})
     assert isinstance(judge, HostedJudge)
