@@ -199,3 +199,51 @@ async def test_damage_is_found_and_asked_again(tmp_path: Path) -> None:
         await Cached(judge, store).judge(asked)
     assert before < len(judge.questions)
     assert (store.clear(), len(store)) == (4, 0)
+
+
+async def test_two_event_loops_that_share_a_store_buy_an_answer_once(tmp_path: Path) -> None:
+    store, judge = DiskStore(tmp_path), FakeJudge(seconds=0.1, dollars=0.02)
+
+    def ask() -> Verdict:
+        return asyncio.run(Cached(judge, store).judge(question()))
+
+    verdicts = await asyncio.gather(*(asyncio.to_thread(ask) for _ in range(3)))
+    assert len(judge.questions) == 1
+    assert sorted(verdict.usage.dollars for verdict in verdicts) == [0, 0, 0.02]
+    assert all(verdict.usage.dollars + verdict.usage.saved_dollars == 0.02 for verdict in verdicts)
+
+
+async def test_a_question_that_failed_is_free_to_be_asked_by_others(tmp_path: Path) -> None:
+    store, judge = DiskStore(tmp_path), FakeJudge(reply=[TransientError("down"), "ANSWER: B"])
+    with pytest.raises(TransientError):
+        await Cached(judge, store).judge(question())
+    assert (await asyncio.wait_for(Cached(judge, store).judge(question()), 5)).label == "blue finch"
+
+
+ASKING = """
+import asyncio, sys
+from pathlib import Path
+from cascadevlm.cache import Cached, DiskStore
+from cascadevlm.testing import FakeJudge, question
+
+store, judge = DiskStore(Path(sys.argv[1])), FakeJudge(seconds=0.5, dollars=0.02)
+print("ready", flush=True)
+input()
+print(asyncio.run(Cached(judge, store).judge(question())).usage.dollars)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no locks on parts of files")
+def test_two_processes_that_share_a_cache_buy_an_answer_once(tmp_path: Path) -> None:
+    asking = [
+        subprocess.Popen([sys.executable, "-c", ASKING, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    for process in asking:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+    for process in asking:
+        assert process.stdin is not None
+        process.stdin.write("\n")
+        process.stdin.flush()
+    assert sorted(float(process.communicate(timeout=20)[0]) for process in asking) == [0, 0.02]
