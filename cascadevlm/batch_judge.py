@@ -125,7 +125,9 @@ class BatchJudge(WrapperJudge):
             raise TransientError("The batch came back without an answer to the question.")
         try:
             return self.hosted.read_row(row, question)
-        except (AttributeError, KeyError, TypeError, ValueError) as exc:
+        except JudgeError:
+            raise
+        except Exception as exc:  # whatever an SDK's object of what it was sent raises
             raise PermanentError(f"The answer in the batch cannot be read: {exc}", may_be_billed=True) from exc
 
     def _conclude(self, key: str, verdict: Verdict) -> Verdict:

@@ -5,6 +5,7 @@ Amounts are whole nanodollars, so that sums are exact: a dollar per million toke
 
 import asyncio
 import json
+import math
 import os
 import threading
 from contextlib import suppress
@@ -15,11 +16,14 @@ from pydantic import BaseModel, NonNegativeInt
 
 from cascadevlm.errors import BudgetExhausted, DataError, JudgeError
 from cascadevlm.files import write_whole, writing_to
-from cascadevlm.judge import Judge, WrapperJudge
+from cascadevlm.judge import Judge, WrapperJudge, is_sent
 from cascadevlm.portable import Live, Portable
 from cascadevlm.types import Question, Verdict
 
 NANODOLLARS = 1_000_000_000
+
+LAST_WORD = 0.5
+"""Seconds that a request has to end once its question is given up: after a wrong key, all others in flight fail too, unbilled."""
 
 
 class Ledger(Portable):
@@ -181,7 +185,8 @@ def _sum(path: Path) -> int:
 class Metered(WrapperJudge):
     """Reserves the worst case before every request and settles with the bill after it.
 
-    A request that broke off may have been served and billed all the same; it is counted as the worst case.
+    A request that broke off may have been served and billed all the same; it is counted as the worst case. A question that is
+    given up before its request was sent costs nothing.
     """
 
     def __init__(self, wrapped: Judge, ledger: Ledger) -> None:
@@ -191,13 +196,28 @@ class Metered(WrapperJudge):
     async def judge(self, question: Question) -> Verdict:
         worst = self.wrapped.worst_case(question)
         await self.ledger.reserve(worst)
-        spent = worst
+        asking = asyncio.create_task(self.wrapped.judge(question))
+        sent = True
         try:
-            verdict = await self.wrapped.judge(question)
-            spent = round(verdict.usage.dollars * NANODOLLARS)
-            return verdict
-        except JudgeError as exc:
-            spent = worst if exc.may_be_billed else 0
+            return await asyncio.shield(asking)
+        except asyncio.CancelledError:
+            sent = is_sent(asking)
+            if sent:
+                await asyncio.wait({asking}, timeout=LAST_WORD)
+            asking.cancel()
+            await asyncio.wait({asking})
             raise
         finally:
-            self.ledger.settle(worst, spent)
+            asking.cancel()  # where the wait for its end was cancelled too
+            self.ledger.settle(worst, _bill(asking, worst) if sent else 0)
+
+
+def _bill(asking: "asyncio.Task[Verdict]", worst: int) -> int:
+    """What a request cost, in nanodollars: the worst case where nobody knows."""
+    if not asking.done() or asking.cancelled():
+        return worst
+    exc = asking.exception()
+    if exc is not None:
+        return 0 if isinstance(exc, JudgeError) and not exc.may_be_billed else worst
+    dollars = asking.result().usage.dollars
+    return round(dollars * NANODOLLARS) if 0 <= dollars < math.inf else worst

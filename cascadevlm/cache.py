@@ -5,14 +5,17 @@ import hashlib
 import json
 import os
 import sqlite3
+import sys
 import warnings
+import weakref
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager
+from collections.abc import AsyncGenerator, Iterator, Mapping
+from contextlib import asynccontextmanager, closing, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import ClassVar
 
 import diskcache
 import platformdirs
@@ -21,10 +24,18 @@ from pydantic import JsonValue, TypeAdapter
 
 from cascadevlm.errors import BackendError
 from cascadevlm.judge import Judge, WrapperJudge
+from cascadevlm.portable import Live, Portable
 from cascadevlm.prompt import answer_format, options, render
 from cascadevlm.types import Question, Usage, Verdict
 
 SCHEMA_VERSION = 1
+
+ASKED_ELSEWHERE_SECONDS = 0.05
+"""How often is looked whether a question that another process asks is answered."""
+
+if sys.platform != "win32":
+    import fcntl
+
 Payload = dict[str, JsonValue]
 
 _LARGEST_ROW = 2**30
@@ -65,12 +76,17 @@ def key_of(payload: Mapping[str, JsonValue]) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
-class VerdictStore(ABC):
+class VerdictStore(Portable, ABC):
     """Keeps valid verdicts by the key of their question."""
 
     @abstractmethod
     def get(self, key: str) -> Verdict | None:
         """The verdict stored under a key, if any."""
+
+    @asynccontextmanager
+    async def asking(self, key: str) -> AsyncGenerator[None, None]:
+        """Around a question whose answer is not here: meanwhile, nobody else who shares the store asks it."""
+        yield
 
     @abstractmethod
     def put(self, key: str, payload: Payload, verdict: Verdict) -> None:
@@ -99,6 +115,45 @@ class _JSONRows(diskcache.JSONDisk):  # type: ignore[misc]
         pass
 
 
+class Turns:
+    """Who asks which question, of the processes and event loops that share a folder: the locked bytes of a file. The operating
+    system frees those of a process that ends. Without such locks (on Windows, on some network file systems) all may ask at once.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file = -1
+        with suppress(OSError):
+            self._file = os.open(path, os.O_RDWR | os.O_CREAT)
+            weakref.finalize(self, os.close, self._file)
+        self._taken: dict[str, object] = {}
+
+    def take(self, key: str) -> bool:
+        """Whether the question is ours to ask."""
+        mine = object()
+        if self._taken.setdefault(key, mine) is not mine:
+            return False
+        if sys.platform != "win32":
+            try:
+                fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, _byte(key))
+            except (BlockingIOError, PermissionError):
+                del self._taken[key]
+                return False
+            except (OSError, ValueError):  # no such locks here, or no such file
+                pass
+        return True
+
+    def give_back(self, key: str) -> None:
+        """Let others ask."""
+        if sys.platform != "win32":
+            with suppress(OSError, ValueError):
+                fcntl.lockf(self._file, fcntl.LOCK_UN, 1, _byte(key))
+        del self._taken[key]
+
+
+def _byte(key: str) -> int:
+    return int(key[:8], 16)
+
+
 class DiskStore(VerdictStore):
     """A store in a folder: SQLite through diskcache, JSON only, nothing ever evicted. Safe across threads and processes.
 
@@ -106,10 +161,13 @@ class DiskStore(VerdictStore):
         RuntimeWarning: once, if something in it is damaged.
     """
 
+    live: ClassVar[Live] = (("_opened", lambda: None), ("_turns", lambda: None))
+
     def __init__(self, folder: Path | None = None) -> None:
         self.folder = folder or default_cache_folder()
         self._opened: diskcache.Cache | None = None
         self._warned = False
+        self._turns: Turns | None = None
 
     @property
     def _cache(self) -> diskcache.Cache:
@@ -119,6 +177,16 @@ class DiskStore(VerdictStore):
                     str(self.folder), disk=_JSONRows, eviction_policy="none", disk_min_file_size=_LARGEST_ROW
                 )
         return self._opened
+
+    @asynccontextmanager
+    async def asking(self, key: str) -> AsyncGenerator[None, None]:
+        self._turns = self._turns or Turns(self.folder / "asking.lock")
+        while not self._turns.take(key):
+            await asyncio.sleep(ASKED_ELSEWHERE_SECONDS)
+        try:
+            yield
+        finally:
+            self._turns.give_back(key)
 
     @contextmanager
     def _usable(self) -> Iterator[None]:
@@ -260,13 +328,16 @@ class Cached(SingleFlight):
     async def _ask(self, key: str, payload: Payload, question: Question) -> Verdict:
         if (stored := self.store.get(key)) is not None:
             return at_no_cost(stored)
-        verdict = await super()._ask(key, payload, question)
-        if verdict.valid:
-            try:
-                self.store.put(key, payload, verdict)
-            except (OSError, sqlite3.Error) as exc:  # a full disk: the answer is paid for and counts all the same
-                warnings.warn(f"An answer could not be kept in the cache: {exc}", RuntimeWarning, stacklevel=2)
-        return verdict
+        async with self.store.asking(key):
+            if (stored := self.store.get(key)) is not None:  # somebody else was asking it
+                return at_no_cost(stored)
+            verdict = await super()._ask(key, payload, question)
+            if verdict.valid:
+                try:
+                    self.store.put(key, payload, verdict)
+                except (OSError, sqlite3.Error) as exc:  # a full disk: the answer is paid for and counts all the same
+                    warnings.warn(f"An answer could not be kept in the cache: {exc}", RuntimeWarning, stacklevel=2)
+            return verdict
 
 
 def at_no_cost(verdict: Verdict) -> Verdict:

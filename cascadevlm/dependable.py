@@ -7,6 +7,7 @@ from contextlib import AbstractAsyncContextManager
 from cascadevlm.budget import Ledger, Metered
 from cascadevlm.cache import Cached, SingleFlight, VerdictStore
 from cascadevlm.judge import Judge, Repairing
+from cascadevlm.loop import PerLoop
 from cascadevlm.outage import Reachable
 from cascadevlm.pacing import Paced
 from cascadevlm.retry import Retrying
@@ -22,22 +23,16 @@ def dependable(judge: Judge, store: VerdictStore | None, ledger: Ledger) -> Judg
 
 
 class DependableJudges:
-    """Every judge, made dependable once for all runs in an event loop.
-
-    Event loops share none: what waits in one could not be woken from another. A rate then holds in each.
-    """
+    """Every judge, made dependable once for all runs in an event loop. Event loops share none: a rate then holds in each."""
 
     def __init__(self, store: VerdictStore | None, ledger: Ledger) -> None:
         self.store = store
         self.ledger = ledger
-        self._shared: dict[asyncio.AbstractEventLoop, dict[int, SharedJudge]] = {}
+        self._shared: PerLoop[dict[int, SharedJudge]] = PerLoop(dict)
 
     def of(self, judge: Judge) -> "SharedJudge":
         """The judge, to be entered: dependable, and shared by all runs of the event loop that is running."""
-        for loop in list(self._shared):
-            if loop.is_closed():
-                self._shared.pop(loop, None)
-        of_loop = self._shared.setdefault(asyncio.get_running_loop(), {})
+        of_loop = self._shared.get()
         if id(judge) not in of_loop:
             of_loop[id(judge)] = SharedJudge(dependable(judge, self.store, self.ledger))
         return of_loop[id(judge)]

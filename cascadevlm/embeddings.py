@@ -25,7 +25,7 @@ from cascadevlm.errors import BackendError, ImageError
 from cascadevlm.images import ImageSource, load_image, pixel_digest
 from cascadevlm.labels import LabelSet
 from cascadevlm.portable import Live
-from cascadevlm.scorer import EmbeddingScorer, Prepared, Scorer, WrapperScorer
+from cascadevlm.scorer import EmbeddingScorer, Prepared, Scorer, WrapperScorer, load_once
 from cascadevlm.types import Scores
 
 SHARD_ROWS = 16_384
@@ -161,7 +161,7 @@ class CachedEmbeddings(Scorer):
         return EmbeddingStore(self.folder / hashlib.sha256(fingerprint.encode()).hexdigest()[:16])
 
     def load(self) -> None:
-        self.wrapped.load()
+        load_once(self.wrapped)
         self.store  # noqa: B018  # opens it
 
     def prepare(self, source: ImageSource) -> Prepared:

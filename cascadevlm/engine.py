@@ -27,7 +27,7 @@ from cascadevlm.item import Item, OnFailure, rank, stacked
 from cascadevlm.labels import LabelSet
 from cascadevlm.policy import START, Selection, Spending
 from cascadevlm.running_stage import RunningStage
-from cascadevlm.scorer import Prepared, Scorer, prepared_or_error
+from cascadevlm.scorer import Prepared, Scorer, load_once, prepared_or_error, score_in_turn
 from cascadevlm.stage import Stage
 from cascadevlm.types import Prediction, Scores
 
@@ -229,7 +229,7 @@ class Run:
         read = self.settings.read or self._prepare_batch
         async with _ending(ahead):
             if batch := await take():
-                await loop.run_in_executor(self.scoring, self.settings.scorer.load)
+                await loop.run_in_executor(self.scoring, load_once, self.settings.scorer)
             while batch:
                 await ahead.put(self._begin(read(batch)))
                 batch = await take()
@@ -256,7 +256,8 @@ class Run:
             return []
         scores = await asyncio.get_running_loop().run_in_executor(
             self.scoring,
-            self.settings.scorer.score_prepared,
+            score_in_turn,
+            self.settings.scorer,
             [prepared for _, prepared, _ in readable],
             self.settings.labels,
         )

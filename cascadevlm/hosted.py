@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import ClassVar, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, ClassVar, Protocol, TypeAlias, TypeVar, cast
 from urllib.parse import urlsplit
 
 from PIL import Image
@@ -19,12 +19,18 @@ from pydantic import BaseModel, JsonValue, ValidationError
 from cascadevlm.budget import NANODOLLARS
 from cascadevlm.encoding import EncodedImage, ImageLimits, encode_image, size_within
 from cascadevlm.errors import BackendError, CascadeError, FatalError, JudgeError, PermanentError, Refused, TransientError
-from cascadevlm.judge import Judge, verdict_from_text
+from cascadevlm.judge import Judge, before_sending, verdict_from_text
+from cascadevlm.loop import PerLoop
 from cascadevlm.portable import Live
 from cascadevlm.pricing import FREE, Price, find_price
 from cascadevlm.prompt import answer_format, concluding_answer, is_json_answer, options, render
 from cascadevlm.provider_errors import ErrorResponse, translate
+from cascadevlm.secrets import credentials_of, login_of, scrubbed, shown_address
+from cascadevlm.transport import guard
 from cascadevlm.types import Exemplar, Question, Usage, Verdict
+
+if TYPE_CHECKING:
+    import httpx2
 
 HAS_AIOHTTP = importlib.util.find_spec("aiohttp") is not None
 """Whether the SDKs' faster transport can be used."""
@@ -40,6 +46,9 @@ FIXED_TOKENS = 600
 
 REASONING_TOKENS = 4096
 """Room for the thoughts of models that have them, so that an answer is not cut off before it begins."""
+
+MOST_TOKENS = 100_000_000
+"""More than any model takes or gives in one request."""
 
 USUAL_BYTES_PER_TOKEN = 4
 USUAL_SHARE_OF_LIMIT = 1 / 3
@@ -60,6 +69,31 @@ class Reply:
     refusal: str | None = None
     cut_off: bool = False
     probabilities: Mapping[str, float] | None = None
+
+
+def reported(source: object, *path: str) -> object:
+    """What an object of an SDK holds under a path; None where it holds nothing: SDKs do not validate what they are sent."""
+    for name in path:
+        source = getattr(source, name, None)
+    return source
+
+
+def believed_usage(
+    *, input_tokens: object, output_tokens: object, cached: object, written: object, apart: bool = False
+) -> Usage | None:
+    """What a provider says was used; None where the counts cannot be true. It may leave out what its prompt cache gave and took.
+
+    Args:
+        apart: whether ``cached`` and ``written`` are counted beside ``input_tokens``, not among them.
+    """
+    counts = (input_tokens, output_tokens, 0 if cached is None else cached, 0 if written is None else written)
+    if not all(type(count) is int and 0 <= count <= MOST_TOKENS for count in counts):
+        return None
+    into, out, read, kept = cast(tuple[int, int, int, int], counts)
+    into += read + kept if apart else 0
+    if into == 0 or read + kept > into:
+        return None
+    return Usage(input_tokens=into, output_tokens=out, cached_input_tokens=read, cache_write_tokens=kept)
 
 
 def choices(question: Question, *, by_key: bool) -> list[str]:
@@ -127,6 +161,22 @@ PriceOption: TypeAlias = Mapping[str, JsonValue] | float | None
 """Dollars per million tokens, as in `Price`; 0 for nothing; None for what the table says."""
 
 
+class Client(Protocol):
+    """A client of an SDK."""
+
+    _client: "httpx2.AsyncClient"
+
+    async def close(self) -> None: ...
+
+
+@dataclass(kw_only=True)
+class _Connection:
+    """What a judge has in one event loop: a client, and how many runs use it."""
+
+    client: Client | None = None
+    runs: int = 0
+
+
 class HostedJudge(Judge):
     """A judge behind an API that charges by the token.
 
@@ -139,11 +189,15 @@ class HostedJudge(Judge):
         base_url: another endpoint than the provider's.
         api_key_env: the environment variable that holds the key.
         client: the user's own, if any.
+        headers: sent with every request; secret.
+        timeout: seconds that a request may take in all.
     """
 
-    live: ClassVar[Live] = (("_runs", int), ("_first", lambda: None))
+    live: ClassVar[Live] = (("_first", lambda: None),)
 
-    client: object | None
+    client: "Client | None" = None
+    headers: Mapping[str, str] | None = None
+    timeout: float | None = None
     _reached = False  # whether the endpoint was ever connected to
     _form: Form | None = None  # once found out
     _schema_works = False
@@ -176,12 +230,17 @@ class HostedJudge(Judge):
         self.requests_per_minute = requests_per_minute
         self.tokens_per_minute = tokens_per_minute
         self.max_tokens = max_tokens
-        self._runs = 0
+        self._connections: PerLoop[_Connection] = PerLoop(_Connection)
 
     @property
     def endpoint(self) -> str | None:
         """Where the model is: ``base_url``, or what the SDK takes from the environment; None for the provider's own."""
         return self.base_url or os.environ.get(f"{self.provider.upper()}_BASE_URL") or None
+
+    @property
+    def address(self) -> str | None:
+        """The endpoint without credentials: what is told, and kept."""
+        return shown_address(self.endpoint) if self.endpoint else None
 
     @property
     def host(self) -> str | None:
@@ -206,9 +265,7 @@ class HostedJudge(Judge):
             BackendError: if the price is unknown or wrong.
         """
         if self.endpoint and (urlsplit(self.endpoint).scheme not in ("http", "https") or not self.host):
-            raise BackendError(
-                f"{self.endpoint!r} is no address of {self.spec!r}.", hint="Write http://host:port/v1 or https://…"
-            )
+            raise BackendError(f"{self.address!r} is no address of {self.spec!r}.", hint="Write http://host:port/v1 or https://…")
         if self.given_price is None and self.is_local:
             return FREE
         known = find_price(self.provider, self.model) if self.is_own_endpoint else None
@@ -258,37 +315,45 @@ class HostedJudge(Judge):
         return super().__getstate__()
 
     async def prepare(self) -> None:
-        self._runs += 1
+        self._connections.get().runs += 1
         self.price  # noqa: B018  # raises where it is unknown
-        self.connect()
+        self.connected()
 
     async def aclose(self) -> None:
-        """Close the connections when the last run has ended; another event loop could not use them."""
-        self._runs -= 1
-        if self._runs <= 0:
+        """Close the client when the last run in this event loop has ended."""
+        connection = self._connections.get()
+        connection.runs -= 1
+        if connection.runs <= 0:
             await self.disconnect()
 
-    @property
     @abstractmethod
-    def _client(self) -> object:
-        """The SDK's, or the user's own; made at the first call.
+    def _new_client(self) -> Client:
+        """A client of the SDK.
 
         Raises:
             BackendError: if there is no key.
         """
 
-    def connect(self) -> None:
-        """Make the client.
+    def connected(self) -> Client:
+        """The user's own client or, in every event loop, one of ours; made at the first call.
 
         Raises:
-            BackendError: if there is no key.
+            BackendError: if there is no key, or if ``$CASCADEVLM_LOCAL_ONLY`` is set and the endpoint is elsewhere.
         """
-        self._client  # noqa: B018  # raises
+        connection = self._connections.get()
+        if connection.client is None:
+            self.require_allowed()
+            connection.client = self.client or self._new_client()
+            guard(connection.client._client)
+            if self.client is None and self.endpoint and (login := login_of(self.endpoint)):
+                connection.client._client.auth = login
+        return connection.client
 
     async def disconnect(self) -> None:
-        """Close the client, unless it is the user's own."""
-        if self.client is None and "_client" in vars(self):
-            await vars(self).pop("_client").close()
+        """Let go of the client of this event loop; close it, unless it is the user's own."""
+        connection = self._connections.pop()
+        if self.client is None and connection is not None and connection.client is not None:
+            await connection.client.close()
 
     def encoded(self, shown: Question | Exemplar) -> EncodedImage:
         """The image of a question or exemplar as it is sent; encoded at the first call."""
@@ -338,6 +403,12 @@ class HostedJudge(Judge):
     def secret(self) -> str:
         """The key in use, to be kept out of messages."""
 
+    @property
+    def secrets(self) -> list[str]:
+        """All that must be kept out of messages: the key, the values of headers, the credentials of the address."""
+        headers = [text for value in (self.headers or {}).values() for text in (value, value.rpartition(" ")[2])]
+        return [self.secret, *headers, *(credentials_of(self.endpoint) if self.endpoint else ())]
+
     async def call(self, request: Awaitable[T]) -> T:
         """The result of a request to the provider.
 
@@ -346,13 +417,16 @@ class HostedJudge(Judge):
         """
         try:
             result = await request
-        except CascadeError:
-            raise
         except Exception as exc:
-            shows_key = bool(self.secret) and self.secret in str(exc)
-            error = translate(exc, self.errors, secret=self.secret, reached=self._reached)
-            self._reached = self._reached or not isinstance(error, FatalError)
-            raise error from (None if shows_key else exc)
+            known = exc if isinstance(exc, CascadeError) else exc.__cause__  # an SDK may wrap ours
+            if isinstance(known, CascadeError):
+                error = known
+            else:
+                error = translate(exc, self.errors, secret=self.secret, reached=self._reached)
+                self._reached = self._reached or not isinstance(error, FatalError)
+            error.args = tuple(scrubbed(str(text), self.secrets) for text in error.args)
+            shows_secret = error is known or scrubbed(str(exc), self.secrets) != str(exc)
+            raise error from (None if shows_secret else exc)
         self._reached = True
         return result
 
@@ -364,7 +438,8 @@ class HostedJudge(Judge):
         if first is None and not self._found_out:
             return await self._ask_first(question, loop)
         if first is not None and first.get_loop() is loop:
-            await asyncio.wait([first])
+            with before_sending():
+                await asyncio.wait([first])
             if fatal := first.result():  # what stopped the first question would stop this one
                 raise fatal
         return await self._adapt(question)
@@ -420,7 +495,11 @@ class HostedJudge(Judge):
         """The verdict of one request, timed."""
         began = time.perf_counter()
         try:
-            verdict = self.read(await self.call(request), question)
+            async with asyncio.timeout(self.timeout):
+                reply = await self.call(request)
+            verdict = self.read(reply, question)
+        except TimeoutError:
+            raise TransientError(f"There was no answer within {self.timeout:g} seconds.", may_be_billed=True) from None
         except Refused as exc:
             verdict = self._refused(exc)
         return replace(verdict, usage=replace(verdict.usage, seconds=time.perf_counter() - began))
@@ -445,8 +524,7 @@ class HostedJudge(Judge):
 
     def read(self, reply: Reply, question: Question, *, batch: bool = False) -> Verdict:
         """The verdict a reply amounts to; refusals and answers cut off are no reason to ask again."""
-        used = reply.usage or self._unknown_usage(question)
-        bill = self.price.nanodollars(used, batch=batch)
+        used, bill = self._bill(reply.usage, question, batch=batch)
         usage = replace(used, dollars=bill / NANODOLLARS, requests=1)
         if reply.refusal is not None:
             return Verdict(outcome="refused", text=reply.text, error=reply.refusal, judge=self.spec, usage=usage)
@@ -459,12 +537,13 @@ class HostedJudge(Judge):
             return Verdict(outcome="unparsed", error=error, judge=self.spec, usage=usage)
         return verdict_from_text(text, question, judge=self.spec, usage=usage, probabilities=reply.probabilities)
 
-    def _unknown_usage(self, question: Question) -> Usage:
-        """What a request that is paid for is taken to have used where the endpoint does not say: the most."""
-        if not self.costs_money:
-            return Usage()
+    def _bill(self, usage: Usage | None, question: Question, *, batch: bool) -> tuple[Usage, int]:
+        """What a request used, and its bill in nanodollars: as the endpoint says, at most the worst case."""
         input_tokens, output_tokens = self.most_tokens(question)
-        return Usage(input_tokens=input_tokens, output_tokens=output_tokens)
+        worst = self.price.worst_case(input_tokens, output_tokens, batch=batch)
+        if usage is not None and (bill := self.price.nanodollars(usage, batch=batch)) <= worst:
+            return usage, bill
+        return Usage(input_tokens=input_tokens, output_tokens=output_tokens) if self.costs_money else Usage(), worst
 
     def output_limit(self, question: Question) -> int:
         """The most tokens an answer may have: the prompt's, the longest name's and, for models that have any, its thoughts."""
@@ -479,9 +558,15 @@ class HostedJudge(Judge):
         return text + 3 * sum(len(name.encode()) for name in options(question).values())
 
     def _image_tokens_of(self, question: Question) -> int:
-        """By the sizes alone: nothing is decoded or encoded. An image whose bytes make it shrink further takes no more."""
-        images = [question.image, *(exemplar.image for exemplar in question.exemplars)]
-        return sum(self._image_tokens(size_within(image.size, self.limits)) for image in images)
+        """By the sizes as they are sent or, of images that were not encoded yet, by those that they have within the limits: their
+        bytes may make them shrink further, but not grow."""
+        shown: tuple[Question | Exemplar, ...] = (question, *question.exemplars)
+        return sum(self._image_tokens(self._sent_size(each)) for each in shown)
+
+    def _sent_size(self, shown: Question | Exemplar) -> tuple[int, int]:
+        """In a worker of a cluster only what was encoded tells the size: the pixels stay behind."""
+        encoded = shown.encoded.get(self.limits)
+        return (encoded.width, encoded.height) if encoded else size_within(shown.image.size, self.limits)
 
     def most_tokens(self, question: Question) -> tuple[int, int]:
         """The most tokens that a request can take, in and out. No tokenizer makes more tokens of a text than it has bytes."""

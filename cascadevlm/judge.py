@@ -3,8 +3,9 @@ process, `LocalJudge`. What every judge wants (a cache, retries, repair) is a wr
 
 import asyncio
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 from typing import ClassVar
@@ -79,6 +80,26 @@ class Judge(Portable, ABC):
 
     async def aclose(self) -> None:
         """Let go of connections; once at the end of a run."""
+
+
+_not_sent: "set[asyncio.Task[object] | None]" = set()
+"""The tasks that wait in `before_sending`."""
+
+
+@contextmanager
+def before_sending() -> Iterator[None]:
+    """Around all that a judge waits for before it sends a question: given up there, the question costs nothing."""
+    task = asyncio.current_task()
+    _not_sent.add(task)
+    try:
+        yield
+    finally:
+        _not_sent.discard(task)
+
+
+def is_sent(asking: "asyncio.Task[Verdict]") -> bool:
+    """Whether the question that a task asks may have been sent."""
+    return asking not in _not_sent
 
 
 _Waiting = list[tuple[Question, "asyncio.Future[Verdict]"]]

@@ -3,11 +3,12 @@
 import asyncio
 import os
 import threading
-from collections.abc import AsyncIterator, Coroutine, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from functools import cache
-from typing import TypeVar
+from typing import ClassVar, Generic, TypeVar
 
 from cascadevlm.errors import InputError
+from cascadevlm.portable import Live, Portable
 
 T = TypeVar("T")
 
@@ -49,6 +50,30 @@ def run(coroutine: Coroutine[object, object, T]) -> T:
     except BaseException:
         future.cancel()
         raise
+
+
+class PerLoop(Portable, Generic[T]):
+    """A value for every event loop: what waits in one could not be woken from another."""
+
+    live: ClassVar[Live] = (("_values", dict),)
+
+    def __init__(self, make: Callable[[], T]) -> None:
+        self.make = make
+        self._values: dict[asyncio.AbstractEventLoop, T] = {}
+
+    def get(self) -> T:
+        """The value of the event loop that is running, made at the first call."""
+        for loop in list(self._values):
+            if loop.is_closed():
+                self._values.pop(loop, None)
+        loop = asyncio.get_running_loop()
+        if loop not in self._values:
+            self._values[loop] = self.make()
+        return self._values[loop]
+
+    def pop(self) -> T | None:
+        """The value of the event loop that is running, if there is one; it is then forgotten."""
+        return self._values.pop(asyncio.get_running_loop(), None)
 
 
 _END = object()

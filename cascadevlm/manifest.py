@@ -19,6 +19,7 @@ from cascadevlm.files import valid_text, write_whole
 from cascadevlm.inputs import Inputs, Named
 from cascadevlm.labels import Label
 from cascadevlm.recording import machine, versions
+from cascadevlm.secrets import without_secrets
 
 NAME = "manifest.json"
 
@@ -55,7 +56,7 @@ class Manifest(BaseModel):
     def of(cls, cascade: Cascade, inputs: Iterable[Named], config: Mapping[str, JsonValue]) -> Self:
         """Of a run that begins now."""
         return cls(
-            config=dict(config),
+            config=without_secrets(config),
             labels=list(cascade.labels),
             inputs=valid_text(str(inputs.path.absolute())) if isinstance(inputs, Inputs) else type(inputs).__name__,
             began=datetime.now(UTC),

@@ -34,6 +34,10 @@ class Tiles(_Row):
         scale = min(scale, 768 / min(width, height))
         return self.base + self.tile * math.ceil(width * scale / 512) * math.ceil(height * scale / 512)
 
+    def tokens_in_low_detail(self, width: int, height: int) -> int:
+        """Tokens of the image as a small copy of it, whatever its size."""
+        return self.base
+
 
 class Patches(_Row):
     """The rule of newer models: so many tokens a patch; a larger image is shrunk until it has no more than ``most``."""
@@ -47,6 +51,10 @@ class Patches(_Row):
         """Tokens of an image of so many pixels."""
         patches = math.ceil(width / self.size) * math.ceil(height / self.size)
         return math.ceil(min(patches, self.most) * self.multiplier)
+
+    def tokens_in_low_detail(self, width: int, height: int) -> int:
+        """The most tokens of the image as a copy within 512 x 512."""
+        return min(self.tokens(width, height), self.tokens(512, 512))
 
 
 Dollars = Annotated[Decimal, Field(ge=0)]

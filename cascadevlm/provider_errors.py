@@ -332,7 +332,7 @@ def _never_sent(causes: list[BaseException]) -> bool:
 def _never_connected(causes: list[BaseException]) -> bool:
     """Whether no connection was made."""
     if ours := _from_aiohttp(causes):
-        return any("ClientConnectorError" in _class_names(cause) for cause in ours)
+        return any({"ClientConnectorError", "ConnectionTimeoutError"} & {*_class_names(cause)} for cause in ours)
     return any(type(cause).__name__ in NEVER_CONNECTED for cause in causes)
 
 

@@ -22,6 +22,7 @@ from cascadevlm.images import ImageSource, pixel_digest
 from cascadevlm.labels import LabelSet
 from cascadevlm.record import NOBODY, RunInfo, scores_kept, table_schemas
 from cascadevlm.scorer import Prepared, Scorer, WrapperScorer
+from cascadevlm.secrets import without_secrets
 from cascadevlm.stage import Stage
 from cascadevlm.types import Candidate, Prediction, Question, Scores, Verdict
 
@@ -159,7 +160,7 @@ def write_record(
             np.save(folder / "columns.npy", _of_all(scorer.columns, readable, width, np.int32(NOBODY)))
         _write_tables(folder, data, taken, digests, stages)
         info = RunInfo(
-            config=dict(config),
+            config=without_secrets(config),
             labels=list(labels),
             scorer=spec,
             fingerprint=scorer.fingerprint,

@@ -15,6 +15,7 @@ from cascadevlm.judge import Judge
 from cascadevlm.policy import Policy
 from cascadevlm.prompt import packaged_prompt, read_prompt
 from cascadevlm.scorer import Scorer
+from cascadevlm.secrets import without_secrets
 from cascadevlm.types import Prompt
 
 Kind = Literal["scorers", "judges", "policies", "prompts"]
@@ -84,7 +85,8 @@ def _checked(backend: str, option: str, value: object, annotation: type[object] 
         return TypeAdapter(annotation, config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value)
     except ValidationError as exc:
         problem = exc.errors()[-1]["msg"]
-        raise BackendError(f"{backend!r}, option {option!r}: {problem} (given: {value!r}).") from exc
+        given = without_secrets({option: cast(JsonValue, value)})[option]
+        raise BackendError(f"{backend!r}, option {option!r}: {problem} (given: {given!r}).") from exc
 
 
 def load(point: EntryPoint) -> object:

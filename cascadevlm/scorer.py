@@ -1,9 +1,11 @@
 """Scorers rank every label for every image. Write one by subclassing `Scorer` or, for two-tower models, `EmbeddingScorer`."""
 
 import hashlib
+import threading
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import ClassVar
@@ -109,6 +111,48 @@ class Scorer(Portable, ABC):
         return self.score([each.image for each in prepared], labels)
 
 
+@dataclass(kw_only=True)
+class _Use:
+    """How a scorer is used by all runs: by turns, and loaded once."""
+
+    turn: threading.RLock = field(default_factory=threading.RLock)
+    loaded: bool = False
+
+
+_uses: dict[int, _Use] = {}
+_using = threading.Lock()
+
+
+def _use(scorer: Scorer) -> _Use:
+    with _using:
+        if id(scorer) not in _uses:
+            _uses[id(scorer)] = _Use()
+            weakref.finalize(scorer, _uses.pop, id(scorer), None)
+        return _uses[id(scorer)]
+
+
+def _turn(scorer: Scorer) -> threading.RLock:
+    """The lock of the model that a scorer goes by; wrappers of one model share it."""
+    while isinstance(wrapped := getattr(scorer, "wrapped", None), Scorer):
+        scorer = wrapped
+    return _use(scorer).turn
+
+
+def load_once(scorer: Scorer) -> None:
+    """`Scorer.load`, unless it was loaded before; from any thread."""
+    with _turn(scorer):
+        use = _use(scorer)
+        if not use.loaded:
+            scorer.load()
+            use.loaded = True
+
+
+def score_in_turn(scorer: Scorer, prepared: Sequence[Prepared], labels: LabelSet) -> Scores:
+    """`Scorer.score_prepared`, one call of a model at a time; from any thread."""
+    with _turn(scorer):
+        return scorer.score_prepared(prepared, labels)
+
+
 def texts_part(labels: LabelSet) -> str:
     """The part of a fingerprint that names the texts of the labels."""
     return f"texts={labels.texts_digest[:12]}"
@@ -132,7 +176,7 @@ class WrapperScorer(Scorer):
         return self.altered(self.wrapped.score(images, labels))
 
     def load(self) -> None:
-        self.wrapped.load()
+        load_once(self.wrapped)
 
     def prepare(self, source: ImageSource) -> Prepared:
         return self.wrapped.prepare(source)

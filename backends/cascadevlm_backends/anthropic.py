@@ -7,7 +7,6 @@ part of a question (reference images, the wording before them) can be kept in th
 import json
 from collections.abc import Mapping
 from datetime import datetime
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal, cast
 
@@ -15,10 +14,22 @@ from pydantic import JsonValue, PositiveFloat, PositiveInt
 
 from cascadevlm.encoding import ImageLimits
 from cascadevlm.errors import FatalError, JudgeError, PermanentError, TransientError
-from cascadevlm.hosted import HAS_AIOHTTP, BatchLimits, Form, HostedJudge, PriceOption, Reply, answer_schema, texts_of
+from cascadevlm.hosted import (
+    HAS_AIOHTTP,
+    BatchLimits,
+    Form,
+    HostedJudge,
+    PriceOption,
+    Reply,
+    answer_schema,
+    believed_usage,
+    reported,
+    texts_of,
+)
 from cascadevlm.prompt import Message, Part, render
 from cascadevlm.provider_errors import ErrorResponse
-from cascadevlm.types import Question, Usage, Verdict
+from cascadevlm.secrets import without_login
+from cascadevlm.types import Question, Verdict
 
 if TYPE_CHECKING:
     import anthropic
@@ -45,15 +56,15 @@ class AnthropicJudge(HostedJudge):
         effort: how much the model thinks; the model's default, unless given.
         cache_prompt: mark the reference images for the provider's prompt cache: worth it where many questions show the same.
         base_url: of another server; ``api_key_env`` names the variable with its key.
-        headers: sent with every request.
-        client: your own `anthropic.AsyncAnthropic`; its retries should be off.
+        headers: sent with every request, and kept nowhere.
+        client: your own `anthropic.AsyncAnthropic`; its retries should be off. It follows no redirects either.
         temperature: the endpoint's default, unless given; models that think accept no other.
         max_tokens: of an answer, thoughts included; the prompt's, and room for thoughts where a model has them, unless given.
         price: see `PriceOption`.
         concurrency: the most requests in flight.
         requests_per_minute: the most requests to begin in a minute.
         tokens_per_minute: the most tokens, by worst case, in a minute.
-        timeout: seconds to wait for an answer.
+        timeout: seconds that a request may take in all.
     """
 
     provider: ClassVar[str] = "anthropic"
@@ -125,7 +136,7 @@ class AnthropicJudge(HostedJudge):
     def identity(self) -> Mapping[str, JsonValue]:
         return {
             "judge": self.spec,
-            "endpoint": self.endpoint,
+            "endpoint": self.address,
             "structured": self.structured,
             "thinking": self.thinking,
             "effort": self.effort,
@@ -137,20 +148,20 @@ class AnthropicJudge(HostedJudge):
     def secret(self) -> str:
         return self._client.api_key or ""
 
-    @cached_property
+    @property
     def _client(self) -> "anthropic.AsyncAnthropic":
-        self.require_allowed()
-        if self.client is not None:
-            return self.client
+        return cast("anthropic.AsyncAnthropic", self.connected())
+
+    def _new_client(self) -> "anthropic.AsyncAnthropic":
         import anthropic
 
         return anthropic.AsyncAnthropic(
             api_key=self.api_key(),
-            base_url=self.endpoint,
+            base_url=without_login(self.endpoint) if self.endpoint else None,
             default_headers=self.headers,
             max_retries=0,
             timeout=self.timeout,
-            http_client=anthropic.DefaultAioHttpClient() if HAS_AIOHTTP else None,
+            http_client=anthropic.DefaultAioHttpClient() if HAS_AIOHTTP else anthropic.DefaultAsyncHttpxClient(),
         )
 
     def output_limit(self, question: Question) -> int:
@@ -252,7 +263,9 @@ class AnthropicJudge(HostedJudge):
         assert isinstance(row, dict)
         match row["type"]:
             case "succeeded":
-                return _of_message(AnthropicMessage.model_validate(row["message"]))
+                message = row["message"]
+                assert isinstance(message, dict)
+                return _of_message(AnthropicMessage.construct(None, **message))  # as the SDK does, which does not validate
             case "errored":
                 raise ErrorResponse(row["error"])
             case kind:
@@ -264,15 +277,15 @@ def _of_message(message: "AnthropicMessage") -> Reply:
         raise ErrorResponse(message)
     text, thoughts = texts_of(message.content)
     calls = [json.dumps(block.input) for block in message.content if not isinstance(block, str) and block.type == "tool_use"]
-    read, written = message.usage.cache_read_input_tokens or 0, message.usage.cache_creation_input_tokens or 0
     return Reply(
         text="\n".join([*filter(None, [text]), *calls]),
         thoughts=thoughts,
-        usage=Usage(
-            input_tokens=message.usage.input_tokens + read + written,  # Anthropic counts them apart
-            cached_input_tokens=read,
-            cache_write_tokens=written,
-            output_tokens=message.usage.output_tokens,
+        usage=believed_usage(
+            input_tokens=reported(message, "usage", "input_tokens"),
+            output_tokens=reported(message, "usage", "output_tokens"),
+            cached=reported(message, "usage", "cache_read_input_tokens"),
+            written=reported(message, "usage", "cache_creation_input_tokens"),
+            apart=True,
         ),
         refusal="The model refused to answer." if message.stop_reason == "refusal" else None,
         cut_off=message.stop_reason == "max_tokens",

@@ -9,7 +9,6 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal, cast
 
@@ -25,17 +24,20 @@ from cascadevlm.hosted import (
     PriceOption,
     Reply,
     answer_schema,
+    believed_usage,
     choices,
     normalised,
+    reported,
     texts_of,
 )
 from cascadevlm.prompt import Message, Part, after_thoughts, options, read_answer, render
 from cascadevlm.provider_errors import ErrorResponse
+from cascadevlm.secrets import without_login
 from cascadevlm.types import Question, Usage, Verdict
 
 if TYPE_CHECKING:
     import openai
-    from openai.types import CompletionUsage, DecisionInputPartUnionParam
+    from openai.types import DecisionInputPartUnionParam
     from openai.types.chat import ChatCompletion, ChatCompletionContentPartParam, ChatCompletionMessageParam
     from openai.types.chat.chat_completion import ChoiceLogprobs
     from openai.types.chat.chat_completion_token_logprob import TopLogprob
@@ -71,8 +73,8 @@ class OpenAIJudge(HostedJudge):
         logprobs: ask for token probabilities and make probabilities of the candidates of them (Chat Completions).
         base_url: of another server; ``api_key_env`` names the variable with its key.
         organization: as OpenAI calls it.
-        headers: sent with every request.
-        client: your own `openai.AsyncOpenAI`; its retries should be off.
+        headers: sent with every request, and kept nowhere.
+        client: your own `openai.AsyncOpenAI`; its retries should be off. It follows no redirects either.
         detail: how closely the model looks at images.
         temperature: the endpoint's default, unless given; models that reason accept no other.
         max_tokens: of an answer, thoughts included; the prompt's, and room for thoughts where a model has them, unless given.
@@ -81,7 +83,7 @@ class OpenAIJudge(HostedJudge):
         concurrency: the most requests in flight.
         requests_per_minute: the most requests to begin in a minute.
         tokens_per_minute: the most tokens, by worst case, in a minute.
-        timeout: seconds to wait for an answer.
+        timeout: seconds that a request may take in all.
     """
 
     provider: ClassVar[str] = "openai"
@@ -165,7 +167,7 @@ class OpenAIJudge(HostedJudge):
     def identity(self) -> Mapping[str, JsonValue]:
         return {
             "judge": self.spec,
-            "endpoint": self.endpoint,
+            "endpoint": self.address,
             "mode": self.mode,
             "api": self.api,
             "structured": self.structured,
@@ -180,21 +182,21 @@ class OpenAIJudge(HostedJudge):
     def secret(self) -> str:
         return self._client.api_key
 
-    @cached_property
+    @property
     def _client(self) -> "openai.AsyncOpenAI":
-        self.require_allowed()
-        if self.client is not None:
-            return self.client
+        return cast("openai.AsyncOpenAI", self.connected())
+
+    def _new_client(self) -> "openai.AsyncOpenAI":
         import openai
 
         return openai.AsyncOpenAI(
             api_key=self.api_key(),
-            base_url=self.endpoint,
+            base_url=without_login(self.endpoint) if self.endpoint else None,
             organization=self.organization,
             default_headers=self.headers,
             max_retries=0,
             timeout=self.timeout,
-            http_client=openai.DefaultAioHttpClient() if HAS_AIOHTTP else None,
+            http_client=openai.DefaultAioHttpClient() if HAS_AIOHTTP else openai.DefaultAsyncHttpxClient(),
         )
 
     async def judge(self, question: Question) -> Verdict:
@@ -260,7 +262,7 @@ class OpenAIJudge(HostedJudge):
         return Reply(
             text=text,
             thoughts=thoughts,
-            usage=_chat_usage(completion.usage),
+            usage=_usage(completion, "prompt", "completion"),
             refusal=choice.message.refusal or (FILTERED if choice.finish_reason == "content_filter" else None),
             cut_off=choice.finish_reason == "length",
             probabilities=_probabilities(choice.logprobs, text, question) if choice.logprobs else None,
@@ -306,12 +308,7 @@ class OpenAIJudge(HostedJudge):
         if not getattr(decision, "answers", None):
             raise ErrorResponse(decision)
         (answer,) = decision.answers
-        details = decision.usage.input_tokens_details
-        usage = Usage(
-            input_tokens=decision.usage.input_tokens,
-            output_tokens=decision.usage.output_tokens,
-            cached_input_tokens=details.cached_tokens,
-        )
+        usage = _usage(decision)
         if answer.type != "choice":
             return Reply(text="", usage=usage, refusal="The model declined to decide.")
         by_name = {str(option.value): option.probability for option in answer.probabilities}
@@ -340,6 +337,12 @@ class OpenAIJudge(HostedJudge):
             else:
                 content.append({"type": "input_image", "image_url": self.sent(part, question).data_url})
         return [{"role": "user", "content": content}]
+
+    def _image_tokens(self, size: tuple[int, int]) -> int:
+        rule = self.price.image
+        if rule is None or self.detail != "low" or self.mode == "decision":  # which has no detail
+            return super()._image_tokens(size)
+        return rule.tokens_in_low_detail(*size)
 
     def batch_row(self, key: str, question: Question) -> JsonValue:
         if self.mode == "decision":
@@ -410,33 +413,22 @@ def _of_response(response: "Response") -> Reply:
     thoughts = [part for item in response.output if item.type == "reasoning" for part in [*(item.content or ()), *item.summary]]
     refusals = [part.refusal for part in parts if part.type == "refusal"]
     why = response.incomplete_details.reason if response.incomplete_details else None
-    usage = None
-    if response.usage:
-        details = response.usage.input_tokens_details
-        usage = Usage(
-            input_tokens=response.usage.input_tokens,
-            output_tokens=response.usage.output_tokens,
-            cached_input_tokens=details.cached_tokens,
-            cache_write_tokens=details.cache_write_tokens,
-        )
     return Reply(
         text=response.output_text,
         thoughts=texts_of(thoughts)[1],
-        usage=usage,
+        usage=_usage(response),
         refusal=refusals[0] if refusals else FILTERED if why == "content_filter" else None,
         cut_off=why == "max_output_tokens",
     )
 
 
-def _chat_usage(usage: "CompletionUsage | None") -> Usage | None:
-    if usage is None:
-        return None
-    details = usage.prompt_tokens_details
-    return Usage(
-        input_tokens=usage.prompt_tokens,
-        output_tokens=usage.completion_tokens,
-        cached_input_tokens=(details and details.cached_tokens) or 0,
-        cache_write_tokens=(details and details.cache_write_tokens) or 0,
+def _usage(body: object, into: str = "input", out: str = "output") -> Usage | None:
+    """What a response says was used; Chat Completions has other names for the input and the output."""
+    return believed_usage(
+        input_tokens=reported(body, "usage", f"{into}_tokens"),
+        output_tokens=reported(body, "usage", f"{out}_tokens"),
+        cached=reported(body, "usage", f"{into}_tokens_details", "cached_tokens"),
+        written=reported(body, "usage", f"{into}_tokens_details", "cache_write_tokens"),
     )
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 from pydantic import JsonValue
 
 from cascadevlm.errors import BackendError, CascadeError, FatalError, TransientError
-from cascadevlm.judge import Judge, LocalJudge, WrapperJudge
+from cascadevlm.judge import Judge, LocalJudge, WrapperJudge, before_sending
 from cascadevlm.types import Exemplar, Question, Verdict
 
 T_co = TypeVar("T_co", covariant=True)
@@ -103,7 +103,8 @@ class RemoteJudge(WrapperJudge):
     async def judge(self, question: Question) -> Verdict:
         from ray.exceptions import RayError, RayTaskError
 
-        worker = await self._places.get()
+        with before_sending():
+            worker = await self._places.get()
         if isinstance(worker, CascadeError):
             self._places.put_nowait(worker)  # for the next question
             raise FatalError(f"No worker is left in which {self.spec!r} could be asked: {worker}") from worker

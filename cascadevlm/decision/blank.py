@@ -5,6 +5,7 @@ Contextual calibration (Zhao et al., "Calibrate before use: improving few-shot p
 better on held-out images.
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -19,6 +20,7 @@ from cascadevlm.labels import LabelSet
 from cascadevlm.record import NOBODY, Record
 from cascadevlm.rules import Always
 from cascadevlm.scorer import Scorer
+from cascadevlm.secrets import HIDDEN
 from cascadevlm.types import Scores
 
 QUESTIONS = 32
@@ -47,6 +49,8 @@ def blank_cascade(record: Record, *, seed: int = 0) -> tuple[Config, Cascade]:
     """
     if record.info is None or len(record.stages) != 1:
         raise DataError("A blank image is for the record of a run with one judge.", hint="Leave --blank out.")
+    if HIDDEN in json.dumps(record.info.config):
+        raise DataError("The judge of the record wants headers or credentials, which no record keeps.", hint="Leave --blank out.")
     config = Config.parse(record.info.config, name="run.json")
     built = config.build(record.labels)
     rows = np.flatnonzero(record.readable)

@@ -22,6 +22,7 @@ from cascadevlm.decision.shares import Shares
 from cascadevlm.decision.without_labels import fit_without_labels
 from cascadevlm.errors import ConfigError, DataError
 from cascadevlm.record import NOBODY, Columns, Fused, Judged, Record
+from cascadevlm.secrets import without_secrets
 from cascadevlm.types import Scores
 
 FusionRule = Literal["judge", "bayes", "weighted"]
@@ -178,9 +179,9 @@ class Calibration:
         hint = "Make one for this judge: cascadevlm calibrate."
         if stage >= len(self.judges):
             raise ConfigError(f"The calibration knows {len(self.judges)} judges, not {stage + 1}.", hint=hint)
-        known = self.judges[stage]
+        known, shown = self.judges[stage], without_secrets(settings)
         for name, value in known.settings.items():
-            if (given := settings.get(name)) != value:
+            if (given := shown.get(name)) != value:
                 raise ConfigError(f"The calibration is of {name} {value!r}, not of {given!r}.", hint=hint)
         return known
 

@@ -10,6 +10,7 @@ from typing import get_args
 
 import pytest
 
+from cascadevlm import transport
 from cascadevlm.budget import NANODOLLARS, Ledger
 from cascadevlm.cache import DiskStore, MemoryStore
 from cascadevlm.errors import BackendError, FatalError, RateLimited, TransientError
@@ -39,6 +40,10 @@ TABLE: dict[FaultKind, tuple[tuple[str, int, list[int | str]], tuple[str, int, l
     "quota": (("fatal", 1, [0]), ("fatal", 1, [0])),
     "reset": (("failed", 6, [WORST] * 6), ("answered", 2, [WORST, BILL])),
     "slow": (("failed", 6, [WORST] * 6), ("answered", 2, [WORST, BILL])),
+    "drip": (("failed", 6, [WORST] * 6), ("answered", 2, [WORST, BILL])),
+    "endless": (("failed", 6, [WORST] * 6), ("answered", 2, [WORST, BILL])),
+    "bomb": (("failed", 6, [WORST] * 6), ("answered", 2, [WORST, BILL])),
+    "redirect": (("fatal", 1, [0]), ("fatal", 1, [0])),
     "truncated": (("failed", 6, [WORST] * 6), ("answered", 2, [WORST, BILL])),
     "invalid_json": (("failed", 6, [WORST] * 6), ("answered", 2, [WORST, BILL])),
     "wrong_label": (("unparsed", 2, [BILL] * 2), ("answered", 2, [BILL] * 2)),
@@ -56,12 +61,13 @@ TABLE: dict[FaultKind, tuple[tuple[str, int, list[int | str]], tuple[str, int, l
 @pytest.mark.parametrize("kind", TABLE)
 @pytest.mark.filterwarnings("ignore:Sending a large body:ResourceWarning")  # aiohttp's, of a huge answer shown again
 @pytest.mark.usefixtures("no_waiting")
-async def test_what_comes_of_a_fault(kind: FaultKind, once: bool, make: Make) -> None:
+async def test_what_comes_of_a_fault(kind: FaultKind, once: bool, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(transport.MOST_BYTES, "POST", 4 << 20)
     ends_as, requests, counted = TABLE[kind][once]
-    fault = Fault(kind, seconds=30)
+    fault = Fault(kind, seconds=30 if kind == "slow" else 0.05, location="http://localhost:9/v1" if kind == "redirect" else "")
     ledger, store = Ledger(), MemoryStore()
     async with JudgeServer(usage=USAGE, faults=[fault] if once else always(fault)) as server:
-        judge = make(server, timeout=TIMEOUT if kind == "slow" else 20)
+        judge = make(server, timeout=TIMEOUT if kind in ("slow", "drip") else 20)
         asking = cascade(judge, ledger=ledger, store=store)
         if ends_as == "fatal":
             with pytest.raises(FatalError):
@@ -268,8 +274,8 @@ def test_the_key_shows_nowhere(
     shown = io.StringIO()
     errors = 0
     for number, kind in enumerate(TABLE):
-        with JudgeServer(usage=USAGE, faults=[Fault(kind, seconds=30)]) as server:
-            judge = make(server, timeout=TIMEOUT if kind == "slow" else 20)
+        with JudgeServer(usage=USAGE, faults=[Fault(kind, seconds=30, location="http://localhost:9/v1")]) as server:
+            judge = make(server, timeout=TIMEOUT if kind in ("slow", "drip") else 20)
             try:
                 (prediction,) = cascade(judge, store=DiskStore(tmp_path / "cache")).classify([noise(number)])
                 print(json.dumps(prediction.to_dict()), repr(prediction), file=shown)

@@ -66,7 +66,6 @@ def test_a_constructor_opens_nothing_and_needs_no_key(spec: str, trap: Trap, mon
     monkeypatch.delenv(KEYS[spec.partition(":")[0]], raising=False)
     judge = load(spec)
     assert judge.spec == spec
-    assert "_client" not in vars(judge)
     assert dict(judge.identity())["judge"] == spec
     assert judge.worst_case(question()) > 0
     assert trap.tried == []
@@ -258,4 +257,6 @@ async def test_two_runs_at_once_share_the_connections(make: Make) -> None:
         asking = cascade(make(server, concurrency=2))
         short, long = await asyncio.gather(asking.aclassify(images(1)), asking.aclassify(images(12)[2:]))
         assert [prediction.decided_by for prediction in (*short, *long)] == ["judge"] * 11
-        assert "_client" not in vars(asking.stages[0].judge)
+        judge = asking.stages[0].judge
+        assert isinstance(judge, HostedJudge)
+        assert judge._connections.pop() is None

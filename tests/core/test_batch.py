@@ -487,6 +487,31 @@ async def test_a_row_that_cannot_be_read_counts_as_paid(
         assert one.files == []
 
 
+@both
+@pytest.mark.parametrize(
+    "usage", [{"prompt_tokens": 100}, {"input_tokens": None}, {"input_tokens": -5, "output_tokens": -5}, None]
+)
+async def test_an_answer_with_a_usage_that_cannot_be_true_is_kept_and_costs_the_most(
+    provider: Provider, usage: object, tmp_path: Path
+) -> None:
+    async with bench(provider, tmp_path) as one:
+        one.server.altered = lambda reply: {**reply, "usage": usage}
+        predictions = await one.run(one.cascade(ALL), images=IMAGES[:2])
+        assert outcomes(predictions) == {"answered": 2}
+        spent = one.ledger._spent
+        assert spent == 2 * worst(one)
+
+
+@both
+async def test_a_row_without_a_message_counts_as_paid(provider: Provider, tmp_path: Path) -> None:
+    async with bench(provider, tmp_path) as one:
+        one.server.altered = lambda reply: {**reply, "content": [None], "choices": [{"message": None, "finish_reason": "stop"}]}
+        predictions = await one.run(one.cascade(ALL), images=IMAGES[:2])
+        assert outcomes(predictions) in ({"failed": 2}, {"unparsed": 2})
+        assert one.ledger._spent > 0
+        assert one.ledger._reserved == 0
+
+
 # Budget
 
 

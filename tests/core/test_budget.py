@@ -1,26 +1,30 @@
 """The ledger: no schedule of concurrent questions, retries, repairs and failures overdraws it."""
 
 import asyncio
+import json
+import math
 import random
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 from PIL import Image
 from tenacity import wait_none
 
 from cascadevlm import Cascade, Stage, load_prompt
-from cascadevlm.budget import NANODOLLARS, Ledger, Metered
+from cascadevlm.budget import NANODOLLARS, DurableLedger, Ledger, Metered
 from cascadevlm.errors import (
     BudgetExhausted,
     CascadeError,
+    DataError,
     FatalError,
     PermanentError,
     RateLimited,
     TransientError,
 )
-from cascadevlm.judge import Judge, Repairing, verdict_from_text
+from cascadevlm.judge import Judge, Repairing, before_sending, verdict_from_text
 from cascadevlm.retry import Retrying
 from cascadevlm.testing import FakeJudge, FakeScorer, noise, question
 from cascadevlm.types import Question, Usage, Verdict
@@ -262,6 +266,57 @@ async def test_what_a_failure_costs(error: Exception, spent: int) -> None:
     with pytest.raises(type(error)):
         await Metered(Priced(600, reply=error), ledger).judge(QUESTION)
     assert (ledger._spent, ledger._reserved) == (spent, 0)
+
+
+@pytest.mark.parametrize("dollars", [-1.0, -1e-9, math.nan, math.inf, -math.inf])
+async def test_a_bill_that_cannot_be_true_counts_as_the_worst_case(dollars: float) -> None:
+    ledger = Ledger(1e-6)
+    await Metered(FakeJudge(dollars=dollars), ledger).judge(QUESTION)
+    judge = Priced(600)
+    judge.dollars = dollars
+    await Metered(judge, ledger).judge(QUESTION)
+    assert (ledger._spent, ledger._reserved) == (600, 0)
+
+
+@pytest.mark.parametrize(("reserved", "spent"), [(0, -5), (-5, 0), (0, 0.5)])
+def test_no_line_of_a_ledger_lets_it_fall(reserved: int, spent: float, tmp_path: Path) -> None:
+    path = tmp_path / "ledger.jsonl"
+    lines = [{"reserved": 0, "spent": 900}, {"reserved": reserved, "spent": spent}]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(DataError, match="line 2, is damaged"):
+        DurableLedger(1, path)
+
+
+async def test_a_question_given_up_before_it_is_sent_costs_nothing() -> None:
+    class Queueing(Priced):
+        turn = asyncio.Lock()
+
+        async def judge(self, question: Question) -> Verdict:
+            with before_sending():
+                await self.turn.acquire()
+            try:
+                return await super().judge(question)
+            finally:
+                self.turn.release()
+
+    ledger, judge = Ledger(1e-5), Queueing(600, seconds=0.05)
+    tasks = [asyncio.create_task(Metered(judge, ledger).judge(QUESTION)) for _ in range(5)]
+    await asyncio.sleep(0.01)
+    for task in tasks[1:]:
+        task.cancel()
+    await asyncio.wait(tasks)
+    assert [task.cancelled() for task in tasks] == [False] + [True] * 4
+    assert (ledger._spent, ledger._reserved, len(judge.questions)) == (100, 0, 1)
+
+
+async def test_what_a_question_that_is_given_up_costs_is_heard_for_a_moment() -> None:
+    ledger = Ledger(1e-6)
+    task = asyncio.create_task(Metered(Priced(600, seconds=0.05), ledger).judge(QUESTION))
+    await asyncio.sleep(0.01)
+    task.cancel()
+    await asyncio.wait([task])
+    assert task.cancelled()
+    assert (ledger._spent, ledger._reserved) == (100, 0)
 
 
 def test_reserving_now_does_not_wait() -> None:

@@ -142,6 +142,38 @@ async def test_who_stops_waiting_does_not_lose_the_answer() -> None:
     assert len(store.verdicts) == 1
 
 
+@pytest.mark.parametrize("gives_up", [0, 1])
+async def test_who_shares_an_answer_and_stops_waiting_does_not_end_it_for_the_other(gives_up: int) -> None:
+    judge = FakeJudge(seconds=0.02)
+    asked_once = SingleFlight(judge)
+    tasks = [asyncio.create_task(asked_once.judge(question())) for _ in range(2)]
+    await asyncio.sleep(0.005)
+    tasks[gives_up].cancel()
+    assert (await asyncio.wait_for(tasks[1 - gives_up], 1)).label == "red finch"
+    assert tasks[gives_up].cancelled()
+    assert len(judge.questions) == 1
+
+
+async def test_what_nobody_waits_for_any_more_ends_with_the_run() -> None:
+    store, judge = MemoryStore(), FakeJudge(seconds=0.05)
+    cached = Cached(judge, store)
+    waiting = asyncio.create_task(cached.judge(question()))
+    await asyncio.sleep(0.005)
+    waiting.cancel()
+    await cached.aclose()
+    assert (judge._at_once, cached._in_flight) == (0, {})
+    await asyncio.sleep(0.07)
+    assert not store.verdicts
+
+
+async def test_a_kept_answer_that_is_shared_says_what_it_saved_to_all() -> None:
+    store = MemoryStore()
+    await Cached(FakeJudge(dollars=0.02), store).judge(question())
+    cached = Cached(FakeJudge(), store)
+    verdicts = await asyncio.gather(*(cached.judge(question()) for _ in range(3)))
+    assert [verdict.usage for verdict in verdicts] == [Usage(cached=True, saved_dollars=0.02)] * 3
+
+
 async def test_nothing_but_json_is_stored_and_nothing_evicted(tmp_path: Path) -> None:
     store = DiskStore(tmp_path)
     await Cached(FakeJudge(), store).judge(question())
@@ -260,3 +292,51 @@ def test_settings_of_a_strangers_cache_are_one_sentence(tmp_path: Path) -> None:
         change(folder, "insert into Settings values (?, 'os.system')", name)
         with pytest.raises(BackendError, match="cannot be used"):
             DiskStore(folder).get("key")
+
+
+async def test_two_event_loops_that_share_a_store_buy_an_answer_once(tmp_path: Path) -> None:
+    store, judge = DiskStore(tmp_path), FakeJudge(seconds=0.1, dollars=0.02)
+
+    def ask() -> Verdict:
+        return asyncio.run(Cached(judge, store).judge(question()))
+
+    verdicts = await asyncio.gather(*(asyncio.to_thread(ask) for _ in range(3)))
+    assert len(judge.questions) == 1
+    assert sorted(verdict.usage.dollars for verdict in verdicts) == [0, 0, 0.02]
+    assert all(verdict.usage.dollars + verdict.usage.saved_dollars == 0.02 for verdict in verdicts)
+
+
+async def test_a_question_that_failed_is_free_to_be_asked_by_others(tmp_path: Path) -> None:
+    store, judge = DiskStore(tmp_path), FakeJudge(reply=[TransientError("down"), "ANSWER: B"])
+    with pytest.raises(TransientError):
+        await Cached(judge, store).judge(question())
+    assert (await asyncio.wait_for(Cached(judge, store).judge(question()), 5)).label == "blue finch"
+
+
+ASKING = """
+import asyncio, sys
+from pathlib import Path
+from cascadevlm.cache import Cached, DiskStore
+from cascadevlm.testing import FakeJudge, question
+
+store, judge = DiskStore(Path(sys.argv[1])), FakeJudge(seconds=0.5, dollars=0.02)
+print("ready", flush=True)
+input()
+print(asyncio.run(Cached(judge, store).judge(question())).usage.dollars)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no locks on parts of files")
+def test_two_processes_that_share_a_cache_buy_an_answer_once(tmp_path: Path) -> None:
+    asking = [
+        subprocess.Popen([sys.executable, "-c", ASKING, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    for process in asking:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+    for process in asking:
+        assert process.stdin is not None
+        process.stdin.write("\n")
+        process.stdin.flush()
+    assert sorted(float(process.communicate(timeout=20)[0]) for process in asking) == [0, 0.02]

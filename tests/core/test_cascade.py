@@ -6,7 +6,9 @@ import os
 import queue
 import random
 import threading
-from collections.abc import Callable, Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,7 +29,7 @@ from cascadevlm.errors import FatalError, ImageError, InputError, JudgeError, Pe
 from cascadevlm.images import ImageSource
 from cascadevlm.judge import Judge, verdict_from_text
 from cascadevlm.labels import LabelSet
-from cascadevlm.scorer import Prepared
+from cascadevlm.scorer import Prepared, WrapperScorer
 from cascadevlm.support import SupportSet
 from cascadevlm.testing import FakeJudge, FakeScorer, noise, picture
 from cascadevlm.testing.fakes import Reply
@@ -206,6 +208,38 @@ def test_a_model_is_loaded_once_and_before_any_image_is_prepared() -> None:
     Cascade(scorer, [], labels=LABELS, batch_size=2).classify([noise(number) for number in range(7)])
     assert scorer.done == ["load"] + ["prepare"] * 7
     Cascade(Loading(), [], labels=LABELS).classify([])
+
+
+def test_runs_that_share_a_model_load_it_once_and_call_it_by_turns() -> None:
+    """In one event loop, in threads and in event loops of their own; through wrappers of one model, too."""
+
+    class Busy(FakeScorer):
+        loaded = calls = at_once = most_at_once = 0
+
+        def load(self) -> None:
+            time.sleep(0.02)
+            self.loaded += 1
+
+        def score(self, images: Sequence[Image.Image], labels: LabelSet) -> Scores:
+            self.calls += 1
+            self.at_once += 1
+            self.most_at_once = max(self.most_at_once, self.at_once)
+            time.sleep(0.005)
+            self.at_once -= 1
+            return super().score(images, labels)
+
+    scorer = Busy()
+    cascades = [Cascade(each, [], labels=LABELS, batch_size=2) for each in (scorer, WrapperScorer(scorer))]
+    pictures = [noise(number) for number in range(6)]
+
+    async def four() -> None:
+        await asyncio.gather(*(cascade.aclassify(pictures) for cascade in cascades * 2))
+
+    with ThreadPoolExecutor(4) as pool:
+        own_loop = pool.submit(asyncio.run, four())
+        list(pool.map(lambda cascade: cascade.classify(pictures), cascades))
+        own_loop.result()
+    assert (scorer.loaded, scorer.calls, scorer.most_at_once) == (1, 6 * 3, 1)
 
 
 def test_inputs_are_not_read_far_ahead_of_the_judges() -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks.kills import predictions as lines
 from cascadevlm import bulk, outage
-from cascadevlm.errors import FatalError, PermanentError, RateLimited, TransientError
+from cascadevlm.errors import BudgetExhausted, FatalError, PermanentError, RateLimited, TransientError
 from cascadevlm.outage import FEWEST, MOST, Reachable
 from cascadevlm.testing import FakeJudge, question
 from cascadevlm.testing.fakes import Reply
@@ -87,6 +87,17 @@ async def test_who_gives_up_waiting_keeps_nobody_else_waiting() -> None:
     first.cancel()
     with pytest.raises(TransientError):
         await asyncio.wait_for(second, 10)
+
+
+async def test_an_outage_is_seen_while_the_money_runs_out() -> None:
+    """A question that was not asked for want of money does not say that the judge is there."""
+    poor = BudgetExhausted("The budget has $0.0000 left.")
+    replies: list[Reply] = [reply for _ in range(FEWEST) for reply in (DOWN, poor)]
+    said = await ask(reachable(*replies, concurrency=2 * FEWEST), 2 * FEWEST)
+    assert {type(each) for each in said} == {BudgetExhausted, TransientError}
+    judge = reachable(*replies, concurrency=FEWEST)
+    said = await ask(judge, 2 * FEWEST)
+    assert {type(each) for each in said} == {BudgetExhausted, FatalError}
 
 
 def test_an_outage_leaves_images_without_a_line_and_the_run_goes_on_after_it(tmp_path: Path) -> None:

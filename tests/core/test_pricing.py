@@ -4,6 +4,7 @@ import math
 from datetime import date
 from decimal import Decimal
 from fractions import Fraction
+from typing import Literal
 
 import pytest
 from hypothesis import given
@@ -12,6 +13,7 @@ from pydantic import ValidationError
 
 from cascadevlm.pricing import FREE, Patches, Price, PricedModel, Tiles, find_price, price_table
 from cascadevlm.types import Usage
+from cascadevlm_backends.openai import OpenAIJudge
 
 MILLION = 1_000_000
 ROWS = pytest.mark.parametrize("row", price_table(), ids=lambda row: f"{row.provider}:{row.name}")
@@ -41,6 +43,22 @@ def test_rows_are_sound(row: PricedModel) -> None:
     assert price.image is not None
     assert price.image.tokens(1, 1) > 0
     assert find_price(row.provider, row.name) is price
+
+
+@pytest.mark.parametrize(
+    ("model", "size", "low", "high"),
+    [
+        ("gpt-4o", (1024, 1024), 85, 765),
+        ("gpt-4o", (20, 20), 85, 255),
+        ("gpt-4o-mini", (1024, 1024), 2833, 25501),
+        ("gpt-4.1-mini", (1024, 1024), 415, 1659),  # 16 x 16 of 32 x 32 patches, 1.62 tokens each
+        ("gpt-4.1-mini", (64, 32), 4, 4),
+    ],
+)
+def test_low_detail_is_priced_as_low(model: str, size: tuple[int, int], low: int, high: int) -> None:
+    details: list[Literal["low", "auto", "high"]] = ["low", "auto", "high"]
+    assert [OpenAIJudge(model, detail=detail)._image_tokens(size) for detail in details] == [low, high, high]
+    assert OpenAIJudge(model, detail="low", mode="decision")._image_tokens(size) == high  # where no detail is asked for
 
 
 @ROWS

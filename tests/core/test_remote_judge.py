@@ -18,7 +18,7 @@ from cascadevlm.cluster import judging
 from cascadevlm.cluster.judging import RemoteJudge, Worker
 from cascadevlm.dependable import dependable
 from cascadevlm.errors import BackendError, BudgetExhausted, CascadeError, FatalError, TransientError
-from cascadevlm.hosted import HostedJudge
+from cascadevlm.hosted import HostedJudge, Reply
 from cascadevlm.judge import WrapperJudge
 from cascadevlm.labels import Label
 from cascadevlm.retry import Retrying
@@ -214,6 +214,22 @@ async def test_the_cap_holds_whatever_becomes_of_the_workers(seed: int) -> None:
     await remote.aclose()
 
 
+async def test_who_gives_up_before_a_worker_is_free_pays_nothing() -> None:
+    class Slow(OneWorker):
+        async def _judge(self, asked: Question) -> Verdict:
+            await asyncio.sleep(0.05)
+            return await super()._judge(asked)
+
+    remote, ledger = await prepared(Slow(iter([ANSWER] * 3))), Ledger(1)
+    tasks = [asyncio.create_task(Metered(Priced(remote), ledger).judge(question())) for _ in range(3)]
+    await asyncio.sleep(0.01)
+    for task in tasks[1:]:
+        task.cancel()
+    await asyncio.wait(tasks)
+    assert (ledger.spent_dollars, ledger.reserved_dollars) == (0, 0)  # the answer of the first costs nothing
+    await remote.aclose()
+
+
 def test_images_are_told_apart_though_their_pixels_stay_here() -> None:
     judge = load_judge("openai:any", base_url="http://localhost:9", price={"input": 1, "output": 2})
     assert isinstance(judge, HostedJudge)
@@ -225,3 +241,21 @@ def test_images_are_told_apart_though_their_pixels_stay_here() -> None:
     assert [image.size for image in images] == [(1, 1)] * 3
     assert [judge.sent(image, there).data for image in images] == sent
     assert len(set(sent)) == 3
+
+
+@pytest.mark.parametrize("size", [(1024, 1024), (3000, 700), (40, 30)])
+@pytest.mark.parametrize("rule", [{}, {"image": {"rule": "tiles", "base": 85, "tile": 170}}])
+def test_a_worker_knows_the_worst_case_though_the_pixels_stay_here(size: tuple[int, int], rule: dict[str, JsonValue]) -> None:
+    """So that an answer without usage costs what was reserved for it."""
+    judge = load_judge("openai:any", base_url="http://localhost:9", price={"input": 1, "output": 2, **rule})
+    assert isinstance(judge, HostedJudge)
+    asked = replace(question(image=noise(1, size)), exemplars=(Exemplar(image=noise(2, size), label=Label(name="owl")),))
+    worst = judge.worst_case(asked)
+    judge.image_digest(asked)
+    judge.encoded(asked.exemplars[0])
+    there: Question = pickle.loads(pickle.dumps(judging._packed(asked)))
+    assert there.image.size == (1, 1)
+    assert judge.worst_case(there) == judge.worst_case(asked) == worst
+    assert judge.usual_case(there) == judge.usual_case(asked)
+    unbilled = judge.read(Reply(text="ANSWER: A", usage=None), there)
+    assert round(unbilled.usage.dollars * NANODOLLARS) == worst

@@ -1,12 +1,14 @@
 """The server itself."""
 
 import asyncio
+import gzip
 import io
 import json
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from functools import cache
 from itertools import count
 from typing import Self
 
@@ -44,6 +46,7 @@ class JudgeServer:
         cached: how many of the input tokens come from the provider's prompt cache.
         structured: whether schemas are understood; a request with one gets a 400, if not.
         logprobs: whether Chat Completions gives token probabilities to those who ask.
+        altered: what becomes of a proper reply before it is sent.
         batch_polls: how many retrievals find a batch still in progress.
         batch_expires: whether batches expire.
         check_images: whether a request gets a 400 if it has no image, or one that cannot be decoded.
@@ -66,6 +69,7 @@ class JudgeServer:
         cached: int = 0,
         structured: bool = True,
         logprobs: bool = True,
+        altered: Callable[[Json], Json] = lambda reply: reply,
         batch_polls: int = 2,
         batch_expires: bool = False,
         check_images: bool = True,
@@ -78,6 +82,7 @@ class JudgeServer:
         self.cached = cached
         self.structured = structured
         self.logprobs = logprobs
+        self.altered = altered
         self.batch_polls = batch_polls
         self.batch_expires = batch_expires
         self.check_images = check_images
@@ -165,7 +170,8 @@ class JudgeServer:
         except Problem as problem:
             return problem.reply(provider_of(received.path))
         said = say(asked, fault.kind if fault else None, self.answer)
-        return 200, REPLIES[received.path](asked, replace(said, usage=self.usage, cached=self.cached, logprobs=self.logprobs))
+        proper = REPLIES[received.path](asked, replace(said, usage=self.usage, cached=self.cached, logprobs=self.logprobs))
+        return 200, self.altered(proper)
 
     async def _upload(self, request: web.Request) -> web.Response:
         form = await request.post()
@@ -293,7 +299,7 @@ class JudgeServer:
 async def _gate(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Turns away who brings no key, and words problems as the provider does."""
     try:
-        if "x-api-key" not in request.headers and not request.headers.get("authorization", "").startswith("Bearer "):
+        if "x-api-key" not in request.headers and not request.headers.get("authorization", "").startswith(("Bearer ", "Basic ")):
             raise Problem("unauthorized", "A key is missing.")
         return await handler(request)
     except Problem as problem:
@@ -311,6 +317,15 @@ def _check_images(asked: Conversation) -> None:
             raise Problem("bad_request", f"An image cannot be decoded: {exc}") from exc
 
 
+ENDLESS_CHUNK = 1 << 20
+BOMB_BYTES = 1 << 26
+
+
+@cache
+def _bomb() -> bytes:
+    return gzip.compress(bytes(BOMB_BYTES))
+
+
 async def _deliver(request: web.Request, status: int, reply: JsonValue | Json, fault: Fault | None) -> web.StreamResponse:
     number = str((isinstance(reply, Mapping) and reply.get("request_id")) or new_id("req"))
     headers = {"x-request-id": number, "request-id": number, **(fault.headers if fault else {})}
@@ -319,6 +334,18 @@ async def _deliver(request: web.Request, status: int, reply: JsonValue | Json, f
             request.transport.abort()
         case Fault("body", body=str(page)):
             return web.Response(text=page, content_type="text/html", status=status, headers=headers)
+        case Fault("drip" | "endless" | "bomb" as kind):
+            response = web.StreamResponse(headers={**headers, **({"content-encoding": "gzip"} if kind == "bomb" else {})})
+            response.content_type = "application/json"
+            await response.prepare(request)
+            if kind == "bomb":
+                await response.write(_bomb())
+                return response
+            while True:  # until the client hangs up
+                await response.write(b" " * (1 if kind == "drip" else ENDLESS_CHUNK))
+                await asyncio.sleep(fault.seconds if kind == "drip" else 0)
+        case Fault("redirect"):
+            return web.Response(status=307, headers=headers)
         case Fault("invalid_json"):
             return web.Response(text='{"id": "', content_type="application/json", headers=headers)
         case Fault("truncated") if request.transport:

@@ -23,8 +23,9 @@ ErrorKind: TypeAlias = Literal[
 ]
 """Answered by an error status."""
 
-ConnectionKind: TypeAlias = Literal["reset", "slow", "truncated", "invalid_json"]
-"""The connection breaks, drags on, ends within the answer, or carries something else than JSON; a row of a batch has none."""
+ConnectionKind: TypeAlias = Literal["reset", "slow", "drip", "endless", "bomb", "truncated", "invalid_json", "redirect"]
+"""The connection breaks, drags on, gives a byte now and then, never ends, gives little that unzips to much, ends within the
+answer, carries something else than JSON, or leads elsewhere; a row of a batch has none."""
 
 VerdictKind: TypeAlias = Literal["wrong_label", "not_offered_letter", "empty", "huge", "refusal", "content_filter", "length"]
 """A proper response whose answer is of no use."""
@@ -40,9 +41,10 @@ class Fault:
         kind: what; ``"expired"`` is for the rows of batches alone; ``"body"`` is a response with a status and body of your own.
         retry_after: sent with an error: seconds or an HTTP date.
         retry_after_ms: sent with an error: milliseconds.
-        seconds: before the first byte of a slow answer.
+        seconds: before the first byte of a slow answer; between two bytes of one that drips.
         status: of the response, for ``"body"``.
         body: of the response, for ``"body"``: as JSON, or text that is sent as HTML.
+        location: where a redirect leads.
     """
 
     kind: FaultKind
@@ -52,11 +54,12 @@ class Fault:
     seconds: float = 1.0
     status: int = 200
     body: JsonValue = None
+    location: str = ""
 
     @property
     def headers(self) -> dict[str, str]:
-        """What the response says about waiting."""
-        told = {"retry-after": self.retry_after, "retry-after-ms": self.retry_after_ms}
+        """What the response says about waiting, and where it leads."""
+        told = {"retry-after": self.retry_after, "retry-after-ms": self.retry_after_ms, "location": self.location or None}
         return {name: str(value) for name, value in told.items() if value is not None}
 
 

@@ -1,0 +1,70 @@
+"""What must not be written down or shown: keys, headers, and the credentials in addresses."""
+
+import re
+from base64 import b64encode
+from collections.abc import Iterable, Mapping
+from urllib.parse import parse_qsl, unquote, urlsplit
+
+from pydantic import JsonValue
+
+HIDDEN = "***"
+
+SHORTEST = 3
+"""Characters of a secret that is taken out of texts; to take out a shorter one would leave no text."""
+
+_LOGIN = re.compile(r"(^|://)[^/?#\s]*@")
+_QUERY_VALUE = re.compile(r"([?&][^=&#\s]+=)[^&#\s]*")
+
+
+def without_login(address: str) -> str:
+    """An address without its user and password."""
+    return _LOGIN.sub(r"\1", address)
+
+
+def shown_address(address: str) -> str:
+    """An address without its credentials: its user and password, and the values of its query."""
+    return _QUERY_VALUE.sub(rf"\1{HIDDEN}", without_login(address))
+
+
+def login_of(address: str) -> tuple[str, str] | None:
+    """The user and password of an address, if it has any."""
+    parts = urlsplit(address)
+    return (unquote(parts.username or ""), unquote(parts.password or "")) if "@" in parts.netloc else None
+
+
+def credentials_of(address: str) -> list[str]:
+    """All that `shown_address` hides, as it is written there, as it is meant and as it is sent."""
+    parts = urlsplit(address)
+    values = [parts.username or "", parts.password or "", *(value for _, value in parse_qsl(parts.query))]
+    sent = b64encode(":".join(login_of(address) or ()).encode()).decode()
+    return [*values, *map(unquote, values), sent]
+
+
+def without_secrets(settings: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
+    """Settings as it may be written down: without the values of headers, and credentials in addresses."""
+    return {name: _kept(name, value) for name, value in settings.items()}
+
+
+def _kept(name: str, value: JsonValue) -> JsonValue:
+    match value:
+        case dict() if name == "headers":
+            return dict.fromkeys(value, HIDDEN)
+        case dict():
+            return without_secrets(value)
+        case list():
+            return [_kept(name, each) for each in value]
+        case str() if name == "headers":
+            return HIDDEN
+        case str() if name == "base_url":
+            return shown_address(value)
+        case str() if "://" in value:
+            return without_login(value)
+    return value
+
+
+def scrubbed(text: str, secrets: Iterable[str]) -> str:
+    """A text with ``***`` in place of secrets."""
+    for secret in sorted(secrets, key=len, reverse=True):
+        if len(secret) >= SHORTEST:
+            text = text.replace(secret, HIDDEN)
+    return text
