@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from cascadevlm.errors import BackendError, ImageError
-from cascadevlm.images import ImageSource, load_image, pixel_digest
+from cascadevlm.images import ImageSource, load_image, pixel_digest, read_bytes
 from cascadevlm.labels import LabelSet
 from cascadevlm.scorer import EmbeddingScorer, Prepared, Scorer
 from cascadevlm.types import Scores
@@ -209,12 +209,7 @@ class CachedEmbeddings(Scorer):
 def _content_and_digest(source: ImageSource) -> tuple[ImageSource, bytes]:
     """What an image is made of, read once, and its sha256."""
     if isinstance(source, str | Path):
-        try:
-            source = Path(source).read_bytes()
-        except FileNotFoundError as exc:
-            raise ImageError(f"Image {str(source)!r} does not exist.") from exc
-        except (OSError, ValueError) as exc:  # a name that no file can have
-            raise ImageError(f"Image {str(source)!r} cannot be read: {exc}.") from exc
+        source = read_bytes(source)
     if isinstance(source, bytes):
         return source, hashlib.sha256(source).digest()
     image = load_image(source)

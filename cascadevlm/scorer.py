@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from cascadevlm.errors import ImageError, InputError
-from cascadevlm.images import ImageSource, is_large, load_image, pixel_digest, unread_image
+from cascadevlm.images import ImageSource, decoded, is_large, load_image, pixel_digest, unread_image
 from cascadevlm.labels import LabelSet, one_line
 from cascadevlm.types import Scores
 
@@ -207,10 +207,10 @@ class EmbeddingScorer(Scorer):
         return self.embed_images([each.image for each in prepared])
 
     def prepare(self, source: ImageSource) -> Prepared:
-        prepared = super().prepare(source)
-        prepared.features = self.preprocess(prepared.image)
-        if prepared.features is not None:
-            prepared.forget_large()
+        with decoded(source) as image:
+            prepared = Prepared(source=source, features=self.preprocess(image), pixels=image)
+            if prepared.features is not None:
+                prepared.forget_large()
         return prepared
 
     def score_prepared(self, prepared: Sequence[Prepared], labels: LabelSet) -> Scores:
