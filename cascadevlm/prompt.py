@@ -106,7 +106,7 @@ def options(question: Question) -> dict[str, str]:
 
 @lru_cache(10_000)  # wanted several times a question
 def _options(labels: tuple[Label, ...], offer_none: bool) -> tuple[tuple[str, str], ...]:
-    names = [one_line(label.name) for label in labels] + [NONE_OF_THESE] * offer_none
+    names = [label.words for label in labels] + [NONE_OF_THESE] * offer_none
     taken = {fold(name) for label in labels for name in (label.name, *label.aliases)}
     for keys in _key_schemes(len(names)):
         if not taken & {fold(key) for key in keys}:
@@ -168,7 +168,7 @@ def _references(prompt: Prompt, question: Question) -> Iterator[Part]:
     for number, exemplar in enumerate(question.exemplars):
         yield "\n" * bool(number)
         yield exemplar.image
-        yield f" {one_line(exemplar.label.name)}"
+        yield f" {exemplar.label.words}"
 
 
 def _joined(parts: Sequence[Part]) -> tuple[Part, ...]:
@@ -206,7 +206,9 @@ def read_answer(text: str, question: Question) -> Answer | None:
         content, rationale = text, ""
     else:
         return None
-    spellings = [(label.name, *label.aliases) for label in question.labels] + [(NONE_OF_THESE,)] * question.offer_none
+    spellings = [(label.name, label.words, *label.aliases) for label in question.labels] + [
+        (NONE_OF_THESE,)
+    ] * question.offer_none
     named = one_line(content).strip("*_`")
     chosen = _match(named, list(options(question)), spellings)
     if chosen is None:

@@ -39,6 +39,87 @@ def test_label_files(tmp_path: Path, file: str, content: str) -> None:
     assert LabelSet.read(tmp_path / file).names == ("ant", "bee", "C++", "C")
 
 
+SYNSETS = "n90000001 red finch, Rubeo avis\nn90000002 grey owl\n"
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("names.csv", "id;Species;note\n1;red finch;a, b\n2;grey owl;\n"),
+        ("names.csv", "label,region\nred finch,north\n\ngrey owl\n"),
+        ("names.csv", "id,class\r\n1,red finch\r\n2,grey owl\r\n"),
+        ("names.csv", "name\tid\nred finch\t1\ngrey owl\t2\n"),
+        ("names.tsv", "name\ttext\nred finch\ta red finch\ngrey owl\t\n"),
+        ("names.jsonl", '{"name": "red finch", "text": "a red finch"}\n\n"grey owl"\n'),
+        ("synset_words.txt", SYNSETS),
+        ("words.txt", SYNSETS.replace(" ", "\t", 1).replace("2 ", "2\t")),
+        ("classes.txt", "1 red finch\n2 grey owl\n"),
+        ("classes.txt", "0: red finch\n1: grey owl\n"),
+        ("classes.txt", "\ufeffred finch\r\ngrey owl\r\n"),
+    ],
+)
+def test_label_files_of_other_tools(tmp_path: Path, file: str, content: str) -> None:
+    (tmp_path / file).write_text(content, encoding="utf-8", newline="")
+    assert LabelSet.read(tmp_path / file).names == ("red finch", "grey owl")
+
+
+def test_wordnet_ids_and_synonyms_are_aliases(tmp_path: Path) -> None:
+    (tmp_path / "synset_words.txt").write_text(SYNSETS)
+    assert LabelSet.read(tmp_path / "synset_words.txt")[0].aliases == ("n90000001", "Rubeo avis")
+
+
+@pytest.mark.parametrize("content", ["1 Series\n2 Series\n", "747 jet\n757 jet\n", "[a]\n", "n1 finch\n", "A\u2028B\nC\x85D\n"])
+def test_lines_that_only_look_like_another_form_are_names(tmp_path: Path, content: str) -> None:
+    (tmp_path / "names.txt").write_text(content, encoding="utf-8")
+    assert LabelSet.read(tmp_path / "names.txt").names == tuple(content.split("\n")[:-1])
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("data.yaml", "names:\n  0: red finch\n"),
+        ("list.txt", "['red finch', 'grey owl']\n"),
+        ("list.txt", '{"0": "red finch"}\n'),
+        ("list.txt", '[\n  {"name": "red finch"}\n]\n'),
+        ("names.csv", ""),
+        ("names.csv", "name\nred\0finch\n" + "x" * 200_000),
+        ("names.jsonl", '"red finch"\n"grey\n'),
+        ("names.json", "[" * 100_000),
+    ],
+)
+def test_what_is_no_label_file_is_refused_by_name(tmp_path: Path, file: str, content: str) -> None:
+    (tmp_path / file).write_text(content)
+    with pytest.raises(LabelError, match=file):
+        LabelSet.read(tmp_path / file)
+
+
+def test_a_pipe_is_no_label_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "names.txt")
+    with pytest.raises(LabelError, match="no regular file"):
+        LabelSet.read(tmp_path / "names.txt")
+
+
+def test_all_doubled_names_are_told() -> None:
+    with pytest.raises(LabelError, match=r"2 names are there twice: 'crane', 'heron'\. Two classes of one name need diff"):
+        LabelSet.of(["crane", "heron", "crane", "pelican", "heron"])
+
+
+@pytest.mark.parametrize(("one", "other"), [("Gr\u00fcnfink", "Gru\u0308nfink"), ("red finch", "red_finch")])
+def test_names_that_look_the_same_are_one_class(one: str, other: str) -> None:
+    with pytest.raises(LabelError, match="is there twice"):
+        LabelSet.of([one, other])
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [("red_finch", "red finch"), ("__red__finch_", "red finch"), ("Gru\u0308n-Fink", "Gr\u00fcn-Fink"), ("_", "_")],
+)
+def test_names_are_shown_as_words(name: str, shown: str) -> None:
+    label = Label(name=name)
+    assert (label.prompt_text, label.words, label.name) == (shown, shown, name)
+    assert Label(name=name, text="a bird").prompt_text == "a bird"
+
+
 def test_labels_of_a_folder_of_folders(tmp_path: Path) -> None:
     for name in ("bee", "ant"):
         (tmp_path / name).mkdir()

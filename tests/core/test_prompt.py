@@ -210,3 +210,12 @@ def test_none_of_these_as_a_label_is_told_apart_by_its_key() -> None:
     assert (answer := read_answer("ANSWER: A", asked)) is not None
     assert answer.label is not None
     assert LabelSet.of([NONE_OF_THESE]).names == (NONE_OF_THESE,)
+
+
+@pytest.mark.parametrize("answer", ["red finch", "red_finch", "A) red finch", "A"])
+def test_a_judge_is_shown_words_and_the_answer_is_the_name(answer: str) -> None:
+    asked = question(["red_finch", "red-finch", "grey_owl"])
+    assert "A) red finch\n" in "".join(part for part in render(asked)[0].parts if isinstance(part, str))
+    found = read_answer(f"ANSWER: {answer}", asked)
+    assert found is not None
+    assert found.label == Label(name="red_finch")
