@@ -2,11 +2,13 @@
 
 import hashlib
 import io
+import os
 import stat
 import struct
 import threading
 import warnings
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cache, partial
@@ -24,7 +26,17 @@ T = TypeVar("T")
 
 ImageSource: TypeAlias = str | Path | bytes | Image.Image | NDArray[np.uint8]
 
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
+SUFFIXES = frozenset(
+    {".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".avif", ".gif", ".tif", ".tiff", ".bmp", ".dib", ".jp2"}
+    | {".j2k", ".jpf", ".jpx", ".jpc", ".j2c", ".ppm", ".pgm", ".pbm", ".pnm", ".qoi", ".pcx", ".sgi", ".tga"}
+)
+"""What the names of the files end in that are taken from folders."""
+
+OTHER_SUFFIXES = frozenset(
+    {".heic", ".heif", ".hif", ".jxl", ".jxr", ".svg", ".psd", ".xcf", ".ico", ".icns", ".eps", ".dds", ".exr", ".hdr", ".pfm"}
+    | {".wmf", ".emf", ".raw", ".dng", ".cr2", ".cr3", ".crw", ".nef", ".nrw", ".arw", ".srf", ".sr2", ".orf", ".rw2", ".raf"}
+)
+"""Those of images that are not read."""
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "DIB", "AVIF", "JPEG2000", "PPM", "QOI", "PCX", "SGI", "TGA")
 """The formats that are opened, by Pillow's names. Pillow's other decoders run programs (EPS), or are for what no camera writes.
@@ -372,6 +384,18 @@ def _describe(source: ImageSource) -> str:
 def image_files(folder: Path) -> list[Path]:
     """The image files below a folder, sorted."""
     return sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+
+
+def images_left_out(folder: Path) -> Counter[str]:
+    """How many files below a folder look like images and are none of its `image_files`, by suffix: they are of other formats, or
+    links to nothing, pipes and the like."""
+    found: Counter[str] = Counter()
+    for below, _, names in os.walk(folder):
+        for name in names:
+            suffix = os.path.splitext(name)[1].lower()  # noqa: PTH122  # a folder may hold millions
+            if suffix in OTHER_SUFFIXES or (suffix in SUFFIXES and not Path(below, name).is_file()):
+                found[suffix] += 1
+    return found
 
 
 def file_name(path: Path) -> str:

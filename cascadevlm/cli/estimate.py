@@ -30,6 +30,7 @@ def estimate(
 
     parsed = options.parse(config, scorer, judge, policy, candidates, prompt, settings)
     cascade, files = options.build(parsed, labels), options.image_files(paths)
+    options.tell(cascade.labels, paths)
     estimates = estimated(cascade, files, sample=sample)
     if as_json:
         typer.echo(json.dumps([asdict(each) for each in estimates]))

@@ -22,7 +22,7 @@ from PIL import Image
 from cascadevlm import images
 from cascadevlm.errors import ImageError, LabelError
 from cascadevlm.images import ImageSource, decoded, load_image, pixel_digest, unread_image
-from cascadevlm.labels import Label, LabelSet, fold
+from cascadevlm.labels import NAME_COLUMNS, Label, LabelSet, fold
 from cascadevlm.testing import noise, picture
 
 
@@ -427,3 +427,9 @@ def test_room_is_given_back_after_an_error() -> None:
         with pytest.raises(ImageError):
             load_image(whole[:-30])
     assert images._ROOM.taken == 0
+
+
+def test_the_documentation_names_every_column_and_ending() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "labels.md").read_text()
+    for word in (*NAME_COLUMNS, "text", "aliases", "description", ".csv", ".tsv", ".json", ".jsonl", "synset_words.txt"):
+        assert f"`{word}`" in page
