@@ -1,5 +1,6 @@
 """Configuration: one TOML file, validated; it builds a cascade from specs and names."""
 
+import reprlib
 import tomllib
 from collections.abc import Iterator, Mapping
 from functools import partial
@@ -25,6 +26,10 @@ from cascadevlm.stage import Stage
 from cascadevlm.support import SupportSet
 
 Options = dict[str, Option]
+
+_SHORT = reprlib.Repr()
+"""Writes values as Python does, cut where they are deep or long."""
+_SHORT.maxstring = _SHORT.maxother = 80
 
 
 class _Section(BaseModel):
@@ -255,10 +260,10 @@ def read_toml(path: Path) -> dict[str, JsonValue]:
         ConfigError: if it cannot be read.
     """
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as exc:
         raise ConfigError(f"Config file {str(path)!r} cannot be read: {exc.strerror}.") from exc
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as exc:
         raise ConfigError(f"Config file {str(path)!r} is no TOML: {exc}.") from exc
 
 
@@ -290,7 +295,7 @@ def toml_value(text: str) -> JsonValue:
     try:
         value: JsonValue = tomllib.loads(f"value = {text}")["value"]
         return value
-    except tomllib.TOMLDecodeError:
+    except (tomllib.TOMLDecodeError, RecursionError):
         return text
 
 
@@ -303,7 +308,7 @@ def _explain(model: type[BaseModel], error: ValidationError) -> str:
         return f"There is no key {where!r}. {nearest(str(key), _keys(model, parents))}"
     if first["type"] == "missing":
         return f"The key {where!r} is missing."
-    return f"{where}: {first['msg']} (given: {first['input']!r})."
+    return f"{where}: {first['msg']} (given: {_SHORT.repr(first['input'])})."
 
 
 def _keys(model: type[BaseModel], path: list[int | str]) -> list[str]:

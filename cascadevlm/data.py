@@ -154,7 +154,7 @@ def read_data(source: Source | str, labels: LabelSet) -> Data:
 def _of_path(path: Path) -> Data:
     if not path.exists():
         raise DataError(f"{str(path)!r} does not exist.")
-    if path.is_file():
+    if not path.is_dir():
         return _of_table(path)
     if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
         return _of_hub(_load_saved(path))
@@ -174,7 +174,7 @@ def _of_files(files: Sequence[Path], truths: Sequence[str], splits: Sequence[str
 
 def _of_table(path: Path) -> Data:
     readers = {".csv": _csv_columns, ".jsonl": _jsonl_columns, ".parquet": _parquet_columns}
-    if path.suffix.lower() not in readers:
+    if not path.is_file() or path.suffix.lower() not in readers:
         raise DataError(f"{str(path)!r} is no table.", hint=f"Known are {', '.join(readers)}.")
     try:
         columns = readers[path.suffix.lower()](path)
@@ -209,8 +209,9 @@ def json_line(line: str, number: int) -> object:
     """
     try:
         return json.loads(line)
-    except json.JSONDecodeError as exc:
-        raise ValueError(f"line {number} is no JSON: {exc.msg}") from exc
+    except (ValueError, RecursionError) as exc:
+        why = exc.msg if isinstance(exc, json.JSONDecodeError) else exc
+        raise ValueError(f"line {number} is no JSON: {why}") from exc
 
 
 def _json_object(line: str, number: int) -> dict[str, object]:

@@ -286,7 +286,7 @@ def read_lines(file: Path, end: int) -> Iterator[tuple[int, Line]]:
         if not line.endswith(b"\n"):
             raise DataError(f"{str(file)!r} breaks off in line {number}.", hint="Make it anew.") from exc
         raise DataError(f"{str(file)!r}, line {number}, is no JSON: {exc.msg}.") from exc
-    except (OSError, UnicodeDecodeError) as exc:
+    except (OSError, ValueError, RecursionError) as exc:
         raise DataError(f"{str(file)!r} cannot be read: {exc}.") from exc
 
 

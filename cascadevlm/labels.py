@@ -228,7 +228,7 @@ def _read_table(text: str) -> list[Label]:
     name = next((name for name in NAME_COLUMNS if name in columns), None)
     if name is None:
         raise LabelError(
-            f"The header has the unknown column {header[0]!r} and no column of names.",
+            f"The header has the unknown column {header[0]!r:.80} and no column of names.",
             hint=f"The first line names the columns; the column of names is one of {', '.join(NAME_COLUMNS)}.",
         )
 

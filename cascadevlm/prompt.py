@@ -55,7 +55,7 @@ def parse_template(name: str, source: str, *, required: frozenset[str] = frozens
         raise PromptError(f"Prompt {name!r} has no head.", hint="Begin with '+++', reasoning = …, max_tokens = …, '+++'.")
     try:
         head = _FrontMatter.model_validate(tomllib.loads(match[1]))
-    except (ValidationError, tomllib.TOMLDecodeError) as exc:
+    except (ValidationError, tomllib.TOMLDecodeError, RecursionError) as exc:
         reason = exc.errors()[0] if isinstance(exc, ValidationError) else {"loc": (), "msg": str(exc)}
         raise PromptError(f"Prompt {name!r}, head: {'.'.join(map(str, reason['loc']))} {reason['msg']}.") from exc
     template = string.Template(match[2].strip())
@@ -84,9 +84,11 @@ def read_prompt(path: str | Path) -> Prompt:
     """
     path = Path(path)
     try:
-        return parse_template(path.stem, path.read_text(encoding="utf-8"))
+        return parse_template(path.stem, path.read_text(encoding="utf-8-sig"))
     except OSError as exc:
         raise PromptError(f"Prompt file {str(path)!r} cannot be read: {exc.strerror}.") from exc
+    except UnicodeDecodeError as exc:
+        raise PromptError(f"Prompt file {str(path)!r} is not UTF-8 text.", hint="Save it as UTF-8.") from exc
 
 
 @cache

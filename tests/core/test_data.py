@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -23,6 +24,7 @@ from cascadevlm import Cascade
 from cascadevlm.data import LONGEST_SHOWN, Data, read_data, stratified
 from cascadevlm.errors import DataError
 from cascadevlm.images import ImageSource, load_image
+from cascadevlm.inputs import Inputs
 from cascadevlm.labels import Label, LabelSet
 from cascadevlm.support import SupportSet
 from cascadevlm.testing import FakeScorer, noise
@@ -397,3 +399,17 @@ def test_a_support_set_is_found_by_the_words_of_its_folders(tmp_path: Path) -> N
     (tmp_path / "red_finch").mkdir()
     noise(1).save(tmp_path / "red_finch" / "1.png")
     assert list(SupportSet.read(tmp_path, LabelSet.of(["red finch", "grey owl"])).exemplars) == ["red finch"]
+
+
+def test_a_line_that_is_too_deep_is_told_by_its_number(tmp_path: Path) -> None:
+    (tmp_path / "table.jsonl").write_text('{"path": "x.png", "label": "ant"}\n' + "[" * 100_000)
+    with pytest.raises(DataError, match="line 2 is no JSON"):
+        read_data(tmp_path / "table.jsonl", LABELS)
+    with pytest.raises(DataError, match="line 2 is no JSON"):
+        list(Inputs(tmp_path / "table.jsonl"))
+
+
+def test_a_pipe_is_no_table(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "table.csv")
+    with pytest.raises(DataError, match="is no table"):
+        read_data(tmp_path / "table.csv", LABELS)
