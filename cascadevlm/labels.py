@@ -34,12 +34,17 @@ def fold(text: str) -> str:
     return words or one_line(bare)
 
 
+_NUMBER = re.compile(r"^(\d{3,}\.|n\d{8}-)(?=\D)")
+"""What comes before the name in folders of data sets: a number of three digits or more and a dot, or a WordNet id."""
+
+
 @lru_cache(100_000)
 def words(name: str) -> str:
     """A name as a scorer and a judge are shown it, and as names are compared where they must be the same: composed Unicode (NFC),
-    with spaces for underscores, as names of folders have them. A name of underscores alone stays as it is."""
-    composed = unicodedata.normalize("NFC", name)
-    return one_line(composed.replace("_", " ")) or one_line(composed)
+    without the number before it and with spaces for underscores, as names of folders have them (``001.Red_finch``,
+    ``n90000001-Red_finch``). A name that would be left without words stays as it is."""
+    composed = unicodedata.normalize("NFC", name).strip()
+    return one_line(_NUMBER.sub("", composed, count=1).replace("_", " ")) or one_line(composed)
 
 
 @validated_dataclass(frozen=True, kw_only=True, config={"extra": "forbid"})

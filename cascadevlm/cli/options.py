@@ -99,10 +99,10 @@ def build_with_data(
 
 def tell(labels: "LabelSet", images: list[Path]) -> None:
     """Say, on stderr and in a line each, which names are shown as words, and what is left out of the folders of images."""
-    renamed = [label for label in labels if "_" in label.name and label.prompt_text == label.words]
+    renamed = [label for label in labels if "_" in label.name]
     if renamed:
         first = f"{renamed[0].words!r} for {renamed[0].name!r}"
-        typer.echo(f"Names with underscores: scorer and judge are shown words, as {first} ({len(renamed)} names).", err=True)
+        typer.echo(f"{len(renamed)} names have underscores. Scorer and judge are shown words, as {first}.", err=True)
     if line := left_out(images):
         typer.echo(line, err=True)
 

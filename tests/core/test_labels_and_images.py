@@ -112,7 +112,17 @@ def test_names_that_look_the_same_are_one_class(one: str, other: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "shown"),
-    [("red_finch", "red finch"), ("__red__finch_", "red finch"), ("Gru\u0308n-Fink", "Gr\u00fcn-Fink"), ("_", "_")],
+    [
+        ("red_finch", "red finch"),
+        ("__red__finch_", "red finch"),
+        ("Gru\u0308n-Fink", "Gr\u00fcn-Fink"),
+        ("_", "_"),
+        ("001.Red_finch", "Red finch"),
+        ("n90000001-red_finch", "red finch"),
+        ("3.Series", "3.Series"),
+        ("007.", "007."),
+        ("A_001.B", "A 001.B"),
+    ],
 )
 def test_names_are_shown_as_words(name: str, shown: str) -> None:
     label = Label(name=name)
