@@ -6,6 +6,7 @@ import io
 import json
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -168,7 +169,7 @@ NAME_COLUMNS = ("name", "species", "label", "class")
 _ENTRIES = TypeAdapter(list[str | Label])
 _LISTED = re.compile(r"""[\[{]\s*["'\[{\d].*[\]}]""", re.DOTALL)
 _SYNSET = re.compile(r"(n\d{8})\s+(.+)")
-_NUMBERED = re.compile(r"(\d+)[\s.:,;)]\s*(.+)")
+_NUMBERED = re.compile(r"(\d{1,9})[\s.:,;)]\s*(.+)")
 
 
 def _read_folder(path: Path) -> list[Label]:
@@ -176,8 +177,6 @@ def _read_folder(path: Path) -> list[Label]:
 
 
 def _read_file(path: Path) -> list[Label]:
-    if not path.is_file() and path.exists():
-        raise ValueError("it is no regular file")
     with path.open(encoding="utf-8-sig", newline="") as file:
         text = file.read()
     match path.suffix.lower():
@@ -204,7 +203,7 @@ def _read_lines(text: str) -> list[Label]:
             "The text is a list, not a name per line.", hint="Write one name per line, or a JSON list into a .json file."
         )
     if all(synsets := [_SYNSET.fullmatch(line) for line in lines]):
-        return [_synset(found[1], found[2]) for found in synsets if found]
+        return _synsets([(found[1], *found[2].split(", ")) for found in synsets if found])
     numbered = [_NUMBERED.fullmatch(line) for line in lines]
     numbers = [int(found[1]) for found in numbered if found]
     names = [found[2] for found in numbered if found]
@@ -213,9 +212,13 @@ def _read_lines(text: str) -> list[Label]:
     return [Label(name=line) for line in lines]
 
 
-def _synset(number: str, names: str) -> Label:
-    name, *others = names.split(", ")
-    return Label(name=name, aliases=(number, *others))
+def _synsets(classes: list[tuple[str, ...]]) -> list[Label]:
+    """Of the id and the names of each class. Names after the first that belong to several classes tell nothing and are left out."""
+    counts = Counter(words(name) for names in classes for name in {*names})
+    return [
+        Label(name=name, aliases=(number, *(other for other in others if counts[words(other)] == 1)))
+        for number, name, *others in classes
+    ]
 
 
 def _read_json(text: str) -> list[Label]:
@@ -237,7 +240,7 @@ def _read_table(text: str) -> list[Label]:
             hint=f"The first line names the columns; the column of names is one of {', '.join(NAME_COLUMNS)}.",
         )
 
-    rows_by_column = [dict(zip(columns, row, strict=False)) for row in rows if any(cell.strip() for cell in row)]
+    cells = [dict(zip(columns, row, strict=False)) for row in rows if any(cell.strip() for cell in row)]
     return [
         Label(
             name=row.get(name, "").strip(),
@@ -245,5 +248,5 @@ def _read_table(text: str) -> list[Label]:
             aliases=tuple(alias.strip() for alias in row.get("aliases", "").split("|") if alias.strip()),
             description=row.get("description", ""),
         )
-        for row in rows_by_column
+        for row in cells
     ]

@@ -113,7 +113,7 @@ def left_out(images: list[Path]) -> str:
 
     found = sum(map(images_left_out, filter(Path.is_dir, images)), Counter())
     kinds = ", ".join(f"{count} {suffix}" for suffix, count in sorted(found.items()))
-    return f"Left out, though they look like images: {found.total()} files ({kinds})." if found else ""
+    return f"Files that look like images and are left out: {found.total()} ({kinds})." if found else ""
 
 
 def image_files(paths: list[Path]) -> list[Path]:

@@ -200,8 +200,8 @@ def test_what_looks_like_an_image_and_is_left_out_is_counted_in_one_line(images:
     (images / "notes.txt").write_text("x")
     done = run(*classify(images))
     assert len(done.stdout.splitlines()) == 8
-    assert done.stderr.count("4 files (2 .heic, 1 .png, 1 .svg)") == 1
-    assert run("run", images, "-o", tmp_path / "out", *classify(images)[2:], check=False).stderr.count("Left out") == 1
+    assert done.stderr.count("left out: 4 (2 .heic, 1 .png, 1 .svg)") == 1
+    assert run("run", images, "-o", tmp_path / "out", *classify(images)[2:], check=False).stderr.count("left out: 4") == 1
 
 
 def test_nothing_from_a_name_or_a_model_controls_the_terminal(images: Path) -> None:

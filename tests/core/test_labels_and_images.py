@@ -66,6 +66,8 @@ def test_label_files_of_other_tools(tmp_path: Path, file: str, content: str) -> 
 def test_wordnet_ids_and_synonyms_are_aliases(tmp_path: Path) -> None:
     (tmp_path / "synset_words.txt").write_text(SYNSETS)
     assert LabelSet.read(tmp_path / "synset_words.txt")[0].aliases == ("n90000001", "Rubeo avis")
+    (tmp_path / "synset_words.txt").write_text(SYNSETS + "n90000003 bird, Rubeo avis, red finch\n")
+    assert [label.aliases for label in LabelSet.read(tmp_path / "synset_words.txt")] == [(f"n9000000{i}",) for i in (1, 2, 3)]
 
 
 @pytest.mark.parametrize("content", ["1 Series\n2 Series\n", "747 jet\n757 jet\n", "[a]\n", "n1 finch\n", "A\u2028B\nC\x85D\n"])
@@ -91,12 +93,6 @@ def test_what_is_no_label_file_is_refused_by_name(tmp_path: Path, file: str, con
     (tmp_path / file).write_text(content)
     with pytest.raises(LabelError, match=file):
         LabelSet.read(tmp_path / file)
-
-
-def test_a_pipe_is_no_label_file(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "names.txt")
-    with pytest.raises(LabelError, match="no regular file"):
-        LabelSet.read(tmp_path / "names.txt")
 
 
 def test_all_doubled_names_are_told() -> None:
