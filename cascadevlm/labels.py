@@ -213,7 +213,7 @@ def _read_lines(text: str) -> list[Label]:
 
 
 def _synsets(classes: list[tuple[str, ...]]) -> list[Label]:
-    """Of the id and the names of each class. Names after the first that belong to several classes tell nothing and are left out."""
+    """Classes of their ids and names. Further names that belong to several classes tell nothing and are left out."""
     counts = Counter(words(name) for names in classes for name in {*names})
     return [
         Label(name=name, aliases=(number, *(other for other in others if counts[words(other)] == 1)))
