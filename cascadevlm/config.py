@@ -1,7 +1,9 @@
 """Configuration: one TOML file, validated; it builds a cascade from specs and names."""
 
+import reprlib
 import tomllib
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal, Self, get_args
 
@@ -13,7 +15,7 @@ from cascadevlm.cache import DiskStore, VerdictStore, default_cache_folder
 from cascadevlm.candidates import CandidateRule, ConformalSet, CumulativeMass, Order, TopK
 from cascadevlm.cascade import Cascade
 from cascadevlm.decision.calibration import Calibration, FusionRule, read_calibration
-from cascadevlm.embeddings import CachedEmbeddings
+from cascadevlm.embeddings import CachedEmbeddings, kept_labels
 from cascadevlm.errors import ConfigError
 from cascadevlm.item import OnFailure
 from cascadevlm.labels import LabelSet
@@ -24,6 +26,10 @@ from cascadevlm.stage import Stage
 from cascadevlm.support import SupportSet
 
 Options = dict[str, Option]
+
+_SHORT = reprlib.Repr()
+"""Writes values as Python does, cut where they are deep or long."""
+_SHORT.maxstring = _SHORT.maxother = 80
 
 
 class _Section(BaseModel):
@@ -145,7 +151,7 @@ class BudgetConfig(_Section):
 
 
 class CacheConfig(_Section):
-    """``[cache]``: whether verdicts, and the image embeddings of bulk runs, are kept, and where."""
+    """``[cache]``: whether verdicts and embeddings (of labels and, in bulk runs, of images) are kept, and where."""
 
     enabled: bool = True
     embeddings: bool = True
@@ -155,11 +161,13 @@ class CacheConfig(_Section):
         """The store, not yet opened."""
         return DiskStore(self.folder) if self.enabled else None
 
-    def keeping_embeddings(self, scorer: Scorer) -> Scorer:
-        """The scorer, with the embeddings of images kept on disk, if it makes any and they are wanted."""
+    def keeping_embeddings(self, scorer: Scorer, *, images: bool) -> Scorer:
+        """The scorer; if it makes embeddings and they are wanted, those of labels, and of ``images``, are kept on disk."""
         if not (self.embeddings and isinstance(scorer, EmbeddingScorer)):
             return scorer
-        return CachedEmbeddings(scorer, (self.folder or default_cache_folder()) / "embeddings")
+        folder = (self.folder or default_cache_folder()) / "embeddings"
+        scorer.keep_labels = partial(kept_labels, folder=folder)
+        return CachedEmbeddings(scorer, folder) if images else scorer
 
 
 class Config(_Section):
@@ -206,9 +214,7 @@ class Config(_Section):
             if "templates" in options:
                 raise ConfigError("scorer.templates are given twice.", hint="Take them out of scorer.options.")
             options["templates"] = [*self.scorer.templates]
-        scorer = load_scorer(self.scorer.use, **options)
-        if bulk:
-            scorer = self.cache.keeping_embeddings(scorer)
+        scorer = self.cache.keeping_embeddings(load_scorer(self.scorer.use, **options), images=bulk)
         calibration = read_calibration(self.calibration) if self.calibration else None
         if calibration and len(calibration.judges) != len(self.stage):
             raise ConfigError(
@@ -254,10 +260,10 @@ def read_toml(path: Path) -> dict[str, JsonValue]:
         ConfigError: if it cannot be read.
     """
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as exc:
         raise ConfigError(f"Config file {str(path)!r} cannot be read: {exc.strerror}.") from exc
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as exc:
         raise ConfigError(f"Config file {str(path)!r} is no TOML: {exc}.") from exc
 
 
@@ -289,7 +295,7 @@ def toml_value(text: str) -> JsonValue:
     try:
         value: JsonValue = tomllib.loads(f"value = {text}")["value"]
         return value
-    except tomllib.TOMLDecodeError:
+    except (tomllib.TOMLDecodeError, RecursionError):
         return text
 
 
@@ -302,7 +308,7 @@ def _explain(model: type[BaseModel], error: ValidationError) -> str:
         return f"There is no key {where!r}. {nearest(str(key), _keys(model, parents))}"
     if first["type"] == "missing":
         return f"The key {where!r} is missing."
-    return f"{where}: {first['msg']} (given: {first['input']!r})."
+    return f"{where}: {first['msg']} (given: {_SHORT.repr(first['input'])})."
 
 
 def _keys(model: type[BaseModel], path: list[int | str]) -> list[str]:

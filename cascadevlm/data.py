@@ -14,7 +14,7 @@ from PIL import Image
 
 from cascadevlm.errors import DataError
 from cascadevlm.images import ImageSource, file_name, image_files
-from cascadevlm.labels import LabelSet
+from cascadevlm.labels import LabelSet, words
 
 MOST_SHOWN = 5
 """How many of each kind of problem are named; the rest are counted."""
@@ -154,7 +154,7 @@ def read_data(source: Source | str, labels: LabelSet) -> Data:
 def _of_path(path: Path) -> Data:
     if not path.exists():
         raise DataError(f"{str(path)!r} does not exist.")
-    if path.is_file():
+    if not path.is_dir():
         return _of_table(path)
     if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
         return _of_hub(_load_saved(path))
@@ -174,7 +174,7 @@ def _of_files(files: Sequence[Path], truths: Sequence[str], splits: Sequence[str
 
 def _of_table(path: Path) -> Data:
     readers = {".csv": _csv_columns, ".jsonl": _jsonl_columns, ".parquet": _parquet_columns}
-    if path.suffix.lower() not in readers:
+    if not path.is_file() or path.suffix.lower() not in readers:
         raise DataError(f"{str(path)!r} is no table.", hint=f"Known are {', '.join(readers)}.")
     try:
         columns = readers[path.suffix.lower()](path)
@@ -209,8 +209,9 @@ def json_line(line: str, number: int) -> object:
     """
     try:
         return json.loads(line)
-    except json.JSONDecodeError as exc:
-        raise ValueError(f"line {number} is no JSON: {exc.msg}") from exc
+    except (ValueError, RecursionError) as exc:
+        why = exc.msg if isinstance(exc, json.JSONDecodeError) else exc
+        raise ValueError(f"line {number} is no JSON: {why}") from exc
 
 
 def _json_object(line: str, number: int) -> dict[str, object]:
@@ -318,17 +319,17 @@ def _checked(data: Data, labels: LabelSet) -> Data:
     """The data with truths by their names in the label set."""
     if not len(data):
         raise DataError("The data holds no images.", hint="A folder of data has a sub-folder for every class.")
-    known = {name: label.name for label in labels for name in (label.name, *label.aliases)}
+    known = {words(name): label.name for label in labels for name in (label.name, *label.aliases)}
     files = () if isinstance(data.images, _Read) else cast(Sequence[Path], data.images)
     problems = {
-        "labels are not in the label set": sorted(set(data.truths) - set(known)),
+        "labels are not in the label set": sorted(truth for truth in set(data.truths) if words(truth) not in known),
         "files do not exist": [str(file) for file in dict.fromkeys(files) if not _is_file(file)],
         "images are there more than once": [name for name, count in Counter(data.names).items() if count > 1],
     }
     found = [f"{len(cases)} {what} ({_few(cases)})" for what, cases in problems.items() if cases]
     if found:
         raise DataError(f"The data does not hold together: {'; '.join(found)}.")
-    truths = tuple(known[truth] for truth in data.truths)
+    truths = tuple(known[words(truth)] for truth in data.truths)
     return Data(images=data.images, names=data.names, truths=truths, splits=data.splits)
 
 

@@ -1,7 +1,9 @@
-"""Image embeddings kept on disk: a new label set, template, policy or judge then costs no second pass of the image tower.
+"""Embeddings kept on disk: a new label set, template, policy or judge then costs no second pass of the image tower, and the same
+labels cost no second pass of the text tower.
 
 A folder for every model, named by its fingerprint, holds ``index.sqlite``, which tells the row of every image by the digest of
-its file, and the rows, float16, in shards that are mapped into memory. Safe across threads and processes. What a killed process
+its file, and the rows, float16, in shards that are mapped into memory. Its folder ``labels`` holds the same of labels, by the
+digest of the templates and the text, in float32. Safe across threads and processes. What a killed process
 wrote last is not in the index, and written over; what a failing disk made of a row, its checksum tells.
 """
 
@@ -11,10 +13,12 @@ import threading
 import warnings
 import zlib
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
+from itertools import islice
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, TypeAlias
 
 import filelock
 import numpy as np
@@ -22,7 +26,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from cascadevlm.errors import BackendError, ImageError
-from cascadevlm.images import ImageSource, load_image, pixel_digest
+from cascadevlm.images import ImageSource, load_image, pixel_digest, read_bytes
 from cascadevlm.labels import LabelSet
 from cascadevlm.portable import Live
 from cascadevlm.scorer import EmbeddingScorer, Prepared, Scorer, WrapperScorer, load_once
@@ -31,29 +35,32 @@ from cascadevlm.types import Scores
 SHARD_ROWS = 16_384
 """Rows of a shard: 16 MB of 512 numbers each."""
 
+DAMAGE = (OSError, ValueError, sqlite3.Error)
+"""What reading and writing damaged files, or on a full disk, raises."""
+
 SHARDS_MAPPED = 4
 """How many shards are mapped at once: what is mapped counts as memory of the process."""
 
 LONGEST_WAIT = 60.0
 """How long a store waits for other processes, in seconds."""
 
-_WIDTH = np.dtype(np.float16).itemsize
-
-Embedding = NDArray[np.float16]
+Embedding: TypeAlias = NDArray[np.floating]
 
 
 class EmbeddingStore:
-    """The embeddings of one model, D float16 each, by the digest of their image.
+    """The embeddings of one model, D numbers each, by the digest of what they are of.
 
     Args:
         folder: made, unless it is there.
+        dtype: of the numbers.
 
     Raises:
         BackendError: if the folder cannot be used.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, dtype: type[np.float16] | type[np.float32] = np.float16) -> None:
         self.folder = folder
+        self.dtype = np.dtype(dtype)
         self._lock = threading.Lock()
         self._shard = lru_cache(SHARDS_MAPPED)(self._map)
         try:
@@ -70,7 +77,7 @@ class EmbeddingStore:
             raise BackendError(f"The folder {str(folder)!r} cannot keep embeddings: {exc}.", hint=hint) from exc
 
     def get(self, digest: bytes) -> Embedding | None:
-        """The embedding of an image, if it is kept.
+        """The embedding of a digest, if it is kept.
 
         Raises:
             OSError, ValueError, sqlite3.DatabaseError: if the files are damaged.
@@ -84,7 +91,7 @@ class EmbeddingStore:
         return embedding if _checksum(embedding) == found[1] else None
 
     def put(self, embeddings: Mapping[bytes, Embedding]) -> None:
-        """Keep embeddings by the digests of their images."""
+        """Keep embeddings by their digests."""
         with self._lock, self._index:
             self._index.execute("BEGIN IMMEDIATE")
             (first,) = self._index.execute("SELECT coalesce(max(row) + 1, 0) FROM rows").fetchone()
@@ -104,27 +111,60 @@ class EmbeddingStore:
         self._index.close()
 
     def _path(self, shard: int) -> Path:
-        return self.folder / f"{shard:06}.f16"
+        return self.folder / f"{shard:06}.f{8 * self.dtype.itemsize}"
 
-    def _write(self, row: int, rows: NDArray[np.float16]) -> None:
+    def _write(self, row: int, rows: Embedding) -> None:
         """Write rows, not through the map: there a full disk would be the end of the process."""
         while len(rows):
             shard, start = divmod(row, SHARD_ROWS)
             part, rows = np.split(rows, [SHARD_ROWS - start])
             self._path(shard).touch()
             with self._path(shard).open("r+b") as file:
-                file.truncate(SHARD_ROWS * rows.shape[1] * _WIDTH)
-                file.seek(start * rows.shape[1] * _WIDTH)
+                file.truncate(SHARD_ROWS * part.shape[1] * part.itemsize)
+                file.seek(start * part.shape[1] * part.itemsize)
                 file.write(part.tobytes())
             row += len(part)
 
-    def _map(self, shard: int) -> "np.memmap[tuple[int, int], np.dtype[np.float16]]":
-        width = self._path(shard).stat().st_size // (SHARD_ROWS * _WIDTH)
-        return np.memmap(self._path(shard), np.float16, "r", shape=(SHARD_ROWS, width))
+    def _map(self, shard: int) -> "np.memmap[tuple[int, int], np.dtype[np.float16 | np.float32]]":
+        width = self._path(shard).stat().st_size // (SHARD_ROWS * self.dtype.itemsize)
+        return np.memmap(self._path(shard), self.dtype, "r", shape=(SHARD_ROWS, width))
 
 
 def _checksum(embedding: Embedding) -> int:
     return zlib.crc32(embedding.tobytes())
+
+
+def folder_of(scorer: EmbeddingScorer, folder: Path) -> Path:
+    """Where, in the folder of all models' embeddings, those of one model are."""
+    return folder / hashlib.sha256(scorer.model_fingerprint().encode()).hexdigest()[:16]
+
+
+def kept_labels(scorer: EmbeddingScorer, names: Sequence[str], *, folder: Path) -> NDArray[np.float32]:
+    """The embeddings, C x D, of the prompt texts of C labels; no text is embedded twice. What cannot be kept or read again is
+    embedded at every start.
+
+    Args:
+        scorer: embeds the labels that are not kept.
+        names: the texts.
+        folder: of all models' embeddings.
+    """
+    digests = [hashlib.sha256("\0".join((*scorer.templates, name)).encode(errors="surrogatepass")).digest() for name in names]
+    known: dict[bytes, Embedding] = {}
+    store = None
+    with suppress(BackendError, *DAMAGE):
+        store = EmbeddingStore(folder_of(scorer, folder) / "labels", np.float32)
+        known = {digest: found for digest in digests if (found := store.get(digest)) is not None}
+    new = {digest: name for digest, name in zip(digests, names, strict=True) if digest not in known}
+    places = iter(new)
+    for block, embeddings in scorer.embed_in_blocks([*new.values()]):
+        embedded = dict(zip(islice(places, len(block)), embeddings, strict=True))
+        known |= embedded
+        if store is not None and np.isfinite(embeddings).all():
+            with suppress(*DAMAGE):
+                store.put(embedded)
+    if store is not None:
+        store.close()
+    return np.array([known[digest] for digest in digests], dtype=np.float32)
 
 
 @dataclass(kw_only=True, eq=False)
@@ -152,13 +192,13 @@ class CachedEmbeddings(Scorer):
     def __init__(self, wrapped: EmbeddingScorer, folder: Path) -> None:
         self.wrapped = wrapped
         self.folder = folder
+        wrapped.keep_labels = partial(kept_labels, folder=folder)
         self._keeping = True
         self._telling = threading.Lock()
 
     @cached_property
     def store(self) -> EmbeddingStore:
-        fingerprint = self.wrapped.model_fingerprint()
-        return EmbeddingStore(self.folder / hashlib.sha256(fingerprint.encode()).hexdigest()[:16])
+        return EmbeddingStore(folder_of(self.wrapped, self.folder))
 
     def load(self) -> None:
         load_once(self.wrapped)
@@ -185,19 +225,19 @@ class CachedEmbeddings(Scorer):
         if new:
             for each, row in zip(new, self.wrapped.embed_prepared(new), strict=True):
                 each.embedding = row.astype(np.float16)
-            self._keep({each.digest: each.embedding for each in new if each.embedding is not None})
+            self._keep({each.digest: row for each in new if (row := each.embedding) is not None and np.isfinite(row).all()})
         embeddings = np.array([each.embedding for each in known], dtype=np.float32)
         return self.wrapped.score_embeddings(embeddings, labels)
 
     def _kept(self, digest: bytes) -> Embedding | None:
         try:
             return self.store.get(digest)
-        except (OSError, ValueError, sqlite3.DatabaseError) as exc:
+        except DAMAGE as exc:
             self._keep_no_more(f"The embeddings in {str(self.store.folder)!r} are damaged: {exc}. Delete that folder.")
             return None
 
     def _keep(self, embeddings: Mapping[bytes, Embedding]) -> None:
-        if not self._keeping:
+        if not (self._keeping and embeddings):
             return
         try:
             self.store.put(embeddings)
@@ -233,12 +273,7 @@ def file_digest(path: str | Path) -> str:
 def _content_and_digest(source: ImageSource) -> tuple[ImageSource, bytes]:
     """What an image is made of, read once, and its sha256."""
     if isinstance(source, str | Path):
-        try:
-            source = Path(source).read_bytes()
-        except FileNotFoundError as exc:
-            raise ImageError(f"Image {str(source)!r} does not exist.") from exc
-        except (OSError, ValueError) as exc:  # a name that no file can have
-            raise ImageError(f"Image {str(source)!r} cannot be read: {exc}.") from exc
+        source = read_bytes(source)
     if isinstance(source, bytes):
         return source, hashlib.sha256(source).digest()
     image = load_image(source)

@@ -27,7 +27,7 @@ from cascadevlm.item import Item, OnFailure, rank, stacked
 from cascadevlm.labels import LabelSet
 from cascadevlm.policy import START, Selection, Spending
 from cascadevlm.running_stage import RunningStage
-from cascadevlm.scorer import Prepared, Scorer, load_once, prepared_or_error, score_in_turn
+from cascadevlm.scorer import Prepared, Scorer, load_once, prepared_or_error, scored_or_errors
 from cascadevlm.stage import Stage
 from cascadevlm.types import Prediction, Scores
 
@@ -254,13 +254,19 @@ class Run:
                 readable.append((path, prepared, result))
         if not readable:
             return []
-        scores = await asyncio.get_running_loop().run_in_executor(
+        scores, errors = await asyncio.get_running_loop().run_in_executor(
             self.scoring,
-            score_in_turn,
+            scored_or_errors,
             self.settings.scorer,
             [prepared for _, prepared, _ in readable],
             self.settings.labels,
         )
+        for (path, _, result), error in zip(readable, errors, strict=True):
+            if error is not None:
+                result.set_result(_Settled(Prediction(path=path, error=str(error))))
+        readable = [each for each, error in zip(readable, errors, strict=True) if error is None]
+        if scores is None:
+            return []
         if self.settings.drift is not None:
             self.settings.drift.scored(scores)
         if self.following is not None:

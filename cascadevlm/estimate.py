@@ -16,7 +16,7 @@ from cascadevlm.errors import ImageError, InputError
 from cascadevlm.images import ImageSource
 from cascadevlm.judge import Judge
 from cascadevlm.policy import Spending
-from cascadevlm.scorer import Prepared, prepared_or_error
+from cascadevlm.scorer import Prepared, prepared_or_error, scored_or_errors
 from cascadevlm.types import Question, Scores
 
 SAMPLE = 200
@@ -120,8 +120,9 @@ def _scored(cascade: Cascade, images: Sequence[ImageSource]) -> tuple[list[Prepa
             batch = images[start : start + cascade.batch_size]
             read = list(readers.map(partial(prepared_or_error, cascade.scorer), batch))
             if prepared := [each for each in read if isinstance(each, Prepared)]:
-                parts.append(cascade.scorer.score_prepared(prepared, cascade.labels))
-                readable += [Prepared(source=each.source) for each in prepared]
+                scores, errors = scored_or_errors(cascade.scorer, prepared, cascade.labels)
+                parts += [scores] if scores else []
+                readable += [Prepared(source=each.source) for each, error in zip(prepared, errors, strict=True) if error is None]
     if not parts:
         raise ImageError("None of the images sampled can be read.")
     return readable, replace(parts[0], log_probs=np.concatenate([part.log_probs for part in parts]))

@@ -8,7 +8,6 @@ there, but for the formats that can only name files.
 """
 
 import csv
-import io
 import json
 import mmap
 import os
@@ -23,12 +22,12 @@ from typing import Literal, TextIO, TypeAlias
 from urllib.parse import quote
 from xml.etree import ElementTree
 
-from PIL import Image
 from pydantic import BaseModel, JsonValue, ValidationError
 
 from cascadevlm import lines
-from cascadevlm.errors import DataError, InputError
+from cascadevlm.errors import DataError, ImageError, InputError
 from cascadevlm.files import valid_text
+from cascadevlm.images import unread_image
 from cascadevlm.inputs import Inputs
 
 PREDICTIONS = "predictions.jsonl"
@@ -208,7 +207,7 @@ def export(run: str | Path, to: str, output: str | Path, *, review: bool = False
             unfinished = Path(scratch) / output.name
             how_to_load = form.write(chosen, unfinished)
             unfinished.rename(output)
-    except OSError as exc:
+    except (OSError, ImageError) as exc:
         raise InputError(f"The export {str(output)!r} cannot be written: {exc}.") from exc
     return Exported(
         images=counts["images"],
@@ -295,7 +294,7 @@ def read_lines(file: Path, end: int) -> Iterator[tuple[int, Line]]:
         if not line.endswith(b"\n"):
             raise DataError(f"{str(file)!r} breaks off in line {number}.", hint="Make it anew.") from exc
         raise DataError(f"{str(file)!r}, line {number}, is no JSON: {exc.msg}.") from exc
-    except (OSError, UnicodeDecodeError) as exc:
+    except (OSError, ValueError, RecursionError) as exc:
         raise DataError(f"{str(file)!r} cannot be read: {exc}.") from exc
 
 
@@ -351,8 +350,8 @@ def write_coco(chosen: Chosen, output: Path) -> str:
     category = {name: number for number, name in enumerate(chosen.labels, start=1)}
 
     def image(number: int, line: Line, source: Path | bytes) -> dict[str, JsonValue]:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as opened:
-            return {"id": number, "file_name": line.path, "width": opened.width, "height": opened.height}
+        width, height = unread_image(source).size
+        return {"id": number, "file_name": line.path, "width": width, "height": height}
 
     with output.open("w", encoding="utf-8") as file:
         file.write(f'{{"info": {json.dumps({"description": f"Predictions of {chosen.name}"})},\n"categories": ')

@@ -1,6 +1,7 @@
-"""What files want: to be written as a whole, errors in one sentence, and texts that are valid Unicode."""
+"""What files want: to be written as a whole, errors in one sentence, and texts that are valid Unicode and safe to show."""
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,3 +40,12 @@ def writing_to(folder: Path) -> Iterator[None]:
 def valid_text(text: str) -> str:
     """The text with what is no valid Unicode written out, as a file's name or what a judge says may have it."""
     return text.encode(errors="backslashreplace").decode()
+
+
+_UNSEEN = re.compile("[\\x00-\\x1f\\x7f-\\x9f\\u2028\\u2029\\u202a-\\u202e\\u2066-\\u2069\\ud800-\\udfff]")
+
+
+def visible(text: str) -> str:
+    """A name or what a model said, for a terminal: control characters, which could change what is shown, are written out, and so
+    are those that change the direction of text and what is no valid Unicode."""
+    return _UNSEEN.sub(lambda found: found[0].encode("unicode_escape").decode(), text)

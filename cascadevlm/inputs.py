@@ -50,7 +50,7 @@ class Inputs:
         readers = dict(zip(LISTS, kinds, strict=True))
         if not self.path.exists():
             raise DataError(f"{str(path)!r} does not exist.")
-        if not self.path.is_dir() and self.path.suffix.lower() not in readers:
+        if not self.path.is_dir() and not (self.path.is_file() and self.path.suffix.lower() in readers):
             raise DataError(f"{str(path)!r} is no folder and no list of images.", hint=f"Lists are {', '.join(readers)}.")
         self._read = _of_folder if self.path.is_dir() else readers[self.path.suffix.lower()]
         self._count: int | None = None

@@ -2,9 +2,11 @@
 
 import csv
 import hashlib
+import io
 import json
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -33,10 +35,23 @@ def fold(text: str) -> str:
     return words or one_line(bare)
 
 
+_NUMBER = re.compile(r"^(\d{3,}\.|n\d{8}-)(?=\D)")
+"""What comes before the name in folders of data sets: a number of three digits or more and a dot, or a WordNet id."""
+
+
+@lru_cache(100_000)
+def words(name: str) -> str:
+    """A name as a scorer and a judge are shown it, and as names are compared where they must be the same: composed Unicode (NFC),
+    without the number before it and with spaces for underscores, as names of folders have them (``001.Red_finch``,
+    ``n90000001-Red_finch``). A name that would be left without words stays as it is."""
+    composed = unicodedata.normalize("NFC", name).strip()
+    return one_line(_NUMBER.sub("", composed, count=1).replace("_", " ")) or one_line(composed)
+
+
 @validated_dataclass(frozen=True, kw_only=True, config={"extra": "forbid"})
 class Label:
-    """One class: its ``name``, the ``text`` a scorer is prompted with (the name, unless given), other names a judge may
-    answer with, and a description shown to the judge."""
+    """One class: its ``name``, the ``text`` a scorer is prompted with (by default the `words` of the name), other names a judge
+    may answer with, and a description shown to the judge. The judge is shown the words of the name; results hold the name."""
 
     name: str
     text: str = ""
@@ -45,7 +60,12 @@ class Label:
 
     @property
     def prompt_text(self) -> str:
-        return self.text or self.name
+        return self.text or self.words
+
+    @property
+    def words(self) -> str:
+        """The words of the name."""
+        return words(self.name)
 
 
 @dataclass(frozen=True)
@@ -62,13 +82,20 @@ class LabelSet:
         if not self.labels:
             raise LabelError("The label set is empty.", hint="Give at least one class name.")
         seen: set[str] = set()
+        twice: dict[str, None] = {}
         for number, label in enumerate(self.labels, start=1):
-            for name in {one_line(name) for name in (label.name, *label.aliases)}:
+            for name in {words(name) for name in (label.name, *label.aliases)}:
                 if not name:
                     raise LabelError(f"Label {number} ({label.name!r}) has an empty name or alias.", hint="Fill it in.")
                 if name in seen:
-                    raise LabelError(f"The name {name!r} is there twice.", hint="Keep one of the two labels.")
+                    twice[name] = None
                 seen.add(name)
+        if twice:
+            names = ", ".join(map(repr, twice))
+            raise LabelError(
+                f"The name {names} is there twice." if len(twice) == 1 else f"{len(twice)} names are there twice: {names}.",
+                hint="Two classes of one name need different names, as in 'crane (bird)'. Keep one entry per class.",
+            )
 
     @classmethod
     def of(cls, labels: "LabelSet | Iterable[str | Label]") -> "LabelSet":
@@ -83,34 +110,27 @@ class LabelSet:
     def read(cls, path: str | Path) -> "LabelSet":
         """A label set from a file or folder.
 
-        Text files hold a name a line. CSV has a header with ``name`` and, optionally, ``text``, ``aliases`` (separated by
-        ``|``) and ``description``. JSON is a list of names or of objects with those keys. Of a folder, the names of its
-        sub-folders are taken, sorted.
+        Text files hold a name per line, which may be numbered from 0 or 1 on, or lines of WordNet ids and names as ImageNet's
+        ``synset_words.txt``. Tables (``.csv``, with commas, semicolons or tabs; ``.tsv``) have a header with ``name`` (or
+        ``species``, ``label`` or ``class``) and, optionally, ``text``, ``aliases`` (separated by ``|``) and ``description``;
+        other columns are left out. ``.json`` is a list of names or of objects with those keys, ``.jsonl`` one of them per line.
+        Of a folder, the names of its sub-folders are taken, sorted.
 
         Raises:
             LabelError: if the path cannot be read as such, or its labels are no label set.
         """
         path = Path(path)
         try:
-            if path.is_dir():
-                labels = [Label(name=entry.name) for entry in sorted(path.iterdir()) if _is_class(entry)]
-            elif path.suffix.lower() == ".csv":
-                labels = _read_csv(path)
-            elif path.suffix.lower() == ".json":
-                items = TypeAdapter(list[str | Label]).validate_json(path.read_bytes())
-                labels = [Label(name=item) if isinstance(item, str) else item for item in items]
-            else:
-                lines = path.read_text(encoding="utf-8-sig").splitlines()
-                labels = [Label(name=line.strip()) for line in lines if line.strip()]
-            return cls(tuple(labels))
-        except OSError as exc:
-            raise LabelError(f"Labels file {str(path)!r} cannot be read: {exc.strerror}.") from exc
-        except UnicodeDecodeError as exc:
-            raise LabelError(f"Labels file {str(path)!r} is not UTF-8 text.", hint="Save it as UTF-8.") from exc
-        except ValidationError as exc:
-            last = exc.errors()[-1]  # an entry is tried as a name first, as an object last
-            where = ".".join(map(str, last["loc"]))
-            raise LabelError(f"Labels file {str(path)!r}, entry {where}: {last['msg']}.") from exc
+            return cls(tuple(_read_folder(path) if path.is_dir() else _read_file(path)))
+        except (OSError, ValueError) as exc:
+            reason = exc.strerror if isinstance(exc, OSError) else str(exc)
+            if isinstance(exc, UnicodeDecodeError):
+                raise LabelError(f"Labels file {str(path)!r} is not UTF-8 text.", hint="Save it as UTF-8.") from exc
+            if isinstance(exc, ValidationError):
+                last = exc.errors()[-1]  # an entry is tried as a name first, as an object last
+                where = ".".join(map(str, last["loc"]))
+                raise LabelError(f"Labels file {str(path)!r}, entry {where}: {last['msg']}.") from exc
+            raise LabelError(f"Labels file {str(path)!r} cannot be read: {reason}.") from exc
         except LabelError as exc:
             raise LabelError(f"Labels {str(path)!r}: {exc}") from exc
 
@@ -159,23 +179,90 @@ class LabelSet:
         return self.labels[index]
 
 
-def _is_class(entry: Path) -> bool:
-    return entry.is_dir() and not entry.name.startswith(".")
+NAME_COLUMNS = ("name", "species", "label", "class")
+"""What the column of names may be called; the first of these that a table has."""
+
+_ENTRIES = TypeAdapter(list[str | Label])
+_LISTED = re.compile(r"""[\[{]\s*["'\[{\d].*[\]}]""", re.DOTALL)
+_SYNSET = re.compile(r"(n\d{8})\s+(.+)")
+_NUMBERED = re.compile(r"(\d{1,9})[\s.:,;)]\s*(.+)")
 
 
-def _read_csv(path: Path) -> list[Label]:
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file)
-        unknown = set(reader.fieldnames or ()) - {"name", "text", "aliases", "description"}
-        if unknown or "name" not in (reader.fieldnames or ()):
-            wrong = f"has the unknown column {min(unknown)!r}" if unknown else "lacks the column 'name'"
-            raise LabelError(f"The header {wrong}.", hint="Columns are name, text, aliases, description.")
-        return [
-            Label(
-                name=row["name"] or "",
-                text=row.get("text") or "",
-                aliases=tuple(alias.strip() for alias in (row.get("aliases") or "").split("|") if alias.strip()),
-                description=row.get("description") or "",
-            )
-            for row in reader
-        ]
+def _read_folder(path: Path) -> list[Label]:
+    return [Label(name=entry.name) for entry in sorted(path.iterdir()) if entry.is_dir() and not entry.name.startswith(".")]
+
+
+def _read_file(path: Path) -> list[Label]:
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        text = file.read()
+    match path.suffix.lower():
+        case ".csv" | ".tsv":
+            return _read_table(text)
+        case ".json":
+            return _read_json(text)
+        case ".jsonl" | ".ndjson":
+            return _read_json(f"[{','.join(_lines(text))}]")
+        case ".yaml" | ".yml":
+            raise LabelError("YAML is not read.", hint="Write the names into a text file, one per line.")
+    return _read_lines(text)
+
+
+def _lines(text: str) -> list[str]:
+    """Those with text in them. Unlike `str.splitlines`, only line breaks end a line, which U+2028 is not in files."""
+    return [line.strip() for line in re.split(r"[\r\n]+", text) if line.strip()]
+
+
+def _read_lines(text: str) -> list[Label]:
+    lines = _lines(text)
+    if _LISTED.fullmatch(text.strip()):
+        raise LabelError(
+            "The text is a list, not a name per line.", hint="Write one name per line, or a JSON list into a .json file."
+        )
+    if all(synsets := [_SYNSET.fullmatch(line) for line in lines]):
+        return _synsets([(found[1], *found[2].split(", ")) for found in synsets if found])
+    numbered = [_NUMBERED.fullmatch(line) for line in lines]
+    numbers = [int(found[1]) for found in numbered if found]
+    names = [found[2] for found in numbered if found]
+    if len(lines) == len({*names}) > 1 and numbers in (list(range(len(lines))), list(range(1, len(lines) + 1))):
+        return [Label(name=name) for name in names]
+    return [Label(name=line) for line in lines]
+
+
+def _synsets(classes: list[tuple[str, ...]]) -> list[Label]:
+    """Classes of their ids and names. Further names that belong to several classes tell nothing and are left out."""
+    counts = Counter(words(name) for names in classes for name in {*names})
+    return [
+        Label(name=name, aliases=(number, *(other for other in others if counts[words(other)] == 1)))
+        for number, name, *others in classes
+    ]
+
+
+def _read_json(text: str) -> list[Label]:
+    return [Label(name=item) if isinstance(item, str) else item for item in _ENTRIES.validate_json(text)]
+
+
+def _read_table(text: str) -> list[Label]:
+    head = _lines(text)[:1]
+    delimiter = max(",;\t", key=head[0].count) if head else ","
+    try:
+        header, *rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
+    except (csv.Error, ValueError) as exc:  # no header: there is nothing to unpack
+        raise LabelError(f"The table cannot be read: {exc}." if head else "The table is empty.") from exc
+    columns = [column.strip().lower() for column in header]
+    name = next((name for name in NAME_COLUMNS if name in columns), None)
+    if name is None:
+        raise LabelError(
+            f"The header has the unknown column {header[0]!r:.80} and no column of names.",
+            hint=f"The first line names the columns; the column of names is one of {', '.join(NAME_COLUMNS)}.",
+        )
+
+    cells = [dict(zip(columns, row, strict=False)) for row in rows if any(cell.strip() for cell in row)]
+    return [
+        Label(
+            name=row.get(name, "").strip(),
+            text=row.get("text", ""),
+            aliases=tuple(alias.strip() for alias in row.get("aliases", "").split("|") if alias.strip()),
+            description=row.get("description", ""),
+        )
+        for row in cells
+    ]

@@ -75,7 +75,7 @@ class Manifest(BaseModel):
         """
         try:
             return cls.model_validate_json((folder / NAME).read_bytes())
-        except ValidationError as exc:
+        except (OSError, ValidationError) as exc:
             raise DataError(f"{str(folder / NAME)!r} is no manifest of a run.", hint="Give another folder.") from exc
 
     def write(self, folder: Path) -> None:

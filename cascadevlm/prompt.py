@@ -58,7 +58,7 @@ def parse_template(name: str, source: str, *, required: frozenset[str] = frozens
         raise PromptError(f"Prompt {name!r} has no head.", hint="Begin with '+++', reasoning = …, max_tokens = …, '+++'.")
     try:
         head = _FrontMatter.model_validate(tomllib.loads(match[1]))
-    except (ValidationError, tomllib.TOMLDecodeError) as exc:
+    except (ValidationError, tomllib.TOMLDecodeError, RecursionError) as exc:
         reason = exc.errors()[0] if isinstance(exc, ValidationError) else {"loc": (), "msg": str(exc)}
         raise PromptError(f"Prompt {name!r}, head: {'.'.join(map(str, reason['loc']))} {reason['msg']}.") from exc
     template = string.Template(match[2].strip())
@@ -87,9 +87,11 @@ def read_prompt(path: str | Path) -> Prompt:
     """
     path = Path(path)
     try:
-        return parse_template(path.stem, path.read_text(encoding="utf-8"))
+        return parse_template(path.stem, path.read_text(encoding="utf-8-sig"))
     except OSError as exc:
         raise PromptError(f"Prompt file {str(path)!r} cannot be read: {exc.strerror}.") from exc
+    except UnicodeDecodeError as exc:
+        raise PromptError(f"Prompt file {str(path)!r} is not UTF-8 text.", hint="Save it as UTF-8.") from exc
 
 
 @cache
@@ -109,7 +111,7 @@ def options(question: Question) -> dict[str, str]:
 
 @lru_cache(10_000)  # wanted several times a question
 def _options(labels: tuple[Label, ...], offer_none: bool) -> tuple[tuple[str, str], ...]:
-    names = [one_line(label.name) for label in labels] + [NONE_OF_THESE] * offer_none
+    names = [label.words for label in labels] + [NONE_OF_THESE] * offer_none
     taken = {form for label in labels for name in (label.name, *label.aliases) for form in (fold(name), *_joined_up(name))}
     for keys in _key_schemes(len(names)):
         if not taken & {fold(key) for key in keys}:
@@ -171,7 +173,7 @@ def _references(prompt: Prompt, question: Question) -> Iterator[Part]:
     for number, exemplar in enumerate(question.exemplars):
         yield "\n" * bool(number)
         yield exemplar.image
-        yield f" {one_line(exemplar.label.name)}"
+        yield f" {exemplar.label.words}"
 
 
 def _joined(parts: Sequence[Part]) -> tuple[Part, ...]:
@@ -373,8 +375,8 @@ def _spellings(question: Question) -> list[Sequence[str]]:
     """For each option, in the order shown, what it may be called."""
     spellings: list[Sequence[str]] = []
     for label in question.labels:
-        whole_line = [f"{label.name}: {label.description}"] if label.description else []
-        spellings.append([label.name, *label.aliases, *whole_line])
+        whole_line = [f"{label.words}: {label.description}"] if label.description else []
+        spellings.append([label.name, label.words, *label.aliases, *whole_line])
     return spellings + [[NONE_OF_THESE]] * question.offer_none
 
 

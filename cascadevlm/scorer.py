@@ -1,21 +1,23 @@
 """Scorers rank every label for every image. Write one by subclassing `Scorer` or, for two-tower models, `EmbeddingScorer`."""
 
 import hashlib
+import sys
 import threading
+import time
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from cascadevlm.errors import ImageError, InputError
-from cascadevlm.images import ImageSource, is_large, load_image, pixel_digest, unread_image
+from cascadevlm.errors import BackendError, ImageError, InputError
+from cascadevlm.images import ImageSource, decoded, is_large, load_image, pixel_digest, unread_image
 from cascadevlm.labels import LabelSet
 from cascadevlm.portable import Portable
 from cascadevlm.types import Scores
@@ -24,6 +26,11 @@ DEFAULT_TEMPLATES = ("a photo of a {label}.",)
 
 LABELS_AT_ONCE = 256
 """How many labels are embedded at once, under every template: of 20,000 under 80, no array of all texts is made."""
+
+SECONDS_UNTOLD = 5.0
+"""How long labels are embedded before stderr is told how many are done."""
+
+OTHER_PRECISION = "Another precision may help, such as dtype = 'float32'."
 
 
 @dataclass(kw_only=True, eq=False)
@@ -166,6 +173,23 @@ def prepared_or_error(scorer: Scorer, source: ImageSource) -> Prepared | ImageEr
         return exc
 
 
+def scored_or_errors(
+    scorer: Scorer, prepared: Sequence[Prepared], labels: LabelSet
+) -> tuple[Scores | None, list[ImageError | None]]:
+    """Scores of the n images that have any, n x C (None, where n is 0), and for each of N images why it has none. What a scorer
+    cannot embed does not fail its neighbours: they are scored again in halves."""
+    try:
+        return score_in_turn(scorer, prepared, labels), [None] * len(prepared)
+    except ImageError as exc:
+        if len(prepared) == 1:
+            return None, [exc]
+    half = len(prepared) // 2
+    parts = [scored_or_errors(scorer, some, labels) for some in (prepared[:half], prepared[half:])]
+    found = [scores for scores, _ in parts if scores is not None]
+    joined = replace(found[0], log_probs=np.concatenate([scores.log_probs for scores in found])) if found else None
+    return joined, [error for _, errors in parts for error in errors]
+
+
 class WrapperScorer(Scorer):
     """Does as another scorer does; subclass it and override what shall be different."""
 
@@ -189,6 +213,14 @@ class WrapperScorer(Scorer):
         return scores
 
 
+LabelReader: TypeAlias = Callable[["EmbeddingScorer", Sequence[str]], NDArray[np.float32]]
+"""Gives the embeddings, C x D, of the prompt texts of C labels."""
+
+
+def _embed_labels(scorer: "EmbeddingScorer", names: Sequence[str]) -> NDArray[np.float32]:
+    return np.concatenate([embeddings for _, embeddings in scorer.embed_in_blocks(names)])
+
+
 class EmbeddingScorer(Scorer):
     """A model that embeds images and texts apart and compares them by cosine.
 
@@ -197,6 +229,7 @@ class EmbeddingScorer(Scorer):
 
     Attributes:
         templates: texts in which ``{label}`` stands for a label's prompt text.
+        keep_labels: reads the embeddings of labels where they are kept; None where they are not.
 
     Raises:
         InputError: if a template lacks ``{label}``.
@@ -209,6 +242,7 @@ class EmbeddingScorer(Scorer):
             if "{label}" not in template:
                 raise InputError(f"Template {template!r} lacks '{{label}}'.", hint="It stands for the class name.")
         self.templates = tuple(templates)
+        self.keep_labels: LabelReader | None = None
         self._embedded: tuple[LabelSet, NDArray[np.float32]] | None = None
 
     @abstractmethod
@@ -233,11 +267,28 @@ class EmbeddingScorer(Scorer):
         return f"{self.model_fingerprint()}|templates={digest}|{texts_part(labels)}"
 
     def label_embeddings(self, labels: LabelSet) -> NDArray[np.float32]:
-        """C x D, rows of length 1; computed at the first call with this label set, a block of labels at a time."""
+        """C x D, rows of length 1; computed at the first call with this label set, or read where they are kept.
+
+        Raises:
+            BackendError: if an embedding is not finite.
+        """
         if self._embedded is None or self._embedded[0] != labels:
-            blocks = [labels.texts[start : start + LABELS_AT_ONCE] for start in range(0, len(labels), LABELS_AT_ONCE)]
-            self._embedded = labels, np.concatenate([self._embed_names(block) for block in blocks])
+            read = self.keep_labels or _embed_labels
+            embeddings = read(self, labels.texts)
+            if not np.isfinite(embeddings).all():
+                raise BackendError("The scorer's embeddings of the labels are not finite.", hint=OTHER_PRECISION)
+            self._embedded = labels, embeddings
         return self._embedded[1]
+
+    def embed_in_blocks(self, names: Sequence[str]) -> Iterator[tuple[Sequence[str], NDArray[np.float32]]]:
+        """Prompt texts of labels and their embeddings, n x D, a block at a time; where it takes long, stderr is told."""
+        told_at = time.monotonic()
+        for start in range(0, len(names), LABELS_AT_ONCE):
+            block = names[start : start + LABELS_AT_ONCE]
+            yield block, self._embed_names(block)
+            if time.monotonic() - told_at > SECONDS_UNTOLD:
+                told_at = time.monotonic()
+                print(f"Embedded {start + len(block):,} of {len(names):,} labels.", file=sys.stderr)
 
     def _embed_names(self, names: Sequence[str]) -> NDArray[np.float32]:
         texts = [template.replace("{label}", name) for template in self.templates for name in names]
@@ -257,10 +308,10 @@ class EmbeddingScorer(Scorer):
         return self.embed_images([each.image for each in prepared])
 
     def prepare(self, source: ImageSource) -> Prepared:
-        prepared = super().prepare(source)
-        prepared.features = self.preprocess(prepared.image)
-        if prepared.features is not None:
-            prepared.forget_large()
+        with decoded(source) as image:
+            prepared = Prepared(source=source, features=self.preprocess(image), pixels=image)
+            if prepared.features is not None:
+                prepared.forget_large()
         return prepared
 
     def score_prepared(self, prepared: Sequence[Prepared], labels: LabelSet) -> Scores:
@@ -272,6 +323,11 @@ class EmbeddingScorer(Scorer):
         Args:
             embeddings: N x D, of images.
             labels: the C labels.
+
+        Raises:
+            ImageError: if an embedding is not finite.
         """
+        if not np.isfinite(embeddings).all():
+            raise ImageError("The scorer's embedding of the image is not finite.", hint=OTHER_PRECISION)
         similarities = embeddings @ self.label_embeddings(labels).T
         return Scores.from_logits(self.logits(similarities), labels, self.fingerprint(labels))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from cascadevlm.errors import InputError
 from cascadevlm.images import image_files, load_image
-from cascadevlm.labels import LabelSet
+from cascadevlm.labels import LabelSet, words
 from cascadevlm.types import Candidate, Exemplar
 
 
@@ -25,7 +25,8 @@ class SupportSet:
             ImageError: if one of the images cannot be read.
         """
         folder = Path(folder)
-        files = {label: image_files(folder / label.name)[:shots] for label in labels if (folder / label.name).is_dir()}
+        named = {words(entry.name): entry for entry in folder.glob("*/")}
+        files = {label: image_files(named[label.words])[:shots] for label in labels if label.words in named}
         exemplars = {
             label.name: tuple(Exemplar(image=load_image(path), label=label) for path in paths)
             for label, paths in files.items()

@@ -26,6 +26,11 @@ def hide_progress_in_logs() -> None:
         logging.disable_progress_bar()
 
 
+def first_line(error: Exception) -> str:
+    """What an error of a library says, or of what kind it is where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def choose_device(device: str | None) -> str:
     """The device asked for, or the best there is: cuda, then mps, then cpu.
 

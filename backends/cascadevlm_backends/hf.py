@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from safetensors import SafetensorError
 
 from cascadevlm.errors import BackendError
 from cascadevlm.scorer import DEFAULT_TEMPLATES, EmbeddingScorer, Prepared
@@ -22,6 +21,7 @@ from cascadevlm_backends._torch import (
     choose_device,
     choose_dtype,
     directory_digest,
+    first_line,
     hide_progress_in_logs,
     text_blocks,
 )
@@ -167,8 +167,10 @@ class HfScorer(EmbeddingScorer):
                 f"The tokenizer of {self.model!r} needs a package that is missing.",
                 hint="Install it: pip install sentencepiece protobuf",
             ) from exc
-        except (OSError, RuntimeError, ValueError, SafetensorError) as exc:
-            reason = str(exc).strip().partition("\n")[0].partition(". ")[0].removesuffix(".")
+        except BackendError:
+            raise
+        except Exception as exc:  # whatever it makes of files that are not as they should be
+            reason = first_line(exc).partition(". ")[0].removesuffix(".")
             raise BackendError(
                 f"transformers cannot load {self.model!r}: {reason}.",
                 hint="Give the id of a model on a hub in reach, or a complete folder.",

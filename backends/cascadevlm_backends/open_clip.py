@@ -18,7 +18,7 @@ from PIL import Image
 from cascadevlm.errors import BackendError
 from cascadevlm.registry import nearest
 from cascadevlm.scorer import DEFAULT_TEMPLATES, EmbeddingScorer, Prepared
-from cascadevlm_backends._torch import DtypeName, choose_device, choose_dtype, text_blocks
+from cascadevlm_backends._torch import DtypeName, choose_device, choose_dtype, first_line, text_blocks
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -137,8 +137,8 @@ class OpenClipScorer(EmbeddingScorer):
                 name, pretrained=pretrained, precision=precision, device=device
             )
             tokenize = open_clip.get_tokenizer(name)
-        except (OSError, RuntimeError, ValueError) as exc:
-            reason = str(exc).splitlines()[0]
+        except Exception as exc:  # whatever it makes of files that are not as they should be
+            reason = first_line(exc)
             raise BackendError(
                 f"open_clip cannot load {self.model!r}: {reason}", hint="Is the name right and the hub or folder in reach?"
             ) from exc

@@ -22,6 +22,7 @@ from cascadevlm.cli import (
     sweep,
 )
 from cascadevlm.errors import CascadeError, InputError
+from cascadevlm.files import visible
 
 WORK_FAILED = 1
 CALL_WAS_WRONG = 2
@@ -72,5 +73,5 @@ def main() -> None:
     except CascadeError as exc:
         if len(arguments) < len(sys.argv) - 1:
             raise
-        typer.secho(f"Error: {exc}", fg="red", err=True)
+        typer.secho(f"Error: {visible(str(exc))}", fg="red", err=True)
         sys.exit(CALL_WAS_WRONG if isinstance(exc, InputError) else WORK_FAILED)

@@ -38,6 +38,7 @@ def classify(
 
     parsed = options.parse(config, scorer, judge, policy, candidates, prompt, settings)
     cascade, files = options.build(parsed, labels), options.image_files(paths)
+    options.tell(cascade.labels, paths)
     if not yes:
         confirm(parsed, cascade, files)
     console = Console(highlight=False)

@@ -12,6 +12,7 @@ import typer
 
 from cascadevlm.cli import options
 from cascadevlm.errors import InputError
+from cascadevlm.files import visible
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -66,6 +67,8 @@ def compare(
     for name, config in configs.items():
         assert data is not None
         cascades[name], given[name] = options.build_with_data(config, data, labels, split, limit)
+    if cascades and data is not None:
+        options.tell(next(iter(cascades.values())).labels, [data])
     of_records = {name: labelled(record) for name, record in records.items()}
     require_same(of_records | {name: (cascades[name].labels, each.names, each.truths) for name, each in given.items()})
     cascades = _sharing(cascades, configs)
@@ -191,8 +194,8 @@ def _disagreements(comparison: "Comparison") -> list[str]:
     width = max(map(len, comparison.runs))
     lines = [f"{len(comparison.disagreements)} images on which not all say the same"]
     for each in comparison.disagreements[:MOST_SHOWN]:
-        lines.append(f"  {each.name}: {each.truth}")
-        lines += [f"    {name:{width}}  {label or '-'}" for name, label in each.labels.items()]
+        lines.append(visible(f"  {each.name}: {each.truth}"))
+        lines += [visible(f"    {name:{width}}  {label or '-'}") for name, label in each.labels.items()]
     rest = len(comparison.disagreements) - MOST_SHOWN
     return lines + [f"  and {rest} more, with --json"] * (rest > 0)
 

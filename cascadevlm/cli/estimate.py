@@ -36,6 +36,7 @@ def estimate(
 
     parsed = options.parse(config, scorer, judge, policy, candidates, prompt, settings)
     cascade = options.build(parsed, labels)
+    options.tell(cascade.labels, paths)
     images: Sequence[ImageSource]
     if len(paths) == 1 and (paths[0].is_dir() or paths[0].suffix.lower() in LISTS):
         images, total = Inputs(paths[0]).sample(sample)

@@ -44,6 +44,7 @@ def evaluate(
 
     parsed = options.parse(config, scorer, judge, policy, candidates, prompt, settings)
     cascade, given = options.build_with_data(parsed, data, labels, split, limit)
+    options.tell(cascade.labels, [data])
     asking = asking_everything(cascade) if judge_all else cascade
     if not yes:
         confirm(parsed, asking, given.images)

@@ -1,5 +1,6 @@
 """The options that say what to run, shared by the commands that run a cascade."""
 
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,6 +12,7 @@ if TYPE_CHECKING:
     from cascadevlm.cascade import Cascade
     from cascadevlm.config import Config
     from cascadevlm.data import Data
+    from cascadevlm.labels import LabelSet
 
 DEFAULT_POLICY = "entropy > 0.35"
 
@@ -95,6 +97,25 @@ def build_with_data(
     return cascade, given.subset(limit) if limit else given
 
 
+def tell(labels: "LabelSet", images: list[Path]) -> None:
+    """Say, on stderr and in a line each, which names are shown as words, and what is left out of the folders of images."""
+    renamed = [label for label in labels if "_" in label.name]
+    if renamed:
+        first = f"{renamed[0].words!r} for {renamed[0].name!r}"
+        typer.echo(f"{len(renamed)} names have underscores. Scorer and judge are shown words, as {first}.", err=True)
+    if line := left_out(images):
+        typer.echo(line, err=True)
+
+
+def left_out(images: list[Path]) -> str:
+    """How many files in folders of images look like images and are not read, in one sentence; "" where there are none."""
+    from cascadevlm.images import images_left_out
+
+    found = sum(map(images_left_out, filter(Path.is_dir, images)), Counter())
+    kinds = ", ".join(f"{count} {suffix}" for suffix, count in sorted(found.items()))
+    return f"Files that look like images and are left out: {found.total()} ({kinds})." if found else ""
+
+
 def image_files(paths: list[Path]) -> list[Path]:
     """The files, and those below the folders.
 
@@ -109,6 +130,6 @@ def image_files(paths: list[Path]) -> list[Path]:
             raise InputError(f"{str(path)!r} does not exist.")
         found = files_below(path) if path.is_dir() else [path]
         if not found:
-            raise InputError(f"Folder {str(path)!r} holds no images.")
+            raise InputError(f"Folder {str(path)!r} holds no images.", hint=left_out([path]))
         files += found
     return files

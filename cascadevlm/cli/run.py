@@ -60,6 +60,7 @@ def run(
 
     parsed = options.parse(config, scorer, judge, policy, candidates, prompt, settings)
     cascade, images = options.build(parsed, labels, bulk=True), Inputs(inputs)
+    options.tell(cascade.labels, [inputs])
     if workers and engine == "local":
         raise InputError("--workers are those of a cluster.", hint="Give --engine ray.")
     if not yes:

@@ -9,6 +9,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from cascadevlm.files import visible
 from cascadevlm.texts import share
 from cascadevlm.types import Outcome, Prediction, Usage, Verdict
 
@@ -25,11 +26,11 @@ _share = partial(share, unknown="unknown")
 def prediction_block(prediction: Prediction, *, title: str, truth: str | None = None) -> RenderableType:
     """One image: the candidates with bars, why it was escalated or kept, what each judge said, and the outcome."""
     if not prediction.candidates:
-        return Group(Text(title, style="bold"), _indented(Text(prediction.error, style="red")), "")
-    lines: list[RenderableType] = [Text(title, style="bold"), _candidates(prediction, truth)]
+        return Group(Text(visible(title), style="bold"), _indented(Text(visible(prediction.error), style="red")), "")
+    lines: list[RenderableType] = [Text(visible(title), style="bold"), _candidates(prediction, truth)]
     decision = "escalated" if prediction.escalated else "kept"
     if prediction.reasons:
-        lines.append(_indented(Text(f"{decision}: {'; '.join(prediction.reasons)}", style="dim")))
+        lines.append(_indented(Text(f"{decision}: {visible('; '.join(prediction.reasons))}", style="dim")))
     lines += [_indented(_verdict(verdict)) for verdict in prediction.verdicts]
     lines += [_indented(_outcome(prediction, truth)), ""]
     return Group(*lines)
@@ -44,25 +45,26 @@ def _candidates(prediction: Prediction, truth: str | None) -> Table:
     for candidate in sorted(prediction.candidates, key=lambda candidate: candidate.rank):
         full = round(candidate.probability * BAR_WIDTH)
         bar = Text("█" * full, style="cyan").append("░" * (BAR_WIDTH - full), style="dim")
-        name = Text(candidate.label.name, style="underline" if candidate.label.name == truth else "")
+        name = Text(visible(candidate.label.name), style="underline" if candidate.label.name == truth else "")
         table.add_row(" ", bar, f"{candidate.probability:.2f}", name)
     return table
 
 
 def _verdict(verdict: Verdict) -> Text:
     said = verdict.rationale or verdict.text or verdict.error
-    line = Text(f"{verdict.judge}: ", style="magenta").append(" ".join(said.split()) or verdict.outcome, style="italic default")
+    line = Text(f"{visible(verdict.judge)}: ", style="magenta")
+    line.append(visible(" ".join(said.split())) or verdict.outcome, style="italic default")
     return line.append(f" ({verdict.outcome})", style="dim") if verdict.outcome != "answered" else line
 
 
 def _outcome(prediction: Prediction, truth: str | None) -> Text:
     line = Text("→ ")
     if prediction.label is None:
-        return line.append(f"no label: {prediction.error}", style="yellow")
+        return line.append(f"no label: {visible(prediction.error)}", style="yellow")
     style = "bold" if truth is None else "bold green" if prediction.label == truth else "bold red"
-    line.append(prediction.label, style=style).append(f"  by {prediction.decided_by}", style="dim")
+    line.append(visible(prediction.label), style=style).append(f"  by {prediction.decided_by}", style="dim")
     if truth is not None and prediction.label != truth:
-        line.append(f"  (is: {truth})", style="dim")
+        line.append(f"  (is: {visible(truth)})", style="dim")
     return line
 
 
@@ -155,5 +157,5 @@ def print_summary(console: Console, title: str, rows: dict[str, str]) -> None:
     """A two-column table of headline figures."""
     table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2))
     for name, value in rows.items():
-        table.add_row(name, Text(value, justify="right"))
+        table.add_row(Text(visible(name)), Text(visible(value), justify="right"))
     console.print(table)

@@ -183,6 +183,7 @@ def _study(
         hint = "A study changes what the calibration holds for."
         raise InputError("A study takes no calibration.", hint=hint)
     cascade, given = options.build_with_data(parsed, data, labels, split, limit)
+    options.tell(cascade.labels, [data])
     progress = Progress(console=Console(stderr=True), transient=True)
     task = progress.add_task("questions")
 

@@ -25,7 +25,7 @@ from cascadevlm.inputs import Named, after
 from cascadevlm.judge import Judge
 from cascadevlm.labels import LabelSet
 from cascadevlm.registry import load_judge
-from cascadevlm.scorer import Prepared, Scorer, prepared_or_error
+from cascadevlm.scorer import Prepared, Scorer, prepared_or_error, scored_or_errors
 from cascadevlm.types import Question, Verdict
 
 SAME_FILES = "Every machine of the cluster needs the working directory and the images under the same paths."
@@ -114,11 +114,12 @@ class ScoringWorker:
         read = list(self.readers.map(partial(prepared_or_error, self.scorer), sources))
         prepared = [each for each in read if isinstance(each, Prepared)]
         with self.scoring:
-            scores = self.scorer.score_prepared(prepared, self.labels) if prepared else None
+            scores, errors = scored_or_errors(self.scorer, prepared, self.labels) if prepared else (None, [])
+        unscored = iter(errors)
         return ScoredBatch(
             paths=[path_of(source) for source in sources],
-            errors=[each if isinstance(each, ImageError) else None for each in read],
-            digests=[each.file_digest for each in prepared],
+            errors=[each if isinstance(each, ImageError) else next(unscored) for each in read],
+            digests=[each.file_digest for each, error in zip(prepared, errors, strict=True) if error is None],
             log_probs=scores.log_probs if scores else None,
             fingerprint=scores.fingerprint if scores else "",
         )

@@ -1,6 +1,7 @@
 """The open_clip backend against open_clip itself, on tiny models of both kinds and on the bundled one."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -137,3 +138,20 @@ def test_a_template_without_its_variable_is_refused() -> None:
 class TestBundledScorer(ScorerContract):
     def make(self) -> Scorer:
         return load_scorer("open_clip:aviary", device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("open_clip_model.safetensors", b"no weights"),
+        ("open_clip_model.safetensors", b""),
+        ("open_clip_config.json", b"[" * 100_000),
+        ("tokenizer.json", b"{}"),
+        ("tokenizer_config.json", b"[1]"),
+    ],
+)
+def test_a_damaged_folder_is_one_sentence(models_folder: Path, tmp_path: Path, name: str, content: bytes) -> None:
+    folder = shutil.copytree(models_folder / "softmax", tmp_path / "model")
+    (folder / name).write_bytes(content)
+    with pytest.raises(BackendError, match="open_clip cannot load"):
+        OpenClipScorer(f"local-dir:{folder}").load()

@@ -173,3 +173,43 @@ def test_a_photo_turned_by_its_camera_is_seen_upright(images: Path) -> None:
     arguments: list[str | Path] = ["--labels", images.parent / "labels.txt", "--scorer", "open_clip:aviary", "--json"]
     rows = [json.loads(line) for line in run("classify", images / "0.jpg", images / "turned.png", *arguments).stdout.splitlines()]
     assert rows[0]["probability"] == rows[1]["probability"]
+
+
+def test_folders_named_with_underscores_are_told_once(images: Path, tmp_path: Path) -> None:
+    names = sorted((tmp_path / "labels.txt").read_text().splitlines())
+    (tmp_path / "labels.txt").write_text("\n".join(names))
+    for name in names:
+        (tmp_path / "classes" / name.replace(" ", "_")).mkdir(parents=True)
+    shutil.copy(images / "0.jpg", tmp_path / "classes" / names[0].replace(" ", "_"))
+    with_spaces = run(*classify(images))
+    done = run("classify", images, "--labels", tmp_path / "classes", "--scorer", "open_clip:aviary", "--json")
+    assert (with_spaces.stderr.count("underscores"), done.stderr.count("underscores")) == (0, 1)
+    predictions, expected = ([json.loads(line) for line in each.stdout.splitlines()] for each in (done, with_spaces))
+    assert [each["probability"] for each in predictions] == [each["probability"] for each in expected]
+    assert [each["label"] for each in predictions] == [each["label"].replace(" ", "_") for each in expected]
+    assert run("evaluate", tmp_path / "classes", "--scorer", "open_clip:aviary").stderr.count("underscores") == 1
+
+
+def test_what_looks_like_an_image_and_is_left_out_is_counted_in_one_line(images: Path, tmp_path: Path) -> None:
+    first = next(iter(images.iterdir()))
+    for suffix, kind in ((".jfif", "JPEG"), (".avif", "AVIF"), (".jp2", "JPEG2000"), (".ppm", "PPM"), (".tga", "TGA")):
+        Image.open(first).save(images / f"more{suffix}", kind)
+    for name in ("a.heic", "b.HEIC", "c.svg"):
+        (images / name).write_bytes(b"x")
+    (images / "gone.png").symlink_to("nothing.png")
+    (images / "notes.txt").write_text("x")
+    done = run(*classify(images))
+    assert len(done.stdout.splitlines()) == 8
+    assert done.stderr.count("left out: 4 (2 .heic, 1 .png, 1 .svg)") == 1
+    assert run("run", images, "-o", tmp_path / "out", *classify(images)[2:], check=False).stderr.count("left out: 4") == 1
+
+
+def test_nothing_from_a_name_or_a_model_controls_the_terminal(images: Path) -> None:
+    (images.parent / "labels.txt").write_text("red\x1b[31m finch\nblue\u202e finch\n", encoding="utf-8")
+    next(iter(images.iterdir())).rename(images / "a\x1b]0;title\x07.jpg")
+    (images / "b\x1b[2J.jpg").write_bytes(b"no image")
+    done = run(*classify(images)[:-1], check=False)
+    wrong = run("classify", images / "c\x1b[2J.jpg", *classify(images)[2:], check=False)
+    for shown in (done.stdout, done.stderr, wrong.stderr):
+        assert not {"\x1b", "\x07", "\u202e"} & {*shown}
+    assert "red\\x1b[31m finch" in done.stdout

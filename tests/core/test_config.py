@@ -148,3 +148,20 @@ def test_overrides_that_lead_nowhere(key: str) -> None:
 )
 def test_values_are_toml_or_strings(text: str, value: JsonValue) -> None:
     assert toml_value(text) == value
+
+
+@pytest.mark.parametrize("content", [b"a = " + b"[" * 20_000, b"\xff\xfe", b"labels" + b".a" * 20_000 + b" = 1"])
+def test_a_config_file_that_is_too_deep_or_no_text_is_said(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "config.toml").write_bytes(content)
+    with pytest.raises(ConfigError) as caught:
+        Config.parse(read_toml(tmp_path / "config.toml") | {"scorer": {"use": "open_clip:aviary"}})
+    assert len(str(caught.value)) < 500
+
+
+def test_a_config_file_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    (tmp_path / "config.toml").write_bytes(b"\xef\xbb\xbfbatch_size = 1\n")
+    assert read_toml(tmp_path / "config.toml") == {"batch_size": 1}
+
+
+def test_a_value_that_is_too_deep_is_a_text() -> None:
+    assert toml_value("[" * 20_000) == "[" * 20_000

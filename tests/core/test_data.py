@@ -2,6 +2,8 @@
 
 import csv
 import json
+import os
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,7 +24,9 @@ from cascadevlm import Cascade
 from cascadevlm.data import LONGEST_SHOWN, Data, read_data, stratified
 from cascadevlm.errors import DataError
 from cascadevlm.images import ImageSource, load_image
+from cascadevlm.inputs import Inputs
 from cascadevlm.labels import Label, LabelSet
+from cascadevlm.support import SupportSet
 from cascadevlm.testing import FakeScorer, noise
 
 LABELS = LabelSet.of([Label(name="ant", aliases=("Formica",)), "bee", "007"])
@@ -236,9 +240,9 @@ def test_images_are_read_lazily_from_a_hub_dataset(folder: Path, monkeypatch: py
     opened: list[object] = []
     really = Image.open
 
-    def opening(file: IO[bytes]) -> Image.Image:
+    def opening(file: IO[bytes], *, formats: tuple[str, ...]) -> Image.Image:
         opened.append(file)
-        return really(file)
+        return really(file, formats=formats)
 
     monkeypatch.setattr(Image, "open", opening)
     data = read_data(hub(folder), LABELS)
@@ -381,3 +385,31 @@ def test_a_draw_that_cannot_be() -> None:
             data.divide(share)
     with pytest.raises(DataError, match="-1 cannot be drawn"):
         data.subset(-1)
+
+
+@pytest.mark.parametrize("name", ["Grünfink", "red_finch"])
+def test_folders_are_known_by_the_words_of_their_names(tmp_path: Path, name: str) -> None:
+    (tmp_path / unicodedata.normalize("NFD", name)).mkdir()
+    noise(1).save(tmp_path / unicodedata.normalize("NFD", name) / "1.png")
+    (tmp_path / "labels.txt").write_text(f"{name.replace('_', ' ')}\nRotkehlchen\n", encoding="utf-8")
+    assert read_data(tmp_path, LabelSet.read(tmp_path / "labels.txt")).truths == (name.replace("_", " "),)
+
+
+def test_a_support_set_is_found_by_the_words_of_its_folders(tmp_path: Path) -> None:
+    (tmp_path / "red_finch").mkdir()
+    noise(1).save(tmp_path / "red_finch" / "1.png")
+    assert list(SupportSet.read(tmp_path, LabelSet.of(["red finch", "grey owl"])).exemplars) == ["red finch"]
+
+
+def test_a_line_that_is_too_deep_is_told_by_its_number(tmp_path: Path) -> None:
+    (tmp_path / "table.jsonl").write_text('{"path": "x.png", "label": "ant"}\n' + "[" * 100_000)
+    with pytest.raises(DataError, match="line 2 is no JSON"):
+        read_data(tmp_path / "table.jsonl", LABELS)
+    with pytest.raises(DataError, match="line 2 is no JSON"):
+        list(Inputs(tmp_path / "table.jsonl"))
+
+
+def test_a_pipe_is_no_table(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "table.csv")
+    with pytest.raises(DataError, match="is no table"):
+        read_data(tmp_path / "table.csv", LABELS)

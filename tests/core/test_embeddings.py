@@ -11,8 +11,8 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from cascadevlm import Cascade, embeddings
-from cascadevlm.embeddings import CachedEmbeddings, EmbeddingStore
+from cascadevlm import Cascade, embeddings, scorer
+from cascadevlm.embeddings import CachedEmbeddings, EmbeddingStore, kept_labels
 from cascadevlm.errors import BackendError
 from cascadevlm.labels import Label, LabelSet
 from cascadevlm.scorer import EmbeddingScorer, Prepared
@@ -28,6 +28,7 @@ class TinyTowers(EmbeddingScorer):
     def __init__(self, *, templates: Sequence[str] = ("{label}",)) -> None:
         super().__init__(templates=templates)
         self.embedded = 0
+        self.texts: list[str] = []
 
     def embed_images(self, images: Sequence[Image.Image]) -> NDArray[np.float32]:
         self.embedded += len(images)
@@ -35,6 +36,7 @@ class TinyTowers(EmbeddingScorer):
         return self._unit(pixels - 128)
 
     def embed_texts(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        self.texts += texts
         return self._unit(np.array([np.random.default_rng(len(text)).normal(size=48) for text in texts], dtype=np.float32))
 
     def logits(self, similarities: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -234,3 +236,86 @@ def test_a_folder_that_cannot_be_used_says_so(tmp_path: Path) -> None:
     (tmp_path / "index.sqlite").write_text("no database, but long enough to look like one" * 10)
     with pytest.raises(BackendError, match="not a database"):
         EmbeddingStore(tmp_path)
+
+
+def test_no_label_is_embedded_twice_and_scores_are_the_same(tmp_path: Path) -> None:
+    first = CachedEmbeddings(TinyTowers(), tmp_path / "kept").score([noise(1)], LABELS)
+    more = TinyTowers()
+    assert CachedEmbeddings(more, tmp_path / "kept").score([noise(1)], LABELS).log_probs.tolist() == first.log_probs.tolist()
+    assert not more.texts
+    CachedEmbeddings(more, tmp_path / "kept").score([noise(1)], LabelSet.of(["owl", "stork", "finch"]))
+    assert more.texts == ["stork"]
+    worded = TinyTowers(templates=["the {label}"])
+    CachedEmbeddings(worded, tmp_path / "kept").score([noise(1)], LabelSet.of(["owl"]))
+    assert worded.texts == ["the owl"]
+
+
+def test_labels_are_kept_block_by_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scorer, "LABELS_AT_ONCE", 2)
+    names = [f"kind {'x' * number}" for number in range(5)]
+
+    class Killed(TinyTowers):
+        def embed_texts(self, texts: Sequence[str]) -> NDArray[np.float32]:
+            if len(self.texts) == 4:
+                raise KeyboardInterrupt
+            return super().embed_texts(texts)
+
+    with pytest.raises(KeyboardInterrupt):
+        CachedEmbeddings(Killed(), tmp_path / "kept").score([noise(1)], LabelSet.of(names))
+    again = TinyTowers()
+    kept = CachedEmbeddings(again, tmp_path / "kept").score([noise(1)], LabelSet.of(names))
+    assert again.texts == names[4:]
+    assert kept.log_probs.tolist() == TinyTowers().score_embeddings(embedded(noise(1)), LabelSet.of(names)).log_probs.tolist()
+
+
+def embedded(image: Image.Image) -> NDArray[np.float32]:
+    """As it is kept."""
+    return TinyTowers().embed_images([image]).astype(np.float16).astype(np.float32)
+
+
+def test_that_labels_take_long_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(scorer, "SECONDS_UNTOLD", -1.0)
+    TinyTowers().label_embeddings(LABELS)
+    assert "Embedded 3 of 3 labels." in capsys.readouterr().err
+
+
+def test_damaged_or_unwritable_labels_are_embedded_at_every_start(tmp_path: Path) -> None:
+    sound = CachedEmbeddings(TinyTowers(), tmp_path / "kept").score([noise(1)], LABELS).log_probs.tolist()
+    (labels,) = (tmp_path / "kept").glob("*/labels")
+    for harm, name in ((_emptied, "000000.f32"), (_scrawled_over, "index.sqlite")):
+        harm(labels / name)
+        assert CachedEmbeddings(TinyTowers(), tmp_path / "kept").score([noise(1)], LABELS).log_probs.tolist() == sound
+    (tmp_path / "file").write_text("")
+    assert kept_labels(TinyTowers(), ["owl"], folder=tmp_path / "file").shape == (1, 48)
+
+
+class Unsteady(TinyTowers):
+    """Has no finite embedding of dark images."""
+
+    def embed_images(self, images: Sequence[Image.Image]) -> NDArray[np.float32]:
+        rows = super().embed_images(images)
+        rows[[image.getpixel((0, 0)) == (0, 0, 0) for image in images]] = np.nan
+        return rows
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_an_embedding_that_is_not_finite_fails_its_image_alone(files: list[Path], tmp_path: Path, kept: bool) -> None:
+    for path in (files[2], files[7]):
+        Image.new("RGB", (8, 8)).save(path)
+    model = Unsteady()
+    scorer = CachedEmbeddings(model, tmp_path / "kept") if kept else model
+    predictions = Cascade(scorer, [], labels=LABELS, batch_size=4).classify(files)
+    assert [number for number, each in enumerate(predictions) if each.label is None] == [2, 7]
+    assert "not finite" in predictions[2].error
+    assert len(Cascade(TinyTowers(), [], labels=LABELS).classify(files[:2] + files[3:7])) == 6
+    if kept:
+        assert len(CachedEmbeddings(model, tmp_path / "kept").store) == 8
+
+
+def test_labels_without_a_finite_embedding_are_said() -> None:
+    class Broken(TinyTowers):
+        def embed_texts(self, texts: Sequence[str]) -> NDArray[np.float32]:
+            return super().embed_texts(texts) * np.float32(np.nan)
+
+    with pytest.raises(BackendError, match="labels are not finite"):
+        Broken().score([noise(1)], LABELS)

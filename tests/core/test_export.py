@@ -428,3 +428,10 @@ def test_a_missing_package_is_named(run: Path, tmp_path: Path, monkeypatch: pyte
     with pytest.raises(DataError, match="pip install datasets"):
         export(run, "hf", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("line", ["[" * 100_000, '{"path": ' + "9" * 5_000 + "}"])
+def test_a_line_that_no_reader_takes_is_said(tmp_path: Path, line: str) -> None:
+    (tmp_path / "lines.jsonl").write_text(line + "\n")
+    with pytest.raises(DataError, match=r"lines\.jsonl"):
+        export(tmp_path / "lines.jsonl", "csv", tmp_path / "out")

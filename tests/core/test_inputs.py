@@ -158,3 +158,9 @@ def test_names_and_numbers_are_those_of_any_inputs() -> None:
 
     assert list(names(Made())) == ["a", "b"]
     assert list(after(Made(), 1)) == [("b", b"y")]
+
+
+def test_a_pipe_is_no_list_of_images(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "list.txt")
+    with pytest.raises(DataError, match="no list of images"):
+        Inputs(tmp_path / "list.txt")

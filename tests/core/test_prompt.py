@@ -451,3 +451,24 @@ def test_a_flood_is_read_in_no_time(text: str) -> None:
     assert read_answer(f"{text}\nANSWER: B", question()) is not None
     assert read_answer(text, question()) is None
     assert time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize("answer", ["red finch", "red_finch", "A) red finch", "A"])
+def test_a_judge_is_shown_words_and_the_answer_is_the_name(answer: str) -> None:
+    asked = question(["red_finch", "red-finch", "grey_owl"])
+    assert "A) red finch\n" in "".join(part for part in render(asked)[0].parts if isinstance(part, str))
+    found = read_answer(f"ANSWER: {answer}", asked)
+    assert found is not None
+    assert found.label == Label(name="red_finch")
+
+
+def test_a_prompt_file_that_is_no_utf8_is_said_and_a_byte_order_mark_is_none_of_it(tmp_path: Path) -> None:
+    text = "+++\nreasoning = false\nmax_tokens = 5\n+++\n$image $candidates é"
+    for encoding in ("latin-1", "utf-16"):
+        (tmp_path / "prompt.txt").write_text(text, encoding=encoding)
+        with pytest.raises(PromptError, match=r"prompt\.txt' is not UTF-8 text"):
+            read_prompt(tmp_path / "prompt.txt")
+    (tmp_path / "prompt.txt").write_text(text, encoding="utf-8-sig")
+    assert read_prompt(tmp_path / "prompt.txt").text == "$image $candidates é"
+    with pytest.raises(PromptError, match="head"):
+        parse_template("deep", f"+++\na = {'[' * 20_000}\n+++\n$image $candidates")

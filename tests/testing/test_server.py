@@ -4,6 +4,8 @@ import asyncio
 import base64
 import io
 import json
+import subprocess
+import sys
 from collections.abc import Awaitable
 from email.utils import formatdate
 from functools import cached_property
@@ -511,3 +513,9 @@ async def test_anthropic_batch_cut_short() -> None:
         assert results == [["succeeded", "canceled", "canceled"], ["succeeded", "expired", "expired"]]
         with pytest.raises(anthropic.BadRequestError):
             await submit_messages(clients, 0)
+
+
+def test_without_aiohttp_the_server_says_what_to_install() -> None:
+    code = "import sys; sys.modules['aiohttp'] = None; import cascadevlm.testing.server"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "BackendError: The judge server needs the package 'aiohttp'. pip install" in done.stderr

@@ -8,6 +8,13 @@ The providers' own clients talk to it, so a test goes through everything but the
 Needs aiohttp: ``pip install 'cascadevlm[testing]'``.
 """
 
+from cascadevlm.errors import BackendError
+
+try:
+    import aiohttp  # noqa: F401
+except ModuleNotFoundError as exc:
+    raise BackendError("The judge server needs the package 'aiohttp'.", hint="pip install 'cascadevlm[testing]'") from exc
+
 from cascadevlm.testing.server.app import JudgeServer
 from cascadevlm.testing.server.batches import Batch, Row
 from cascadevlm.testing.server.conversation import Conversation, Received
