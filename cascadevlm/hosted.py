@@ -55,7 +55,11 @@ USUAL_SHARE_OF_LIMIT = 1 / 3
 """How long English text is in tokens, and how much of its limit an answer takes: for estimates alone."""
 
 UNKNOWN_IMAGE_PIXELS_PER_TOKEN = 14 * 14
-"""For models without a published rule: one token for the smallest patch in use, more than any model is known to take."""
+"""For models without a published rule: one token per patch of the smallest size in use."""
+
+UNKNOWN_SMALL_IMAGE_TOKENS = 5 * 576
+"""The most that a model without a published rule takes for a small image, in the worst case: LLaVA-NeXT makes five tiles of 576
+tokens of it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -557,11 +561,11 @@ class HostedJudge(Judge):
         text = sum(len(part.encode()) for message in render(question) for part in message.parts if isinstance(part, str))
         return text + 3 * sum(len(name.encode()) for name in options(question).values())
 
-    def _image_tokens_of(self, question: Question) -> int:
-        """By the sizes as they are sent or, of images that were not encoded yet, by those that they have within the limits: their
-        bytes may make them shrink further, but not grow."""
+    def _sent_sizes(self, question: Question) -> list[tuple[int, int]]:
+        """Of all images, as they are sent or, if they were not encoded yet, as they are within the limits: their bytes may make
+        them shrink further, but not grow."""
         shown: tuple[Question | Exemplar, ...] = (question, *question.exemplars)
-        return sum(self._image_tokens(self._sent_size(each)) for each in shown)
+        return [self._sent_size(each) for each in shown]
 
     def _sent_size(self, shown: Question | Exemplar) -> tuple[int, int]:
         """In a worker of a cluster only what was encoded tells the size: the pixels stay behind."""
@@ -570,12 +574,14 @@ class HostedJudge(Judge):
 
     def most_tokens(self, question: Question) -> tuple[int, int]:
         """The most tokens that a request can take, in and out. No tokenizer makes more tokens of a text than it has bytes."""
-        return self._input_bytes(question) + self._image_tokens_of(question) + FIXED_TOKENS, self.output_limit(question)
+        least = UNKNOWN_SMALL_IMAGE_TOKENS if self.price.image is None else 0
+        images = sum(max(self._image_tokens(size), least) for size in self._sent_sizes(question))
+        return self._input_bytes(question) + images + FIXED_TOKENS, self.output_limit(question)
 
     def usual_case(self, question: Question) -> int:
         text = self._input_bytes(question) // USUAL_BYTES_PER_TOKEN
         usage = Usage(
-            input_tokens=text + self._image_tokens_of(question),
+            input_tokens=text + sum(map(self._image_tokens, self._sent_sizes(question))),
             output_tokens=int(self.output_limit(question) * USUAL_SHARE_OF_LIMIT),
         )
         return self.price.nanodollars(usage)

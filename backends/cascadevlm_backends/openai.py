@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from openai.types import DecisionInputPartUnionParam
     from openai.types.chat import ChatCompletion, ChatCompletionContentPartParam, ChatCompletionMessageParam
     from openai.types.chat.chat_completion import ChoiceLogprobs
+    from openai.types.chat.chat_completion_content_part_image_param import ImageURL
     from openai.types.chat.chat_completion_token_logprob import TopLogprob
     from openai.types.chat.completion_create_params import CompletionCreateParamsNonStreaming as ChatParams
     from openai.types.decision_create_params import InputUnionMember1DecisionInputUserMessage as DecisionMessage
@@ -322,7 +323,10 @@ class OpenAIJudge(HostedJudge):
     def _chat_part(self, part: Part, question: Question) -> "ChatCompletionContentPartParam":
         if isinstance(part, str):
             return {"type": "text", "text": part}
-        return {"type": "image_url", "image_url": {"url": self.sent(part, question).data_url, "detail": self.detail}}
+        image: ImageURL = {"url": self.sent(part, question).data_url}
+        if self.detail != "auto":  # the default, which some servers do not know
+            image["detail"] = self.detail
+        return {"type": "image_url", "image_url": image}
 
     def _response_part(self, part: Part, question: Question) -> "ResponseInputContentParam":
         if isinstance(part, str):

@@ -285,7 +285,7 @@ def test_the_key_shows_nowhere(
             print(repr(judge), json.dumps(dict(judge.identity())), file=shown)
         received = server.requests[0].headers
         assert KEY in (received.get("x-api-key") or received.get("authorization", ""))  # so it was in use
-    assert errors == 5  # a bad request that names the key among them
+    assert errors == 6  # a bad request that names the key and a redirect among them
     assert shown.getvalue().count("***") > 20  # where the provider repeated it
     ours = [record for record in caplog.records if record.name.startswith("cascadevlm")]
     files = [path for path in tmp_path.rglob("*") if path.is_file()]

@@ -1,6 +1,7 @@
 """Before the first question: keys, prices, the switch that keeps tests from paid endpoints, connections and event loops."""
 
 import asyncio
+import json
 import socket
 from collections.abc import Iterator
 from typing import NoReturn
@@ -12,16 +13,16 @@ import pytest
 
 from cascadevlm import Cascade, load_judge
 from cascadevlm.budget import NANODOLLARS, Ledger
-from cascadevlm.errors import BackendError, FatalError
+from cascadevlm.errors import BackendError, FatalError, PermanentError
 from cascadevlm.hosted import LOCAL_ONLY, HostedJudge
 from cascadevlm.images import ImageSource
 from cascadevlm.pricing import FREE, find_price
 from cascadevlm.testing import noise, question
-from cascadevlm.testing.server import JudgeServer
+from cascadevlm.testing.server import Fault, JudgeServer, Received
 from cascadevlm.types import Usage
 from cascadevlm_backends.anthropic import AnthropicJudge
 from cascadevlm_backends.openai import OpenAIJudge
-from tests.backends.hosted_judges import BILL, EITHER, EVERY, USAGE, Make, cascade, images, no_waiting
+from tests.backends.hosted_judges import BILL, EITHER, EVERY, USAGE, Make, cascade, chat, images, no_waiting, responses
 
 __all__ = ["no_waiting"]
 
@@ -260,3 +261,28 @@ async def test_two_runs_at_once_share_the_connections(make: Make) -> None:
         judge = asking.stages[0].judge
         assert isinstance(judge, HostedJudge)
         assert judge._connections.pop() is None
+
+
+@EVERY
+async def test_the_worst_case_of_an_unknown_model_is_that_of_tiles(make: Make) -> None:
+    """LLaVA-NeXT takes 2,880 tokens for the smallest image; a model with a published rule takes what the rule says."""
+    async with JudgeServer() as server:
+        rule = {"rule": "patches", "size": 16, "multiplier": 1, "most": 100}
+        unknown, known = (make(server, price={"input": 1, "output": 1, "image": image}) for image in (None, rule))
+        assert unknown.most_tokens(question())[0] - known.most_tokens(question())[0] > 2800
+
+
+async def test_the_default_of_detail_is_left_out() -> None:
+    """Some servers refuse what they do not know."""
+
+    def refuse(received: Received) -> Fault | None:
+        return Fault("bad_request") if '"detail"' in json.dumps(received.body) else None
+
+    async with JudgeServer(refuse=refuse) as server:
+        for make in (chat, responses):
+            plain, low = make(server), make(server, detail="low")
+            assert (await plain.judge(question())).outcome == "answered"
+            with pytest.raises(PermanentError):
+                await low.judge(question())
+            for judge in (plain, low):
+                await judge.disconnect()
