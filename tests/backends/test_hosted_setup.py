@@ -22,7 +22,7 @@ from cascadevlm.testing.server import Fault, JudgeServer, Received
 from cascadevlm.types import Usage
 from cascadevlm_backends.anthropic import AnthropicJudge
 from cascadevlm_backends.openai import OpenAIJudge
-from tests.backends.hosted_judges import BILL, EITHER, EVERY, USAGE, Make, cascade, chat, images, no_waiting, responses
+from tests.backends.hosted_judges import BILL, EITHER, EVERY, USAGE, Make, cascade, chat, images, no_waiting
 
 __all__ = ["no_waiting"]
 
@@ -279,10 +279,9 @@ async def test_the_default_of_detail_is_left_out() -> None:
         return Fault("bad_request") if '"detail"' in json.dumps(received.body) else None
 
     async with JudgeServer(refuse=refuse) as server:
-        for make in (chat, responses):
-            plain, low = make(server), make(server, detail="low")
-            assert (await plain.judge(question())).outcome == "answered"
-            with pytest.raises(PermanentError):
-                await low.judge(question())
-            for judge in (plain, low):
-                await judge.disconnect()
+        plain, low = chat(server), chat(server, detail="low")
+        assert (await plain.judge(question())).outcome == "answered"
+        with pytest.raises(PermanentError):
+            await low.judge(question())
+        for judge in (plain, low):
+            await judge.disconnect()
