@@ -16,10 +16,10 @@ from typing import Annotated
 import typer
 
 from benchmarks.throughput import make_model
-from cascadevlm import bulk
-from cascadevlm.cluster import on_ray
-from cascadevlm.config import Config
-from cascadevlm.inputs import Inputs
+from cascadevlm.config.config import Config
+from cascadevlm.runs import bulk
+from cascadevlm.runs.inputs import Inputs
+from cascadevlm.runs.ray import on_ray
 from cascadevlm.testing import noise
 
 

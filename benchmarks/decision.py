@@ -26,12 +26,12 @@ from scipy.special import softmax
 
 from benchmarks.sweep import judged_all, pairs
 from cascadevlm import LabelSet, Scores
-from cascadevlm.candidates import ConformalSet, TopK
+from cascadevlm.cascade.candidates import ConformalSet, TopK
 from cascadevlm.decision.calibration import Calibration, FusionRule, answers_of, decided, fit_calibration
 from cascadevlm.decision.scorer_calibration import Floats
-from cascadevlm.metrics import expected_calibration_error
-from cascadevlm.record import NOBODY, Record
-from cascadevlm.sweep import sweep
+from cascadevlm.evaluation.metrics import expected_calibration_error
+from cascadevlm.evaluation.record import NOBODY, Record
+from cascadevlm.evaluation.sweep import sweep
 
 FAMILY = 10
 """Classes that look alike."""

@@ -19,10 +19,10 @@ from scipy.special import log_softmax
 
 from benchmarks.decision import made_up
 from cascadevlm import Stage, load_prompt
+from cascadevlm.cascade.drift import WINDOW, Drift
 from cascadevlm.decision.calibration import Calibration, answers_of, fit_calibration
-from cascadevlm.decision.drift import WINDOW, Drift
 from cascadevlm.decision.scorer_calibration import Floats
-from cascadevlm.record import Record
+from cascadevlm.evaluation.record import Record
 from cascadevlm.testing import FakeJudge
 
 CLASSES, SHOWN = 10, 5

@@ -25,9 +25,9 @@ import typer
 from PIL import Image
 
 from cascadevlm import Cascade, LabelSet, Scorer, Scores, Stage, load_judge, load_prompt
-from cascadevlm.cache import Cached, DiskStore
-from cascadevlm.encoding import JPEG_QUALITY
-from cascadevlm.images import load_image
+from cascadevlm.base.encoding import JPEG_QUALITY
+from cascadevlm.base.images import load_image
+from cascadevlm.judges.cache import Cached, DiskStore
 from cascadevlm.testing import FakeJudge, noise, question
 from cascadevlm.testing.server import JudgeServer
 

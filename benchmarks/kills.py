@@ -26,12 +26,13 @@ import typer
 from numpy.typing import NDArray
 from PIL import Image
 
-from cascadevlm import Cascade, Stage, bulk, load_judge, load_prompt, parse_policy
-from cascadevlm.cache import DiskStore
-from cascadevlm.embeddings import CachedEmbeddings
-from cascadevlm.inputs import Named
-from cascadevlm.run_folder import Tally
-from cascadevlm.scorer import EmbeddingScorer
+from cascadevlm import Cascade, Stage, load_judge, load_prompt, parse_policy
+from cascadevlm.judges.cache import DiskStore
+from cascadevlm.runs import bulk
+from cascadevlm.runs.inputs import Named
+from cascadevlm.runs.run_folder import Tally
+from cascadevlm.scorers.base import EmbeddingScorer
+from cascadevlm.scorers.kept import CachedEmbeddings
 from cascadevlm.testing.server import JudgeServer
 from cascadevlm.testing.server.conversation import Conversation
 

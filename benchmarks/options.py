@@ -19,7 +19,8 @@ import typer
 from PIL import Image
 
 from benchmarks.throughput import BATCH, make_images, make_model, ours, seconds, show
-from cascadevlm import Cascade, LabelSet, bulk, load_scorer
+from cascadevlm import Cascade, LabelSet, load_scorer
+from cascadevlm.runs import bulk
 from cascadevlm.testing import noise
 
 

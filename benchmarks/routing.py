@@ -20,13 +20,13 @@ from PIL import Image
 from benchmarks.decision import made_up
 from benchmarks.sweep import judged_all, pairs
 from cascadevlm import Cascade, LabelSet, Scorer, Scores, Stage, TopK, load_prompt, parse_policy
-from cascadevlm.budget import NANODOLLARS
+from cascadevlm.base.types import Question
+from cascadevlm.cascade.fusing import CalibratedScorer
 from cascadevlm.decision.calibration import fit_calibration
-from cascadevlm.decision.live import CalibratedScorer
-from cascadevlm.prompt import options
-from cascadevlm.record import Record
+from cascadevlm.evaluation.record import Record
+from cascadevlm.judges.budget import NANODOLLARS
+from cascadevlm.judges.prompt import options
 from cascadevlm.testing import FakeJudge
-from cascadevlm.types import Question
 
 LABELLED = 200
 WANTED = (20.0, 50.0, 100.0, 200.0, 500.0)

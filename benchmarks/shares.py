@@ -15,9 +15,9 @@ import typer
 from benchmarks.decision import made_up
 from benchmarks.routing import Answering, Known, picture
 from cascadevlm import Cascade, Stage, TopK, load_prompt, parse_policy
+from cascadevlm.cascade.fusing import CalibratedScorer
 from cascadevlm.decision.calibration import fit_calibration
-from cascadevlm.decision.live import CalibratedScorer
-from cascadevlm.record import Record
+from cascadevlm.evaluation.record import Record
 
 LABELLED = 200
 CLASSES = 10

@@ -15,8 +15,8 @@ import typer
 from numpy.typing import NDArray
 
 from cascadevlm import LabelSet, Scores
-from cascadevlm.record import NOBODY, Judged, Record
-from cascadevlm.sweep import sweep
+from cascadevlm.evaluation.record import NOBODY, Judged, Record
+from cascadevlm.evaluation.sweep import sweep
 
 PAIRS = {
     "siglip-large→gpt-4o": ("siglip-large-384_descriptions", "gpt-4o"),

@@ -27,13 +27,14 @@ import typer
 from PIL import Image, ImageFilter
 
 from benchmarks.sweep import made_up
-from cascadevlm import Cascade, Judge, LabelSet, Scorer, Scores, Stage, bulk, load_judge, load_prompt, load_scorer, parse_policy
-from cascadevlm.embeddings import CachedEmbeddings
-from cascadevlm.inputs import Inputs, Named
-from cascadevlm.scorer import EmbeddingScorer
-from cascadevlm.sweep import under
+from cascadevlm import Cascade, Judge, LabelSet, Scorer, Scores, Stage, load_judge, load_prompt, load_scorer, parse_policy
+from cascadevlm.base.types import Question
+from cascadevlm.evaluation.sweep import under
+from cascadevlm.runs import bulk
+from cascadevlm.runs.inputs import Inputs, Named
+from cascadevlm.scorers.base import EmbeddingScorer
+from cascadevlm.scorers.kept import CachedEmbeddings
 from cascadevlm.testing import FakeJudge
-from cascadevlm.types import Question
 from cascadevlm_backends.recorded import RecordingJudge, RecordingScorer
 
 NAMES = [f"species {number}" for number in range(200)]

@@ -1,14 +1,14 @@
-from .candidates import CumulativeMass, TopK
-from .cascade import Cascade
-from .errors import CascadeError
-from .judge import Judge, LocalJudge
-from .labels import Label, LabelSet
-from .policy import Policy
-from .policy_language import parse_policy
-from .registry import load_judge, load_prompt, load_scorer
-from .scorer import EmbeddingScorer, Scorer
-from .stage import Stage
-from .types import Candidate, Prediction, Question, Scores, Usage, Verdict
+from .base.errors import CascadeError
+from .base.labels import Label, LabelSet
+from .base.types import Candidate, Prediction, Question, Scores, Usage, Verdict
+from .cascade.candidates import CumulativeMass, TopK
+from .cascade.cascade import Cascade
+from .cascade.stage import Stage
+from .config.loading import load_judge, load_prompt, load_scorer
+from .judges.base import Judge, LocalJudge
+from .policies.base import Policy
+from .policies.language import parse_policy
+from .scorers.base import EmbeddingScorer, Scorer
 
 __version__: str
 

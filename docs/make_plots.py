@@ -13,9 +13,9 @@ import typer
 from matplotlib.figure import Figure
 
 from benchmarks.sweep import pairs
-from cascadevlm import plots
 from cascadevlm.decision.calibration import Calibration, decided, fit_calibration, held_out, read_calibration
-from cascadevlm.record import Record, read_record
+from cascadevlm.evaluation import plots
+from cascadevlm.evaluation.record import Record, read_record
 
 PAIR = "siglip-base→gpt-4o-mini"
 """Of those recorded: the scorer whose classes are most unevenly biased."""

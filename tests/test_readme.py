@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from cascadevlm.config import Config
-from cascadevlm.prompt import parse_template
+from cascadevlm.config.config import Config
+from cascadevlm.judges.prompt import parse_template
 from cascadevlm.testing.server import JudgeServer
 from tests.cli.test_cli import run as run_here
 

@@ -21,9 +21,9 @@ from transformers import (
 )
 
 import cascadevlm_prompts
-from cascadevlm.labels import Label
-from cascadevlm.prompt import NONE_OF_THESE, packaged_prompt, render
-from cascadevlm.types import Candidate, Exemplar, Question
+from cascadevlm.base.labels import Label
+from cascadevlm.base.types import Candidate, Exemplar, Question
+from cascadevlm.judges.prompt import NONE_OF_THESE, packaged_prompt, render
 from training import tokenizer as tokenizers
 from training import vision
 from training.birds import BREASTS, CROWNS, GENERA, WINGS, Species, practice_species

@@ -16,11 +16,11 @@ import typer
 
 import cascadevlm_backends.aviary
 from cascadevlm import Cascade, LabelSet, Prediction, TopK, load_scorer
-from cascadevlm.cache import MemoryStore
-from cascadevlm.config import Config, read_toml
-from cascadevlm.images import load_image
-from cascadevlm.measures import entropy
-from cascadevlm.rules import Always
+from cascadevlm.base.images import load_image
+from cascadevlm.config.config import Config, read_toml
+from cascadevlm.judges.cache import MemoryStore
+from cascadevlm.policies.measures import entropy
+from cascadevlm.policies.rules import Always
 from training.birds import species
 from training.render import TEST_SEED, render_files
 

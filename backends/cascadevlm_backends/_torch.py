@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
-from cascadevlm.errors import BackendError
+from cascadevlm.base.errors import BackendError
 
 if TYPE_CHECKING:
     import torch

@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, ClassVar, Literal, cast
 
 from pydantic import JsonValue, PositiveFloat, PositiveInt
 
-from cascadevlm.encoding import ImageLimits
-from cascadevlm.errors import FatalError, JudgeError, PermanentError, TransientError
-from cascadevlm.hosted import (
+from cascadevlm.base.encoding import ImageLimits
+from cascadevlm.base.errors import FatalError, JudgeError, PermanentError, TransientError
+from cascadevlm.base.secrets import without_login
+from cascadevlm.base.types import Question, Verdict
+from cascadevlm.judges.hosted.base import (
     HAS_AIOHTTP,
     BatchLimits,
     Form,
@@ -26,10 +28,8 @@ from cascadevlm.hosted import (
     reported,
     texts_of,
 )
-from cascadevlm.prompt import Message, Part, render
-from cascadevlm.provider_errors import ErrorResponse
-from cascadevlm.secrets import without_login
-from cascadevlm.types import Question, Verdict
+from cascadevlm.judges.hosted.errors import ErrorResponse
+from cascadevlm.judges.prompt import Message, Part, render
 
 if TYPE_CHECKING:
     import anthropic

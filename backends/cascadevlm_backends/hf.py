@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from cascadevlm.errors import BackendError
-from cascadevlm.scorer import DEFAULT_TEMPLATES, EmbeddingScorer, Prepared
+from cascadevlm.base.errors import BackendError
+from cascadevlm.scorers.base import DEFAULT_TEMPLATES, EmbeddingScorer, Prepared
 from cascadevlm_backends._torch import (
     DtypeName,
     choose_device,

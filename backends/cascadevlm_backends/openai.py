@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING, ClassVar, Literal, cast
 
 from pydantic import JsonValue, PositiveFloat, PositiveInt
 
-from cascadevlm.encoding import ImageLimits
-from cascadevlm.errors import BackendError, FatalError, JudgeError, PermanentError, TransientError
-from cascadevlm.hosted import (
+from cascadevlm.base.encoding import ImageLimits
+from cascadevlm.base.errors import BackendError, FatalError, JudgeError, PermanentError, TransientError
+from cascadevlm.base.secrets import without_login
+from cascadevlm.base.types import Question, Usage, Verdict
+from cascadevlm.judges.hosted.base import (
     HAS_AIOHTTP,
     BatchLimits,
     Form,
@@ -30,10 +32,8 @@ from cascadevlm.hosted import (
     reported,
     texts_of,
 )
-from cascadevlm.prompt import Message, Part, after_thoughts, options, read_answer, render
-from cascadevlm.provider_errors import ErrorResponse
-from cascadevlm.secrets import without_login
-from cascadevlm.types import Question, Usage, Verdict
+from cascadevlm.judges.hosted.errors import ErrorResponse
+from cascadevlm.judges.prompt import Message, Part, after_thoughts, options, read_answer, render
 
 if TYPE_CHECKING:
     import openai

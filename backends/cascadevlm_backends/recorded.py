@@ -2,7 +2,8 @@
 
 A record is JSON lines, two kinds of them: ``{"scores": …}`` and ``{"verdict": …}``, each with the digest of the image's pixels.
 `RecordingScorer` and `RecordingJudge` write one around any scorer and judge; ``recorded:FILE`` replays it. So does
-``recorded:FOLDER`` what `cascadevlm.record` wrote of a run; of several stages, ``recorded:FOLDER#2`` the second's judge.
+``recorded:FOLDER`` what `cascadevlm.evaluation.record` wrote of a run; of several stages, ``recorded:FOLDER#2`` is the second
+stage's judge.
 """
 
 import json
@@ -15,15 +16,15 @@ import numpy as np
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, JsonValue
 
-from cascadevlm.cache import key_of
-from cascadevlm.errors import BackendError, BudgetExhausted, FatalError, PermanentError
-from cascadevlm.images import pixel_digest
-from cascadevlm.judge import Judge, WrapperJudge
-from cascadevlm.labels import LabelSet
-from cascadevlm.record import read_record, read_verdicts
-from cascadevlm.recording import NotingScorer, asked_of
-from cascadevlm.scorer import Scorer, texts_part
-from cascadevlm.types import Question, Scores, Verdict
+from cascadevlm.base.errors import BackendError, BudgetExhausted, FatalError, PermanentError
+from cascadevlm.base.images import pixel_digest
+from cascadevlm.base.labels import LabelSet
+from cascadevlm.base.types import Question, Scores, Verdict
+from cascadevlm.evaluation.record import read_record, read_verdicts
+from cascadevlm.evaluation.recording import NotingScorer, asked_of
+from cascadevlm.judges.base import Judge, WrapperJudge
+from cascadevlm.judges.cache import key_of
+from cascadevlm.scorers.base import Scorer, texts_part
 
 MOST_MISSING = 8
 """By how many the questions without an answer may outnumber the others: the record is of other questions then."""

@@ -6,6 +6,8 @@ from typing import Annotated
 import typer
 
 import cascadevlm
+from cascadevlm.base.errors import CascadeError, InputError
+from cascadevlm.base.files import visible
 from cascadevlm.cli import (
     backends,
     cache,
@@ -21,8 +23,6 @@ from cascadevlm.cli import (
     study,
     sweep,
 )
-from cascadevlm.errors import CascadeError, InputError
-from cascadevlm.files import visible
 
 WORK_FAILED = 1
 CALL_WAS_WRONG = 2

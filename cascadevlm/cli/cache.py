@@ -15,7 +15,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="One JSON object.")]
 @app.command()
 def info(folder: Folder = None, as_json: AsJson = False) -> None:
     """Show where the cache is and how much is in it."""
-    from cascadevlm.cache import DiskStore
+    from cascadevlm.judges.cache import DiskStore
 
     store = DiskStore(folder)
     figures = {"folder": str(store.folder), "verdicts": len(store), "bytes": store.size()}
@@ -29,7 +29,7 @@ def clear(
     as_json: AsJson = False,
 ) -> None:
     """Forget all verdicts; hosted ones were paid for."""
-    from cascadevlm.cache import DiskStore
+    from cascadevlm.judges.cache import DiskStore
 
     store = DiskStore(folder)
     if not yes:
@@ -41,7 +41,7 @@ def clear(
 @app.command()
 def verify(folder: Folder = None, as_json: AsJson = False) -> None:
     """Check that every verdict can be read and belongs to the question it is kept under."""
-    from cascadevlm.cache import DiskStore
+    from cascadevlm.judges.cache import DiskStore
 
     store = DiskStore(folder)
     damaged = list(store.damaged())

@@ -55,16 +55,16 @@ def calibrate(
 
     from rich.console import Console
 
+    from cascadevlm.base.errors import InputError
     from cascadevlm.cli.money import confirm
     from cascadevlm.cli.show import calibration_rows, print_summary
-    from cascadevlm.decision.blank import ask_blank, blank_cascade, blank_images
-    from cascadevlm.decision.calibrate import calibrate as calibrated
-    from cascadevlm.decision.calibrate import read_prior
     from cascadevlm.decision.calibration import FUSION_RULES
-    from cascadevlm.decision.targets import Target, TargetKind
-    from cascadevlm.errors import InputError
-    from cascadevlm.record import read_record
-    from cascadevlm.sweep import MEASURES
+    from cascadevlm.evaluation.calibrating.blank import ask_blank, blank_cascade, blank_images
+    from cascadevlm.evaluation.calibrating.calibrate import calibrate as calibrated
+    from cascadevlm.evaluation.calibrating.calibrate import read_prior
+    from cascadevlm.evaluation.calibrating.targets import Target, TargetKind
+    from cascadevlm.evaluation.record import read_record
+    from cascadevlm.evaluation.sweep import MEASURES
 
     if fusion not in FUSION_RULES:
         raise InputError(f"There is no fusion {fusion!r}.", hint=f"Known: {', '.join(FUSION_RULES)}.")

@@ -11,8 +11,8 @@ import typer
 from cascadevlm.cli import options
 
 if TYPE_CHECKING:
-    from cascadevlm.cascade import Cascade
-    from cascadevlm.types import Prediction
+    from cascadevlm.base.types import Prediction
+    from cascadevlm.cascade.cascade import Cascade
 
 
 def classify(
@@ -32,9 +32,9 @@ def classify(
     """Classify images. Fails (exit code 1) if an image cannot be read or no question gets an answer."""
     from rich.console import Console
 
+    from cascadevlm.base.types import Usage
     from cascadevlm.cli.money import confirm
     from cascadevlm.cli.show import outcome_rows, prediction_block, print_summary, spending_rows
-    from cascadevlm.types import Usage
 
     parsed = options.parse(config, scorer, judge, policy, candidates, prompt, settings)
     cascade, files = options.build(parsed, labels), options.image_files(paths)
@@ -65,8 +65,8 @@ def classify(
 def _predictions(cascade: "Cascade", files: list[Path], *, batch: bool) -> "Iterator[Prediction]":
     if not batch:
         return cascade.stream(files)
-    from cascadevlm import loop
-    from cascadevlm.batch import stream_in_batches
+    from cascadevlm.base import loop
+    from cascadevlm.runs.batches.batch import stream_in_batches
 
     def progress(line: str) -> None:
         typer.echo(line, err=True)

@@ -10,20 +10,20 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from cascadevlm.base.errors import InputError
+from cascadevlm.base.files import visible
 from cascadevlm.cli import options
-from cascadevlm.errors import InputError
-from cascadevlm.files import visible
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from cascadevlm.cache import VerdictStore
-    from cascadevlm.cascade import Cascade
-    from cascadevlm.compare import Comparison
-    from cascadevlm.config import Config
-    from cascadevlm.judge import Judge
-    from cascadevlm.labels import LabelSet
-    from cascadevlm.scorer import Scorer
+    from cascadevlm.base.labels import LabelSet
+    from cascadevlm.cascade.cascade import Cascade
+    from cascadevlm.config.config import Config
+    from cascadevlm.evaluation.compare import Comparison
+    from cascadevlm.judges.base import Judge
+    from cascadevlm.judges.cache import VerdictStore
+    from cascadevlm.scorers.base import Scorer
 
 MOST_SHOWN = 20
 """Images on which not all agree; the rest are counted, and in the JSON."""
@@ -46,12 +46,12 @@ def compare(
     from rich.progress import Progress
 
     from cascadevlm.cli.money import confirm
-    from cascadevlm.compare import compare as compared
-    from cascadevlm.compare import labelled, require_same
-    from cascadevlm.config import Config, read_toml
-    from cascadevlm.evaluate import record_run
-    from cascadevlm.record import read_record, scores_kept
-    from cascadevlm.registry import load_scorer
+    from cascadevlm.config.config import Config, read_toml
+    from cascadevlm.config.loading import load_scorer
+    from cascadevlm.evaluation.compare import compare as compared
+    from cascadevlm.evaluation.compare import labelled, require_same
+    from cascadevlm.evaluation.evaluate import record_run
+    from cascadevlm.evaluation.record import read_record, scores_kept
 
     names = _names(runs)
     records = {name: read_record(path) for name, path in zip(names, runs, strict=True) if path.is_dir()}
@@ -118,7 +118,7 @@ def _names(runs: Sequence[Path]) -> list[str]:
 
 def _sharing(cascades: "dict[str, Cascade]", configs: "dict[str, Config]") -> "dict[str, Cascade]":
     """The cascades with one store of verdicts for all, the first's where it has one, and equal models loaded once."""
-    from cascadevlm.cache import MemoryStore
+    from cascadevlm.judges.cache import MemoryStore
 
     stores = [cascade.store for cascade in cascades.values()]
     store: VerdictStore = MemoryStore() if not stores or stores[0] is None else stores[0]

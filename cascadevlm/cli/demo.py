@@ -17,9 +17,9 @@ def demo(
 
     from rich.console import Console
 
+    from cascadevlm.base.labels import LabelSet
     from cascadevlm.cli.show import prediction_block, print_summary
-    from cascadevlm.config import Config, read_toml
-    from cascadevlm.labels import LabelSet
+    from cascadevlm.config.config import Config, read_toml
 
     console = Console(quiet=as_json, highlight=False)
     with resources.as_file(resources.files("cascadevlm_backends") / "aviary") as folder:

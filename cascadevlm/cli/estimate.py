@@ -11,7 +11,7 @@ import typer
 from cascadevlm.cli import options
 
 if TYPE_CHECKING:
-    from cascadevlm.images import ImageSource
+    from cascadevlm.base.images import ImageSource
 
 
 def estimate(
@@ -31,8 +31,8 @@ def estimate(
     from rich.console import Console
     from rich.table import Table
 
-    from cascadevlm.estimate import estimate as estimated
-    from cascadevlm.inputs import LISTS, Inputs
+    from cascadevlm.runs.estimate import estimate as estimated
+    from cascadevlm.runs.inputs import LISTS, Inputs
 
     parsed = options.parse(config, scorer, judge, policy, candidates, prompt, settings)
     cascade = options.build(parsed, labels)

@@ -36,11 +36,11 @@ def evaluate(
     from rich.console import Console
     from rich.progress import Progress
 
+    from cascadevlm.base.errors import RunError
     from cascadevlm.cli.money import confirm
     from cascadevlm.cli.show import evaluation_rows, print_summary
-    from cascadevlm.errors import RunError
-    from cascadevlm.evaluate import asking_everything, can_replay, evaluate_replayed, record_run
-    from cascadevlm.metrics import evaluate as evaluated
+    from cascadevlm.evaluation.evaluate import asking_everything, can_replay, evaluate_replayed, record_run
+    from cascadevlm.evaluation.metrics import evaluate as evaluated
 
     parsed = options.parse(config, scorer, judge, policy, candidates, prompt, settings)
     cascade, given = options.build_with_data(parsed, data, labels, split, limit)

@@ -24,7 +24,7 @@ def export(
     hf is a saved Hugging Face dataset, coco a COCO-style JSON of classes, label-studio has pre-annotations and their labelling
     configuration, and fiftyone is the labels.json of a FiftyOneImageClassificationDataset.
     """
-    from cascadevlm.export import export as exported
+    from cascadevlm.runs.export import export as exported
 
     done = exported(run, to, output, review=review)
     if as_json:

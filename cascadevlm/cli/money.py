@@ -5,13 +5,13 @@ from collections.abc import Sequence
 
 import typer
 
-from cascadevlm import loop
-from cascadevlm.cascade import Cascade
-from cascadevlm.config import Config
-from cascadevlm.errors import InputError
-from cascadevlm.estimate import SAMPLE, estimate
-from cascadevlm.images import ImageSource
-from cascadevlm.inputs import Inputs
+from cascadevlm.base import loop
+from cascadevlm.base.errors import InputError
+from cascadevlm.base.images import ImageSource
+from cascadevlm.cascade.cascade import Cascade
+from cascadevlm.config.config import Config
+from cascadevlm.runs.estimate import SAMPLE, estimate
+from cascadevlm.runs.inputs import Inputs
 
 
 def confirm(config: Config, cascade: Cascade, images: Sequence[ImageSource] | Inputs) -> None:

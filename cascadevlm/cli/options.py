@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cascadevlm.errors import InputError
+from cascadevlm.base.errors import InputError
 
 if TYPE_CHECKING:
-    from cascadevlm.cascade import Cascade
-    from cascadevlm.config import Config
-    from cascadevlm.data import Data
-    from cascadevlm.labels import LabelSet
+    from cascadevlm.base.labels import LabelSet
+    from cascadevlm.cascade.cascade import Cascade
+    from cascadevlm.config.config import Config
+    from cascadevlm.evaluation.data import Data
 
 DEFAULT_POLICY = "entropy > 0.35"
 
@@ -50,7 +50,7 @@ def parse(
     Raises:
         InputError: if something in them is wrong.
     """
-    from cascadevlm.config import Config, override, read_toml, toml_value
+    from cascadevlm.config.config import Config, override, read_toml, toml_value
 
     data = read_toml(config) if config else {}
     overrides = {
@@ -75,7 +75,7 @@ def parse(
 
 def build(config: "Config", labels: Path | None, *, bulk: bool = False) -> "Cascade":
     """The cascade of a configuration, with the labels of a file where one is given."""
-    from cascadevlm.labels import LabelSet
+    from cascadevlm.base.labels import LabelSet
 
     return config.build(LabelSet.read(labels) if labels else None, bulk=bulk)
 
@@ -88,7 +88,7 @@ def build_with_data(
     Raises:
         DataError: if the data is not as it should be.
     """
-    from cascadevlm.data import read_data
+    from cascadevlm.evaluation.data import read_data
 
     where = labels or (data if config.labels is None and data.is_dir() else None)
     cascade = build(config, where)
@@ -109,7 +109,7 @@ def tell(labels: "LabelSet", images: list[Path]) -> None:
 
 def left_out(images: list[Path]) -> str:
     """How many files in folders of images look like images and are not read, in one sentence; "" where there are none."""
-    from cascadevlm.images import images_left_out
+    from cascadevlm.base.images import images_left_out
 
     found = sum(map(images_left_out, filter(Path.is_dir, images)), Counter())
     kinds = ", ".join(f"{count} {suffix}" for suffix, count in sorted(found.items()))
@@ -122,7 +122,7 @@ def image_files(paths: list[Path]) -> list[Path]:
     Raises:
         InputError: if a path does not exist or a folder holds no image.
     """
-    from cascadevlm.images import image_files as files_below
+    from cascadevlm.base.images import image_files as files_below
 
     files = []
     for path in paths:

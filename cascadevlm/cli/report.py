@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from cascadevlm.errors import InputError
+from cascadevlm.base.errors import InputError
 
 
 def report(
@@ -19,7 +19,7 @@ def report(
     Of a run over images without labels, made by run -o, the page shows what was decided, by whom and how surely, and the
     images, the doubtful first.
     """
-    from cascadevlm.report import is_bulk_run, read_bulk_run, read_run, render, render_bulk
+    from cascadevlm.evaluation.report import is_bulk_run, read_bulk_run, read_run, render, render_bulk
 
     named = dict(zip(_names(runs), runs, strict=True))
     unlabelled = [run for run in runs if is_bulk_run(run)]

@@ -51,12 +51,13 @@ def run(
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-    from cascadevlm import bulk, cluster
+    from cascadevlm.base.errors import DataError, InputError, RunError
     from cascadevlm.cli.money import confirm
     from cascadevlm.cli.show import print_summary, tally_rows
-    from cascadevlm.errors import DataError, InputError, RunError
-    from cascadevlm.inputs import Inputs
-    from cascadevlm.run_folder import FAILURES, Tally
+    from cascadevlm.runs import bulk
+    from cascadevlm.runs import ray as cluster
+    from cascadevlm.runs.inputs import Inputs
+    from cascadevlm.runs.run_folder import FAILURES, Tally
 
     parsed = options.parse(config, scorer, judge, policy, candidates, prompt, settings)
     cascade, images = options.build(parsed, labels, bulk=True), Inputs(inputs)

@@ -9,14 +9,14 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from cascadevlm.files import visible
-from cascadevlm.texts import share
-from cascadevlm.types import Outcome, Prediction, Usage, Verdict
+from cascadevlm.base.files import visible
+from cascadevlm.base.types import Outcome, Prediction, Usage, Verdict
+from cascadevlm.evaluation.texts import share
 
 if TYPE_CHECKING:
-    from cascadevlm.decision.calibrate import Calibrated
-    from cascadevlm.metrics import Evaluation
-    from cascadevlm.run_folder import Tally
+    from cascadevlm.evaluation.calibrating.calibrate import Calibrated
+    from cascadevlm.evaluation.metrics import Evaluation
+    from cascadevlm.runs.run_folder import Tally
 
 BAR_WIDTH = 12
 

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
+from cascadevlm.base.errors import InputError
 from cascadevlm.cli import options
-from cascadevlm.errors import InputError
 
 if TYPE_CHECKING:
-    from cascadevlm.cascade import Cascade
-    from cascadevlm.config import Config
-    from cascadevlm.study import Study
+    from cascadevlm.cascade.cascade import Cascade
+    from cascadevlm.config.config import Config
+    from cascadevlm.evaluation.study import Study
 
 app = typer.Typer(help="The studies of the CascadeVLM paper, on your data and models.", no_args_is_help=True)
 
@@ -49,7 +49,7 @@ def candidates(
     as_json: options.AsJson = False,
 ) -> None:
     """Study the effect of the number of candidates."""
-    from cascadevlm.study import study_candidates
+    from cascadevlm.evaluation.study import study_candidates
 
     studied = partial(study_candidates, ks=_numbers("--k", k, int))
     parsed = options.parse(config, scorer, judge, policy, None, prompt, settings)
@@ -74,7 +74,7 @@ def order(
     as_json: options.AsJson = False,
 ) -> None:
     """Study the effect of the order of the candidates: ranked, reversed, shuffled; and the judge's position bias."""
-    from cascadevlm.study import study_order
+    from cascadevlm.evaluation.study import study_order
 
     parsed = options.parse(config, scorer, judge, policy, candidates, prompt, settings)
     _study(study_order, parsed, data, labels, split, limit, output, yes=yes, as_json=as_json)
@@ -97,7 +97,7 @@ def reasoning(
     as_json: options.AsJson = False,
 ) -> None:
     """Study the effect of chain-of-thought: the prompt select_cot against select."""
-    from cascadevlm.study import study_reasoning
+    from cascadevlm.evaluation.study import study_reasoning
 
     parsed = options.parse(config, scorer, judge, policy, candidates, None, settings)
     _study(study_reasoning, parsed, data, labels, split, limit, output, yes=yes, as_json=as_json)
@@ -122,7 +122,7 @@ def shots(
     as_json: options.AsJson = False,
 ) -> None:
     """Study the effect of exemplars: the prompt select_fewshot against select_cot, which shows none."""
-    from cascadevlm.study import study_shots
+    from cascadevlm.evaluation.study import study_shots
 
     studied = partial(study_shots, support=support, shots=_numbers("--shots", shots, int))
     parsed = options.parse(config, scorer, judge, policy, candidates, None, settings)
@@ -139,8 +139,8 @@ def threshold(
     as_json: options.AsJson = False,
 ) -> None:
     """Study the effect of the entropy threshold, on a record, asking nobody."""
-    from cascadevlm.record import read_record
-    from cascadevlm.study import study_threshold
+    from cascadevlm.evaluation.record import read_record
+    from cascadevlm.evaluation.study import study_threshold
 
     chosen = _numbers("--thresholds", thresholds, float) if thresholds else None
     _finish(study_threshold(read_record(run), thresholds=chosen), output, as_json=as_json)
@@ -149,8 +149,8 @@ def threshold(
 @app.command()
 def errors(run: AnyRun, output: Result = None, as_json: options.AsJson = False) -> None:
     """Split the errors of a record, under its policy, by their causes, asking nobody."""
-    from cascadevlm.evaluate import as_configured, read_decided
-    from cascadevlm.study import study_errors
+    from cascadevlm.evaluation.evaluate import as_configured, read_decided
+    from cascadevlm.evaluation.study import study_errors
 
     _finish(study_errors(as_configured(read_decided(run))), output, as_json=as_json)
 
@@ -216,7 +216,7 @@ def _show(study: "Study") -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from cascadevlm.texts import study_figure
+    from cascadevlm.evaluation.texts import study_figure
 
     columns = [
         ["", *(row.variant for row in study.rows)],

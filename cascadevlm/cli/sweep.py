@@ -22,8 +22,8 @@ def sweep(
     from rich.table import Table
 
     from cascadevlm.decision.calibration import decided, held_out, read_calibration
-    from cascadevlm.record import read_record
-    from cascadevlm.sweep import sweep as swept
+    from cascadevlm.evaluation.record import read_record
+    from cascadevlm.evaluation.sweep import sweep as swept
 
     records = {str(run): read_record(run) for run in runs}
     if calibration is not None:

@@ -12,7 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import JsonValue, TypeAdapter, ValidationError
 
-from cascadevlm.candidates import TopK
+from cascadevlm.base.errors import ConfigError, DataError
+from cascadevlm.base.secrets import without_secrets
+from cascadevlm.base.types import Scores
+from cascadevlm.cascade.candidates import TopK
 from cascadevlm.decision.conformal import Conformal, best_size
 from cascadevlm.decision.judge_fit import fit_judge
 from cascadevlm.decision.judge_model import NONE_CHOSEN, Answers, JudgeModel
@@ -20,10 +23,7 @@ from cascadevlm.decision.pool import Pool, fit_pool
 from cascadevlm.decision.scorer_calibration import Floats, ScorerCalibration, fit_scorer
 from cascadevlm.decision.shares import Shares
 from cascadevlm.decision.without_labels import fit_without_labels
-from cascadevlm.errors import ConfigError, DataError
-from cascadevlm.record import NOBODY, Columns, Fused, Judged, Record
-from cascadevlm.secrets import without_secrets
-from cascadevlm.types import Scores
+from cascadevlm.evaluation.record import NOBODY, Columns, Fused, Judged, Record
 
 FusionRule = Literal["judge", "bayes", "weighted"]
 """Whose word is final: the judge's where it gave an answer, or the more probable label by both, by the model of the judge or by

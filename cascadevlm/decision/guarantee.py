@@ -20,8 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import bdtr, bdtri, expit
 
+from cascadevlm.base.errors import InputError
 from cascadevlm.decision.judge_model import Bools
-from cascadevlm.errors import InputError
 
 GRID = np.append(expit(np.arange(140, -70, -1) / 10), 0.0)
 """Thresholds, strictest first: steps of 0.1 in the log-odds, from 1 - 8e-7 to 0.001, and last 0, which accepts all."""

@@ -17,9 +17,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 from scipy.special import log_softmax
 
+from cascadevlm.base.errors import InputError
+from cascadevlm.base.types import Scores
 from cascadevlm.decision.scorer_calibration import Floats, StoredFloats
-from cascadevlm.errors import InputError
-from cascadevlm.types import Scores
 
 PERIOD = 256
 """Images, or a batch if it is larger."""

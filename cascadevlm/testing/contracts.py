@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from cascadevlm.judge import Judge
-from cascadevlm.labels import LabelSet
-from cascadevlm.scorer import Scorer
+from cascadevlm.base.labels import LabelSet
+from cascadevlm.judges.base import Judge
+from cascadevlm.scorers.base import Scorer
 from cascadevlm.testing.fakes import noise, question
 
 

@@ -9,12 +9,12 @@ import numpy as np
 from PIL import Image
 from pydantic import JsonValue
 
-from cascadevlm.images import pixel_digest
-from cascadevlm.judge import Judge, verdict_from_text
-from cascadevlm.labels import Label, LabelSet
-from cascadevlm.registry import load_prompt
-from cascadevlm.scorer import Scorer
-from cascadevlm.types import Candidate, Prompt, Question, Scores, Usage, Verdict
+from cascadevlm.base.images import pixel_digest
+from cascadevlm.base.labels import Label, LabelSet
+from cascadevlm.base.types import Candidate, Prompt, Question, Scores, Usage, Verdict
+from cascadevlm.config.loading import load_prompt
+from cascadevlm.judges.base import Judge, verdict_from_text
+from cascadevlm.scorers.base import Scorer
 
 
 class FakeScorer(Scorer):

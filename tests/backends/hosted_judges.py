@@ -8,10 +8,10 @@ import pytest
 from pydantic import JsonValue
 
 from cascadevlm import Cascade, Stage, load_prompt
-from cascadevlm.budget import Ledger
-from cascadevlm.cache import VerdictStore
-from cascadevlm.hosted import HostedJudge
-from cascadevlm.images import ImageSource
+from cascadevlm.base.images import ImageSource
+from cascadevlm.judges.budget import Ledger
+from cascadevlm.judges.cache import VerdictStore
+from cascadevlm.judges.hosted.base import HostedJudge
 from cascadevlm.testing import FakeScorer, noise
 from cascadevlm.testing.server import Fault, JudgeServer
 from cascadevlm_backends.anthropic import AnthropicJudge
@@ -66,4 +66,4 @@ def one_in_three(faults: Iterable[Fault]) -> Callable[[int], Fault | None]:
 @pytest.fixture
 def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     """Retries at once, unless a response says otherwise."""
-    monkeypatch.setattr("cascadevlm.retry._BACKOFF", lambda _: 0.0)
+    monkeypatch.setattr("cascadevlm.judges.retry._BACKOFF", lambda _: 0.0)

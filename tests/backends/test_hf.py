@@ -34,10 +34,10 @@ from transformers import (
     SiglipImageProcessor,
 )
 
-from cascadevlm.errors import BackendError
-from cascadevlm.labels import LabelSet
-from cascadevlm.registry import load_scorer
-from cascadevlm.scorer import Scorer
+from cascadevlm.base.errors import BackendError
+from cascadevlm.base.labels import LabelSet
+from cascadevlm.config.loading import load_scorer
+from cascadevlm.scorers.base import Scorer
 from cascadevlm.testing import ScorerContract, noise
 from cascadevlm_backends._torch import DtypeName, choose_device, choose_dtype, directory_digest
 from cascadevlm_backends.hf import HfScorer

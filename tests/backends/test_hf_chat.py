@@ -40,13 +40,13 @@ from transformers import (
     Qwen3VLVideoProcessor,
 )
 
-from cascadevlm.errors import BackendError, PermanentError
-from cascadevlm.judge import Judge, verdict_from_text
-from cascadevlm.labels import Label
-from cascadevlm.prompt import NONE_OF_THESE, options, render
-from cascadevlm.registry import load_judge, load_prompt
+from cascadevlm.base.errors import BackendError, PermanentError
+from cascadevlm.base.labels import Label
+from cascadevlm.base.types import Exemplar, Question, Usage, Verdict
+from cascadevlm.config.loading import load_judge, load_prompt
+from cascadevlm.judges.base import Judge, verdict_from_text
+from cascadevlm.judges.prompt import NONE_OF_THESE, options, render
 from cascadevlm.testing import JudgeContract, noise, question
-from cascadevlm.types import Exemplar, Question, Usage, Verdict
 from cascadevlm_backends import hf_chat
 from cascadevlm_backends.hf_chat import HfChatJudge, _Loaded
 

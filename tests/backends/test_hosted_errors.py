@@ -12,9 +12,9 @@ import httpx2
 import openai
 import pytest
 
-from cascadevlm.errors import FatalError, JudgeError, PermanentError, RateLimited, Refused, TransientError
-from cascadevlm.hosted import HostedJudge
-from cascadevlm.provider_errors import ErrorResponse, error_of_response, translate
+from cascadevlm.base.errors import FatalError, JudgeError, PermanentError, RateLimited, Refused, TransientError
+from cascadevlm.judges.hosted.base import HostedJudge
+from cascadevlm.judges.hosted.errors import ErrorResponse, error_of_response, translate
 from cascadevlm_backends.anthropic import AnthropicJudge
 from cascadevlm_backends.openai import OpenAIJudge
 

@@ -10,12 +10,12 @@ from typing import get_args
 
 import pytest
 
-from cascadevlm import transport
-from cascadevlm.budget import NANODOLLARS, Ledger
-from cascadevlm.cache import DiskStore, MemoryStore
-from cascadevlm.errors import BackendError, FatalError, RateLimited, TransientError
-from cascadevlm.registry import load_prompt
-from cascadevlm.stage import Stage
+from cascadevlm.base.errors import BackendError, FatalError, RateLimited, TransientError
+from cascadevlm.cascade.stage import Stage
+from cascadevlm.config.loading import load_prompt
+from cascadevlm.judges.budget import NANODOLLARS, Ledger
+from cascadevlm.judges.cache import DiskStore, MemoryStore
+from cascadevlm.judges.hosted import transport
 from cascadevlm.testing import noise, question
 from cascadevlm.testing.server import Fault, FaultKind, JudgeServer
 from cascadevlm.testing.server.faults import ERRORS
@@ -104,7 +104,7 @@ async def test_the_wait_is_what_the_response_says(make: Make, monkeypatch: pytes
         waits.append(error.retry_after)
         return 0
 
-    monkeypatch.setattr("cascadevlm.retry._BACKOFF", remember)
+    monkeypatch.setattr("cascadevlm.judges.retry._BACKOFF", remember)
     told = [Fault("rate_limit", retry_after=0.01), Fault("overloaded", retry_after_ms=20), Fault("unavailable")]
     async with JudgeServer(usage=USAGE, faults=told) as server:
         (prediction,) = await cascade(make(server)).aclassify([noise(1)])

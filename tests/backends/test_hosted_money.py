@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cascadevlm.budget import NANODOLLARS, Ledger, Metered
-from cascadevlm.errors import BudgetExhausted, FatalError, JudgeError
-from cascadevlm.hosted import HostedJudge
+from cascadevlm.base.errors import BudgetExhausted, FatalError, JudgeError
+from cascadevlm.judges.budget import NANODOLLARS, Ledger, Metered
+from cascadevlm.judges.hosted.base import HostedJudge
 from cascadevlm.testing import question
 from cascadevlm.testing.server import Fault, JudgeServer
 from tests.backends.hosted_judges import BILL, EITHER, EVERY, USAGE, Make, cascade, chat, images, messages, no_waiting, responses

@@ -13,17 +13,17 @@ from PIL import Image
 from pydantic import JsonValue
 
 from cascadevlm import load_prompt
-from cascadevlm.budget import Ledger
-from cascadevlm.cache import MemoryStore, key_of, question_payload
-from cascadevlm.dependable import dependable
-from cascadevlm.encoding import encode_image, size_within
-from cascadevlm.errors import FatalError, JudgeError, PermanentError, RateLimited, TransientError
-from cascadevlm.hosted import HostedJudge
-from cascadevlm.judge import Judge
+from cascadevlm.base.encoding import encode_image, size_within
+from cascadevlm.base.errors import FatalError, JudgeError, PermanentError, RateLimited, TransientError
+from cascadevlm.base.types import Exemplar, Question, Verdict
+from cascadevlm.judges.base import Judge
+from cascadevlm.judges.budget import Ledger
+from cascadevlm.judges.cache import MemoryStore, key_of, question_payload
+from cascadevlm.judges.dependable import dependable
+from cascadevlm.judges.hosted.base import HostedJudge
 from cascadevlm.testing import JudgeContract, noise, picture, question
 from cascadevlm.testing.server import Conversation, Fault, JudgeServer, Received
 from cascadevlm.testing.server.conversation import read_request
-from cascadevlm.types import Exemplar, Question, Verdict
 from tests.backends.hosted_judges import BILL, EITHER, EVERY, USAGE, Make, cascade, chat, messages, no_waiting, responses
 
 __all__ = ["no_waiting"]
@@ -222,8 +222,8 @@ async def test_an_image_is_encoded_and_hashed_once(make: Make, monkeypatch: pyte
         counts["hashed"] += 1
         return hashlib.sha256(data)
 
-    monkeypatch.setattr("cascadevlm.hosted.encode_image", encode)
-    monkeypatch.setattr("cascadevlm.encoding.hashlib", SimpleNamespace(sha256=sha256))
+    monkeypatch.setattr("cascadevlm.judges.hosted.base.encode_image", encode)
+    monkeypatch.setattr("cascadevlm.base.encoding.hashlib", SimpleNamespace(sha256=sha256))
     faults = [Fault("server_error"), Fault("reset"), Fault("wrong_label"), Fault("unavailable")]
     async with JudgeServer(faults=faults) as server:
         judge = dependable(make(server), MemoryStore(), Ledger())
@@ -514,7 +514,7 @@ async def test_what_an_endpoint_does_not_take_is_found_out_once(
 
 
 async def test_the_older_name_of_the_limit_is_found_out_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cascadevlm.hosted.HostedJudge.is_own_endpoint", True)
+    monkeypatch.setattr("cascadevlm.judges.hosted.base.HostedJudge.is_own_endpoint", True)
     async with JudgeServer(refuse=refusing(400, NEWER, "max_completion_tokens")) as server:
         judge = chat(server, price=0)
         assert (await judge.judge(question())).outcome == "answered"
@@ -567,7 +567,7 @@ async def test_a_first_answer_that_tells_nothing_does_not_hold_up_the_others(fir
 async def test_a_first_question_that_hangs_does_not_hold_up_the_others_for_long(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cascadevlm.hosted.FIRST_ALONE_SECONDS", 0.05)
+    monkeypatch.setattr("cascadevlm.judges.hosted.base.FIRST_ALONE_SECONDS", 0.05)
     async with JudgeServer(faults=[Fault("slow", seconds=30)]) as server:
         judge = make(server)
         first = asyncio.create_task(judge.judge(question()))

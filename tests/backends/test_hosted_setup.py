@@ -12,14 +12,14 @@ import openai
 import pytest
 
 from cascadevlm import Cascade, load_judge
-from cascadevlm.budget import NANODOLLARS, Ledger
-from cascadevlm.errors import BackendError, FatalError, PermanentError
-from cascadevlm.hosted import LOCAL_ONLY, HostedJudge
-from cascadevlm.images import ImageSource
-from cascadevlm.pricing import FREE, find_price
+from cascadevlm.base.errors import BackendError, FatalError, PermanentError
+from cascadevlm.base.images import ImageSource
+from cascadevlm.base.types import Usage
+from cascadevlm.judges.budget import NANODOLLARS, Ledger
+from cascadevlm.judges.hosted.base import LOCAL_ONLY, HostedJudge
+from cascadevlm.judges.pricing import FREE, find_price
 from cascadevlm.testing import noise, question
 from cascadevlm.testing.server import Fault, JudgeServer, Received
-from cascadevlm.types import Usage
 from cascadevlm_backends.anthropic import AnthropicJudge
 from cascadevlm_backends.openai import OpenAIJudge
 from tests.backends.hosted_judges import BILL, EITHER, EVERY, USAGE, Make, cascade, chat, images, no_waiting

@@ -12,17 +12,18 @@ import pytest
 from aiohttp import web
 from pydantic import JsonValue
 
-from cascadevlm import bulk, transport
-from cascadevlm.budget import Ledger
-from cascadevlm.cache import DiskStore, question_payload
-from cascadevlm.config import Config
-from cascadevlm.data import Data
-from cascadevlm.decision.blank import blank_cascade
-from cascadevlm.errors import BackendError, DataError, FatalError, TransientError
-from cascadevlm.evaluate import record_run
-from cascadevlm.hosted import Client, HostedJudge
-from cascadevlm.registry import load_judge
-from cascadevlm.secrets import HIDDEN, credentials_of, scrubbed, shown_address, without_secrets
+from cascadevlm.base.errors import BackendError, DataError, FatalError, TransientError
+from cascadevlm.base.secrets import HIDDEN, credentials_of, scrubbed, shown_address, without_secrets
+from cascadevlm.config.config import Config
+from cascadevlm.config.loading import load_judge
+from cascadevlm.evaluation.calibrating.blank import blank_cascade
+from cascadevlm.evaluation.data import Data
+from cascadevlm.evaluation.evaluate import record_run
+from cascadevlm.judges.budget import Ledger
+from cascadevlm.judges.cache import DiskStore, question_payload
+from cascadevlm.judges.hosted import transport
+from cascadevlm.judges.hosted.base import Client, HostedJudge
+from cascadevlm.runs import bulk
 from cascadevlm.testing import noise, question
 from cascadevlm.testing.server import Fault, JudgeServer
 from tests.backends.hosted_judges import EITHER, EVERY, LABELS, USAGE, Make, always, cascade, chat, images, messages

@@ -9,14 +9,14 @@ import anthropic
 import openai
 import pytest
 
-from cascadevlm.cache import key_of, question_payload
-from cascadevlm.judge import Judge
+from cascadevlm.judges.base import Judge
+from cascadevlm.judges.cache import key_of, question_payload
 from cascadevlm.testing import question
 from cascadevlm_backends.anthropic import AnthropicJudge
 from cascadevlm_backends.hf_chat import HfChatJudge
 from cascadevlm_backends.openai import OpenAIJudge
 from cascadevlm_backends.recorded import RecordedJudge
-from tests.core.test_cache import key
+from tests.judges.test_cache import key
 
 HERE = "http://localhost:9/v1"
 

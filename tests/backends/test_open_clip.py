@@ -12,10 +12,10 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from cascadevlm.errors import BackendError, InputError
-from cascadevlm.labels import LabelSet
-from cascadevlm.registry import load_scorer
-from cascadevlm.scorer import Scorer
+from cascadevlm.base.errors import BackendError, InputError
+from cascadevlm.base.labels import LabelSet
+from cascadevlm.config.loading import load_scorer
+from cascadevlm.scorers.base import Scorer
 from cascadevlm.testing import ScorerContract, noise
 from cascadevlm_backends.open_clip import OpenClipScorer
 

@@ -6,15 +6,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cascadevlm import Cascade, Stage, bulk
-from cascadevlm.cache import DiskStore, MemoryStore
-from cascadevlm.errors import BackendError, FatalError, PermanentError
-from cascadevlm.judge import Judge
-from cascadevlm.labels import Label, LabelSet
-from cascadevlm.registry import load_judge, load_prompt, load_scorer
-from cascadevlm.scorer import Scorer
+from cascadevlm import Cascade, Stage
+from cascadevlm.base.errors import BackendError, FatalError, PermanentError
+from cascadevlm.base.labels import Label, LabelSet
+from cascadevlm.base.types import Prediction
+from cascadevlm.config.loading import load_judge, load_prompt, load_scorer
+from cascadevlm.judges.base import Judge
+from cascadevlm.judges.cache import DiskStore, MemoryStore
+from cascadevlm.runs import bulk
+from cascadevlm.scorers.base import Scorer
 from cascadevlm.testing import FakeJudge, FakeScorer, JudgeContract, ScorerContract, noise, question
-from cascadevlm.types import Prediction
 from cascadevlm_backends.recorded import RecordingJudge, RecordingScorer
 
 LABELS = LabelSet.of(["ant", "bee", "cicada", "dragonfly"])

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from cascadevlm import Cascade, Judge, LabelSet, Stage, load_judge, load_prompt, load_scorer
-from cascadevlm.types import Prediction
+from cascadevlm.base.types import Prediction
 
 AVIARY = Path(str(resources.files("cascadevlm_backends") / "aviary"))
 SECONDS_TO_START = 120

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cascadevlm.record import read_record
+from cascadevlm.evaluation.record import read_record
 from cascadevlm.testing.server import JudgeServer
 from tests.cli.test_cli import run
 from tests.cli.test_evaluate import CONFIG

@@ -8,7 +8,7 @@ The providers' own clients talk to it, so a test goes through everything but the
 Needs aiohttp: ``pip install 'cascadevlm[testing]'``.
 """
 
-from cascadevlm.errors import BackendError
+from cascadevlm.base.errors import BackendError
 
 try:
     import aiohttp  # noqa: F401

@@ -1,0 +1,1 @@
+"""What passes between the parts, and what reads files."""

@@ -1,0 +1,268 @@
+"""Label sets: the classes an image may be of, and what is known of each."""
+
+import csv
+import hashlib
+import io
+import json
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+
+from pydantic import TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass as validated_dataclass
+
+from cascadevlm.base.errors import LabelError
+
+
+def one_line(text: str) -> str:
+    """The text with every run of white space, line breaks included, made one space."""
+    return " ".join(text.split())
+
+
+@lru_cache(100_000)
+def fold(text: str) -> str:
+    """The form in which names are compared: no case, accents or punctuation, single spaces.
+
+    A name made of punctuation alone keeps it, since nothing else would be left to compare.
+    """
+    decomposed = unicodedata.normalize("NFKD", unicodedata.normalize("NFKD", text).casefold())  # as Unicode matches caselessly
+    bare = "".join(c for c in decomposed if not unicodedata.combining(c))
+    words = re.sub(r"[\W_]+", " ", bare).strip()
+    return words or one_line(bare)
+
+
+_NUMBER = re.compile(r"^(\d{3,}\.|n\d{8}-)(?=\D)")
+"""What comes before the name in folders of data sets: a number of three digits or more and a dot, or a WordNet id."""
+
+
+@lru_cache(100_000)
+def words(name: str) -> str:
+    """A name as a scorer and a judge are shown it, and as names are compared where they must be the same: composed Unicode (NFC),
+    without the number before it and with spaces for underscores, as names of folders have them (``001.Red_finch``,
+    ``n90000001-Red_finch``). A name that would be left without words stays as it is."""
+    composed = unicodedata.normalize("NFC", name).strip()
+    return one_line(_NUMBER.sub("", composed, count=1).replace("_", " ")) or one_line(composed)
+
+
+@validated_dataclass(frozen=True, kw_only=True, config={"extra": "forbid"})
+class Label:
+    """One class: its ``name``, the ``text`` a scorer is prompted with (by default the `words` of the name), other names a judge
+    may answer with, and a description shown to the judge. The judge is shown the words of the name; results hold the name."""
+
+    name: str
+    text: str = ""
+    aliases: tuple[str, ...] = ()
+    description: str = ""
+
+    @property
+    def prompt_text(self) -> str:
+        return self.text or self.words
+
+    @property
+    def words(self) -> str:
+        """The words of the name."""
+        return words(self.name)
+
+
+@dataclass(frozen=True)
+class LabelSet:
+    """An ordered set of labels; the columns of a score matrix.
+
+    Raises:
+        LabelError: if there is no label, a name or alias is empty, or two labels share one.
+    """
+
+    labels: tuple[Label, ...]
+
+    def __post_init__(self) -> None:
+        if not self.labels:
+            raise LabelError("The label set is empty.", hint="Give at least one class name.")
+        seen: set[str] = set()
+        twice: dict[str, None] = {}
+        for number, label in enumerate(self.labels, start=1):
+            for name in {words(name) for name in (label.name, *label.aliases)}:
+                if not name:
+                    raise LabelError(f"Label {number} ({label.name!r}) has an empty name or alias.", hint="Fill it in.")
+                if name in seen:
+                    twice[name] = None
+                seen.add(name)
+        if twice:
+            names = ", ".join(map(repr, twice))
+            raise LabelError(
+                f"The name {names} is there twice." if len(twice) == 1 else f"{len(twice)} names are there twice: {names}.",
+                hint="Two classes of one name need different names, as in 'crane (bird)'. Keep one entry per class.",
+            )
+
+    @classmethod
+    def of(cls, labels: "LabelSet | Iterable[str | Label]") -> "LabelSet":
+        """A label set from names, labels or another label set."""
+        if isinstance(labels, LabelSet):
+            return labels
+        if isinstance(labels, str):
+            raise LabelError(f"{labels!r} is one name, not a list.", hint="Use LabelSet.read for a file.")
+        return cls(tuple(Label(name=label) if isinstance(label, str) else label for label in labels))
+
+    @classmethod
+    def read(cls, path: str | Path) -> "LabelSet":
+        """A label set from a file or folder.
+
+        Text files hold a name per line, which may be numbered from 0 or 1 on, or lines of WordNet ids and names as ImageNet's
+        ``synset_words.txt``. Tables (``.csv``, with commas, semicolons or tabs; ``.tsv``) have a header with ``name`` (or
+        ``species``, ``label`` or ``class``) and, optionally, ``text``, ``aliases`` (separated by ``|``) and ``description``;
+        other columns are left out. ``.json`` is a list of names or of objects with those keys, ``.jsonl`` one of them per line.
+        Of a folder, the names of its sub-folders are taken, sorted.
+
+        Raises:
+            LabelError: if the path cannot be read as such, or its labels are no label set.
+        """
+        path = Path(path)
+        try:
+            return cls(tuple(_read_folder(path) if path.is_dir() else _read_file(path)))
+        except (OSError, ValueError) as exc:
+            reason = exc.strerror if isinstance(exc, OSError) else str(exc)
+            if isinstance(exc, UnicodeDecodeError):
+                raise LabelError(f"Labels file {str(path)!r} is not UTF-8 text.", hint="Save it as UTF-8.") from exc
+            if isinstance(exc, ValidationError):
+                last = exc.errors()[-1]  # an entry is tried as a name first, as an object last
+                where = ".".join(map(str, last["loc"]))
+                raise LabelError(f"Labels file {str(path)!r}, entry {where}: {last['msg']}.") from exc
+            raise LabelError(f"Labels file {str(path)!r} cannot be read: {reason}.") from exc
+        except LabelError as exc:
+            raise LabelError(f"Labels {str(path)!r}: {exc}") from exc
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        return tuple(label.name for label in self.labels)
+
+    @cached_property
+    def columns(self) -> dict[str, int]:
+        """The column of each name."""
+        return {name: number for number, name in enumerate(self.names)}
+
+    @cached_property
+    def spellings(self) -> frozenset[str]:
+        """Every name and alias, as they are compared."""
+        return frozenset(fold(name) for label in self.labels for name in (label.name, *label.aliases))
+
+    @cached_property
+    def texts(self) -> tuple[str, ...]:
+        """C texts: what stands for each label in a scorer's templates."""
+        return tuple(one_line(label.prompt_text) for label in self.labels)
+
+    @cached_property
+    def texts_digest(self) -> str:
+        """sha256 of every name with its text, in column order, in hexadecimal."""
+        return hashlib.sha256(json.dumps([*zip(self.names, self.texts, strict=True)]).encode()).hexdigest()
+
+    @cached_property
+    def descriptions_digest(self) -> str:
+        """sha256 of the descriptions, in column order, in hexadecimal; empty where no label has one."""
+        descriptions = [one_line(label.description) for label in self.labels]
+        return hashlib.sha256(json.dumps(descriptions).encode()).hexdigest() if any(descriptions) else ""
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256 of the spellings, in hexadecimal."""
+        return hashlib.sha256(json.dumps(sorted(self.spellings)).encode()).hexdigest()
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __iter__(self) -> Iterator[Label]:
+        return iter(self.labels)
+
+    def __getitem__(self, index: int) -> Label:
+        return self.labels[index]
+
+
+NAME_COLUMNS = ("name", "species", "label", "class")
+"""What the column of names may be called; the first of these that a table has."""
+
+_ENTRIES = TypeAdapter(list[str | Label])
+_LISTED = re.compile(r"""[\[{]\s*["'\[{\d].*[\]}]""", re.DOTALL)
+_SYNSET = re.compile(r"(n\d{8})\s+(.+)")
+_NUMBERED = re.compile(r"(\d{1,9})[\s.:,;)]\s*(.+)")
+
+
+def _read_folder(path: Path) -> list[Label]:
+    return [Label(name=entry.name) for entry in sorted(path.iterdir()) if entry.is_dir() and not entry.name.startswith(".")]
+
+
+def _read_file(path: Path) -> list[Label]:
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        text = file.read()
+    match path.suffix.lower():
+        case ".csv" | ".tsv":
+            return _read_table(text)
+        case ".json":
+            return _read_json(text)
+        case ".jsonl" | ".ndjson":
+            return _read_json(f"[{','.join(_lines(text))}]")
+        case ".yaml" | ".yml":
+            raise LabelError("YAML is not read.", hint="Write the names into a text file, one per line.")
+    return _read_lines(text)
+
+
+def _lines(text: str) -> list[str]:
+    """Those with text in them. Unlike `str.splitlines`, only line breaks end a line, which U+2028 is not in files."""
+    return [line.strip() for line in re.split(r"[\r\n]+", text) if line.strip()]
+
+
+def _read_lines(text: str) -> list[Label]:
+    lines = _lines(text)
+    if _LISTED.fullmatch(text.strip()):
+        raise LabelError(
+            "The text is a list, not a name per line.", hint="Write one name per line, or a JSON list into a .json file."
+        )
+    if all(synsets := [_SYNSET.fullmatch(line) for line in lines]):
+        return _synsets([(found[1], *found[2].split(", ")) for found in synsets if found])
+    numbered = [_NUMBERED.fullmatch(line) for line in lines]
+    numbers = [int(found[1]) for found in numbered if found]
+    names = [found[2] for found in numbered if found]
+    if len(lines) == len({*names}) > 1 and numbers in (list(range(len(lines))), list(range(1, len(lines) + 1))):
+        return [Label(name=name) for name in names]
+    return [Label(name=line) for line in lines]
+
+
+def _synsets(classes: list[tuple[str, ...]]) -> list[Label]:
+    """Classes of their ids and names. Further names that belong to several classes tell nothing and are left out."""
+    counts = Counter(words(name) for names in classes for name in {*names})
+    return [
+        Label(name=name, aliases=(number, *(other for other in others if counts[words(other)] == 1)))
+        for number, name, *others in classes
+    ]
+
+
+def _read_json(text: str) -> list[Label]:
+    return [Label(name=item) if isinstance(item, str) else item for item in _ENTRIES.validate_json(text)]
+
+
+def _read_table(text: str) -> list[Label]:
+    head = _lines(text)[:1]
+    delimiter = max(",;\t", key=head[0].count) if head else ","
+    try:
+        header, *rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
+    except (csv.Error, ValueError) as exc:  # no header: there is nothing to unpack
+        raise LabelError(f"The table cannot be read: {exc}." if head else "The table is empty.") from exc
+    columns = [column.strip().lower() for column in header]
+    name = next((name for name in NAME_COLUMNS if name in columns), None)
+    if name is None:
+        raise LabelError(
+            f"The header has the unknown column {header[0]!r:.80} and no column of names.",
+            hint=f"The first line names the columns; the column of names is one of {', '.join(NAME_COLUMNS)}.",
+        )
+
+    cells = [dict(zip(columns, row, strict=False)) for row in rows if any(cell.strip() for cell in row)]
+    return [
+        Label(
+            name=row.get(name, "").strip(),
+            text=row.get("text", ""),
+            aliases=tuple(alias.strip() for alias in row.get("aliases", "").split("|") if alias.strip()),
+            description=row.get("description", ""),
+        )
+        for row in cells
+    ]

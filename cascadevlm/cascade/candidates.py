@@ -1,0 +1,162 @@
+"""Which labels a judge is offered, and in which order."""
+
+import hashlib
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from cascadevlm.base.errors import InputError
+from cascadevlm.base.images import pixel_digest
+from cascadevlm.base.types import Candidate, Scores
+from cascadevlm.decision.conformal import Conformal
+from cascadevlm.evaluation.record import NOBODY, Columns
+
+Order = Literal["ranked", "reversed", "shuffled"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CandidateRule(ABC):
+    """Chooses the candidates of each image.
+
+    Attributes:
+        order: best first as the scorer ranks them (CascadeVLM found that order to matter), reversed, or shuffled.
+        seed: of the shuffle; an image's order depends on the seed and the image alone.
+    """
+
+    order: Order = "ranked"
+    seed: int = 0
+
+    @abstractmethod
+    def most(self) -> int:
+        """How many candidates an image may get."""
+
+    @abstractmethod
+    def sizes(self, descending: NDArray[np.floating]) -> NDArray[np.intp]:
+        """How many candidates each of N images gets, given the probabilities of its best labels, N x K in descending order."""
+
+    def columns(self, scores: Scores) -> Columns:
+        """N x K columns of the score matrix, best first; of equals the first. `NOBODY` beyond an image's last candidate."""
+        best = _best(scores.log_probs, min(self.most(), len(scores.labels)))
+        sizes = self.sizes(np.take_along_axis(scores.probabilities, best, axis=1))
+        return np.where(np.arange(best.shape[1]) < sizes[:, None], best, NOBODY)
+
+    def choose(self, scores: Scores) -> list[tuple[Candidate, ...]]:
+        """The candidates of N images, best first."""
+        columns = self.columns(scores)
+        probabilities = np.take_along_axis(scores.probabilities, columns, axis=1)
+        return [
+            tuple(
+                Candidate(label=scores.labels[column], probability=probability, rank=rank)
+                for rank, (column, probability) in enumerate(zip(*row, strict=True), start=1)
+                if column != NOBODY
+            )
+            for row in zip(columns.tolist(), probabilities.tolist(), strict=True)
+        ]
+
+    def arrange(self, candidates: tuple[Candidate, ...], image: Image.Image) -> tuple[Candidate, ...]:
+        """The candidates of one image in the order to be shown."""
+        if self.order == "ranked":
+            return candidates
+        if self.order == "reversed":
+            return candidates[::-1]
+        seed = hashlib.sha256(f"{self.seed}:{pixel_digest(image)}".encode()).digest()
+        permutation = np.random.default_rng(int.from_bytes(seed)).permutation(len(candidates))
+        return tuple(candidates[i] for i in permutation)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TopK(CandidateRule):
+    """The ``k`` most probable labels (all, where there are fewer)."""
+
+    k: int = 5
+
+    def __post_init__(self) -> None:
+        if self.k < 1:
+            raise InputError(f"A judge needs at least 1 candidate, not {self.k}.")
+
+    def most(self) -> int:
+        return self.k
+
+    def sizes(self, descending: NDArray[np.floating]) -> NDArray[np.intp]:
+        return np.full(len(descending), self.k)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CumulativeMass(CandidateRule):
+    """The smallest set of most probable labels that together reach ``mass``, of at least ``minimum`` and at most ``maximum``."""
+
+    mass: float = 0.95
+    minimum: int = 2
+    maximum: int = 10
+
+    def __post_init__(self) -> None:
+        if not 0 < self.mass <= 1:
+            raise InputError(f"mass is a probability above 0 and up to 1, not {self.mass!r}.")
+        _require_bounds(self.minimum, self.maximum)
+
+    def most(self) -> int:
+        return self.maximum
+
+    def sizes(self, descending: NDArray[np.floating]) -> NDArray[np.intp]:
+        short = descending.cumsum(axis=1) < self.mass - 1e-6  # float32 sums stop a little short of 1
+        reached: NDArray[np.intp] = short.sum(axis=1) + 1
+        return reached.clip(self.minimum, self.maximum)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConformalSet(CandidateRule):
+    """The most probable labels that hold the truth as often as a conformal ``rule`` promises, or those of every class if it has a
+    threshold for each: at least ``minimum`` and at most ``maximum``, beyond which it promises nothing."""
+
+    rule: Conformal
+    minimum: int = 2
+    maximum: int = 10
+
+    def __post_init__(self) -> None:
+        _require_bounds(self.minimum, self.maximum)
+
+    def most(self) -> int:
+        return self.maximum
+
+    def sizes(self, descending: NDArray[np.floating]) -> NDArray[np.intp]:
+        return self.rule.sizes(descending, minimum=self.minimum, maximum=self.maximum)
+
+    def columns(self, scores: Scores) -> Columns:
+        if self.rule.class_thresholds is None:
+            return super().columns(scores)
+        inside = self.rule.sets(scores.probabilities, minimum=self.minimum, maximum=self.maximum)
+        best = _best(np.where(inside, scores.log_probs, -np.inf), min(self.maximum, len(scores.labels)))
+        return np.where(np.take_along_axis(inside, best, axis=1), best, NOBODY)
+
+    def choose(self, scores: Scores) -> list[tuple[Candidate, ...]]:
+        chosen = super().choose(scores)
+        if self.rule.class_thresholds is None:
+            return chosen
+        rows = (scores.rows(slice(row, row + 1)) for row in range(len(scores)))
+        return [tuple(as_scored(row, candidate) for candidate in each) for row, each in zip(rows, chosen, strict=True)]
+
+
+def as_scored(scores: Scores, candidate: Candidate) -> Candidate:
+    """With its probability and rank in 1 x C scores."""
+    (row,), column = scores.probabilities, scores.labels.columns[candidate.label.name]
+    rank = 1 + int((row > row[column]).sum() + (row[:column] == row[column]).sum())
+    return replace(candidate, probability=float(row[column]), rank=rank)
+
+
+def _require_bounds(minimum: int, maximum: int) -> None:
+    if not 1 <= minimum <= maximum:
+        raise InputError(f"minimum {minimum} and maximum {maximum} must be at least 1 and in order.")
+
+
+def _best(values: NDArray[np.floating], number: int) -> Columns:
+    """N x K columns of the highest of N x C values in descending order, of equals the first; without sorting all C."""
+    last = np.partition(values, -number, axis=1)[:, [-number]]
+    above, equal = values > last, values == last
+    room = number - above.sum(axis=1, keepdims=True)
+    columns = np.nonzero(above | (equal & (equal.cumsum(axis=1) <= room)))[1].reshape(len(values), number)
+    order = np.argsort(-np.take_along_axis(values, columns, axis=1), axis=1, kind="stable")
+    return np.take_along_axis(columns, order, axis=1)

@@ -1,0 +1,224 @@
+"""The cascade: a scorer ranks every label, policies decide what is worth asking, judges choose among few candidates."""
+
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from contextlib import aclosing
+from copy import copy
+from functools import cached_property
+from pathlib import Path
+from typing import Self, TypeGuard, cast, overload
+
+import numpy as np
+from PIL import Image
+
+from cascadevlm.base import loop
+from cascadevlm.base.errors import ConfigError, ImageError, InputError
+from cascadevlm.base.images import ImageSource
+from cascadevlm.base.labels import Label, LabelSet
+from cascadevlm.base.portable import Portable
+from cascadevlm.base.types import Prediction
+from cascadevlm.cascade.drift import Drift
+from cascadevlm.cascade.engine import BEGINNING, Checkpoint, ReadBatch, Run, Settings
+from cascadevlm.cascade.fusing import CalibratedScorer
+from cascadevlm.cascade.item import OnFailure
+from cascadevlm.cascade.stage import Stage, require_cascade
+from cascadevlm.decision.calibration import Calibration
+from cascadevlm.judges.budget import Ledger
+from cascadevlm.judges.cache import VerdictStore
+from cascadevlm.judges.dependable import DependableJudges
+from cascadevlm.scorers.base import Scorer
+
+
+class Cascade(Portable):
+    """Classifies images with a scorer and one or more stages of judges.
+
+    Args:
+        scorer: ranks all labels for every image.
+        stages: asked in order; none at all leaves the scorer alone.
+        labels: the label set, or names.
+        on_failure: see `OnFailure`. "None of these" is an answer without a label: "raise" treats it as "scorer".
+        accept: the least probable label that is given; an image whose label is less probable is abstained from. Judges' answers
+            without a probability are given.
+        routing: whether an image may pass by a judge and go to a later one, where asking that is worth more, by the gain above
+            what the stages' policies want. Without, a later stage sees what its predecessor was asked about.
+        store: where valid verdicts are kept and looked up; None asks every time.
+        ledger: what may be spent, over all calls of this cascade; without a cap, unless given.
+        batch_size: images scored at once.
+        calibration: of the scorer and the judges. It makes the scorer's probabilities calibrated, and runs warn of images that
+            are no longer like those it was made with (`Drift`).
+        follow_shares: whether the scorer's probabilities follow the shares that the classes have in a run (`Following`).
+
+    Raises:
+        ConfigError: if shares are to be followed without a calibration.
+        InputError: if ``scorer`` is not a scorer, or the stages do not go together, or cannot be routed between.
+    """
+
+    def __init__(
+        self,
+        scorer: Scorer,
+        stages: Sequence[Stage] = (),
+        *,
+        labels: LabelSet | Iterable[str | Label],
+        on_failure: OnFailure = "scorer",
+        accept: float = 0.0,
+        routing: bool = False,
+        store: VerdictStore | None = None,
+        ledger: Ledger | None = None,
+        batch_size: int = 32,
+        calibration: Calibration | None = None,
+        follow_shares: bool = False,
+    ) -> None:
+        if follow_shares and calibration is None:
+            raise ConfigError("follow_shares needs a calibration.", hint="Make one: cascadevlm calibrate.")
+        if not isinstance(scorer, Scorer):
+            raise InputError(f"scorer must be a Scorer, not {scorer!r}.", hint='For example: load_scorer("open_clip:aviary").')
+        if isinstance(stages, Stage):
+            raise InputError("stages must be a list of stages, not one stage.", hint="Write [stage].")
+        require_cascade(stages, routing=routing)
+        self.scorer = CalibratedScorer(scorer, calibration) if calibration else scorer
+        self.stages = tuple(stages)
+        self.labels = LabelSet.of(labels)
+        self.on_failure: OnFailure = on_failure
+        self.accept = accept
+        self.routing = routing
+        self.store = store
+        self.ledger = ledger or Ledger()
+        self.batch_size = batch_size
+        self.calibration = calibration
+        self.follow_shares = follow_shares
+        self._reading: Callable[[int], ReadBatch] | None = None
+
+    def __copy__(self) -> Self:
+        """Runs of both are runs of the same judges; those of a deep copy are not."""
+        same = object.__new__(type(self))
+        vars(same).update(vars(self), _judges=self._judges)
+        return same
+
+    @cached_property
+    def _judges(self) -> DependableJudges:
+        return DependableJudges(self.store, self.ledger)
+
+    def altered(
+        self,
+        *,
+        scorer: Scorer | None = None,
+        stages: Sequence[Stage] | None = None,
+        on_failure: OnFailure | None = None,
+        store: VerdictStore | None = None,
+        ledger: Ledger | None = None,
+        reading: Callable[[int], ReadBatch] | None = None,
+    ) -> Self:
+        """The same cascade but for what is given; its ledger is the same one.
+
+        Args:
+            reading: what reads the images, from one of this number on, in the scorer's place.
+        """
+        altered = copy(self)
+        altered.scorer = self.scorer if scorer is None else scorer
+        altered.stages = self.stages if stages is None else tuple(stages)
+        altered.on_failure = on_failure or self.on_failure
+        altered.store = self.store if store is None else store
+        altered.ledger = ledger or self.ledger
+        altered._reading = reading or self._reading
+        return altered
+
+    def unwatched(self) -> Self:
+        """The same cascade, that neither looks for drift nor follows the shares of classes."""
+        unwatched = copy(self)
+        unwatched.calibration, unwatched.follow_shares = None, False
+        return unwatched
+
+    @overload
+    def classify(self, images: ImageSource) -> Prediction: ...  # type: ignore[overload-overlap]  # a str is one path
+    @overload
+    def classify(self, images: Iterable[ImageSource]) -> list[Prediction]: ...
+    def classify(self, images: ImageSource | Iterable[ImageSource]) -> Prediction | list[Prediction]:
+        """Classify one image, or many.
+
+        Of many, an image that cannot be read is one prediction with an error. An array of N x H x W x 3 is N images.
+
+        Raises:
+            InputError: if ``images`` is a table, or an array of anything but pixels.
+            ImageError: if a single image cannot be read.
+            JudgeError: if a judge cannot work at all, or failed and ``on_failure`` is "raise".
+        """
+        return loop.run(self._classify(images))
+
+    @overload
+    async def aclassify(self, images: ImageSource) -> Prediction: ...  # type: ignore[overload-overlap]
+    @overload
+    async def aclassify(self, images: Iterable[ImageSource]) -> list[Prediction]: ...
+    async def aclassify(self, images: ImageSource | Iterable[ImageSource]) -> Prediction | list[Prediction]:
+        """`classify`, for asynchronous callers."""
+        return await self._classify(images)
+
+    async def _classify(self, images: ImageSource | Iterable[ImageSource]) -> Prediction | list[Prediction]:
+        if not _is_one(images):
+            return [prediction async for prediction in self.astream(cast(Iterable[ImageSource], images))]
+        (prediction,) = [prediction async for prediction in self.astream([images])]
+        if prediction.error and not prediction.candidates:
+            raise ImageError(prediction.error)
+        return prediction
+
+    def stream(self, images: Iterable[ImageSource]) -> Iterator[Prediction]:
+        """Predictions in input order, each as soon as it and all before it are known; later images are worked on meanwhile.
+
+        Raises:
+            InputError: if ``images`` is a single image, a table, or an array of anything but pixels.
+        """
+        return loop.iterate(self.astream(images))
+
+    async def astream(self, images: Iterable[ImageSource]) -> AsyncGenerator[Prediction, None]:
+        """`stream`, for asynchronous callers."""
+        _require_many(images)
+        total = len(images) if isinstance(images, Sized) else None
+        async with aclosing(self.begin().predictions(images, total)) as predictions:
+            async for prediction in predictions:
+                yield prediction
+
+    def begin(self, start: Checkpoint = BEGINNING, stopping: Callable[[], bool] = lambda: False) -> Run:
+        """A run not yet under way; it goes on where another one was left, and begins no further batch once it is to stop."""
+        if self._judges.store is not self.store or self._judges.ledger is not self.ledger:
+            self._judges = DependableJudges(self.store, self.ledger)
+        settings = Settings(
+            scorer=self.scorer,
+            stages=self.stages,
+            labels=self.labels,
+            on_failure=self.on_failure,
+            accept=self.accept,
+            routing=self.routing,
+            batch_size=self.batch_size,
+            judges=self._judges,
+            read=self._reading(start.images) if self._reading else None,
+            drift=Drift(self.calibration, self.stages) if self.calibration else None,
+            shares=self.calibration.shares if self.calibration and self.follow_shares else None,
+        )
+        return Run(settings, start, stopping)
+
+
+def _is_one(images: ImageSource | Iterable[ImageSource]) -> TypeGuard[ImageSource]:
+    """Whether it is a single image; an array of four dimensions is several."""
+    if isinstance(images, np.ndarray):
+        return images.dtype.kind not in "OSU" and images.ndim != 4
+    return isinstance(images, str | Path | bytes | Image.Image)
+
+
+def _require_many(images: ImageSource | Iterable[ImageSource]) -> None:
+    """Refuse what is not a list of images.
+
+    Raises:
+        InputError: saying what to give instead.
+    """
+    kind = type(images).__name__
+    if _is_one(images):
+        raise InputError(f"images is a single image ({kind}), not a list of images.", hint="Give a list, or use classify().")
+    if isinstance(images, np.ndarray) and images.ndim != 4:
+        raise InputError(
+            f"images is an array of dtype {images.dtype}, which holds no pixels.", hint="Give a list: images.tolist()."
+        )
+    if isinstance(images, Mapping) or hasattr(images, "columns") or hasattr(images, "column_names"):
+        raise InputError(
+            f"images is a table ({kind}), not a list of images.",
+            hint="Give its column of paths or images, for example table['path'].",
+        )
+    if not isinstance(images, Iterable):
+        raise InputError(f"images is of type {kind!r}, not a list of images.", hint="Give paths, bytes, PIL images or arrays.")

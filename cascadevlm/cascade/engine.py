@@ -1,0 +1,388 @@
+"""One run of a cascade: batches are scored while earlier images are judged, results come out in input order.
+
+Memory is bounded by the questions in hand, not by the number of images: no batch is read while the judges have all they can
+take. Decisions are made in the order of the input whatever the latencies, so that a policy's budget falls on the same images
+in every run.
+"""
+
+import asyncio
+import os
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+from dataclasses import dataclass
+from functools import reduce
+from itertools import chain, compress, islice
+from typing import TypeAlias, TypeVar
+
+import numpy as np
+
+from cascadevlm.base.errors import ImageError, JudgeError
+from cascadevlm.base.images import ImageSource, path_of
+from cascadevlm.base.labels import LabelSet
+from cascadevlm.base.types import Prediction, Scores
+from cascadevlm.cascade.candidates import TopK
+from cascadevlm.cascade.drift import Drift
+from cascadevlm.cascade.item import Item, OnFailure, rank, stacked
+from cascadevlm.cascade.running_stage import RunningStage
+from cascadevlm.cascade.stage import Stage
+from cascadevlm.decision.shares import Following, Seen, Shares
+from cascadevlm.judges.dependable import DependableJudges
+from cascadevlm.policies.base import START, Selection, Spending
+from cascadevlm.scorers.base import Prepared, Scorer, load_once, prepared_or_error, scored_or_errors
+
+T = TypeVar("T")
+
+READ_AHEAD = 2
+"""How many batches wait, decoded and preprocessed, while an earlier one is scored and the next one is read."""
+
+OUTPUT_LIMIT = 4096
+"""How many predictions may wait for an earlier image to be judged."""
+
+
+@dataclass(frozen=True)
+class _Settled:
+    """What came of an image.
+
+    Attributes:
+        belief: 1 x C, what is believed of it in the end; None if it could not be read, or the shares of classes are not followed.
+    """
+
+    prediction: Prediction
+    belief: Scores | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A place between two batches from which a run can go on as if it had not been left.
+
+    Attributes:
+        images: how many came before, readable or not.
+        spending: of every stage, where it stood then.
+        seen: what the shares of the classes were reckoned from, where they are followed.
+    """
+
+    images: int = 0
+    spending: tuple[Spending, ...] = ()
+    seen: Seen = Seen()
+
+
+BEGINNING = Checkpoint()
+
+Read: TypeAlias = tuple[str, Prepared | ImageError]
+"""The path of an image, or "", and the image or why it cannot be read."""
+
+ReadBatch: TypeAlias = Callable[[Sequence[ImageSource]], Coroutine[None, None, list[Read]]]
+"""Reads the images that are scored together."""
+
+
+class _Batch:
+    """Images scored together, on their way through the stages.
+
+    Attributes:
+        begin: how many images of the run come before.
+        end: how many there are up to its last one.
+        results: of all its images, in input order.
+        awaited: those of the images that are not settled.
+        turns: for every stage, set once it has decided on this batch: the next batch's turn.
+        spending: of every stage, after it decided on this batch.
+    """
+
+    def __init__(self, images: int, stages: int, *, begin: int) -> None:
+        loop = asyncio.get_running_loop()
+        self.begin, self.end = begin, begin + images
+        self.results: list[asyncio.Future[_Settled]] = [loop.create_future() for _ in range(images)]
+        self.awaited: dict[Item, asyncio.Future[_Settled]] = {}
+        self.turns = [asyncio.Event() for _ in range(stages)]
+        self.spending: list[Spending] = []
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What a run takes over from its `Cascade`.
+
+    Attributes:
+        judges: of all runs of the cascade.
+        read: reads the images in the scorer's place.
+        drift: looks at scores and predictions.
+        shares: of the classes that the scores are calibrated for, if those of the run are to be followed.
+    """
+
+    scorer: Scorer
+    stages: Sequence[Stage]
+    labels: LabelSet
+    on_failure: OnFailure
+    accept: float
+    routing: bool
+    batch_size: int
+    judges: DependableJudges
+    read: ReadBatch | None = None
+    drift: Drift | None = None
+    shares: Shares | None = None
+
+
+class Run:
+    """The state of one run.
+
+    Args:
+        start: where an earlier run of the same cascade was left.
+        stopping: asked before each batch; once it says so, no further batch is begun.
+
+    Attributes:
+        checkpoint: the end of the last batch whose predictions were all taken.
+        stopped: whether batches were left out.
+    """
+
+    def __init__(self, settings: Settings, start: Checkpoint = BEGINNING, stopping: Callable[[], bool] = lambda: False) -> None:
+        self.settings = settings
+        self.stopping = stopping
+        self.stopped = False
+        self.checkpoint = start
+        self.following = Following(settings.shares, start.seen, settings.batch_size) if settings.shares else None
+        self.total: int | None = None
+        self.stages: list[RunningStage] = []
+        self.in_hand = 0
+        self.limit = sum(stage.judge.concurrency for stage in settings.stages) or settings.batch_size
+        self.room = asyncio.Event()
+        self.room.set()
+        self.output: asyncio.Queue[_Batch | None] = asyncio.Queue(max(1, OUTPUT_LIMIT // settings.batch_size))
+        self.tasks: set[asyncio.Task[object]] = set()
+        self.workers = os.cpu_count() or 1
+        self.readers = ThreadPoolExecutor(self.workers, "reading")
+        self.scoring = ThreadPoolExecutor(1, "scoring")
+        self.taking = ThreadPoolExecutor(1, "taking")  # sources may wait, for whatever they want, and hold up no other run
+
+    async def predictions(self, sources: Iterable[ImageSource], total: int | None = None) -> AsyncGenerator[Prediction, None]:
+        """Classify and yield in input order. ``total`` is how many images the run has, those before its start too; policies that
+        keep to a budget want to know it."""
+        self.total = total
+        seen = Seen()
+        async with AsyncExitStack() as stack:
+            stack.callback(self.readers.shutdown, wait=False, cancel_futures=True)
+            stack.callback(self.scoring.shutdown, wait=False, cancel_futures=True)
+            stack.callback(self.taking.shutdown, wait=False, cancel_futures=True)
+            spending = self.checkpoint.spending or (START,) * len(self.settings.stages)
+            for number, (stage, before) in enumerate(zip(self.settings.stages, spending, strict=True)):
+                judge = await stack.enter_async_context(self.settings.judges.of(stage.judge))
+                self.stages.append(RunningStage(number, stage, judge, self.settings.labels, self.readers, before))
+            producer = asyncio.create_task(self._produce(sources))
+            stack.push_async_callback(self._close, producer)
+            while (batch := await self.output.get()) is not None:
+                beliefs = []
+                for result in batch.results:
+                    settled = await result
+                    if self.settings.drift is not None:
+                        self.settings.drift.predicted(settled.prediction)
+                    if settled.belief is not None:
+                        beliefs.append(settled.belief)
+                    yield settled.prediction
+                if self.following is not None:
+                    await self.following.take(beliefs, batch.begin)
+                    seen = self.following.seen
+                for turn in batch.turns:  # later stages have to decide on a batch of which nothing is left for them, too
+                    await turn.wait()
+                self.checkpoint = Checkpoint(images=batch.end, spending=tuple(batch.spending), seen=seen)
+            await producer
+
+    async def _close(self, producer: asyncio.Task[None]) -> None:
+        tasks = [producer, *self.tasks]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _begin(self, work: Coroutine[None, None, T]) -> asyncio.Task[T]:
+        """A task that ends with the run."""
+        task = asyncio.create_task(work)
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
+        task.add_done_callback(_seen)
+        return task
+
+    async def _produce(self, sources: Iterable[ImageSource]) -> None:
+        earlier, begin = [_passed() for _ in self.stages], self.checkpoint.images
+        async with _ending(self.output), aclosing(self._reading(sources)) as reading:
+            async for read in reading:
+                await self.room.wait()
+                if self.stopping():
+                    self.stopped = True
+                    break
+                batch = _Batch(len(read), len(self.stages), begin=begin)
+                items = await self._score(read, batch)
+                self._begin(self._escalate(items, earlier, batch))
+                earlier, begin = batch.turns, batch.end
+                await self.output.put(batch)
+
+    async def _reading(self, sources: Iterable[ImageSource]) -> AsyncGenerator[list[Read], None]:
+        """Batches of images, read ahead. What stands before an error of the sources comes before it."""
+        ahead: asyncio.Queue[asyncio.Task[list[Read]] | None] = asyncio.Queue(READ_AHEAD)
+        reader = self._begin(self._read_ahead(iter(sources), ahead))
+        while (batch := await ahead.get()) is not None:
+            yield await batch
+        await reader
+
+    async def _read_ahead(self, sources: Iterator[ImageSource], ahead: asyncio.Queue[asyncio.Task[list[Read]] | None]) -> None:
+        loop = asyncio.get_running_loop()
+
+        async def take() -> list[ImageSource]:
+            return await loop.run_in_executor(self.taking, lambda: list(islice(sources, self.settings.batch_size)))
+
+        read = self.settings.read or self._prepare_batch
+        async with _ending(ahead):
+            if batch := await take():
+                await loop.run_in_executor(self.scoring, load_once, self.settings.scorer)
+            while batch:
+                await ahead.put(self._begin(read(batch)))
+                batch = await take()
+
+    async def _prepare_batch(self, batch: Sequence[ImageSource]) -> list[Read]:
+        size = -(-len(batch) // self.workers)
+        shares = [batch[start : start + size] for start in range(0, len(batch), size)]
+        loop = asyncio.get_running_loop()
+        prepared = await asyncio.gather(*(loop.run_in_executor(self.readers, self._prepare, share) for share in shares))
+        return list(chain.from_iterable(prepared))
+
+    def _prepare(self, sources: Sequence[ImageSource]) -> list[Read]:
+        return [(path_of(source), prepared_or_error(self.settings.scorer, source)) for source in sources]
+
+    async def _score(self, read: Sequence[Read], batch: _Batch) -> list[Item]:
+        """Score a batch; unreadable images get their result here and are left out."""
+        readable = []
+        for (path, prepared), result in zip(read, batch.results, strict=True):
+            if isinstance(prepared, ImageError):
+                result.set_result(_Settled(Prediction(path=path, error=str(prepared))))
+            else:
+                readable.append((path, prepared, result))
+        if not readable:
+            return []
+        scores, errors = await asyncio.get_running_loop().run_in_executor(
+            self.scoring,
+            scored_or_errors,
+            self.settings.scorer,
+            [prepared for _, prepared, _ in readable],
+            self.settings.labels,
+        )
+        for (path, _, result), error in zip(readable, errors, strict=True):
+            if error is not None:
+                result.set_result(_Settled(Prediction(path=path, error=str(error))))
+        readable = [each for each, error in zip(readable, errors, strict=True) if error is None]
+        if scores is None:
+            return []
+        if self.settings.drift is not None:
+            self.settings.drift.scored(scores)
+        if self.following is not None:
+            scores = await self.following.adjusted(scores, batch.begin)
+        self._take_in_hand([result for _, _, result in readable])
+        for row, (path, prepared, result) in enumerate(readable):
+            one = scores.rows(slice(row, row + 1))
+            prepared.features = None
+            batch.awaited[Item(path=path, prepared=prepared, scores=one, belief=one)] = result
+        return list(batch.awaited)
+
+    def _take_in_hand(self, results: Sequence[asyncio.Future[_Settled]]) -> None:
+        def settled(result: asyncio.Future[_Settled]) -> None:
+            _seen(result)
+            self.in_hand -= 1
+            if self.in_hand < self.limit:
+                self.room.set()
+
+        self.in_hand += len(results)
+        if self.in_hand >= self.limit:
+            self.room.clear()
+        for result in results:
+            result.add_done_callback(settled)
+
+    async def _escalate(self, items: list[Item], earlier: Sequence[asyncio.Event], batch: _Batch) -> None:
+        """Take a batch through the stages; every image is settled when no further stage asks about it."""
+        try:
+            if not self.stages:
+                rank(TopK(), items)
+            for running, before, turn in zip(self.stages, earlier, batch.turns, strict=True):
+                await before.wait()
+                asked, left = await self._decide(running, items, batch.end)
+                batch.spending.append(running.spending)
+                turn.set()
+                for item in set(items).difference(asked, left):
+                    self._settle(item, batch)
+                await _together(self._ask(running, item, batch) for item in asked)
+                items = [item for item in items if item in batch.awaited]
+            for item in items:
+                self._settle(item, batch)
+        except Exception as exc:
+            for result in batch.awaited.values():
+                result.set_exception(exc)
+        finally:
+            for turn in batch.turns:
+                turn.set()
+
+    async def _decide(self, running: RunningStage, items: list[Item], end: int) -> tuple[list[Item], list[Item]]:
+        """Of the batch that ends with image ``end``, those that a stage's policy escalates, and those that it leaves to a later
+        stage."""
+        if not items:
+            return [], []
+        scores = stacked([item.current_scores() for item in items])
+        prices = await running.prices(items)
+        left = await self._better_later(running, items, scores, prices)
+        remaining = self._remaining(running.spending.images + len(items), end)
+        return running.decide(items, scores, prices, left=left, remaining=remaining), list(compress(items, left))
+
+    async def _better_later(
+        self, running: RunningStage, items: Sequence[Item], scores: Scores, prices: tuple[float, ...]
+    ) -> Selection:
+        """N: whether asking the judge of a later stage is worth more, where that may be chosen."""
+        if not self.settings.routing:
+            return np.zeros(len(scores), dtype=bool)
+        own = running.surplus(scores, prices)
+        later = [each.surplus(scores, await each.prices(items)) for each in self.stages[running.number + 1 :]]
+        left: Selection = reduce(np.maximum, later, own) > np.maximum(own, 0.0)
+        return left
+
+    def _remaining(self, decided: int, end: int) -> float:
+        """How many images are expected to reach a stage after those that have, of the first so many of the run."""
+        return 0.0 if self.total is None else max(self.total - end, 0) * decided / end
+
+    async def _ask(self, running: RunningStage, item: Item, batch: _Batch) -> None:
+        await running.ask(item)
+        if running is self.stages[-1]:
+            self._settle(item, batch)
+
+    def _settle(self, item: Item, batch: _Batch) -> None:
+        result = batch.awaited.pop(item)
+        try:
+            prediction = item.concluded(self.settings.on_failure, self.settings.accept)
+        except JudgeError as exc:
+            result.set_exception(exc)
+        else:
+            result.set_result(_Settled(prediction, item.current_scores() if self.following is not None else None))
+
+
+async def _together(works: Iterable[Coroutine[None, None, None]]) -> None:
+    """Do all at once; the first error ends the others, so that nothing goes on asking when nobody will hear the answer."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            for work in works:
+                group.create_task(work)
+    except ExceptionGroup as errors:
+        raise errors.exceptions[0] from None
+
+
+@asynccontextmanager
+async def _ending(queue: asyncio.Queue[T | None]) -> AsyncGenerator[None, None]:
+    """Tell who takes from a queue that nothing follows, for an error too; of a task that is cancelled, nobody takes."""
+    try:
+        yield
+    except Exception:
+        await queue.put(None)
+        raise
+    await queue.put(None)
+
+
+def _seen(result: asyncio.Future[T]) -> None:
+    """Keep asyncio from complaining of an error that nobody asked for: another one came before it."""
+    if not result.cancelled():
+        result.exception()
+
+
+def _passed() -> asyncio.Event:
+    event = asyncio.Event()
+    event.set()
+    return event

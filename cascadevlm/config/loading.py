@@ -1,0 +1,160 @@
+"""Finds backends, policies and prompts through entry points, the built-in ones like anybody's; imports on first use."""
+
+import difflib
+import inspect
+from collections.abc import Iterable
+from importlib.metadata import EntryPoint, PackageNotFoundError, entry_points, version
+from pathlib import Path
+from types import ModuleType
+from typing import Literal, TypeVar, cast
+
+from pydantic import ConfigDict, JsonValue, TypeAdapter, ValidationError
+
+from cascadevlm.base.errors import BackendError, PolicyError, PromptError
+from cascadevlm.base.secrets import without_secrets
+from cascadevlm.base.types import Prompt
+from cascadevlm.judges.base import Judge
+from cascadevlm.judges.prompt import packaged_prompt, read_prompt
+from cascadevlm.policies.base import Policy
+from cascadevlm.scorers.base import Scorer
+
+Kind = Literal["scorers", "judges", "policies", "prompts"]
+Option = JsonValue
+T = TypeVar("T", Scorer, Judge)
+
+
+def installed(kind: Kind) -> dict[str, EntryPoint]:
+    """All entry points of a kind by name, sorted."""
+    found = entry_points(group=f"cascadevlm.{kind}")
+    return {point.name: point for point in sorted(found, key=lambda point: point.name)}
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """A hint that names the known word closest to one not known, or all that are known."""
+    known = list(known)
+    close = difflib.get_close_matches(word, known, n=1)
+    return f"Did you mean {close[0]!r}?" if close else f"Known: {', '.join(sorted(known))}."
+
+
+def load_scorer(spec: str, /, **options: Option) -> Scorer:
+    """The scorer that ``backend:model`` names, with the backend's own options.
+
+    Raises:
+        BackendError: if the backend is unknown or its package missing, or if it knows no such option.
+    """
+    return cast(Scorer, _load("scorers", spec, options))
+
+
+def load_judge(spec: str, /, **options: Option) -> Judge:
+    """The judge that ``backend:model`` names; as `load_scorer`."""
+    judge = cast(Judge, _load("judges", spec, options))
+    judge.spec = spec
+    return judge
+
+
+def _load(kind: Literal["scorers", "judges"], spec: str, options: dict[str, Option]) -> object:
+    backend, colon, model = spec.partition(":")
+    what = kind.removesuffix("s")
+    if not colon or not model:
+        raise BackendError(f"{spec!r} names no {what}.", hint="Write backend:model, as in 'open_clip:aviary'.")
+    points = installed(kind)
+    if backend not in points:
+        raise BackendError(f"There is no {what} backend {backend!r}.", hint=nearest(backend, points))
+    factory = load(points[backend])
+    if not callable(factory):
+        raise BackendError(f"Entry point {points[backend].value!r} is no class or function.")
+    parameters = inspect.signature(factory).parameters
+    takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    known = [name for name, parameter in parameters.items() if parameter.kind is parameter.KEYWORD_ONLY]
+    checked: dict[str, object] = {}
+    for option, value in options.items():
+        if option in known:
+            checked[option] = _checked(backend, option, value, parameters[option].annotation)
+        elif takes_all:
+            checked[option] = value
+        else:
+            raise BackendError(f"{backend!r} has no option {option!r}.", hint=nearest(option, known))
+    return factory(model, **checked)
+
+
+def _checked(backend: str, option: str, value: object, annotation: type[object] | str) -> object:
+    """The value of an option as its annotation wants it; annotations in quotes are for objects, not for configuration."""
+    if isinstance(annotation, str) or annotation is inspect.Parameter.empty:
+        return value
+    try:
+        return TypeAdapter(annotation, config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value)
+    except ValidationError as exc:
+        problem = exc.errors()[-1]["msg"]
+        given = without_secrets({option: cast(JsonValue, value)})[option]
+        raise BackendError(f"{backend!r}, option {option!r}: {problem} (given: {given!r}).") from exc
+
+
+def load(point: EntryPoint) -> object:
+    """Import what an entry point names.
+
+    Raises:
+        BackendError: naming the pip command, if a package it needs is missing.
+    """
+    try:
+        return point.load()
+    except ModuleNotFoundError as exc:
+        package = (exc.name or "").partition(".")[0]
+        if package == point.module.partition(".")[0]:
+            raise BackendError(f"{point.name!r} ({point.value}) cannot be imported: {exc}.") from exc
+        raise BackendError(f"{point.name!r} needs the package {package!r}.", hint=f"Install it: pip install {package}") from exc
+    except (ImportError, AttributeError) as exc:
+        raise BackendError(f"{point.name!r} ({point.value}) cannot be imported: {exc}.") from exc
+
+
+def describe(kind: Kind, point: EntryPoint) -> dict[str, str]:
+    """An entry point for a person: kind, name, package and what it needs that is not installed."""
+    package = f"{point.dist.name} {point.dist.version}" if point.dist else ""
+    try:
+        required = getattr(load(point), "requires", ())
+        missing = [name for name in required if not _is_installed(name)]
+        needs = f"pip install {' '.join(missing)}" if missing else "nothing more"
+    except BackendError as exc:
+        needs = str(exc)
+    return {
+        "kind": "policy" if kind == "policies" else kind.removesuffix("s"),
+        "name": point.name,
+        "package": package,
+        "needs": needs,
+    }
+
+
+def _is_installed(distribution: str) -> bool:
+    try:
+        version(distribution)
+    except PackageNotFoundError:
+        return False
+    return True
+
+
+def load_policy_class(name: str) -> type[Policy]:
+    """The policy registered under a name.
+
+    Raises:
+        PolicyError: if there is none.
+    """
+    points = installed("policies")
+    if name not in points:
+        raise PolicyError(f"There is no policy {name!r}.", hint=nearest(name, points))
+    loaded = load(points[name])
+    if not (isinstance(loaded, type) and issubclass(loaded, Policy)):
+        raise PolicyError(f"Policy {name!r} ({points[name].value}) is no subclass of Policy.")
+    return loaded
+
+
+def load_prompt(name_or_path: str | Path) -> Prompt:
+    """A registered prompt by name, or the user's own by path.
+
+    Raises:
+        PromptError: if there is neither, or the template is wrong.
+    """
+    points = installed("prompts")
+    if str(name_or_path) in points:
+        return packaged_prompt(cast(ModuleType, load(points[str(name_or_path)])), str(name_or_path))
+    if not Path(name_or_path).exists():
+        raise PromptError(f"There is no prompt or file {str(name_or_path)!r}.", hint=nearest(str(name_or_path), points))
+    return read_prompt(name_or_path)

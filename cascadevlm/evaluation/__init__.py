@@ -1,0 +1,1 @@
+"""Labelled images, and all that is read from records."""

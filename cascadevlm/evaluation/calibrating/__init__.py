@@ -1,0 +1,1 @@
+"""Fits calibrations to recorded runs."""

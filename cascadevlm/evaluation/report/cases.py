@@ -1,0 +1,149 @@
+"""The cases of a report: a sample of each run's images with all that was said of them, as data for its page."""
+
+import base64
+import io
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from pydantic import JsonValue
+
+from cascadevlm.base.errors import ImageError
+from cascadevlm.base.images import load_image, pixel_digest
+from cascadevlm.evaluation.metrics import Bools
+from cascadevlm.evaluation.record import NOBODY, Record
+from cascadevlm.policies import measures
+
+MOST_CASES = 1000
+"""Of one run."""
+
+MOST_IN_ALL = 2000
+"""Of all runs of a page together."""
+
+THUMBNAIL = 128
+"""The longer side, in pixels."""
+
+UNASKED = 5
+"""How many of the scorer's best are shown where no judge saw candidates."""
+
+
+def kinds_of(record: Record) -> dict[str, Bools]:
+    """N booleans for each kind of case, as `cascadevlm.evaluation.metrics.evaluate` counts them; an image may be of several."""
+    readable = record.readable
+    scorer_right, right = record.scored == record.truths, record.predicted == record.truths
+    outcomes = np.array([stage.outcomes for stage in record.stages], dtype=str).reshape(-1, len(record))
+    return {
+        "rescued": readable & right & ~scorer_right,
+        "harmed": readable & ~right & scorer_right,
+        "abstained": readable & (record.predicted == NOBODY),
+        "wrong": readable & ~right,
+        "escalated": (outcomes != "").any(axis=0),
+    }
+
+
+def sample(kinds: Mapping[str, Bools], most: int, *, seed: int = 0) -> NDArray[np.intp]:
+    """Rows, ascending: all, or ``most`` at random, as many of each kind as there are of the others, as far as it has so many; so
+    that rare kinds are there as a whole. An image of several kinds is of the rarest of them here, one of none is of the rest."""
+    size = len(next(iter(kinds.values())))
+    by_rarity = sorted(kinds.values(), key=lambda of_kind: int(of_kind.sum()))
+    first = np.select(by_rarity, range(len(by_rarity)), len(by_rarity))
+    groups = sorted((np.flatnonzero(first == kind) for kind in range(len(by_rarity) + 1)), key=len)
+    rng = np.random.default_rng(seed)
+    chosen, room = np.zeros(size, dtype=bool), most
+    for left, group in zip(range(len(groups), 0, -1), groups, strict=True):
+        drawn = rng.permutation(group)[: room // left]
+        chosen[drawn] = True
+        room -= len(drawn)
+    return np.flatnonzero(chosen)
+
+
+def cases(runs: Mapping[str, tuple[Record, Record]], *, seed: int = 0) -> dict[str, JsonValue]:
+    """The cases of all runs as JSON-serialisable data: labels and thumbnails are given by number, from 0 on; -1 is none.
+
+    Args:
+        runs: by name, each as it was run and as its policy makes it, in the same order.
+        seed: of the choice of cases.
+    """
+    numbers: dict[tuple[str, str], int] = {}
+    told: list[JsonValue] = []
+    for name, (record, final) in runs.items():
+        kinds = kinds_of(final)
+        rows = sample(kinds, min(MOST_CASES, MOST_IN_ALL // len(runs)), seed=seed).tolist()
+        images = [(record.names[row], record.digests[row] if record.digests else "") for row in rows]
+        thumbnails = [numbers.setdefault(image, len(numbers)) for image in images]
+        shown: list[JsonValue] = [
+            {**_case(record, final, row), "thumbnail": thumbnail, "kinds": [kind for kind, holds in kinds.items() if holds[row]]}
+            for row, thumbnail in zip(rows, thumbnails, strict=True)
+        ]
+        totals: dict[str, JsonValue] = {kind: int(holds.sum()) for kind, holds in kinds.items()}
+        told.append({"name": name, "labels": list(record.labels.names), "totals": {"all": len(record), **totals}, "cases": shown})
+    kinds_shown: list[JsonValue] = ["all", *kinds]
+    return {"runs": told, "thumbnails": [*_thumbnails(numbers)], "kinds": kinds_shown, "chosen": "chosen at random"}
+
+
+def _case(record: Record, final: Record, row: int) -> dict[str, JsonValue]:
+    probability = float(final.probabilities[row])
+    verdicts: list[JsonValue] = [
+        {
+            "judge": stage.judge,
+            "outcome": stage.outcomes[row],
+            "label": int(stage.answers[row]),
+            "said": stage.rationales[row],
+            "counts": ruled.outcomes[row] != "",
+        }
+        for stage, ruled in zip(record.stages, final.stages, strict=True)
+        if stage.outcomes[row]
+    ]
+    scores = record.scores.rows(slice(row, row + 1))
+    candidates: list[JsonValue] = [
+        [column, round(float(scores.probabilities[0, column]), 4)] for column in _candidates(record, row)
+    ]
+    return {
+        "name": Path(record.names[row]).name,
+        "readable": bool(record.readable[row]),
+        "truth": int(record.truths[row]),
+        "label": int(final.predicted[row]),
+        "by": final.decided_by[row],
+        "probability": None if np.isnan(probability) else round(probability, 4),
+        "entropy": round(float(measures.entropy(scores)[0]), 4),
+        "candidates": candidates,
+        "verdicts": verdicts,
+    }
+
+
+def _candidates(record: Record, row: int) -> list[int]:
+    """In the order last shown, or the scorer's best; none of an image that could not be read."""
+    shown = [stage.candidates[row] for stage in record.stages if stage.asked[row]]
+    if shown:
+        return [int(column) for column in shown[-1] if column != NOBODY]
+    best = np.argsort(-record.scores.log_probs[row], kind="stable")[:UNASKED]
+    return [int(column) for column in best] if record.readable[row] else []
+
+
+def _thumbnails(images: Iterable[tuple[str, str]]) -> Iterable[str]:
+    with ThreadPoolExecutor() as pool:
+        yield from pool.map(_thumbnail, images)
+
+
+def _thumbnail(image: tuple[str, str]) -> str:
+    """A WebP image as a data URI, from a name and the digest of the pixels, "" if that is unknown; "" where the name is no file's
+    or that of another image."""
+    name, digest = image
+    try:
+        loaded = load_image(Path(name))
+    except ImageError:
+        return ""
+    if digest and pixel_digest(loaded) != digest:
+        return ""
+    return drawn(loaded)
+
+
+def drawn(image: Image.Image) -> str:
+    """An image as the data URI of a thumbnail in WebP."""
+    image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
+    file = io.BytesIO()
+    image.save(file, "WEBP", quality=70)
+    return f"data:image/webp;base64,{base64.b64encode(file.getvalue()).decode()}"

@@ -1,0 +1,225 @@
+"""The page: headline figures, plots, studies and cases of runs, rendered from ``cascadevlm/templates``."""
+
+import base64
+import hashlib
+import io
+import re
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cascadevlm.decision.calibration import Calibration, calibration_beside
+from cascadevlm.evaluation import plots
+from cascadevlm.evaluation.evaluate import as_configured, evaluate_part, read_decided
+from cascadevlm.evaluation.metrics import Evaluation
+from cascadevlm.evaluation.record import Record
+from cascadevlm.evaluation.report.cases import cases
+from cascadevlm.evaluation.report.studies import StudyResult, read_studies
+from cascadevlm.evaluation.texts import share
+
+if TYPE_CHECKING:
+    from markupsafe import Markup
+    from matplotlib.figure import Figure
+
+COLOURS = {
+    plots.FOREGROUND: "currentColor",
+    plots.BLUE: "var(--blue)",
+    plots.ORANGE: "var(--orange)",
+    plots.GREEN: "var(--green)",
+    plots.PURPLE: "var(--purple)",
+}
+"""What the page calls the colours of the plots, so that they suit light and dark."""
+
+_share = partial(share, unknown="–")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What the page tells of one run.
+
+    Attributes:
+        record: as it was run.
+        final: under its policy, where the judge was asked about everything.
+        evaluation: of ``final``, with what the judge said of the images kept; ``paid_dollars`` are those of the whole run.
+        studies: that lie beside it.
+        calibration: that lies beside it, if it was fitted on a part of it.
+    """
+
+    record: Record
+    final: Record
+    evaluation: Evaluation
+    studies: tuple[StudyResult, ...] = ()
+    calibration: Calibration | None = None
+
+    @classmethod
+    def of(cls, record: Record, studies: Sequence[StudyResult] = (), calibration: Calibration | None = None) -> "Run":
+        """What there is to tell of a record."""
+        final = as_configured(record)
+        evaluation = evaluate_part(final, record)
+        return cls(record=record, final=final, evaluation=evaluation, studies=tuple(studies), calibration=calibration)
+
+
+def read_run(folder: Path) -> Run:
+    """The record, the studies and the calibration in a folder.
+
+    Raises:
+        DataError: if there is no whole record, or a study cannot be read.
+    """
+    record, calibration = read_decided(folder), calibration_beside(folder)
+    fitted_here = calibration is not None and record.scores.fingerprint == calibration.fingerprint
+    return Run.of(record, read_studies(folder), calibration if fitted_here else None)
+
+
+def render(runs: Mapping[str, Run], *, seed: int = 0) -> str:
+    """The page, as HTML that asks the network for nothing.
+
+    Args:
+        runs: by name.
+        seed: of the choice of cases, where there are more than a page holds.
+    """
+    draw = Drawing()
+    return rendered(
+        "report.html.j2",
+        runs=runs,
+        figures={name: _figures(run.evaluation) for name, run in runs.items()},
+        plots={name: _plots(run, draw) for name, run in runs.items()},
+        beside=draw(plots.runs({name: run.record for name, run in runs.items()}), "Accuracy of the runs")
+        if len(runs) > 1
+        else "",
+        studies={name: [(study, _study(study, draw)) for study in run.studies] for name, run in runs.items()},
+        cases=cases({name: (run.record, run.final) for name, run in runs.items()}, seed=seed),
+    )
+
+
+def rendered(template: str, **given: object) -> str:
+    """A page, with the style and the script of all of them."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+    from markupsafe import Markup
+
+    environment = Environment(
+        loader=PackageLoader("cascadevlm.evaluation.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.globals.update(share=_share, number=_number)
+    templates = resources.files("cascadevlm.evaluation.report") / "templates"
+    style, script = ((templates / name).read_text(encoding="utf-8") for name in ("report.css", "report.js"))
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return environment.get_template(template).render(**given, style=Markup(style), script=Markup(script), script_digest=digest)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plot:
+    """A plot with its heading and what it shows, in a sentence."""
+
+    title: str
+    text: str
+    svg: "Markup"
+
+
+def _plots(run: Run, draw: "Drawing") -> list[Plot]:
+    """Those that have something to show."""
+    found = run.evaluation
+    judged, read = bool(run.record.stages), found.images > found.unreadable
+    swept = not judged or run.record.asked_everything
+    everything = "" if swept else " The judge was not asked about everything: no curves."
+    known: list[tuple[bool, str, str, Callable[[Record], Figure]]] = [
+        (
+            judged and read,
+            "Accuracy against questions",
+            "What each way of choosing the images for the judge would get right." + everything,
+            plots.accuracy_deferral,
+        ),
+        (
+            judged and read and found.dollars > 0,
+            "Accuracy against dollars",
+            "The same by what the questions cost." + everything,
+            plots.accuracy_dollars,
+        ),
+        (read, "Entropy", "How sure the scorer is where it is right and where it is wrong.", plots.entropy_histogram),
+        (
+            read,
+            "Reliability",
+            "How often predictions of a confidence are right; larger marks stand for more images.",
+            plots.reliability,
+        ),
+        (
+            read and found.cascade_accuracy != 1,
+            "Confusion",
+            "The classes most often taken for one another; rows are truths.",
+            plots.confusion,
+        ),
+    ]
+    if run.calibration is not None and swept:
+        text = "What the calibration beside the run gains on the images that it was not fitted on."
+        decision = partial(plots.decision_layer, calibration=run.calibration)
+        known.insert(2, (True, "Decision layer", text, decision))
+    return [Plot(title=title, text=text, svg=draw(plot(run.record), title)) for shown, title, text, plot in known if shown]
+
+
+def _study(study: StudyResult, draw: "Drawing") -> "Markup":
+    rows = study.rows
+    figure = plots.study([row.variant for row in rows], [row.accuracy for row in rows], [row.interval for row in rows])
+    return draw(figure, f"Accuracy by variant: {study.question}")
+
+
+class Drawing:
+    """Makes figures SVG for one page: text stays text, colours are the page's, and no id is there twice."""
+
+    def __init__(self) -> None:
+        self.drawn = 0
+
+    def __call__(self, figure: "Figure", title: str) -> "Markup":
+        import matplotlib
+        from markupsafe import Markup, escape
+
+        self.drawn += 1
+        file = io.StringIO()
+        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        with warnings.catch_warnings(), matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "cascadevlm"}):
+            warnings.filterwarnings("ignore", "Glyph")  # the reader's browser has other fonts
+            figure.savefig(file, format="svg", transparent=True, metadata=nothing)
+        svg = file.getvalue()
+        svg = svg[svg.index("<svg") :]
+        svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>plot{self.drawn}-", svg)
+        svg = re.sub("|".join(COLOURS), lambda colour: COLOURS[colour[0]], svg)
+        opening = f'<svg class="plot" role="img" aria-label="{escape(title)}" '
+        svg = re.sub(r'<svg [^>]*?(viewBox="[^"]*")[^>]*>', lambda found: f"{opening}{found[1]}>", svg)
+        return Markup(svg)
+
+
+def _number(value: float | None, digits: int = 3) -> str:
+    return "–" if value is None else f"{value:,.{digits}f}"
+
+
+def _figures(found: Evaluation) -> dict[str, str]:
+    """All figures by name, as texts."""
+    recall = ", ".join(f"{k}: {_share(share)}" for k, share in found.top_k_recall.items())
+    return {
+        "Images (unreadable)": f"{found.images:,} ({found.unreadable:,})",
+        "Cascade, right": _share(found.cascade_accuracy, found.cascade_accuracy_interval),
+        "Cascade, mean over classes": _share(found.macro_accuracy, found.macro_accuracy_interval),
+        "Scorer alone, right": _share(found.scorer_accuracy, found.scorer_accuracy_interval),
+        "Scorer, on kept images": _share(found.scorer_accuracy_kept),
+        "Scorer, on escalated images": _share(found.scorer_accuracy_escalated),
+        "Judge's own answers, right": _share(found.judge_accuracy),
+        "Judge, on kept images": _share(found.judge_accuracy_kept),
+        "Judge, on escalated images": _share(found.judge_accuracy_escalated),
+        "Escalated": _share(found.deferral_rate),
+        "Rescued, harmed, abstained": f"{found.rescued:,}, {found.harmed:,}, {found.abstained:,}",
+        "Truth among the scorer's best": recall,
+        "Truth among the candidates": _share(found.coverage),
+        "Calibration error, scorer": _number(found.scorer_calibration_error),
+        "Calibration error, final": _number(found.calibration_error),
+        "Dollars per thousand images": "–" if found.dollars_per_thousand is None else f"${found.dollars_per_thousand:,.4f}",
+        "Paid in this run": f"${found.paid_dollars:,.4f}",
+        "Tokens in, out": f"{found.input_tokens:,}, {found.output_tokens:,}",
+        "Seconds a question, p50, p95": f"{_number(found.latency_p50)}, {_number(found.latency_p95)}",
+        "Outcomes of questions": ", ".join(f"{name} {count:,}" for name, count in found.outcomes.items() if count) or "–",
+    }

@@ -1,0 +1,289 @@
+"""The page of bulk runs, which have no labels to compare with: what was decided, by whom, how surely and for how much, and the
+images, the doubtful first."""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from heapq import nsmallest
+from pathlib import Path
+from typing import get_args
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, JsonValue, ValidationError
+
+from cascadevlm.base.errors import ImageError
+from cascadevlm.base.images import ImageSource, load_image
+from cascadevlm.base.types import DecidedBy, Outcome
+from cascadevlm.evaluation import plots
+from cascadevlm.evaluation.report.cases import MOST_CASES, MOST_IN_ALL, drawn
+from cascadevlm.evaluation.report.page import Drawing, rendered
+from cascadevlm.runs.export import predictions_of, table_of
+from cascadevlm.runs.lines import Line
+from cascadevlm.runs.manifest import NAME, Manifest
+from cascadevlm.runs.run_folder import Tally
+
+SURE = 0.9
+"""From which probability on a label counts as sure."""
+
+KINDS = ("abstained", "unanswered", "skipped", "overruled", "escalated", "kept", "unreadable")
+"""Kinds of images; one may be of several."""
+
+Numbered = tuple[int, Line]
+"""A line, and the number of its image, from 0."""
+
+
+@dataclass(kw_only=True)
+class Given:
+    """What is known of the images that were given one label.
+
+    Attributes:
+        images: how many there are.
+        decided: how many, by who decided.
+        probability: the sum of theirs.
+    """
+
+    images: int = 0
+    decided: Counter[str] = field(default_factory=Counter)
+    probability: float = 0.0
+
+
+@dataclass(kw_only=True)
+class BulkRun:
+    """What the page tells of one run.
+
+    Attributes:
+        finished: whether all images have a prediction.
+        kinds: how many images there are of each kind.
+        labels: what was given, by label.
+        sure: how many labels have a probability of at least `SURE`.
+        probabilities: by who decided, the number of labels in each of equal parts of 0 to 1.
+        doubtful: the images that are worth a look, the most doubtful first.
+    """
+
+    folder: Path
+    manifest: Manifest
+    finished: bool
+    tally: Tally = field(default_factory=Tally)
+    kinds: Counter[str] = field(default_factory=Counter)
+    labels: dict[str, Given] = field(default_factory=dict)
+    sure: int = 0
+    probabilities: dict[str, NDArray[np.int64]] = field(
+        default_factory=lambda: {by: np.zeros(plots.HISTOGRAM_BINS, dtype=np.int64) for by in get_args(DecidedBy)}
+    )
+    doubtful: list[Numbered] = field(default_factory=list)
+
+    @property
+    def readable(self) -> int:
+        return self.tally.images - self.tally.counts["unreadable"]
+
+    @property
+    def labelled(self) -> int:
+        """How many images have a label."""
+        return sum(given.images for given in self.labels.values())
+
+    @property
+    def decided(self) -> dict[str, int]:
+        """How many labels are whose."""
+        return {by: int(parts.sum()) for by, parts in self.probabilities.items() if parts.any()}
+
+    @property
+    def by_label(self) -> list[tuple[str, Given]]:
+        """The most frequent label first."""
+        return sorted(self.labels.items(), key=lambda each: (-each[1].images, each[0]))
+
+    @property
+    def never_given(self) -> list[str]:
+        """The classes that no image was given."""
+        return [label.name for label in self.manifest.labels if label.name not in self.labels]
+
+    def add(self, line: Line) -> None:
+        """Count one more prediction."""
+        self.tally.add(line)
+        self.tally.spent_dollars += line.cost.dollars
+        self.kinds.update(_kinds(line))
+        if line.label is None or line.decided_by is None:
+            return
+        probability = min(max(_probability(line), 0.0), 1.0)
+        given = self.labels.setdefault(line.label, Given())
+        given.images += 1
+        given.decided[line.decided_by] += 1
+        given.probability += probability
+        self.sure += probability >= SURE
+        parts = self.probabilities[line.decided_by]
+        parts[min(int(probability * len(parts)), len(parts) - 1)] += 1
+
+
+class _Summary(BaseModel):
+    spent_dollars: float
+
+
+def is_bulk_run(folder: Path) -> bool:
+    """Whether a folder is one that ``cascadevlm run`` wrote."""
+    return (folder / NAME).is_file()
+
+
+def read_bulk_run(folder: Path) -> BulkRun:
+    """The run in a folder, finished or not. What is kept in memory does not grow with the number of images.
+
+    Raises:
+        DataError: if its manifest or a prediction cannot be read.
+    """
+    try:
+        summary = _Summary.model_validate_json((folder / "summary.json").read_bytes())
+    except (OSError, ValidationError):  # it is written last
+        summary = None
+    run = BulkRun(folder=folder, manifest=Manifest.read(folder), finished=summary is not None)
+
+    def doubted() -> Iterator[tuple[float, int, Line]]:
+        for number, line in predictions_of(folder, None):
+            run.add(line)
+            yield _certainty(line), number - 1, line
+
+    run.doubtful = [(number, line) for _, number, line in nsmallest(MOST_CASES, doubted())]
+    if summary is not None:
+        run.tally.spent_dollars = summary.spent_dollars
+    return run
+
+
+def render_bulk(runs: Mapping[str, BulkRun]) -> str:
+    """The page, as HTML that asks the network for nothing.
+
+    Args:
+        runs: by name.
+    """
+    draw = Drawing()
+    drawings = {
+        name: draw(plots.confidence({by: run.probabilities[by] for by in run.decided}), "Probability of the labels")
+        for name, run in runs.items()
+    }
+    shown, missing = _cases(runs)
+    return rendered(
+        "unlabelled.html.j2",
+        runs=runs,
+        figures={name: _figures(run) for name, run in runs.items()},
+        plots=drawings,
+        cases=shown,
+        missing=missing,
+    )
+
+
+def _kinds(line: Line) -> list[str]:
+    best = next((candidate.label for candidate in line.candidates if candidate.rank == 1), None)
+    holds = {
+        "abstained": line.abstained,
+        "unanswered": line.asked and not line.answered,
+        "skipped": line.skipped,
+        "overruled": line.label not in (best, None),
+        "escalated": line.escalated,
+        "kept": bool(line.candidates) and not line.escalated,
+        "unreadable": not line.candidates,
+    }
+    return [kind for kind in KINDS if holds[kind]]
+
+
+def _probability(line: Line) -> float:
+    """Of the label; the scorer's, where who decided gives none."""
+    if line.probability is not None:
+        return line.probability
+    return next((candidate.probability for candidate in line.candidates if candidate.label == line.label), 0.0)
+
+
+def _certainty(line: Line) -> float:
+    """What images are ordered by: those without a label come first; those that could not be read, of which there is nothing to
+    see, last."""
+    if not line.candidates:
+        return 2.0
+    return -1.0 if line.label is None else _probability(line)
+
+
+def _cases(runs: Mapping[str, BulkRun]) -> tuple[dict[str, JsonValue], int]:
+    """The cases of all runs, as `report.cases.cases` tells them, and how many have no picture although they could be
+    read."""
+    told: list[JsonValue] = []
+    thumbnails: list[JsonValue] = []
+    missing = 0
+    for name, run in runs.items():
+        rows = run.doubtful[: MOST_IN_ALL // len(runs)]
+        pictures = _thumbnails(run, rows)
+        labels: dict[str, int] = {}
+        shown: list[JsonValue] = []
+        for number, line in rows:
+            missing += bool(line.candidates) and not pictures.get(number)
+            shown.append(_case(line, labels) | {"thumbnail": len(thumbnails)})
+            thumbnails.append(pictures.get(number, ""))
+        totals: dict[str, JsonValue] = {"all": run.tally.images, **{kind: run.kinds[kind] for kind in KINDS}}
+        told.append({"name": name, "labels": [*labels], "totals": totals, "cases": shown})
+    return {"runs": told, "thumbnails": thumbnails, "kinds": ["all", *KINDS], "chosen": "the most doubtful"}, missing
+
+
+def _case(line: Line, labels: dict[str, int]) -> dict[str, JsonValue]:
+    """What is shown of an image; labels are given by their numbers, new ones are numbered here."""
+
+    def numbered(label: str | None) -> int:
+        return -1 if label is None else labels.setdefault(label, len(labels))
+
+    verdicts: list[JsonValue] = [
+        {
+            "judge": verdict.judge,
+            "outcome": verdict.outcome,
+            "label": numbered(verdict.label),
+            "said": verdict.rationale or verdict.text or verdict.error,
+            "counts": True,
+        }
+        for verdict in line.verdicts
+    ]
+    return {
+        "name": Path(line.path).name,
+        "readable": bool(line.candidates),
+        "truth": -1,
+        "label": numbered(line.label),
+        "by": line.decided_by or "",
+        "probability": None if line.probability is None else round(line.probability, 4),
+        "reasons": [*line.reasons],
+        "error": line.error,
+        "candidates": [[numbered(each.label), round(each.probability, 4)] for each in line.candidates],
+        "verdicts": verdicts,
+        "kinds": [*_kinds(line)],
+    }
+
+
+def _thumbnails(run: BulkRun, rows: list[Numbered]) -> dict[int, str]:
+    """By the numbers of their images; none of an image that is gone or that another one has taken the place of."""
+    names = {number: line.path for number, line in rows if line.candidates}
+    table = table_of(run.manifest.inputs)
+    images: Iterator[tuple[int, tuple[str, ImageSource]]]
+    if table is None:
+        images = ((number, (name, Path(name))) for number, name in names.items())
+    else:
+        images = zip(sorted(names), table.rows(names), strict=False)
+    return {number: _thumbnail(source) for number, (name, source) in images if name == names[number]}
+
+
+def _thumbnail(source: ImageSource) -> str:
+    try:
+        return drawn(load_image(source))
+    except ImageError:
+        return ""
+
+
+def _figures(run: BulkRun) -> dict[str, str]:
+    """All figures by name, as texts."""
+    tally = run.tally
+    outcomes = ", ".join(f"{outcome} {tally.counts[outcome]:,}" for outcome in get_args(Outcome) if tally.counts[outcome])
+    return {
+        "Images (unreadable)": f"{tally.images:,} ({tally.counts['unreadable']:,})",
+        "Labels given, of all classes": f"{len(run.labels):,} of {len(run.manifest.labels):,}",
+        **{f"Decided by the {by}": f"{run.decided.get(by, 0):,}" for by in get_args(DecidedBy)},
+        "Without a label": f"{tally.abstained:,}",
+        "Kept, escalated": f"{run.kinds['kept']:,}, {run.kinds['escalated']:,}",
+        "Overruled: not the scorer's best": f"{run.kinds['overruled']:,}",
+        f"Probability of {SURE} or more": f"{run.sure:,}",
+        "Outcomes of questions": outcomes or "–",
+        "Requests to judges": f"{tally.requests:,}",
+        "Spent": f"${tally.spent_dollars:,.4f}",
+        "Saved by the cache": f"${tally.saved_dollars:,.4f}",
+        "Dollars per thousand images": f"${1000 * (tally.spent_dollars + tally.saved_dollars) / tally.images:,.4f}"
+        if tally.images
+        else "–",
+    }

@@ -1,0 +1,1 @@
+"""Judges answer questions about an image, dependably and within a budget."""

@@ -1,0 +1,318 @@
+"""Judges look at an image and choose among candidates. Write one by subclassing `Judge` or, for models that run in this
+process, `LocalJudge`. What every judge wants (a cache, retries, repair) is a wrapper around the one method."""
+
+import asyncio
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import cached_property
+from typing import ClassVar
+
+from pydantic import JsonValue
+
+from cascadevlm.base.errors import BudgetExhausted, FatalError, JudgeError
+from cascadevlm.base.portable import Live, Portable
+from cascadevlm.base.types import Question, Usage, Verdict
+from cascadevlm.judges.prompt import after_thoughts, read_answer
+
+
+class Judge(Portable, ABC):
+    """Answers questions. Constructors store parameters; models, clients and keys are looked up at first use.
+
+    Attributes:
+        spec: the spec string that names this judge, as in ``"hf_chat:aviary"``.
+        requires: distributions a backend needs beyond cascadevlm itself, as pip names them.
+        concurrency: how many questions it can well have in hand at once.
+        requests_per_minute: how many requests it may begin in a minute.
+        tokens_per_minute: how many tokens, in and out, they may take.
+        replays: whether it only gives again what was said before, at once and at no cost: its answers are not cached, and what
+            fails is not tried again. Not taken over by judges around it, which may ask others.
+    """
+
+    spec: str
+    requires: ClassVar[tuple[str, ...]] = ()
+    concurrency: int = 8
+    requests_per_minute: float | None = None
+    tokens_per_minute: float | None = None
+    replays: bool = False
+
+    @property
+    def costs_money(self) -> bool:
+        """Whether its answers are paid for.
+
+        Raises:
+            BackendError: if the price is unknown.
+        """
+        return False
+
+    @abstractmethod
+    async def judge(self, question: Question) -> Verdict:
+        """Answer one question.
+
+        Raises:
+            JudgeError: as `cascadevlm.base.errors` sorts them; never anything a caller could retry under another name.
+        """
+
+    def identity(self) -> Mapping[str, JsonValue]:
+        """All that changes an answer beside the question: spec, model revision, endpoint, decoding parameters."""
+        return {"judge": self.spec}
+
+    def image_digest(self, question: Question) -> str:
+        """The digest of the image as this judge is sent it."""
+        return question.image_digest
+
+    def worst_case(self, question: Question) -> int:
+        """The most that one request for this question can cost, in nanodollars; nothing for local judges."""
+        return 0
+
+    def usual_case(self, question: Question) -> int:
+        """What one request for this question is expected to cost, in nanodollars; for estimates."""
+        return 0
+
+    def worst_case_tokens(self, question: Question) -> int:
+        """The most tokens, in and out, that one request for this question can take; counted against rate limits."""
+        return 0
+
+    async def prepare(self) -> None:
+        """Fail now if the judge cannot work at all: a missing key, a model that does not load. Once at the beginning of a run."""
+
+    async def aclose(self) -> None:
+        """Let go of connections; once at the end of a run."""
+
+
+_not_sent: "set[asyncio.Task[object] | None]" = set()
+"""The tasks that wait in `before_sending`."""
+
+
+@contextmanager
+def before_sending() -> Iterator[None]:
+    """Around all that a judge waits for before it sends a question: given up there, the question costs nothing."""
+    task = asyncio.current_task()
+    _not_sent.add(task)
+    try:
+        yield
+    finally:
+        _not_sent.discard(task)
+
+
+def is_sent(asking: "asyncio.Task[Verdict]") -> bool:
+    """Whether the question that a task asks may have been sent."""
+    return asking not in _not_sent
+
+
+_Waiting = list[tuple[Question, "asyncio.Future[Verdict]"]]
+
+
+class LocalJudge(Judge):
+    """A judge whose model runs in this process: concurrent questions are gathered into batches, answered one after another.
+
+    Attributes:
+        batch_size: the most questions in one batch.
+    """
+
+    live: ClassVar[Live] = (("_waiting", dict), ("_workers", set))
+
+    def __init__(self, *, batch_size: int = 8) -> None:
+        self.batch_size = batch_size
+        self.concurrency = 2 * batch_size
+        self._waiting: dict[asyncio.AbstractEventLoop, _Waiting] = {}
+        self._workers: set[asyncio.Task[None]] = set()
+
+    @abstractmethod
+    def judge_batch(self, questions: Sequence[Question]) -> list[Verdict]:
+        """Answer up to ``batch_size`` questions; each verdict is what the question alone would have got."""
+
+    @cached_property
+    def _thread(self) -> ThreadPoolExecutor:
+        """Where the model runs, for every event loop: one batch at a time."""
+        return ThreadPoolExecutor(1, "judging")
+
+    async def judge(self, question: Question) -> Verdict:
+        loop = asyncio.get_running_loop()
+        if loop not in self._waiting:  # questions of two loops share no batch: neither could wake the other's
+            self._waiting[loop] = []
+            worker = loop.create_task(self._work(loop))
+            self._workers.add(worker)
+            worker.add_done_callback(self._workers.discard)
+        answer: asyncio.Future[Verdict] = loop.create_future()
+        self._waiting[loop].append((question, answer))
+        return await answer
+
+    async def _work(self, loop: asyncio.AbstractEventLoop) -> None:
+        waiting = self._waiting[loop]
+        try:
+            while waiting:
+                await asyncio.sleep(0.005)  # lets concurrent callers join the batch
+                batch = waiting[: self.batch_size]
+                del waiting[: self.batch_size]
+                if wanted := [(question, answer) for question, answer in batch if not answer.done()]:
+                    await self._answer(wanted)
+        finally:
+            del self._waiting[loop]
+
+    async def _answer(self, batch: _Waiting) -> None:
+        questions = [question for question, _ in batch]
+        try:
+            verdicts = await asyncio.get_running_loop().run_in_executor(self._thread, self.judge_batch, questions)
+            if len(verdicts) != len(questions):
+                told = f"{self.spec!r} has {len(verdicts)} verdicts on {len(questions)} questions."
+                raise FatalError(told, hint="Return one for each from judge_batch.")
+        except Exception as exc:
+            if len(batch) > 1 and not isinstance(exc, FatalError):  # one bad question must not fail its neighbours
+                for single in batch:
+                    await self._answer([single])
+                return
+            for _, answer in batch:
+                if not answer.done():
+                    answer.set_exception(exc)
+            return
+        for (_, answer), verdict in zip(batch, verdicts, strict=True):
+            if not answer.done():
+                answer.set_result(verdict)
+
+
+def verdict_from_text(
+    text: str, question: Question, *, judge: str, usage: Usage, probabilities: Mapping[str, float] | None = None
+) -> Verdict:
+    """The verdict that a judge's text is: ``answered``, ``none`` or ``unparsed``."""
+    answer = read_answer(text, question)
+    if answer is None:
+        if not text.strip():
+            error = "The answer is empty."
+        elif after_thoughts(text, question) is None:
+            error = "The answer ends within the model's thoughts."
+        else:
+            error = f"The answer names none of the {len(question.candidates)} candidates, or more than one."
+        return Verdict(outcome="unparsed", text=text, error=error, judge=judge, usage=usage)
+    return Verdict(
+        outcome="none" if answer.label is None else "answered",
+        label=answer.label.name if answer.label else None,
+        probabilities=probabilities,
+        rationale=answer.rationale,
+        text=text,
+        judge=judge,
+        usage=usage,
+    )
+
+
+class WrapperJudge(Judge):
+    """A judge around a judge; passes everything on. Subclasses override `judge`."""
+
+    def __init__(self, wrapped: Judge) -> None:
+        self.wrapped = wrapped
+        self.spec = wrapped.spec
+        self.concurrency = wrapped.concurrency
+        self.requests_per_minute = wrapped.requests_per_minute
+        self.tokens_per_minute = wrapped.tokens_per_minute
+
+    @property
+    def costs_money(self) -> bool:
+        return self.wrapped.costs_money
+
+    async def judge(self, question: Question) -> Verdict:
+        return await self.wrapped.judge(question)
+
+    def identity(self) -> Mapping[str, JsonValue]:
+        return self.wrapped.identity()
+
+    def image_digest(self, question: Question) -> str:
+        return self.wrapped.image_digest(question)
+
+    def worst_case(self, question: Question) -> int:
+        return self.wrapped.worst_case(question)
+
+    def usual_case(self, question: Question) -> int:
+        return self.wrapped.usual_case(question)
+
+    def worst_case_tokens(self, question: Question) -> int:
+        return self.wrapped.worst_case_tokens(question)
+
+    async def prepare(self) -> None:
+        await self.wrapped.prepare()
+
+    async def aclose(self) -> None:
+        await self.wrapped.aclose()
+
+
+MOST_REJECTED_TEXT = 4_000
+"""How much of a rejected answer, from its end, a judge is shown again, in characters."""
+
+
+class Repairing(WrapperJudge):
+    """Asks once more where an answer named no candidate, showing the judge its own words."""
+
+    async def judge(self, question: Question) -> Verdict:
+        first = await self.wrapped.judge(question)
+        if first.outcome != "unparsed" or not first.text.strip():
+            return first
+        try:
+            second = await self.wrapped.judge(replace(question, rejected=first.text[-MOST_REJECTED_TEXT:]))
+        except FatalError:
+            raise
+        except JudgeError:
+            return first
+        usage = first.usage + second.usage
+        return replace(second, rationale=second.rationale or first.text.strip(), usage=usage)
+
+
+class Voting(WrapperJudge):
+    """Asks several times, the candidates in another order each time, and takes the mean of what was said.
+
+    The orders are rotations, evenly spread, so that with as many votes as candidates each is shown at every place once: what a
+    judge has for a place averages out. The judge's own probabilities are averaged, or the shares of its answers; of equal
+    candidates the first shown wins. Votes that fail do not count, unless all do; where one is not asked for want of money, the
+    question is not answered: fewer orders than meant would say what a judge has for a place. What an image costs and how many can
+    be had at once is counted with all its votes.
+
+    Args:
+        votes: how often; at most once for every candidate.
+    """
+
+    def __init__(self, wrapped: Judge, votes: int) -> None:
+        super().__init__(wrapped)
+        self.votes = votes
+        self.concurrency = -(-wrapped.concurrency // votes)
+        self.requests_per_minute = wrapped.requests_per_minute and wrapped.requests_per_minute / votes
+
+    def worst_case(self, question: Question) -> int:
+        return sum(map(self.wrapped.worst_case, self._orders(question)))
+
+    def usual_case(self, question: Question) -> int:
+        return sum(map(self.wrapped.usual_case, self._orders(question)))
+
+    def worst_case_tokens(self, question: Question) -> int:
+        return sum(map(self.wrapped.worst_case_tokens, self._orders(question)))
+
+    def _orders(self, question: Question) -> list[Question]:
+        shown = question.candidates
+        votes = min(self.votes, len(shown))
+        starts = [vote * len(shown) // votes for vote in range(votes)]
+        return [replace(question, candidates=shown[start:] + shown[:start]) for start in starts]
+
+    async def judge(self, question: Question) -> Verdict:
+        shown = question.candidates
+        said = await asyncio.gather(*map(self.wrapped.judge, self._orders(question)), return_exceptions=True)
+        verdicts = [each for each in said if isinstance(each, Verdict)]
+        failures = [each for each in said if isinstance(each, BaseException)]
+        serious = [each for each in failures if isinstance(each, FatalError) or not isinstance(each, JudgeError)]
+        unpaid = [each for each in failures if isinstance(each, BudgetExhausted)]
+        if serious or unpaid or not verdicts:
+            raise (serious or unpaid or failures)[0]
+        return _mean_verdict([candidate.label.name for candidate in shown], verdicts)
+
+
+def _mean_verdict(names: Sequence[str], verdicts: Sequence[Verdict]) -> Verdict:
+    """The mean of several verdicts about the same candidates: "none of these" if more votes chose it than chose a candidate; else
+    the candidate with the highest mean probability; a verdict without an answer only if no vote holds one."""
+    usage = sum((verdict.usage for verdict in verdicts), Usage())
+    answered = [verdict for verdict in verdicts if verdict.outcome == "answered"]
+    none = [verdict for verdict in verdicts if verdict.outcome == "none"]
+    if len(answered) < len(none) or not answered:
+        return replace((none or verdicts)[0], usage=usage)
+    opinions = [verdict.probabilities or {verdict.label or "": 1.0} for verdict in answered]
+    mean = {name: sum(opinion.get(name, 0.0) for opinion in opinions) / len(opinions) for name in names}
+    best = max(names, key=mean.__getitem__)
+    agreeing = next((verdict for verdict in answered if verdict.label == best), answered[0])
+    return replace(agreeing, label=best, probabilities=mean, usage=usage)

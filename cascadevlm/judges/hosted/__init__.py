@@ -1,0 +1,1 @@
+"""What judges behind an API share."""

@@ -1,0 +1,78 @@
+"""The one owner of waiting: the backend says what kind an error is, this says when to ask again."""
+
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from email.utils import parsedate_to_datetime
+from math import isfinite
+
+from tenacity import AsyncRetrying, RetryCallState, retry_if_exception
+from tenacity.wait import wait_random_exponential
+
+from cascadevlm.base.errors import CascadeError, FatalError, RateLimited
+from cascadevlm.base.types import Question, Verdict
+from cascadevlm.judges.base import Judge, WrapperJudge
+
+_BACKOFF = wait_random_exponential(multiplier=1, max=60)
+
+
+def wait_as_told(state: RetryCallState) -> float:
+    """Seconds to wait: what this very response said, else exponential with full jitter (Brooker 2015, AWS)."""
+    error = state.outcome.exception() if state.outcome else None
+    if isinstance(error, RateLimited) and error.retry_after is not None:
+        return error.retry_after
+    return _BACKOFF(state)
+
+
+def retry_after(headers: Mapping[str, str]) -> float | None:
+    """Seconds to wait by a response's headers: ``retry-after-ms``, or ``retry-after``, seconds or a date (RFC 9110, 10.2.3)."""
+    for name, units_per_second in (("retry-after-ms", 1000), ("retry-after", 1)):
+        with suppress(KeyError, ValueError):
+            if isfinite(seconds := float(headers[name]) / units_per_second):
+                return max(0.0, seconds)
+    with suppress(KeyError, ValueError, OverflowError):
+        return max(0.0, parsedate_to_datetime(headers["retry-after"]).timestamp() - time.time())
+    return None
+
+
+def patient(*, attempts: int = 6, seconds: float = 300, wait: Callable[[RetryCallState], float] = wait_as_told) -> AsyncRetrying:
+    """Calls again after retryable errors, at most ``attempts`` times; between them, less than ``seconds`` go by in all. What a
+    call itself waits for, a turn or money, does not count: under a slow rate, no error would be worth a second attempt."""
+    return AsyncRetrying(
+        retry=retry_if_exception(lambda exc: isinstance(exc, CascadeError) and exc.retryable),
+        stop=lambda state: state.attempt_number >= attempts or state.idle_for + state.upcoming_sleep >= seconds,
+        wait=wait,
+        reraise=True,
+    )
+
+
+class Retrying(WrapperJudge):
+    """Asks again after retryable errors: see `patient`. A provider that wants to be left alone for longer than ``seconds`` stops
+    the run: every further question would fail as this one did."""
+
+    def __init__(
+        self, wrapped: Judge, *, attempts: int = 6, seconds: float = 300, wait: Callable[[RetryCallState], float] = wait_as_told
+    ) -> None:
+        super().__init__(wrapped)
+        self.attempts = attempts
+        self.seconds = seconds
+        self.wait = wait
+
+    async def judge(self, question: Question) -> Verdict:
+        try:
+            return await self.wrapped.judge(question)  # without tenacity, which takes a tenth of a millisecond to begin
+        except CascadeError as exc:
+            failed = [exc]
+
+        async def ask() -> Verdict:
+            if failed:
+                raise failed.pop()
+            return await self.wrapped.judge(question)
+
+        try:
+            return await patient(attempts=self.attempts, seconds=self.seconds, wait=self.wait)(ask)
+        except RateLimited as exc:
+            if exc.retry_after is None or exc.retry_after < self.seconds:
+                raise
+            hint = "Answers so far are in the cache: run it again then."
+            raise FatalError(f"The provider wants no request for {exc.retry_after:.0f} seconds: {exc}", hint=hint) from exc

@@ -1,0 +1,1 @@
+"""Policies decide which images are worth a question."""

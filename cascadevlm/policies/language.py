@@ -1,0 +1,140 @@
+"""The string form of policies: ``entropy > 0.35``, ``margin < 0.2 & calls <= 500``, ``~always | random(0.1, seed=7)``.
+
+``~`` binds before ``&``, ``&`` before ``|``; parentheses group. A comparison names a registered policy whose class states the
+operator; a call passes arguments to one. Numbers may carry the unit ``nats``.
+"""
+
+import inspect
+from functools import cache
+
+from lark import Lark, Token, Transformer, UnexpectedInput, UnexpectedToken, v_args
+from lark.exceptions import VisitError
+
+from cascadevlm.base.errors import CascadeError, PolicyError
+from cascadevlm.config.loading import load_policy_class
+from cascadevlm.policies.base import Policy
+
+GRAMMAR = r"""
+?start: either
+?either: both ("|" both)*
+?both: inverse ("&" inverse)*
+?inverse: "~" inverse -> invert
+        | "(" either ")"
+        | NAME OPERATOR NUMBER UNIT? -> compare
+        | NAME ["(" [argument ("," argument)*] ")"] -> call
+argument: [NAME "="] NUMBER
+UNIT.2: "nats"
+OPERATOR: "<=" | ">=" | "==" | "<" | ">"
+NAME: /[A-Za-z_]\w*/
+NUMBER: /[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?/
+%ignore /\s+/
+"""
+
+_WORDS = {
+    "NAME": "a policy",
+    "NUMBER": "a number",
+    "OPERATOR": "a comparison",
+    "UNIT": "'nats'",
+    "LPAR": "'('",
+    "RPAR": "')'",
+    "TILDE": "'~'",
+    "COMMA": "','",
+    "EQUAL": "'='",
+    "VBAR": "'|'",
+    "__ANON_0": "'|'",
+    "AMPERSAND": "'&'",
+    "$END": "the end",
+}
+
+
+def parse_policy(text: str) -> Policy:
+    """Read the string form.
+
+    Raises:
+        PolicyError: pointing at the word that is wrong.
+    """
+    try:
+        tree = _parser().parse(text)
+        policy = _Builder(text).transform(tree)
+    except UnexpectedInput as exc:
+        ended = isinstance(exc, UnexpectedToken) and exc.token.type == "$END"
+        column = len(text.rstrip()) if ended else exc.column - 1
+        expected = exc.accepts if isinstance(exc, UnexpectedToken) else getattr(exc, "allowed", None)
+        words = sorted({_WORDS.get(name, name) for name in expected or ()})
+        raise _pointing(text, column, f"expected {' or '.join(words)}") from exc
+    except VisitError as exc:
+        if isinstance(exc.orig_exc, CascadeError):
+            raise exc.orig_exc from exc
+        raise
+    assert isinstance(policy, Policy)
+    return policy
+
+
+@cache
+def _parser() -> Lark:
+    return Lark(GRAMMAR, parser="lalr")
+
+
+def _pointing(text: str, column: int, message: str, hint: str = "") -> PolicyError:
+    return PolicyError(f"Policy, column {column + 1}: {message}.{hint and ' ' + hint}\n  {text}\n  {' ' * column}^")
+
+
+def _value(token: Token) -> float:
+    return int(token) if token.lstrip("+-").isdigit() and len(token) < 19 else float(token)  # Python refuses to read longer ones
+
+
+@v_args(inline=True)
+class _Builder(Transformer[Token, Policy]):
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.text = text
+
+    def either(self, first: Policy, *more: Policy) -> Policy:
+        for policy in more:
+            first = first | policy
+        return first
+
+    def both(self, first: Policy, *more: Policy) -> Policy:
+        for policy in more:
+            first = first & policy
+        return first
+
+    def invert(self, policy: Policy) -> Policy:
+        return ~policy
+
+    def argument(self, name: Token | None, number: Token) -> tuple[str | None, float]:
+        return (str(name) if name else None), _value(number)
+
+    def compare(self, name: Token, operator: Token, number: Token, unit: Token | None = None) -> Policy:
+        policy = self._class(name)
+        if policy.comparison is None:
+            raise self._error(name, f"{name!s} is not compared with a number")
+        if operator != policy.comparison:
+            raise self._error(operator, f"{name!s} is compared with {policy.comparison!r}, not {operator.value!r}")
+        return self._build(name, policy, [_value(number)], {"unit": str(unit)} if unit else {})
+
+    def call(self, name: Token, *arguments: tuple[str | None, float] | None) -> Policy:
+        policy = self._class(name)
+        if policy.comparison is not None:
+            raise self._error(name, f"{name!s} wants a comparison, as in '{name!s} {policy.comparison} 0.5'")
+        given = [argument for argument in arguments if argument is not None]
+        positional = [value for key, value in given if key is None]
+        return self._build(name, policy, positional, {key: value for key, value in given if key is not None})
+
+    def _class(self, name: Token) -> type[Policy]:
+        try:
+            return load_policy_class(str(name))
+        except PolicyError as exc:
+            raise self._error(name, exc.args[0].rstrip("."), exc.hint) from exc
+
+    def _build(self, name: Token, policy: type[Policy], values: list[float], named: dict[str, float] | dict[str, str]) -> Policy:
+        try:
+            inspect.signature(policy).bind(*values, **named)
+            return policy(*values, **named)
+        except TypeError as exc:
+            raise self._error(name, f"{name!s}: {exc}") from exc
+        except PolicyError as exc:
+            raise self._error(name, exc.args[0].rstrip("."), exc.hint) from exc
+
+    def _error(self, token: Token, message: str, hint: str = "") -> PolicyError:
+        return _pointing(self.text, (token.column or 1) - 1, message, hint)

@@ -1,7 +1,0 @@
-"""Reports: runs as one HTML page that needs nothing beside itself."""
-
-from cascadevlm.report.page import Run, read_run, render
-from cascadevlm.report.studies import StudyResult, read_studies
-from cascadevlm.report.unlabelled import BulkRun, is_bulk_run, read_bulk_run, render_bulk
-
-__all__ = ["BulkRun", "Run", "StudyResult", "is_bulk_run", "read_bulk_run", "read_run", "read_studies", "render", "render_bulk"]

@@ -1,0 +1,1 @@
+"""Runs over unlabelled images, by the million."""

@@ -1,0 +1,1 @@
+"""Judges that answer through a provider's batch API."""

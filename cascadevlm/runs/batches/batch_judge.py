@@ -1,0 +1,305 @@
+"""A judge that asks through its provider's batch API: what is collected, submitted, waited for and read, and its state on disk.
+
+What was submitted is kept, so that a run cut off anywhere goes on where it was and nothing is paid for twice.
+"""
+
+import json
+import uuid
+from asyncio import sleep
+from collections.abc import Mapping
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+from pathlib import Path
+
+from pydantic import BaseModel, JsonValue
+
+from cascadevlm.base.errors import BudgetExhausted, FatalError, JudgeError, PermanentError, TransientError
+from cascadevlm.base.files import write_whole
+from cascadevlm.base.types import Question, Usage, Verdict
+from cascadevlm.judges.base import WrapperJudge
+from cascadevlm.judges.budget import NANODOLLARS, Ledger
+from cascadevlm.judges.cache import VerdictStore, at_no_cost, key_of, question_payload
+from cascadevlm.judges.hosted.base import HostedJudge
+from cascadevlm.judges.retry import patient
+
+MOST_ATTEMPTS = 3
+"""In how many batches a question may be before what came of it counts."""
+
+CLOCK_SKEW = timedelta(minutes=5)
+"""How far this machine's clock may be ahead of the provider's."""
+
+
+class Waiting(JudgeError):
+    """The question is in a batch that has not come back."""
+
+
+class Chunk(BaseModel):
+    """One batch: its questions by key, with what each may cost in nanodollars, and, once known, its id and what came back.
+
+    ``token`` is how the provider's list is searched for a batch whose id got lost.
+    """
+
+    name: str
+    token: str = ""
+    batch_id: str | None = None
+    worst_cases: dict[str, int] = {}
+    results: dict[str, JsonValue] | None = None
+
+
+class BatchJudge(WrapperJudge):
+    """Puts questions into batches, and answers those that have come back.
+
+    Args:
+        wrapped: the judge whose provider has the batch API.
+        folder: where the state of its batches is kept.
+        ledger: what may be spent.
+
+    Attributes:
+        closed: whether no more questions are taken.
+        concluding: whether answers come with their bills; until then, what they cost stays reserved.
+        freed: whether money has come back since this was last set to False.
+    """
+
+    def __init__(self, wrapped: HostedJudge, folder: Path, ledger: Ledger) -> None:
+        super().__init__(wrapped)
+        self.requests_per_minute = self.tokens_per_minute = None  # limits of the other API
+        self.hosted = wrapped
+        self.folder = folder
+        self.ledger = ledger
+        self.closed = False
+        self.concluding = False
+        self.freed = False
+        self.chunks: list[Chunk] = []
+        self._open: Chunk | None = None
+        self._open_bytes = 0
+        self._reserved: dict[str, int] = {}
+        self._short: dict[str, int] = {}
+        self._asked: set[str] = set()
+        self._told: set[str] = set()
+
+    def worst_case(self, question: Question) -> int:
+        return 0  # reserved when a question is put into a batch
+
+    def usual_case(self, question: Question) -> int:
+        return round(self.hosted.usual_case(question) * (Decimal(1) - self.hosted.price.batch_discount))
+
+    async def take_up(self) -> None:
+        """Take up the batches of an earlier run; what it had not submitted is collected again."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        states = [Chunk.model_validate_json(path.read_bytes()) for path in self.folder.glob("*.json")]
+        self.chunks = sorted(states, key=lambda chunk: chunk.token)
+        for chunk in list(self.chunks):
+            if chunk.batch_id is None:
+                chunk.batch_id = await patient()(self._find, chunk)
+                if chunk.batch_id is None:
+                    self.chunks.remove(chunk)
+                    self._forget(chunk)
+                else:
+                    self._save(chunk)
+        for path in self.folder.glob("*.jsonl"):
+            path.unlink()
+        for chunk in self.chunks:
+            for key, worst_case in chunk.worst_cases.items():
+                self._owe(key, worst_case)
+
+    async def judge(self, question: Question) -> Verdict:
+        key = key_of(question_payload(self.hosted, question))
+        self._asked.add(key)
+        asked = [chunk for chunk in self.chunks if key in chunk.worst_cases]
+        if asked:
+            results = asked[-1].results
+            if results is None:
+                raise Waiting("The batch has not come back.")
+            try:
+                return self._conclude(key, self._read(results.get(key), question))
+            except JudgeError as exc:
+                if self.closed or not exc.retryable or exc.may_be_billed or len(asked) >= MOST_ATTEMPTS:
+                    self._give_up(key, asked[-1].worst_cases[key] if exc.may_be_billed else 0)
+                    raise PermanentError(str(exc)) from exc
+        self._collect(key, question)
+        raise Waiting("The question was put into a batch.")
+
+    def _read(self, row: JsonValue, question: Question) -> Verdict:
+        if row is None:
+            raise TransientError("The batch came back without an answer to the question.")
+        try:
+            return self.hosted.read_row(row, question)
+        except JudgeError:
+            raise
+        except Exception as exc:  # whatever an SDK's object of what it was sent raises
+            raise PermanentError(f"The answer in the batch cannot be read: {exc}", may_be_billed=True) from exc
+
+    def _conclude(self, key: str, verdict: Verdict) -> Verdict:
+        if not self.concluding:
+            self._owe(key, round(verdict.usage.dollars * NANODOLLARS))
+            return replace(verdict, usage=Usage())
+        self._release(key)  # the bill counts as spent from now on
+        if key in self._told:
+            return at_no_cost(verdict)
+        self._told.add(key)
+        return verdict
+
+    def _give_up(self, key: str, bill: int) -> None:
+        """No answer will come; where one may be billed all the same, it is counted as the worst case."""
+        if self.concluding or not bill:
+            self._release(key, spent=0 if key in self._told else bill)
+        if self.concluding:
+            self._told.add(key)
+
+    def _collect(self, key: str, question: Question) -> None:
+        worst_case = self.hosted.batch_worst_case(question)
+        row = json.dumps(self.hosted.batch_row(key, question)).encode() + b"\n"
+        limits = self.hosted.batch_limits
+        if len(row) > limits.bytes:
+            raise PermanentError(f"The question takes {len(row)} bytes, more than a whole batch may.")
+        if self.closed:
+            raise BudgetExhausted("The budget had too little left for this question when the batches were filled.")
+        for owed, nanodollars in self._short.copy().items():  # what was submitted before has a prior claim
+            self._reserve(owed, nanodollars)
+        self._reserve(key, worst_case)
+        chunk = self._open
+        if chunk is None or self._open_bytes + len(row) > limits.bytes or len(chunk.worst_cases) == limits.requests:
+            chunk = self._open = Chunk(name=uuid.uuid4().hex)
+            self._open_bytes = 0
+            self.chunks.append(chunk)
+        with self._rows(chunk).open("ab") as file:
+            file.write(row)
+        chunk.worst_cases[key] = worst_case
+        self._open_bytes += len(row)
+
+    async def submit(self) -> None:
+        """Submit what has been collected, if anything."""
+        self._open = None
+        for chunk in self.chunks:
+            if chunk.batch_id is None:
+                began = (datetime.now(UTC) - CLOCK_SKEW).isoformat(timespec="microseconds")
+                chunk.token = f"{began}/{len(chunk.worst_cases)}/{chunk.name}"
+                self._save(chunk)
+                chunk.batch_id = await self._submit(chunk)
+                self._save(chunk)
+                self._rows(chunk).unlink()
+
+    async def _submit(self, chunk: Chunk) -> str:
+        """Submit a chunk; an attempt that broke off may have submitted it already."""
+        attempted = False
+
+        async def once() -> str:
+            nonlocal attempted
+            if attempted and (earlier := await self._find(chunk)) is not None:
+                return earlier
+            attempted = True
+            return await self.hosted.call(self.hosted.submit_batch(self._rows(chunk), chunk.token))
+
+        return await patient()(once)
+
+    async def _find(self, chunk: Chunk) -> str | None:
+        """The id of a chunk that was submitted, if it was."""
+        found = await self.hosted.call(self.hosted.find_batch(chunk.token))
+        return None if any(found == other.batch_id for other in self.chunks) else found
+
+    async def wait(self, poll_seconds: float) -> None:
+        """Wait until all that was asked has come back.
+
+        Raises:
+            FatalError: if the provider refused a batch as a whole, or does not give it out.
+        """
+        for chunk in self._awaited():
+            while (results := await self._results(chunk)) is None:
+                await sleep(poll_seconds)
+            chunk.results = dict(results)
+            self._save(chunk)
+
+    async def _results(self, chunk: Chunk) -> Mapping[str, JsonValue] | None:
+        assert chunk.batch_id is not None
+        batch_id = chunk.batch_id
+
+        async def once() -> Mapping[str, JsonValue] | None:
+            return await self.hosted.call(self.hosted.batch_results(batch_id))
+
+        try:
+            return await patient()(once)
+        except PermanentError as exc:
+            self._forget(chunk)
+            raise FatalError(str(exc)) from exc
+        except FatalError as exc:
+            hint = f"Use the key it was submitted with, or delete {self._state(chunk)} to ask its questions again."
+            raise FatalError(f"Batch {batch_id} cannot be fetched: {exc}", hint=hint) from exc
+
+    def _awaited(self) -> list[Chunk]:
+        """The chunks with questions of this run that have not come back."""
+        return [chunk for chunk in self.chunks if chunk.results is None and not self._asked.isdisjoint(chunk.worst_cases)]
+
+    @property
+    def in_flight(self) -> int:
+        """How many questions have not come back."""
+        return sum(len(self._asked.intersection(chunk.worst_cases)) for chunk in self._awaited())
+
+    def _reserve(self, key: str, nanodollars: int) -> None:
+        """Change what is reserved for a question.
+
+        Raises:
+            BudgetExhausted: if there is not so much.
+        """
+        before = self._reserved.get(key, 0)
+        if nanodollars > before:
+            self.ledger.reserve_now(nanodollars - before)
+        else:
+            self.ledger.settle(before - nanodollars, 0, standing=True)
+            self.freed |= nanodollars < before
+        self._reserved[key] = nanodollars
+        self._short.pop(key, None)
+
+    def _owe(self, key: str, nanodollars: int) -> None:
+        """Reserve what will have to be paid; what the budget has not is remembered."""
+        try:
+            self._reserve(key, nanodollars)
+        except BudgetExhausted:
+            self._short[key] = nanodollars
+
+    def _release(self, key: str, *, spent: int = 0) -> None:
+        reserved = self._reserved.pop(key, 0)
+        self.ledger.settle(reserved, spent, standing=True)
+        self.freed |= reserved > 0
+        self._short.pop(key, None)
+
+    def release_unasked(self) -> None:
+        """Let go of what is reserved for an earlier run's questions that this one has not asked."""
+        for key in {*self._reserved, *self._short} - self._asked:
+            self._release(key)
+
+    def release(self) -> None:
+        """Let go of all that is reserved."""
+        for key in list(self._reserved):
+            self._release(key)
+
+    def conclude(self) -> None:
+        """From now on, answers come with their bills."""
+        self.closed = self.concluding = True
+        self._asked.clear()
+        if self._short:  # bills above what is promised for them would wait for each other
+            self.release()
+
+    def finish(self, store: VerdictStore) -> None:
+        """Forget what has been answered, now or in the store. Answers to questions of another run are kept for it."""
+        for chunk in self.chunks:
+            left = {key for key in chunk.worst_cases if key not in self._asked and store.get(key) is None}
+            if not left:
+                self._forget(chunk)
+            elif chunk.results is not None and len(left) < len(chunk.worst_cases):
+                chunk.worst_cases = {key: worst for key, worst in chunk.worst_cases.items() if key in left}
+                chunk.results = {key: row for key, row in chunk.results.items() if key in left}
+                self._save(chunk)
+
+    def _forget(self, chunk: Chunk) -> None:
+        self._state(chunk).unlink(missing_ok=True)
+        self._rows(chunk).unlink(missing_ok=True)
+
+    def _save(self, chunk: Chunk) -> None:
+        write_whole(self._state(chunk), chunk.model_dump_json())
+
+    def _state(self, chunk: Chunk) -> Path:
+        return self.folder / f"{chunk.name}.json"
+
+    def _rows(self, chunk: Chunk) -> Path:
+        return self.folder / f"{chunk.name}.jsonl"

@@ -1,0 +1,446 @@
+"""Predictions of a run in the formats of other tools.
+
+They are read from ``predictions.jsonl`` line by line and written as they are read, so that memory does not grow with their
+number but for a byte each. Of a run that is still being written, what is there at the beginning is exported. Relative paths
+count from the working directory, as they did in the run. Images that the run could not read, or that are gone since, are in no
+format but CSV; images from which it abstained are unlabelled ones in every format. Images that stand in a table are read from
+there, but for the formats that can only name files.
+"""
+
+import csv
+import json
+import mmap
+import os
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from itertools import compress
+from pathlib import Path
+from typing import Literal, TextIO, TypeAlias
+from urllib.parse import quote
+from xml.etree import ElementTree
+
+from pydantic import BaseModel, JsonValue, ValidationError
+
+from cascadevlm.base.errors import DataError, ImageError, InputError
+from cascadevlm.base.files import valid_text
+from cascadevlm.base.images import unread_image
+from cascadevlm.runs import lines
+from cascadevlm.runs.inputs import Inputs
+
+PREDICTIONS = "predictions.jsonl"
+
+COLUMNS = ("path", "label", "probability", "decided_by", "escalated", "outcome", "dollars", "error")
+"""What tables tell of an image."""
+
+FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")
+"""With what a text begins that a spreadsheet may take for a formula (OWASP, "CSV Injection")."""
+
+
+class _Named(BaseModel):
+    name: str
+
+
+class _Described(BaseModel):
+    """Of a run's description, what is exported, and what it was run over, where that is told."""
+
+    labels: list[_Named]
+    inputs: str = ""
+
+
+class Line(lines.Line):
+    """A line, and what is exported of it."""
+
+    @property
+    def absolute(self) -> Path:
+        """The path of the image, links in it kept."""
+        return Path(os.path.normpath(Path(self.path).absolute()))
+
+    @property
+    def columns(self) -> dict[str, JsonValue]:
+        """What `COLUMNS` names."""
+        return {name: getattr(self, name) for name in COLUMNS}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Predictions:
+    """The predictions of a file, one JSON object a line, read anew by every pass over them.
+
+    Attributes:
+        file: may grow meanwhile.
+        end: how many of its bytes are read.
+        table: in which the images stand, a row for every line; None where they are files.
+    """
+
+    file: Path
+    end: int
+    table: Inputs | None
+
+    def __iter__(self) -> Iterator[tuple[int, Line]]:
+        """The lines, with their numbers in the file, from 1.
+
+        Raises:
+            DataError: if a line is no prediction.
+        """
+        return read_lines(self.file, self.end)
+
+    def with_images(self) -> Iterator[tuple[int, Line, Path | bytes]]:
+        """The same, each with its image: the path or the bytes of its file.
+
+        Raises:
+            DataError: if the table has come to hold others.
+        """
+        if self.table is None:
+            yield from ((number, line, Path(line.path)) for number, line in self)
+            return
+        rows = iter(self.table)
+        for number, line in self:
+            name, image = next(rows, ("", b""))
+            if name != line.path:
+                raise DataError(
+                    f"Row {number - 1} of {str(self.table.path)!r} was {line.path!r} in the run and is now {name or 'gone'!r}.",
+                    hint="Export with the table that was run.",
+                )
+            yield number, line, image if isinstance(image, bytes) else Path(line.path)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chosen:
+    """The predictions that are to be exported.
+
+    Attributes:
+        name: of the run.
+        labels: the names of the label set.
+        wanted: for every line, whether it is exported.
+    """
+
+    name: str
+    labels: tuple[str, ...]
+    predictions: Predictions
+    wanted: Sequence[int]
+
+    def __iter__(self) -> Iterator[tuple[int, Line]]:
+        """The lines, with their numbers in the file, from 1."""
+        return compress(self.predictions, self.wanted)
+
+    def with_images(self) -> Iterator[tuple[int, Line, Path | bytes]]:
+        """The same, each with the path or the bytes of its file."""
+        return compress(self.predictions.with_images(), self.wanted)
+
+
+Images: TypeAlias = Literal["none", "any", "files"]
+"""What a format wants of images: nothing, to read them, or that they are files which it can name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Format:
+    """A format: ``write`` is given the predictions and what to make, a file or a folder, and tells in one sentence how that is
+    loaded."""
+
+    write: Callable[[Chosen, Path], str]
+    images: Images
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exported:
+    """What was exported.
+
+    Attributes:
+        images: how many.
+        labelled: how many of them have a label.
+        left_out: how many were not exported because they cannot be read.
+        how_to_load: one sentence.
+    """
+
+    images: int
+    labelled: int
+    left_out: int
+    how_to_load: str
+
+
+def export(run: str | Path, to: str, output: str | Path, *, review: bool = False) -> Exported:
+    """Write the predictions of a run in the format of another tool, whole or not at all.
+
+    Args:
+        run: a folder that `cascadevlm run` or `cascadevlm evaluate` wrote, whose label set is then that of the run; or a file of
+            one JSON object a line, as `cascadevlm classify --json` prints them, whose label set is then what occurs in it,
+            sorted.
+        to: one of `FORMATS`.
+        output: the file or folder to make.
+        review: only images from which the cascade abstained.
+
+    Raises:
+        InputError: if the format is unknown or the output is there already or cannot be written.
+        DataError: if there are no predictions, a line is none, or none is of an image that can be read.
+    """
+    run, output = Path(run), Path(output)
+    if to not in FORMATS:
+        raise InputError(f"There is no format {to!r}.", hint=f"Known are {', '.join(FORMATS)}.")
+    if output.exists():
+        raise InputError(f"{str(output)!r} is there already.", hint="Give another name, or delete it first.")
+    form = FORMATS[to]
+    described = _description_of(run)
+    said = predictions_of(run, table_of(described.inputs) if form.images == "any" else None)
+    labels = tuple(label.name for label in described.labels)
+    known, occurring, counts, wanted = set(labels), set[str](), Counter[str](), bytearray()
+    for number, line, image in said.with_images():
+        named = {line.label} if line.label is not None else set()
+        if known and not named <= known:
+            raise DataError(f"{str(said.file)!r}, line {number}: {line.label!r} is not in the label set of the run.")
+        occurring |= named | {candidate.label for candidate in line.candidates}
+        asked_for = line.abstained or not review
+        wanted.append(asked_for and (form.images == "none" or (bool(line.candidates) and _is_there(image))))
+        counts["asked_for"] += asked_for
+        counts["images"] += wanted[-1]
+        counts["labelled"] += wanted[-1] and line.label is not None
+    if not wanted:
+        raise DataError(f"{str(said.file)!r} holds no predictions.")
+    if not counts["asked_for"]:
+        raise DataError(f"{str(said.file)!r} has nothing to review: the cascade abstained from no image.")
+    if not counts["images"]:
+        raise _unreadable(said.file, to, described)
+    chosen = Chosen(name=run.resolve().name, labels=labels or tuple(sorted(occurring)), predictions=said, wanted=wanted)
+    try:
+        with tempfile.TemporaryDirectory(dir=output.parent, prefix=".export-") as scratch:
+            unfinished = Path(scratch) / output.name
+            how_to_load = form.write(chosen, unfinished)
+            unfinished.rename(output)
+    except (OSError, ImageError) as exc:
+        raise InputError(f"The export {str(output)!r} cannot be written: {exc}.") from exc
+    return Exported(
+        images=counts["images"],
+        labelled=counts["labelled"],
+        left_out=counts["asked_for"] - counts["images"],
+        how_to_load=how_to_load,
+    )
+
+
+def _is_there(image: Path | bytes) -> bool:
+    return image.is_file() if isinstance(image, Path) else bool(image)
+
+
+def predictions_of(run: Path, table: Inputs | None) -> Predictions:
+    """The predictions in a file or a folder.
+
+    Raises:
+        DataError: if there are none.
+    """
+    if not run.exists():
+        raise DataError(f"{str(run)!r} does not exist.")
+    file = run / PREDICTIONS if run.is_dir() else run
+    if not file.exists():
+        raise DataError(f"{str(run)!r} holds no predictions.", hint=f"Give the folder of a run, which has a {PREDICTIONS}.")
+    return Predictions(file=file, end=_whole_lines(file) if run.is_dir() else file.stat().st_size, table=table)
+
+
+def _whole_lines(file: Path) -> int:
+    """How many bytes there are up to the end of the last line that has one: another may be being written."""
+    if not file.stat().st_size:
+        return 0
+    with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return content.rfind(b"\n") + 1
+
+
+def _description_of(run: Path) -> _Described:
+    """What a folder tells of itself; nothing, where it does not."""
+    found = next((file for file in (run / "manifest.json", run / "run.json") if file.is_file()), None)
+    if found is None:
+        return _Described(labels=[])
+    try:
+        return _Described.model_validate_json(found.read_bytes())
+    except ValidationError as exc:
+        raise DataError(f"{str(found)!r} tells no label set: {exc.errors()[0]['msg']}.") from exc
+
+
+def table_of(inputs: str) -> Inputs | None:
+    """The table that a run was made over, if the images stand in one and it is there."""
+    path = Path(inputs)
+    table = Inputs(path) if path.suffix and path.is_file() else None
+    return table if table is not None and table.holds_images else None
+
+
+def _unreadable(file: Path, to: str, described: _Described) -> DataError:
+    """Why there is nothing that a format could show."""
+    if table_of(described.inputs) is not None and FORMATS[to].images == "files":
+        others = ", ".join(name for name, form in FORMATS.items() if form.images != "files")
+        told = f"The images stand in {described.inputs!r}, and the format {to!r} can only name files."
+        return DataError(told, hint=f"Formats that need no files are {others}.")
+    read = f"The run read them from {described.inputs!r}" if described.inputs else "Only files can be read again"
+    hint = f"{read}, and relative paths count from the working directory: call export where the run was made."
+    return DataError(f"None of the images in {str(file)!r} can be read.", hint=hint)
+
+
+def read_lines(file: Path, end: int) -> Iterator[tuple[int, Line]]:
+    """The predictions in so many bytes of a file, one JSON object a line, with their numbers from 1.
+
+    Raises:
+        DataError: if a line is no prediction, as the last is where it was not written to its end.
+    """
+    line, number = b"", 0
+    try:
+        with file.open("rb") as opened:
+            for number, line in enumerate(opened, start=1):
+                end -= len(line)
+                if end < 0:
+                    return
+                yield number, Line.read(line.decode())
+    except ValidationError as exc:
+        first = exc.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the line"
+        raise DataError(f"{str(file)!r}, line {number}, is no prediction: {where}: {first['msg']}.") from exc
+    except json.JSONDecodeError as exc:
+        if not line.endswith(b"\n"):
+            raise DataError(f"{str(file)!r} breaks off in line {number}.", hint="Make it anew.") from exc
+        raise DataError(f"{str(file)!r}, line {number}, is no JSON: {exc.msg}.") from exc
+    except (OSError, ValueError, RecursionError) as exc:
+        raise DataError(f"{str(file)!r} cannot be read: {exc}.") from exc
+
+
+def write_csv(chosen: Chosen, output: Path) -> str:
+    """A table with `COLUMNS`. A text that a spreadsheet would take for a formula has an apostrophe before it."""
+
+    def cell(value: JsonValue) -> JsonValue:
+        return f"'{value}" if isinstance(value, str) and value.startswith(FORMULA) else value
+
+    with output.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file:
+        table = csv.DictWriter(file, COLUMNS)
+        table.writeheader()
+        table.writerows({name: cell(value) for name, value in line.columns.items()} for _, line in chosen)
+    return "It is UTF-8 with a header line."
+
+
+def write_hf(chosen: Chosen, output: Path) -> str:
+    """A folder as ``save_to_disk`` of ``datasets`` writes it: the image files as they are, with `COLUMNS`.
+
+    While it is written, it takes twice its size on disk. ``datasets`` maps into memory what it has written; the rest of its
+    memory does not grow.
+
+    Raises:
+        DataError: if the package is missing, or the data set cannot be written.
+    """
+    try:
+        import datasets
+    except ModuleNotFoundError as exc:
+        raise DataError("The format 'hf' needs the package 'datasets'.", hint="Install it: pip install datasets") from exc
+    kinds = {"probability": "float64", "escalated": "bool", "dollars": "float64"}
+    columns = {name: datasets.Value(kinds.get(name, "string")) for name in COLUMNS}
+    columns |= {"image": datasets.Image(), "label": datasets.ClassLabel(names=list(chosen.labels))}
+
+    def examples() -> Iterator[dict[str, object]]:
+        for _, line, image in chosen.with_images():
+            texts = {name: valid_text(value) if isinstance(value, str) else value for name, value in line.columns.items()}
+            content = image if isinstance(image, bytes) else image.read_bytes()
+            yield {**texts, "image": {"bytes": content, "path": valid_text(Path(line.path).name)}}
+
+    try:
+        made = datasets.Dataset.from_generator(
+            examples, features=datasets.Features(columns), cache_dir=str(output.parent / "cache"), writer_batch_size=100
+        )
+        made.save_to_disk(output)
+    except datasets.exceptions.DatasetGenerationError as exc:
+        raise DataError(f"The data set cannot be written: {exc.__cause__}.") from exc
+    return "Load it: datasets.load_from_disk(FOLDER)."
+
+
+def write_coco(chosen: Chosen, output: Path) -> str:
+    """One JSON file: ``images`` (their sizes as stored, before any EXIF rotation), ``categories`` and ``annotations``, which
+    have a category and a score but no box. Ids count from 1; those of images and annotations are lines of the predictions."""
+    category = {name: number for number, name in enumerate(chosen.labels, start=1)}
+
+    def image(number: int, line: Line, source: Path | bytes) -> dict[str, JsonValue]:
+        width, height = unread_image(source).size
+        return {"id": number, "file_name": line.path, "width": width, "height": height}
+
+    with output.open("w", encoding="utf-8") as file:
+        file.write(f'{{"info": {json.dumps({"description": f"Predictions of {chosen.name}"})},\n"categories": ')
+        _write_list(file, ({"id": number, "name": name} for name, number in category.items()))
+        file.write(',\n"images": ')
+        _write_list(file, (image(number, line, source) for number, line, source in chosen.with_images()))
+        file.write(',\n"annotations": ')
+        annotations = (
+            {"id": number, "image_id": number, "category_id": category[line.label], "score": line.probability}
+            for number, line in chosen
+            if line.label is not None
+        )
+        _write_list(file, annotations)
+        file.write("}\n")
+    return "Load it: pycocotools.coco.COCO(FILE)."
+
+
+def write_label_studio(chosen: Chosen, output: Path) -> str:
+    """A folder with ``tasks.json``, whose predictions carry the name of the run as ``model_version``, and with
+    ``label_config.xml``.
+
+    Images are local files, named relative to the folder above the one that holds them all: Label Studio serves only what lies
+    in a local storage of the project, and that must lie below its document root.
+    """
+    output.mkdir()
+    folders = (line.absolute.parent for _, line in chosen)
+    storage = reduce(lambda one, other: Path(os.path.commonpath((one, other))), folders)
+
+    def task(line: Line) -> dict[str, JsonValue]:
+        place = quote(os.fsencode(Path(line.absolute).relative_to(storage.parent).as_posix()))
+        data: JsonValue = {**line.columns, "image": f"/data/local-files/?d={place}"}
+        if line.label is None:
+            return {"data": data}
+        choice: JsonValue = {"from_name": "label", "to_name": "image", "type": "choices", "value": {"choices": [line.label]}}
+        return {"data": data, "predictions": [{"model_version": chosen.name, "score": line.probability, "result": [choice]}]}
+
+    with (output / "tasks.json").open("w", encoding="utf-8") as file:
+        _write_list(file, (task(line) for _, line in chosen))
+    view = ElementTree.Element("View")
+    ElementTree.SubElement(view, "Image", name="image", value="$image")
+    ElementTree.SubElement(view, "Filter", toName="label", minlength="0")
+    choices = ElementTree.SubElement(view, "Choices", name="label", toName="image", choice="single")
+    for name in chosen.labels:
+        ElementTree.SubElement(choices, "Choice", value=name)
+    ElementTree.indent(view)
+    ElementTree.ElementTree(view).write(output / "label_config.xml", encoding="utf-8")
+    serving = f"LABEL_STUDIO_LOCAL_FILES_SERVING_ENABLED=true LABEL_STUDIO_LOCAL_FILES_DOCUMENT_ROOT={storage.parent}"
+    steps = (
+        f"make a project with label_config.xml, add {storage} to it as a local storage without syncing it, and import tasks.json"
+    )
+    return f"Start Label Studio with {serving}, {steps}."
+
+
+def write_fiftyone(chosen: Chosen, output: Path) -> str:
+    """The ``labels.json`` of a ``FiftyOneImageClassificationDataset``: the classes, and by the absolute path of every image its
+    label, confidence and who decided, or null."""
+    number_of = {name: number for number, name in enumerate(chosen.labels)}
+
+    def target(line: Line) -> JsonValue:
+        if line.label is None:
+            return None
+        return {"label": number_of[line.label], "confidence": line.probability, "attributes": {"decided_by": line.decided_by}}
+
+    with output.open("w", encoding="utf-8") as file:
+        file.write(f'{{"classes": {json.dumps(chosen.labels)},\n"labels": ')
+        targets = (f"{json.dumps(str(line.absolute))}: {json.dumps(target(line))}" for _, line in chosen)
+        _write_joined(file, "{", targets, "}")
+        file.write("}\n")
+    dataset_type = "fiftyone.types.FiftyOneImageClassificationDataset"
+    return f'Load it: fiftyone.Dataset.from_dir(dataset_type={dataset_type}, labels_path=FILE, label_field="predictions").'
+
+
+def _write_list(file: TextIO, items: Iterable[Mapping[str, JsonValue]]) -> None:
+    _write_joined(file, "[", map(json.dumps, items), "]")
+
+
+def _write_joined(file: TextIO, opening: str, items: Iterable[str], closing: str) -> None:
+    """JSON texts, one a line, as they come."""
+    file.write(opening)
+    for number, item in enumerate(items):
+        file.write(f",\n{item}" if number else f"\n{item}")
+    file.write(f"\n{closing}")
+
+
+FORMATS: Mapping[str, Format] = {
+    "csv": Format(write=write_csv, images="none"),
+    "hf": Format(write=write_hf, images="any"),
+    "coco": Format(write=write_coco, images="any"),
+    "label-studio": Format(write=write_label_studio, images="files"),
+    "fiftyone": Format(write=write_fiftyone, images="files"),
+}
+"""By the names that `export` takes."""

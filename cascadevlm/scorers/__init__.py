@@ -1,0 +1,1 @@
+"""Scorers rank all labels for every image."""

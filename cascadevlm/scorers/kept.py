@@ -1,0 +1,280 @@
+"""Embeddings kept on disk: a new label set, template, policy or judge then costs no second pass of the image tower, and the same
+labels cost no second pass of the text tower.
+
+A folder for every model, named by its fingerprint, holds ``index.sqlite``, which tells the row of every image by the digest of
+its file, and the rows, float16, in shards that are mapped into memory. Its folder ``labels`` holds the same of labels, by the
+digest of the templates and the text, in float32. Safe across threads and processes. What a killed process
+wrote last is not in the index, and written over; what a failing disk made of a row, its checksum tells.
+"""
+
+import hashlib
+import sqlite3
+import threading
+import warnings
+import zlib
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property, lru_cache, partial
+from itertools import islice
+from pathlib import Path
+from typing import ClassVar, TypeAlias
+
+import filelock
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from cascadevlm.base.errors import BackendError, ImageError
+from cascadevlm.base.images import ImageSource, load_image, pixel_digest, read_bytes
+from cascadevlm.base.labels import LabelSet
+from cascadevlm.base.portable import Live
+from cascadevlm.base.types import Scores
+from cascadevlm.scorers.base import EmbeddingScorer, Prepared, Scorer, WrapperScorer, load_once
+
+SHARD_ROWS = 16_384
+"""Rows of a shard: 16 MB of 512 numbers each."""
+
+DAMAGE = (OSError, ValueError, sqlite3.Error)
+"""What reading and writing damaged files, or on a full disk, raises."""
+
+SHARDS_MAPPED = 4
+"""How many shards are mapped at once: what is mapped counts as memory of the process."""
+
+LONGEST_WAIT = 60.0
+"""How long a store waits for other processes, in seconds."""
+
+Embedding: TypeAlias = NDArray[np.floating]
+
+
+class EmbeddingStore:
+    """The embeddings of one model, D numbers each, by the digest of what they are of.
+
+    Args:
+        folder: made, unless it is there.
+        dtype: of the numbers.
+
+    Raises:
+        BackendError: if the folder cannot be used.
+    """
+
+    def __init__(self, folder: Path, dtype: type[np.float16] | type[np.float32] = np.float16) -> None:
+        self.folder = folder
+        self.dtype = np.dtype(dtype)
+        self._lock = threading.Lock()
+        self._shard = lru_cache(SHARDS_MAPPED)(self._map)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with filelock.FileLock(folder / "lock", timeout=LONGEST_WAIT):  # SQLite waits for no one who makes a file WAL
+                self._index = sqlite3.connect(
+                    folder / "index.sqlite", timeout=LONGEST_WAIT, isolation_level=None, check_same_thread=False
+                )
+                self._index.execute("PRAGMA journal_mode = WAL")
+                self._index.execute("PRAGMA synchronous = NORMAL")
+                self._index.execute("CREATE TABLE IF NOT EXISTS rows (row INTEGER PRIMARY KEY, digest UNIQUE, checksum INTEGER)")
+        except (OSError, sqlite3.Error) as exc:
+            hint = "Set cache.folder to one that can, or cache.embeddings = false."
+            raise BackendError(f"The folder {str(folder)!r} cannot keep embeddings: {exc}.", hint=hint) from exc
+
+    def get(self, digest: bytes) -> Embedding | None:
+        """The embedding of a digest, if it is kept.
+
+        Raises:
+            OSError, ValueError, sqlite3.DatabaseError: if the files are damaged.
+        """
+        with self._lock:
+            found = self._index.execute("SELECT row, checksum FROM rows WHERE digest = ?", (digest,)).fetchone()
+            if found is None:
+                return None
+            shard, row = divmod(found[0], SHARD_ROWS)
+            embedding: Embedding = np.array(self._shard(shard)[row])
+        return embedding if _checksum(embedding) == found[1] else None
+
+    def put(self, embeddings: Mapping[bytes, Embedding]) -> None:
+        """Keep embeddings by their digests."""
+        with self._lock, self._index:
+            self._index.execute("BEGIN IMMEDIATE")
+            (first,) = self._index.execute("SELECT coalesce(max(row) + 1, 0) FROM rows").fetchone()
+            self._write(first, np.stack([*embeddings.values()]))
+            self._index.executemany(
+                "INSERT OR REPLACE INTO rows VALUES (?, ?, ?)",
+                [(row, digest, _checksum(embedding)) for row, (digest, embedding) in enumerate(embeddings.items(), start=first)],
+            )
+
+    def __len__(self) -> int:
+        (rows,) = self._index.execute("SELECT count(*) FROM rows").fetchone()
+        return int(rows)
+
+    def close(self) -> None:
+        """Let go of the files."""
+        self._shard.cache_clear()
+        self._index.close()
+
+    def _path(self, shard: int) -> Path:
+        return self.folder / f"{shard:06}.f{8 * self.dtype.itemsize}"
+
+    def _write(self, row: int, rows: Embedding) -> None:
+        """Write rows, not through the map: there a full disk would be the end of the process."""
+        while len(rows):
+            shard, start = divmod(row, SHARD_ROWS)
+            part, rows = np.split(rows, [SHARD_ROWS - start])
+            self._path(shard).touch()
+            with self._path(shard).open("r+b") as file:
+                file.truncate(SHARD_ROWS * part.shape[1] * part.itemsize)
+                file.seek(start * part.shape[1] * part.itemsize)
+                file.write(part.tobytes())
+            row += len(part)
+
+    def _map(self, shard: int) -> "np.memmap[tuple[int, int], np.dtype[np.float16 | np.float32]]":
+        width = self._path(shard).stat().st_size // (SHARD_ROWS * self.dtype.itemsize)
+        return np.memmap(self._path(shard), self.dtype, "r", shape=(SHARD_ROWS, width))
+
+
+def _checksum(embedding: Embedding) -> int:
+    return zlib.crc32(embedding.tobytes())
+
+
+def folder_of(scorer: EmbeddingScorer, folder: Path) -> Path:
+    """Where, in the folder of all models' embeddings, those of one model are."""
+    return folder / hashlib.sha256(scorer.model_fingerprint().encode()).hexdigest()[:16]
+
+
+def kept_labels(scorer: EmbeddingScorer, names: Sequence[str], *, folder: Path) -> NDArray[np.float32]:
+    """The embeddings, C x D, of the prompt texts of C labels; no text is embedded twice. What cannot be kept or read again is
+    embedded at every start.
+
+    Args:
+        scorer: embeds the labels that are not kept.
+        names: the texts.
+        folder: of all models' embeddings.
+    """
+    digests = [hashlib.sha256("\0".join((*scorer.templates, name)).encode(errors="surrogatepass")).digest() for name in names]
+    known: dict[bytes, Embedding] = {}
+    store = None
+    with suppress(BackendError, *DAMAGE):
+        store = EmbeddingStore(folder_of(scorer, folder) / "labels", np.float32)
+        known = {digest: found for digest in digests if (found := store.get(digest)) is not None}
+    new = {digest: name for digest, name in zip(digests, names, strict=True) if digest not in known}
+    places = iter(new)
+    for block, embeddings in scorer.embed_in_blocks([*new.values()]):
+        embedded = dict(zip(islice(places, len(block)), embeddings, strict=True))
+        known |= embedded
+        if store is not None and np.isfinite(embeddings).all():
+            with suppress(*DAMAGE):
+                store.put(embedded)
+    if store is not None:
+        store.close()
+    return np.array([known[digest] for digest in digests], dtype=np.float32)
+
+
+@dataclass(kw_only=True, eq=False)
+class _Known(Prepared):
+    """An image with its digest and, where it was embedded before, its embedding."""
+
+    digest: bytes
+    embedding: Embedding | None = None
+
+
+class CachedEmbeddings(Scorer):
+    """Scores as an embedding model does, from embeddings rounded to float16, and embeds no image twice; a file whose embedding is
+    kept is not even decoded, unless a judge is asked about it.
+
+    Args:
+        wrapped: the model.
+        folder: of all models' embeddings.
+
+    Warns:
+        RuntimeWarning: once, if what is kept is damaged or cannot be added to: no further embeddings are kept then.
+    """
+
+    live: ClassVar[Live] = (("_telling", threading.Lock),)
+
+    def __init__(self, wrapped: EmbeddingScorer, folder: Path) -> None:
+        self.wrapped = wrapped
+        self.folder = folder
+        wrapped.keep_labels = partial(kept_labels, folder=folder)
+        self._keeping = True
+        self._telling = threading.Lock()
+
+    @cached_property
+    def store(self) -> EmbeddingStore:
+        return EmbeddingStore(folder_of(self.wrapped, self.folder))
+
+    def load(self) -> None:
+        load_once(self.wrapped)
+        self.store  # noqa: B018  # opens it
+
+    def prepare(self, source: ImageSource) -> Prepared:
+        content, digest = _content_and_digest(source)
+        of_file = digest.hex() if isinstance(source, str | Path) else ""
+        embedding = self._kept(digest)
+        if embedding is not None:
+            return _Known(source=source, digest=digest, file_digest=of_file, embedding=embedding)
+        try:
+            prepared = self.wrapped.prepare(content)
+        except ImageError:
+            prepared = self.wrapped.prepare(source)  # fails again, by its name
+        return _Known(source=source, features=prepared.features, pixels=prepared.pixels, digest=digest, file_digest=of_file)
+
+    def score(self, images: Sequence[Image.Image], labels: LabelSet) -> Scores:
+        return self.score_prepared([self.prepare(image) for image in images], labels)
+
+    def score_prepared(self, prepared: Sequence[Prepared], labels: LabelSet) -> Scores:
+        known = [each for each in prepared if isinstance(each, _Known)]
+        new = [each for each in known if each.embedding is None]
+        if new:
+            for each, row in zip(new, self.wrapped.embed_prepared(new), strict=True):
+                each.embedding = row.astype(np.float16)
+            self._keep({each.digest: row for each in new if (row := each.embedding) is not None and np.isfinite(row).all()})
+        embeddings = np.array([each.embedding for each in known], dtype=np.float32)
+        return self.wrapped.score_embeddings(embeddings, labels)
+
+    def _kept(self, digest: bytes) -> Embedding | None:
+        try:
+            return self.store.get(digest)
+        except DAMAGE as exc:
+            self._keep_no_more(f"The embeddings in {str(self.store.folder)!r} are damaged: {exc}. Delete that folder.")
+            return None
+
+    def _keep(self, embeddings: Mapping[bytes, Embedding]) -> None:
+        if not (self._keeping and embeddings):
+            return
+        try:
+            self.store.put(embeddings)
+        except (OSError, sqlite3.Error) as exc:
+            self._keep_no_more(f"No more embeddings can be kept in {str(self.store.folder)!r}: {exc}.")
+
+    def _keep_no_more(self, why: str) -> None:
+        with self._telling:
+            told, self._keeping = not self._keeping, False
+        if not told:
+            warnings.warn(why, RuntimeWarning, stacklevel=2)
+
+
+class Digesting(WrapperScorer):
+    """Scores as another scorer does, and notes the digest of every image's file."""
+
+    def prepare(self, source: ImageSource) -> Prepared:
+        prepared = super().prepare(source)
+        if isinstance(source, str | Path) and not prepared.file_digest:
+            prepared.file_digest = file_digest(source)
+        return prepared
+
+
+def file_digest(path: str | Path) -> str:
+    """The sha256 of an image's file, in hexadecimal.
+
+    Raises:
+        ImageError: if it cannot be read.
+    """
+    return _content_and_digest(path)[1].hex()
+
+
+def _content_and_digest(source: ImageSource) -> tuple[ImageSource, bytes]:
+    """What an image is made of, read once, and its sha256."""
+    if isinstance(source, str | Path):
+        source = read_bytes(source)
+    if isinstance(source, bytes):
+        return source, hashlib.sha256(source).digest()
+    image = load_image(source)
+    return image, bytes.fromhex(pixel_digest(image))

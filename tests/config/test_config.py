@@ -1,0 +1,167 @@
+from pathlib import Path
+
+import pytest
+from pydantic import JsonValue
+
+from cascadevlm.base.errors import ConfigError, InputError
+from cascadevlm.base.labels import LabelSet
+from cascadevlm.cascade.candidates import CumulativeMass, TopK
+from cascadevlm.config.config import Config, override, read_toml, toml_value
+from cascadevlm.policies.rules import EntropyAbove
+
+RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.toml"))
+LABELS = LabelSet.of(["a", "b"])
+
+
+def data(**stage: JsonValue) -> dict[str, JsonValue]:
+    return {"scorer": {"use": "open_clip:aviary"}, "stage": [{"judge": "hf_chat:aviary", **stage}]}
+
+
+def test_builds_what_it_says() -> None:
+    config = Config.parse(
+        {**data(policy="entropy > 0.2", candidates=3, prompt="select_cot", offer_none=True), "on_failure": "abstain"}
+    )
+    cascade = config.build(LABELS)
+    (stage,) = cascade.stages
+    assert cascade.on_failure == "abstain"
+    assert stage.policy == EntropyAbove(0.2)
+    assert stage.candidates == TopK(k=3)
+    assert stage.prompt.name == "select_cot"
+    assert stage.offer_none
+    assert stage.judge.spec == "hf_chat:aviary"
+
+
+def test_candidates_by_mass() -> None:
+    cascade = Config.parse(data(candidates={"mass": 0.8, "maximum": 4, "order": "shuffled", "seed": 7})).build(LABELS)
+    assert cascade.stages[0].candidates == CumulativeMass(mass=0.8, maximum=4, order="shuffled", seed=7)
+
+
+@pytest.mark.parametrize("candidates", [{}, {"k": 3, "mass": 0.9}])
+def test_candidates_want_one_rule(candidates: JsonValue) -> None:
+    with pytest.raises(ConfigError, match="one of k, mass and coverage"):
+        Config.parse(data(candidates=candidates)).build(LABELS)
+
+
+@pytest.mark.parametrize("candidates", [{"k": 5, "minimum": 2}, {"k": "best", "maximum": 10}])
+def test_lists_of_one_length_have_no_bounds(candidates: JsonValue) -> None:
+    with pytest.raises(ConfigError, match=r"candidates with k have no (minimum|maximum)\. Bounds are for mass and coverage\."):
+        Config.parse(data(candidates=candidates)).build(LABELS)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "sentence"),
+    [
+        ({"scorer": {"use": "x:y"}, "stages": []}, "There is no key 'stages'. Did you mean 'stage'?"),
+        ({"scorer": {"use": "x:y", "template": []}}, "There is no key 'scorer.template'. Did you mean 'templates'?"),
+        (data(polcy="always"), "Did you mean 'policy'?"),
+        (data(candidates={"mas": 0.9}), "Did you mean 'mass'?"),
+        (data(candidates="five"), "'five'"),
+        (data(candidates="beste"), "stage.0.candidates.k: a number from 1 on, or \"best\" (given: 'beste')."),
+        (data(candidates=0), 'stage.0.candidates.k: a number from 1 on, or "best" (given: 0).'),
+        (data(candidates=True), 'stage.0.candidates.k: a number from 1 on, or "best" (given: True).'),
+        (data(candidates={"k": 2.5}), 'a number from 1 on, or "best" (given: 2.5).'),
+        (data(support={"folder": "x", "shot": 1}), "There is no key 'stage.0.support.shot'. Did you mean 'shots'?"),
+        ({"scorer": {"use": "x:y"}, "budget": {"us": 3}}, "There is no key 'budget.us'. Did you mean 'usd'?"),
+        ({"stage": []}, "The key 'scorer' is missing."),
+        ({"scorer": {}}, "The key 'scorer.use' is missing."),
+    ],
+)
+def test_mistakes_name_the_key_and_the_fix(wrong: dict[str, JsonValue], sentence: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        Config.parse(wrong, name="my.toml")
+    assert sentence in str(caught.value)
+    assert str(caught.value).startswith("my.toml: ")
+
+
+def test_labels_are_wanted() -> None:
+    with pytest.raises(ConfigError, match="There are no labels"):
+        Config.parse(data()).build()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "sentence"),
+    [
+        (data(policy="gain > 0.02"), "The policy 'gain > 0.02' needs a calibration. Make one"),
+        (data(widen=2), "widen = 2 needs the answer 'none of these'"),
+        ({**data(), "routing": True}, "there must be two judges"),
+        (
+            {**data(), "routing": True, "stage": [{"judge": "hf_chat:aviary"}] * 2},
+            "The policy 'always' cannot choose between judges",
+        ),
+        (data(policy="~(calls <= 3)"), "A limit on calls or dollars stands alone or behind &"),
+        (data(policy="calls <= 1e999"), "a whole number from 0 on, not inf"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_is_loaded(wrong: dict[str, JsonValue], sentence: str) -> None:
+    config = Config.parse(wrong)
+    with pytest.raises(InputError) as caught:
+        config.build(LABELS)
+    assert sentence in str(caught.value)
+
+
+def test_a_study_of_a_length_can_be_read_again() -> None:
+    bounded = Config.parse(data(candidates={"mass": 0.9, "minimum": 3}))
+    again = Config.parse(bounded.model_dump(mode="json"))
+    assert again == bounded
+    assert again.build(LABELS).stages[0].candidates == CumulativeMass(mass=0.9, minimum=3)
+
+
+def test_an_unknown_option_of_a_backend_is_refused() -> None:
+    with pytest.raises(InputError, match=r"'hf_chat' has no option 'modes'\. Did you mean 'mode'"):
+        Config.parse(data(options={"modes": "likelihood"})).build(LABELS)
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_recipes_build(recipe: Path) -> None:
+    cascade = Config.parse(read_toml(recipe), name=recipe.name).build(LABELS)
+    assert cascade.stages
+
+
+def test_unreadable_files(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot be read"):
+        read_toml(tmp_path / "none.toml")
+    (tmp_path / "bad.toml").write_text("scorer = [")
+    with pytest.raises(ConfigError, match="is no TOML"):
+        read_toml(tmp_path / "bad.toml")
+
+
+def test_overrides_make_what_is_missing_and_keep_the_rest() -> None:
+    settings = data(policy="always")
+    override(settings, "stage.0.policy", "never")
+    override(settings, "stage.1.judge", "hf_chat:other")
+    override(settings, "cache.enabled", False)
+    config = Config.parse(settings)
+    assert [stage.judge for stage in config.stage] == ["hf_chat:aviary", "hf_chat:other"]
+    assert config.stage[0].policy == "never"
+    assert not config.cache.enabled
+
+
+@pytest.mark.parametrize("key", ["scorer.use.more", "stage.5.judge", "stage.judge"])
+def test_overrides_that_lead_nowhere(key: str) -> None:
+    settings = data()
+    with pytest.raises(ConfigError, match="cannot be set"):
+        override(settings, key, "x")
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("3", 3), ("true", True), ("'x'", "x"), ("openai:gpt-4o", "openai:gpt-4o"), ("{k = 2}", {"k": 2})]
+)
+def test_values_are_toml_or_strings(text: str, value: JsonValue) -> None:
+    assert toml_value(text) == value
+
+
+@pytest.mark.parametrize("content", [b"a = " + b"[" * 20_000, b"\xff\xfe", b"labels" + b".a" * 20_000 + b" = 1"])
+def test_a_config_file_that_is_too_deep_or_no_text_is_said(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "config.toml").write_bytes(content)
+    with pytest.raises(ConfigError) as caught:
+        Config.parse(read_toml(tmp_path / "config.toml") | {"scorer": {"use": "open_clip:aviary"}})
+    assert len(str(caught.value)) < 500
+
+
+def test_a_config_file_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    (tmp_path / "config.toml").write_bytes(b"\xef\xbb\xbfbatch_size = 1\n")
+    assert read_toml(tmp_path / "config.toml") == {"batch_size": 1}
+
+
+def test_a_value_that_is_too_deep_is_a_text() -> None:
+    assert toml_value("[" * 20_000) == "[" * 20_000

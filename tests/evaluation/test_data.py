@@ -1,0 +1,415 @@
+"""Labelled data from every source: the same images, names and truths whatever it was kept in."""
+
+import csv
+import json
+import os
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import IO
+
+import datasets
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+import torchvision
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from cascadevlm import Cascade
+from cascadevlm.base.errors import DataError
+from cascadevlm.base.images import ImageSource, load_image
+from cascadevlm.base.labels import Label, LabelSet
+from cascadevlm.evaluation.data import LONGEST_SHOWN, Data, read_data, stratified
+from cascadevlm.judges.support import SupportSet
+from cascadevlm.runs.inputs import Inputs
+from cascadevlm.testing import FakeScorer, noise
+
+LABELS = LabelSet.of([Label(name="ant", aliases=("Formica",)), "bee", "007"])
+TRUTHS = ("007", "007", "ant", "ant", "bee", "bee")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Two images of each of three classes."""
+    for number, truth in enumerate(TRUTHS):
+        file = tmp_path / "images" / truth / f"{number}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        noise(number).save(file)
+    return tmp_path / "images"
+
+
+def pixels(data: Data) -> list[bytes]:
+    return [load_image(image).tobytes() for image in data.images]
+
+
+def expected() -> list[bytes]:
+    return [noise(number).tobytes() for number in range(len(TRUTHS))]
+
+
+def rows(folder: Path) -> list[dict[str, str]]:
+    files = sorted(folder.rglob("*.png"))
+    splits = ("test", "", "test", "train", "test", "train")
+    return [
+        {"path": str(file.relative_to(folder.parent)), "label": file.parent.name, "split": split}
+        for file, split in zip(files, splits, strict=True)
+    ]
+
+
+def write_csv(path: Path, rows: Sequence[dict[str, str]]) -> None:
+    with path.open("w", newline="", encoding="utf-8-sig") as file:  # as spreadsheets save it
+        writer = csv.DictWriter(file, ["split", "note", *(set(rows[0]) - {"split"})])
+        writer.writeheader()
+        writer.writerows({**row, "note": 'a "note",\nof two lines'} for row in rows)
+
+
+def write_jsonl(path: Path, rows: Sequence[dict[str, str]]) -> None:
+    lines = [json.dumps({name: value or None for name, value in row.items()}, ensure_ascii=False) for row in rows]
+    path.write_text("\n\n".join(lines) + "\n", encoding="utf-8")
+
+
+def write_parquet(path: Path, rows: Sequence[dict[str, str]]) -> None:
+    table = pyarrow.Table.from_pylist([{**row, "image": b"..."} for row in rows])
+    label = table.column("label").dictionary_encode()  # as pandas writes categories
+    pyarrow.parquet.write_table(table.set_column(table.column_names.index("label"), "label", label), path)
+
+
+TABLES: dict[str, Callable[[Path, Sequence[dict[str, str]]], None]] = {
+    "data.csv": write_csv,
+    "data.JSONL": write_jsonl,
+    "data.parquet": write_parquet,
+}
+
+
+def test_a_folder_of_folders(folder: Path) -> None:
+    (folder / "ant" / ".ipynb_checkpoints").mkdir()
+    noise(9).save(folder / "ant" / ".ipynb_checkpoints" / "9.png")
+    (folder / ".hidden").mkdir()
+    noise(9).save(folder / ".hidden" / "9.png")
+    noise(9).save(folder / "ant" / "._2.png")
+    noise(9).save(folder / "of no class.png")
+    (folder / "ant" / "notes.txt").write_text("no image")
+    (folder / "empty").mkdir()
+    data = read_data(str(folder), LABELS)
+    assert data.truths == TRUTHS
+    assert data.names == tuple(str(folder / truth / f"{number}.png") for number, truth in enumerate(TRUTHS))
+    assert data.splits == ("",) * 6
+    assert pixels(data) == expected()
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_a_table(folder: Path, name: str) -> None:
+    TABLES[name](folder.parent / name, rows(folder))
+    data = read_data(folder.parent / name, LABELS)
+    assert data.truths == TRUTHS
+    assert data.splits == ("test", "", "test", "train", "test", "train")
+    assert data.names[0] == str(folder / "007" / "0.png")
+    assert pixels(data) == expected()
+    test = data.split("test")
+    assert test.truths == ("007", "ant", "bee")
+    assert pixels(test) == expected()[::2]
+    with pytest.raises(DataError, match=r"no split 'val' in the data\. There are: 'test', 'train'\."):
+        data.split("val")
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_a_table_needs_no_splits_and_takes_absolute_paths(folder: Path, name: str) -> None:
+    path = folder.parent / "elsewhere" / name
+    path.parent.mkdir()
+    TABLES[name](path, [{"path": str(folder.parent / row["path"]), "label": row["label"]} for row in rows(folder)])
+    data = read_data(path, LABELS)
+    assert data.splits == ("",) * 6
+    assert pixels(data) == expected()
+    with pytest.raises(DataError, match="There are: none"):
+        data.split("test")
+
+
+def test_labels_are_as_they_are_written(folder: Path) -> None:
+    """Numbers keep their zeros, dates stay text, lines may be broken and separated by anything."""
+    names = ["007", "2024-01-01", "NA", "true", "line\nbreak", "u\u2028v", "Größe, 🦗"]
+    labels = LabelSet.of(names)
+    file = str(folder / "ant" / "2.png")
+    for name, write in TABLES.items():
+        for label in names:
+            write(folder.parent / name, [{"path": file, "label": label}])
+            assert read_data(folder.parent / name, labels).truths == (label,)
+    (folder.parent / "numbers.jsonl").write_text(json.dumps({"path": file, "label": 7}))
+    assert read_data(folder.parent / "numbers.jsonl", LabelSet.of(["7"])).truths == ("7",)
+
+
+def test_labels_by_alias(folder: Path) -> None:
+    (folder / "ant").rename(folder / "Formica")
+    assert read_data(folder, LABELS).truths == ("007", "007", "ant", "ant", "bee", "bee")
+
+
+def hub(folder: Path) -> datasets.Dataset:
+    files = sorted(folder.rglob("*.png"))
+    features = datasets.Features({"picture": datasets.Image(), "kind": datasets.ClassLabel(names=["bee", "Formica", "007"])})
+    numbers = [{"bee": 0, "ant": 1, "007": 2}[file.parent.name] for file in files]
+    return datasets.Dataset.from_dict({"picture": [str(file) for file in files], "kind": numbers}, features=features)
+
+
+def test_a_hub_dataset_in_memory_and_on_disk(folder: Path) -> None:
+    in_memory = hub(folder)
+    in_memory.save_to_disk(str(folder.parent / "saved"))
+    for source in (in_memory, folder.parent / "saved"):
+        data = read_data(source, LABELS)
+        assert data.truths == TRUTHS
+        assert data.names == ("#0", "#1", "#2", "#3", "#4", "#5")
+        assert pixels(data) == expected()
+        assert pixels(data.take(np.array([4, 1]))) == [expected()[4], expected()[1]]
+
+
+def test_a_hub_dataset_of_several_splits(folder: Path) -> None:
+    whole = hub(folder)
+    splits = datasets.DatasetDict({"train": whole.select([0, 2, 4]), "test": whole.select([1, 3, 5])})
+    splits.save_to_disk(str(folder.parent / "saved"))
+    for source in (splits, folder.parent / "saved"):
+        data = read_data(source, LABELS)
+        assert data.splits == ("train",) * 3 + ("test",) * 3
+        assert data.names == ("train#0", "train#1", "train#2", "test#0", "test#1", "test#2")
+        assert data.truths == TRUTHS[::2] + TRUTHS[1::2]
+        assert pixels(data.split("test")) == expected()[1::2]
+
+
+def test_a_hub_dataset_with_names_for_labels(folder: Path) -> None:
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("string")})
+    source = datasets.Dataset.from_dict({"image": [noise(1)], "label": ["bee"]}, features=features)
+    data = read_data(source, LABELS)
+    assert data.truths == ("bee",)
+    assert pixels(data) == [noise(1).tobytes()]
+
+
+def test_an_unreadable_image_of_a_library_is_a_row_not_an_exception(folder: Path) -> None:
+    (folder / "ant" / "2.png").write_bytes(b"no image")
+    for source in (hub(folder), torchvision.datasets.ImageFolder(str(folder))):
+        predictions = Cascade(FakeScorer(), [], labels=LABELS).classify(read_data(source, LABELS).images)
+        assert [bool(p.error) for p in predictions] == [False, False, True, False, False, False]
+
+
+def test_a_torchvision_folder(folder: Path) -> None:
+    data = read_data(torchvision.datasets.ImageFolder(str(folder)), LABELS)
+    assert data.truths == TRUTHS
+    assert data.names[5] == str(folder / "bee" / "5.png")
+    assert pixels(data) == expected()
+
+
+class Drawn:
+    """A dataset as torchvision has them, that remembers what was read."""
+
+    classes = ("ant", "bee")
+
+    def __init__(self, image: Callable[[int], object] = noise) -> None:
+        self.image = image
+        self.read: list[int] = []
+
+    def __len__(self) -> int:
+        return 50
+
+    def __getitem__(self, index: int) -> tuple[ImageSource, int]:
+        self.read.append(index)
+        return self.image(index), index % 2  # type: ignore[return-value]  # what a transform may give
+
+
+def test_images_are_read_when_they_are_used_one_at_a_time() -> None:
+    source = Drawn()
+    source.targets = [index % 2 for index in range(50)]  # type: ignore[attr-defined]
+    data = read_data(source, LABELS)
+    assert source.read == [0]  # to see that it is an image
+    assert data.truths[:3] == ("ant", "bee", "ant")
+    half = data.subset(20, seed=1).divide(0.5)[1]
+    assert source.read == [0]
+    images = iter(half.images)
+    for count in range(1, 4):
+        next(images)
+        assert len(source.read) == 1 + count
+    assert load_image(half.images[-1]).tobytes() == noise(int(half.names[-1][1:])).tobytes()
+    with pytest.raises(IndexError):
+        _ = half.images[10]
+
+
+def test_classes_that_are_not_known_beforehand_are_read() -> None:
+    assert read_data(Drawn(), LABELS).truths == ("ant", "bee") * 25
+
+
+def test_images_are_read_lazily_from_a_hub_dataset(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[object] = []
+    really = Image.open
+
+    def opening(file: IO[bytes], *, formats: tuple[str, ...]) -> Image.Image:
+        opened.append(file)
+        return really(file, formats=formats)
+
+    monkeypatch.setattr(Image, "open", opening)
+    data = read_data(hub(folder), LABELS)
+    assert not opened
+    load_image(data.images[3])
+    assert len(opened) == 1
+
+
+def test_a_transform_that_leaves_no_image_is_said() -> None:
+    with pytest.raises(DataError, match=r"images are of the type Tensor\. Leave out its transform"):
+        read_data(Drawn(lambda index: torchvision.transforms.functional.to_tensor(noise(index))), LABELS)
+
+
+def test_all_problems_are_told_together(folder: Path) -> None:
+    good = rows(folder)
+    bad = [{"path": "images/gone.png", "label": "wasp", "split": ""}, good[0], good[1], {**good[2], "label": "hornet"}]
+    write_csv(folder.parent / "data.csv", [*good, *bad])
+    with pytest.raises(DataError) as caught:
+        read_data(folder.parent / "data.csv", LABELS)
+    told = str(caught.value)
+    assert "2 labels are not in the label set ('hornet', 'wasp')" in told
+    assert "1 files do not exist" in told
+    assert "gone.png" in told
+    assert "3 images are there more than once" in told
+    assert told.count(".\n") == told.count("\n") == 0
+
+
+def test_what_is_told_is_bounded(folder: Path) -> None:
+    many = [{"path": f"{'x' * 3000}/{number}", "label": f"{'y' * 3000}\n{number}", "split": ""} for number in range(1000)]
+    write_csv(folder.parent / "data.csv", [*many, *many])
+    with pytest.raises(DataError, match="1000 labels are not in the label set") as caught:
+        read_data(folder.parent / "data.csv", LABELS)
+    assert len(str(caught.value)) < 3 * 6 * (LONGEST_SHOWN + 20)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("data.csv", "file,label\nx,ant\n", r"lacks the column 'path'\. It has: 'file', 'label'\."),
+        ("data.csv", "path,class\nx,ant\n", r"lacks the column 'label'"),
+        ("data.csv", "", r"lacks the column 'path'\. It has: none\."),
+        ("data.csv", "path,label\n", "holds no images"),
+        ("data.csv", b"path,label\n\xff,ant\n", "cannot be read"),
+        ("data.csv", "path,label\nx\n", r"1 labels are not in the label set \(''\)"),
+        ("data.csv", "path,label\n,ant\n", "1 files do not exist"),
+        ("data.jsonl", '{"path": 1\n', "cannot be read"),
+        ("data.jsonl", "\n[1, 2]\n", "line 2 is no JSON object"),
+        ("data.jsonl", '{"image": "x"}\n', "lacks the column 'path'"),
+        ("data.parquet", "no parquet", "cannot be read"),
+        ("data.xlsx", "", r"is no table\. Known are \.csv, \.jsonl, \.parquet\."),
+    ],
+)
+def test_what_is_no_table(tmp_path: Path, name: str, content: str | bytes, told: str) -> None:
+    (tmp_path / name).write_bytes(content.encode() if isinstance(content, str) else content)
+    with pytest.raises(DataError, match=told) as caught:
+        read_data(tmp_path / name, LABELS)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_parquet_table_without_the_columns(tmp_path: Path) -> None:
+    pyarrow.parquet.write_table(pyarrow.table({"path": ["x"], **{f"c{n}": [n] for n in range(100)}}), tmp_path / "data.parquet")
+    with pytest.raises(DataError, match=r"lacks the column 'label'\. It has: 'path', 'c0', 'c1', 'c2', 'c3', …\."):
+        read_data(tmp_path / "data.parquet", LABELS)
+
+
+def test_what_is_no_data(tmp_path: Path, folder: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "state.json").write_text("{}")
+    no_classes = datasets.Dataset.from_dict({"text": ["x"]})
+    for source, told in [
+        (tmp_path / "nowhere", "does not exist"),
+        (tmp_path / "empty", r"holds no images\. A folder of data has a sub-folder for every class"),
+        (tmp_path / "broken", "is no saved dataset"),
+        (no_classes, r"no column of images or none of classes\. It has: 'text'"),
+        ({"train": 1}, "no datasets"),
+        (hub(folder).to_iterable_dataset(), "A IterableDataset is no labelled data"),
+        (SimpleNamespace(), "A SimpleNamespace is no labelled data"),
+    ]:
+        with pytest.raises(DataError, match=told):
+            read_data(source, LABELS)
+
+
+truths_of = st.lists(st.sampled_from("abcdefg"), min_size=1, max_size=200)
+
+
+def made(truths: Sequence[str]) -> Data:
+    names = tuple(map(str, range(len(truths))))
+    return Data(images=names, names=names, truths=tuple(truths), splits=("",) * len(truths))
+
+
+@given(truths_of, st.data(), st.integers(0, 10_000))
+def test_a_draw_takes_of_every_class_its_share(truths: list[str], draw: st.DataObject, seed: int) -> None:
+    size = draw.draw(st.integers(0, len(truths)))
+    chosen = stratified(truths, size, seed=seed)
+    assert chosen.sum() == size
+    taken = Counter(truth for truth, one in zip(truths, chosen, strict=True) if one)
+    for truth, count in Counter(truths).items():
+        assert abs(taken[truth] - count * size / len(truths)) < 1
+    np.testing.assert_array_equal(chosen, stratified(truths, size, seed=seed))
+
+
+@given(truths_of, st.floats(0, 1), st.integers(0, 10_000))
+def test_parts_are_disjoint_complete_and_in_order(truths: list[str], share: float, seed: int) -> None:
+    data = made(truths)
+    first, rest = data.divide(share, seed=seed)
+    assert len(first) == round(share * len(data))
+    assert sorted([*first.names, *rest.names], key=int) == list(data.names)
+    for part in (first, rest):
+        assert list(part.names) == sorted(part.names, key=int)
+        assert list(part.images) == list(part.names)
+        assert part.truths == tuple(truths[int(name)] for name in part.names)
+    assert data.divide(share, seed=seed)[0].names == first.names
+
+
+@given(truths_of, st.integers(0, 250), st.integers(0, 10_000))
+def test_a_subset_is_as_large_as_asked(truths: list[str], size: int, seed: int) -> None:
+    subset = made(truths).subset(size, seed=seed)
+    assert len(subset) == min(size, len(truths))
+    assert list(subset.names) == sorted(subset.names, key=int)
+
+
+def test_seeds_differ() -> None:
+    data = made(["a", "b"] * 100)
+    assert len({data.subset(20, seed=seed).names for seed in range(10)}) == 10
+    assert data.subset(20).names == data.subset(20, seed=0).names
+
+
+def test_equal_remainders_fall_on_any_class() -> None:
+    """Ten classes of one image each, one to draw: not always the first."""
+    data = made("abcdefghij")
+    assert len({data.subset(1, seed=seed).truths for seed in range(50)}) > 5
+
+
+def test_a_draw_that_cannot_be() -> None:
+    data = made("ab")
+    for share in (-0.1, 1.1, float("nan")):
+        with pytest.raises(DataError, match="between 0 and 1"):
+            data.divide(share)
+    with pytest.raises(DataError, match="-1 cannot be drawn"):
+        data.subset(-1)
+
+
+@pytest.mark.parametrize("name", ["Grünfink", "red_finch"])
+def test_folders_are_known_by_the_words_of_their_names(tmp_path: Path, name: str) -> None:
+    (tmp_path / unicodedata.normalize("NFD", name)).mkdir()
+    noise(1).save(tmp_path / unicodedata.normalize("NFD", name) / "1.png")
+    (tmp_path / "labels.txt").write_text(f"{name.replace('_', ' ')}\nRotkehlchen\n", encoding="utf-8")
+    assert read_data(tmp_path, LabelSet.read(tmp_path / "labels.txt")).truths == (name.replace("_", " "),)
+
+
+def test_a_support_set_is_found_by_the_words_of_its_folders(tmp_path: Path) -> None:
+    (tmp_path / "red_finch").mkdir()
+    noise(1).save(tmp_path / "red_finch" / "1.png")
+    assert list(SupportSet.read(tmp_path, LabelSet.of(["red finch", "grey owl"])).exemplars) == ["red finch"]
+
+
+def test_a_line_that_is_too_deep_is_told_by_its_number(tmp_path: Path) -> None:
+    (tmp_path / "table.jsonl").write_text('{"path": "x.png", "label": "ant"}\n' + "[" * 100_000)
+    with pytest.raises(DataError, match="line 2 is no JSON"):
+        read_data(tmp_path / "table.jsonl", LABELS)
+    with pytest.raises(DataError, match="line 2 is no JSON"):
+        list(Inputs(tmp_path / "table.jsonl"))
+
+
+def test_a_pipe_is_no_table(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "table.csv")
+    with pytest.raises(DataError, match="is no table"):
+        read_data(tmp_path / "table.csv", LABELS)

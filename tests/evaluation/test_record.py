@@ -1,0 +1,569 @@
+"""Records of real runs: what is written is what the predictions said, for us and for others."""
+
+import asyncio
+import json
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet
+import pytest
+from PIL import Image
+
+from cascadevlm import Cascade, Stage, TopK, load_judge, load_prompt, load_scorer, parse_policy
+from cascadevlm.base.errors import BackendError, DataError, JudgeError, PermanentError
+from cascadevlm.base.images import ImageSource, load_image, pixel_digest
+from cascadevlm.base.labels import LabelSet
+from cascadevlm.base.types import Prediction, Question, Scores, Usage, Verdict
+from cascadevlm.cascade.item import OnFailure
+from cascadevlm.decision.judge_model import JudgeModel
+from cascadevlm.evaluation.data import Data, read_data
+from cascadevlm.evaluation.evaluate import can_replay, evaluate_replayed
+from cascadevlm.evaluation.metrics import evaluate, top_k_recall
+from cascadevlm.evaluation.record import NOBODY, Record, read_record, read_verdicts
+from cascadevlm.evaluation.recording import KeepingScorer, KeepingStage, write_record
+from cascadevlm.evaluation.sweep import sweep, under
+from cascadevlm.judges.base import Judge
+from cascadevlm.judges.budget import Ledger
+from cascadevlm.judges.cache import MemoryStore, VerdictStore
+from cascadevlm.policies.measures import entropy
+from cascadevlm.policies.rules import Always, EntropyAbove
+from cascadevlm.scorers.base import Prepared, Scorer
+from cascadevlm.testing import FakeJudge, FakeScorer, noise
+from cascadevlm.testing.fakes import Reply
+
+NAMES = ['the "quoted" ant', "bee\nof two lines", "Zikade, größer als 🦗", "dragonfly", "earwig", "firefly"]
+LABELS = LabelSet.of(NAMES)
+UNREADABLE = (3, 9)
+TABLES = ("images", "predictions", "verdicts")
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Data:
+    """16 images, two of them no images."""
+    rows = []
+    for number in range(16):
+        file = tmp_path / "images" / f"{number:02} é.png"
+        file.parent.mkdir(exist_ok=True)
+        noise(number).save(file)
+        if number in UNREADABLE:
+            file.write_bytes(b"no image")
+        split = "test" if number % 2 else "train"
+        rows.append({"path": f"images/{file.name}", "label": NAMES[number % len(NAMES)], "split": split})
+    table = tmp_path / "data.jsonl"
+    table.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return read_data(table, LABELS)
+
+
+class Priced(FakeJudge):
+    """Costs a cent a question, and says so before."""
+
+    def worst_case(self, question: Question) -> int:
+        return 10_000_000
+
+
+class Opinionated(Judge):
+    """Gives probabilities."""
+
+    spec = "fake:opinionated"
+
+    async def judge(self, question: Question) -> Verdict:
+        names = [label.name for label in question.labels]
+        opinion = dict(zip(names, [0.2, 0.7, 0.1], strict=False))
+        usage = Usage(input_tokens=7, output_tokens=3, cached_input_tokens=2, cache_write_tokens=1, dollars=0.002, requests=1)
+        return Verdict(outcome="answered", label=names[1], probabilities=opinion, judge=self.spec, usage=usage)
+
+
+def replies(question: Question) -> Reply:
+    """Of every kind, and always the same to the same question."""
+    kinds: list[Reply] = [
+        "I see wings.\nANSWER: B",
+        "ANSWER: A",
+        "ANSWER: none of these",
+        "no idea at all",
+        PermanentError('It "failed"\nbadly.'),
+    ]
+    return kinds[int(question.image_digest[:4], 16) % len(kinds)]
+
+
+def two_stages() -> list[Stage]:
+    """The second has other candidates, in another order, and money for some questions only."""
+    cheap = Priced("cheap", reply=replies, dollars=0.01)
+    select = load_prompt("select")
+    return [
+        Stage(judge=cheap, prompt=load_prompt("select_cot"), policy=EntropyAbove(0.3), candidates=TopK(k=4), offer_none=True),
+        Stage(judge=Opinionated(), prompt=select, policy=EntropyAbove(0.2), candidates=TopK(k=3, order="shuffled")),
+    ]
+
+
+def recorded(
+    folder: Path,
+    data: Data,
+    stages: list[Stage],
+    *,
+    scorer: Scorer | None = None,
+    dollars: float | None = None,
+    store: VerdictStore | None = None,
+    on_failure: OnFailure = "scorer",
+    count: int | None = None,
+    labels: LabelSet = LABELS,
+) -> list[Prediction]:
+    """Run a cascade and record it; only the first ``count``, if given."""
+    keeping, kept = KeepingScorer(scorer or FakeScorer()), [KeepingStage.of(stage) for stage in stages]
+    cascade = Cascade(keeping, kept, labels=labels, on_failure=on_failure, store=store, ledger=Ledger(dollars), batch_size=5)
+    predictions = write_record(
+        folder,
+        data=data,
+        predictions=cascade.stream(data.images),
+        scorer=keeping,
+        stages=kept,
+        labels=labels,
+        config={"on_failure": on_failure},
+        spec="fake:fake",
+    )
+    return list(predictions) if count is None else [next(predictions) for _ in range(count)]
+
+
+def columns(names: list[str]) -> list[int]:
+    return [NAMES.index(name) for name in names]
+
+
+def check(record: Record, data: Data, predictions: list[Prediction], judges: list[str]) -> None:
+    """The arrays against the predictions, one image at a time."""
+    assert len(record) == len(predictions) == len(data)
+    assert record.labels == LABELS
+    assert record.names == data.names
+    assert [NAMES[truth] for truth in record.truths] == list(data.truths)
+    assert record.readable.tolist() == [bool(p.candidates) for p in predictions]
+    assert record.predicted.tolist() == [NOBODY if p.label is None else NAMES.index(p.label) for p in predictions]
+    np.testing.assert_array_equal(record.probabilities, [np.nan if p.probability is None else p.probability for p in predictions])
+    assert record.decided_by == tuple(p.decided_by or "" for p in predictions)
+    assert [stage.judge for stage in record.stages] == judges
+    for image, prediction in enumerate(predictions):
+        best = [candidate for candidate in prediction.candidates if candidate.rank == 1]  # none, where a judge rejected it
+        assert best or prediction.verdicts or not prediction.candidates
+        assert all(record.scored[image] == NAMES.index(candidate.label.name) for candidate in best)
+        assert (record.scored[image] == NOBODY) == (not prediction.candidates)
+        for candidate in prediction.candidates:
+            column = NAMES.index(candidate.label.name)
+            assert record.scores.probabilities[image, column] == np.float32(candidate.probability)
+        for number, stage in enumerate(record.stages):
+            verdict = next((verdict for verdict in prediction.verdicts if verdict.stage == number), None)
+            usage = verdict.usage if verdict else Usage()
+            assert stage.asked[image] == (verdict is not None and verdict.outcome != "skipped")
+            assert stage.outcomes[image] == (verdict.outcome if verdict else "")
+            assert stage.answers[image] == (NAMES.index(verdict.label) if verdict and verdict.label else NOBODY)
+            assert stage.dollars[image] == usage.dollars + usage.saved_dollars
+            assert stage.paid[image] == usage.dollars
+            assert (stage.input_tokens[image], stage.output_tokens[image]) == (usage.input_tokens, usage.output_tokens)
+            assert stage.seconds[image] == usage.seconds
+        if prediction.verdicts:
+            last = record.stages[prediction.verdicts[-1].stage].candidates[image]
+            assert last[last != NOBODY].tolist() == columns([c.label.name for c in prediction.candidates])
+
+
+@pytest.mark.parametrize("on_failure", ["scorer", "abstain"])
+@pytest.mark.parametrize("dollars", [None, 0.05])
+def test_what_is_read_is_what_the_predictions_said(
+    tmp_path: Path, data: Data, on_failure: OnFailure, dollars: float | None
+) -> None:
+    stages = two_stages()
+    predictions = recorded(tmp_path / "run", data, stages, dollars=dollars, on_failure=on_failure)
+    record = read_record(tmp_path / "run")
+    check(record, data, predictions, ["fake:cheap", "fake:opinionated"])
+    outcomes = {verdict.outcome for p in predictions for verdict in p.verdicts}
+    assert outcomes >= ({"answered", "none", "unparsed", "failed"} if dollars is None else {"answered", "skipped"})
+    assert set(record.decided_by) == {"", "scorer", "judge"}
+    assert record.judged is record.stages[1]
+    assert record.info is not None
+    assert record.info.config == {"on_failure": on_failure}
+    assert record.info.fingerprint == record.scores.fingerprint == "fake:fake"
+    assert record.info.versions["cascadevlm"]
+
+
+def test_every_stage_keeps_the_candidates_it_showed(tmp_path: Path, data: Data) -> None:
+    shown: dict[str, list[list[int]]] = {}
+
+    def remembering(question: Question) -> str:
+        if not question.rejected:
+            shown.setdefault(question.image_digest, []).append(columns([label.name for label in question.labels]))
+        return "ANSWER: none of these" if question.offer_none else "ANSWER: A"
+
+    stages = [replace(stage, judge=FakeJudge(reply=remembering), policy=EntropyAbove(0)) for stage in two_stages()]
+    recorded(tmp_path / "run", data, stages)
+    record = read_record(tmp_path / "run")
+    for image, digest in enumerate(record.digests):
+        kept = [[c for c in stage.candidates[image].tolist() if c != NOBODY] for stage in record.stages]
+        assert kept == (shown[digest] if record.readable[image] else [[], []])
+    assert record.stages[0].rationales[0] == "ANSWER: none of these"
+
+
+def test_the_cache_is_counted_as_what_it_saved(tmp_path: Path, data: Data) -> None:
+    store = MemoryStore()
+    stages = [Stage(judge=Priced(dollars=0.01), prompt=load_prompt("select"))]
+    recorded(tmp_path / "first", data, stages, store=store)
+    predictions = recorded(tmp_path / "second", data, stages, store=store)
+    check(read_record(tmp_path / "second"), data, predictions, ["fake:fake"])
+    first, second = (read_record(tmp_path / name).judged for name in ("first", "second"))
+    np.testing.assert_array_equal(first.dollars, second.dollars)
+    assert first.paid.sum() == pytest.approx(0.14)
+    assert second.paid.sum() == 0
+
+
+def test_others_read_it_without_us(tmp_path: Path, data: Data) -> None:
+    predictions = recorded(tmp_path / "run", data, two_stages())
+    images, predicted, verdicts = (pyarrow.parquet.read_table(tmp_path / "run" / f"{name}.parquet") for name in TABLES)
+    assert images.column_names == ["name", "truth", "split", "digest"]
+    assert images["truth"].to_pylist() == [NAMES[number % len(NAMES)] for number in range(16)]
+    assert images["split"].to_pylist() == ["train", "test"] * 8
+    assert [digest is None for digest in images["digest"].to_pylist()] == [row in UNREADABLE for row in range(16)]
+    assert predicted["label"].to_pylist() == [p.label for p in predictions]
+    assert predicted["error"].to_pylist() == [p.error for p in predictions]
+    rows = verdicts.to_pylist()
+    given = [(image, stage, v) for image, p in enumerate(predictions) for stage, v in enumerate(p.verdicts)]
+    assert [(row["image"], row["stage"], row["outcome"], row["label"]) for row in rows] == [
+        (image, stage, verdict.outcome, verdict.label) for image, stage, verdict in given
+    ]
+    for row, (_, stage, verdict) in zip(rows, given, strict=True):
+        assert row["judge"] == ["fake:cheap", "fake:opinionated"][stage]
+        assert row["error"] == verdict.error
+        assert row["prompt"] == ["select_cot", "select"][stage]
+        assert {name: row[name] for name in asdict(verdict.usage)} == asdict(verdict.usage)
+    frame = verdicts.to_pandas()
+    assert frame.groupby("stage")["dollars"].sum()[0] == pytest.approx(
+        sum(p.verdicts[0].usage.dollars for p in predictions if p.verdicts)
+    )
+    assert np.isnan(np.load(tmp_path / "run" / "scores.npy")).any(axis=1).nonzero()[0].tolist() == list(UNREADABLE)
+    lines = (tmp_path / "run" / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
+    told = [json.loads(line) for line in lines]
+    assert [line["path"] for line in told] == list(data.names)
+    assert [line["truth"] for line in told] == list(data.truths)
+    assert [line["label"] for line in told] == [p.label for p in predictions]
+
+
+def test_what_a_judge_says_need_not_be_unicode(tmp_path: Path, data: Data) -> None:
+    """A hosted judge's JSON may hold half a character."""
+    recorded(tmp_path / "run", data, [Stage(judge=FakeJudge(reply="wings \ud83d\nANSWER: A"), prompt=load_prompt("select"))])
+    assert read_record(tmp_path / "run").judged.rationales[0] == "wings \\ud83d"
+
+
+def test_a_scorer_alone_is_a_record_too(tmp_path: Path, data: Data) -> None:
+    predictions = recorded(tmp_path / "run", data, [])
+    record = read_record(tmp_path / "run")
+    check(record, data, predictions, [])
+    with pytest.raises(DataError, match="no judge"):
+        _ = record.judged
+
+
+def test_nothing_readable_is_a_record_too(tmp_path: Path, data: Data) -> None:
+    broken = data.take(np.array(UNREADABLE))
+    predictions = recorded(tmp_path / "run", broken, two_stages())
+    record = read_record(tmp_path / "run")
+    check(record, broken, predictions, ["fake:cheap", "fake:opinionated"])
+    assert not record.readable.any()
+
+
+def test_what_a_scorer_kept_before_is_no_part_of_a_record(tmp_path: Path, data: Data) -> None:
+    scorer = KeepingScorer(FakeScorer())
+    scorer.score([noise(99)], LABELS)
+    cascade = Cascade(scorer, [], labels=LABELS)
+    written = write_record(
+        tmp_path / "run",
+        data=data,
+        predictions=cascade.stream(data.images),
+        scorer=scorer,
+        stages=[],
+        labels=LABELS,
+        config={},
+        spec="fake:fake",
+    )
+    predictions = list(written)
+    check(read_record(tmp_path / "run"), data, predictions, [])
+
+
+class Preprocessing(FakeScorer):
+    """Loads a model, and does what it can beside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loaded = 0
+        self.prepared: list[str] = []
+
+    def load(self) -> None:
+        self.loaded += 1
+
+    def prepare(self, source: ImageSource) -> Prepared:
+        prepared = super().prepare(source)
+        self.prepared.append(threading.current_thread().name)
+        prepared.features = np.array([self._logits(prepared.image, LABELS)], dtype=np.float32)
+        prepared.forget_large()
+        return prepared
+
+    def score_prepared(self, prepared: Sequence[Prepared], labels: LabelSet) -> Scores:
+        assert [each.decoded for each in prepared] == [False] * len(prepared)
+        features = [each.features for each in prepared if each.features is not None]
+        return Scores.from_logits(np.concatenate(features), labels, "fake:fake")
+
+
+def test_large_images_are_read_and_prepared_beside_the_model(tmp_path: Path) -> None:
+    """Their pixels are let go, for the digest too; and a price is told without them."""
+    paths = [tmp_path / f"{number}.png" for number in range(3)]
+    for number, path in enumerate(paths):
+        noise(number, (1100, 1000)).save(path)
+    names = tuple(path.name for path in paths)
+    large = Data(images=tuple(paths), names=names, truths=(NAMES[0],) * 3, splits=("",) * 3)
+    scorer = Preprocessing()
+    policy = parse_policy("gain_per_dollar > 0")
+    stage = Stage(judge=Priced(), prompt=load_prompt("select"), policy=policy, model=JudgeModel.prior(len(LABELS)))
+    predictions = recorded(tmp_path / "run", large, [stage], scorer=scorer)
+    check(read_record(tmp_path / "run"), large, predictions, ["fake:fake"])
+    assert read_record(tmp_path / "run").digests == tuple(pixel_digest(load_image(path)) for path in paths)
+    assert any(each.verdicts for each in predictions)
+    assert scorer.loaded == 1
+    assert all(name.startswith("reading") for name in scorer.prepared)
+
+
+class Tempered(Scorer):
+    """At random but always the same for the same image; from all labels alike to one far above the others."""
+
+    def score(self, images: Sequence[Image.Image], labels: LabelSet) -> Scores:
+        digests = [int(pixel_digest(image), 16) for image in images]
+        logits = [np.random.default_rng(digest).normal(0, (0, 0.1, 3, 100)[digest % 4], len(labels)) for digest in digests]
+        return Scores.from_logits(np.array(logits), labels, fingerprint="tempered")
+
+
+def test_of_many_labels_the_best_50_are_kept(tmp_path: Path, data: Data) -> None:
+    labels = LabelSet.of([f"class {number}" for number in range(1195)] + NAMES)
+    predictions = recorded(tmp_path / "run", data, two_stages(), scorer=Tempered(), labels=labels)
+    record = read_record(tmp_path / "run")
+    rows = np.flatnonzero(record.readable)
+    images = [Image.open(data.names[row]) for row in rows]
+    whole, read = Tempered().score(images, labels), record.scores.rows(rows)
+    ranking, ranking_read = (np.argsort(-scores.log_probs, axis=1, kind="stable")[:, :50] for scores in (whole, read))
+    np.testing.assert_array_equal(ranking_read, ranking)
+    best, best_read = (np.take_along_axis(scores.log_probs, ranking, axis=1) for scores in (whole, read))
+    np.testing.assert_array_equal(best_read, best)
+    np.testing.assert_allclose(record.scores.probabilities.sum(axis=1, dtype=np.float64), 1, atol=2e-6)
+    truths = record.truths[rows]
+    assert top_k_recall(read.log_probs, truths, [1, 20]) == top_k_recall(whole.log_probs, truths, [1, 20])
+    assert (entropy(read) >= entropy(whole) - 1e-6).all()
+    assert record.readable.tolist() == [row not in UNREADABLE for row in range(16)]
+    np.testing.assert_array_equal(record.scored[rows], ranking[:, 0])
+    assert [NOBODY if p.label is None else labels.names.index(p.label) for p in predictions] == record.predicted.tolist()
+
+    scores, columns = (np.load(tmp_path / "run" / f"{name}.npy") for name in ("scores", "columns"))
+    assert (scores.shape, scores.dtype, columns.shape, columns.dtype) == ((16, 50), np.float32, (16, 50), np.int32)
+    assert (np.diff(scores[rows], axis=1) <= 0).all()
+    assert (columns[list(UNREADABLE)] == NOBODY).all()
+    recorded(tmp_path / "again", data, [], scorer=load_scorer(f"recorded:{tmp_path / 'run'}"), labels=labels)
+    np.testing.assert_array_equal(np.load(tmp_path / "again" / "columns.npy"), columns)
+    (tmp_path / "run" / "columns.npy").unlink()
+    with pytest.raises(DataError, match=r"columns\.npy"):
+        read_record(tmp_path / "run")
+
+
+def test_what_is_kept_of_many_labels_is_no_more_than_what_is_written() -> None:
+    scorer = KeepingScorer(Tempered())
+    scores = scorer.score([noise(0), noise(1)], LabelSet.of(f"class {number}" for number in range(1001)))
+    assert scores.log_probs.shape == (2, 1001)
+    assert [batch.shape for batch in (*scorer.log_probs, *scorer.columns)] == [(2, 50)] * 2
+    assert not np.shares_memory(scorer.log_probs[0], scores.log_probs)
+
+
+def test_a_record_is_read_without_pandas(tmp_path: Path, data: Data) -> None:
+    recorded(tmp_path / "run", data, two_stages())
+    program = """
+import sys
+class Missing:
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        if name in ("pandas", "polars"):
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Missing)
+from cascadevlm.evaluation.record import read_record, read_verdicts
+print(len(read_record(sys.argv[1])), len(read_verdicts(sys.argv[1])))
+"""
+    done = subprocess.run([sys.executable, "-c", program, tmp_path / "run"], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["16", "2"]
+
+
+def test_a_second_record_is_refused_before_anything_runs(tmp_path: Path, data: Data) -> None:
+    recorded(tmp_path / "run", data, two_stages())
+    scorer = KeepingScorer(FakeScorer())
+    with pytest.raises(DataError, match="holds a record already"):
+        write_record(
+            tmp_path / "run", data=data, predictions=[], scorer=scorer, stages=[], labels=LABELS, config={}, spec="fake:fake"
+        )
+    assert len(read_record(tmp_path / "run")) == len(data)
+
+
+def test_a_folder_that_cannot_be_made_is_said_at_once(tmp_path: Path, data: Data) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match="cannot be made"):
+        recorded(tmp_path / "file" / "run", data, [])
+
+
+def test_an_interrupted_run_is_no_record_and_can_be_run_again(tmp_path: Path, data: Data) -> None:
+    recorded(tmp_path / "run", data, two_stages(), count=7)
+    assert len((tmp_path / "run" / "predictions.jsonl").read_text().splitlines()) == 7
+    for read in (read_record, read_verdicts):
+        with pytest.raises(DataError, match=r"holds no whole record: its run was interrupted\."):
+            read(tmp_path / "run")
+    predictions = recorded(tmp_path / "run", data, two_stages())
+    check(read_record(tmp_path / "run"), data, predictions, ["fake:cheap", "fake:opinionated"])
+
+
+def test_a_run_that_fails_leaves_no_record(tmp_path: Path, data: Data) -> None:
+    stage = Stage(judge=FakeJudge(reply=PermanentError("no")), prompt=load_prompt("select"))
+    with pytest.raises(JudgeError):
+        recorded(tmp_path / "run", data, [stage], on_failure="raise")
+    with pytest.raises(DataError, match="interrupted"):
+        read_record(tmp_path / "run")
+
+
+class Harmful:
+    """Writes a file where it is unpickled."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self) -> tuple[object, tuple[object, ...]]:
+        return Path.touch, (self.trace,)
+
+
+@pytest.mark.parametrize("kind", ["objects", "archive", "texts", "another width"])
+def test_scores_that_are_no_array_of_numbers_are_no_record(tmp_path: Path, data: Data, kind: str) -> None:
+    recorded(tmp_path / "run", data, [])
+    scores = np.load(tmp_path / "run" / "scores.npy")
+    with (tmp_path / "run" / "scores.npy").open("wb") as file:
+        if kind == "archive":
+            np.savez(file, scores=scores)
+        elif kind == "objects":
+            np.save(file, np.full(scores.shape, Harmful(tmp_path / "trace"), dtype=object))
+        else:
+            np.save(file, scores.astype({"texts": str, "another width": np.float64}[kind]))
+    with pytest.raises(DataError, match="holds no whole record"):
+        read_record(tmp_path / "run")
+    assert not (tmp_path / "trace").exists()
+
+
+@pytest.mark.parametrize("part", ["run.json", "scores.npy", "images.parquet", "verdicts.parquet", "predictions.parquet"])
+@pytest.mark.parametrize("damage", [Path.unlink, lambda file: file.write_bytes(b""), lambda file: file.write_bytes(b"{}")])
+def test_what_is_missing_or_damaged_is_one_sentence(
+    tmp_path: Path, data: Data, part: str, damage: Callable[[Path], object]
+) -> None:
+    folder = tmp_path / "run"
+    recorded(folder, data, two_stages())
+    damage(folder / part)
+    with pytest.raises(DataError, match="holds no whole record") as caught:
+        read_record(folder)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 500 + len(str(folder))
+
+
+def test_parts_of_different_runs_are_no_record(tmp_path: Path, data: Data) -> None:
+    recorded(tmp_path / "whole", data, [])
+    recorded(tmp_path / "half", data.split("test"), [])
+    for part in ("scores.npy", "images.parquet", "predictions.parquet"):
+        whole = (tmp_path / "whole" / part).read_bytes()
+        (tmp_path / "whole" / part).write_bytes((tmp_path / "half" / part).read_bytes())
+        with pytest.raises(DataError, match="not of the same images"):
+            read_record(tmp_path / "whole")
+        (tmp_path / "whole" / part).write_bytes(whole)
+
+
+def test_a_folder_that_is_none(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"it lacks run\.json, scores\.npy"):
+        read_record(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("on_failure", ["scorer", "abstain"])
+def test_a_policy_replayed_is_as_it_would_have_run(tmp_path: Path, data: Data, on_failure: OnFailure) -> None:
+    policy = EntropyAbove(0.7)
+    everything, gated = (
+        replace(two_stages()[0], judge=Priced(reply=replies, dollars=0.01), policy=each) for each in (Always(), policy)
+    )
+    recorded(tmp_path / "everything", data, [everything], on_failure=on_failure)
+    recorded(tmp_path / "gated", data, [gated], on_failure=on_failure)
+    record, live = read_record(tmp_path / "everything"), read_record(tmp_path / "gated")
+    replayed = under(record, policy)
+    assert 0 < live.judged.asked.sum() < record.judged.asked.sum()
+    assert evaluate(replayed) == evaluate(live)
+    np.testing.assert_array_equal(replayed.predicted, live.predicted)
+    np.testing.assert_array_equal(replayed.probabilities, live.probabilities)
+    assert replayed.decided_by == live.decided_by
+    assert sweep(record).judge_accuracy == (record.predicted == record.truths)[record.readable].mean()
+    assert can_replay(record)
+    assert not can_replay(live)
+    known = evaluate_replayed(record, policy)
+    assert known.judge_accuracy == evaluate(record).judge_accuracy_escalated
+    assert known.paid_dollars == evaluate(record).paid_dollars > evaluate(live).paid_dollars
+
+
+@pytest.mark.parametrize("dollars", [None, 0.05])
+def test_a_run_replays_from_its_folder_at_no_cost(tmp_path: Path, data: Data, dollars: float | None) -> None:
+    first = recorded(tmp_path / "run", data, two_stages(), dollars=dollars, on_failure="abstain")
+    replaying = [
+        replace(stage, judge=load_judge(f"recorded:{tmp_path / 'run'}#{number}"))
+        for number, stage in enumerate(two_stages(), start=1)
+    ]
+    again = recorded(
+        tmp_path / "again", data, replaying, scorer=load_scorer(f"recorded:{tmp_path / 'run'}"), dollars=0, on_failure="abstain"
+    )
+    for replayed, given in zip(again, first, strict=True):
+        assert replayed.cost.dollars == 0
+        assert replayed.cost.saved_dollars == pytest.approx(given.cost.dollars)
+        verdicts = tuple(
+            replace(new, judge=old.judge, usage=old.usage) for new, old in zip(replayed.verdicts, given.verdicts, strict=True)
+        )
+        assert replace(replayed, verdicts=verdicts).to_dict() == given.to_dict()
+    before, after = read_record(tmp_path / "run"), read_record(tmp_path / "again")
+    np.testing.assert_array_equal(before.scores.log_probs, after.scores.log_probs)
+    assert before.scores.fingerprint == after.scores.fingerprint
+    for old, new in zip(before.stages, after.stages, strict=True):
+        np.testing.assert_allclose(old.dollars, new.dollars)
+        assert new.paid.sum() == 0
+
+
+async def test_another_question_is_not_answered_from_a_folder(tmp_path: Path, data: Data) -> None:
+    stage = Stage(judge=FakeJudge(), prompt=load_prompt("select"), candidates=TopK(k=3))
+    (prediction, *_) = await Cascade(FakeScorer(), [stage], labels=LABELS).aclassify([noise(0)])
+    ask = stage.question(noise(0), prediction.candidates)
+    kept = [KeepingStage.of(stage)]
+    scorer = KeepingScorer(FakeScorer())
+    written = write_record(
+        tmp_path / "run",
+        data=data,
+        predictions=await Cascade(scorer, kept, labels=LABELS).aclassify(data.images),
+        scorer=scorer,
+        stages=kept,
+        labels=LABELS,
+        config={},
+        spec="fake:fake",
+    )
+    assert len(list(written)) == len(data)
+    judge = load_judge(f"recorded:{tmp_path / 'run'}")
+    for known in (ask, replace(ask, candidates=ask.candidates[::-1])):
+        assert (await judge.judge(known)).label == prediction.label
+    others = [
+        replace(ask, candidates=ask.candidates[:2]),
+        replace(ask, prompt=load_prompt("select_cot")),
+        replace(ask, offer_none=True),
+        stage.question(noise(77), prediction.candidates),
+    ]
+    for other in others:
+        with pytest.raises(PermanentError, match="no answer to this question"):
+            await judge.judge(other)
+
+
+async def test_which_stage_is_meant_must_be_said(tmp_path: Path, data: Data) -> None:
+    for count, names in ((2, ["", "#0", "#3"]), (0, ["", "#1"])):
+        folder = tmp_path / f"run{count}"
+        await asyncio.to_thread(recorded, folder, data, two_stages()[:count])
+        for name in names:
+            with pytest.raises(BackendError, match=f"has {count} stages"):
+                await load_judge(f"recorded:{folder}{name}").prepare()

@@ -1,0 +1,274 @@
+"""Runs on a real Ray cluster of this machine, two workers and a judge that counts, against the same runs in one process."""
+
+import os
+import signal
+import sys
+import threading
+import tomllib
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
+from itertools import count, islice
+from pathlib import Path
+
+import pyarrow.parquet
+import pytest
+
+from benchmarks.kills import predictions as lines
+from cascadevlm.base.errors import BackendError, DataError, ImageError
+from cascadevlm.base.labels import LabelSet
+from cascadevlm.config.config import Config
+from cascadevlm.runs import bulk
+from cascadevlm.runs import ray as cluster
+from cascadevlm.runs.inputs import Inputs, Named
+from cascadevlm.runs.ray import Arriving, on_ray
+from cascadevlm.runs.ray.workers import ScoredBatch
+from cascadevlm.runs.run_folder import Tally
+from cascadevlm.testing import noise
+from cascadevlm.testing.server import JudgeServer
+from tests.cli.test_cli import run as command
+
+with warnings.catch_warnings():  # not ours
+    warnings.simplefilter("ignore")
+    ray = pytest.importorskip("ray")
+    pytest.importorskip("ray.data")
+
+pytestmark = pytest.mark.filterwarnings(r"ignore:::ray\..*")
+
+SLOW = """
+import os, time
+from pathlib import Path
+from cascadevlm import LocalJudge, Verdict
+from cascadevlm.testing import FakeScorer
+
+def note(name, count=1):
+    with Path(__file__).with_name(name).open("a") as file:
+        file.write(f"{os.getpid()}\\n" * count)
+
+class Slow(FakeScorer):
+    def score(self, images, labels):
+        note("scored_by")
+        time.sleep(0.05)
+        return super().score(images, labels)
+
+class Weighing(LocalJudge):
+    def __init__(self, model):
+        super().__init__(batch_size=2)
+    def judge_batch(self, questions):
+        note("judged_by", len(questions))
+        time.sleep(0.05)
+        return [self.weighed(question) for question in questions]
+    def weighed(self, question):
+        answer = question.labels[sum(question.image.tobytes()) % len(question.labels)]
+        return Verdict(outcome="answered", label=answer.name, judge=self.spec)
+"""
+ENTRY_POINTS = """
+[cascadevlm.scorers]
+slow = slow_scorer:Slow
+[cascadevlm.judges]
+weighing = slow_scorer:Weighing
+"""
+COUNT, SIZE = 200, 4
+FEW = 40
+"""Images of the run with a hosted judge."""
+
+BILL = 0.0012
+"""Dollars: 1,000 tokens in and 20 out, at the price of the configuration."""
+
+HOSTED = """
+labels = ["finch", "owl", "wren", "stork"]
+batch_size = {size}
+scorer.use = "slow:any"
+cache.enabled = false
+
+[[stage]]
+judge = "openai:any"
+policy = "calls <= 15"
+candidates = 3
+
+[stage.options]
+base_url = "{url}"
+structured = false
+concurrency = 6
+price = {{ input = 1, output = 10 }}
+"""
+LOCAL = f"""
+labels = ["finch", "owl", "wren", "stork"]
+batch_size = {SIZE}
+scorer.use = "slow:any"
+cache.enabled = false
+
+[[stage]]
+judge = "weighing:any"
+policy = "always"
+candidates = 3
+"""
+
+
+@pytest.fixture(scope="module")
+def plugin(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A package on the path of this process and of all workers, whose scorer takes its time."""
+    folder = tmp_path_factory.mktemp("plugin")
+    (folder / "slow_scorer.py").write_text(SLOW)
+    (folder / "slow-1.dist-info").mkdir()
+    (folder / "slow-1.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: slow\nVersion: 1\n")
+    (folder / "slow-1.dist-info" / "entry_points.txt").write_text(ENTRY_POINTS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(folder)
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+        yield folder
+        ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
+    folder = tmp_path_factory.mktemp("images")
+    for number in range(COUNT):
+        noise(number, (16, 16)).save(folder / f"{number:03}.png")
+    (folder / "007.png").write_text("no image")
+    return Inputs(folder)
+
+
+@pytest.fixture
+def server() -> Iterator[JudgeServer]:
+    with JudgeServer(latency=0.05) as server:
+        yield server
+
+
+def run(
+    engine: str, folder: Path, images: Iterable[Named], config: str, *, stopping: Callable[[], bool] = lambda: False
+) -> Tally:
+    parsed = Config.parse(tomllib.loads(config))
+    cascade, frozen = parsed.build(), parsed.frozen(parsed.build()).model_dump(mode="json")
+    with on_ray(cascade, parsed, images, workers=2) if engine == "ray" else nullcontext(cascade) as running:
+        return bulk.run(running, images, folder, config=frozen, stopping=stopping)
+
+
+def workers(plugin: Path, name: str) -> list[int]:
+    """The processes of our cluster that run a class."""
+    found = []
+    for process in Path("/proc").iterdir():
+        try:
+            if name in (process / "cmdline").read_text() and str(plugin) in (process / "environ").read_text():
+                found.append(int(process.name))
+        except (OSError, ValueError):  # no process, or gone
+            continue
+    return found
+
+
+def test_a_cluster_says_what_one_process_says(plugin: Path, images: Inputs, server: JudgeServer, tmp_path: Path) -> None:
+    """Begun in one process, gone on with by the cluster, against one process all along."""
+    few, config = list(islice(images, FEW)), HOSTED.format(url=server.openai_url, size=SIZE)
+    alone = run("local", tmp_path / "alone", few, config)
+    asked, batches = len(server.requests), count()
+    begun = run("local", tmp_path / "both", few, config, stopping=lambda: next(batches) == 2)
+    (plugin / "scored_by").unlink()
+    both = run("ray", tmp_path / "both", few, config)
+    assert lines(tmp_path / "both") == lines(tmp_path / "alone")
+    assert both == alone
+    assert 0 < begun.asked < 15
+    assert both.counts == {"answered": 15, "kept": FEW - 16, "unreadable": 1}
+    assert (asked, len(server.requests)) == (15, 30)
+    assert both.spent_dollars == pytest.approx(15 * BILL)
+    scored_by = (plugin / "scored_by").read_text().split()
+    assert len(scored_by) == (FEW - begun.images) // SIZE
+    assert len(set(scored_by)) == 2
+    assert str(os.getpid()) not in scored_by
+    table, other = (pyarrow.parquet.read_table(tmp_path / name / "predictions.parquet") for name in ("alone", "both"))
+    assert table.equals(other)
+
+
+def test_workers_that_die_and_ctrl_c_cost_no_result(plugin: Path, images: Inputs, tmp_path: Path) -> None:
+    """One that scores is killed with the first question, one of two that judge with the fortieth; interrupted with the hundredth,
+    the run is gone on with in one process."""
+    run("local", tmp_path / "alone", images, LOCAL)
+    (tmp_path / "config.toml").write_text(LOCAL)
+    judged_by, ended, killed = plugin / "judged_by", threading.Event(), list[int]()
+    judged_by.write_text("")
+
+    def disturb() -> None:
+        for asked, name in ((1, "ScoringWorker"), (40, "JudgingWorker"), (100, "")):
+            while judged_by.read_text().count("\n") < asked:
+                if ended.wait(0.01):
+                    return
+            if name:
+                killed.append(workers(plugin, name)[0])
+                os.kill(killed[-1], signal.SIGKILL)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    disturbing = threading.Thread(target=disturb)
+    disturbing.start()
+    folder, config = tmp_path / "run", tmp_path / "config.toml"
+    done = command("run", images.path, "-o", folder, "--config", config, "--engine", "ray", "--workers", "2", check=False)
+    ended.set()
+    disturbing.join()
+    assert done.returncode == 130
+    assert "The same command goes on from here" in done.stderr
+    begun = len(lines(folder))
+    assert 40 < begun < COUNT
+    judges = Counter(judged_by.read_text().split())
+    assert len(judges) >= 2
+    assert killed[1] in map(int, judges)
+    tally = run("local", folder, images, LOCAL)
+    assert lines(folder) == lines(tmp_path / "alone")
+    assert tally.counts == {"answered": COUNT - 1, "unreadable": 1}
+    assert len(judged_by.read_text().split()) - judges.total() <= COUNT - begun
+
+
+async def test_other_images_in_the_workers_are_an_error() -> None:
+    labels = LabelSet.of(["finch", "owl"])
+    batch = ScoredBatch(paths=["b.png"], errors=[ImageError("gone")], digests=[], log_probs=None, fingerprint="")
+    for batches in (iter([batch]), iter([])):
+        with pytest.raises(DataError, match="find other images than this machine does"):
+            await Arriving(batches, labels)([Path("a.png")])
+    with pytest.raises(BackendError, match="no such model"):
+        await Arriving(iter([BackendError("no such model")]), labels)([Path("a.png")])
+    assert await Arriving(iter([batch]), labels)([Path("b.png")]) == [("b.png", batch.errors[0])]
+
+
+def test_without_ray_there_is_a_command(images: Inputs, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    config = Config.parse({"scorer": {"use": "open_clip:aviary"}, "labels": ["finch", "owl"]})
+    with pytest.raises(BackendError, match=r"pip install 'cascadevlm\[ray\]'"), on_ray(config.build(), config, images):
+        pass
+
+
+def test_a_ray_that_does_not_begin_is_one_sentence(images: Inputs, monkeypatch: pytest.MonkeyPatch) -> None:
+    def late(**_: object) -> None:
+        raise Exception("The current node timed out during startup.\nMore.")  # as Ray does
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    monkeypatch.setattr(ray, "init", late)
+    config = Config.parse({"scorer": {"use": "open_clip:aviary"}, "labels": ["finch", "owl"]})
+    with (
+        pytest.raises(BackendError, match=r"Ray does not begin: The current node timed out during startup\. On a busy machine"),
+        on_ray(config.build(), config, images),
+    ):
+        pass
+
+
+async def test_arriving_batches_are_waited_for_no_more_once_closed() -> None:
+    arriving = Arriving(iter([]), LabelSet.of(["ant"]))
+    arriving.close()
+    with pytest.raises(RuntimeError, match="after shutdown"):
+        await arriving([Path("a.png")])
+
+
+async def test_a_silent_cluster_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster, "SILENT_SECONDS", 0.05)
+    given = threading.Event()
+
+    def batches() -> Iterator[ScoredBatch]:
+        given.wait(10)
+        yield ScoredBatch(paths=["a.png"], errors=[ImageError("torn")], digests=[], log_probs=None, fingerprint="")
+
+    threading.Timer(0.3, given.set).start()
+    with pytest.warns(RuntimeWarning, match="'ray status' tells whether its workers are there"):
+        (read,) = await Arriving(batches(), LabelSet.of(["ant"]))([Path("a.png")])
+    assert read[0] == "a.png"

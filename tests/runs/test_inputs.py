@@ -1,0 +1,167 @@
+"""Rows that are no images, links, names, and what reading a table costs."""
+
+import json
+import os
+import tracemalloc
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from cascadevlm import Cascade
+from cascadevlm.base.errors import DataError
+from cascadevlm.base.images import ImageSource
+from cascadevlm.runs import bulk, inputs
+from cascadevlm.runs.inputs import Inputs, after, names
+from cascadevlm.testing import FakeScorer, noise
+
+
+def table(folder: Path, columns: dict[str, Sequence[object]], *, rows_together: int = 10**6) -> Inputs:
+    path = folder / "images.parquet"
+    pyarrow.parquet.write_table(pyarrow.table(columns), path, row_group_size=rows_together, use_dictionary=False)
+    return Inputs(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "told"),
+    [
+        ("list.jsonl", '"x.png"\n\n["y.png"]\n', r"line 3 has no text in its column 'path': \['y.png'\]"),
+        ("list.jsonl", '{"path": 5}\n', "line 1 has no text in its column 'path'"),
+        ("list.jsonl", '"x.png"\n"y.p', "line 2 is no JSON: Unterminated string"),
+        ("list.csv", "id,path\n1,x.png\n2,\n", "line 3 has no text in its column 'path'"),
+    ],
+)
+def test_a_line_that_names_no_image_is_told_by_its_number(tmp_path: Path, name: str, text: str, told: str) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(DataError, match=told):
+        list(Inputs(tmp_path / name))
+
+
+@pytest.mark.parametrize("column", [[1, 2], [[1, 2], [3]], [{"data": b"x"}, None]])
+def test_a_row_that_holds_no_image_is_told_by_its_number(tmp_path: Path, column: Sequence[object]) -> None:
+    images = table(tmp_path, {"image": column})
+    with pytest.raises(DataError, match=r"row 0, counted from 0, holds in its column 'image' .*, which is no image"):
+        list(images)
+
+
+def test_a_row_without_a_path_is_told_by_its_number(tmp_path: Path) -> None:
+    images = table(tmp_path, {"path": ["a.png", None]})
+    for read in (images, images.names()):
+        with pytest.raises(DataError, match="row 1, counted from 0, has no text in its column 'path'"):
+            list(read)
+
+
+def test_texts_are_paths(tmp_path: Path) -> None:
+    (tmp_path / "list.jsonl").write_text('"a.png"\n{"path": "b/c.png"}\n')
+    expected = [(str(tmp_path / name), tmp_path / name) for name in ("a.png", "b/c.png")]
+    assert list(Inputs(tmp_path / "list.jsonl")) == expected
+    assert list(table(tmp_path, {"image": ["a.png", "b/c.png"]})) == expected
+    assert list(table(tmp_path, {"image": pyarrow.array(["a.png", "b/c.png"]).dictionary_encode()})) == expected
+
+
+@pytest.mark.parametrize(
+    ("columns", "called"),
+    [
+        ({"image": [b"x", b"y", None]}, ["#0", "#1", "#2"]),
+        ({"image": [b"x", b"y"], "path": ["one", None]}, ["one", "#1"]),
+        ({"image": [{"bytes": b"x", "path": "a.png"}, {"bytes": b"y", "path": None}, None]}, ["HERE/a.png", "#1", "#2"]),
+        ({"image": [{"bytes": None, "path": "a.png"}]}, ["HERE/a.png"]),
+        ({"image": [{"bytes": b"x"}]}, ["#0"]),
+        ({"image": ["a.png", None]}, ["HERE/a.png", "#1"]),
+        ({"path": ["a.png"]}, ["HERE/a.png"]),
+    ],
+)
+def test_images_in_a_table_have_names_that_are_known_without_reading_them(
+    tmp_path: Path, columns: dict[str, Sequence[object]], called: list[str]
+) -> None:
+    images = table(tmp_path, columns, rows_together=2)
+    called = [name.replace("HERE", str(tmp_path)) for name in called]
+    assert list(names(images)) == [name for name, _ in images] == called
+    assert len(images) == len(called)
+    assert list(after(images, 1)) == list(images)[1:]
+
+
+def test_a_table_is_counted_named_and_sampled_without_reading_all_its_images(tmp_path: Path) -> None:
+    """Of the images, the bytes are overwritten: reading a row group of them fails."""
+    images = table(tmp_path, {"image": [{"bytes": bytes(100_000), "path": f"{n}.png"} for n in range(8)]}, rows_together=2)
+    metadata = pyarrow.parquet.read_metadata(images.path)
+    with images.path.open("r+b") as file:
+        for group in range(3):
+            column = metadata.row_group(group).column(0)
+            file.seek(column.data_page_offset)
+            file.write(b"\xff" * column.total_compressed_size)
+    assert len(images) == 8
+    assert [Path(name).name for name in images.names()] == [f"{n}.png" for n in range(8)]
+    assert [source for _, source in after(images, 6)] == [bytes(100_000)] * 2
+    assert [source for _, source in images.rows({7})] == [bytes(100_000)]
+    with pytest.raises(DataError, match="cannot be read"):
+        list(images)
+
+
+def test_memory_is_that_of_some_rows_however_many_stand_together(tmp_path: Path) -> None:
+    images = table(tmp_path, {"image": [os.urandom(2_000) for _ in range(20_000)]})
+    before = pyarrow.total_allocated_bytes()
+    assert max(pyarrow.total_allocated_bytes() - before for _ in images) < 10_000_000
+
+
+def test_of_a_folder_only_names_are_in_memory(tmp_path: Path) -> None:
+    for number in range(3_000):
+        (tmp_path / f"{number:06}.png").touch()
+    tracemalloc.start()
+    next(found := iter(Inputs(tmp_path)))
+    own = tracemalloc.take_snapshot().filter_traces([tracemalloc.Filter(True, inputs.__file__)])  # not of other tests' threads
+    tracemalloc.stop()
+    found.close()  # type: ignore[attr-defined]  # a generator
+    assert 3_000 * 50 < sum(trace.size for trace in own.traces) < 3_000 * 150
+
+
+def test_links_are_followed_and_no_folder_is_searched_twice(tmp_path: Path) -> None:
+    for name in ("tree/a/1.png", "tree/b/2.png", "elsewhere/3.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        noise(0, (8, 8)).save(tmp_path / name)
+    tree = tmp_path / "tree"
+    (tree / "b" / "loop").symlink_to(tree)
+    (tree / "c").symlink_to(tmp_path / "elsewhere")
+    (tree / "d").symlink_to(tmp_path / "elsewhere")
+    (tree / "file.png").symlink_to(tree / "a" / "1.png")
+    (tree / "lost.png").symlink_to(tree / "nowhere.png")
+    (tree / "self.png").symlink_to(tree / "self.png")
+    (tree / "lost").symlink_to(tree / "nowhere")
+    found = ["a/1.png", "b/2.png", "c/3.png", "file.png", "lost.png", "self.png"]
+    assert [str(Path(name).relative_to(tree)) for name, _ in Inputs(tree)] == found
+    tally = bulk.run(Cascade(FakeScorer(), [], labels=["ant", "bee"]), Inputs(tree), tmp_path / "run", config={})
+    assert tally.counts == {"kept": 4, "unreadable": 2}
+
+
+@pytest.mark.parametrize("listed", [False, True])
+def test_names_that_are_no_text_go_through_a_run(tmp_path: Path, listed: bool) -> None:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    noise(0, (8, 8)).save(folder / "0.png")
+    image = (folder / "0.png").rename(folder / os.fsdecode(b"\xe9.png"))
+    (tmp_path / "list.txt").write_bytes(os.fsencode(image) + b"\n")
+    images = Inputs(tmp_path / "list.txt" if listed else folder)
+    for _ in range(2):
+        tally = bulk.run(Cascade(FakeScorer(), [], labels=["ant", "bee"]), images, tmp_path / "run", config={})
+        assert tally.counts == {"kept": 1}
+    (line,) = (tmp_path / "run" / "predictions.jsonl").read_text().splitlines()
+    assert json.loads(line)["path"] == str(image)
+    (row,) = pyarrow.parquet.read_table(tmp_path / "run" / "predictions.parquet").to_pylist()
+    assert row["path"] == str(folder / "\\udce9.png")
+
+
+def test_names_and_numbers_are_those_of_any_inputs() -> None:
+    class Made:
+        def __iter__(self) -> Iterator[tuple[str, ImageSource]]:
+            return iter([("a", b"x"), ("b", b"y")])
+
+    assert list(names(Made())) == ["a", "b"]
+    assert list(after(Made(), 1)) == [("b", b"y")]
+
+
+def test_a_pipe_is_no_list_of_images(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "list.txt")
+    with pytest.raises(DataError, match="no list of images"):
+        Inputs(tmp_path / "list.txt")
