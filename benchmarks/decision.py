@@ -26,11 +26,14 @@ from scipy.special import softmax
 
 from benchmarks.sweep import judged_all, pairs
 from cascadevlm import LabelSet, Scores
+from cascadevlm.base.arrays import NOBODY
 from cascadevlm.cascade.candidates import ConformalSet, TopK
-from cascadevlm.decision.calibration import Calibration, FusionRule, answers_of, decided, fit_calibration
+from cascadevlm.decision.calibration import Calibration, FusionRule
 from cascadevlm.decision.scorer_calibration import Floats
+from cascadevlm.evaluation.calibrating.fitting import fit_calibration
+from cascadevlm.evaluation.deciding import answers_of, decided
 from cascadevlm.evaluation.metrics import expected_calibration_error
-from cascadevlm.evaluation.record import NOBODY, Record
+from cascadevlm.evaluation.record import Record
 from cascadevlm.evaluation.sweep import sweep
 
 FAMILY = 10

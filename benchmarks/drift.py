@@ -20,8 +20,10 @@ from scipy.special import log_softmax
 from benchmarks.decision import made_up
 from cascadevlm import Stage, load_prompt
 from cascadevlm.cascade.drift import WINDOW, Drift
-from cascadevlm.decision.calibration import Calibration, answers_of, fit_calibration
+from cascadevlm.decision.calibration import Calibration
 from cascadevlm.decision.scorer_calibration import Floats
+from cascadevlm.evaluation.calibrating.fitting import fit_calibration
+from cascadevlm.evaluation.deciding import answers_of
 from cascadevlm.evaluation.record import Record
 from cascadevlm.testing import FakeJudge
 

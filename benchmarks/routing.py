@@ -20,11 +20,10 @@ from PIL import Image
 from benchmarks.decision import made_up
 from benchmarks.sweep import judged_all, pairs
 from cascadevlm import Cascade, LabelSet, Scorer, Scores, Stage, TopK, load_prompt, parse_policy
-from cascadevlm.base.types import Question
+from cascadevlm.base.types import NANODOLLARS, Question
 from cascadevlm.cascade.fusing import CalibratedScorer
-from cascadevlm.decision.calibration import fit_calibration
+from cascadevlm.evaluation.calibrating.fitting import fit_calibration
 from cascadevlm.evaluation.record import Record
-from cascadevlm.judges.budget import NANODOLLARS
 from cascadevlm.judges.prompt import options
 from cascadevlm.testing import FakeJudge
 

@@ -16,7 +16,7 @@ from benchmarks.decision import made_up
 from benchmarks.routing import Answering, Known, picture
 from cascadevlm import Cascade, Stage, TopK, load_prompt, parse_policy
 from cascadevlm.cascade.fusing import CalibratedScorer
-from cascadevlm.decision.calibration import fit_calibration
+from cascadevlm.evaluation.calibrating.fitting import fit_calibration
 from cascadevlm.evaluation.record import Record
 
 LABELLED = 200

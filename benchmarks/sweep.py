@@ -15,7 +15,8 @@ import typer
 from numpy.typing import NDArray
 
 from cascadevlm import LabelSet, Scores
-from cascadevlm.evaluation.record import NOBODY, Judged, Record
+from cascadevlm.base.arrays import NOBODY
+from cascadevlm.evaluation.record import Judged, Record
 from cascadevlm.evaluation.sweep import sweep
 
 PAIRS = {

@@ -13,8 +13,10 @@ import typer
 from matplotlib.figure import Figure
 
 from benchmarks.sweep import pairs
-from cascadevlm.decision.calibration import Calibration, decided, fit_calibration, held_out, read_calibration
+from cascadevlm.decision.calibration import Calibration, read_calibration
 from cascadevlm.evaluation import plots
+from cascadevlm.evaluation.calibrating.fitting import fit_calibration
+from cascadevlm.evaluation.deciding import decided, held_out
 from cascadevlm.evaluation.record import Record, read_record
 
 PAIR = "siglip-base→gpt-4o-mini"

@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from cascadevlm.base.entry_points import nearest
 from cascadevlm.base.errors import BackendError
-from cascadevlm.config.loading import nearest
 from cascadevlm.scorers.base import DEFAULT_TEMPLATES, EmbeddingScorer, Prepared
 from cascadevlm_backends._torch import DtypeName, choose_device, choose_dtype, first_line, text_blocks
 

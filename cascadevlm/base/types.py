@@ -282,3 +282,6 @@ class Prediction:
             "cost": self.cost.to_dict(),
             "error": self.error,
         }
+
+
+NANODOLLARS = 1_000_000_000

@@ -9,11 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from cascadevlm.base.arrays import NOBODY, Columns
 from cascadevlm.base.errors import InputError
 from cascadevlm.base.images import pixel_digest
 from cascadevlm.base.types import Candidate, Scores
 from cascadevlm.decision.conformal import Conformal
-from cascadevlm.evaluation.record import NOBODY, Columns
 
 Order = Literal["ranked", "reversed", "shuffled"]
 

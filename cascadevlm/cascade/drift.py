@@ -14,11 +14,11 @@ from math import sqrt
 
 import numpy as np
 
+from cascadevlm.base.arrays import NOBODY
 from cascadevlm.base.types import Prediction, Scores
 from cascadevlm.cascade.stage import Stage
 from cascadevlm.decision.calibration import Calibration, Reference
 from cascadevlm.decision.judge_model import Answers
-from cascadevlm.evaluation.record import NOBODY
 
 WINDOW = 500
 """Images after which a number is looked at; then it begins anew."""

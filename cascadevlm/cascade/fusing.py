@@ -6,12 +6,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from cascadevlm.base.arrays import NOBODY
 from cascadevlm.base.types import Candidate, Scores, Verdict
 from cascadevlm.cascade.candidates import CandidateRule
 from cascadevlm.decision.calibration import Calibration
 from cascadevlm.decision.judge_model import NONE_CHOSEN, Answers, JudgeModel
 from cascadevlm.decision.pool import Pool
-from cascadevlm.evaluation.record import NOBODY
 from cascadevlm.scorers.base import Scorer, WrapperScorer
 
 

@@ -12,11 +12,10 @@ from numpy.typing import NDArray
 from cascadevlm.base.errors import BudgetExhausted, FatalError, ImageError, JudgeError
 from cascadevlm.base.images import is_large
 from cascadevlm.base.labels import Label, LabelSet
-from cascadevlm.base.types import Candidate, Scores, Verdict
+from cascadevlm.base.types import NANODOLLARS, Candidate, Scores, Verdict
 from cascadevlm.cascade.item import Item, believed_candidates, rank
 from cascadevlm.cascade.stage import Stage
 from cascadevlm.judges.base import Judge
-from cascadevlm.judges.budget import NANODOLLARS
 from cascadevlm.policies.base import Selection, Spending
 
 

@@ -14,8 +14,9 @@ from cascadevlm.cascade.fusing import Asking
 from cascadevlm.decision.calibration import FusionRule
 from cascadevlm.decision.judge_model import JudgeModel
 from cascadevlm.decision.pool import Pool
-from cascadevlm.judges.base import Judge, Voting
+from cascadevlm.judges.base import Judge
 from cascadevlm.judges.support import SupportSet
+from cascadevlm.judges.voting import Voting
 from cascadevlm.policies.base import Policy, PolicyLike, as_policy, uncalibrated
 from cascadevlm.policies.measures import once
 from cascadevlm.policies.rules import Always

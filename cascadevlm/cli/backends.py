@@ -13,7 +13,7 @@ def backends(as_json: Annotated[bool, typer.Option("--json", help="One JSON arra
     from rich.console import Console
     from rich.table import Table
 
-    from cascadevlm.config.loading import Kind, describe, installed
+    from cascadevlm.base.entry_points import Kind, describe, installed
 
     found = [describe(kind, point) for kind in get_args(Kind) for point in installed(kind).values()]
     if as_json:

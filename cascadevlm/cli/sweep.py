@@ -21,7 +21,8 @@ def sweep(
     from rich.console import Console
     from rich.table import Table
 
-    from cascadevlm.decision.calibration import decided, held_out, read_calibration
+    from cascadevlm.decision.calibration import read_calibration
+    from cascadevlm.evaluation.deciding import decided, held_out
     from cascadevlm.evaluation.record import read_record
     from cascadevlm.evaluation.sweep import sweep as swept
 

@@ -10,13 +10,14 @@ from typing import Annotated, Literal, Self, get_args
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, PlainValidator, ValidationError
 from pydantic_core import PydanticCustomError
 
+from cascadevlm.base.entry_points import Option, nearest
 from cascadevlm.base.errors import ConfigError
 from cascadevlm.base.labels import LabelSet
 from cascadevlm.cascade.candidates import CandidateRule, ConformalSet, CumulativeMass, Order, TopK
 from cascadevlm.cascade.cascade import Cascade
 from cascadevlm.cascade.item import OnFailure
 from cascadevlm.cascade.stage import Stage
-from cascadevlm.config.loading import Option, load_judge, load_prompt, load_scorer, nearest
+from cascadevlm.config.loading import load_judge, load_prompt, load_scorer
 from cascadevlm.decision.calibration import Calibration, FusionRule, read_calibration
 from cascadevlm.judges.budget import Ledger
 from cascadevlm.judges.cache import DiskStore, VerdictStore, default_cache_folder

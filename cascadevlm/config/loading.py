@@ -1,39 +1,21 @@
-"""Finds backends, policies and prompts through entry points, the built-in ones like anybody's; imports on first use."""
+"""Builds scorers, judges and prompts from specs and names."""
 
-import difflib
 import inspect
-from collections.abc import Iterable
-from importlib.metadata import EntryPoint, PackageNotFoundError, entry_points, version
 from pathlib import Path
 from types import ModuleType
 from typing import Literal, TypeVar, cast
 
 from pydantic import ConfigDict, JsonValue, TypeAdapter, ValidationError
 
-from cascadevlm.base.errors import BackendError, PolicyError, PromptError
+from cascadevlm.base.entry_points import Option, installed, load, nearest
+from cascadevlm.base.errors import BackendError, PromptError
 from cascadevlm.base.secrets import without_secrets
 from cascadevlm.base.types import Prompt
 from cascadevlm.judges.base import Judge
 from cascadevlm.judges.prompt import packaged_prompt, read_prompt
-from cascadevlm.policies.base import Policy
 from cascadevlm.scorers.base import Scorer
 
-Kind = Literal["scorers", "judges", "policies", "prompts"]
-Option = JsonValue
 T = TypeVar("T", Scorer, Judge)
-
-
-def installed(kind: Kind) -> dict[str, EntryPoint]:
-    """All entry points of a kind by name, sorted."""
-    found = entry_points(group=f"cascadevlm.{kind}")
-    return {point.name: point for point in sorted(found, key=lambda point: point.name)}
-
-
-def nearest(word: str, known: Iterable[str]) -> str:
-    """A hint that names the known word closest to one not known, or all that are known."""
-    known = list(known)
-    close = difflib.get_close_matches(word, known, n=1)
-    return f"Did you mean {close[0]!r}?" if close else f"Known: {', '.join(sorted(known))}."
 
 
 def load_scorer(spec: str, /, **options: Option) -> Scorer:
@@ -87,63 +69,6 @@ def _checked(backend: str, option: str, value: object, annotation: type[object] 
         problem = exc.errors()[-1]["msg"]
         given = without_secrets({option: cast(JsonValue, value)})[option]
         raise BackendError(f"{backend!r}, option {option!r}: {problem} (given: {given!r}).") from exc
-
-
-def load(point: EntryPoint) -> object:
-    """Import what an entry point names.
-
-    Raises:
-        BackendError: naming the pip command, if a package it needs is missing.
-    """
-    try:
-        return point.load()
-    except ModuleNotFoundError as exc:
-        package = (exc.name or "").partition(".")[0]
-        if package == point.module.partition(".")[0]:
-            raise BackendError(f"{point.name!r} ({point.value}) cannot be imported: {exc}.") from exc
-        raise BackendError(f"{point.name!r} needs the package {package!r}.", hint=f"Install it: pip install {package}") from exc
-    except (ImportError, AttributeError) as exc:
-        raise BackendError(f"{point.name!r} ({point.value}) cannot be imported: {exc}.") from exc
-
-
-def describe(kind: Kind, point: EntryPoint) -> dict[str, str]:
-    """An entry point for a person: kind, name, package and what it needs that is not installed."""
-    package = f"{point.dist.name} {point.dist.version}" if point.dist else ""
-    try:
-        required = getattr(load(point), "requires", ())
-        missing = [name for name in required if not _is_installed(name)]
-        needs = f"pip install {' '.join(missing)}" if missing else "nothing more"
-    except BackendError as exc:
-        needs = str(exc)
-    return {
-        "kind": "policy" if kind == "policies" else kind.removesuffix("s"),
-        "name": point.name,
-        "package": package,
-        "needs": needs,
-    }
-
-
-def _is_installed(distribution: str) -> bool:
-    try:
-        version(distribution)
-    except PackageNotFoundError:
-        return False
-    return True
-
-
-def load_policy_class(name: str) -> type[Policy]:
-    """The policy registered under a name.
-
-    Raises:
-        PolicyError: if there is none.
-    """
-    points = installed("policies")
-    if name not in points:
-        raise PolicyError(f"There is no policy {name!r}.", hint=nearest(name, points))
-    loaded = load(points[name])
-    if not (isinstance(loaded, type) and issubclass(loaded, Policy)):
-        raise PolicyError(f"Policy {name!r} ({points[name].value}) is no subclass of Policy.")
-    return loaded
 
 
 def load_prompt(name_or_path: str | Path) -> Prompt:

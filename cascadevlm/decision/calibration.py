@@ -1,7 +1,7 @@
 """What was learned of a scorer and its judges from a record, in one readable JSON file that other models are refused with."""
 
 import hashlib
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import cached_property
@@ -9,21 +9,16 @@ from pathlib import Path
 from typing import Literal, get_args
 
 import numpy as np
-from numpy.typing import NDArray
 from pydantic import JsonValue, TypeAdapter, ValidationError
 
 from cascadevlm.base.errors import ConfigError, DataError
 from cascadevlm.base.secrets import without_secrets
 from cascadevlm.base.types import Scores
-from cascadevlm.cascade.candidates import TopK
-from cascadevlm.decision.conformal import Conformal, best_size
-from cascadevlm.decision.judge_fit import fit_judge
-from cascadevlm.decision.judge_model import NONE_CHOSEN, Answers, JudgeModel
-from cascadevlm.decision.pool import Pool, fit_pool
-from cascadevlm.decision.scorer_calibration import Floats, ScorerCalibration, fit_scorer
+from cascadevlm.decision.conformal import Conformal
+from cascadevlm.decision.judge_model import JudgeModel
+from cascadevlm.decision.pool import Pool
+from cascadevlm.decision.scorer_calibration import Floats, ScorerCalibration
 from cascadevlm.decision.shares import Shares
-from cascadevlm.decision.without_labels import fit_without_labels
-from cascadevlm.evaluation.record import NOBODY, Columns, Fused, Judged, Record
 
 FusionRule = Literal["judge", "bayes", "weighted"]
 """Whose word is final: the judge's where it gave an answer, or the more probable label by both, by the model of the judge or by
@@ -35,22 +30,11 @@ FUSION_RULES: dict[str, FusionRule] = {rule: rule for rule in get_args(FusionRul
 SETTINGS = ("judge", "prompt", "offer_none", "support", "votes", "options")
 """Of a stage's configuration: what changes the judge's answers, beside the candidates."""
 
-BESIDE = "calibration.json"
-"""What the file is called in the folder of a record."""
-
-COVERAGE = 0.95
-"""How often a list of candidates shall hold the truth, unless said otherwise."""
 
 WORDING = {"templates": "templates", "texts": "texts for the labels"}
 """Parts of a scorer's fingerprint that name what it was prompted with, in words."""
 
 SAME_WORDING = "Give those that it was made with, or make one for these: cascadevlm calibrate."
-
-SIZES = range(2, 11)
-"""Lengths of the list of candidates that are tried."""
-
-FEWEST = 20
-"""Fewer images tell too little of a scorer and a judge."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -251,185 +235,3 @@ def read_calibration(path: Path) -> Calibration:
         first = exc.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise ConfigError(f"{str(path)!r} is no calibration: {where}: {first['msg']}.") from exc
-
-
-def calibration_beside(folder: Path) -> Calibration | None:
-    """The calibration that lies in a record's folder.
-
-    Raises:
-        ConfigError: if there is a file of its name that is none.
-    """
-    path = folder / BESIDE
-    return read_calibration(path) if path.exists() else None
-
-
-def answers_of(judged: Judged) -> Answers:
-    """What a record's stage was shown and said, as a model of the judge takes it."""
-    answers = np.where(np.array(judged.outcomes, dtype=str) == "none", NONE_CHOSEN, judged.answers)
-    return Answers(
-        candidates=judged.candidates,
-        answers=answers,
-        none_offered=judged.none_offered,
-        probabilities=judged.probabilities,
-    )
-
-
-def heard(judged: Judged) -> NDArray[np.bool_]:
-    """N: whether the judge was asked and what came of it says something; errors and spent budgets do not."""
-    return judged.asked & np.isin(judged.outcomes, ["answered", "none", "refused", "unparsed"])
-
-
-def fit_calibration(
-    record: Record,
-    *,
-    labelled: bool = True,
-    fusion: FusionRule = "bayes",
-    coverage: float = COVERAGE,
-    class_conditional: bool = False,
-    prior: Floats | None = None,
-    blank: Answers | None = None,
-) -> Calibration:
-    """Learn from a record how far to trust its scorer and its judges.
-
-    Args:
-        record: its images that could be read are used.
-        labelled: whether to look at the truths; without, the judge is the annotator.
-        coverage: of the conformal sets. They are fitted on what the scorer's calibrations on other folds say of each image, which
-            holds the promise closely, not strictly.
-        class_conditional: whether they shall hold the truth so often for every class that has enough images.
-        prior: C shares of the classes, for calibrations that match them; even, unless given.
-        blank: of the last judge, about an image without content; only looked at where there are labels.
-
-    Raises:
-        InputError: if the images cannot promise the coverage.
-        DataError: if there is no judge, or one answered about too few images; if the scores are calibrated already; without
-            labels, if there are several stages.
-    """
-    record = record.take(np.flatnonzero(record.readable))
-    if "|calibrated=" in record.scores.fingerprint:
-        raise DataError("The record's scores are calibrated already.", hint="Evaluate without a calibration.")
-    asked = min(int(heard(judged).sum()) for judged in (record.judged, *record.stages))
-    if asked < FEWEST:
-        raise DataError(f"A judge answered about {asked} images, too few to calibrate on.", hint=f"Ask about {FEWEST} or more.")
-    log_probs, conformal, reference = record.scores.log_probs, None, None
-    if labelled:
-        responsibilities = np.eye(len(record.labels))[record.truths]
-        scorer, belief = fit_scorer(log_probs, responsibilities, prior=prior)
-        conformal = Conformal.fit(np.exp(belief), record.truths, coverage=coverage, class_conditional=class_conditional)
-        reference = Reference.of(np.exp(belief.max(axis=1)))
-    else:
-        if len(record.stages) != 1:
-            raise DataError(f"Without labels, one judge is the annotator: the record has {len(record.stages)} stages.")
-        known = heard(record.judged)
-        answers = answers_of(record.stages[0])
-        scorer, model = fit_without_labels(log_probs[known], answers.rows(known))
-        belief = scorer(log_probs)
-        responsibilities = np.exp(model.posterior(belief, answers))
-    judges, weighted = [], belief.copy()
-    for number, judged in enumerate(record.stages):
-        known, likelihoods = heard(judged), None
-        before, truth, answers = belief[known], responsibilities[known], answers_of(judged).rows(known)
-        pool, weighted[known] = fit_pool(weighted[known], truth, answers)
-        if labelled:
-            own_blank = blank if judged is record.judged else None
-            model, belief[known] = fit_judge(before, truth, answers, blank=own_blank)
-            beliefs: dict[FusionRule, Floats] = {"bayes": belief, "weighted": weighted}
-            likelihoods = {rule: float((truth * after[known]).sum(axis=1).mean()) for rule, after in beliefs.items()}
-        sizes = [size for size in SIZES if size <= len(record.labels)] or [1]
-        agreed, likely = model.agreement(before, answers)
-        judges.append(
-            CalibratedJudge(
-                judge=judged.judge,
-                settings=settings_of(record, number, SETTINGS),
-                model=model,
-                pool=pool,
-                log_likelihoods=likelihoods,
-                best_size=best_size(before, model, sizes, none_offered=judged.none_offered, word_final=fusion == "judge"),
-                reference=Reference.of(agreed - likely),
-            )
-        )
-    return Calibration(
-        labels=record.labels.names,
-        fingerprint=record.scores.fingerprint,
-        scorer=scorer,
-        judges=tuple(judges),
-        images=len(record),
-        labelled=labelled,
-        fitted_on=images_of(record),
-        conformal=conformal,
-        reference=reference,
-        shares=Shares.of(np.exp(scorer(log_probs))),
-        descriptions=record.labels.descriptions_digest,
-        fusion=fusion,
-    )
-
-
-def decided(record: Record, calibration: Calibration) -> Record:
-    """The record as the decision layer sees it: calibrated scores, and what scorer and judges say together.
-
-    Its measures are then those of calibrated probabilities; policies of gain can be tried on it. The candidates are those that
-    were shown, though a calibrated scorer might have shown others; of images that the judge was not asked about, those that are
-    likeliest, as many as in the longest list.
-
-    Raises:
-        ConfigError: if the calibration is of another scorer, label set, number of stages, judge or prompt, or has no weights that
-            its fusion wants.
-    """
-    if len(record.stages) != len(calibration.judges):
-        raise ConfigError(f"The calibration is of {len(calibration.judges)} judges, the record of {len(record.stages)}.")
-    scores = calibration.calibrated(record.scores)
-    before = belief = scores.log_probs.astype(np.float64)
-    for number, (judge, judged) in enumerate(zip(calibration.judges, record.stages, strict=True)):
-        if settings := settings_of(record, number, SETTINGS):
-            calibration.judge_of(number, settings)
-        before, known = belief, heard(judged)
-        belief = np.where(known[:, None], judge.fuser(calibration.fusion).posterior(before, answers_of(judged)), before)
-    last, answers = calibration.judges[-1], answers_of(record.judged)
-    labels, probabilities = belief.argmax(axis=1), np.exp(belief.max(axis=1))
-    word_final = calibration.fusion == "judge"
-    if word_final:
-        answered = record.judged.answers != NOBODY
-        labels = np.where(answered, record.judged.answers, scores.log_probs.argmax(axis=1))
-        own = np.full(answers.candidates.shape, np.nan) if answers.probabilities is None else answers.probabilities
-        of_answer = np.where(answers.candidates == answers.answers[:, None], own, 0.0).sum(axis=1)
-        probabilities = np.where(answered, of_answer, scores.probabilities.max(axis=1))
-    candidates = _shown_if_asked(answers.candidates, replace(scores, log_probs=before.astype(np.float32)))
-    fused = Fused(
-        labels=np.where(record.readable, labels, NOBODY),
-        probabilities=probabilities,
-        gain=last.model.gain(before, candidates, none_offered=answers.none_offered, word_final=word_final),
-        word_final=word_final,
-    )
-    return replace(record, scores=scores, fused=fused)
-
-
-def _shown_if_asked(shown: Columns, scores: Scores) -> Columns:
-    """N x K: what was shown; where nothing was, the likeliest labels."""
-    if not shown.shape[1]:
-        return TopK().columns(scores)
-    likeliest = TopK(k=shown.shape[1]).columns(scores)
-    return np.where((shown == NOBODY).all(axis=1, keepdims=True), likeliest, shown)
-
-
-def held_out(record: Record, calibration: Calibration) -> Record:
-    """The record of the images that the calibration was not fitted on.
-
-    Raises:
-        DataError: if there are none.
-    """
-    rows = np.flatnonzero(~np.isin(images_of(record), calibration.fitted_on))
-    if not len(rows):
-        raise DataError("The calibration was fitted on every image of the record.", hint="Evaluate on others.")
-    return record.take(rows)
-
-
-def images_of(record: Record) -> tuple[str, ...]:
-    """What tells the images of a record from others: digests, or their names in a record made of arrays."""
-    return record.digests or record.names
-
-
-def settings_of(record: Record, stage: int, names: Collection[str]) -> dict[str, JsonValue]:
-    """Some of a stage's settings, as the record's configuration has them; none of a record made of arrays."""
-    stages = record.info.config.get("stage") if record.info else None
-    settings = stages[stage] if isinstance(stages, list) else None
-    return {name: settings[name] for name in names if name in settings} if isinstance(settings, dict) else {}

@@ -28,10 +28,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from cascadevlm.base.arrays import Columns
 from cascadevlm.base.errors import InputError
 from cascadevlm.decision.judge_model import Bools, JudgeModel
 from cascadevlm.decision.scorer_calibration import Floats, StoredFloats
-from cascadevlm.evaluation.record import Columns
 
 PENALTY, FREE = 0.01, 5
 """RAPS's for a rank, and the ranks that have none: those of Angelopoulos and Bates, "A Gentle Introduction to Conformal

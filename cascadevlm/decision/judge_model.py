@@ -28,8 +28,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import expit, log_expit, log_softmax, logsumexp
 
+from cascadevlm.base.arrays import NOBODY, Columns
 from cascadevlm.decision.scorer_calibration import FLOOR, Floats, StoredFloats
-from cascadevlm.evaluation.record import NOBODY, Columns
 
 NONE_CHOSEN = -2
 """In an array of answers: "none of these"."""

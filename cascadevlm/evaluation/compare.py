@@ -10,10 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import JsonValue, TypeAdapter
 
+from cascadevlm.base.arrays import Columns
 from cascadevlm.base.errors import DataError
 from cascadevlm.base.labels import LabelSet
 from cascadevlm.evaluation.metrics import Bools, Interval, interval, latency_percentile
-from cascadevlm.evaluation.record import Columns, Record
+from cascadevlm.evaluation.record import Record
 
 Labelled: TypeAlias = tuple[LabelSet, Sequence[str], Sequence[str]]
 """A label set, the names of N images, and those of their true labels."""

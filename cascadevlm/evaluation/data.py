@@ -1,7 +1,6 @@
 """Labelled data: images with what they truly show, from folders, tables and data sets of other libraries."""
 
 import csv
-import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from PIL import Image
 from cascadevlm.base.errors import DataError
 from cascadevlm.base.images import ImageSource, file_name, image_files
 from cascadevlm.base.labels import LabelSet, words
+from cascadevlm.base.tables import json_line, stored_image
 
 MOST_SHOWN = 5
 """How many of each kind of problem are named; the rest are counted."""
@@ -201,19 +201,6 @@ def _jsonl_columns(path: Path) -> dict[str, list[object]]:
     return {name: [row.get(name) for row in rows] for name in dict.fromkeys(name for row in rows for name in row)}
 
 
-def json_line(line: str, number: int) -> object:
-    """What a line of JSON lines says.
-
-    Raises:
-        ValueError: naming the line, if it is no JSON.
-    """
-    try:
-        return json.loads(line)
-    except (ValueError, RecursionError) as exc:
-        why = exc.msg if isinstance(exc, json.JSONDecodeError) else exc
-        raise ValueError(f"line {number} is no JSON: {why}") from exc
-
-
 def _json_object(line: str, number: int) -> dict[str, object]:
     row = json_line(line, number)
     if not isinstance(row, dict):
@@ -285,23 +272,6 @@ def _of_hub_dataset(source: HubDataset, split: str) -> Data:
         truths=tuple(truths),
         splits=(split,) * len(source),
     )
-
-
-def stored_image(value: object) -> bytes | str:
-    """What a table keeps of an image: the bytes of its file or its path or, as the package ``datasets`` does, both by name;
-    nothing where there is none.
-
-    Raises:
-        ValueError: if it is none of these.
-    """
-    stored = value
-    if isinstance(value, Mapping) and {"bytes", "path"} & value.keys():
-        stored = value.get("bytes") or value.get("path")
-    if stored is None:
-        return b""
-    if not isinstance(stored, bytes | str):
-        raise ValueError(f"{value!r:.80}, which is no image and no path of one")
-    return stored
 
 
 def _load_saved(path: Path) -> HubDataset | Mapping[str, HubDataset]:

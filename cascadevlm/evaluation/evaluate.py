@@ -8,8 +8,9 @@ from pathlib import Path
 from cascadevlm.base.types import Prediction
 from cascadevlm.cascade.cascade import Cascade
 from cascadevlm.config.config import Config
-from cascadevlm.decision.calibration import BESIDE, FUSION_RULES, calibration_beside, decided
+from cascadevlm.decision.calibration import FUSION_RULES
 from cascadevlm.evaluation.data import Data
+from cascadevlm.evaluation.deciding import BESIDE, calibration_beside, decided
 from cascadevlm.evaluation.metrics import Evaluation, evaluate
 from cascadevlm.evaluation.record import Record, read_record
 from cascadevlm.evaluation.recording import KeepingScorer, KeepingStage, write_record

@@ -14,8 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import JsonValue
 
+from cascadevlm.base.arrays import NOBODY, Columns
 from cascadevlm.base.types import Outcome
-from cascadevlm.evaluation.record import NOBODY, Columns, Judged, Record
+from cascadevlm.evaluation.record import Judged, Record
 
 DEPTHS = (1, 2, 3, 5, 10, 20)
 """The k of top-k recall that `evaluate` reports, as far as there are as many labels."""

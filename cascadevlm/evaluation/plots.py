@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from cascadevlm.decision.calibration import Calibration, decided, held_out
+from cascadevlm.base.arrays import NOBODY, Columns
+from cascadevlm.decision.calibration import Calibration
+from cascadevlm.evaluation.deciding import decided, held_out
 from cascadevlm.evaluation.evaluate import as_configured, policies
 from cascadevlm.evaluation.metrics import BINS, Interval, evaluate, expected_calibration_error
-from cascadevlm.evaluation.record import NOBODY, Columns, Record
+from cascadevlm.evaluation.record import Record
 from cascadevlm.evaluation.sweep import Sweep, sweep
 from cascadevlm.policies import measures
 from cascadevlm.policies.base import All, AnyOf, Not, Policy

@@ -33,6 +33,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from pydantic import BaseModel, ConfigDict, JsonValue, TypeAdapter, ValidationError
 
+from cascadevlm.base.arrays import NOBODY, Columns
 from cascadevlm.base.errors import CascadeError, DataError
 from cascadevlm.base.labels import Label, LabelSet
 from cascadevlm.base.types import Scores, Usage, Verdict
@@ -40,11 +41,6 @@ from cascadevlm.base.types import Scores, Usage, Verdict
 if TYPE_CHECKING:
     import pyarrow
 
-NOBODY = -1
-"""In an array of columns: no label."""
-
-Columns = NDArray[np.int64]
-"""Columns of the score matrix, or `NOBODY`."""
 
 PARTS = ("run.json", "scores.npy", "images.parquet", "verdicts.parquet", "predictions.parquet")
 """What a whole record has at least."""

@@ -1,12 +1,10 @@
 """Making a record: what a cascade must keep while it runs, and writing it down."""
 
 import json
-import platform
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TypeVar
 
@@ -15,6 +13,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from pydantic import JsonValue
 
+from cascadevlm.base.arrays import NOBODY
+from cascadevlm.base.environment import machine, versions
 from cascadevlm.base.errors import DataError
 from cascadevlm.base.files import valid_text, write_whole
 from cascadevlm.base.images import ImageSource, pixel_digest
@@ -23,11 +23,8 @@ from cascadevlm.base.secrets import without_secrets
 from cascadevlm.base.types import Candidate, Prediction, Question, Scores, Verdict
 from cascadevlm.cascade.stage import Stage
 from cascadevlm.evaluation.data import Data
-from cascadevlm.evaluation.record import NOBODY, RunInfo, scores_kept, table_schemas
+from cascadevlm.evaluation.record import RunInfo, scores_kept, table_schemas
 from cascadevlm.scorers.base import Prepared, Scorer, WrapperScorer
-
-PACKAGES = ("cascadevlm", "torch", "transformers", "open_clip_torch", "openai", "anthropic")
-"""Those whose versions are recorded, where they are installed."""
 
 Number = TypeVar("Number", bound=np.generic)
 
@@ -181,22 +178,6 @@ def _of_all(batches: Sequence[NDArray[Number]], readable: NDArray[np.bool_], wid
     if readable.any():
         whole[readable] = np.concatenate(batches)[-readable.sum() :]
     return whole
-
-
-def machine() -> str:
-    """What a run runs on."""
-    return f"{platform.system()} {platform.machine()}, Python {platform.python_version()}"
-
-
-def versions() -> dict[str, str]:
-    """Of cascadevlm and what its figures depend on."""
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def _write_tables(

@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from pydantic import JsonValue
 
+from cascadevlm.base.arrays import NOBODY
 from cascadevlm.base.errors import BudgetExhausted, DataError, InputError
 from cascadevlm.base.images import pixel_digest
 from cascadevlm.base.labels import LabelSet
@@ -43,7 +44,7 @@ from cascadevlm.config.loading import load_prompt
 from cascadevlm.evaluation.data import Data
 from cascadevlm.evaluation.evaluate import asking_everything, record_run
 from cascadevlm.evaluation.metrics import Bools, Interval, coverage, covered_by, interval, mean
-from cascadevlm.evaluation.record import NOBODY, Record
+from cascadevlm.evaluation.record import Record
 from cascadevlm.evaluation.sweep import sweep, under
 from cascadevlm.judges.cache import MemoryStore
 from cascadevlm.judges.support import SupportSet

@@ -10,8 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import JsonValue
 
+from cascadevlm.base.arrays import NOBODY, Columns
 from cascadevlm.base.errors import DataError
-from cascadevlm.evaluation.record import NOBODY, Columns, Record
+from cascadevlm.evaluation.record import Record
 from cascadevlm.policies import measures
 from cascadevlm.policies.base import PolicyLike, Spending, as_policy
 

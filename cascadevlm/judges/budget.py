@@ -17,10 +17,8 @@ from pydantic import BaseModel, NonNegativeInt
 from cascadevlm.base.errors import BudgetExhausted, DataError, JudgeError
 from cascadevlm.base.files import write_whole, writing_to
 from cascadevlm.base.portable import Live, Portable
-from cascadevlm.base.types import Question, Verdict
+from cascadevlm.base.types import NANODOLLARS, Question, Verdict
 from cascadevlm.judges.base import Judge, WrapperJudge, is_sent
-
-NANODOLLARS = 1_000_000_000
 
 LAST_WORD = 0.5
 """Seconds that a request has to end once its question is given up: after a wrong key, all others in flight fail too, unbilled."""

@@ -5,12 +5,13 @@ import asyncio
 from contextlib import AbstractAsyncContextManager
 
 from cascadevlm.base.loop import PerLoop
-from cascadevlm.judges.base import Judge, Repairing
+from cascadevlm.judges.base import Judge
 from cascadevlm.judges.budget import Ledger, Metered
 from cascadevlm.judges.cache import Cached, SingleFlight, VerdictStore
 from cascadevlm.judges.outage import Reachable
 from cascadevlm.judges.pacing import Paced
 from cascadevlm.judges.retry import Retrying
+from cascadevlm.judges.voting import Repairing
 
 
 def dependable(judge: Judge, store: VerdictStore | None, ledger: Ledger) -> Judge:

@@ -10,8 +10,8 @@ from functools import cache
 from lark import Lark, Token, Transformer, UnexpectedInput, UnexpectedToken, v_args
 from lark.exceptions import VisitError
 
+from cascadevlm.base.entry_points import installed, load, nearest
 from cascadevlm.base.errors import CascadeError, PolicyError
-from cascadevlm.config.loading import load_policy_class
 from cascadevlm.policies.base import Policy
 
 GRAMMAR = r"""
@@ -138,3 +138,18 @@ class _Builder(Transformer[Token, Policy]):
 
     def _error(self, token: Token, message: str, hint: str = "") -> PolicyError:
         return _pointing(self.text, (token.column or 1) - 1, message, hint)
+
+
+def load_policy_class(name: str) -> type[Policy]:
+    """The policy registered under a name.
+
+    Raises:
+        PolicyError: if there is none.
+    """
+    points = installed("policies")
+    if name not in points:
+        raise PolicyError(f"There is no policy {name!r}.", hint=nearest(name, points))
+    loaded = load(points[name])
+    if not (isinstance(loaded, type) and issubclass(loaded, Policy)):
+        raise PolicyError(f"Policy {name!r} ({points[name].value}) is no subclass of Policy.")
+    return loaded

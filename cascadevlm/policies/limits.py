@@ -14,8 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cascadevlm.base.errors import PolicyError
-from cascadevlm.base.types import Scores
-from cascadevlm.judges.budget import NANODOLLARS
+from cascadevlm.base.types import NANODOLLARS, Scores
 from cascadevlm.policies import measures
 from cascadevlm.policies.base import START, Limit, Priority, Selection, Spending, number, require_whole
 from cascadevlm.policies.measures import Measure, Values

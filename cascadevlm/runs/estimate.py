@@ -12,10 +12,9 @@ from scipy.stats import binomtest
 
 from cascadevlm.base.errors import ImageError, InputError
 from cascadevlm.base.images import ImageSource
-from cascadevlm.base.types import Question, Scores
+from cascadevlm.base.types import NANODOLLARS, Question, Scores
 from cascadevlm.cascade.cascade import Cascade
 from cascadevlm.judges.base import Judge
-from cascadevlm.judges.budget import NANODOLLARS
 from cascadevlm.policies.base import Spending
 from cascadevlm.scorers.base import Prepared, prepared_or_error, scored_or_errors
 

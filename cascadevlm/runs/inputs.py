@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from cascadevlm.base.errors import DataError
 from cascadevlm.base.images import SUFFIXES, ImageSource
-from cascadevlm.evaluation.data import json_line, stored_image
+from cascadevlm.base.tables import json_line, stored_image
 
 if TYPE_CHECKING:
     import pyarrow

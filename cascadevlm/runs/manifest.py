@@ -10,6 +10,7 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, JsonValue, TypeAdapter, ValidationError
 
+from cascadevlm.base.environment import machine, versions
 from cascadevlm.base.errors import DataError
 from cascadevlm.base.files import valid_text, write_whole
 from cascadevlm.base.labels import Label
@@ -17,7 +18,6 @@ from cascadevlm.base.secrets import without_secrets
 from cascadevlm.cascade.cascade import Cascade
 from cascadevlm.config.config import Config
 from cascadevlm.decision.calibration import Calibration
-from cascadevlm.evaluation.recording import machine, versions
 from cascadevlm.judges.cache import key_of
 from cascadevlm.runs.inputs import Inputs, Named
 

@@ -11,9 +11,10 @@ from typing import get_args
 import pytest
 
 from cascadevlm.base.errors import BackendError, FatalError, RateLimited, TransientError
+from cascadevlm.base.types import NANODOLLARS
 from cascadevlm.cascade.stage import Stage
 from cascadevlm.config.loading import load_prompt
-from cascadevlm.judges.budget import NANODOLLARS, Ledger
+from cascadevlm.judges.budget import Ledger
 from cascadevlm.judges.cache import DiskStore, MemoryStore
 from cascadevlm.judges.hosted import transport
 from cascadevlm.testing import noise, question

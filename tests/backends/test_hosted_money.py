@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cascadevlm.base.errors import BudgetExhausted, FatalError, JudgeError
-from cascadevlm.judges.budget import NANODOLLARS, Ledger, Metered
+from cascadevlm.base.types import NANODOLLARS
+from cascadevlm.judges.budget import Ledger, Metered
 from cascadevlm.judges.hosted.base import HostedJudge
 from cascadevlm.testing import question
 from cascadevlm.testing.server import Fault, JudgeServer

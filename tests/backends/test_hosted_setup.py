@@ -14,8 +14,8 @@ import pytest
 from cascadevlm import Cascade, load_judge
 from cascadevlm.base.errors import BackendError, FatalError, PermanentError
 from cascadevlm.base.images import ImageSource
-from cascadevlm.base.types import Usage
-from cascadevlm.judges.budget import NANODOLLARS, Ledger
+from cascadevlm.base.types import NANODOLLARS, Usage
+from cascadevlm.judges.budget import Ledger
 from cascadevlm.judges.hosted.base import LOCAL_ONLY, HostedJudge
 from cascadevlm.judges.pricing import FREE, find_price
 from cascadevlm.testing import noise, question

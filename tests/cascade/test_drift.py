@@ -21,9 +21,11 @@ from cascadevlm.cascade import drift
 from cascadevlm.cascade.drift import WINDOW, Drift
 from cascadevlm.cascade.fusing import CalibratedScorer
 from cascadevlm.config.config import Config
-from cascadevlm.decision.calibration import Calibration, Reference, answers_of, fit_calibration
+from cascadevlm.decision.calibration import Calibration, Reference
 from cascadevlm.decision.judge_model import Answers, JudgeModel
+from cascadevlm.evaluation.calibrating.fitting import fit_calibration
 from cascadevlm.evaluation.data import Data
+from cascadevlm.evaluation.deciding import answers_of
 from cascadevlm.evaluation.evaluate import record_run
 from cascadevlm.judges.prompt import options
 from cascadevlm.runs.batches.batch import stream_in_batches

@@ -13,11 +13,11 @@ from PIL import Image
 from cascadevlm import Cascade, Label, LabelSet, Scores, Stage, load_judge, load_prompt
 from cascadevlm.base.errors import BackendError, BudgetExhausted, FatalError, JudgeError
 from cascadevlm.base.types import Exemplar, Question, Verdict
-from cascadevlm.judges.base import Repairing
 from cascadevlm.judges.budget import Ledger
 from cascadevlm.judges.cache import MemoryStore, Payload
 from cascadevlm.judges.hosted.base import HostedJudge, Reply
 from cascadevlm.judges.support import SupportSet
+from cascadevlm.judges.voting import Repairing
 from cascadevlm.policies.rules import Always
 from cascadevlm.testing import FakeJudge, FakeScorer, noise, picture, question
 

@@ -16,30 +16,28 @@ from pydantic import JsonValue
 from scipy.special import expit, softmax
 
 from cascadevlm import Cascade, Prediction, Stage, TopK, load_prompt, parse_policy
+from cascadevlm.base.arrays import NOBODY
 from cascadevlm.base.errors import BudgetExhausted, ConfigError, DataError, InputError, PolicyError
 from cascadevlm.base.images import ImageSource
 from cascadevlm.base.labels import LabelSet
-from cascadevlm.base.types import Question, Scores, Verdict
+from cascadevlm.base.types import NANODOLLARS, Question, Scores, Verdict
 from cascadevlm.cascade.candidates import Order
 from cascadevlm.cascade.fusing import Asking, CalibratedScorer
 from cascadevlm.config.config import Config
-from cascadevlm.decision.calibration import (
-    Calibration,
-    FusionRule,
-    decided,
-    fit_calibration,
-)
+from cascadevlm.decision.calibration import Calibration, FusionRule
 from cascadevlm.decision.judge_model import JudgeModel
 from cascadevlm.decision.pool import Pool
 from cascadevlm.decision.scorer_calibration import ScorerCalibration
 from cascadevlm.evaluation.calibrating.blank import ask_blank, blank_images
+from cascadevlm.evaluation.calibrating.fitting import fit_calibration
 from cascadevlm.evaluation.data import Data
+from cascadevlm.evaluation.deciding import decided
 from cascadevlm.evaluation.evaluate import asking_everything, record_run
-from cascadevlm.evaluation.record import NOBODY, Record, read_record
+from cascadevlm.evaluation.record import Record, read_record
 from cascadevlm.evaluation.recording import KeepingScorer, KeepingStage, write_record
 from cascadevlm.evaluation.sweep import under
 from cascadevlm.judges.base import Judge
-from cascadevlm.judges.budget import NANODOLLARS, Ledger
+from cascadevlm.judges.budget import Ledger
 from cascadevlm.judges.cache import MemoryStore
 from cascadevlm.judges.prompt import NONE_OF_THESE, options
 from cascadevlm.scorers.base import Prepared

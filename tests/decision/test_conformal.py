@@ -13,6 +13,7 @@ from scipy.special import log_softmax, softmax
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.model_selection import StratifiedShuffleSplit
 
+from cascadevlm.base.arrays import NOBODY, Columns
 from cascadevlm.base.errors import InputError
 from cascadevlm.base.labels import LabelSet
 from cascadevlm.base.types import Scores
@@ -20,7 +21,6 @@ from cascadevlm.cascade.candidates import ConformalSet, CumulativeMass
 from cascadevlm.decision.conformal import FREE, PENALTY, Conformal, best_size
 from cascadevlm.decision.judge_model import NONE_CHOSEN, Answers, JudgeModel
 from cascadevlm.decision.scorer_calibration import Floats
-from cascadevlm.evaluation.record import NOBODY, Columns
 
 seeds = st.integers(0, 10_000)
 coverages = st.floats(0.05, 0.95)

@@ -13,13 +13,15 @@ from scipy.optimize import check_grad
 from scipy.special import expit, log_softmax, softmax
 
 from benchmarks.decision import made_up, worth
+from cascadevlm.base.arrays import NOBODY, Columns
 from cascadevlm.base.types import Scores
-from cascadevlm.decision.calibration import Calibration, answers_of, decided, fit_calibration
+from cascadevlm.decision.calibration import Calibration
 from cascadevlm.decision.judge_fit import CONSTANTS, PRECISIONS, JudgeFitting, fit_judge
 from cascadevlm.decision.judge_model import ABILITY, LEAST_PROBABILITY, NONE_BIAS, NONE_CHOSEN, Answers, JudgeModel
 from cascadevlm.decision.scorer_calibration import Floats
+from cascadevlm.evaluation.calibrating.fitting import fit_calibration
+from cascadevlm.evaluation.deciding import answers_of, decided
 from cascadevlm.evaluation.metrics import expected_calibration_error
-from cascadevlm.evaluation.record import NOBODY, Columns
 from cascadevlm.evaluation.sweep import sweep
 
 seeds = st.integers(0, 10_000)

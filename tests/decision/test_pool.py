@@ -9,11 +9,12 @@ from hypothesis import strategies as st
 from scipy.special import log_softmax
 
 from benchmarks.decision import made_up
-from cascadevlm.decision.calibration import answers_of, decided, fit_calibration
+from cascadevlm.base.arrays import NOBODY
 from cascadevlm.decision.judge_model import NONE_CHOSEN, Answers
 from cascadevlm.decision.pool import MOST, Pool, fit_pool
 from cascadevlm.decision.scorer_calibration import Floats
-from cascadevlm.evaluation.record import NOBODY
+from cascadevlm.evaluation.calibrating.fitting import fit_calibration
+from cascadevlm.evaluation.deciding import answers_of, decided
 from tests.decision.test_judge_model import some_questions
 
 seeds = st.integers(0, 10_000)

@@ -14,13 +14,12 @@ from scipy.special import log_softmax
 from cascadevlm import Cascade, LabelSet, Prediction, Stage, load_prompt, parse_policy
 from cascadevlm.base.errors import ConfigError, InputError
 from cascadevlm.base.images import ImageSource
-from cascadevlm.base.types import Question, Scores, Verdict
+from cascadevlm.base.types import NANODOLLARS, Question, Scores, Verdict
 from cascadevlm.cascade.fusing import CalibratedScorer
 from cascadevlm.decision import shares
 from cascadevlm.decision.judge_model import JudgeModel
 from cascadevlm.decision.scorer_calibration import Floats
 from cascadevlm.decision.shares import MEMORY, PERIOD, Following, Seen, Shares
-from cascadevlm.judges.budget import NANODOLLARS
 from cascadevlm.runs import bulk
 from cascadevlm.runs.inputs import Named
 from cascadevlm.testing import FakeJudge, FakeScorer, noise

@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy import stats
 
+from cascadevlm.base.arrays import NOBODY, Columns
 from cascadevlm.base.errors import DataError
 from cascadevlm.base.labels import LabelSet
 from cascadevlm.base.types import Scores
 from cascadevlm.evaluation.compare import Pair, compare, holm, mcnemar
-from cascadevlm.evaluation.record import NOBODY, Columns, Judged, Record
+from cascadevlm.evaluation.record import Judged, Record
 
 LABELS = LabelSet.of(["ant", "bee", "cicada", "dragonfly"])
 ANT, BEE, CICADA, DRAGONFLY = range(4)

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from scipy import stats
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, recall_score, top_k_accuracy_score
 
+from cascadevlm.base.arrays import NOBODY
 from cascadevlm.base.labels import LabelSet
 from cascadevlm.base.types import Scores
 from cascadevlm.evaluation.metrics import (
@@ -29,7 +30,7 @@ from cascadevlm.evaluation.metrics import (
     per_class_accuracy,
     top_k_recall,
 )
-from cascadevlm.evaluation.record import NOBODY, Judged, Record
+from cascadevlm.evaluation.record import Judged, Record
 
 seeds = st.integers(0, 10_000)
 sizes = st.integers(1, 60)

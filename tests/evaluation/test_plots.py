@@ -20,12 +20,13 @@ from numpy.typing import NDArray
 from sklearn.calibration import calibration_curve
 from sklearn.metrics import confusion_matrix
 
+from cascadevlm.base.arrays import NOBODY
 from cascadevlm.base.errors import PolicyError
 from cascadevlm.base.labels import LabelSet
 from cascadevlm.base.types import Scores
 from cascadevlm.evaluation import plots
 from cascadevlm.evaluation.evaluate import as_configured, evaluate_replayed
-from cascadevlm.evaluation.record import NOBODY, Record, RunInfo
+from cascadevlm.evaluation.record import Record, RunInfo
 from cascadevlm.evaluation.sweep import sweep, under
 from cascadevlm.policies.rules import EntropyAbove, Never
 from tests.evaluation.test_sweep import record

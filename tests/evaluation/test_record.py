@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 from cascadevlm import Cascade, Stage, TopK, load_judge, load_prompt, load_scorer, parse_policy
+from cascadevlm.base.arrays import NOBODY
 from cascadevlm.base.errors import BackendError, DataError, JudgeError, PermanentError
 from cascadevlm.base.images import ImageSource, load_image, pixel_digest
 from cascadevlm.base.labels import LabelSet
@@ -24,7 +25,7 @@ from cascadevlm.decision.judge_model import JudgeModel
 from cascadevlm.evaluation.data import Data, read_data
 from cascadevlm.evaluation.evaluate import can_replay, evaluate_replayed
 from cascadevlm.evaluation.metrics import evaluate, top_k_recall
-from cascadevlm.evaluation.record import NOBODY, Record, read_record, read_verdicts
+from cascadevlm.evaluation.record import Record, read_record, read_verdicts
 from cascadevlm.evaluation.recording import KeepingScorer, KeepingStage, write_record
 from cascadevlm.evaluation.sweep import sweep, under
 from cascadevlm.judges.base import Judge

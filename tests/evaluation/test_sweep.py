@@ -9,10 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import accuracy_score
 
+from cascadevlm.base.arrays import NOBODY
 from cascadevlm.base.errors import DataError
 from cascadevlm.base.labels import LabelSet
 from cascadevlm.base.types import Scores
-from cascadevlm.evaluation.record import NOBODY, Judged, Record
+from cascadevlm.evaluation.record import Judged, Record
 from cascadevlm.evaluation.sweep import sweep, under
 from cascadevlm.policies.limits import WithinDollars
 from cascadevlm.policies.measures import entropy, margin, top_probability

@@ -23,10 +23,11 @@ from cascadevlm.base.errors import (
     RateLimited,
     TransientError,
 )
-from cascadevlm.base.types import Question, Usage, Verdict
-from cascadevlm.judges.base import Judge, Repairing, before_sending, verdict_from_text
-from cascadevlm.judges.budget import NANODOLLARS, DurableLedger, Ledger, Metered
+from cascadevlm.base.types import NANODOLLARS, Question, Usage, Verdict
+from cascadevlm.judges.base import Judge, before_sending, verdict_from_text
+from cascadevlm.judges.budget import DurableLedger, Ledger, Metered
 from cascadevlm.judges.retry import Retrying
+from cascadevlm.judges.voting import Repairing
 from cascadevlm.testing import FakeJudge, FakeScorer, noise, question
 
 SCHEDULES = 10_000

@@ -9,9 +9,9 @@ import pytest
 
 from cascadevlm import Cascade, Prediction, Stage, load_prompt
 from cascadevlm.base.errors import BackendError
-from cascadevlm.base.types import Question, Verdict
+from cascadevlm.base.types import NANODOLLARS, Question, Verdict
 from cascadevlm.judges.base import Judge, WrapperJudge
-from cascadevlm.judges.budget import NANODOLLARS, Ledger
+from cascadevlm.judges.budget import Ledger
 from cascadevlm.judges.cache import MemoryStore
 from cascadevlm.testing import FakeJudge, FakeScorer, noise
 

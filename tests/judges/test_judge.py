@@ -14,9 +14,10 @@ from tenacity import wait_none
 
 from cascadevlm.base.errors import BudgetExhausted, FatalError, PermanentError, RateLimited, TransientError
 from cascadevlm.base.types import Question, Usage, Verdict
-from cascadevlm.judges.base import Judge, LocalJudge, Repairing, Voting, verdict_from_text
+from cascadevlm.judges.base import Judge, LocalJudge, verdict_from_text
 from cascadevlm.judges.prompt import NONE_OF_THESE
 from cascadevlm.judges.retry import Retrying, retry_after, wait_as_told
+from cascadevlm.judges.voting import Repairing, Voting
 from cascadevlm.scorers.base import Scorer
 from cascadevlm.testing import FakeJudge, FakeScorer, JudgeContract, ScorerContract, question
 from cascadevlm.testing.fakes import Reply

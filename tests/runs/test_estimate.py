@@ -12,9 +12,8 @@ from cascadevlm import Cascade, Stage, load_prompt, parse_policy
 from cascadevlm.base.errors import BackendError, ImageError, InputError, PermanentError
 from cascadevlm.base.images import ImageSource, load_image
 from cascadevlm.base.labels import LabelSet
-from cascadevlm.base.types import Exemplar, Question, Scores
+from cascadevlm.base.types import NANODOLLARS, Exemplar, Question, Scores
 from cascadevlm.judges.base import Judge
-from cascadevlm.judges.budget import NANODOLLARS
 from cascadevlm.judges.hosted.base import HostedJudge
 from cascadevlm.judges.support import SupportSet
 from cascadevlm.policies.base import PolicyLike, Selection

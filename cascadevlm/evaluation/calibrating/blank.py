@@ -12,6 +12,7 @@ from dataclasses import replace
 import numpy as np
 from PIL import Image
 
+from cascadevlm.base.arrays import NOBODY
 from cascadevlm.base.errors import DataError
 from cascadevlm.base.labels import LabelSet
 from cascadevlm.base.secrets import HIDDEN
@@ -19,7 +20,7 @@ from cascadevlm.base.types import Scores
 from cascadevlm.cascade.cascade import Cascade
 from cascadevlm.config.config import Config
 from cascadevlm.decision.judge_model import NONE_CHOSEN, Answers
-from cascadevlm.evaluation.record import NOBODY, Record
+from cascadevlm.evaluation.record import Record
 from cascadevlm.policies.rules import Always
 from cascadevlm.scorers.base import Scorer
 

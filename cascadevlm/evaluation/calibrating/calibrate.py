@@ -10,11 +10,13 @@ from pydantic import JsonValue, NonNegativeFloat, TypeAdapter, ValidationError
 from cascadevlm.base.errors import DataError, InputError
 from cascadevlm.base.labels import LabelSet
 from cascadevlm.base.types import Scores
-from cascadevlm.decision.calibration import COVERAGE, Calibration, FusionRule, decided, fit_calibration, images_of, settings_of
+from cascadevlm.decision.calibration import Calibration, FusionRule
 from cascadevlm.decision.guarantee import Acceptance, fit_acceptance
 from cascadevlm.decision.judge_model import Answers
 from cascadevlm.decision.scorer_calibration import Floats
+from cascadevlm.evaluation.calibrating.fitting import COVERAGE, fit_calibration
 from cascadevlm.evaluation.calibrating.targets import Outcome, Target, outcome, policy_for
+from cascadevlm.evaluation.deciding import decided, images_of, settings_of
 from cascadevlm.evaluation.metrics import expected_calibration_error
 from cascadevlm.evaluation.record import Record
 from cascadevlm.evaluation.sweep import sweep, under

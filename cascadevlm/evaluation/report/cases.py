@@ -11,10 +11,11 @@ from numpy.typing import NDArray
 from PIL import Image
 from pydantic import JsonValue
 
+from cascadevlm.base.arrays import NOBODY
 from cascadevlm.base.errors import ImageError
 from cascadevlm.base.images import load_image, pixel_digest
 from cascadevlm.evaluation.metrics import Bools
-from cascadevlm.evaluation.record import NOBODY, Record
+from cascadevlm.evaluation.record import Record
 from cascadevlm.policies import measures
 
 MOST_CASES = 1000

@@ -12,8 +12,9 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cascadevlm.decision.calibration import Calibration, calibration_beside
+from cascadevlm.decision.calibration import Calibration
 from cascadevlm.evaluation import plots
+from cascadevlm.evaluation.deciding import calibration_beside
 from cascadevlm.evaluation.evaluate import as_configured, evaluate_part, read_decided
 from cascadevlm.evaluation.metrics import Evaluation
 from cascadevlm.evaluation.record import Record

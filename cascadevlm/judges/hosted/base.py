@@ -21,9 +21,8 @@ from cascadevlm.base.errors import BackendError, CascadeError, FatalError, Judge
 from cascadevlm.base.loop import PerLoop
 from cascadevlm.base.portable import Live
 from cascadevlm.base.secrets import credentials_of, login_of, scrubbed, shown_address
-from cascadevlm.base.types import Exemplar, Question, Usage, Verdict
+from cascadevlm.base.types import NANODOLLARS, Exemplar, Question, Usage, Verdict
 from cascadevlm.judges.base import Judge, before_sending, verdict_from_text
-from cascadevlm.judges.budget import NANODOLLARS
 from cascadevlm.judges.hosted.errors import ErrorResponse, translate
 from cascadevlm.judges.hosted.transport import guard
 from cascadevlm.judges.pricing import FREE, Price, find_price

@@ -16,9 +16,9 @@ from pydantic import BaseModel, JsonValue
 
 from cascadevlm.base.errors import BudgetExhausted, FatalError, JudgeError, PermanentError, TransientError
 from cascadevlm.base.files import write_whole
-from cascadevlm.base.types import Question, Usage, Verdict
+from cascadevlm.base.types import NANODOLLARS, Question, Usage, Verdict
 from cascadevlm.judges.base import WrapperJudge
-from cascadevlm.judges.budget import NANODOLLARS, Ledger
+from cascadevlm.judges.budget import Ledger
 from cascadevlm.judges.cache import VerdictStore, at_no_cost, key_of, question_payload
 from cascadevlm.judges.hosted.base import HostedJudge
 from cascadevlm.judges.retry import patient

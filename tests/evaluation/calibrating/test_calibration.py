@@ -17,6 +17,7 @@ from pydantic import JsonValue, TypeAdapter
 from benchmarks.decision import made_up
 from benchmarks.sweep import judged_all
 from cascadevlm import Cascade, Label, Stage, load_prompt, load_scorer
+from cascadevlm.base.arrays import NOBODY
 from cascadevlm.base.errors import ConfigError, DataError
 from cascadevlm.base.labels import LabelSet
 from cascadevlm.base.types import Scores, Verdict
@@ -25,21 +26,16 @@ from cascadevlm.cascade.fusing import Asking
 from cascadevlm.cascade.item import Item, stacked
 from cascadevlm.cli.show import calibration_rows
 from cascadevlm.config.config import CandidatesConfig, Config
-from cascadevlm.decision.calibration import (
-    Calibration,
-    FusionRule,
-    decided,
-    fit_calibration,
-    held_out,
-    read_calibration,
-)
+from cascadevlm.decision.calibration import Calibration, FusionRule, read_calibration
 from cascadevlm.decision.judge_model import JudgeModel
 from cascadevlm.decision.scorer_calibration import ScorerCalibration
 from cascadevlm.decision.shares import Following, Seen
 from cascadevlm.evaluation.calibrating.calibrate import calibrate
+from cascadevlm.evaluation.calibrating.fitting import fit_calibration
 from cascadevlm.evaluation.calibrating.targets import Target, TargetKind, outcome, policy_for
+from cascadevlm.evaluation.deciding import decided, held_out
 from cascadevlm.evaluation.metrics import expected_calibration_error
-from cascadevlm.evaluation.record import NOBODY, Record
+from cascadevlm.evaluation.record import Record
 from cascadevlm.evaluation.sweep import sweep, under
 from cascadevlm.policies.language import parse_policy
 from cascadevlm.policies.limits import WithinCalls

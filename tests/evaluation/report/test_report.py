@@ -22,6 +22,7 @@ from PIL import ImageFilter
 from playwright.sync_api import Browser, Page, sync_playwright
 
 from cascadevlm import Cascade, Stage, load_prompt, parse_policy
+from cascadevlm.base.arrays import NOBODY
 from cascadevlm.base.errors import DataError
 from cascadevlm.base.images import load_image, pixel_digest
 from cascadevlm.base.labels import LabelSet
@@ -29,7 +30,7 @@ from cascadevlm.base.types import Question, Scores
 from cascadevlm.cascade.item import OnFailure
 from cascadevlm.evaluation.evaluate import evaluate_replayed
 from cascadevlm.evaluation.metrics import evaluate
-from cascadevlm.evaluation.record import NOBODY, Judged, Record
+from cascadevlm.evaluation.record import Judged, Record
 from cascadevlm.evaluation.report import Run, read_bulk_run, read_studies, render, render_bulk
 from cascadevlm.evaluation.report.cases import MOST_CASES, MOST_IN_ALL, UNASKED, cases, drawn, kinds_of, sample
 from cascadevlm.evaluation.report.unlabelled import SURE

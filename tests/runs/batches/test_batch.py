@@ -19,10 +19,10 @@ from pydantic import JsonValue
 from cascadevlm import Cascade, Prediction, Stage, load_prompt, parse_policy
 from cascadevlm.base.errors import BackendError, FatalError, InputError, JudgeError, PermanentError, TransientError
 from cascadevlm.base.images import pixel_digest
-from cascadevlm.base.types import Question
+from cascadevlm.base.types import NANODOLLARS, Question
 from cascadevlm.cascade.item import OnFailure
 from cascadevlm.judges.base import Judge
-from cascadevlm.judges.budget import NANODOLLARS, Ledger
+from cascadevlm.judges.budget import Ledger
 from cascadevlm.judges.cache import DiskStore, MemoryStore, VerdictStore
 from cascadevlm.judges.hosted.base import BatchLimits, HostedJudge
 from cascadevlm.runs.batches.batch import stream_in_batches

@@ -15,9 +15,9 @@ from tenacity import wait_none
 from cascadevlm import load_judge
 from cascadevlm.base.errors import BackendError, BudgetExhausted, CascadeError, FatalError, TransientError
 from cascadevlm.base.labels import Label
-from cascadevlm.base.types import Exemplar, Question, Usage, Verdict
+from cascadevlm.base.types import NANODOLLARS, Exemplar, Question, Usage, Verdict
 from cascadevlm.judges.base import WrapperJudge
-from cascadevlm.judges.budget import NANODOLLARS, Ledger, Metered
+from cascadevlm.judges.budget import Ledger, Metered
 from cascadevlm.judges.dependable import dependable
 from cascadevlm.judges.hosted.base import HostedJudge, Reply
 from cascadevlm.judges.retry import Retrying

@@ -1,0 +1,70 @@
+"""Plug-ins: finds backends, policies and prompts through entry points and imports them at first use."""
+
+import difflib
+from collections.abc import Iterable
+from importlib.metadata import EntryPoint, PackageNotFoundError, entry_points, version
+from typing import Literal
+
+from pydantic import JsonValue
+
+from cascadevlm.base.errors import BackendError
+
+Kind = Literal["scorers", "judges", "policies", "prompts"]
+
+
+Option = JsonValue
+
+
+def installed(kind: Kind) -> dict[str, EntryPoint]:
+    """All entry points of a kind by name, sorted."""
+    found = entry_points(group=f"cascadevlm.{kind}")
+    return {point.name: point for point in sorted(found, key=lambda point: point.name)}
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """A hint that names the known word closest to one not known, or all that are known."""
+    known = list(known)
+    close = difflib.get_close_matches(word, known, n=1)
+    return f"Did you mean {close[0]!r}?" if close else f"Known: {', '.join(sorted(known))}."
+
+
+def load(point: EntryPoint) -> object:
+    """Import what an entry point names.
+
+    Raises:
+        BackendError: naming the pip command, if a package it needs is missing.
+    """
+    try:
+        return point.load()
+    except ModuleNotFoundError as exc:
+        package = (exc.name or "").partition(".")[0]
+        if package == point.module.partition(".")[0]:
+            raise BackendError(f"{point.name!r} ({point.value}) cannot be imported: {exc}.") from exc
+        raise BackendError(f"{point.name!r} needs the package {package!r}.", hint=f"Install it: pip install {package}") from exc
+    except (ImportError, AttributeError) as exc:
+        raise BackendError(f"{point.name!r} ({point.value}) cannot be imported: {exc}.") from exc
+
+
+def describe(kind: Kind, point: EntryPoint) -> dict[str, str]:
+    """An entry point for a person: kind, name, package and what it needs that is not installed."""
+    package = f"{point.dist.name} {point.dist.version}" if point.dist else ""
+    try:
+        required = getattr(load(point), "requires", ())
+        missing = [name for name in required if not _is_installed(name)]
+        needs = f"pip install {' '.join(missing)}" if missing else "nothing more"
+    except BackendError as exc:
+        needs = str(exc)
+    return {
+        "kind": "policy" if kind == "policies" else kind.removesuffix("s"),
+        "name": point.name,
+        "package": package,
+        "needs": needs,
+    }
+
+
+def _is_installed(distribution: str) -> bool:
+    try:
+        version(distribution)
+    except PackageNotFoundError:
+        return False
+    return True

@@ -1,0 +1,117 @@
+"""A record as a calibration sees it: calibrated scores, and what scorer and judges say together."""
+
+from collections.abc import Collection
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import JsonValue
+
+from cascadevlm.base.arrays import NOBODY, Columns
+from cascadevlm.base.errors import ConfigError, DataError
+from cascadevlm.base.types import Scores
+from cascadevlm.cascade.candidates import TopK
+from cascadevlm.decision.calibration import SETTINGS, Calibration, read_calibration
+from cascadevlm.decision.judge_model import NONE_CHOSEN, Answers
+from cascadevlm.evaluation.record import Fused, Judged, Record
+
+BESIDE = "calibration.json"
+"""What the file is called in the folder of a record."""
+
+
+def calibration_beside(folder: Path) -> Calibration | None:
+    """The calibration that lies in a record's folder.
+
+    Raises:
+        ConfigError: if there is a file of its name that is none.
+    """
+    path = folder / BESIDE
+    return read_calibration(path) if path.exists() else None
+
+
+def answers_of(judged: Judged) -> Answers:
+    """What a record's stage was shown and said, as a model of the judge takes it."""
+    answers = np.where(np.array(judged.outcomes, dtype=str) == "none", NONE_CHOSEN, judged.answers)
+    return Answers(
+        candidates=judged.candidates,
+        answers=answers,
+        none_offered=judged.none_offered,
+        probabilities=judged.probabilities,
+    )
+
+
+def heard(judged: Judged) -> NDArray[np.bool_]:
+    """N: whether the judge was asked and what came of it says something; errors and spent budgets do not."""
+    return judged.asked & np.isin(judged.outcomes, ["answered", "none", "refused", "unparsed"])
+
+
+def decided(record: Record, calibration: Calibration) -> Record:
+    """The record as the decision layer sees it: calibrated scores, and what scorer and judges say together.
+
+    Its measures are then those of calibrated probabilities; policies of gain can be tried on it. The candidates are those that
+    were shown, though a calibrated scorer might have shown others; of images that the judge was not asked about, those that are
+    likeliest, as many as in the longest list.
+
+    Raises:
+        ConfigError: if the calibration is of another scorer, label set, number of stages, judge or prompt, or has no weights that
+            its fusion wants.
+    """
+    if len(record.stages) != len(calibration.judges):
+        raise ConfigError(f"The calibration is of {len(calibration.judges)} judges, the record of {len(record.stages)}.")
+    scores = calibration.calibrated(record.scores)
+    before = belief = scores.log_probs.astype(np.float64)
+    for number, (judge, judged) in enumerate(zip(calibration.judges, record.stages, strict=True)):
+        if settings := settings_of(record, number, SETTINGS):
+            calibration.judge_of(number, settings)
+        before, known = belief, heard(judged)
+        belief = np.where(known[:, None], judge.fuser(calibration.fusion).posterior(before, answers_of(judged)), before)
+    last, answers = calibration.judges[-1], answers_of(record.judged)
+    labels, probabilities = belief.argmax(axis=1), np.exp(belief.max(axis=1))
+    word_final = calibration.fusion == "judge"
+    if word_final:
+        answered = record.judged.answers != NOBODY
+        labels = np.where(answered, record.judged.answers, scores.log_probs.argmax(axis=1))
+        own = np.full(answers.candidates.shape, np.nan) if answers.probabilities is None else answers.probabilities
+        of_answer = np.where(answers.candidates == answers.answers[:, None], own, 0.0).sum(axis=1)
+        probabilities = np.where(answered, of_answer, scores.probabilities.max(axis=1))
+    candidates = _shown_if_asked(answers.candidates, replace(scores, log_probs=before.astype(np.float32)))
+    fused = Fused(
+        labels=np.where(record.readable, labels, NOBODY),
+        probabilities=probabilities,
+        gain=last.model.gain(before, candidates, none_offered=answers.none_offered, word_final=word_final),
+        word_final=word_final,
+    )
+    return replace(record, scores=scores, fused=fused)
+
+
+def held_out(record: Record, calibration: Calibration) -> Record:
+    """The record of the images that the calibration was not fitted on.
+
+    Raises:
+        DataError: if there are none.
+    """
+    rows = np.flatnonzero(~np.isin(images_of(record), calibration.fitted_on))
+    if not len(rows):
+        raise DataError("The calibration was fitted on every image of the record.", hint="Evaluate on others.")
+    return record.take(rows)
+
+
+def images_of(record: Record) -> tuple[str, ...]:
+    """What tells the images of a record from others: digests, or their names in a record made of arrays."""
+    return record.digests or record.names
+
+
+def settings_of(record: Record, stage: int, names: Collection[str]) -> dict[str, JsonValue]:
+    """Some of a stage's settings, as the record's configuration has them; none of a record made of arrays."""
+    stages = record.info.config.get("stage") if record.info else None
+    settings = stages[stage] if isinstance(stages, list) else None
+    return {name: settings[name] for name in names if name in settings} if isinstance(settings, dict) else {}
+
+
+def _shown_if_asked(shown: Columns, scores: Scores) -> Columns:
+    """N x K: what was shown; where nothing was, the likeliest labels."""
+    if not shown.shape[1]:
+        return TopK().columns(scores)
+    likeliest = TopK(k=shown.shape[1]).columns(scores)
+    return np.where((shown == NOBODY).all(axis=1, keepdims=True), likeliest, shown)
