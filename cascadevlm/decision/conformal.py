@@ -1,24 +1,19 @@
-"""Conformal prediction: short lists of labels that hold the truth as often as was asked for, whatever the scorer.
+"""Conformal prediction: short lists of labels that contain the truth as often as was asked for, whatever the scorer.
 
-A label's score is the probability of all labels that rank before it, plus u times its own, plus, in RAPS, a penalty for every
-rank beyond the first few; u is uniform on 0 to 1 and drawn for each image, or left out. The threshold is the
-ceil((n + 1) coverage)-th smallest score of the truths of n labelled images. An image's set is the labels of a score up to it.
+The score of a label is the total probability of all labels that rank before it. The threshold is the ceil((n + 1) coverage)-th
+smallest score of the true labels of n labelled images. The set of an image holds the labels whose score is at most the threshold.
 
-- Deterministic, as lists of candidates are made, both scores and sets leave u out: a label's score is what ranks before it. The
-  set holds the truth of a new image with a probability of at least the coverage, and at most 1/(n + 1) more but for equal scores:
-  where the best label alone is right more often than asked for, sets have one label and cover as often as it is right. It is
-  never empty.
-- Randomised, with u drawn for the image too, the same holds without exception, and the set can be empty.
-- With u drawn for the scores alone, the set that leaves it out holds every randomised one, and covers more than was asked for.
+The set holds the truth of a new image with a probability of at least the coverage, and at most 1/(n + 1) more if no two scores
+are equal. Where the best label alone is right more often than asked for, every set has one label and covers as often as that
+label is right. A set is never empty.
 
-All this needs is that the labelled and the new images come in no particular order (exchangeable), and that the probabilities
-were not fitted on these labels: calibrate the scorer on other images, or leave it as it is. With the probabilities that
-`fit_scorer` returns of the labelled images, as fitted on the other folds, it holds nearly. It is true on average over images
-and draws of the labelled ones; with a threshold for each class, also over the images of each class.
+Two things are assumed. The labelled and the new images come in no particular order (exchangeable). The probabilities were not
+fitted to these labels: calibrate the scorer on other images, or leave it as it is. With the probabilities that `fit_scorer`
+returns for the labelled images, each fitted on the other folds, the promise holds closely. It holds on average over images and
+over draws of the labelled images; with one threshold per class, also on average over the images of each class.
 
-Sources: Romano, Sesia and Candès, "Classification with Valid and Adaptive Coverage", NeurIPS 2020 (APS); Angelopoulos,
-Bates, Malik and Jordan, "Uncertainty Sets for Image Classifiers using Conformal Prediction", ICLR 2021 (RAPS); Vovk,
-"Conditional validity of inductive conformal predictors", ACML 2012 (a threshold for each class).
+Sources: Romano, Sesia and Candès, "Classification with Valid and Adaptive Coverage", NeurIPS 2020 (APS, without its random
+number); Vovk, "Conditional validity of inductive conformal predictors", ACML 2012 (one threshold per class).
 """
 
 import math
@@ -33,10 +28,6 @@ from cascadevlm.base.errors import InputError
 from cascadevlm.decision.judge_model import Bools, JudgeModel
 from cascadevlm.decision.scorer_calibration import Floats, StoredFloats
 
-PENALTY, FREE = 0.01, 5
-"""RAPS's for a rank, and the ranks that have none: those of Angelopoulos and Bates, "A Gentle Introduction to Conformal
-Prediction and Distribution-Free Uncertainty Quantification", 2021."""
-
 ROUNDING = 1e-9
 """How much more than a whole number still is one."""
 
@@ -48,16 +39,12 @@ class Conformal:
     Attributes:
         coverage: how often, at least, the truth shall be in the set; between 0 and 1.
         threshold: of the scores.
-        class_thresholds: C, one for each class; None where all have the same.
-        penalty: for a rank, in RAPS; 0 in APS.
-        free: the ranks without.
+        class_thresholds: (C,), one threshold per class; None if all classes share one.
     """
 
     coverage: float
     threshold: float
     class_thresholds: StoredFloats | None = None
-    penalty: float = 0.0
-    free: int = FREE
 
     @classmethod
     def fit(
@@ -66,20 +53,15 @@ class Conformal:
         truths: Columns,
         *,
         coverage: float,
-        penalty: float = 0.0,
-        free: int = FREE,
         class_conditional: bool = False,
-        u: Floats | int | None = None,
     ) -> "Conformal":
         """Split-conformal calibration on N labelled images.
 
         Args:
             probabilities: N x C, rows sum to 1; not fitted on these truths.
             truths: N columns.
-            penalty: `PENALTY` is RAPS's, 0 makes it APS.
             class_conditional: whether every class has its own threshold. One with n images where ceil((n + 1) coverage) > n
                 has too few for it; it shares the one of all images, and the promise does not hold for it alone.
-            u: for randomised sets, N numbers from 0 to 1, or the seed of them.
 
         Raises:
             InputError: if the coverage is not between 0 and 1, or N images cannot promise it.
@@ -93,18 +75,15 @@ class Conformal:
                 f"{size} labelled images can promise a coverage of at most {size / (size + 1):.3g}, not {coverage!r}.",
                 hint=f"Label at least {enough}, or ask for less.",
             )
-        rule = cls(coverage=coverage, threshold=math.inf, penalty=penalty, free=free)
         ranking, descending = _ranked(probabilities)
         place = (ranking == truths[:, None]).argmax(axis=1)
-        scores = rule._scores(descending, u)[np.arange(size), place]
+        scores = _before(descending)[np.arange(size), place]
         threshold = _quantile(scores, coverage)
         own = [_quantile(scores[truths == column], coverage) for column in range(probabilities.shape[1] * class_conditional)]
         return cls(
             coverage=coverage,
             threshold=threshold,
             class_thresholds=np.where(np.isinf(own), threshold, own) if class_conditional else None,
-            penalty=penalty,
-            free=free,
         )
 
     def sizes(self, descending: NDArray[np.floating], *, minimum: int = 1, maximum: int | None = None) -> NDArray[np.intp]:
@@ -120,44 +99,23 @@ class Conformal:
         """
         if self.class_thresholds is not None:
             raise InputError("Sets with a threshold for each class are not the most probable labels.", hint="Use sets().")
-        inside = self._scores(descending) <= self.threshold
+        inside = _before(descending) <= self.threshold
         sizes: NDArray[np.intp] = _bounded(inside, minimum, maximum).sum(axis=1)
         return sizes
 
-    def sets(
-        self,
-        probabilities: NDArray[np.floating],
-        *,
-        minimum: int = 0,
-        maximum: int | None = None,
-        u: Floats | int | None = None,
-    ) -> Bools:
+    def sets(self, probabilities: NDArray[np.floating], *, minimum: int = 1, maximum: int | None = None) -> Bools:
         """N x C: whether the label is in the set of the image.
 
         Args:
             probabilities: N x C.
             minimum: at least so many of the most probable labels are in it, as far as there are labels.
             maximum: at most so many, the most probable ones of the set: what is cut off is missing from the coverage.
-            u: for randomised sets, N numbers from 0 to 1, or the seed of them.
         """
         ranking, descending = _ranked(probabilities)
-        scores = self._scores(descending, u)
-        inside = scores <= (self.threshold if self.class_thresholds is None else self.class_thresholds[ranking])
+        inside = _before(descending) <= (self.threshold if self.class_thresholds is None else self.class_thresholds[ranking])
         found = np.empty_like(inside)
         np.put_along_axis(found, ranking, _bounded(inside, minimum, maximum), axis=1)
         return found
-
-    def _scores(self, descending: NDArray[np.floating], u: Floats | int | None = None) -> Floats:
-        """N x C, of the labels in descending order; without u, those that no u makes less."""
-        ranks = np.arange(1, descending.shape[1] + 1)
-        if u is None:
-            return _before(descending) + self._penalties(ranks - 1)
-        drawn = np.random.default_rng(u).random(len(descending)) if isinstance(u, int) else u
-        return _before(descending) + drawn[:, None] * descending + self._penalties(ranks)
-
-    def _penalties(self, ranks: NDArray[np.intp]) -> Floats:
-        penalties: Floats = self.penalty * np.maximum(ranks - self.free, 0)
-        return penalties
 
 
 def best_size(

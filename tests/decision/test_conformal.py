@@ -1,30 +1,25 @@
-"""Conformal sets against MAPIE's and their promises, and the best length of a list against a simulated judge."""
+"""Conformal sets against their definition and their promise, and the best length of a list against a simulated judge."""
 
 import math
 from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
-from mapie.classification import SplitConformalClassifier
-from numpy.typing import NDArray
 from scipy.special import log_softmax, softmax
-from sklearn.base import BaseEstimator, ClassifierMixin
-from sklearn.model_selection import StratifiedShuffleSplit
 
 from cascadevlm.base.arrays import NOBODY, Columns
 from cascadevlm.base.errors import InputError
 from cascadevlm.base.labels import LabelSet
 from cascadevlm.base.types import Scores
 from cascadevlm.cascade.candidates import ConformalSet, CumulativeMass
-from cascadevlm.decision.conformal import FREE, PENALTY, Conformal, best_size
+from cascadevlm.decision.conformal import Conformal, best_size
 from cascadevlm.decision.judge_model import NONE_CHOSEN, Answers, JudgeModel
 from cascadevlm.decision.scorer_calibration import Floats
 
 seeds = st.integers(0, 10_000)
 coverages = st.floats(0.05, 0.95)
-penalties = st.sampled_from([0.0, 0.01, 0.2])
 
 
 def draw(seed: int, size: int, classes: int, *, sure: float = 2.0) -> tuple[Floats, Columns]:
@@ -36,90 +31,33 @@ def draw(seed: int, size: int, classes: int, *, sure: float = 2.0) -> tuple[Floa
     return softmax(1.5 * logits, axis=1), truths
 
 
-class Given(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # scikit-learn is not typed
-    """A classifier whose probabilities are its features."""
+@given(seeds, st.integers(20, 60), st.integers(1, 8), coverages)
+def test_sets_are_those_of_the_definition(seed: int, size: int, classes: int, coverage: float) -> None:
+    known, truths = draw(seed, size, classes)
+    new, _ = draw(seed + 1, 10, classes)
 
-    def fit(self, features: Floats, truths: Columns) -> "Given":
-        self.classes_ = np.arange(features.shape[1])
-        return self
+    def score(row: Floats, label: int) -> float:
+        """The probability of all labels that are more probable."""
+        return float(row[row > row[label]].sum())
 
-    def predict(self, features: Floats) -> Columns:
-        best: Columns = features.argmax(axis=1)
-        return best
-
-    def predict_proba(self, features: Floats) -> Floats:
-        return features
-
-
-def mapie(method: str, known: Floats, truths: Columns, coverage: float, seed: int) -> SplitConformalClassifier:
-    classifier = Given().fit(known, truths)
-    rule = SplitConformalClassifier(
-        classifier, confidence_level=coverage, conformity_score=method, prefit=True, random_state=seed
-    )
-    return rule.conformalize(known, truths)
-
-
-def mapie_sets(rule: SplitConformalClassifier, new: Floats, last: bool | str) -> NDArray[np.bool_]:
-    found: NDArray[np.bool_] = rule.predict_set(new, conformity_score_params={"include_last_label": last})[1][:, :, 0]
-    return found
-
-
-def mapie_u(seed: int, size: int) -> Floats:
-    """What MAPIE draws; it takes so much of a label's probability off, where we add the rest."""
-    return 1 - np.random.RandomState(seed).uniform(size=size)
-
-
-@pytest.mark.parametrize("coverage", [0.6, 0.9, 0.95])
-@pytest.mark.parametrize(("classes", "seed"), [(3, 0), (10, 1), (50, 2)])
-def test_adaptive_sets_are_those_of_mapie(classes: int, seed: int, coverage: float) -> None:
-    known, truths = draw(seed, 300, classes)
-    new, _ = draw(seed + 100, 500, classes)
-    reference = mapie("aps", known, truths, coverage, seed)
-    rule = Conformal.fit(known, truths, coverage=coverage, u=mapie_u(seed, 300))
-    assert (rule.sets(new) == mapie_sets(reference, new, last=True)).all()
-    assert (rule.sets(new, u=mapie_u(seed, 500)) == mapie_sets(reference, new, last="randomized")).all()
-
-
-@pytest.mark.parametrize("coverage", [0.8, 0.9, 0.95])
-@pytest.mark.parametrize(("classes", "seed"), [(10, 1), (50, 2)])
-def test_regularised_sets_are_those_of_mapie_with_its_penalties(classes: int, seed: int, coverage: float) -> None:
-    known, truths = draw(seed, 600, classes)
-    new, _ = draw(seed + 100, 500, classes)
-    reference = mapie("raps", known, truths, coverage, seed)
-    expected = mapie_sets(reference, new, last=True)
-    score = reference._conformity_score
-    rest, _ = next(StratifiedShuffleSplit(n_splits=1, test_size=score.size_raps, random_state=seed).split(known, truths))
-    penalty, free = float(score.lambda_star), int(score.k_star[0])
-    rule = Conformal.fit(known[rest], truths[rest], coverage=coverage, penalty=penalty, free=free, u=mapie_u(seed, len(rest)))
-    assert penalty > 0
-    assert (rule.sets(new) == expected).all()
-    # beyond the first penalised rank, MAPIE divides by other than the label's probability and leaves the scores' own sets
-    randomised, theirs = rule.sets(new, u=mapie_u(seed, 500)), mapie_sets(reference, new, last="randomized")
-    short = expected.sum(axis=1) <= free + 1
-    assert (randomised[short] == theirs[short]).all()
-
-
-def covered(rule: Conformal, probabilities: Floats, truths: Columns, u: int | None = None) -> float:
-    return float(rule.sets(probabilities, u=u)[np.arange(len(truths)), truths].mean())
+    scores = sorted(score(row, truth) for row, truth in zip(known, truths, strict=True))
+    rank = math.ceil((size + 1) * coverage)
+    assume(rank <= size)
+    threshold = scores[rank - 1] + 1e-12
+    rule = Conformal.fit(known, truths, coverage=coverage)
+    assert (rule.sets(new) == [[score(row, label) <= threshold for label in range(classes)] for row in new]).all()
 
 
 @pytest.mark.parametrize("coverage", [0.8, 0.9])
-@pytest.mark.parametrize("penalty", [0.0, PENALTY])
-def test_sets_cover_as_often_as_promised_and_more_often_if_only_scores_are_randomised(coverage: float, penalty: float) -> None:
+def test_sets_cover_as_often_as_promised(coverage: float) -> None:
     probabilities, truths = draw(0, 4000, 10)
-    randomised, deterministic, mixed = [], [], []
+    covered = []
     for seed in range(200):
         order = np.random.default_rng(seed).permutation(len(truths))
         known, new = order[:200], order[200:]
-        plain, drawn = (
-            Conformal.fit(probabilities[known], truths[known], coverage=coverage, penalty=penalty, u=u) for u in (None, seed)
-        )
-        deterministic.append(covered(plain, probabilities[new], truths[new]))
-        randomised.append(covered(drawn, probabilities[new], truths[new], u=1000 + seed))
-        mixed.append(covered(drawn, probabilities[new], truths[new]))
-    assert np.mean(deterministic) == pytest.approx(coverage, abs=0.015)
-    assert np.mean(randomised) == pytest.approx(coverage, abs=0.015)
-    assert np.mean(mixed) > coverage + 0.015
+        sets = Conformal.fit(probabilities[known], truths[known], coverage=coverage).sets(probabilities[new])
+        covered.append(sets[np.arange(len(new)), truths[new]].mean())
+    assert np.mean(covered) == pytest.approx(coverage, abs=0.015)
 
 
 def test_thresholds_of_their_own_make_up_for_difficult_classes() -> None:
@@ -127,14 +65,14 @@ def test_thresholds_of_their_own_make_up_for_difficult_classes() -> None:
     rng = np.random.default_rng(0)
     every: list[list[float]] = []
     own: list[list[float]] = []
-    for seed in range(200):
+    for _ in range(200):
         order = rng.permutation(len(truths))
         known, new = order[:500], order[500:]
         for found, conditional in ((every, False), (own, True)):
-            rule = Conformal.fit(probabilities[known], truths[known], coverage=0.9, class_conditional=conditional, u=seed)
-            inside = rule.sets(probabilities[new], u=seed + 1000)[np.arange(len(new)), truths[new]]
+            rule = Conformal.fit(probabilities[known], truths[known], coverage=0.9, class_conditional=conditional)
+            inside = rule.sets(probabilities[new])[np.arange(len(new)), truths[new]]
             found.append([float(inside[truths[new] == column].mean()) for column in range(5)])
-    assert np.mean(own, axis=0) == pytest.approx(np.full(5, 0.9), abs=0.015)
+    assert (np.mean(own, axis=0) > 0.9 - 0.01).all()
     assert np.ptp(np.mean(every, axis=0)) > 0.05
 
 
@@ -153,10 +91,9 @@ def test_a_class_of_too_few_images_shares_the_threshold_of_all() -> None:
 @pytest.mark.parametrize(("coverage", "enough"), [(0.9, 9), (0.95, 19), (0.99, 99)])
 def test_too_few_images_promise_nothing(coverage: float, enough: int) -> None:
     probabilities, truths = draw(3, enough, 6)
-    threshold = Conformal.fit(probabilities, truths, coverage=coverage, u=np.full(enough, 1.0)).threshold
-    ranking = np.argsort(-probabilities, axis=1)
-    sums = np.take_along_axis(probabilities, ranking, axis=1).cumsum(axis=1)[ranking == truths[:, None]]
-    assert threshold == pytest.approx(sums.max())
+    of_truth = probabilities[np.arange(enough), truths]
+    before = np.where(probabilities > of_truth[:, None], probabilities, 0).sum(axis=1)
+    assert Conformal.fit(probabilities, truths, coverage=coverage).threshold == pytest.approx(before.max())
     with pytest.raises(InputError, match=f"^{enough - 1} labelled images .* at least {enough},"):
         Conformal.fit(probabilities[1:], truths[1:], coverage=coverage)
 
@@ -167,31 +104,21 @@ def test_a_coverage_is_between_0_and_1(coverage: float) -> None:
         Conformal.fit(*draw(0, 50, 3), coverage=coverage)
 
 
-@given(seeds, st.integers(20, 60), st.integers(1, 12), coverages, coverages, penalties, st.booleans())
-def test_sets_are_nested_in_coverage_and_hold_the_randomised_ones(
-    seed: int, size: int, classes: int, one: float, other: float, penalty: float, class_conditional: bool
-) -> None:
+@given(seeds, st.integers(20, 60), st.integers(1, 12), coverages, coverages)
+def test_sets_are_nested_in_coverage_and_never_empty(seed: int, size: int, classes: int, one: float, other: float) -> None:
     probabilities, truths = draw(seed, size, classes)
     new, _ = draw(seed + 1, 40, classes)
-    less, more = (
-        Conformal.fit(probabilities, truths, coverage=coverage, penalty=penalty, u=seed) for coverage in sorted((one, other))
-    )
+    less, more = (Conformal.fit(probabilities, truths, coverage=coverage) for coverage in sorted((one, other)))
     assert not (less.sets(new) & ~more.sets(new)).any()
-    assert not (less.sets(new, u=seed) & ~more.sets(new, u=seed)).any()
-    rule = Conformal.fit(probabilities, truths, coverage=one, penalty=penalty, class_conditional=class_conditional, u=seed)
-    for u in (np.zeros(40), np.ones(40), np.random.default_rng(seed).random(40)):
-        assert not (rule.sets(new, u=u) & ~rule.sets(new)).any()
-    assert rule.sets(new)[np.arange(40), new.argmax(axis=1)].all()
+    assert less.sets(new)[np.arange(40), new.argmax(axis=1)].all()
 
 
-@given(seeds, st.integers(2, 12), coverages, penalties, st.integers(1, 4), st.integers(0, 8))
-def test_sizes_are_those_of_the_sets(
-    seed: int, classes: int, coverage: float, penalty: float, minimum: int, further: int
-) -> None:
+@given(seeds, st.integers(2, 12), coverages, st.integers(1, 4), st.integers(0, 8))
+def test_sizes_are_those_of_the_sets(seed: int, classes: int, coverage: float, minimum: int, further: int) -> None:
     probabilities, truths = draw(seed, 60, classes)
     new, _ = draw(seed + 1, 40, classes)
     maximum = minimum + further
-    rule = Conformal.fit(probabilities, truths, coverage=coverage, penalty=penalty, u=seed)
+    rule = Conformal.fit(probabilities, truths, coverage=coverage)
     descending = -np.sort(-new, axis=1)
     sizes = rule.sizes(descending, minimum=minimum, maximum=maximum)
     assert (sizes == rule.sizes(descending).clip(minimum, maximum).clip(max=classes)).all()
@@ -199,23 +126,13 @@ def test_sizes_are_those_of_the_sets(
     sets = rule.sets(new, minimum=minimum, maximum=maximum)
     assert (sets.sum(axis=1) == sizes).all()
     assert (np.where(sets, new, 1).min(axis=1) >= np.where(sets, 0, new).max(axis=1)).all()
-    if not penalty:
+    if rule.threshold > 0:
         mass = CumulativeMass(mass=rule.threshold, minimum=minimum, maximum=maximum)
         assert (mass.sizes(descending).clip(max=classes) == sizes).all()
-    own = Conformal.fit(probabilities, truths, coverage=coverage, class_conditional=True, u=seed)
+    own = Conformal.fit(probabilities, truths, coverage=coverage, class_conditional=True)
     counts = own.sets(new, minimum=minimum, maximum=maximum).sum(axis=1)
     assert (counts == own.sets(new, minimum=minimum).sum(axis=1).clip(max=maximum)).all()
     assert (counts >= min(minimum, classes)).all()
-
-
-def test_penalties_shorten_the_longest_sets() -> None:
-    known, truths = draw(0, 500, 100, sure=1)
-    new, _ = draw(1, 500, 100, sure=1)
-    descending = -np.sort(-new, axis=1)
-    sizes, shorter = (
-        Conformal.fit(known, truths, coverage=0.9, penalty=penalty, free=FREE).sizes(descending) for penalty in (0, PENALTY)
-    )
-    assert np.percentile(shorter, 95) < np.percentile(sizes, 95)
 
 
 def test_labels_of_no_probability_are_in_the_set_where_they_were_the_truth() -> None:
@@ -256,12 +173,10 @@ def test_an_able_judge_sees_all_and_one_that_knows_nothing_the_fewest() -> None:
     assert best_size(log_probs, unable, [5, 2, 8]) == 2
 
 
-@given(seeds, st.integers(2, 12), st.integers(1, 4), st.integers(0, 6), penalties, st.booleans())
-def test_lists_of_candidates_are_the_sets(
-    seed: int, classes: int, minimum: int, more: int, penalty: float, class_conditional: bool
-) -> None:
+@given(seeds, st.integers(2, 12), st.integers(1, 4), st.integers(0, 6), st.booleans())
+def test_lists_of_candidates_are_the_sets(seed: int, classes: int, minimum: int, more: int, class_conditional: bool) -> None:
     probabilities, truths = draw(seed, 60, classes)
-    rule = Conformal.fit(probabilities, truths, coverage=0.7, penalty=penalty, class_conditional=class_conditional)
+    rule = Conformal.fit(probabilities, truths, coverage=0.7, class_conditional=class_conditional)
     shown = ConformalSet(rule=rule, minimum=minimum, maximum=minimum + more)
     scores = Scores.from_logits(np.log(probabilities), LabelSet.of(f"class {n}" for n in range(classes)), "made up")
     columns = shown.columns(scores)
