@@ -10,8 +10,7 @@ class: how often they hold the truth, overall and of the class where that is lea
 Without a folder, images are made up: 200 labelled ones to calibrate on and others to measure, of 1,000 classes of which the judge
 is shown five, and of 10 of which it is shown all. Told are accuracies, and seconds for the fit and for the gain of 1,000 images;
 then, with everything asked, what a judge's own probabilities add to its answers (mean log-likelihood of the truth in nats,
-calibration error, weight), for judges timid, right, overconfident, and with probabilities drawn blindly; and what the pool of one
-weight makes of them.
+calibration error, weight), for judges timid, right, overconfident, and with probabilities drawn blindly.
 """
 
 import json
@@ -43,7 +42,6 @@ DIMENSIONS = 64
 
 CALIBRATED_ON: list[tuple[str, int, bool, FusionRule]] = [
     ("200 labels", 200, True, "bayes"),
-    ("200 labels, weighted", 200, True, "weighted"),
     ("50 labels", 50, True, "bayes"),
     ("200, no labels", 200, False, "bayes"),
 ]
@@ -101,8 +99,8 @@ def worth(rest: Record, calibration: Calibration) -> dict[str, float]:
         "fused": float(right.mean()),
         "calibration_error": expected_calibration_error(fused.fused.probabilities, right) or 0.0,
     }
-    fitted = calibration.judges[-1].log_likelihoods
-    return found if fitted is None else found | {"cross_validated_log_likelihood": fitted[calibration.fusion]}
+    fitted = calibration.judges[-1].log_likelihood
+    return found if fitted is None else found | {"cross_validated_log_likelihood": fitted}
 
 
 def on_recorded(record: Record, seeds: int) -> dict[str, dict[str, float]]:
@@ -181,8 +179,8 @@ def on_own_probabilities(sharpness: float | None, seeds: int) -> dict[str, float
         before, answers = calibration.calibrated(rest.scores).log_probs.astype(np.float64), answers_of(rest.judged)
         found = {"weight": judge.model.probability_weight}
         by_answers = replace(judge.model, probability_weight=0.0)
-        for name, fuser in (("answers", by_answers), ("own", judge.model), ("weighted", judge.fuser("weighted"))):
-            after = fuser.posterior(before, answers)
+        for name, model in (("answers", by_answers), ("own", judge.model)):
+            after = model.posterior(before, answers)
             right = after.argmax(axis=1) == rest.truths
             found[f"{name}_log_likelihood"] = float(after[np.arange(len(rest)), rest.truths].mean())
             found[f"{name}_calibration_error"] = expected_calibration_error(np.exp(after.max(axis=1)), right) or 0.0

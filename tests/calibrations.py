@@ -6,21 +6,17 @@ import numpy as np
 
 from cascadevlm.decision.calibration import CalibratedJudge, Calibration, Reference
 from cascadevlm.decision.judge_model import JudgeModel
-from cascadevlm.decision.pool import Pool
 from cascadevlm.decision.scorer_calibration import ScorerCalibration
 from cascadevlm.decision.shares import Shares
 
-POOL = Pool(accuracy=0.8, weight=0.7)
 
-
-def some_calibration(names: Sequence[str], model: JudgeModel, *, judge: str = "fake:fake", pool: Pool = POOL) -> Calibration:
+def some_calibration(names: Sequence[str], model: JudgeModel, *, judge: str = "fake:fake") -> Calibration:
     """Of the fake scorer, which it takes as it is, and one judge whose model is known well."""
     classes = len(names)
     known = CalibratedJudge(
         judge=judge,
         settings={},
         model=model,
-        pool=pool,
         best_size=3,
         reference=Reference(images=20_000, mean=0.0, deviation=0.4),
     )

@@ -11,7 +11,6 @@ from cascadevlm.base.types import Candidate, Scores, Verdict
 from cascadevlm.cascade.candidates import CandidateRule
 from cascadevlm.decision.calibration import Calibration
 from cascadevlm.decision.judge_model import NONE_CHOSEN, Answers, JudgeModel
-from cascadevlm.decision.pool import Pool
 from cascadevlm.scorers.base import Scorer, WrapperScorer
 
 
@@ -37,7 +36,6 @@ class Asking:
     Attributes:
         model: of the judge.
         word_final: whether its answer is final.
-        pool: by which its answers are weighed, if not by the model.
         candidates: what it is shown.
         none_offered: whether "none of these" is one of the options.
     """
@@ -46,7 +44,6 @@ class Asking:
     candidates: CandidateRule
     none_offered: bool
     word_final: bool
-    pool: Pool | None = None
 
     def gain(self, scores: Scores) -> NDArray[np.floating]:
         """N: how much more likely the final label is to be right, in expectation, once the judge has answered; less than 0 where
@@ -69,5 +66,5 @@ class Asking:
             none_offered=self.none_offered,
             probabilities=None if opinion is None else np.array([[opinion.get(each.label.name, 0.0) for each in shown]]),
         )
-        after = (self.pool or self.model).posterior(scores.log_probs.astype(np.float64), answers)
+        after = self.model.posterior(scores.log_probs.astype(np.float64), answers)
         return replace(scores, log_probs=after.astype(np.float32))

@@ -13,7 +13,6 @@ from cascadevlm.cascade.candidates import CandidateRule, TopK
 from cascadevlm.cascade.fusing import Asking
 from cascadevlm.decision.calibration import FusionRule
 from cascadevlm.decision.judge_model import JudgeModel
-from cascadevlm.decision.pool import Pool
 from cascadevlm.judges.base import Judge
 from cascadevlm.judges.support import SupportSet
 from cascadevlm.judges.voting import Voting
@@ -40,13 +39,12 @@ class Stage(Portable):
     Attributes:
         fusion: whose word is final: the judge's, or the more probable label by both.
         model: of the judge; policies of gain and fusion want it.
-        pool: how much the judge's opinion counts; fusion by weight wants it.
         votes: how often the judge is asked about an image, the candidates in another order each time (`Voting`).
         widen: how many times more the judge is asked, about the next candidates, where it chose "none of these".
 
     Raises:
         InputError: if judge, prompt or candidates are something else, such as a spec; if opinions are to be fused and there is no
-            model, or no weight; if the list is to widen after an answer that is not offered.
+            model; if the list is to widen after an answer that is not offered.
         PromptError: if the prompt shows reference images and there is no support set, or the other way round.
         PolicyError: if the policy goes by gain and there is no model.
     """
@@ -59,7 +57,6 @@ class Stage(Portable):
     support: SupportSet | None = None
     fusion: FusionRule = "judge"
     model: JudgeModel | None = None
-    pool: Pool | None = None
     votes: int = 1
     widen: int = 0
 
@@ -69,8 +66,6 @@ class Stage(Portable):
                 raise InputError(f"{name} must be a {kind.__name__}, not {value!r}.", hint=f"For example: {fix}.")
         if self.fusion != "judge" and self.model is None:
             raise InputError(f"fusion = {self.fusion!r} needs a calibration.", hint="Make one: cascadevlm calibrate.")
-        if self.fusion == "weighted" and self.pool is None:
-            raise InputError("fusion = 'weighted' needs a judge's weight.", hint="Calibrate anew: cascadevlm calibrate.")
         if self.support is None and self.prompt.shows_references:
             raise PromptError(f"Prompt {self.prompt.name!r} shows $references.", hint="Give the stage a support folder.")
         if self.support is not None and not self.prompt.shows_references:
@@ -114,7 +109,6 @@ class Stage(Portable):
             candidates=self.candidates,
             none_offered=self.offer_none,
             word_final=self.fusion == "judge",
-            pool=self.pool if self.fusion == "weighted" else None,
         )
 
 

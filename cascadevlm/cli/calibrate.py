@@ -21,7 +21,7 @@ def calibrate(
         bool, typer.Option("--without-labels", help="Do not look at their labels: take the judge for an annotator who errs.")
     ] = False,
     fusion: Annotated[
-        str, typer.Option(help="Whose word is final: bayes (both opinions), weighted (both, by one number) or judge.")
+        str, typer.Option(help="Who decides after a question: bayes (both opinions) or judge (its answer).")
     ] = "bayes",
     measure: Annotated[str, typer.Option(help="What the policy goes by: gain, entropy, margin or top_probability.")] = "gain",
     coverage: Annotated[
@@ -44,10 +44,6 @@ def calibrate(
         typer.Option(help="Guarantee: at most this share of accepted answers is wrong; abstain from the others."),
     ] = None,
     confidence: Annotated[float, typer.Option(help="With this probability.")] = 0.95,
-    blank: Annotated[
-        bool, typer.Option("--blank", help="Ask the judge about a grey image, 32 times at most, for what it prefers blindly.")
-    ] = False,
-    yes: options.Yes = False,
     as_json: options.AsJson = False,
 ) -> None:
     """Learn how far to trust scorer and judge, choose a threshold for a target, and write both to a file."""
@@ -56,10 +52,8 @@ def calibrate(
     from rich.console import Console
 
     from cascadevlm.base.errors import InputError
-    from cascadevlm.cli.money import confirm
     from cascadevlm.cli.show import calibration_rows, print_summary
     from cascadevlm.decision.calibration import FUSION_RULES
-    from cascadevlm.evaluation.calibrating.blank import ask_blank, blank_cascade, blank_images
     from cascadevlm.evaluation.calibrating.calibrate import calibrate as calibrated
     from cascadevlm.evaluation.calibrating.calibrate import read_prior
     from cascadevlm.evaluation.calibrating.targets import Target, TargetKind
@@ -79,19 +73,11 @@ def calibrate(
     given = [Target(kind=kind, value=value) for kind, value in targets.items() if value is not None]
     if len(given) > 1:
         raise InputError("A policy is chosen for one target.", hint="Give one of them.")
-    if blank and without_labels:
-        raise InputError("Without labels, nothing tells what a blank image is worth.", hint="Leave --blank out.")
     if class_conditional and without_labels:
         raise InputError("Without labels, there are no conformal lists.", hint="Leave --class-conditional out.")
     if shares and without_labels:
         raise InputError("Without labels, shares are not matched.", hint="Leave --shares out.")
     record = read_record(run)
-    about_blank = None
-    if blank:
-        config, asking = blank_cascade(record, seed=seed)
-        if not yes:
-            confirm(config, asking, blank_images(asking))
-        about_blank = ask_blank(asking)
     result = calibrated(
         record,
         size=round(DEFAULT_SHARE * len(record)) if size is None else size,
@@ -105,7 +91,6 @@ def calibrate(
         coverage=coverage,
         class_conditional=class_conditional,
         prior=read_prior(shares, record.labels) if shares else None,
-        blank=about_blank,
     )
     result.calibration.write(output)
     if as_json:

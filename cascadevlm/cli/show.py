@@ -129,8 +129,8 @@ def calibration_rows(result: "Calibrated") -> dict[str, str]:
         rows = {"the judge says what the scorer finds likeliest": _share(result.agreement)}
     if result.areas:
         rows["area, entropy and judge's word → gain and fusion"] = f"{result.areas[0]:.3f} → {result.areas[1]:.3f}"
-    for rule, value in (result.calibration.judges[-1].log_likelihoods or {}).items():
-        rows[f"fusion {rule}, log-likelihood by cross-validation"] = f"{value:.3f}"
+    if (fused := result.calibration.judges[-1].log_likelihood) is not None:
+        rows["both opinions, log-likelihood by cross-validation"] = f"{fused:.3f}"
     if (conformal := result.calibration.conformal) and conformal.class_thresholds is not None:
         own = int((conformal.class_thresholds != conformal.threshold).sum())
         rows["classes with a conformal threshold of their own"] = f"{own} of {len(conformal.class_thresholds)}"

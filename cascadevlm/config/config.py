@@ -138,7 +138,6 @@ class StageConfig(_Section):
             support=SupportSet.read(self.support.folder, labels, shots=self.support.shots) if self.support else None,
             fusion=fusion,
             model=known.model if known else None,
-            pool=known.pool if known else None,
             votes=self.votes,
             widen=self.widen,
         )

@@ -16,13 +16,12 @@ from cascadevlm.base.secrets import without_secrets
 from cascadevlm.base.types import Scores
 from cascadevlm.decision.conformal import Conformal
 from cascadevlm.decision.judge_model import JudgeModel
-from cascadevlm.decision.pool import Pool
 from cascadevlm.decision.scorer_calibration import Floats, ScorerCalibration
 from cascadevlm.decision.shares import Shares
 
-FusionRule = Literal["judge", "bayes", "weighted"]
-"""Whose word is final: the judge's where it gave an answer, or the more probable label by both, by the model of the judge or by
-one weight."""
+FusionRule = Literal["judge", "bayes"]
+"""Who decides after a question: "judge" takes the judge's answer; "bayes" takes the more probable label after the judge's answer,
+by Bayes' rule with the model of the judge."""
 
 FUSION_RULES: dict[str, FusionRule] = {rule: rule for rule in get_args(FusionRule)}
 """By name."""
@@ -59,8 +58,7 @@ class CalibratedJudge:
         judge: its spec.
         settings: of its stage, as far as they change its answers (`SETTINGS`); empty for records made of arrays.
         model: how it chooses.
-        pool: how much its opinion counts where opinions are weighted.
-        log_likelihoods: mean cross-validated log-likelihood of the truth in nats, by the rule of fusion; None without labels.
+        log_likelihood: mean cross-validated log-likelihood of the truth after its answers, in nats; None without labels.
         best_size: how many candidates to show that the expected accuracy is highest, of `SIZES`, by the model.
         reference: whether it named the likeliest candidate, 1 or 0, less the model's probability of that: a model that shrinks
             what it learns can be some points off on average.
@@ -69,14 +67,9 @@ class CalibratedJudge:
     judge: str
     settings: dict[str, JsonValue]
     model: JudgeModel
-    pool: Pool
     best_size: int
     reference: Reference
-    log_likelihoods: dict[FusionRule, float] | None = None
-
-    def fuser(self, fusion: FusionRule) -> JudgeModel | Pool:
-        """What learns from its answers."""
-        return self.pool if fusion == "weighted" else self.model
+    log_likelihood: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -43,18 +43,7 @@ FARTHEST, FOLLOWING_RANGE = 20.0, (-1.0, 2.0)
 """Where values are looked for, in nats: an optimiser's steps may be wide, and exponentials overflow."""
 
 
-def blank_prior(blank: Answers, classes: int) -> JudgeModel:
-    """What is believed of a judge that only is known to have answered so about an image without content."""
-    nothing = np.zeros((len(blank), classes))
-    fitting = JudgeFitting(nothing, nothing, blank)
-    found = fitting.model(fitting.fit(fitting.start(), PRECISIONS[-1]))
-    prior = JudgeModel.prior(classes)
-    return replace(prior, class_bias=found.class_bias, position_bias=found.position_bias)
-
-
-def fit_judge(
-    log_probs: Floats, responsibilities: Floats, answers: Answers, *, blank: Answers | None = None
-) -> tuple[JudgeModel, Floats]:
+def fit_judge(log_probs: Floats, responsibilities: Floats, answers: Answers) -> tuple[JudgeModel, Floats]:
     """The model of the highest posterior probability, the strength of its prior by cross-validated log-likelihood.
 
     The judge's own probabilities get a weight if they are better than its answers by more than a standard error of the
@@ -64,33 +53,25 @@ def fit_judge(
         log_probs: N x C, the scorer's, calibrated without looking at these images' labels (the second of what `fit_scorer`
             returns): otherwise the judge seems to follow a scorer that is always right.
         responsibilities: N x C, rows sum to 1: one-hot where the truth is known.
-        blank: about an image without content; the biases begin at those found there, if that gives a better cross-validated
-            log-likelihood.
 
     Returns:
         the model, and the N x C log-probabilities after the answers as models fitted on the other folds give them.
     """
-    fold_of, classes = folds(len(answers)), log_probs.shape[1]
-    priors = [JudgeModel.prior(classes), *([] if blank is None else [blank_prior(blank, classes)])]
-    tried = [(prior, precision) for prior in priors for precision in PRECISIONS]
-    scores = np.zeros(len(tried))
+    fold_of, scores = folds(len(answers)), np.zeros(len(PRECISIONS))
     models: list[list[JudgeModel]] = []
     for fold in range(FOLDS):
         inside = fold_of == fold
         fitting = JudgeFitting(log_probs[~inside], responsibilities[~inside], answers.rows(~inside))
         held_out = JudgeFitting(log_probs[inside], responsibilities[inside], answers.rows(inside))
         values, found = fitting.start(), []
-        for number, (prior, precision) in enumerate(tried):
-            values = fitting.fit(values, precision, prior)
+        for number, precision in enumerate(PRECISIONS):
+            values = fitting.fit(values, precision)
             scores[number] += held_out.log_likelihood(values)
             found.append(fitting.model(values))
         models.append(found)
     best = int(scores.argmax())
-    prior, precision = tried[best]
     whole = JudgeFitting(log_probs, responsibilities, answers)
-    model = whole.model(whole.fit(whole.start(), precision, prior))
-    if blank is not None:
-        model = replace(model, blank=prior is not priors[0])
+    model = whole.model(whole.fit(whole.start(), PRECISIONS[best]))
     parts = [(np.flatnonzero(fold_of == fold), found[best]) for fold, found in enumerate(models)]
     if answers.probabilities is not None:
         weight = _probability_weight(log_probs, responsibilities, answers, parts)
@@ -144,9 +125,9 @@ class JudgeFitting:
         self.truth = answers.spread(responsibilities)
         self.slots, self.rows = answers.slots, np.arange(len(answers))
 
-    def start(self, prior: JudgeModel | None = None) -> Floats:
-        """The values of a prior; of that of a judge that nothing is known of, unless given."""
-        prior = prior or JudgeModel.prior(self.classes)
+    def start(self) -> Floats:
+        """The values of the prior: of a judge of which nothing is known."""
+        prior = JudgeModel.prior(self.classes)
         constants = [getattr(prior, name) for name in CONSTANTS]
         return np.concatenate([constants, prior.abilities, prior.class_bias, prior.positions(self.width)])
 
@@ -165,9 +146,7 @@ class JudgeFitting:
             position_bias=positions,
         )
 
-    def fit(
-        self, values: Floats, precision: float, prior: JudgeModel | None = None, *, held: Mapping[str, float] | None = None
-    ) -> Floats:
+    def fit(self, values: Floats, precision: float, *, held: Mapping[str, float] | None = None) -> Floats:
         """The values of the highest posterior probability, from these on.
 
         Args:
@@ -176,7 +155,7 @@ class JudgeFitting:
         """
         constants = [*(CONSTANTS | dict(held or {})).values()]
         precisions = np.concatenate([constants, np.full(2 * self.classes + self.width, precision)])
-        start = self.start(prior)
+        start = self.start()
 
         def objective(values: Floats) -> tuple[float, Floats]:
             likelihood, gradient = self._likelihood(values)

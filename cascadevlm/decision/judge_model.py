@@ -127,8 +127,6 @@ class JudgeModel:
         silence_ability: what these gain where the truth is not among the candidates.
         probability_weight: of the judge's own probabilities, which count instead of its answer where it gives any; 0 if the
             answer says more.
-        blank: whether the biases begin at those found on a blank image, which was better than at none; None if that was not
-            tried.
     """
 
     ability: float
@@ -141,7 +139,6 @@ class JudgeModel:
     silence: float = SILENCE
     silence_ability: float = 0.0
     probability_weight: float = 0.0
-    blank: bool | None = None
 
     @classmethod
     def prior(cls, classes: int, positions: int = 0) -> "JudgeModel":

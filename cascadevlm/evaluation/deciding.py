@@ -54,8 +54,7 @@ def decided(record: Record, calibration: Calibration) -> Record:
     likeliest, as many as in the longest list.
 
     Raises:
-        ConfigError: if the calibration is of another scorer, label set, number of stages, judge or prompt, or has no weights that
-            its fusion wants.
+        ConfigError: if the calibration is of another scorer, label set, number of stages, judge or prompt.
     """
     if len(record.stages) != len(calibration.judges):
         raise ConfigError(f"The calibration is of {len(calibration.judges)} judges, the record of {len(record.stages)}.")
@@ -65,7 +64,7 @@ def decided(record: Record, calibration: Calibration) -> Record:
         if settings := settings_of(record, number, SETTINGS):
             calibration.judge_of(number, settings)
         before, known = belief, heard(judged)
-        belief = np.where(known[:, None], judge.fuser(calibration.fusion).posterior(before, answers_of(judged)), before)
+        belief = np.where(known[:, None], judge.model.posterior(before, answers_of(judged)), before)
     last, answers = calibration.judges[-1], answers_of(record.judged)
     labels, probabilities = belief.argmax(axis=1), np.exp(belief.max(axis=1))
     word_final = calibration.fusion == "judge"

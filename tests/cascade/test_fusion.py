@@ -11,13 +11,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
 from pydantic import JsonValue
 from scipy.special import expit, softmax
 
 from cascadevlm import Cascade, Prediction, Stage, TopK, load_prompt, parse_policy
 from cascadevlm.base.arrays import NOBODY
-from cascadevlm.base.errors import BudgetExhausted, ConfigError, DataError, InputError, PolicyError
+from cascadevlm.base.errors import BudgetExhausted, ConfigError, InputError, PolicyError
 from cascadevlm.base.images import ImageSource
 from cascadevlm.base.labels import LabelSet
 from cascadevlm.base.types import NANODOLLARS, Question, Scores, Verdict
@@ -26,9 +25,7 @@ from cascadevlm.cascade.fusing import Asking, CalibratedScorer
 from cascadevlm.config.config import Config
 from cascadevlm.decision.calibration import Calibration, FusionRule
 from cascadevlm.decision.judge_model import JudgeModel
-from cascadevlm.decision.pool import Pool
 from cascadevlm.decision.scorer_calibration import ScorerCalibration
-from cascadevlm.evaluation.calibrating.blank import ask_blank, blank_images
 from cascadevlm.evaluation.calibrating.fitting import fit_calibration
 from cascadevlm.evaluation.data import Data
 from cascadevlm.evaluation.deciding import decided
@@ -43,7 +40,7 @@ from cascadevlm.judges.prompt import NONE_OF_THESE, options
 from cascadevlm.scorers.base import Prepared
 from cascadevlm.testing import FakeJudge, FakeScorer, noise, picture
 from cascadevlm.testing.fakes import Reply
-from tests.calibrations import POOL, some_calibration
+from tests.calibrations import some_calibration
 
 NAMES = ["ant", "bee", "cicada", "dragonfly", "earwig", "fly"]
 LABELS = LabelSet.of(NAMES)
@@ -52,10 +49,10 @@ RED = (200, 0, 0)
 MODEL = replace(JudgeModel.prior(len(NAMES)), ability=2.5, class_bias=np.linspace(-0.4, 0.4, len(NAMES)))
 
 
-def known(model: JudgeModel = MODEL, pool: Pool = POOL, fingerprint: str = "fake:fake", **changed: object) -> Calibration:
+def known(model: JudgeModel = MODEL, fingerprint: str = "fake:fake", **changed: object) -> Calibration:
     """A calibration of the fake scorer and a fake judge."""
     calibration = replace(
-        some_calibration(NAMES, model, pool=pool),
+        some_calibration(NAMES, model),
         fingerprint=fingerprint,
         scorer=ScorerCalibration(method="bias", scale=0.5, bias=np.linspace(-0.3, 0.3, len(NAMES))),
         images=200,
@@ -83,7 +80,7 @@ def cascade(judge: Judge, calibration: Calibration | None = None, policy: str = 
     calibration = calibration or known()
     of_cascade = {name: options.pop(name) for name in ("accept", "on_failure", "ledger", "batch_size") if name in options}
     (known_judge,) = calibration.judges
-    stage = Stage(judge=judge, prompt=SELECT, policy=parse_policy(policy), model=known_judge.model, pool=known_judge.pool)
+    stage = Stage(judge=judge, prompt=SELECT, policy=parse_policy(policy), model=known_judge.model)
     scorer = CalibratedScorer(FakeScorer(), calibration)
     given_stage = replace(stage, **({"fusion": "bayes"} | options))  # type: ignore[arg-type]
     return Cascade(scorer, [given_stage], labels=LABELS, **of_cascade)  # type: ignore[arg-type]
@@ -171,13 +168,10 @@ class Opinionated(FakeJudge):
         return replace(verdict, probabilities=dict(zip([label.name for label in question.labels], shares, strict=True)))
 
 
-@pytest.mark.parametrize("fusion", ["bayes", "weighted"])
 @pytest.mark.parametrize("offer_none", [False, True])
-def test_a_live_cascade_weighs_the_judges_probabilities_as_its_record_does(
-    tmp_path: Path, offer_none: bool, fusion: FusionRule
-) -> None:
-    calibration = known(replace(MODEL, probability_weight=1.5), fusion=fusion)
-    asking = cascade(Opinionated(reply=by_pixels), calibration, candidates=TopK(k=6), offer_none=offer_none, fusion=fusion)
+def test_a_live_cascade_weighs_the_judges_probabilities_as_its_record_does(tmp_path: Path, offer_none: bool) -> None:
+    calibration = known(replace(MODEL, probability_weight=1.5))
+    asking = cascade(Opinionated(reply=by_pixels), calibration, candidates=TopK(k=6), offer_none=offer_none)
     record, live = recorded(tmp_path, asking, 32)
     own = record.judged.probabilities
     assert own is not None
@@ -308,15 +302,14 @@ def ranked(seed: int) -> list[str]:
 
 
 SURE_OF_NONE = replace(MODEL, none_ability=8.0, class_bias=np.zeros(6))
-SURE = Pool(accuracy=0.9999, weight=3.0)
 
 
-@pytest.mark.parametrize("fusion", ["judge", "bayes", "weighted"])
+@pytest.mark.parametrize("fusion", ["judge", "bayes"])
 @pytest.mark.parametrize(("widen", "asked"), [(0, 1), (1, 2), (2, 3), (5, 3)])
 def test_none_of_these_shows_the_next_candidates(fusion: FusionRule, widen: int, asked: int) -> None:
     """The truth is the scorer's last: the judge finds it in the third list of two, if it is asked so often."""
     judge = FakeJudge(reply=says(ranked(1)[-1]), dollars=0.01)
-    calibration = known(SURE_OF_NONE, SURE)
+    calibration = known(SURE_OF_NONE)
     found = cascade(judge, calibration, candidates=TopK(k=2), offer_none=True, widen=widen, fusion=fusion).classify(noise(1))
     shown = [[label.name for label in question.labels] for question in judge.questions]
     assert shown == [ranked(1)[0:2], ranked(1)[2:4], ranked(1)[4:6]][:asked]
@@ -338,10 +331,10 @@ def test_a_judge_that_names_what_was_not_shown_is_shown_it() -> None:
     assert cascade(judge, candidates=TopK(k=2)).classify(noise(1)).verdicts[0].outcome == "unparsed"
 
 
-@pytest.mark.parametrize("fusion", ["judge", "bayes", "weighted"])
+@pytest.mark.parametrize("fusion", ["judge", "bayes"])
 def test_widening_stops_where_nothing_new_is_left(fusion: FusionRule) -> None:
     judge = FakeJudge(reply=says("no such label"))
-    calibration = known(SURE_OF_NONE, SURE)
+    calibration = known(SURE_OF_NONE)
     found = cascade(judge, calibration, candidates=TopK(k=3), offer_none=True, widen=9, fusion=fusion).classify(noise(2))
     shown = [{label.name for label in question.labels} for question in judge.questions]
     assert set().union(*shown) == set(NAMES)
@@ -362,11 +355,11 @@ def test_where_nothing_new_is_left_the_candidates_stay_in_the_order_shown(order:
     assert [candidate.label for candidate in found.candidates] == [*question.labels]
 
 
-@pytest.mark.parametrize("fusion", ["judge", "bayes", "weighted"])
+@pytest.mark.parametrize("fusion", ["judge", "bayes"])
 @pytest.mark.parametrize("widen", [2, 3, 4, 9])
 def test_a_list_widens_as_often_as_it_may(fusion: FusionRule, widen: int) -> None:
     judge = FakeJudge(reply=says("no such label"))
-    calibration = known(SURE_OF_NONE, SURE)
+    calibration = known(SURE_OF_NONE)
     cascade(judge, calibration, candidates=TopK(k=1), offer_none=True, widen=widen, fusion=fusion).classify(noise(1))
     assert [question.labels[0].name for question in judge.questions] == ranked(1)[: widen + 1]
 
@@ -378,12 +371,12 @@ class Metered(FakeJudge):
         return 1_000_000_000
 
 
-@pytest.mark.parametrize("fusion", ["judge", "bayes", "weighted"])
+@pytest.mark.parametrize("fusion", ["judge", "bayes"])
 def test_a_budget_spent_between_two_rounds_keeps_what_was_said(tmp_path: Path, fusion: FusionRule) -> None:
     judge = Metered(reply=says("no such label"), dollars=1.0)
     wide = cascade(
         judge,
-        known(SURE_OF_NONE, SURE),
+        known(SURE_OF_NONE),
         candidates=TopK(k=2),
         offer_none=True,
         widen=3,
@@ -434,7 +427,7 @@ def test_no_answer_in_a_later_round_keeps_what_was_said_and_is_paid(judge: type[
 # abstaining
 
 
-@pytest.mark.parametrize("fusion", ["judge", "bayes", "weighted"])
+@pytest.mark.parametrize("fusion", ["judge", "bayes"])
 def test_labels_too_improbable_are_not_given(fusion: FusionRule) -> None:
     images = [noise(seed) for seed in range(20)]
     given_all = cascade(FakeJudge(), policy="gain > 0.25", fusion=fusion).classify(images)
@@ -452,32 +445,6 @@ def test_labels_too_improbable_are_not_given(fusion: FusionRule) -> None:
             assert after == replace(before, verdicts=after.verdicts)
     if fusion == "judge":
         assert all(p.label for p in given_some if p.escalated)
-
-
-# a blank image
-
-
-def test_a_blank_image_is_asked_about_with_many_lists(tmp_path: Path) -> None:
-    """As long as there is money; and what was heard is told with the lists that were shown."""
-    judge = Metered(reply="ANSWER: B", dollars=1.0)
-    stages = cascade(judge, candidates=TopK(k=3), fusion="judge").stages
-    listed = Cascade(Listed(), stages, labels=LABELS, batch_size=5, ledger=Ledger(3.5))
-    blank = ask_blank(listed)
-    assert {question.image.getextrema() for question in judge.questions} == {((128, 128),) * 3}
-    assert len(blank) == len(judge.questions) == 3
-    shown = np.argsort(-Listed().score(blank_images(listed), LABELS).log_probs, axis=1)[:, :3]
-    np.testing.assert_array_equal(blank.candidates, shown[:3])
-    np.testing.assert_array_equal(blank.answers, shown[:3, 1])
-    broke = Cascade(Listed(), stages, labels=LABELS, ledger=Ledger(0.5))
-    with pytest.raises(DataError, match="no answer about a blank image"):
-        ask_blank(broke)
-
-
-class Listed(FakeScorer):
-    """Scores by the place in the batch."""
-
-    def score(self, images: Sequence[Image.Image], labels: LabelSet) -> Scores:
-        return super().score([noise(number) for number in range(len(images))], labels)
 
 
 # configurations
@@ -526,7 +493,6 @@ def test_a_configuration_takes_what_was_learned(tmp_path: Path) -> None:
         ({"stage": [{"judge": "hf_chat:aviary"}] * 2}, ConfigError, "is of 1 stages, the configuration has 2"),
         ({"calibration": "nowhere.json"}, ConfigError, "cannot be read"),
         ({"calibration": None, "fusion": "bayes"}, InputError, "needs a calibration"),
-        ({"calibration": None, "fusion": "weighted"}, InputError, "fusion = 'weighted' needs a calibration"),
         ({"fusion": "median"}, ConfigError, "fusion: "),
         ({"accept": 1.5}, ConfigError, "accept: "),
         ({"stage": [{"judge": "hf_chat:aviary", "widen": -1}]}, ConfigError, "widen: "),
@@ -540,18 +506,13 @@ def test_a_configuration_that_does_not_fit_is_refused(
         Config.parse(json.loads(json.dumps(whole))).build()
 
 
-def test_a_stage_without_a_weight_is_refused_where_opinions_are_weighted() -> None:
-    with pytest.raises(InputError, match="needs a judge's weight"):
-        Stage(judge=FakeJudge(), prompt=SELECT, model=MODEL, fusion="weighted")
-
-
 def test_another_scorer_is_refused_at_the_first_image() -> None:
     other = Cascade(CalibratedScorer(FakeScorer("another"), known()), [], labels=LABELS)
     with pytest.raises(ConfigError, match="'fake:fake', not of 'fake:another'"):
         other.classify([picture(RED)])
 
 
-@pytest.mark.parametrize(("mode", "fusion"), [("generate", "bayes"), ("likelihood", "weighted"), ("likelihood", "judge")])
+@pytest.mark.parametrize(("mode", "fusion"), [("generate", "bayes"), ("likelihood", "bayes"), ("likelihood", "judge")])
 def test_the_bundled_models_decide_as_their_record_says(tmp_path: Path, mode: str, fusion: FusionRule) -> None:
     """Eight of the bundled images, all eight names as candidates: calibrated on the record of asking everything, then live, and
     evaluated with the fusion of the configuration, not that of the calibration."""

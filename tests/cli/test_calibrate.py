@@ -52,7 +52,7 @@ def test_without_labels_is_marked(birds: Path) -> None:
     assert written["images"] == 20
 
 
-@pytest.mark.parametrize("more", [[], ["--json"], ["--fusion", "weighted"]])
+@pytest.mark.parametrize("more", [[], ["--json"], ["--fusion", "judge"]])
 def test_without_labels_other_labels_change_no_byte(birds: Path, tmp_path: Path, more: list[str]) -> None:
     shutil.copytree(birds / "run", tmp_path / "shuffled")
     table = pyarrow.parquet.read_table(birds / "run" / "images.parquet")
@@ -101,19 +101,6 @@ def test_shares_that_do_not_fit_are_refused(birds: Path, shares: str | None, tol
     failed = run("calibrate", birds / "run", "-o", birds / "x.json", "--size", "20", "--shares", path, check=False)
     assert failed.returncode == 2
     assert told in " ".join(failed.stderr.split())
-
-
-def test_what_is_said_of_a_blank_image_is_asked_once(birds: Path) -> None:
-    """In mode "likelihood" the bundled judge always chooses; writing, it names a bird that is not on the list."""
-    weighing = ("--set", 'stage.0.options={ mode = "likelihood" }')
-    run("evaluate", birds / "data", "--config", CONFIG, *weighing, "--judge-all", "-o", birds / "weighing", "--json")
-    command = ("calibrate", birds / "weighing", "-o", birds / "blank.json", "--size", "20", "--blank")
-    run(*command)
-    written = json.loads((birds / "blank.json").read_text())
-    assert written["judges"][0]["model"]["blank"] in (True, False)
-    assert json.loads((birds / "learned.json").read_text())["judges"][0]["model"]["blank"] is None
-    run(*command)
-    assert json.loads((birds / "blank.json").read_text()) | {"made": None} == written | {"made": None}
 
 
 def test_a_run_decides_by_what_was_learned(birds: Path) -> None:
@@ -191,9 +178,7 @@ def test_other_models_are_refused(birds: Path, setting: str, sentence: str) -> N
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--fusion", "median"], "There is no fusion 'median'. Known: judge, bayes, weighted."),
-        (["--blank"], "The judge gave no answer about a blank image"),
-        (["--blank", "--without-labels"], "Without labels, nothing tells what a blank image is worth"),
+        (["--fusion", "median"], "There is no fusion 'median'. Known: judge, bayes."),
         (["--class-conditional", "--without-labels"], "Without labels, there are no conformal lists"),
         (["--accuracy", "0.5", "--without-labels"], "Without labels, there is no target and no guarantee"),
         (["--target-error", "0.1", "--without-labels"], "Without labels, there is no target and no guarantee"),

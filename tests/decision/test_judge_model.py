@@ -404,23 +404,6 @@ def test_probabilities_that_say_nothing_more_have_no_weight(known: str) -> None:
         np.testing.assert_array_equal(one.judges[0].model.class_bias, other.judges[0].model.class_bias)
 
 
-@pytest.mark.parametrize(("share", "taken"), [(1.0, True), (-1.0, False)])
-def test_a_blank_image_is_where_biases_begin_if_it_tells_them(share: float, taken: bool) -> None:
-    """Of a judge whose blind preferences are its own, or the opposite: with 50 labels the biases found are nearer the truth, or
-    just those found without."""
-    rng = np.random.default_rng(8)
-    truth = replace(JudgeModel.prior(10), ability=2.5, class_bias=rng.normal(0, 1.5, 10), position_bias=rng.normal(0, 1.0, 10))
-    log_probs, truths, answers = simulated(truth, 50, 10, 10, seed=5)
-    blind = replace(
-        truth, ability=0.0, following=0.0, class_bias=share * truth.class_bias, position_bias=share * truth.position_bias
-    )
-    _, _, blank = simulated(blind, 32, 10, 10, seed=6)
-    (with_blank, _), (without, _) = (fit_judge(log_probs, np.eye(10)[truths], answers, blank=each) for each in (blank, None))
-    assert (with_blank.blank, without.blank) == (taken, None)
-    errors = [np.std(found.class_bias - truth.class_bias) for found in (with_blank, without)]
-    assert errors[0] < errors[1] - 0.1 if taken else errors[0] == errors[1]
-
-
 @cache
 def fused_beyond_better(classes: int, shown: int) -> tuple[Floats, Floats]:
     """Over three seeds of `benchmarks.decision.made_up`, after 200 labels, on 1,500 fresh images with everything asked: fused

@@ -12,7 +12,6 @@ from cascadevlm.base.labels import LabelSet
 from cascadevlm.base.types import Scores
 from cascadevlm.decision.calibration import Calibration, FusionRule
 from cascadevlm.decision.guarantee import Acceptance, fit_acceptance
-from cascadevlm.decision.judge_model import Answers
 from cascadevlm.decision.scorer_calibration import Floats
 from cascadevlm.evaluation.calibrating.fitting import COVERAGE, fit_calibration
 from cascadevlm.evaluation.calibrating.targets import Outcome, Target, outcome, policy_for
@@ -63,7 +62,6 @@ def calibrate(
     coverage: float = COVERAGE,
     class_conditional: bool = False,
     prior: Floats | None = None,
-    blank: Answers | None = None,
 ) -> Calibrated:
     """Calibrate on ``size`` images of a record and measure on the others.
 
@@ -80,7 +78,6 @@ def calibrate(
         target: what the policy shall meet.
         coverage: of the conformal sets of candidates.
         class_conditional: whether they have it for every class.
-        blank: what the judge says of an image without content (`cascadevlm.evaluation.calibrating.blank`).
         target_error: the most that may be wrong of the accepted answers, with ``confidence``.
 
     Raises:
@@ -111,7 +108,6 @@ def calibrate(
         coverage=coverage,
         class_conditional=class_conditional,
         prior=prior,
-        blank=blank,
     )
     calibration = replace(calibration, fitted_on=images_of(own))
     choosing = [decided(part, calibration) for part in further]

@@ -6,8 +6,6 @@ from cascadevlm.base.errors import DataError
 from cascadevlm.decision.calibration import SETTINGS, CalibratedJudge, Calibration, FusionRule, Reference
 from cascadevlm.decision.conformal import Conformal, best_size
 from cascadevlm.decision.judge_fit import fit_judge
-from cascadevlm.decision.judge_model import Answers
-from cascadevlm.decision.pool import fit_pool
 from cascadevlm.decision.scorer_calibration import Floats, fit_scorer
 from cascadevlm.decision.shares import Shares
 from cascadevlm.decision.without_labels import fit_without_labels
@@ -34,7 +32,6 @@ def fit_calibration(
     coverage: float = COVERAGE,
     class_conditional: bool = False,
     prior: Floats | None = None,
-    blank: Answers | None = None,
 ) -> Calibration:
     """Learn from a record how far to trust its scorer and its judges.
 
@@ -45,7 +42,6 @@ def fit_calibration(
             holds the promise closely, not strictly.
         class_conditional: whether they shall hold the truth so often for every class that has enough images.
         prior: C shares of the classes, for calibrations that match them; even, unless given.
-        blank: of the last judge, about an image without content; only looked at where there are labels.
 
     Raises:
         InputError: if the images cannot promise the coverage.
@@ -72,16 +68,13 @@ def fit_calibration(
         scorer, model = fit_without_labels(log_probs[known], answers.rows(known))
         belief = scorer(log_probs)
         responsibilities = np.exp(model.posterior(belief, answers))
-    judges, weighted = [], belief.copy()
+    judges = []
     for number, judged in enumerate(record.stages):
-        known, likelihoods = heard(judged), None
+        known, likelihood = heard(judged), None
         before, truth, answers = belief[known], responsibilities[known], answers_of(judged).rows(known)
-        pool, weighted[known] = fit_pool(weighted[known], truth, answers)
         if labelled:
-            own_blank = blank if judged is record.judged else None
-            model, belief[known] = fit_judge(before, truth, answers, blank=own_blank)
-            beliefs: dict[FusionRule, Floats] = {"bayes": belief, "weighted": weighted}
-            likelihoods = {rule: float((truth * after[known]).sum(axis=1).mean()) for rule, after in beliefs.items()}
+            model, belief[known] = fit_judge(before, truth, answers)
+            likelihood = float((truth * belief[known]).sum(axis=1).mean())
         sizes = [size for size in SIZES if size <= len(record.labels)] or [1]
         agreed, likely = model.agreement(before, answers)
         judges.append(
@@ -89,8 +82,7 @@ def fit_calibration(
                 judge=judged.judge,
                 settings=settings_of(record, number, SETTINGS),
                 model=model,
-                pool=pool,
-                log_likelihoods=likelihoods,
+                log_likelihood=likelihood,
                 best_size=best_size(before, model, sizes, none_offered=judged.none_offered, word_final=fusion == "judge"),
                 reference=Reference.of(agreed - likely),
             )

@@ -288,12 +288,9 @@ def test_lists_may_have_a_threshold_for_every_class(tmp_path: Path) -> None:
         assert [candidate.probability for candidate in shown] == probabilities[columns].tolist()
 
 
-def test_without_labels_the_weight_is_fitted_and_not_compared() -> None:
+def test_without_labels_no_likelihood_is_told() -> None:
     (judge,) = fit_calibration(record().take(np.arange(100)), labelled=False).judges
-    assert judge.log_likelihoods is None
-    assert judge.pool is not None
-    assert 0.5 < judge.pool.accuracy < 1
-    assert judge.pool.weight > 0
+    assert judge.log_likelihood is None
 
 
 def test_a_newer_format_is_refused(tmp_path: Path) -> None:
@@ -535,7 +532,7 @@ def test_labels_of_other_images_are_not_looked_at(target: Target | None) -> None
     assert one.figures != other.figures
 
 
-@pytest.mark.parametrize("fusion", ["bayes", "weighted", "judge"])
+@pytest.mark.parametrize("fusion", ["bayes", "judge"])
 def test_without_labels_none_are_looked_at(fusion: FusionRule) -> None:
     shuffled = replace(record(), truths=np.random.default_rng(0).permutation(record().truths))
     one, other = (calibrate(each, size=120, labelled=False, fusion=fusion) for each in (record(), shuffled))
@@ -655,7 +652,7 @@ def test_a_gated_record_calibrates_but_has_no_curves(labelled: bool) -> None:
         calibrate(gated, size=250, labelled=labelled, target=Target(kind="accuracy", value=0.5))
 
 
-@pytest.mark.parametrize("fusion", ["bayes", "weighted", "judge"])
+@pytest.mark.parametrize("fusion", ["bayes", "judge"])
 @pytest.mark.parametrize("threshold", [0.4, 1])
 def test_the_gain_is_known_of_images_not_asked_about(fusion: FusionRule, threshold: float) -> None:
     """In a record as a run leaves it: without candidates where nobody was asked, about half of the images or about none."""
