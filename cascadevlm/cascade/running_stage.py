@@ -16,7 +16,8 @@ from cascadevlm.base.types import NANODOLLARS, Candidate, Scores, Verdict
 from cascadevlm.cascade.item import Item, believed_candidates, rank
 from cascadevlm.cascade.stage import Stage
 from cascadevlm.judges.base import Judge
-from cascadevlm.policies.base import Selection, Spending
+from cascadevlm.policies.base import Selection, Spending, as_budgeted
+from cascadevlm.policies.rules import GainAbove
 
 
 class RunningStage:
@@ -33,7 +34,7 @@ class RunningStage:
     def __init__(self, number: int, stage: Stage, judge: Judge, labels: LabelSet, readers: Executor, spending: Spending) -> None:
         self.number = number
         self.stage = stage
-        self.policy = stage.informed_policy
+        self.policy = as_budgeted(stage.policy)
         self.judge = stage.by_votes(judge)
         self.labels = labels
         self.readers = readers
@@ -60,8 +61,9 @@ class RunningStage:
         return self.stage.by_votes(self.stage.judge).usual_case(question) / NANODOLLARS
 
     def surplus(self, scores: Scores, prices: tuple[float, ...]) -> NDArray[np.floating]:
-        """N: by how much asking is worth more than it has to be."""
-        return self.policy.surplus(scores, replace(self.spending, remaining=0, prices=prices))
+        """(N,) how far the expected gain is above what the policy wants; for stages between which images are routed."""
+        assert isinstance(self.policy.policy, GainAbove)
+        return self.policy.policy.surplus(Spending(prices=prices, gain=self.stage.gain(scores)))
 
     def decide(
         self, items: Sequence[Item], scores: Scores, prices: tuple[float, ...], *, left: Selection, remaining: float
@@ -74,9 +76,9 @@ class RunningStage:
             left: N, those that are left to a later stage.
             remaining: how many images are expected after these.
         """
-        spending = replace(self.spending, remaining=remaining, prices=prices)
+        spending = replace(self.spending, remaining=remaining, prices=prices, gain=self.stage.gain(scores))
         selected = self.policy.select(scores, spending) & ~left
-        for item, reason, elsewhere in zip(items, self.policy.reasons(scores), left, strict=True):
+        for item, reason, elsewhere in zip(items, self.policy.reasons(scores, spending), left, strict=True):
             item.reasons.append(f"{reason}; a later judge is worth more" if elsewhere else reason)
         shown = [item for item, chosen in zip(items, selected, strict=True) if chosen or not item.candidates]
         rank(self.stage.candidates, shown)

@@ -8,7 +8,7 @@ from PIL import Image
 from cascadevlm.base.errors import InputError, PolicyError, PromptError
 from cascadevlm.base.labels import LabelSet
 from cascadevlm.base.portable import Portable
-from cascadevlm.base.types import Candidate, Prompt, Question
+from cascadevlm.base.types import Candidate, Prompt, Question, Scores
 from cascadevlm.cascade.candidates import CandidateRule, TopK
 from cascadevlm.cascade.fusing import Asking
 from cascadevlm.decision.calibration import FusionRule
@@ -16,9 +16,8 @@ from cascadevlm.decision.judge_model import JudgeModel
 from cascadevlm.judges.base import Judge
 from cascadevlm.judges.support import SupportSet
 from cascadevlm.judges.voting import Voting
-from cascadevlm.policies.base import Policy, PolicyLike, as_policy, uncalibrated
-from cascadevlm.policies.measures import once
-from cascadevlm.policies.rules import Always
+from cascadevlm.policies.base import PolicyLike, as_budgeted, as_policy, uncalibrated
+from cascadevlm.policies.rules import Always, GainAbove
 
 _MADE_BY: Mapping[str, tuple[type, str]] = {
     "judge": (Judge, 'load_judge("openai:gpt-4o")'),
@@ -75,7 +74,7 @@ class Stage(Portable):
             )
         if self.widen and not self.offer_none:
             raise InputError(f"widen = {self.widen} needs the answer 'none of these'.", hint="Offer it: offer_none = true.")
-        if self.informed_policy.lacks_gain:
+        if self.model is None and as_policy(self.policy).by_gain:
             raise uncalibrated(as_policy(self.policy))
 
     def question(self, image: Image.Image, candidates: tuple[Candidate, ...], label_set: LabelSet | None = None) -> Question:
@@ -93,11 +92,12 @@ class Stage(Portable):
         """The stage's judge, or what is around it, asked as often about an image as there are votes."""
         return Voting(judge, self.votes) if self.votes > 1 else judge
 
-    @property
-    def informed_policy(self) -> Policy:
-        """The policy, knowing what asking is worth if the judge is known."""
-        policy = as_policy(self.policy)
-        return policy if self.asking is None else policy.informed(once(self.asking.gain))
+    def gain(self, scores: Scores) -> tuple[float, ...] | None:
+        """`Spending.gain` for N images; None if the judge is not known, or if the policy does not look at the gain."""
+        policy = as_budgeted(self.policy)
+        if self.asking is None or not (policy.by_gain or policy.limits):
+            return None
+        return tuple(self.asking.gain(scores).tolist())
 
     @property
     def asking(self) -> Asking | None:
@@ -128,7 +128,7 @@ def require_cascade(stages: Sequence[Stage], *, routing: bool) -> None:
             "With routing, there must be two judges to choose between.", hint="Add a [[stage]], or leave routing out."
         )
     for stage in stages:
-        if not as_policy(stage.policy).can_route:
+        if not isinstance(as_policy(stage.policy), GainAbove):
             raise PolicyError(
                 f"The policy '{as_policy(stage.policy)}' cannot choose between judges.",
                 hint='With routing, go by gain alone, as in "gain > 0.02"; what may be spent in all is [budget] usd.',

@@ -19,7 +19,7 @@ from cascadevlm.evaluation.metrics import BINS, Interval, evaluate, expected_cal
 from cascadevlm.evaluation.record import Record
 from cascadevlm.evaluation.sweep import Sweep, sweep
 from cascadevlm.policies import measures
-from cascadevlm.policies.base import All, AnyOf, Not, Policy
+from cascadevlm.policies.base import Policy
 from cascadevlm.policies.rules import EntropyAbove
 
 if TYPE_CHECKING:
@@ -243,11 +243,7 @@ def _thresholds(policy: Policy, classes: int) -> list[float]:
             return [threshold / float(np.log(max(classes, 2)))]
         case EntropyAbove(threshold=threshold):
             return [threshold]
-        case All(parts=parts) | AnyOf(parts=parts):
-            return [threshold for part in parts for threshold in _thresholds(part, classes)]
-        case Not(part=part):
-            return _thresholds(part, classes)
-    return []
+    return [threshold for part in policy.parts for threshold in _thresholds(part, classes)]
 
 
 def confused_classes(truths: Columns, predicted: Columns, most: int = MOST_CONFUSED) -> list[int]:

@@ -120,12 +120,9 @@ def under(record: Record, policy: PolicyLike) -> Record:
     judged = record.judged
     price = float(judged.dollars.sum() / max(judged.asked.sum(), 1))
     wanted = np.zeros(len(record), dtype=bool)
-    informed = as_policy(policy)
-    if record.fused is not None:
-        gain = record.fused.gain[record.readable]
-        informed = informed.informed(lambda scores: gain)
+    gain = None if record.fused is None else tuple(record.fused.gain[record.readable].tolist())
     readable = record.scores.rows(record.readable)
-    wanted[record.readable] = informed.select(readable, Spending(prices=(price,) * len(readable)))
+    wanted[record.readable] = as_policy(policy).select(readable, Spending(prices=(price,) * len(readable), gain=gain))
     if lacking := int((wanted & ~judged.asked).sum()):
         raise DataError(
             f"The policy {policy} asks about {lacking} images that the judge was not asked about.", hint="Use --judge-all."

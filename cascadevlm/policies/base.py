@@ -1,12 +1,13 @@
-"""Policies decide, from scores alone, which images are worth asking a judge.
+"""Policies decide which images are worth a question to a judge.
 
-A policy is one method over a batch, composes with ``&``, ``|`` and ``~``, and a plain function from `Scores` to a boolean
-array serves as one. ``&`` with a limit on calls or dollars spends it on the best of what the other side selects.
+A policy is one method over a batch of images. Policies compose with ``&``, ``|`` and ``~``. A plain function from `Scores` to a
+boolean array serves as a policy. A limit on calls or dollars behind ``&`` makes a `Budgeted` policy: the limit is spent on the
+best of the images that the other side selects.
 """
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import reduce
 from typing import ClassVar, Literal, TypeAlias
@@ -16,49 +17,57 @@ from numpy.typing import NDArray
 
 from cascadevlm.base.errors import PolicyError
 from cascadevlm.base.types import Scores
-from cascadevlm.policies.measures import Measure
+from cascadevlm.policies import measures
+from cascadevlm.policies.measures import Values
 
 Selection: TypeAlias = NDArray[np.bool_]
-"""N booleans, true where the judge shall be asked."""
+"""Boolean mask (N,): true where the judge is asked."""
+
+WINDOW = 1024
+"""Number of images that a `Budgeted` policy remembers: the share of images above a threshold is then known to 1 to 2 points."""
+
+LEAST = float(np.finfo(np.float32).min)
+"""The value of an image that the policy does not select; JSON has no infinity."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Spending:
-    """Where a run stands when a batch is decided on.
+    """What a policy is told beside the scores: where the run stands, and what the images of the batch cost and gain.
 
     Attributes:
-        images: how many images were decided on before.
-        calls: how many of them were escalated at this stage.
-        dollars: what those calls are expected to cost.
-        dollars_for_all: what asking about all images before would have cost.
-        prices: dollars that asking about each of the N images of the batch is expected to cost; none where the policy does not go
-            by them.
-        remaining: how many images are expected to follow the batch; 0 if that is not known.
-        recent: what the policy wanted to be remembered of earlier batches.
+        images: number of images decided on before this batch.
+        calls: number of those that were escalated at this stage.
+        dollars: expected cost of those calls.
+        dollars_for_all: expected cost if all images before this batch had been escalated.
+        recent: what a `Budgeted` policy remembers of earlier batches: value and price of one image after another.
+        remaining: expected number of images after this batch; 0 if it is not known.
+        prices: (N,) expected dollars of a question about each image; empty if the policy does not need them.
+        gain: (N,) expected gain in accuracy from a question about each image; None if the stage has no model of its judge.
     """
 
     images: int = 0
     calls: int = 0
     dollars: float = 0.0
     dollars_for_all: float = 0.0
-    prices: tuple[float, ...] = ()
-    remaining: float = 0.0
     recent: tuple[float, ...] = ()
+    remaining: float = 0.0
+    prices: tuple[float, ...] = ()
+    gain: tuple[float, ...] | None = None
 
 
 START = Spending()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Priority:
-    """What images are ranked by where not all can be asked about.
+    """The order of images where not all can be asked about.
 
     Attributes:
-        measure: the images of the highest come first.
-        is_gain: whether it is the expected gain in accuracy, of which money is to buy the most.
+        values: (N,) the highest come first.
+        is_gain: whether the values are the expected gain in accuracy, of which money buys as much as possible.
     """
 
-    measure: Measure
+    values: Values
     is_gain: bool = False
 
 
@@ -66,66 +75,42 @@ class Policy(ABC):
     """Which images to escalate.
 
     Attributes:
-        comparison: the operator that stands between this policy's name and its number in the string form, as in
-            ``entropy > 0.35``; None where the string form is a call, as in ``random(0.1)``.
+        comparison: the operator between the name and the number in the string form, as in ``entropy > 0.35``; None if the string
+            form is a call, as in ``random(0.1)``.
     """
 
     comparison: ClassVar[Literal[">", "<", "<="] | None] = None
 
     @property
-    def by_price(self) -> bool:
-        """Whether the policy goes by `Spending.prices`, which take time to find out."""
-        return False
+    def parts(self) -> tuple["Policy", ...]:
+        """The policies that this one is composed of."""
+        return ()
 
     @property
-    def lacks_gain(self) -> bool:
-        """Whether it goes by the expected gain from asking and was not `informed` of it."""
-        return False
+    def by_price(self) -> bool:
+        """Whether `select` needs ``spending.prices``, which take time to find out."""
+        return any(part.by_price for part in self.parts)
+
+    @property
+    def by_gain(self) -> bool:
+        """Whether `select` needs ``spending.gain``."""
+        return any(part.by_gain for part in self.parts)
 
     @abstractmethod
     def select(self, scores: Scores, spending: Spending = START) -> Selection:
-        """N booleans for N images."""
+        """Boolean mask (N,) of the images to escalate."""
 
-    @property
-    def priority(self) -> Priority | None:
-        """What it ranks images by; None where it holds no image more worth asking about than another."""
-        return None
+    def priority(self, scores: Scores, spending: Spending = START) -> Priority | None:
+        """The order of N images, from the first part that has one; None if no image is more worth a question than another."""
+        found = (part.priority(scores, spending) for part in self.parts)
+        return next((priority for priority in found if priority is not None), None)
 
-    @property
-    def limits(self) -> tuple["Limit", ...]:
-        """Those on calls and dollars that it keeps to."""
-        return ()
-
-    @property
-    def unlimited(self) -> "Policy":
-        """What it would ask about without its limits."""
-        return self
-
-    def surplus(self, scores: Scores, spending: Spending = START) -> NDArray[np.floating]:
-        """N numbers: by how much the gain from asking is above what this policy wants for it; an image whose judge may be chosen
-        goes to the one of the most. Above 0 where the policy selects: an image that is left to a later judge is to be asked
-        about there. A policy that does not go by gain alone has none, and cannot choose between judges."""
-        raise NotImplementedError
-
-    @property
-    def can_route(self) -> bool:
-        """Whether it can choose between judges."""
-        return type(self).surplus is not Policy.surplus
-
-    def remembered(self, scores: Scores, spending: Spending) -> tuple[float, ...]:
-        """What is to be `Spending.recent` when the next batch is decided on."""
-        return ()
-
-    def reasons(self, scores: Scores) -> list[str]:
-        """For each of N images, what this policy goes by, in words."""
+    def reasons(self, scores: Scores, spending: Spending = START) -> list[str]:
+        """For each of N images, in words: the value that decides, and the rule."""
         return [str(self)] * len(scores)
 
-    def informed(self, gain: Measure) -> "Policy":
-        """The same policy, knowing the expected gain in accuracy from asking; itself, unless it goes by that."""
-        return self
-
     def __and__(self, other: "PolicyLike") -> "Policy":
-        return All(_flat(All, self, as_policy(other)))
+        return _both(self, as_policy(other))
 
     def __or__(self, other: "PolicyLike") -> "Policy":
         return AnyOf(_flat(AnyOf, self, as_policy(other)))
@@ -134,24 +119,64 @@ class Policy(ABC):
         return Not(self)
 
 
-PolicyLike: TypeAlias = Policy | str | Callable[[Scores], Selection]
+class Limit(ABC):
+    """What may be spent over a whole run. A limit alone is a policy, too: it asks about the best of all images (`as_policy`)."""
+
+    comparison: ClassVar[Literal["<="]] = "<="
+    by_price: ClassVar[bool] = False
+
+    @abstractmethod
+    def within(self, wanted: Selection, ranked: Values, prices: Values, spending: Spending, *, by_gain: bool) -> Selection:
+        """The part of the wanted images that the limit allows; some of it is kept for images to come.
+
+        Args:
+            wanted: boolean mask (N,).
+            ranked: (M + N,) values of the M images that are remembered and of the N images; the highest come first.
+            prices: (M + N,) dollars.
+            spending: where the run stands.
+            by_gain: whether the values are expected gains.
+        """
+
+    @abstractmethod
+    def most_calls(self, price: float) -> float:
+        """Number of questions that the limit allows at so many dollars each."""
+
+    def __and__(self, other: "PolicyLike") -> Policy:
+        return as_policy(self) & other
+
+    def __or__(self, other: "PolicyLike") -> Policy:
+        return as_policy(self) | other
+
+    def __invert__(self) -> Policy:
+        return ~as_policy(self)
+
+
+PolicyLike: TypeAlias = Policy | Limit | str | Callable[[Scores], Selection]
 
 
 def as_policy(policy: PolicyLike) -> Policy:
-    """The policy itself, or made of its string form or a function.
+    """The policy itself, or the policy that a limit, a text such as ``"entropy > 0.3"`` or a function makes.
 
     Raises:
-        PolicyError: if the string form is wrong, or it is none of these.
+        PolicyError: if the text is wrong, or if it is none of these.
     """
     from cascadevlm.policies.language import parse_policy
 
     if isinstance(policy, Policy):
         return policy
+    if isinstance(policy, Limit):
+        return Budgeted(EVERY, (policy,))
     if isinstance(policy, str):
         return parse_policy(policy)
     if callable(policy) and not isinstance(policy, type):
         return Function(policy)
     raise PolicyError(f"A policy is not {policy!r}.", hint='Give one, a function of scores, or text such as "entropy > 0.3".')
+
+
+def as_budgeted(policy: PolicyLike) -> "Budgeted":
+    """The policy with its limits, if it has any."""
+    whole = as_policy(policy)
+    return whole if isinstance(whole, Budgeted) else Budgeted(whole)
 
 
 @dataclass(frozen=True)
@@ -163,9 +188,8 @@ class Function(Policy):
     def select(self, scores: Scores, spending: Spending = START) -> Selection:
         selected = np.asarray(self.function(scores))
         if selected.shape != (len(scores),) or selected.dtype != bool:
-            name = getattr(self.function, "__name__", repr(self.function))
             raise PolicyError(
-                f"Policy {name!r} returned {selected.dtype} of shape {selected.shape} for {len(scores)} images.",
+                f"Policy {str(self)!r} returned {selected.dtype} of shape {selected.shape} for {len(scores)} images.",
                 hint=f"Return {len(scores)} booleans.",
             )
         return selected
@@ -174,116 +198,53 @@ class Function(Policy):
         return getattr(self.function, "__name__", repr(self.function))
 
 
-class Limit(Policy):
-    """A policy that asks about the best of all images or, behind ``&``, of what the others select, as far as something suffices
-    over the whole run."""
-
-    @property
-    def limits(self) -> tuple["Limit", ...]:
-        return (self,)
-
-    @property
-    def unlimited(self) -> Policy:
-        return All(())
-
-    @abstractmethod
-    def most_calls(self, price: float) -> float:
-        """How many questions it suffices for, at so many dollars each."""
-
-    @abstractmethod
-    def within(self, wanted: Selection, priority: Priority | None, scores: Scores, spending: Spending) -> Selection:
-        """Of the wanted, the highest in priority that there is room for; some of it is kept for images to come. Where the others
-        rank none above another, the limit has a priority of its own."""
-
-    @abstractmethod
-    def memory(self, wanted: Selection, priority: Priority | None, scores: Scores, spending: Spending) -> tuple[float, ...]:
-        """What is to be `Spending.recent` after a batch."""
-
-
 @dataclass(frozen=True)
 class All(Policy):
-    """Ask where every part would; limits among them are spent on what the others select. Ranks as the first part that does."""
+    """Asks where every part would."""
 
-    parts: tuple[Policy, ...]
-
-    @property
-    def by_price(self) -> bool:
-        return any(part.by_price for part in self.parts)
+    policies: tuple[Policy, ...]
 
     @property
-    def lacks_gain(self) -> bool:
-        return any(part.lacks_gain for part in self.parts)
-
-    @property
-    def priority(self) -> Priority | None:
-        return _first_priority(part.unlimited for part in self.parts)
-
-    @property
-    def limits(self) -> tuple[Limit, ...]:
-        return tuple(limit for part in self.parts for limit in part.limits)
-
-    @property
-    def unlimited(self) -> Policy:
-        return All(tuple(part.unlimited for part in self.parts))
-
-    def informed(self, gain: Measure) -> Policy:
-        return All(tuple(part.informed(gain) for part in self.parts))
+    def parts(self) -> tuple[Policy, ...]:
+        return self.policies
 
     def select(self, scores: Scores, spending: Spending = START) -> Selection:
-        selected = self._wanted(scores, spending)
-        for limit in self.limits:
-            selected = limit.within(selected, self.priority, scores, spending)
-        return selected
-
-    def remembered(self, scores: Scores, spending: Spending) -> tuple[float, ...]:
-        if not self.limits:
-            return ()
-        return self.limits[0].memory(self._wanted(scores, spending), self.priority, scores, spending)  # one for all
-
-    def _wanted(self, scores: Scores, spending: Spending) -> Selection:
-        selected = [part.unlimited.select(scores, spending) for part in self.parts]
+        selected = (part.select(scores, spending) for part in self.parts)
         return reduce(np.logical_and, selected, np.ones(len(scores), dtype=bool))
 
-    def reasons(self, scores: Scores) -> list[str]:
-        return _joined(" & ", self.parts, scores)
+    def reasons(self, scores: Scores, spending: Spending = START) -> list[str]:
+        return _joined(" & ", [part.reasons(scores, spending) for part in self.parts])
 
     def __str__(self) -> str:
         return " & ".join(f"({part})" if isinstance(part, AnyOf) else str(part) for part in self.parts)
 
 
+EVERY = All(())
+"""Asks about every image, and has no name in the string form."""
+
+
 @dataclass(frozen=True)
 class AnyOf(Policy):
-    """Ask where any part would. Ranks as the first part that does.
+    """Asks where any part would.
 
     Raises:
         PolicyError: if a part has limits.
     """
 
-    parts: tuple[Policy, ...]
+    policies: tuple[Policy, ...]
 
     def __post_init__(self) -> None:
-        _refuse_limits(self, self.parts)
+        _refuse_limits(self)
 
     @property
-    def by_price(self) -> bool:
-        return any(part.by_price for part in self.parts)
-
-    @property
-    def lacks_gain(self) -> bool:
-        return any(part.lacks_gain for part in self.parts)
-
-    @property
-    def priority(self) -> Priority | None:
-        return _first_priority(self.parts)
-
-    def informed(self, gain: Measure) -> Policy:
-        return AnyOf(tuple(part.informed(gain) for part in self.parts))
+    def parts(self) -> tuple[Policy, ...]:
+        return self.policies
 
     def select(self, scores: Scores, spending: Spending = START) -> Selection:
         return reduce(np.logical_or, [part.select(scores, spending) for part in self.parts])
 
-    def reasons(self, scores: Scores) -> list[str]:
-        return _joined(" | ", self.parts, scores)
+    def reasons(self, scores: Scores, spending: Spending = START) -> list[str]:
+        return _joined(" | ", [part.reasons(scores, spending) for part in self.parts])
 
     def __str__(self) -> str:
         return " | ".join(map(str, self.parts))
@@ -291,81 +252,134 @@ class AnyOf(Policy):
 
 @dataclass(frozen=True)
 class Not(Policy):
-    """Ask where the other policy would not. Ranks the other way round.
+    """Asks where the other policy would not, and orders images the other way round.
 
     Raises:
-        PolicyError: if it has limits.
+        PolicyError: if the other policy has limits.
     """
 
-    part: Policy
+    policy: Policy
 
     def __post_init__(self) -> None:
-        _refuse_limits(self, (self.part,))
+        _refuse_limits(self)
+
+    @property
+    def parts(self) -> tuple[Policy, ...]:
+        return (self.policy,)
+
+    def select(self, scores: Scores, spending: Spending = START) -> Selection:
+        return ~self.policy.select(scores, spending)
+
+    def priority(self, scores: Scores, spending: Spending = START) -> Priority | None:
+        priority = self.policy.priority(scores, spending)
+        return None if priority is None else Priority(values=-priority.values)
+
+    def reasons(self, scores: Scores, spending: Spending = START) -> list[str]:
+        return [f"not ({reason})" for reason in self.policy.reasons(scores, spending)]
+
+    def __str__(self) -> str:
+        return f"~({self.policy})"
+
+
+@dataclass(frozen=True)
+class Budgeted(Policy):
+    """Asks about the best of the images that a policy selects, as far as limits allow over the whole run.
+
+    The policy orders the images. If it has no order, the expected gain does or, without a model of the judge, the entropy.
+    """
+
+    policy: Policy
+    limits: tuple[Limit, ...] = ()
+
+    @property
+    def parts(self) -> tuple[Policy, ...]:
+        return (self.policy,)
 
     @property
     def by_price(self) -> bool:
-        return self.part.by_price
-
-    @property
-    def lacks_gain(self) -> bool:
-        return self.part.lacks_gain
-
-    @property
-    def priority(self) -> Priority | None:
-        if (priority := self.part.priority) is None:
-            return None
-        return Priority(lambda scores: -priority.measure(scores))
-
-    def informed(self, gain: Measure) -> Policy:
-        return Not(self.part.informed(gain))
+        return self.policy.by_price or any(limit.by_price for limit in self.limits)
 
     def select(self, scores: Scores, spending: Spending = START) -> Selection:
-        return ~self.part.select(scores, spending)
+        selected = self.policy.select(scores, spending)
+        if not self.limits or not selected.any():
+            return selected
+        priority = self.priority(scores, spending)
+        for limit in self.limits:
+            ranked, prices = _stream(selected, priority, spending).T
+            selected = limit.within(selected, ranked, prices, spending, by_gain=priority.is_gain)
+        return selected
 
-    def reasons(self, scores: Scores) -> list[str]:
-        return [f"not ({reason})" for reason in self.part.reasons(scores)]
+    def priority(self, scores: Scores, spending: Spending = START) -> Priority:
+        if (own := self.policy.priority(scores, spending)) is not None:
+            return own
+        if spending.gain is not None:
+            return Priority(values=np.array(spending.gain), is_gain=True)
+        return Priority(values=measures.entropy(scores))
+
+    def remembered(self, scores: Scores, spending: Spending) -> tuple[float, ...]:
+        """``spending.recent`` for the next batch."""
+        if not self.limits:
+            return ()
+        stream = _stream(self.policy.select(scores, spending), self.priority(scores, spending), spending)
+        return tuple(stream[-WINDOW:].ravel().tolist())
+
+    def reasons(self, scores: Scores, spending: Spending = START) -> list[str]:
+        limits = [[str(limit)] * len(scores) for limit in self.limits]
+        own = [] if self.policy == EVERY else [self.policy.reasons(scores, spending)]
+        return _joined(" & ", [*own, *limits])
 
     def __str__(self) -> str:
-        return f"~({self.part})"
+        own = [] if self.policy == EVERY else [f"({self.policy})" if isinstance(self.policy, AnyOf) else str(self.policy)]
+        return " & ".join([*own, *map(str, self.limits)])
 
 
 def uncalibrated(policy: Policy) -> PolicyError:
-    """What to raise where a policy goes by gain and it is not known."""
+    """The error for a policy that goes by the expected gain where the stage has no model of its judge."""
     return PolicyError(
         f"The policy '{policy}' needs a calibration.", hint='Make one: cascadevlm calibrate; calibration = "FILE".'
     )
 
 
+def _both(*policies: Policy) -> Policy:
+    """Every part of the policies, with all their limits."""
+    selecting = [policy.policy if isinstance(policy, Budgeted) else policy for policy in policies]
+    limits = tuple(limit for policy in policies if isinstance(policy, Budgeted) for limit in policy.limits)
+    every = All(_flat(All, *selecting))
+    return Budgeted(every, limits) if limits else every
+
+
 def _flat(kind: type[All] | type[AnyOf], *policies: Policy) -> tuple[Policy, ...]:
-    """The policies, parts in the place of those that are composed in the same way."""
+    """The policies; those that are composed in the same way are replaced by their parts."""
     return tuple(part for policy in policies for part in (policy.parts if isinstance(policy, kind) else (policy,)))
 
 
-def _first_priority(policies: Iterable[Policy]) -> Priority | None:
-    return next((policy.priority for policy in policies if policy.priority is not None), None)
-
-
-def _refuse_limits(policy: Policy, parts: Iterable[Policy]) -> None:
-    """What is left of a limit behind ``|`` or ``~`` depends on how a run is cut into batches."""
-    if any(part.limits for part in parts):
+def _refuse_limits(policy: Policy) -> None:
+    """Raises PolicyError if a part has limits: behind ``|`` or ``~``, what a limit leaves depends on the batches of a run."""
+    if any(isinstance(part, Budgeted) for part in policy.parts):
         raise PolicyError(
             f"A limit on calls or dollars stands alone or behind &, not as in '{policy}'.",
             hint="For example: (entropy > 0.3 | margin < 0.1) & calls <= 500.",
         )
 
 
-def _joined(operator: str, parts: tuple[Policy, ...], scores: Scores) -> list[str]:
-    return [operator.join(reasons) for reasons in zip(*(part.reasons(scores) for part in parts), strict=True)]
+def _stream(wanted: Selection, priority: Priority, spending: Spending) -> NDArray[np.float64]:
+    """(M + N, 2): value and price of the M images that are remembered and of the N images of a batch."""
+    latest = np.column_stack([np.where(wanted, priority.values, LEAST), spending.prices or np.zeros(len(wanted))])
+    return np.concatenate([np.reshape(spending.recent, (-1, 2)), latest])
+
+
+def _joined(operator: str, reasons: list[list[str]]) -> list[str]:
+    return [operator.join(each) for each in zip(*reasons, strict=True)]
 
 
 def number(value: float) -> str:
-    """A number in the string form: short, where that is exact."""
+    """A number in the string form: short, if that is exact."""
     short = f"{value:g}"
     return short if float(short) == value else str(value)
 
 
 def require_whole(name: str, value: float) -> None:
-    """Refuse what is no whole number from 0 on.
+    """Refuse a value that is not a whole number from 0 on.
 
     Raises:
         PolicyError: naming the parameter.

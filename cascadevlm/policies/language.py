@@ -12,7 +12,7 @@ from lark.exceptions import VisitError
 
 from cascadevlm.base.entry_points import installed, load, nearest
 from cascadevlm.base.errors import CascadeError, PolicyError
-from cascadevlm.policies.base import Policy
+from cascadevlm.policies.base import Limit, Policy, as_policy
 
 GRAMMAR = r"""
 ?start: either
@@ -121,16 +121,18 @@ class _Builder(Transformer[Token, Policy]):
         positional = [value for key, value in given if key is None]
         return self._build(name, policy, positional, {key: value for key, value in given if key is not None})
 
-    def _class(self, name: Token) -> type[Policy]:
+    def _class(self, name: Token) -> type[Policy] | type[Limit]:
         try:
             return load_policy_class(str(name))
         except PolicyError as exc:
             raise self._error(name, exc.args[0].rstrip("."), exc.hint) from exc
 
-    def _build(self, name: Token, policy: type[Policy], values: list[float], named: dict[str, float] | dict[str, str]) -> Policy:
+    def _build(
+        self, name: Token, policy: type[Policy] | type[Limit], values: list[float], named: dict[str, float] | dict[str, str]
+    ) -> Policy:
         try:
             inspect.signature(policy).bind(*values, **named)
-            return policy(*values, **named)
+            return as_policy(policy(*values, **named))
         except TypeError as exc:
             raise self._error(name, f"{name!s}: {exc}") from exc
         except PolicyError as exc:
@@ -140,8 +142,8 @@ class _Builder(Transformer[Token, Policy]):
         return _pointing(self.text, (token.column or 1) - 1, message, hint)
 
 
-def load_policy_class(name: str) -> type[Policy]:
-    """The policy registered under a name.
+def load_policy_class(name: str) -> type[Policy] | type[Limit]:
+    """The policy or limit that is registered under a name.
 
     Raises:
         PolicyError: if there is none.
@@ -150,6 +152,6 @@ def load_policy_class(name: str) -> type[Policy]:
     if name not in points:
         raise PolicyError(f"There is no policy {name!r}.", hint=nearest(name, points))
     loaded = load(points[name])
-    if not (isinstance(loaded, type) and issubclass(loaded, Policy)):
-        raise PolicyError(f"Policy {name!r} ({points[name].value}) is no subclass of Policy.")
+    if not (isinstance(loaded, type) and issubclass(loaded, Policy | Limit)):
+        raise PolicyError(f"Policy {name!r} ({points[name].value}) is not a subclass of Policy or Limit.")
     return loaded

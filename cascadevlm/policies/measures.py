@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from cascadevlm.base.types import Scores
 
 Values: TypeAlias = NDArray[np.floating]
-"""N numbers, one an image."""
+"""(N,) one number per image."""
 
 Measure: TypeAlias = Callable[[Scores], Values]
 
@@ -34,16 +34,3 @@ def top_probability(scores: Scores) -> Values:
     """Probability of the best label: N numbers from 1/C to 1."""
     best: Values = scores.probabilities.max(axis=1)
     return best
-
-
-def once(measure: Measure) -> Measure:
-    """The measure, reckoned once where it is asked of the same scores several times in a row."""
-    last: tuple[Scores, Values] | None = None
-
-    def reckoned(scores: Scores) -> Values:
-        nonlocal last
-        if last is None or last[0] is not scores:
-            last = scores, measure(scores)
-        return last[1]
-
-    return reckoned

@@ -1,16 +1,15 @@
-"""Rules: policies that look at the images alone, whatever was spent."""
+"""Rules: policies that look at each image, whatever was spent."""
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
-from numpy.typing import NDArray
 
 from cascadevlm.base.errors import PolicyError
 from cascadevlm.base.types import Scores
 from cascadevlm.policies import measures
 from cascadevlm.policies.base import START, Policy, Priority, Selection, Spending, number, require_whole, uncalibrated
-from cascadevlm.policies.measures import EntropyUnit, Measure
+from cascadevlm.policies.measures import EntropyUnit, Measure, Values
 
 
 @dataclass(frozen=True)
@@ -72,11 +71,10 @@ class EntropyAbove(Policy):
     def select(self, scores: Scores, spending: Spending = START) -> Selection:
         return measures.entropy(scores, self.unit) > self.threshold
 
-    @property
-    def priority(self) -> Priority:
-        return Priority(measures.entropy)
+    def priority(self, scores: Scores, spending: Spending = START) -> Priority:
+        return Priority(values=measures.entropy(scores))
 
-    def reasons(self, scores: Scores) -> list[str]:
+    def reasons(self, scores: Scores, spending: Spending = START) -> list[str]:
         return _reasons("entropy", measures.entropy(scores, self.unit), self)
 
     def __str__(self) -> str:
@@ -96,11 +94,10 @@ class MarginBelow(Policy):
     def select(self, scores: Scores, spending: Spending = START) -> Selection:
         return measures.margin(scores) < self.threshold
 
-    @property
-    def priority(self) -> Priority:
-        return Priority(lambda scores: -measures.margin(scores))
+    def priority(self, scores: Scores, spending: Spending = START) -> Priority:
+        return Priority(values=-measures.margin(scores))
 
-    def reasons(self, scores: Scores) -> list[str]:
+    def reasons(self, scores: Scores, spending: Spending = START) -> list[str]:
         return _reasons("margin", measures.margin(scores), self)
 
     def __str__(self) -> str:
@@ -120,11 +117,10 @@ class TopProbabilityBelow(Policy):
     def select(self, scores: Scores, spending: Spending = START) -> Selection:
         return measures.top_probability(scores) < self.threshold
 
-    @property
-    def priority(self) -> Priority:
-        return Priority(lambda scores: -measures.top_probability(scores))
+    def priority(self, scores: Scores, spending: Spending = START) -> Priority:
+        return Priority(values=-measures.top_probability(scores))
 
-    def reasons(self, scores: Scores) -> list[str]:
+    def reasons(self, scores: Scores, spending: Spending = START) -> list[str]:
         return _reasons("top_probability", measures.top_probability(scores), self)
 
     def __str__(self) -> str:
@@ -141,37 +137,36 @@ class GainAbove(Policy):
     """
 
     comparison = ">"
+    by_gain = True
     threshold: float
-    gain: Measure | None = field(default=None, kw_only=True, repr=False)
 
     def __post_init__(self) -> None:
         if not -1 <= self.threshold <= 1:
             raise PolicyError(f"gain takes a number from -1 to 1, not {self.threshold!r}.")
 
-    @property
-    def lacks_gain(self) -> bool:
-        return self.gain is None
-
-    def informed(self, gain: Measure) -> Policy:
-        return replace(self, gain=gain)
-
     def select(self, scores: Scores, spending: Spending = START) -> Selection:
-        return self.surplus(scores, spending) > 0
+        return self.surplus(spending) > 0
 
-    def surplus(self, scores: Scores, spending: Spending = START) -> NDArray[np.floating]:
-        return self._expected(scores) - self.threshold
+    def surplus(self, spending: Spending) -> Values:
+        """(N,) how far the expected gain is above what the policy wants. Where several judges can be chosen, an image goes to the
+        judge with the largest surplus."""
+        return self.expected(spending) - self.threshold
 
-    @property
-    def priority(self) -> Priority:
-        return Priority(self._expected, is_gain=True)
+    def priority(self, scores: Scores, spending: Spending = START) -> Priority:
+        return Priority(values=self.expected(spending), is_gain=True)
 
-    def _expected(self, scores: Scores) -> NDArray[np.floating]:
-        if self.gain is None:
+    def expected(self, spending: Spending) -> Values:
+        """(N,) the expected gain.
+
+        Raises:
+            PolicyError: if it is not known.
+        """
+        if spending.gain is None:
             raise uncalibrated(self)
-        return self.gain(scores)
+        return np.array(spending.gain)
 
-    def reasons(self, scores: Scores) -> list[str]:
-        return _reasons("gain", self._expected(scores), self)
+    def reasons(self, scores: Scores, spending: Spending = START) -> list[str]:
+        return _reasons("gain", self.expected(spending), self)
 
     def __str__(self) -> str:
         return f"gain > {number(self.threshold)}"
@@ -187,8 +182,8 @@ class GainPerDollarAbove(GainAbove):
     def __post_init__(self) -> None:
         _require_from_0("gain_per_dollar", self.threshold)
 
-    def surplus(self, scores: Scores, spending: Spending = START) -> NDArray[np.floating]:
-        return self._expected(scores) - self.threshold * np.array(spending.prices or 0.0)
+    def surplus(self, spending: Spending) -> Values:
+        return self.expected(spending) - self.threshold * np.array(spending.prices or 0.0)
 
     def __str__(self) -> str:
         return f"gain_per_dollar > {number(self.threshold)}"
@@ -212,15 +207,14 @@ class TopFraction(Policy):
         selected[np.argsort(-self.measure(scores), kind="stable")[: round(self.fraction * len(scores))]] = True
         return selected
 
-    @property
-    def priority(self) -> Priority:
-        return Priority(self.measure)
+    def priority(self, scores: Scores, spending: Spending = START) -> Priority:
+        return Priority(values=self.measure(scores))
 
     def __str__(self) -> str:
         return f"top_fraction({number(self.fraction)})"
 
 
-def _reasons(measure: str, values: NDArray[np.floating], policy: Policy) -> list[str]:
+def _reasons(measure: str, values: Values, policy: Policy) -> list[str]:
     return [f"{measure} {value:z.2f} (asks for {policy})" for value in values]
 
 

@@ -15,7 +15,7 @@ from cascadevlm.base.images import ImageSource
 from cascadevlm.base.types import NANODOLLARS, Question, Scores
 from cascadevlm.cascade.cascade import Cascade
 from cascadevlm.judges.base import Judge
-from cascadevlm.policies.base import Spending
+from cascadevlm.policies.base import Spending, as_budgeted
 from cascadevlm.scorers.base import Prepared, prepared_or_error, scored_or_errors
 
 SAMPLE = 200
@@ -77,18 +77,19 @@ def estimate(
     escalated, kept = np.ones(len(readable), dtype=bool), 1.0
     estimates = []
     for stage in cascade.stages:
-        judge, policy = stage.by_votes(stage.judge), stage.informed_policy
+        judge, budgeted = stage.by_votes(stage.judge), as_budgeted(stage.policy)
         questions = [
             stage.question(prepared.unread, candidates)
             for prepared, candidates in zip(readable, stage.candidates.choose(scores), strict=True)
         ]
-        selected = policy.unlimited.select(scores, Spending(prices=_usual(judge, questions) if policy.by_price else ()))
+        prices = _usual(judge, questions) if budgeted.policy.by_price else ()
+        selected = budgeted.policy.select(scores, Spending(prices=prices, gain=stage.gain(scores)))
         escalated = selected & (escalated | cascade.routing)
         priced = escalated if escalated.any() else ~escalated  # where none is asked about, all say what one would cost
         usual, worst, tokens = _mean_price(judge, list(compress(questions, priced)))
         rate = float(escalated.sum() / len(looked_at)) * kept
         interval = binomtest(int(escalated.sum()), len(looked_at)).proportion_ci(method="wilson")
-        most = min((limit.most_calls(usual) / total for limit in policy.limits), default=1.0)
+        most = min((limit.most_calls(usual) / total for limit in budgeted.limits), default=1.0)
         low, high = (min(float(end) * kept, most) for end in (interval.low, interval.high))
         calls = round(min(rate, most) * total)
         estimates.append(

@@ -19,6 +19,7 @@ from cascadevlm.decision.judge_model import JudgeModel
 from cascadevlm.judges.base import Judge, LocalJudge
 from cascadevlm.judges.budget import DurableLedger, Ledger
 from cascadevlm.judges.cache import DiskStore, MemoryStore
+from cascadevlm.policies.base import as_policy
 from cascadevlm.scorers.base import EmbeddingScorer, Scorer
 from cascadevlm.scorers.kept import CachedEmbeddings
 from cascadevlm.testing import FakeJudge, FakeScorer, noise, question
@@ -189,4 +190,4 @@ def test_stages_are_copied_whatever_they_hold(copied: Copy) -> None:
     assert isinstance(again, Stage)
     assert again.judge is not stage.judge
     assert (again.policy, again.prompt, again.candidates, again.votes) == (stage.policy, stage.prompt, stage.candidates, 1)
-    assert str(again.informed_policy) == "gain > 0.1 & calls <= 3"
+    assert str(as_policy(again.policy)) == "gain > 0.1 & calls <= 3"

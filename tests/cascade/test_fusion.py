@@ -37,6 +37,7 @@ from cascadevlm.judges.base import Judge
 from cascadevlm.judges.budget import Ledger
 from cascadevlm.judges.cache import MemoryStore
 from cascadevlm.judges.prompt import NONE_OF_THESE, options
+from cascadevlm.policies.base import Spending, as_policy
 from cascadevlm.scorers.base import Prepared
 from cascadevlm.testing import FakeJudge, FakeScorer, noise, picture
 from cascadevlm.testing.fakes import Reply
@@ -259,7 +260,6 @@ def test_policies_of_gain_and_fusion_want_a_model() -> None:
             Stage(judge=judge, prompt=SELECT, policy=parse_policy(policy))
     with pytest.raises(PolicyError, match="needs a calibration"):
         parse_policy("gain > 0.1").select(FakeScorer().score([noise(1)], LABELS))
-    Stage(judge=judge, prompt=SELECT, policy=parse_policy("gain > 0.1").informed(lambda scores: np.ones(len(scores))))
 
 
 def test_the_reason_tells_the_gain() -> None:
@@ -720,7 +720,7 @@ def test_with_routing_no_image_is_asked_about_where_no_policy_wants_it(
     images = [noise(seed + number) for number in range(12)]
     predictions = Cascade(FakeScorer(), stages, labels=LABELS, routing=True, batch_size=batch).classify(images)
     scores = FakeScorer().score(images, LABELS)
-    wanted = [stage.informed_policy.select(scores) for stage in stages]
+    wanted = [as_policy(stage.policy).select(scores, Spending(gain=stage.gain(scores))) for stage in stages]
     for prediction, by_first, by_second in zip(predictions, *wanted, strict=True):
         assert bool(prediction.verdicts) == (by_first or by_second)
         assert prediction.escalated == bool(prediction.verdicts)

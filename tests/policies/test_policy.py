@@ -14,7 +14,7 @@ from cascadevlm.base.labels import LabelSet
 from cascadevlm.base.types import Scores
 from cascadevlm.cascade.candidates import CumulativeMass, TopK
 from cascadevlm.policies import measures
-from cascadevlm.policies.base import Policy, Selection, Spending, as_policy
+from cascadevlm.policies.base import Policy, PolicyLike, Selection, Spending, as_budgeted, as_policy
 from cascadevlm.policies.language import parse_policy
 from cascadevlm.policies.limits import WithinCalls, WithinDollars
 from cascadevlm.policies.rules import (
@@ -58,9 +58,7 @@ measured = st.one_of(
     st.builds(GainAbove, st.floats(-1, 1)),
     st.builds(GainPerDollarAbove, st.floats(0, 1e9)),
 )
-limits: st.SearchStrategy[Policy] = st.one_of(
-    st.builds(WithinCalls, st.integers(0, 10**12)), st.builds(WithinDollars, st.floats(0, 1e12))
-)
+limits = st.one_of(st.builds(WithinCalls, st.integers(0, 10**12)), st.builds(WithinDollars, st.floats(0, 1e12))).map(as_policy)
 unlimited = st.recursive(measured, composed, max_leaves=8)
 limited = st.one_of(
     unlimited, st.lists(st.one_of(unlimited, limits), min_size=1, max_size=4).map(lambda parts: reduce(and_, parts))
@@ -89,11 +87,11 @@ def test_entropy_runs_from_certain_to_uniform() -> None:
 
 def test_reasons_know_no_negative_zero() -> None:
     certain = Scores(log_probs=np.array([[0.0, -np.inf]], dtype=np.float32), labels=LabelSet.of(["a", "b"]), fingerprint="")
-    little_lost = GainAbove(0.1).informed(lambda scores: np.full(len(scores), -0.001))
-    for policy in (EntropyAbove(0.5), EntropyAbove(0.5, unit="nats"), little_lost):
-        (reason,) = policy.reasons(certain)
+    little_lost = Spending(gain=(-0.001,))
+    for policy in (EntropyAbove(0.5), EntropyAbove(0.5, unit="nats"), GainAbove(0.1)):
+        (reason,) = policy.reasons(certain, little_lost)
         assert reason.split()[1] == "0.00"
-        assert " 0.00 " in (~policy).reasons(certain)[0]
+        assert " 0.00 " in (~policy).reasons(certain, little_lost)[0]
 
 
 @given(scores, rules, rules)
@@ -142,9 +140,9 @@ def test_a_budget_of_calls_is_never_exceeded_nor_wasted(given_scores: Scores, ru
 @given(scores, st.floats(0, 1), st.floats(0, 1), st.data())
 def test_a_budget_of_dollars_is_never_exceeded(given_scores: Scores, dollars: float, spent: float, data: st.DataObject) -> None:
     prices = data.draw(st.tuples(*[st.floats(0.001, 0.5)] * len(given_scores)))
-    selected = WithinDollars(dollars).select(given_scores, Spending(dollars=spent, prices=prices))
+    selected = as_policy(WithinDollars(dollars)).select(given_scores, Spending(dollars=spent, prices=prices))
     assert selected @ np.array(prices) <= max(dollars - spent, 0) + 1e-9
-    assert WithinDollars(0).select(given_scores).all()  # local judges cost nothing and are never blocked
+    assert as_policy(WithinDollars(0)).select(given_scores).all()  # local judges cost nothing and are never blocked
 
 
 def test_a_budget_goes_to_the_best_of_what_the_other_side_selects() -> None:
@@ -155,17 +153,28 @@ def test_a_budget_goes_to_the_best_of_what_the_other_side_selects() -> None:
 
 
 def asked_in_a_stream(
-    policy: Policy, whole: Scores, batch: int, *, known: bool = True, prices: NDArray[np.floating] | None = None
+    policy: PolicyLike,
+    whole: Scores,
+    batch: int,
+    *,
+    known: bool = True,
+    prices: NDArray[np.floating] | None = None,
+    gain: NDArray[np.floating] | None = None,
 ) -> Selection:
     """What a policy asks about where images come in batches, and their number is known or not; a cent each, unless told."""
-    spending, parts = Spending(), []
+    budgeted, spending, parts = as_budgeted(policy), Spending(), []
     prices = np.full(len(whole), 0.01) if prices is None else prices
     for start in range(0, len(whole), batch):
         some = whole.rows(slice(start, start + batch))
         images = start + len(some)
-        spending = replace(spending, remaining=len(whole) - images if known else 0, prices=tuple(prices[start:images]))
-        selected = policy.select(some, spending)
-        recent = policy.remembered(some, spending)
+        spending = replace(
+            spending,
+            remaining=len(whole) - images if known else 0,
+            prices=tuple(prices[start:images]),
+            gain=None if gain is None else tuple(gain[start:images]),
+        )
+        selected = budgeted.select(some, spending)
+        recent = budgeted.remembered(some, spending)
         spending = replace(
             spending,
             images=images,
@@ -222,8 +231,9 @@ def test_in_a_stream_no_more_dollars_are_left_than_one_question_costs_where_pric
 )
 def test_in_a_stream_a_budget_goes_to_the_best_of_all_images(text: str) -> None:
     whole, policy = make_scores(5, 6000, 5), parse_policy(text)
-    assert policy.priority is not None
-    doubt = policy.priority.measure(whole)
+    priority = policy.priority(whole)
+    assert priority is not None
+    doubt = priority.values
 
     def worth(asked: Selection) -> float:
         return float(doubt[asked].mean())
@@ -239,12 +249,12 @@ def test_in_a_stream_a_budget_goes_to_the_best_of_all_images(text: str) -> None:
 )
 def test_in_a_stream_dollars_buy_as_much_gain_as_of_all_images(text: str) -> None:
     whole, prices = make_scores(5, 6000, 5), np.random.default_rng(1).choice([0.001, 0.004, 0.02], 6000)
-    policy = parse_policy(text).informed(gain_of)
-    at_once = policy.select(whole, Spending(prices=tuple(prices)))
-    in_batches = asked_in_a_stream(policy, whole, 32, prices=prices)
+    policy, gain = parse_policy(text), gain_of(whole)
+    at_once = policy.select(whole, Spending(prices=tuple(prices), gain=tuple(gain)))
+    in_batches = asked_in_a_stream(policy, whole, 32, prices=prices, gain=gain)
     assert in_batches @ prices == pytest.approx(3, abs=0.02)
     assert in_batches @ prices <= 3 + 1e-9
-    assert gain_of(whole)[in_batches].sum() > 0.95 * gain_of(whole)[at_once].sum()
+    assert gain[in_batches].sum() > 0.95 * gain[at_once].sum()
 
 
 def gain_of(scores: Scores) -> NDArray[np.floating]:
@@ -258,8 +268,9 @@ def doubts(*entropies: float) -> Scores:
     return Scores.from_logits(logits, LabelSet.of(["a", "b"]), "test")
 
 
-def asked(policy: Policy, given_scores: Scores, *prices: float) -> list[int]:
-    selected: list[int] = np.flatnonzero(policy.select(given_scores, Spending(prices=prices))).tolist()
+def asked(policy: PolicyLike, given_scores: Scores, *prices: float, gain: tuple[float, ...] | None = None) -> list[int]:
+    spending = Spending(prices=prices, gain=gain)
+    selected: list[int] = np.flatnonzero(as_policy(policy).select(given_scores, spending)).tolist()
     return selected
 
 
@@ -272,23 +283,23 @@ def test_what_is_too_dear_keeps_nothing_cheaper_from_being_asked() -> None:
 
 @pytest.mark.parametrize("text", ["dollars <= 1", "gain > 0.1 & dollars <= 1", "gain_per_dollar > 0.1 & dollars <= 1"])
 def test_dollars_buy_the_most_gain(text: str) -> None:
-    policy = parse_policy(text).informed(lambda scores: np.array([0.30, 0.29, 0.29, 0.29]))
+    policy, gain = parse_policy(text), (0.30, 0.29, 0.29, 0.29)
     four = doubts(0.6, 0.7, 0.8, 0.9)
-    assert asked(policy, four, 1.0, 0.3, 0.3, 0.3) == [1, 2, 3]
-    assert asked(policy, four, 0.6, 0.6, 0.6, 0.6) == [0]
-    assert asked(policy, four, 0, 0, 0, 0) == [0, 1, 2, 3]  # local judges cost nothing and are never blocked
+    assert asked(policy, four, 1.0, 0.3, 0.3, 0.3, gain=gain) == [1, 2, 3]
+    assert asked(policy, four, 0.6, 0.6, 0.6, 0.6, gain=gain) == [0]
+    assert asked(policy, four, 0, 0, 0, 0, gain=gain) == [0, 1, 2, 3]  # local judges cost nothing and are never blocked
 
 
 def test_calls_go_to_the_highest_gain_whatever_it_costs() -> None:
-    policy = parse_policy("gain_per_dollar > 0.1 & calls <= 1").informed(lambda scores: np.array([0.29, 0.30, 0.29, 0.29]))
-    assert asked(policy, doubts(0.9, 0.8, 0.7, 0.6), 0.3, 1.0, 0.3, 0.3) == [1]
+    policy = parse_policy("gain_per_dollar > 0.1 & calls <= 1")
+    assert asked(policy, doubts(0.9, 0.8, 0.7, 0.6), 0.3, 1.0, 0.3, 0.3, gain=(0.29, 0.30, 0.29, 0.29)) == [1]
 
 
 @pytest.mark.parametrize("other", ["", "always & ", "random(1) & ", "~never & ", "(always | never) & "])
 def test_where_others_rank_none_above_another_a_limit_ranks(other: str) -> None:
     policy, four = parse_policy(f"{other}calls <= 1"), doubts(0.6, 0.7, 0.9, 0.8)
     assert asked(policy, four) == [2]
-    assert asked(policy.informed(lambda scores: np.array([0, 0, 0, 0.9])), four) == [3]
+    assert asked(policy, four, gain=(0, 0, 0, 0.9)) == [3]
     assert asked(as_policy(lambda scores: np.ones(4, dtype=bool)) & WithinCalls(1), four) == [2]
 
 
@@ -318,7 +329,7 @@ def test_limits_among_limits_hold_all() -> None:
     policy = (MarginBelow(0.5) & WithinCalls(9)) & (WithinCalls(5) & EntropyAbove(0.1))
     assert policy == parse_policy("margin < 0.5 & calls <= 9 & (calls <= 5 & entropy > 0.1)")
     assert policy.select(many).sum() == 5
-    assert (policy.unlimited.select(many) == (MarginBelow(0.5) & EntropyAbove(0.1)).select(many)).all()
+    assert (as_budgeted(policy).policy.select(many) == (MarginBelow(0.5) & EntropyAbove(0.1)).select(many)).all()
 
 
 def test_a_budget_in_a_stream_follows_images_that_become_harder() -> None:

@@ -13,6 +13,7 @@ from cascadevlm.base.errors import BackendError, ImageError, InputError, Permane
 from cascadevlm.base.images import ImageSource, load_image
 from cascadevlm.base.labels import LabelSet
 from cascadevlm.base.types import NANODOLLARS, Exemplar, Question, Scores
+from cascadevlm.decision.judge_model import JudgeModel
 from cascadevlm.judges.base import Judge
 from cascadevlm.judges.hosted.base import HostedJudge
 from cascadevlm.judges.support import SupportSet
@@ -205,9 +206,13 @@ def test_what_a_limit_keeps_from_a_judge_does_not_reach_the_next() -> None:
 def test_policies_by_price_see_the_price_of_every_image() -> None:
     images: list[ImageSource] = [*[picture(UNSURE, (10, 10))] * 15, *[picture(UNSURE, (200, 200))] * 5]
 
+    class Gaining(Stage):
+        def gain(self, scores: Scores) -> tuple[float, ...]:
+            return (0.3,) * len(scores)
+
     def asked(policy: str) -> tuple[int, float]:
-        gaining = parse_policy(policy).informed(lambda scores: np.full(len(scores), 0.3))
-        (one,) = estimate(Cascade(SCORER, [stage(Cents(), gaining)], labels=LABELS), images)
+        gaining = Gaining(judge=Cents(), prompt=SELECT, policy=parse_policy(policy), model=JudgeModel.prior(3))
+        (one,) = estimate(Cascade(SCORER, [gaining], labels=LABELS), images)
         return one.calls, round(one.dollars, 6)
 
     assert asked("gain_per_dollar > 1") == (20, 0.65)
