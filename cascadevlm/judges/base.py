@@ -140,7 +140,7 @@ class LocalJudge(Judge):
         return await answer
 
     async def _work(self, loop: asyncio.AbstractEventLoop) -> None:
-        waiting = self._waiting[loop]
+        waiting, wanted = self._waiting[loop], _Waiting()
         try:
             while waiting:
                 await asyncio.sleep(0.005)  # lets concurrent callers join the batch
@@ -148,6 +148,10 @@ class LocalJudge(Judge):
                 del waiting[: self.batch_size]
                 if wanted := [(question, answer) for question, answer in batch if not answer.done()]:
                     await self._answer(wanted)
+        except Exception as exc:  # a subclass that overrides what is ours: nobody may wait for ever
+            for _, answer in [*wanted, *waiting]:
+                if not answer.done():
+                    answer.set_exception(exc)
         finally:
             del self._waiting[loop]
 

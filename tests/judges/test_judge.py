@@ -54,6 +54,17 @@ async def test_one_bad_question_does_not_fail_its_neighbours() -> None:
     assert (await judge.judge(question(["three", "other"]))).label == "three"
 
 
+async def test_a_subclass_that_overrides_a_private_method_keeps_nobody_waiting() -> None:
+    class Overriding(Local):
+        def _answer(self, question: Question) -> Verdict:  # type: ignore[override]
+            raise AssertionError
+
+    answers = await asyncio.wait_for(
+        asyncio.gather(*(Overriding(2).judge(question()) for _ in range(3)), return_exceptions=True), 5
+    )
+    assert [type(answer) for answer in answers] == [AssertionError] * 3
+
+
 async def test_a_cancelled_question_leaves_its_batch_alone() -> None:
     judge = Local(batch_size=4)
     first, second = (asyncio.create_task(judge.judge(question([name, "other"]))) for name in ("one", "two"))
