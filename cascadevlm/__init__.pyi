@@ -1,34 +1,68 @@
-from .base.errors import CascadeError
+from .base.errors import (
+    BackendError,
+    BudgetExhausted,
+    CascadeError,
+    ConfigError,
+    DataError,
+    FatalError,
+    ImageError,
+    InputError,
+    JudgeError,
+    LabelError,
+    PermanentError,
+    PolicyError,
+    PromptError,
+    RateLimited,
+    RunError,
+    TransientError,
+)
 from .base.labels import Label, LabelSet
-from .base.types import Candidate, Prediction, Question, Scores, Usage, Verdict
+from .base.types import Candidate, Prediction, Prompt, Question, Scores, Usage, Verdict
 from .cascade.candidates import CumulativeMass, TopK
 from .cascade.cascade import Cascade
 from .cascade.stage import Stage
 from .config.loading import load_judge, load_prompt, load_scorer
 from .judges.base import Judge, LocalJudge
-from .policies.base import Policy
+from .policies.base import Policy, Spending
 from .policies.language import parse_policy
 from .scorers.base import EmbeddingScorer, Scorer
 
 __version__: str
 
 __all__ = [
+    "BackendError",
+    "BudgetExhausted",
     "Candidate",
     "Cascade",
     "CascadeError",
+    "ConfigError",
     "CumulativeMass",
+    "DataError",
     "EmbeddingScorer",
+    "FatalError",
+    "ImageError",
+    "InputError",
     "Judge",
+    "JudgeError",
     "Label",
+    "LabelError",
     "LabelSet",
     "LocalJudge",
+    "PermanentError",
     "Policy",
+    "PolicyError",
     "Prediction",
+    "Prompt",
+    "PromptError",
     "Question",
+    "RateLimited",
+    "RunError",
     "Scorer",
     "Scores",
+    "Spending",
     "Stage",
     "TopK",
+    "TransientError",
     "Usage",
     "Verdict",
     "load_judge",
