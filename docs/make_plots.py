@@ -1,4 +1,4 @@
-"""The plots of decisions.md: ``python -m docs.make_plots RUN CALIBRATION [--recorded FOLDER]``.
+"""The plots of the pages on deciding better: ``python -m docs.make_plots RUN CALIBRATION [--recorded FOLDER]``.
 
 RUN is a record of ``evaluate --judge-all``, CALIBRATION a file that ``calibrate`` made of it. With ``../shared/recorded/artdl``,
 the same is drawn of one of its pairs of `benchmarks.sweep`, calibrated on 200 images drawn at random.

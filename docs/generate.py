@@ -1,0 +1,93 @@
+"""Writes the pages that are made from the program: ``python -m docs.generate``. A test checks that they are up to date."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import typer.main
+from typer.cli import get_docs_for_click
+
+from cascadevlm import cli
+from cascadevlm.base import errors
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PACKAGES = (ROOT / "cascadevlm", ROOT / "backends" / "cascadevlm_backends")
+
+ERRORS = {name for name, value in vars(errors).items() if isinstance(value, type) and issubclass(value, errors.CascadeError)}
+
+
+def command_line() -> str:
+    """Every command with its help, in Markdown."""
+    command = typer.main.get_command(cli.app)
+    context = command.make_context("cascadevlm", [], resilient_parsing=True)
+    return get_docs_for_click(obj=command, ctx=context, name="cascadevlm", title="Command line").strip() + "\n"
+
+
+def all_errors() -> str:
+    """A table of the messages of every error of the packages, with what to do."""
+    rows: dict[str, set[tuple[str, str]]] = {}
+    for package in PACKAGES:
+        for path in sorted(package.rglob("*.py")):
+            for name, message, hint in raised(ast.parse(path.read_text(encoding="utf-8"))):
+                rows.setdefault(name, set()).add((message, hint))
+    parts = [
+        "# All errors\n",
+        "This page is made from the program: `python -m docs.generate`. An ellipsis (…) stands for what differs between cases.",
+        "Search this page for a part of the message that you see.\n",
+    ]
+    for name in sorted(rows):
+        parts += [f"## {name}\n", f"{summary(name)}\n", "| message | what to do |", "|---|---|"]
+        parts += [f"| {cell(message)} | {cell(hint) or 'as the message says'} |" for message, hint in sorted(rows[name])]
+        parts.append("")
+    return "\n".join(parts).strip() + "\n"
+
+
+def raised(tree: ast.AST) -> Iterator[tuple[str, str, str]]:
+    """Class, message and hint of every error that is made with a literal message."""
+    named = {
+        target.id: literal(node.value)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Assign)
+        for target in node.targets
+        if isinstance(target, ast.Name)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ERRORS and node.args:
+            message, *hints = (
+                named.get(value.id, "") if isinstance(value, ast.Name) else literal(value)
+                for value in (node.args[0], *(keyword.value for keyword in node.keywords if keyword.arg == "hint"))
+            )
+            if message:
+                yield node.func.id, message, hints[0] if hints else ""
+
+
+def literal(node: ast.expr) -> str:
+    """The text of a string, with an ellipsis for everything that is filled in."""
+    match node:
+        case ast.Constant(value=str(text)):
+            return text
+        case ast.JoinedStr(values=values):
+            return "".join(value.value if isinstance(value, ast.Constant) else "…" for value in values)
+        case ast.BinOp(left=left, op=ast.Add(), right=right):
+            return literal(left) + literal(right)
+        case ast.IfExp(body=body, orelse=orelse):
+            return " / ".join(filter(None, (literal(body), literal(orelse))))
+    return ""
+
+
+def summary(name: str) -> str:
+    """The first line of the docstring of an error."""
+    return (getattr(errors, name).__doc__ or "").splitlines()[0].split(";")[0].rstrip(".") + "."
+
+
+def cell(text: str) -> str:
+    """A text for a cell of a table."""
+    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;").replace("*", "\\*")
+
+
+PAGES = {"command-line.md": command_line, "errors.md": all_errors}
+
+if __name__ == "__main__":
+    for name, page in PAGES.items():
+        (DOCS / name).write_text(page(), encoding="utf-8")
