@@ -1,13 +1,11 @@
 """Writes the pages that are made from the program: ``python -m docs.generate``. A test checks that they are up to date."""
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import typer.main
-from typer.cli import get_docs_for_click
-
-from cascadevlm import cli
 from cascadevlm.base import errors
 
 ROOT = Path(__file__).parents[1]
@@ -19,9 +17,19 @@ ERRORS = {name for name, value in vars(errors).items() if isinstance(value, type
 
 def command_line() -> str:
     """Every command with its help, in Markdown."""
-    command = typer.main.get_command(cli.app)
-    context = command.make_context("cascadevlm", [], resilient_parsing=True)
-    return get_docs_for_click(obj=command, ctx=context, name="cascadevlm", title="Command line").strip() + "\n"
+    command = [
+        sys.executable,
+        "-m",
+        "typer",
+        "cascadevlm.cli",
+        "utils",
+        "docs",
+        "--name",
+        "cascadevlm",
+        "--title",
+        "Command line",
+    ]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip() + "\n"
 
 
 def all_errors() -> str:
@@ -68,7 +76,7 @@ def literal(node: ast.expr) -> str:
         case ast.Constant(value=str(text)):
             return text
         case ast.JoinedStr(values=values):
-            return "".join(value.value if isinstance(value, ast.Constant) else "…" for value in values)
+            return "".join(str(value.value) if isinstance(value, ast.Constant) else "…" for value in values)
         case ast.BinOp(left=left, op=ast.Add(), right=right):
             return literal(left) + literal(right)
         case ast.IfExp(body=body, orelse=orelse):
