@@ -436,6 +436,6 @@ def test_room_is_given_back_after_an_error() -> None:
 
 
 def test_the_documentation_names_every_column_and_ending() -> None:
-    page = (Path(__file__).parents[2] / "docs" / "labels.md").read_text()
+    page = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
     for word in (*NAME_COLUMNS, "text", "aliases", "description", ".csv", ".tsv", ".json", ".jsonl", "synset_words.txt"):
         assert f"`{word}`" in page
