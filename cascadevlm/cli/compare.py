@@ -1,9 +1,7 @@
 """``cascadevlm compare``."""
 
 import json
-import tempfile
 from collections.abc import Sequence
-from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -17,13 +15,7 @@ from cascadevlm.cli import options
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from cascadevlm.base.labels import LabelSet
-    from cascadevlm.cascade.cascade import Cascade
-    from cascadevlm.config.config import Config
     from cascadevlm.evaluation.compare import Comparison
-    from cascadevlm.judges.base import Judge
-    from cascadevlm.judges.cache import VerdictStore
-    from cascadevlm.scorers.base import Scorer
 
 MOST_SHOWN = 20
 """Images on which not all agree; the rest are counted, and in the JSON."""
@@ -47,11 +39,10 @@ def compare(
 
     from cascadevlm.cli.money import confirm
     from cascadevlm.config.config import Config, read_toml
-    from cascadevlm.config.loading import load_scorer
     from cascadevlm.evaluation.compare import compare as compared
     from cascadevlm.evaluation.compare import labelled, require_same
-    from cascadevlm.evaluation.evaluate import record_run
-    from cascadevlm.evaluation.record import read_record, scores_kept
+    from cascadevlm.evaluation.record import read_record
+    from cascadevlm.evaluation.sharing import record_runs, sharing
 
     names = _names(runs)
     records = {name: read_record(path) for name, path in zip(names, runs, strict=True) if path.is_dir()}
@@ -71,25 +62,13 @@ def compare(
         options.tell(next(iter(cascades.values())).labels, [data])
     of_records = {name: labelled(record) for name, record in records.items()}
     require_same(of_records | {name: (cascades[name].labels, each.names, each.truths) for name, each in given.items()})
-    cascades = _sharing(cascades, configs)
+    cascades = sharing(cascades, configs)
     if not yes:
         for name, config in configs.items():
             confirm(config, cascades[name], given[name].images)
-    with tempfile.TemporaryDirectory() as scratch, Progress(console=Console(stderr=True), transient=True) as progress:
+    with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("images", total=sum(map(len, given.values())))
-        scored: dict[tuple[str, LabelSet], Path] = {}
-        for name, config in configs.items():
-            folder = (output or Path(scratch)) / name
-            known = scored.setdefault((_scored_by(config), cascades[name].labels), folder)
-            whole = scores_kept(cascades[name].labels) == len(cascades[name].labels)
-            scorer = load_scorer(f"recorded:{known}") if whole and known != folder else None
-            records[name] = record_run(
-                cascades[name].altered(scorer=scorer),
-                given[name],
-                folder,
-                config=config,
-                progress=lambda _: progress.advance(task),
-            )
+        records |= record_runs(cascades, given, configs=configs, folder=output, progress=lambda _: progress.advance(task))
     comparison = compared({name: records[name] for name in names})
     if as_json:
         typer.echo(json.dumps(comparison.to_dict()))
@@ -114,31 +93,6 @@ def _names(runs: Sequence[Path]) -> list[str]:
         if name == other:
             raise InputError(f"{str(path)!r} and {str(its_path)!r} are both named {name!r}.", hint="Rename one of them.")
     return names
-
-
-def _sharing(cascades: "dict[str, Cascade]", configs: "dict[str, Config]") -> "dict[str, Cascade]":
-    """The cascades with one store of verdicts for all, the first's where it has one, and equal models loaded once."""
-    from cascadevlm.judges.cache import MemoryStore
-
-    stores = [cascade.store for cascade in cascades.values()]
-    store: VerdictStore = MemoryStore() if not stores or stores[0] is None else stores[0]
-    scorers: dict[str, Scorer] = {}
-    judges: dict[str, Judge] = {}
-    return {
-        name: cascade.altered(
-            scorer=scorers.setdefault(_scored_by(configs[name]), cascade.scorer),
-            stages=[
-                replace(stage, judge=judges.setdefault(repr((config.judge, config.options)), stage.judge))
-                for stage, config in zip(cascade.stages, configs[name].stage, strict=True)
-            ],
-            store=store,
-        )
-        for name, cascade in cascades.items()
-    }
-
-
-def _scored_by(config: "Config") -> str:
-    return repr((config.scorer, config.calibration))
 
 
 def _runs(comparison: "Comparison") -> "Table":

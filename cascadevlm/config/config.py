@@ -3,6 +3,7 @@
 import reprlib
 import tomllib
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal, Self, get_args
@@ -107,6 +108,14 @@ class SupportConfig(_Section):
     folder: Path
     shots: Annotated[int, Field(ge=1)] = 1
 
+    def read(self, labels: LabelSet) -> SupportSet:
+        """The support set.
+
+        Raises:
+            InputError: if it has no image of any label.
+        """
+        return SupportSet.read(self.folder, labels, shots=self.shots)
+
 
 class StageConfig(_Section):
     """``[[stage]]``: a judge and when and how it is asked."""
@@ -135,12 +144,17 @@ class StageConfig(_Section):
             policy=parse_policy(policy),
             candidates=self.candidates.build(calibration, number),
             offer_none=self.offer_none,
-            support=SupportSet.read(self.support.folder, labels, shots=self.support.shots) if self.support else None,
+            support=self.support.read(labels) if self.support else None,
             fusion=fusion,
             model=known.model if known else None,
             votes=self.votes,
             widen=self.widen,
         )
+
+    def questions_of(self, stage: Stage, labels: LabelSet) -> Stage:
+        """The stage with the prompt, candidates and reference images of this configuration."""
+        support = self.support.read(labels) if self.support else None
+        return replace(stage, prompt=load_prompt(self.prompt), candidates=self.candidates.build(None, 0), support=support)
 
 
 class BudgetConfig(_Section):
@@ -197,6 +211,17 @@ class Config(_Section):
             return cls.model_validate(data)
         except ValidationError as exc:
             raise ConfigError(f"{name}: {_explain(cls, exc)}") from exc
+
+    def altered(self, changes: Mapping[str, JsonValue]) -> Self:
+        """The configuration with other values of some keys, as ``stage.0.prompt``.
+
+        Raises:
+            ConfigError: as `parse`.
+        """
+        data = self.model_dump(mode="json")
+        for key, value in changes.items():
+            override(data, key, value)
+        return self.parse(data)
 
     def build(self, labels: LabelSet | None = None, *, bulk: bool = False) -> Cascade:
         """The cascade, its models not yet loaded; in ``bulk``, the embeddings of images are kept.

@@ -1,56 +1,40 @@
 """Studies: those of the CascadeVLM paper (Wei, Findings of EMNLP 2024, arXiv 2405.11301), on any labelled data and any models.
 
-A study over images asks the judge of a cascade of one stage about all of them in every variant, so that the cascade with its
-policy and the judge on everything are figures of the same answers. Images are scored once and no question is put twice. Such
-studies take:
+A study over images compares variants of the configuration of a cascade with one judge. The judge is asked about all images in
+every variant, so that the cascade with its policy and the judge on everything are figures of the same answers. Images are scored
+once and no question is put twice. Studies of a record ask nobody.
 
-``cascade``, ``data``
-    what is varied, and the labelled images.
-``config``
-    what the cascade was built from; it is kept with the records, altered as each variant is.
-``folder``
-    where the records are kept, each in a folder of its variant's name; nowhere, unless given.
-``begin``
-    told, before anybody is asked, the cascade of all variants as stages that ask about everything: the questions of the study.
-``progress``
-    told every prediction.
-
-They raise `InputError` for a cascade of none or several stages, `DataError` if a folder holds a record already or no image can be
-read, and `BudgetExhausted` if the budget does not suffice. Studies of a record ask nobody.
+Raises:
+    InputError: if the cascade does not have one stage.
+    DataError: if a folder holds a record already, or no image can be read.
+    BudgetExhausted: if the budget does not suffice.
 """
 
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypedDict, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 from pydantic import JsonValue
 
 from cascadevlm.base.arrays import NOBODY
 from cascadevlm.base.errors import BudgetExhausted, DataError, InputError
-from cascadevlm.base.images import pixel_digest
-from cascadevlm.base.labels import LabelSet
-from cascadevlm.base.types import Prediction, Scores
-from cascadevlm.cascade.candidates import Order, TopK
+from cascadevlm.base.types import Prediction
+from cascadevlm.cascade.candidates import Order
 from cascadevlm.cascade.cascade import Cascade
-from cascadevlm.cascade.item import stacked
 from cascadevlm.cascade.stage import Stage
-from cascadevlm.config.config import Config, override
-from cascadevlm.config.loading import load_prompt
+from cascadevlm.config.config import Config
 from cascadevlm.evaluation.data import Data
-from cascadevlm.evaluation.evaluate import asking_everything, record_run
+from cascadevlm.evaluation.evaluate import asking_everything
 from cascadevlm.evaluation.metrics import Bools, Interval, coverage, covered_by, interval, mean
 from cascadevlm.evaluation.record import Record
+from cascadevlm.evaluation.sharing import record_runs, sharing
 from cascadevlm.evaluation.sweep import sweep, under
-from cascadevlm.judges.cache import MemoryStore
 from cascadevlm.judges.support import SupportSet
 from cascadevlm.policies.base import PolicyLike
 from cascadevlm.policies.rules import Always, EntropyAbove
-from cascadevlm.scorers.base import Scorer
 
 KS = (1, 2, 3, 5, 10)
 """How many candidates `study_candidates` tries, unless told otherwise."""
@@ -144,79 +128,47 @@ def position_bias(record: Record) -> PositionBias:
     return PositionBias(chosen=chosen, true=true, p_value=p_value)
 
 
-class RememberingScorer(Scorer):
-    """Scores as another scorer does, every image once; for one label set."""
-
-    def __init__(self, wrapped: Scorer) -> None:
-        self.wrapped = wrapped
-        self.known: dict[str, Scores] = {}
-
-    def score(self, images: Sequence[Image.Image], labels: LabelSet) -> Scores:
-        digests = [pixel_digest(image) for image in images]
-        new = {digest: image for digest, image in zip(digests, images, strict=True) if digest not in self.known}
-        if new:
-            scores = self.wrapped.score([*new.values()], labels)
-            self.known.update((digest, scores.rows(slice(row, row + 1))) for row, digest in enumerate(new))
-        return stacked([self.known[digest] for digest in digests])
-
-
-Variant = tuple[Stage, dict[str, JsonValue]]
-"""A stage, and what it changes in the configuration's."""
-
 Begin = Callable[[Cascade], None]
 Progress = Callable[[Prediction], None]
 
 
-def _nothing(_: Cascade | Prediction) -> None:
-    """For nobody to be told."""
+class Asking(TypedDict, total=False):
+    """How a study over images is run.
+
+    Attributes:
+        folder: for the records, each in a folder of its variant's name. Default: the records are not kept.
+        begin: told, before anybody is asked, a cascade whose stages put all questions of the study.
+        progress: told every prediction.
+    """
+
+    folder: Path | None
+    begin: Begin
+    progress: Progress
 
 
-def study_candidates(
-    cascade: Cascade,
-    data: Data,
-    *,
-    config: Config,
-    ks: Sequence[int] = KS,
-    folder: Path | None = None,
-    begin: Begin = _nothing,
-    progress: Progress = _nothing,
-) -> Study:
-    """The effect of k, the number of candidates; more than there are labels are all labels."""
-    stage = _stage_of(cascade)
-    variants: dict[str, Variant] = {}
-    for k in sorted({min(k, len(cascade.labels)) for k in ks}):
-        rule = TopK(k=k, order=stage.candidates.order, seed=stage.candidates.seed)
-        variants[f"k={k}"] = (
-            replace(stage, candidates=rule),
-            {f"candidates.{key}": k if key == "k" else None for key in ("k", "mass", "coverage", "minimum", "maximum")},
-        )
-    records = _ask(variants, cascade, data, config, folder, begin, progress)
+Variants = Mapping[str, Mapping[str, JsonValue]]
+"""By name, what each variant changes in the configuration of the stage."""
+
+
+def study_candidates(cascade: Cascade, data: Data, *, config: Config, ks: Sequence[int] = KS, **asking: Unpack[Asking]) -> Study:
+    """The effect of k, the number of candidates; a k above the number of labels takes all labels."""
+    rule = _stage_of(cascade).candidates
+    numbers = sorted({min(k, len(cascade.labels)) for k in ks})
+    variants: Variants = {f"k={k}": {"candidates": {"k": k, "order": rule.order, "seed": rule.seed}} for k in numbers}
     return Study(
         name="candidates",
         question="How many candidates should the judge be offered?",
-        rows=_rows(records, stage.policy),
+        rows=_rows(_ask(variants, cascade, data, config, **asking), cascade.stages[0].policy),
     )
 
 
-def study_order(
-    cascade: Cascade,
-    data: Data,
-    *,
-    config: Config,
-    folder: Path | None = None,
-    begin: Begin = _nothing,
-    progress: Progress = _nothing,
-) -> Study:
+def study_order(cascade: Cascade, data: Data, *, config: Config, **asking: Unpack[Asking]) -> Study:
     """The effect of the order of the candidates, and the judge's position bias; shuffled with the seed of the candidates."""
-    stage = _stage_of(cascade)
-    variants: dict[str, Variant] = {
-        order: (replace(stage, candidates=replace(stage.candidates, order=order)), {"candidates.order": order})
-        for order in ORDERS
-    }
-    records = _ask(variants, cascade, data, config, folder, begin, progress)
+    variants: Variants = {order: {"candidates.order": order} for order in ORDERS}
+    records = _ask(variants, cascade, data, config, **asking)
     rows = [
         replace(row, figures={**row.figures, **_position_figures(record, shuffled=row.variant == "shuffled")})
-        for row, record in zip(_rows(records, stage.policy), records.values(), strict=True)
+        for row, record in zip(_rows(records, cascade.stages[0].policy), records.values(), strict=True)
     ]
     return Study(
         name="order",
@@ -229,23 +181,13 @@ def study_order(
     )
 
 
-def study_reasoning(
-    cascade: Cascade,
-    data: Data,
-    *,
-    config: Config,
-    folder: Path | None = None,
-    begin: Begin = _nothing,
-    progress: Progress = _nothing,
-) -> Study:
+def study_reasoning(cascade: Cascade, data: Data, *, config: Config, **asking: Unpack[Asking]) -> Study:
     """The effect of chain-of-thought: the prompt ``select_cot`` against ``select``."""
-    stage = _stage_of(cascade)
-    variants = {prompt: _prompted(stage, prompt) for prompt in ("select", "select_cot")}
-    records = _ask(variants, cascade, data, config, folder, begin, progress)
+    variants: Variants = {prompt: {"prompt": prompt, "support": None} for prompt in ("select", "select_cot")}
     return Study(
         name="reasoning",
         question="Is the judge better if it reasons before it answers?",
-        rows=_rows(records, stage.policy),
+        rows=_rows(_ask(variants, cascade, data, config, **asking), cascade.stages[0].policy),
     )
 
 
@@ -256,34 +198,29 @@ def study_shots(
     config: Config,
     support: Path,
     shots: Sequence[int] = SHOTS,
-    folder: Path | None = None,
-    begin: Begin = _nothing,
-    progress: Progress = _nothing,
+    **asking: Unpack[Asking],
 ) -> Study:
     """The effect of exemplars: the prompt ``select_fewshot`` with images of the folder ``support`` against ``select_cot``.
 
     Raises:
         InputError: also if a number of exemplars is below 0, or the folder has no image of any label.
     """
-    stage = _stage_of(cascade)
-    variants: dict[str, Variant] = {}
-    exemplars: set[str] = set()
-    for number in sorted(set(shots)):
-        if number < 0:
-            raise InputError(f"A class cannot have {number} exemplars.")
-        if number == 0:
-            variants["shots=0"] = _prompted(stage, "select_cot")
-            continue
-        shown = SupportSet.read(support, cascade.labels, shots=number)
-        exemplars.update(exemplar.digest for given in shown.exemplars.values() for exemplar in given)
-        settings: dict[str, JsonValue] = {"prompt": "select_fewshot", "support": {"folder": str(support), "shots": number}}
-        variants[f"shots={number}"] = replace(stage, prompt=load_prompt("select_fewshot"), support=shown), settings
-    records = _ask(variants, cascade, data, config, folder, begin, progress)
+    if min(shots) < 0:
+        raise InputError(f"A class cannot have {min(shots)} exemplars.", hint="Give numbers from 0 on.")
+    variants: Variants = {
+        f"shots={number}": {"prompt": "select_fewshot", "support": {"folder": str(support), "shots": number}}
+        if number
+        else {"prompt": "select_cot", "support": None}
+        for number in sorted(set(shots))
+    }
+    records = _ask(variants, cascade, data, config, **asking)
+    shown = SupportSet.read(support, cascade.labels, shots=max(*shots, 1))
+    exemplars = {exemplar.digest for given in shown.exemplars.values() for exemplar in given}
     common = sum(digest in exemplars for digest in next(iter(records.values())).digests)
     return Study(
         name="shots",
         question="Is the judge better if it is shown exemplars of the candidates?",
-        rows=_rows(records, stage.policy),
+        rows=_rows(records, cascade.stages[0].policy),
         notes=(f"{common} of the images are exemplars too, which flatters the judge.",) if common else (),
     )
 
@@ -367,48 +304,35 @@ def _stage_of(cascade: Cascade) -> Stage:
     return cascade.stages[0]
 
 
-def _prompted(stage: Stage, prompt: str) -> tuple[Stage, dict[str, JsonValue]]:
-    """The stage with another prompt, and without exemplars."""
-    return replace(stage, prompt=load_prompt(prompt), support=None), {"prompt": prompt, "support": None}
-
-
 def _ask(
-    variants: Mapping[str, Variant],
+    variants: Variants,
     cascade: Cascade,
     data: Data,
     config: Config,
-    folder: Path | None,
-    begin: Begin,
-    progress: Progress,
+    *,
+    folder: Path | None = None,
+    begin: Begin = lambda cascade: None,
+    progress: Progress = lambda prediction: None,
 ) -> dict[str, Record]:
     """A record of each variant, its judge asked about everything."""
-    together = asking_everything(
-        cascade.altered(
-            scorer=RememberingScorer(cascade.scorer),
-            stages=[stage for stage, _ in variants.values()],
-            store=MemoryStore() if cascade.store is None else None,
-        )
-    )
-    configs = {}
-    for name, (_, settings) in variants.items():
-        if folder and (folder / name / "run.json").exists():
-            raise DataError(f"{str(folder / name)!r} holds a record already.", hint="Give another folder.")
-        altered = config.model_dump(mode="json")
-        for key, value in settings.items():
-            override(altered, f"stage.0.{key}", value)
-        configs[name] = Config.parse(altered)
-    begin(together)
-    records = {}
-    with nullcontext(folder) if folder else tempfile.TemporaryDirectory() as kept:
-        for (name, each), stage in zip(configs.items(), together.stages, strict=True):
-            alone = together.altered(stages=[stage])
-            record = record_run(alone, data, Path(kept) / name, config=each, progress=progress)
-            if lacking := int((record.readable & ~record.judged.asked).sum()):
-                raise BudgetExhausted(
-                    f"The budget is spent, and the judge was not asked about {lacking} images with {name}.",
-                    hint="Raise budget.usd, or take fewer images with --limit; answers in the cache are not asked for again.",
-                )
-            records[name] = record
+    stage = _stage_of(cascade)
+    configs = {
+        name: config.altered({f"stage.0.{key}": value for key, value in changes.items()}) for name, changes in variants.items()
+    }
+    cascades = {
+        name: asking_everything(cascade.altered(stages=[each.stage[0].questions_of(stage, cascade.labels)]))
+        for name, each in configs.items()
+    }
+    cascades = sharing(cascades, configs)
+    begin(cascade.altered(stages=[each.stages[0] for each in cascades.values()]))
+    of_all = dict.fromkeys(cascades, data)
+    records = record_runs(cascades, of_all, configs=configs, folder=folder, progress=progress)
+    for name, record in records.items():
+        if lacking := int((record.readable & ~record.judged.asked).sum()):
+            raise BudgetExhausted(
+                f"The budget is spent, and the judge was not asked about {lacking} images with {name}.",
+                hint="Raise budget.usd, or take fewer images with --limit; answers in the cache are not asked for again.",
+            )
     return records
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import JsonValue
 from scipy.stats import chi2
 from sklearn.metrics import accuracy_score
 
@@ -40,7 +41,8 @@ from cascadevlm.testing.fakes import Reply
 
 NAMES = ["ant", "bee", "cicada", "dragonfly", "earwig", "firefly"]
 LABELS = LabelSet.of(NAMES)
-CONFIG = Config.parse({"scorer": {"use": "fake:x"}, "stage": [{"judge": "fake:judge", "policy": "entropy > 0.5"}]})
+STAGE: dict[str, JsonValue] = {"judge": "fake:judge", "policy": "entropy > 0.5", "candidates": 3}
+CONFIG = Config.parse({"scorer": {"use": "fake:x"}, "stage": [STAGE]})
 GATE = EntropyAbove(0.5)
 
 
