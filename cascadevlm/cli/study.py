@@ -14,7 +14,7 @@ from cascadevlm.cli import options
 if TYPE_CHECKING:
     from cascadevlm.cascade.cascade import Cascade
     from cascadevlm.config.config import Config
-    from cascadevlm.evaluation.study import Study
+    from cascadevlm.evaluation.results import Study
 
 app = typer.Typer(help="The studies of the CascadeVLM paper, on your data and models.", no_args_is_help=True)
 
@@ -204,7 +204,7 @@ def _finish(study: "Study", output: Path | None, *, as_json: bool) -> None:
     """Write the study to the folder, if there is one, and show it."""
     if output:
         output.mkdir(parents=True, exist_ok=True)
-        (output / f"study-{study.name}.json").write_text(json.dumps(study.to_dict(), indent=2) + "\n", encoding="utf-8")
+        (output / f"study-{study.study}.json").write_text(json.dumps(study.to_dict(), indent=2) + "\n", encoding="utf-8")
     if as_json:
         typer.echo(json.dumps(study.to_dict()))
     else:
@@ -212,29 +212,15 @@ def _finish(study: "Study", output: Path | None, *, as_json: bool) -> None:
 
 
 def _show(study: "Study") -> None:
-    """A table whose longer side goes down."""
     from rich.console import Console
     from rich.table import Table
 
-    from cascadevlm.evaluation.texts import study_figure
-
-    columns = [
-        ["", *(row.variant for row in study.rows)],
-        ["accuracy", *(study_figure("accuracy", row.accuracy) for row in study.rows)],
-        ["interval", *("–".join(f"{end:.0%}" for end in row.interval or ()) for row in study.rows)],
-        *([name, *(study_figure(name, getattr(row, name)) for row in study.rows)] for name in ("calls", "dollars", "seconds")),
-        *(
-            [name.replace("_", " "), *(study_figure(name, row.figures[name]) for row in study.rows)]
-            for name in study.rows[0].figures
-        ),
-    ]
-    lines = columns if len(columns) > len(study.rows) else zip(*columns, strict=True)
-    first, *others = lines
+    (first, *headings), *lines = study.table
     table = Table(box=None, header_style="bold", padding=(0, 1), collapse_padding=True, pad_edge=False)
-    table.add_column(first[0], no_wrap=True)
-    for heading in first[1:]:
+    table.add_column(first, no_wrap=True)
+    for heading in headings:
         table.add_column(heading, justify="right")
-    for line in others:
+    for line in lines:
         table.add_row(*line)
     console = Console(highlight=False)
     console.print(study.question + "\n")

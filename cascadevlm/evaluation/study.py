@@ -11,7 +11,7 @@ Raises:
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypedDict, Unpack
 
@@ -28,8 +28,9 @@ from cascadevlm.cascade.stage import Stage
 from cascadevlm.config.config import Config
 from cascadevlm.evaluation.data import Data
 from cascadevlm.evaluation.evaluate import asking_everything
-from cascadevlm.evaluation.metrics import Bools, Interval, coverage, covered_by, interval, mean
+from cascadevlm.evaluation.metrics import Bools, coverage, covered_by, interval, mean
 from cascadevlm.evaluation.record import Record
+from cascadevlm.evaluation.results import Row, Study
 from cascadevlm.evaluation.sharing import record_runs, sharing
 from cascadevlm.evaluation.sweep import sweep, under
 from cascadevlm.judges.support import SupportSet
@@ -43,56 +44,6 @@ SHOTS = (0, 1, 2)
 """How many exemplars a class `study_shots` tries, unless told otherwise."""
 
 ORDERS: tuple[Order, ...] = ("ranked", "reversed", "shuffled")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    """One variant.
-
-    Attributes:
-        variant: its name.
-        accuracy: of the images that could be read.
-        interval: of the accuracy: 95 % bootstrap.
-        calls: questions that the policy asks.
-        dollars: what they cost; answers from the cache at what they cost when they were asked.
-        seconds: what they took the judge, one after the other; answers from the cache count as the mean of the others. None if
-            all came from there.
-        figures: further ones by name; None where no image tells anything about it.
-    """
-
-    variant: str
-    accuracy: float
-    interval: Interval | None
-    calls: int
-    dollars: float
-    seconds: float | None
-    figures: Mapping[str, float | None]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Study:
-    """What came of a study: its name, the question it answers, a row for every variant, and remarks."""
-
-    name: str
-    question: str
-    rows: tuple[Row, ...]
-    notes: tuple[str, ...] = ()
-
-    def to_dict(self) -> dict[str, JsonValue]:
-        """The study as JSON-serialisable data; the further figures stand in the rows beside the others."""
-        rows: list[JsonValue] = [
-            {
-                "variant": row.variant,
-                "accuracy": row.accuracy,
-                "interval": list(row.interval) if row.interval else None,
-                "calls": row.calls,
-                "dollars": row.dollars,
-                "seconds": row.seconds,
-                **row.figures,
-            }
-            for row in self.rows
-        ]
-        return {"study": self.name, "question": self.question, "rows": rows, "notes": list(self.notes)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,7 +107,7 @@ def study_candidates(cascade: Cascade, data: Data, *, config: Config, ks: Sequen
     numbers = sorted({min(k, len(cascade.labels)) for k in ks})
     variants: Variants = {f"k={k}": {"candidates": {"k": k, "order": rule.order, "seed": rule.seed}} for k in numbers}
     return Study(
-        name="candidates",
+        study="candidates",
         question="How many candidates should the judge be offered?",
         rows=_rows(_ask(variants, cascade, data, config, **asking), cascade.stages[0].policy),
     )
@@ -167,11 +118,11 @@ def study_order(cascade: Cascade, data: Data, *, config: Config, **asking: Unpac
     variants: Variants = {order: {"candidates.order": order} for order in ORDERS}
     records = _ask(variants, cascade, data, config, **asking)
     rows = [
-        replace(row, figures={**row.figures, **_position_figures(record, shuffled=row.variant == "shuffled")})
+        row.with_figures(**_position_figures(record, shuffled=row.variant == "shuffled"))
         for row, record in zip(_rows(records, cascade.stages[0].policy), records.values(), strict=True)
     ]
     return Study(
-        name="order",
+        study="order",
         question="Does the order of the candidates matter, and does the judge favour a position?",
         rows=tuple(rows),
         notes=(
@@ -185,7 +136,7 @@ def study_reasoning(cascade: Cascade, data: Data, *, config: Config, **asking: U
     """The effect of chain-of-thought: the prompt ``select_cot`` against ``select``."""
     variants: Variants = {prompt: {"prompt": prompt, "support": None} for prompt in ("select", "select_cot")}
     return Study(
-        name="reasoning",
+        study="reasoning",
         question="Is the judge better if it reasons before it answers?",
         rows=_rows(_ask(variants, cascade, data, config, **asking), cascade.stages[0].policy),
     )
@@ -218,7 +169,7 @@ def study_shots(
     exemplars = {exemplar.digest for given in shown.exemplars.values() for exemplar in given}
     common = sum(digest in exemplars for digest in next(iter(records.values())).digests)
     return Study(
-        name="shots",
+        study="shots",
         question="Is the judge better if it is shown exemplars of the candidates?",
         rows=_rows(records, cascade.stages[0].policy),
         notes=(f"{common} of the images are exemplars too, which flatters the judge.",) if common else (),
@@ -239,7 +190,7 @@ def study_threshold(record: Record, *, thresholds: Sequence[float] | None = None
         assert curve.thresholds is not None
         thresholds = np.unique(curve.thresholds[~np.isnan(curve.thresholds)].clip(0, 1)).tolist()
     rows = [_row(f"entropy > {t:.3g}", record, EntropyAbove(t), {"threshold": t}) for t in sorted(thresholds)]
-    return Study(name="threshold", question="From which entropy on should the judge be asked?", rows=tuple(rows))
+    return Study(study="threshold", question="From which entropy on should the judge be asked?", rows=tuple(rows))
 
 
 def study_errors(record: Record) -> Study:
@@ -263,11 +214,10 @@ def study_errors(record: Record) -> Study:
                 calls=int(sum(put.sum() for put in asked)),
                 dollars=float(sum(stage.dollars[put].sum() for stage, put in zip(record.stages, asked, strict=True))),
                 seconds=None,
-                figures={"errors": int(here.sum()), "share": int(here.sum()) / errors if errors else None},
-            )
+            ).with_figures(errors=int(here.sum()), share=int(here.sum()) / errors if errors else None)
         )
     return Study(
-        name="errors",
+        study="errors",
         question="What are the errors of the cascade due to?",
         rows=tuple(rows),
         notes=(
@@ -380,8 +330,7 @@ def _row(variant: str, record: Record, policy: PolicyLike, figures: Mapping[str,
         calls=int(asked.sum()),
         dollars=float(record.judged.dollars[asked].sum()),
         seconds=_total(record.judged.seconds, asked),
-        figures={"deferral_rate": mean(asked[record.readable]), **figures},
-    )
+    ).with_figures(deferral_rate=mean(asked[record.readable]), **figures)
 
 
 def _require_images(record: Record) -> None:

@@ -1,7 +1,6 @@
 """Reports: runs as one HTML page that needs nothing beside itself."""
 
 from cascadevlm.evaluation.report.page import Run, read_run, render
-from cascadevlm.evaluation.report.studies import StudyResult, read_studies
 from cascadevlm.evaluation.report.unlabelled import BulkRun, is_bulk_run, read_bulk_run, render_bulk
 
-__all__ = ["BulkRun", "Run", "StudyResult", "is_bulk_run", "read_bulk_run", "read_run", "read_studies", "render", "render_bulk"]
+__all__ = ["BulkRun", "Run", "is_bulk_run", "read_bulk_run", "read_run", "render", "render_bulk"]

@@ -19,7 +19,7 @@ from cascadevlm.evaluation.evaluate import as_configured, evaluate_part, read_de
 from cascadevlm.evaluation.metrics import Evaluation
 from cascadevlm.evaluation.record import Record
 from cascadevlm.evaluation.report.cases import cases
-from cascadevlm.evaluation.report.studies import StudyResult, read_studies
+from cascadevlm.evaluation.results import Study, read_studies
 from cascadevlm.evaluation.texts import share
 
 if TYPE_CHECKING:
@@ -53,11 +53,11 @@ class Run:
     record: Record
     final: Record
     evaluation: Evaluation
-    studies: tuple[StudyResult, ...] = ()
+    studies: tuple[Study, ...] = ()
     calibration: Calibration | None = None
 
     @classmethod
-    def of(cls, record: Record, studies: Sequence[StudyResult] = (), calibration: Calibration | None = None) -> "Run":
+    def of(cls, record: Record, studies: Sequence[Study] = (), calibration: Calibration | None = None) -> "Run":
         """What there is to tell of a record."""
         final = as_configured(record)
         evaluation = evaluate_part(final, record)
@@ -164,7 +164,7 @@ def _plots(run: Run, draw: "Drawing") -> list[Plot]:
     return [Plot(title=title, text=text, svg=draw(plot(run.record), title)) for shown, title, text, plot in known if shown]
 
 
-def _study(study: StudyResult, draw: "Drawing") -> "Markup":
+def _study(study: Study, draw: "Drawing") -> "Markup":
     rows = study.rows
     figure = plots.study([row.variant for row in rows], [row.accuracy for row in rows], [row.interval for row in rows])
     return draw(figure, f"Accuracy by variant: {study.question}")

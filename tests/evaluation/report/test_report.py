@@ -31,9 +31,10 @@ from cascadevlm.cascade.item import OnFailure
 from cascadevlm.evaluation.evaluate import evaluate_replayed
 from cascadevlm.evaluation.metrics import evaluate
 from cascadevlm.evaluation.record import Judged, Record
-from cascadevlm.evaluation.report import Run, read_bulk_run, read_studies, render, render_bulk
+from cascadevlm.evaluation.report import Run, read_bulk_run, render, render_bulk
 from cascadevlm.evaluation.report.cases import MOST_CASES, MOST_IN_ALL, UNASKED, cases, drawn, kinds_of, sample
 from cascadevlm.evaluation.report.unlabelled import SURE
+from cascadevlm.evaluation.results import read_studies
 from cascadevlm.evaluation.sweep import under
 from cascadevlm.judges.budget import Ledger
 from cascadevlm.policies.rules import EntropyAbove
@@ -281,7 +282,7 @@ def test_studies_beside_a_record_are_tables_and_plots(tmp_path: Path) -> None:
     ("text", "sentence"),
     [
         ("{", "Invalid JSON"),
-        (json.dumps({**STUDY, "rows": []}), "List should have at least 1"),
+        (json.dumps({**STUDY, "rows": []}), "Tuple should have at least 1"),
         (json.dumps({**STUDY, "rows": [{"variant": "k=1"}]}), "Field required"),
     ],
 )

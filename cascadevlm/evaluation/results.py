@@ -1,0 +1,108 @@
+"""What came of a study: its rows, their table for a terminal or a page, and its file."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
+
+from cascadevlm.base.errors import DataError
+from cascadevlm.evaluation.metrics import Interval
+
+
+class Row(BaseModel):
+    """One variant of a study. Further figures stand beside the fields, by name; None if no image says anything about one.
+
+    Attributes:
+        variant: its name.
+        accuracy: share of right predictions among the images that could be read.
+        interval: 95 % bootstrap interval of the accuracy.
+        calls: number of questions that the policy asks.
+        dollars: their cost; an answer from the cache counts what it cost when it was asked.
+        seconds: the time that the judge took for them, one after the other; an answer from the cache counts as the mean of the
+            others. None if all answers came from the cache.
+    """
+
+    model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
+    __pydantic_extra__: dict[str, float | None]
+
+    variant: str
+    accuracy: float
+    interval: Interval | None
+    calls: int
+    dollars: float
+    seconds: float | None
+
+    @property
+    def figures(self) -> Mapping[str, float | None]:
+        """The further figures."""
+        return self.__pydantic_extra__
+
+    def with_figures(self, **figures: float | None) -> "Row":
+        """The row with further figures."""
+        return Row.model_validate(self.model_dump() | figures)
+
+
+class Study(BaseModel):
+    """``study-NAME.json``: the name of a study, the question it answers, one row per variant, and remarks."""
+
+    model_config = ConfigDict(frozen=True)
+
+    study: str
+    question: str
+    rows: Annotated[tuple[Row, ...], Field(min_length=1)]
+    notes: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, JsonValue]:
+        """The study as JSON-serialisable data."""
+        return self.model_dump(mode="json")
+
+    @property
+    def table(self) -> list[list[str]]:
+        """Lines of cells; the first line and the first cell of each line are headings. The longer side goes down."""
+        known = ("accuracy", "interval", "calls", "dollars", "seconds")
+        further = dict.fromkeys(name for row in self.rows for name in row.figures)
+        columns = [
+            ["", *(row.variant for row in self.rows)],
+            *([_heading(name), *(_cell(name, getattr(row, name)) for row in self.rows)] for name in known),
+            *([_heading(name), *(_cell(name, row.figures.get(name)) for row in self.rows)] for name in further),
+        ]
+        return columns if len(columns) > len(self.rows) else [list(line) for line in zip(*columns, strict=True)]
+
+
+def read_studies(folder: Path) -> tuple[Study, ...]:
+    """The studies whose results are in a folder.
+
+    Raises:
+        DataError: if a result cannot be read.
+    """
+    studies = []
+    for file in sorted(folder.glob("study-*.json")):
+        try:
+            studies.append(Study.model_validate_json(file.read_bytes()))
+        except (OSError, ValidationError) as exc:
+            why = exc.errors()[0]["msg"] if isinstance(exc, ValidationError) else exc.strerror
+            raise DataError(f"{str(file)!r} is no result of a study: {why}.", hint="Make it again: cascadevlm study.") from exc
+    return tuple(studies)
+
+
+def _heading(name: str) -> str:
+    return "95% interval" if name == "interval" else name.replace("_", " ")
+
+
+def _cell(name: str, value: float | Interval | None) -> str:
+    """A figure of a study as text, by the last word of its name. The default is a share. Empty if the figure is not known."""
+    if value is None:
+        return ""
+    if isinstance(value, tuple):
+        return f"{100 * value[0]:.1f} to {value[1]:.1%}"
+    match name.rpartition("_")[2]:
+        case "dollars":
+            return f"${value:,.4f}"
+        case "seconds":
+            return f"{value:,.1f}"
+        case "calls" | "tokens" | "errors":
+            return f"{value:,.0f}"
+        case "value" | "threshold":
+            return f"{value:.3g}"
+    return f"{value:.1%}"
