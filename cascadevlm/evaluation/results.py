@@ -24,7 +24,7 @@ class Row(BaseModel):
     """
 
     model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
-    __pydantic_extra__: dict[str, float | None]
+    __pydantic_extra__: dict[str, float | None] = Field(init=False)
 
     variant: str
     accuracy: float
