@@ -15,16 +15,10 @@ if TYPE_CHECKING:
     from cascadevlm.cascade.cascade import Cascade
 
 
+@options.grouped()
 def classify(
     paths: options.Paths,
-    labels: options.Labels = None,
-    config: options.ConfigFile = None,
-    scorer: options.ScorerSpec = None,
-    judge: options.JudgeSpec = None,
-    policy: options.PolicyText = None,
-    candidates: options.CandidateCount = None,
-    prompt: options.PromptName = None,
-    settings: options.Settings = None,
+    given: options.CascadeOptions,
     batch: Annotated[bool, typer.Option("--batch", help="Ask hosted judges through their batch APIs: cheaper, hours.")] = False,
     yes: options.Yes = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
@@ -36,8 +30,8 @@ def classify(
     from cascadevlm.cli.money import confirm
     from cascadevlm.cli.show import outcome_rows, prediction_block, print_summary, spending_rows
 
-    parsed = options.parse(config, scorer, judge, policy, candidates, prompt, settings)
-    cascade, files = options.build(parsed, labels), options.image_files(paths)
+    parsed = given.parse()
+    cascade, files = given.build(parsed), options.image_files(paths)
     options.tell(cascade.labels, paths)
     if not yes:
         confirm(parsed, cascade, files)

@@ -21,12 +21,12 @@ MOST_SHOWN = 20
 """Images on which not all agree; the rest are counted, and in the JSON."""
 
 
+@options.grouped()
 def compare(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN…", help="Two or more: folders of records, or configurations.")],
+    part: options.DataOptions,
     data: Annotated[Path | None, typer.Option(help="Labelled images to run the configurations over, as for evaluate.")] = None,
     labels: options.Labels = None,
-    split: options.Split = None,
-    limit: options.Limit = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="A folder for the records of the configurations; none, unless given.")
     ] = None,
@@ -51,13 +51,13 @@ def compare(
     }
     if configs and data is None:
         raise InputError(f"There are no images to run {next(iter(configs))!r} over.", hint="Give --data.")
-    if not configs and (data or labels or split or limit or output):
+    if not configs and (data or labels or part.split or part.limit or output):
         hint = "Leave out --data, --labels, --split, --limit and --output, or give a configuration."
         raise InputError("There is nothing to run: all that is to be compared are records.", hint=hint)
     cascades, given = {}, {}
     for name, config in configs.items():
         assert data is not None
-        cascades[name], given[name] = options.build_with_data(config, data, labels, split, limit)
+        cascades[name], given[name] = part.build(config, data, labels)
     if cascades and data is not None:
         options.tell(next(iter(cascades.values())).labels, [data])
     of_records = {name: labelled(record) for name, record in records.items()}

@@ -14,16 +14,10 @@ if TYPE_CHECKING:
     from cascadevlm.base.images import ImageSource
 
 
+@options.grouped()
 def estimate(
     paths: Annotated[list[Path], typer.Argument(metavar="PATH…", help="Image files and folders of them, or what run takes.")],
-    labels: options.Labels = None,
-    config: options.ConfigFile = None,
-    scorer: options.ScorerSpec = None,
-    judge: options.JudgeSpec = None,
-    policy: options.PolicyText = None,
-    candidates: options.CandidateCount = None,
-    prompt: options.PromptName = None,
-    settings: options.Settings = None,
+    given: options.CascadeOptions,
     sample: Annotated[int, typer.Option(min=1, help="How many images to score for it.")] = 200,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON array, an object for each stage.")] = False,
 ) -> None:
@@ -34,8 +28,8 @@ def estimate(
     from cascadevlm.runs.estimate import estimate as estimated
     from cascadevlm.runs.inputs import LISTS, Inputs
 
-    parsed = options.parse(config, scorer, judge, policy, candidates, prompt, settings)
-    cascade = options.build(parsed, labels)
+    parsed = given.parse()
+    cascade = given.build(parsed)
     options.tell(cascade.labels, paths)
     images: Sequence[ImageSource]
     if len(paths) == 1 and (paths[0].is_dir() or paths[0].suffix.lower() in LISTS):

@@ -10,18 +10,11 @@ import typer
 from cascadevlm.cli import options
 
 
+@options.grouped()
 def evaluate(
     data: options.LabelledData,
-    labels: options.Labels = None,
-    config: options.ConfigFile = None,
-    scorer: options.ScorerSpec = None,
-    judge: options.JudgeSpec = None,
-    policy: options.PolicyText = None,
-    candidates: options.CandidateCount = None,
-    prompt: options.PromptName = None,
-    settings: options.Settings = None,
-    split: options.Split = None,
-    limit: options.Limit = None,
+    given: options.CascadeOptions,
+    part: options.DataOptions,
     judge_all: Annotated[
         bool, typer.Option("--judge-all", help="Ask the judge about everything, for sweep to work with; report the policy.")
     ] = False,
@@ -42,16 +35,16 @@ def evaluate(
     from cascadevlm.evaluation.evaluate import asking_everything, can_replay, evaluate_replayed, record_run
     from cascadevlm.evaluation.metrics import evaluate as evaluated
 
-    parsed = options.parse(config, scorer, judge, policy, candidates, prompt, settings)
-    cascade, given = options.build_with_data(parsed, data, labels, split, limit)
+    parsed = given.parse()
+    cascade, labelled = part.build(parsed, data, given.labels)
     options.tell(cascade.labels, [data])
     asking = asking_everything(cascade) if judge_all else cascade
     if not yes:
-        confirm(parsed, asking, given.images)
+        confirm(parsed, asking, labelled.images)
     frozen = parsed.frozen(cascade)
     with tempfile.TemporaryDirectory() as scratch, Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("images", total=len(given))
-        record = record_run(asking, given, output or Path(scratch), config=frozen, progress=lambda _: progress.advance(task))
+        task = progress.add_task("images", total=len(labelled))
+        record = record_run(asking, labelled, output or Path(scratch), config=frozen, progress=lambda _: progress.advance(task))
     replays = judge_all and can_replay(record)
     if judge_all and not replays:
         typer.echo("These are the figures of asking everything: a policy is replayed if one judge was asked about all.", err=True)

@@ -1,8 +1,12 @@
 """The options that say what to run, shared by the commands that run a cascade."""
 
+import inspect
 from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, get_type_hints
 
 import typer
 
@@ -18,83 +22,126 @@ DEFAULT_POLICY = "entropy > 0.35"
 
 Paths = Annotated[list[Path], typer.Argument(metavar="PATH…", help="Image files, or folders of them.")]
 Labels = Annotated[Path | None, typer.Option(help="Class names: a text, CSV or JSON file, or a folder of folders.")]
-ConfigFile = Annotated[Path | None, typer.Option(help="A TOML file; the options below override it.")]
-ScorerSpec = Annotated[str | None, typer.Option(help="backend:model, as in open_clip:ViT-B-16-SigLIP2/webli.")]
-JudgeSpec = Annotated[str | None, typer.Option(help="backend:model of the first stage, as in hf_chat:aviary.")]
-PolicyText = Annotated[str | None, typer.Option(help=f"When to ask, as in 'margin < 0.2'. [default: {DEFAULT_POLICY}]")]
-CandidateCount = Annotated[int | None, typer.Option(min=1, help="How many the judge is offered. [default: 5]")]
-PromptName = Annotated[str | None, typer.Option(help="A prompt's name or file. [default: select]")]
 LabelledData = Annotated[
     Path, typer.Argument(help="Labelled images: a folder of folders, a table with path and label, a saved dataset.")
 ]
-Split = Annotated[str | None, typer.Option(help="Only this split of the data.")]
-Limit = Annotated[int | None, typer.Option(min=1, help="Only so many images, at random, every class in its share.")]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask before spending money.")]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object.")]
-Settings = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any other key, as in on_failure=abstain.")
-]
 
 
-def parse(
-    config: Path | None,
-    scorer: str | None,
-    judge: str | None,
-    policy: str | None,
-    candidates: int | None,
-    prompt: str | None,
-    settings: list[str] | None,
-) -> "Config":
-    """The configuration that the options make.
+@dataclass(frozen=True, kw_only=True)
+class CascadeOptions:
+    """The options that say what to run."""
 
-    Raises:
-        InputError: if something in them is wrong.
+    labels: Labels = None
+    config: Annotated[Path | None, typer.Option(help="A TOML file; the options below override it.")] = None
+    scorer: Annotated[str | None, typer.Option(help="backend:model, as in open_clip:ViT-B-16-SigLIP2/webli.")] = None
+    judge: Annotated[str | None, typer.Option(help="backend:model of the first stage, as in hf_chat:aviary.")] = None
+    policy: Annotated[str | None, typer.Option(help=f"When to ask, as in 'margin < 0.2'. [default: {DEFAULT_POLICY}]")] = None
+    candidates: Annotated[int | None, typer.Option(min=1, help="Number of candidates for the judge. [default: 5]")] = None
+    prompt: Annotated[str | None, typer.Option(help="A prompt's name or file. [default: select]")] = None
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any other key, as in on_failure=abstain.")
+    ] = None
+
+    def parse(self) -> "Config":
+        """The configuration that the options make.
+
+        Raises:
+            InputError: if something in them is wrong.
+        """
+        from cascadevlm.config.config import Config, override, read_toml, toml_value
+
+        data = read_toml(self.config) if self.config else {}
+        overrides = {
+            "scorer.use": self.scorer,
+            "stage.0.judge": self.judge,
+            "stage.0.policy": self.policy or (DEFAULT_POLICY if self.judge and not self.config else None),
+            "stage.0.candidates": self.candidates,
+            "stage.0.prompt": self.prompt,
+        }
+        for key, value in overrides.items():
+            if value is not None:
+                override(data, key, value)
+        for setting in self.settings or ():
+            key, equals, text = setting.partition("=")
+            if not equals:
+                raise InputError(f"--set {setting!r} sets nothing.", hint="Write KEY=VALUE.")
+            override(data, key.strip(), toml_value(text))
+        if "scorer" not in data:
+            raise InputError("There is no scorer.", hint="Give --scorer or --config, for example --scorer open_clip:aviary.")
+        return Config.parse(data, name=str(self.config or "options"))
+
+    def build(self, config: "Config", *, bulk: bool = False) -> "Cascade":
+        """The cascade of the configuration, with the labels of the file if one is given."""
+        from cascadevlm.base.labels import LabelSet
+
+        return config.build(LabelSet.read(self.labels) if self.labels else None, bulk=bulk)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataOptions:
+    """The options that choose among labelled images."""
+
+    split: Annotated[str | None, typer.Option(help="Only this split of the data.")] = None
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Only this number of images, drawn at random with the share of every class.")
+    ] = None
+
+    def build(self, config: "Config", data: Path, labels: Path | None) -> "tuple[Cascade, Data]":
+        """The cascade of a configuration, and labelled images for it. Without labels, a folder of data names them.
+
+        Raises:
+            DataError: if the data is not as it should be.
+        """
+        from cascadevlm.evaluation.data import read_data
+
+        where = labels or (data if config.labels is None and data.is_dir() else None)
+        cascade = CascadeOptions(labels=where).build(config)
+        given = read_data(data, cascade.labels)
+        given = given.split(self.split) if self.split else given
+        return cascade, given.subset(self.limit) if self.limit else given
+
+
+def grouped(*without: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command the options of each group that it takes as a parameter, without those named.
+
+    A group is a dataclass of options. The command gets it with the values of the options.
     """
-    from cascadevlm.config.config import Config, override, read_toml, toml_value
 
-    data = read_toml(config) if config else {}
-    overrides = {
-        "scorer.use": scorer,
-        "stage.0.judge": judge,
-        "stage.0.policy": policy or (DEFAULT_POLICY if judge and not config else None),
-        "stage.0.candidates": candidates,
-        "stage.0.prompt": prompt,
-    }
-    for key, value in overrides.items():
-        if value is not None:
-            override(data, key, value)
-    for setting in settings or ():
-        key, equals, text = setting.partition("=")
-        if not equals:
-            raise InputError(f"--set {setting!r} sets nothing.", hint="Write KEY=VALUE.")
-        override(data, key.strip(), toml_value(text))
-    if "scorer" not in data:
-        raise InputError("There is no scorer.", hint="Give --scorer or --config, for example --scorer open_clip:aviary.")
-    return Config.parse(data, name=str(config or "options"))
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        signature = inspect.signature(command)
+        groups: dict[str, type] = {
+            name: each.annotation
+            for name, each in signature.parameters.items()
+            if isinstance(each.annotation, type) and is_dataclass(each.annotation)
+        }
+        names = {name: [each.name for each in fields(group) if each.name not in without] for name, group in groups.items()}
 
+        @wraps(command)
+        def called(**values: object) -> None:
+            for name, group in groups.items():
+                values[name] = group(**{option: values.pop(option) for option in names[name]})
+            command(**values)
 
-def build(config: "Config", labels: Path | None, *, bulk: bool = False) -> "Cascade":
-    """The cascade of a configuration, with the labels of a file where one is given."""
-    from cascadevlm.base.labels import LabelSet
+        called.__signature__ = signature.replace(parameters=[*_expanded(signature, groups, names)])  # type: ignore[attr-defined]
+        return called
 
-    return config.build(LabelSet.read(labels) if labels else None, bulk=bulk)
+    return decorate
 
 
-def build_with_data(
-    config: "Config", data: Path, labels: Path | None, split: str | None, limit: int | None
-) -> "tuple[Cascade, Data]":
-    """The cascade of a configuration and labelled images for it; without labels, a folder of data names them.
-
-    Raises:
-        DataError: if the data is not as it should be.
-    """
-    from cascadevlm.evaluation.data import read_data
-
-    where = labels or (data if config.labels is None and data.is_dir() else None)
-    cascade = build(config, where)
-    given = read_data(data, cascade.labels)
-    given = given.split(split) if split else given
-    return cascade, given.subset(limit) if limit else given
+def _expanded(
+    signature: inspect.Signature, groups: Mapping[str, type], names: Mapping[str, Sequence[str]]
+) -> Iterator[inspect.Parameter]:
+    """The parameters of a command, with the options of a group in its place."""
+    for name, parameter in signature.parameters.items():
+        if name not in groups:
+            yield parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+            continue
+        hints = get_type_hints(groups[name], include_extras=True)
+        for option in names[name]:
+            default = getattr(groups[name], option)
+            yield inspect.Parameter(option, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hints[option])
 
 
 def tell(labels: "LabelSet", images: list[Path]) -> None:

@@ -25,17 +25,11 @@ LOG_SECONDS = 10
 """How often a log, which shows no bar, is told where the run stands."""
 
 
+@options.grouped()
 def run(
     inputs: Annotated[Path, typer.Argument(help="A folder of images, or a list of them: text, CSV, JSON lines, Parquet.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The folder of the run; goes on with what is in it.")],
-    labels: options.Labels = None,
-    config: options.ConfigFile = None,
-    scorer: options.ScorerSpec = None,
-    judge: options.JudgeSpec = None,
-    policy: options.PolicyText = None,
-    candidates: options.CandidateCount = None,
-    prompt: options.PromptName = None,
-    settings: options.Settings = None,
+    given: options.CascadeOptions,
     engine: Annotated[Engine, typer.Option(help="This process, or a Ray cluster: $RAY_ADDRESS, or one begun here.")] = "local",
     workers: Annotated[int | None, typer.Option(min=1, help="Of the cluster. [default: one a GPU, or one a machine]")] = None,
     retry_failed: Annotated[
@@ -59,8 +53,8 @@ def run(
     from cascadevlm.runs.inputs import Inputs
     from cascadevlm.runs.run_folder import FAILURES, Tally
 
-    parsed = options.parse(config, scorer, judge, policy, candidates, prompt, settings)
-    cascade, images = options.build(parsed, labels, bulk=True), Inputs(inputs)
+    parsed = given.parse()
+    cascade, images = given.build(parsed, bulk=True), Inputs(inputs)
     options.tell(cascade.labels, [inputs])
     if workers and engine == "local":
         raise InputError("--workers are those of a cluster.", hint="Give --engine ray.")

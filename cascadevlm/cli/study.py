@@ -13,7 +13,6 @@ from cascadevlm.cli import options
 
 if TYPE_CHECKING:
     from cascadevlm.cascade.cascade import Cascade
-    from cascadevlm.config.config import Config
     from cascadevlm.evaluation.results import Study
 
 app = typer.Typer(help="The studies of the CascadeVLM paper, on your data and models.", no_args_is_help=True)
@@ -32,18 +31,12 @@ Number = TypeVar("Number", int, float)
 
 
 @app.command()
+@options.grouped("candidates")
 def candidates(
     data: options.LabelledData,
-    k: Annotated[str, typer.Option(help="The numbers of candidates.")] = "1,2,3,5,10",
-    labels: options.Labels = None,
-    config: options.ConfigFile = None,
-    scorer: options.ScorerSpec = None,
-    judge: options.JudgeSpec = None,
-    policy: options.PolicyText = None,
-    prompt: options.PromptName = None,
-    settings: options.Settings = None,
-    split: options.Split = None,
-    limit: options.Limit = None,
+    given: options.CascadeOptions,
+    part: options.DataOptions,
+    k: Annotated[str, typer.Option(help="Numbers of candidates, for example 1,3,5.")] = "1,2,3,5,10",
     output: Output = None,
     yes: options.Yes = False,
     as_json: options.AsJson = False,
@@ -52,23 +45,15 @@ def candidates(
     from cascadevlm.evaluation.study import study_candidates
 
     studied = partial(study_candidates, ks=_numbers("--k", k, int))
-    parsed = options.parse(config, scorer, judge, policy, None, prompt, settings)
-    _study(studied, parsed, data, labels, split, limit, output, yes=yes, as_json=as_json)
+    _study(studied, given, part, data, output, yes=yes, as_json=as_json)
 
 
 @app.command()
+@options.grouped()
 def order(
     data: options.LabelledData,
-    labels: options.Labels = None,
-    config: options.ConfigFile = None,
-    scorer: options.ScorerSpec = None,
-    judge: options.JudgeSpec = None,
-    policy: options.PolicyText = None,
-    candidates: options.CandidateCount = None,
-    prompt: options.PromptName = None,
-    settings: options.Settings = None,
-    split: options.Split = None,
-    limit: options.Limit = None,
+    given: options.CascadeOptions,
+    part: options.DataOptions,
     output: Output = None,
     yes: options.Yes = False,
     as_json: options.AsJson = False,
@@ -76,22 +61,15 @@ def order(
     """Study the effect of the order of the candidates: ranked, reversed, shuffled; and the judge's position bias."""
     from cascadevlm.evaluation.study import study_order
 
-    parsed = options.parse(config, scorer, judge, policy, candidates, prompt, settings)
-    _study(study_order, parsed, data, labels, split, limit, output, yes=yes, as_json=as_json)
+    _study(study_order, given, part, data, output, yes=yes, as_json=as_json)
 
 
 @app.command()
+@options.grouped("prompt")
 def reasoning(
     data: options.LabelledData,
-    labels: options.Labels = None,
-    config: options.ConfigFile = None,
-    scorer: options.ScorerSpec = None,
-    judge: options.JudgeSpec = None,
-    policy: options.PolicyText = None,
-    candidates: options.CandidateCount = None,
-    settings: options.Settings = None,
-    split: options.Split = None,
-    limit: options.Limit = None,
+    given: options.CascadeOptions,
+    part: options.DataOptions,
     output: Output = None,
     yes: options.Yes = False,
     as_json: options.AsJson = False,
@@ -99,24 +77,17 @@ def reasoning(
     """Study the effect of chain-of-thought: the prompt select_cot against select."""
     from cascadevlm.evaluation.study import study_reasoning
 
-    parsed = options.parse(config, scorer, judge, policy, candidates, None, settings)
-    _study(study_reasoning, parsed, data, labels, split, limit, output, yes=yes, as_json=as_json)
+    _study(study_reasoning, given, part, data, output, yes=yes, as_json=as_json)
 
 
 @app.command()
+@options.grouped("prompt")
 def shots(
     data: options.LabelledData,
     support: Annotated[Path, typer.Option(help="A folder of exemplars, a sub-folder for every class.")],
-    shots: Annotated[str, typer.Option(help="The numbers of exemplars a class.")] = "0,1,2",
-    labels: options.Labels = None,
-    config: options.ConfigFile = None,
-    scorer: options.ScorerSpec = None,
-    judge: options.JudgeSpec = None,
-    policy: options.PolicyText = None,
-    candidates: options.CandidateCount = None,
-    settings: options.Settings = None,
-    split: options.Split = None,
-    limit: options.Limit = None,
+    given: options.CascadeOptions,
+    part: options.DataOptions,
+    shots: Annotated[str, typer.Option(help="Numbers of exemplars per class, for example 0,1,2.")] = "0,1,2",
     output: Output = None,
     yes: options.Yes = False,
     as_json: options.AsJson = False,
@@ -125,8 +96,7 @@ def shots(
     from cascadevlm.evaluation.study import study_shots
 
     studied = partial(study_shots, support=support, shots=_numbers("--shots", shots, int))
-    parsed = options.parse(config, scorer, judge, policy, candidates, None, settings)
-    _study(studied, parsed, data, labels, split, limit, output, yes=yes, as_json=as_json)
+    _study(studied, given, part, data, output, yes=yes, as_json=as_json)
 
 
 @app.command()
@@ -164,11 +134,9 @@ def _numbers(option: str, text: str, number: Callable[[str], Number]) -> list[Nu
 
 def _study(
     studied: "Callable[..., Study]",
-    parsed: "Config",
+    given: options.CascadeOptions,
+    part: options.DataOptions,
     data: Path,
-    labels: Path | None,
-    split: str | None,
-    limit: int | None,
     output: Path | None,
     *,
     yes: bool,
@@ -179,22 +147,23 @@ def _study(
 
     from cascadevlm.cli.money import confirm
 
+    parsed = given.parse()
     if parsed.calibration is not None:
         hint = "A study changes what the calibration holds for."
         raise InputError("A study takes no calibration.", hint=hint)
-    cascade, given = options.build_with_data(parsed, data, labels, split, limit)
+    cascade, labelled = part.build(parsed, data, given.labels)
     options.tell(cascade.labels, [data])
     progress = Progress(console=Console(stderr=True), transient=True)
     task = progress.add_task("questions")
 
     def begin(together: "Cascade") -> None:
         if not yes:
-            confirm(parsed, together, given.images)
-        progress.update(task, total=len(given) * len(together.stages))
+            confirm(parsed, together, labelled.images)
+        progress.update(task, total=len(labelled) * len(together.stages))
         progress.start()
 
     try:
-        study = studied(cascade, given, config=parsed, folder=output, begin=begin, progress=lambda _: progress.advance(task))
+        study = studied(cascade, labelled, config=parsed, folder=output, begin=begin, progress=lambda _: progress.advance(task))
     finally:
         progress.stop()
     _finish(study, output, as_json=as_json)
