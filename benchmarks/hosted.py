@@ -29,13 +29,13 @@ from cascadevlm.base.encoding import JPEG_QUALITY
 from cascadevlm.base.images import load_image
 from cascadevlm.judges.cache import Cached, DiskStore
 from cascadevlm.testing import FakeJudge, noise, question
-from cascadevlm.testing.server import JudgeServer
+from tests.server import JudgeServer
 
 NAMES = [f"species {number}" for number in range(5)]
 SIDE = 330  # noise of this size is a JPEG of some 100 KB
 SERVER = """
 import time
-from cascadevlm.testing.server import JudgeServer
+from tests.server import JudgeServer
 with JudgeServer(latency=0.05, check_images=False, keep_requests=False) as server:
     print(server.openai_url, flush=True)
     time.sleep(3600)

@@ -33,8 +33,8 @@ from cascadevlm.runs.inputs import Named
 from cascadevlm.runs.run_folder import Tally
 from cascadevlm.scorers.base import EmbeddingScorer
 from cascadevlm.scorers.kept import CachedEmbeddings
-from cascadevlm.testing.server import JudgeServer
-from cascadevlm.testing.server.conversation import Conversation
+from tests.server import JudgeServer
+from tests.server.conversation import Conversation
 
 NAMES = ("finch", "owl", "wren", "stork")
 CONCURRENCY = 8

@@ -15,9 +15,9 @@ import pytest
 
 from cascadevlm.config.config import Config
 from cascadevlm.judges.prompt import parse_template
-from cascadevlm.testing.server import JudgeServer
 from docs.generate import PAGES
 from tests.cli.test_cli import run as run_here
+from tests.server import JudgeServer
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"

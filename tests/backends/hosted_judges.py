@@ -13,9 +13,9 @@ from cascadevlm.judges.budget import Ledger
 from cascadevlm.judges.cache import VerdictStore
 from cascadevlm.judges.hosted.base import HostedJudge
 from cascadevlm.testing import FakeScorer, noise
-from cascadevlm.testing.server import Fault, JudgeServer
 from cascadevlm_backends.anthropic import AnthropicJudge
 from cascadevlm_backends.openai import OpenAIJudge
+from tests.server import Fault, JudgeServer
 
 LABELS = ["red finch", "blue finch", "grey owl"]
 PRICE: Mapping[str, JsonValue] = {"input": 1, "output": 10}

@@ -18,9 +18,9 @@ from cascadevlm.judges.budget import Ledger
 from cascadevlm.judges.cache import DiskStore, MemoryStore
 from cascadevlm.judges.hosted import transport
 from cascadevlm.testing import noise, question
-from cascadevlm.testing.server import Fault, FaultKind, JudgeServer
-from cascadevlm.testing.server.faults import ERRORS
 from tests.backends.hosted_judges import BILL, EITHER, EVERY, USAGE, Make, always, cascade, images, no_waiting, one_in_three
+from tests.server import Fault, FaultKind, JudgeServer
+from tests.server.faults import ERRORS
 
 __all__ = ["no_waiting"]
 

@@ -14,8 +14,8 @@ from cascadevlm.base.types import NANODOLLARS
 from cascadevlm.judges.budget import Ledger, Metered
 from cascadevlm.judges.hosted.base import HostedJudge
 from cascadevlm.testing import question
-from cascadevlm.testing.server import Fault, JudgeServer
 from tests.backends.hosted_judges import BILL, EITHER, EVERY, USAGE, Make, cascade, chat, images, messages, no_waiting, responses
+from tests.server import Fault, JudgeServer
 
 __all__ = ["no_waiting"]
 

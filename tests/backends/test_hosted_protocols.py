@@ -22,9 +22,9 @@ from cascadevlm.judges.cache import MemoryStore, key_of, question_payload
 from cascadevlm.judges.dependable import dependable
 from cascadevlm.judges.hosted.base import HostedJudge
 from cascadevlm.testing import JudgeContract, noise, picture, question
-from cascadevlm.testing.server import Conversation, Fault, JudgeServer, Received
-from cascadevlm.testing.server.conversation import read_request
 from tests.backends.hosted_judges import BILL, EITHER, EVERY, USAGE, Make, cascade, chat, messages, no_waiting, responses
+from tests.server import Conversation, Fault, JudgeServer, Received
+from tests.server.conversation import read_request
 
 __all__ = ["no_waiting"]
 

@@ -19,10 +19,10 @@ from cascadevlm.judges.budget import Ledger
 from cascadevlm.judges.hosted.base import LOCAL_ONLY, HostedJudge
 from cascadevlm.judges.pricing import FREE, find_price
 from cascadevlm.testing import noise, question
-from cascadevlm.testing.server import Fault, JudgeServer, Received
 from cascadevlm_backends.anthropic import AnthropicJudge
 from cascadevlm_backends.openai import OpenAIJudge
 from tests.backends.hosted_judges import BILL, EITHER, EVERY, USAGE, Make, cascade, chat, images, no_waiting
+from tests.server import Fault, JudgeServer, Received
 
 __all__ = ["no_waiting"]
 

@@ -24,8 +24,8 @@ from cascadevlm.judges.hosted import transport
 from cascadevlm.judges.hosted.base import Client, HostedJudge
 from cascadevlm.runs import bulk
 from cascadevlm.testing import noise, question
-from cascadevlm.testing.server import Fault, JudgeServer
 from tests.backends.hosted_judges import EITHER, EVERY, LABELS, USAGE, Make, always, cascade, chat, images, messages
+from tests.server import Fault, JudgeServer
 
 QUESTION = question()
 

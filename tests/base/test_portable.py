@@ -23,11 +23,11 @@ from cascadevlm.policies.base import as_policy
 from cascadevlm.scorers.base import EmbeddingScorer, Scorer
 from cascadevlm.scorers.kept import CachedEmbeddings
 from cascadevlm.testing import FakeJudge, FakeScorer, noise, question
-from cascadevlm.testing.server import JudgeServer
 from cascadevlm_backends.openai import OpenAIJudge
 from tests.backends.hosted_judges import EVERY, Make, messages
 from tests.calibrations import some_calibration
 from tests.scorers.test_embeddings import TinyTowers
+from tests.server import JudgeServer
 
 Copy = Callable[[object], object]
 LABELS = ["red finch", "blue finch", "grey owl"]

@@ -31,9 +31,9 @@ from cascadevlm.judges.prompt import options
 from cascadevlm.runs.batches.batch import stream_in_batches
 from cascadevlm.testing import FakeJudge, FakeScorer, noise
 from cascadevlm.testing.fakes import Reply
-from cascadevlm.testing.server import JudgeServer
 from cascadevlm_backends.openai import OpenAIJudge
 from tests.calibrations import some_calibration
+from tests.server import JudgeServer
 
 NAMES = ["ant", "bee", "cicada", "dragonfly", "earwig", "fly"]
 LABELS = LabelSet.of(NAMES)

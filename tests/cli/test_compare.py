@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from cascadevlm.evaluation.record import read_record
-from cascadevlm.testing.server import JudgeServer
 from tests.cli.test_cli import run
 from tests.cli.test_evaluate import CONFIG
 from tests.cli.test_money import PRICE
+from tests.server import JudgeServer
 
 GATED = CONFIG.read_text()
 

@@ -9,8 +9,8 @@ import pyarrow.parquet
 import pytest
 
 from cascadevlm.testing import noise
-from cascadevlm.testing.server import JudgeServer
 from tests.cli.test_cli import run
+from tests.server import JudgeServer
 
 PRICE = "{ input = 1000, output = 1000 }"
 

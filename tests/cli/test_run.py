@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from cascadevlm.testing.server import JudgeServer
 from tests.cli.test_cli import run
+from tests.server import JudgeServer
 
 AVIARY = Path(str(resources.files("cascadevlm_backends") / "aviary"))
 

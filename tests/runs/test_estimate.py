@@ -20,9 +20,9 @@ from cascadevlm.judges.support import SupportSet
 from cascadevlm.policies.base import PolicyLike, Selection
 from cascadevlm.runs.estimate import Estimate, estimate
 from cascadevlm.testing import FakeJudge, FakeScorer, noise, picture
-from cascadevlm.testing.server import JudgeServer
 from cascadevlm_backends.anthropic import AnthropicJudge
 from cascadevlm_backends.openai import OpenAIJudge
+from tests.server import JudgeServer
 
 LABELS = LabelSet.of(["red bird", "blue bird", "grey bird"])
 SURE, UNSURE = (200, 0, 0), (90, 90, 90)

@@ -28,9 +28,9 @@ from cascadevlm.judges.hosted.base import BatchLimits, HostedJudge
 from cascadevlm.runs.batches.batch import stream_in_batches
 from cascadevlm.runs.batches.batch_judge import MOST_ATTEMPTS, BatchJudge, Chunk
 from cascadevlm.testing import FakeJudge, FakeScorer, noise, question
-from cascadevlm.testing.server import Conversation, Fault, JudgeServer
 from cascadevlm_backends.anthropic import AnthropicJudge
 from cascadevlm_backends.openai import OpenAIJudge
+from tests.server import Conversation, Fault, JudgeServer
 
 Provider = Literal["openai", "anthropic"]
 PROVIDERS: tuple[Provider, ...] = ("openai", "anthropic")

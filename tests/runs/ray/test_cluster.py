@@ -26,8 +26,8 @@ from cascadevlm.runs.ray import Arriving, on_ray
 from cascadevlm.runs.ray.workers import ScoredBatch
 from cascadevlm.runs.run_folder import Tally
 from cascadevlm.testing import noise
-from cascadevlm.testing.server import JudgeServer
 from tests.cli.test_cli import run as command
+from tests.server import JudgeServer
 
 with warnings.catch_warnings():  # not ours
     warnings.simplefilter("ignore")

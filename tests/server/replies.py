@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from cascadevlm.testing.server.conversation import Conversation
-from cascadevlm.testing.server.faults import FaultKind, Json, new_id
+from tests.server.conversation import Conversation
+from tests.server.faults import FaultKind, Json, new_id
 
 CONFIDENCE = 0.9
 """The probability of the choice made, where probabilities are asked for; the other choices share the rest evenly."""

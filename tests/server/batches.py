@@ -8,9 +8,9 @@ from typing import Literal, TypeAlias
 
 from pydantic import JsonValue
 
-from cascadevlm.testing.server.conversation import Received, read_json
-from cascadevlm.testing.server.faults import Json, Problem, Provider, new_id
-from cascadevlm.testing.server.replies import openai_usage
+from tests.server.conversation import Received, read_json
+from tests.server.faults import Json, Problem, Provider, new_id
+from tests.server.replies import openai_usage
 
 Outcome: TypeAlias = Literal["succeeded", "errored", "expired", "canceled"]
 Submitted: TypeAlias = Sequence[tuple[str, Received]]

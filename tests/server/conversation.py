@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from pydantic import JsonValue
 
-from cascadevlm.testing.server.faults import Problem, Provider
+from tests.server.faults import Problem, Provider
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,8 +4,6 @@ import asyncio
 import base64
 import io
 import json
-import subprocess
-import sys
 from collections.abc import Awaitable
 from email.utils import formatdate
 from functools import cached_property
@@ -24,7 +22,7 @@ from openai.types.responses import Response, ResponseInputParam
 from pydantic import JsonValue
 
 from cascadevlm.testing import noise
-from cascadevlm.testing.server import Conversation, Fault, FaultKind, JudgeServer, Received
+from tests.server import Conversation, Fault, FaultKind, JudgeServer, Received
 
 OPTIONS = "Which one is shown?\nA) red finch\nB) blue finch\nC) none of these\nANSWER: letter or name"
 SCHEMA: dict[str, object] = {
@@ -513,9 +511,3 @@ async def test_anthropic_batch_cut_short() -> None:
         assert results == [["succeeded", "canceled", "canceled"], ["succeeded", "expired", "expired"]]
         with pytest.raises(anthropic.BadRequestError):
             await submit_messages(clients, 0)
-
-
-def test_without_aiohttp_the_server_says_what_to_install() -> None:
-    code = "import sys; sys.modules['aiohttp'] = None; import cascadevlm.testing.server"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert "BackendError: The judge server needs the package 'aiohttp'. pip install" in done.stderr

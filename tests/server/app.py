@@ -17,7 +17,7 @@ from aiohttp.typedefs import Handler
 from PIL import Image
 from pydantic import JsonValue
 
-from cascadevlm.testing.server.batches import (
+from tests.server.batches import (
     ENDPOINTS,
     Batch,
     Outcome,
@@ -28,9 +28,9 @@ from cascadevlm.testing.server.batches import (
     openai_batch,
     openai_rows,
 )
-from cascadevlm.testing.server.conversation import Conversation, Received, provider_of, read_json, read_request
-from cascadevlm.testing.server.faults import ERRORS, Fault, Json, Problem, Provider, new_id
-from cascadevlm.testing.server.replies import REPLIES, say
+from tests.server.conversation import Conversation, Received, provider_of, read_json, read_request
+from tests.server.faults import ERRORS, Fault, Json, Problem, Provider, new_id
+from tests.server.replies import REPLIES, say
 
 
 class JudgeServer:
