@@ -5,7 +5,7 @@ from contextlib import aclosing
 from copy import copy
 from functools import cached_property
 from pathlib import Path
-from typing import Self, TypeGuard, cast, overload
+from typing import Self, TypedDict, TypeGuard, Unpack, cast, overload
 
 import numpy as np
 from PIL import Image
@@ -26,6 +26,25 @@ from cascadevlm.judges.budget import Ledger
 from cascadevlm.judges.cache import VerdictStore
 from cascadevlm.judges.dependable import DependableJudges
 from cascadevlm.scorers.base import Scorer
+
+
+class Changes(TypedDict, total=False):
+    """What may be different in a copy of a cascade; the names are those of its attributes.
+
+    Attributes:
+        reading: reads the images, from one of this number on, in the scorer's place.
+        calibration: what runs are held against to notice drift; the scorer stays as it is.
+    """
+
+    scorer: Scorer
+    stages: Sequence[Stage]
+    on_failure: OnFailure
+    routing: bool
+    store: VerdictStore | None
+    ledger: Ledger
+    calibration: Calibration | None
+    follow_shares: bool
+    reading: Callable[[int], ReadBatch] | None
 
 
 class Cascade(Portable):
@@ -75,7 +94,7 @@ class Cascade(Portable):
             raise InputError("stages must be a list of stages, not one stage.", hint="Write [stage].")
         require_cascade(stages, routing=routing)
         self.scorer = CalibratedScorer(scorer, calibration) if calibration else scorer
-        self.stages = tuple(stages)
+        self.stages: Sequence[Stage] = tuple(stages)
         self.labels = LabelSet.of(labels)
         self.on_failure: OnFailure = on_failure
         self.accept = accept
@@ -85,7 +104,7 @@ class Cascade(Portable):
         self.batch_size = batch_size
         self.calibration = calibration
         self.follow_shares = follow_shares
-        self._reading: Callable[[int], ReadBatch] | None = None
+        self.reading: Callable[[int], ReadBatch] | None = None
 
     def __copy__(self) -> Self:
         """Runs of both are runs of the same judges; those of a deep copy are not."""
@@ -97,35 +116,11 @@ class Cascade(Portable):
     def _judges(self) -> DependableJudges:
         return DependableJudges(self.store, self.ledger)
 
-    def altered(
-        self,
-        *,
-        scorer: Scorer | None = None,
-        stages: Sequence[Stage] | None = None,
-        on_failure: OnFailure | None = None,
-        store: VerdictStore | None = None,
-        ledger: Ledger | None = None,
-        reading: Callable[[int], ReadBatch] | None = None,
-    ) -> Self:
-        """The same cascade but for what is given; its ledger is the same one.
-
-        Args:
-            reading: what reads the images, from one of this number on, in the scorer's place.
-        """
+    def altered(self, **changes: Unpack[Changes]) -> Self:
+        """The same cascade with other values of some attributes. Its ledger and its judges stay the same."""
         altered = copy(self)
-        altered.scorer = self.scorer if scorer is None else scorer
-        altered.stages = self.stages if stages is None else tuple(stages)
-        altered.on_failure = on_failure or self.on_failure
-        altered.store = self.store if store is None else store
-        altered.ledger = ledger or self.ledger
-        altered._reading = reading or self._reading
+        vars(altered).update(changes)
         return altered
-
-    def unwatched(self) -> Self:
-        """The same cascade, that neither looks for drift nor follows the shares of classes."""
-        unwatched = copy(self)
-        unwatched.calibration, unwatched.follow_shares = None, False
-        return unwatched
 
     @overload
     def classify(self, images: ImageSource) -> Prediction: ...  # type: ignore[overload-overlap]  # a str is one path
@@ -188,7 +183,7 @@ class Cascade(Portable):
             routing=self.routing,
             batch_size=self.batch_size,
             judges=self._judges,
-            read=self._reading(start.images) if self._reading else None,
+            read=self.reading(start.images) if self.reading else None,
             drift=Drift(self.calibration, self.stages) if self.calibration else None,
             shares=self.calibration.shares if self.calibration and self.follow_shares else None,
         )

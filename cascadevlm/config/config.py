@@ -3,13 +3,13 @@
 import reprlib
 import tomllib
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal, Self, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, PlainValidator, ValidationError
-from pydantic_core import PydanticCustomError
+from pydantic_core import PydanticCustomError, to_jsonable_python
 
 from cascadevlm.base.entry_points import Option, nearest
 from cascadevlm.base.errors import ConfigError
@@ -34,8 +34,34 @@ _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 80
 
 
+@dataclass(frozen=True)
+class MayChange:
+    """Marks a key that may have another value when a bulk run goes on, and says why that is safe."""
+
+    because: str
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    def deciding(self) -> dict[str, JsonValue]:
+        """The values of all keys, without those that `MayChange`."""
+        marked = {name for name, key in type(self).model_fields.items() if any(isinstance(m, MayChange) for m in key.metadata)}
+        return {name: _deciding(value) for name, value in self if name not in marked}
+
+
+def _deciding(value: object) -> JsonValue:
+    if isinstance(value, _Section):
+        return value.deciding()
+    if isinstance(value, tuple):
+        return [_deciding(each) for each in value]
+    plain: JsonValue = to_jsonable_python(value)
+    return plain
+
+
+_BY_FINGERPRINT = MayChange("the manifest holds the fingerprint of the scorer")
+_BY_IDENTITY = MayChange("the manifest holds the identity of the judge")
+_BY_DIGEST = MayChange("the manifest holds a digest of the content")
 
 
 class ScorerConfig(_Section):
@@ -43,7 +69,7 @@ class ScorerConfig(_Section):
 
     use: str
     templates: list[str] | None = None
-    options: Options = {}
+    options: Annotated[Options, _BY_FINGERPRINT] = {}
 
 
 def _size(value: JsonValue) -> JsonValue:
@@ -105,7 +131,7 @@ def _k_alone(value: JsonValue) -> JsonValue:
 class SupportConfig(_Section):
     """``support = {…}``: a folder of reference images by class, and how many of each to show."""
 
-    folder: Path
+    folder: Annotated[Path, _BY_DIGEST]
     shots: Annotated[int, Field(ge=1)] = 1
 
     def read(self, labels: LabelSet) -> SupportSet:
@@ -128,7 +154,7 @@ class StageConfig(_Section):
     support: SupportConfig | None = None
     votes: Annotated[int, Field(ge=1)] = 1
     widen: Annotated[int, Field(ge=0)] = 0
-    options: Options = {}
+    options: Annotated[Options, _BY_IDENTITY] = {}
 
     def build(self, labels: LabelSet, calibration: Calibration | None, number: int, fusion: FusionRule) -> Stage:
         """The stage, its judge not yet loaded.
@@ -189,16 +215,16 @@ class Config(_Section):
 
     scorer: ScorerConfig
     stage: tuple[StageConfig, ...] = ()
-    labels: Path | tuple[str, ...] | None = None
-    calibration: Path | None = None
+    labels: Annotated[Path | tuple[str, ...] | None, MayChange("the manifest holds the labels themselves")] = None
+    calibration: Annotated[Path | None, _BY_DIGEST] = None
     fusion: FusionRule | None = None
     accept: Annotated[float, Field(ge=0, le=1)] | None = None
     routing: bool = False
     follow_shares: bool = False
     on_failure: OnFailure = "scorer"
     batch_size: Annotated[int, Field(ge=1)] = 32
-    cache: CacheConfig = CacheConfig()
-    budget: BudgetConfig = BudgetConfig()
+    cache: Annotated[CacheConfig, MayChange("answers are the same wherever they are kept")] = CacheConfig()
+    budget: Annotated[BudgetConfig, MayChange("a higher cap asks about what was skipped")] = BudgetConfig()
 
     @classmethod
     def parse(cls, data: Mapping[str, JsonValue], *, name: str = "config") -> Self:

@@ -22,9 +22,7 @@ from cascadevlm.policies.rules import Always
 
 def asking_everything(cascade: Cascade) -> Cascade:
     """The cascade with every judge asked about every image, so that its record can be swept."""
-    everything = cascade.altered(stages=[replace(stage, policy=Always()) for stage in cascade.stages])
-    everything.routing = False
-    return everything
+    return cascade.altered(stages=tuple(replace(stage, policy=Always()) for stage in cascade.stages), routing=False)
 
 
 def record_run(
@@ -49,7 +47,7 @@ def record_run(
         DataError: if there is a record in the folder.
     """
     scorer, stages = KeepingScorer(cascade.scorer), [KeepingStage.of(stage) for stage in cascade.stages]
-    keeping = cascade.unwatched().altered(scorer=scorer, stages=stages)
+    keeping = cascade.altered(scorer=scorer, stages=stages, calibration=None, follow_shares=False)
     for prediction in write_record(
         folder,
         data=data,

@@ -1,7 +1,6 @@
 """What a bulk run is: ``manifest.json``, by which the same run is known again."""
 
 import hashlib
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -22,12 +21,6 @@ from cascadevlm.judges.cache import key_of
 from cascadevlm.runs.inputs import Inputs, Named
 
 NAME = "manifest.json"
-
-_DECIDES_NOTHING = re.compile(
-    r"(budget|cache|labels|calibration|scorer\.options|stage\.\d+\.(options|support\.folder))(\..*)?",
-)
-"""Keys of a configuration that may change: what a run may spend, where things are kept, and what is told more exactly beside the
-configuration: labels, the contents of files, the fingerprint of the scorer and the identities of judges."""
 
 
 class Manifest(BaseModel):
@@ -96,7 +89,7 @@ class Manifest(BaseModel):
 
     def differences(self, other: "Manifest") -> list[str]:
         """What another run does otherwise, one sentence each."""
-        found = _changes(_filled(self.config), _filled(other.config))
+        found = _changes(_deciding(self.config), _deciding(other.config))
         names = {**self.contents, **other.contents}
         found += [f"the content of {name} is another" for name in names if self.contents.get(name) != other.contents.get(name)]
         return found + ["the labels are others"] * (self.labels != other.labels)
@@ -160,10 +153,10 @@ def _contents(cascade: Cascade) -> dict[str, str]:
     return contents
 
 
-def _filled(config: dict[str, JsonValue]) -> dict[str, JsonValue]:
-    """With every key and its default; what is no configuration of ours, as it is."""
+def _deciding(config: dict[str, JsonValue]) -> dict[str, JsonValue]:
+    """Every key that may not change, with its default if it is not given; a configuration that is not ours, as it is."""
     try:
-        return Config.model_validate(config).model_dump(mode="json")
+        return Config.model_validate(config).deciding()
     except ValidationError:
         return config
 
@@ -174,7 +167,7 @@ def _changes(before: Mapping[str, JsonValue], now: Mapping[str, JsonValue], path
     return [
         f"{key} was {mine.get(key)!r} and is {theirs.get(key)!r}"
         for key in {**mine, **theirs}
-        if mine.get(key) != theirs.get(key) and not _DECIDES_NOTHING.fullmatch(key)
+        if mine.get(key) != theirs.get(key)
     ]
 
 

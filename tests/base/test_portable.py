@@ -174,7 +174,7 @@ def test_a_ledger_on_disk_is_not_pickled(tmp_path: Path) -> None:
 
 def test_a_shallow_copy_asks_the_same_judges() -> None:
     original = cascade(FakeJudge())
-    assert copy(original)._judges is original.unwatched()._judges is original._judges
+    assert copy(original)._judges is original.altered(calibration=None)._judges is original._judges
     assert deepcopy(original)._judges is not original._judges
 
 

@@ -388,7 +388,7 @@ def test_a_study_is_of_one_judge(data: Data) -> None:
     with pytest.raises(InputError, match="the cascade has 0"):
         study_order(cascade.altered(stages=[]), data, config=CONFIG)
     with pytest.raises(InputError, match="the cascade has 2"):
-        study_reasoning(cascade.altered(stages=cascade.stages * 2), data, config=CONFIG)
+        study_reasoning(cascade.altered(stages=[*cascade.stages] * 2), data, config=CONFIG)
 
 
 class Priced(FakeJudge):

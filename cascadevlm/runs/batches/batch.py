@@ -88,7 +88,9 @@ async def stream_in_batches(
         while True:
             escalated = skipped = 0
             judge.freed = False
-            collecting = cascade.unwatched().altered(stages=stages, store=_Collecting(store), on_failure="scorer")
+            collecting = cascade.altered(
+                stages=stages, store=_Collecting(store), on_failure="scorer", calibration=None, follow_shares=False
+            )
             async for prediction in collecting.astream(images):
                 escalated += prediction.escalated
                 skipped += any(verdict.outcome == "skipped" for verdict in prediction.verdicts)
