@@ -110,7 +110,7 @@ class LabelSet:
     def read(cls, path: str | Path) -> "LabelSet":
         """A label set from a file or folder.
 
-        Text files hold a name per line, which may be numbered from 0 or 1 on, or lines of WordNet ids and names as ImageNet's
+        Text files hold a name per line, with or without numbers from 0 or 1 on, or lines of WordNet ids and names as ImageNet's
         ``synset_words.txt``. Tables (``.csv``, with commas, semicolons or tabs; ``.tsv``) have a header with ``name`` (or
         ``species``, ``label`` or ``class``) and, optionally, ``text``, ``aliases`` (separated by ``|``) and ``description``;
         other columns are left out. ``.json`` is a list of names or of objects with those keys, ``.jsonl`` one of them per line.
@@ -121,15 +121,16 @@ class LabelSet:
         """
         path = Path(path)
         try:
-            return cls(tuple(_read_folder(path) if path.is_dir() else _read_file(path)))
+            labels = _read_folder(path) if path.is_dir() else _read_file(path)
+            if labels and all(_WORDNET_ID.fullmatch(label.prompt_text) for label in labels):
+                raise LabelError("The names are WordNet ids, which no scorer knows.", hint="Give lines as 'n01440764 tench'.")
+            return cls(tuple(labels))
         except (OSError, ValueError) as exc:
             reason = exc.strerror if isinstance(exc, OSError) else str(exc)
             if isinstance(exc, UnicodeDecodeError):
                 raise LabelError(f"Labels file {str(path)!r} is not UTF-8 text.", hint="Save it as UTF-8.") from exc
             if isinstance(exc, ValidationError):
-                last = exc.errors()[-1]  # an entry is tried as a name first, as an object last
-                where = ".".join(map(str, last["loc"]))
-                raise LabelError(f"Labels file {str(path)!r}, entry {where}: {last['msg']}.") from exc
+                raise LabelError(f"Labels file {str(path)!r}, {_fault(exc)}.", hint=_JSON_HINT) from exc
             raise LabelError(f"Labels file {str(path)!r} cannot be read: {reason}.") from exc
         except LabelError as exc:
             raise LabelError(f"Labels {str(path)!r}: {exc}") from exc
@@ -183,9 +184,32 @@ NAME_COLUMNS = ("name", "species", "label", "class")
 """What the column of names may be called; the first of these that a table has."""
 
 _ENTRIES = TypeAdapter(list[str | Label])
+_JSON_HINT = "Write a list of names, or of objects whose keys are name, text, aliases and description."
+_NOT_READ = frozenset(
+    {
+        ".yaml",
+        ".yml",
+        ".toml",
+        ".xml",
+        ".html",
+        ".py",
+        ".pbtxt",
+        ".xls",
+        ".xlsx",
+        ".ods",
+        ".parquet",
+        ".pkl",
+        ".npy",
+        ".mat",
+        ".zip",
+    }
+)
 _LISTED = re.compile(r"""[\[{]\s*["'\[{\d].*[\]}]""", re.DOTALL)
+_QUOTED = re.compile(r"""(["']).*\1,?|.+,""")
+_WORDNET_ID = re.compile(r"n\d{8}")
 _SYNSET = re.compile(r"(n\d{8})\s+(.+)")
-_NUMBERED = re.compile(r"(\d{1,9})[\s.:,;)]\s*(.+)")
+_NUMBER_BEFORE = re.compile(r"(?P<number>\d{1,9})[\s.:,;=)]\s*(?P<name>.+)")
+_NUMBER_AFTER = re.compile(r"(?P<name>.*\S)[\s:,;=]\s*(?P<number>\d{1,9})")
 
 
 def _read_folder(path: Path) -> list[Label]:
@@ -193,8 +217,12 @@ def _read_folder(path: Path) -> list[Label]:
 
 
 def _read_file(path: Path) -> list[Label]:
+    if path.suffix.lower() in _NOT_READ:
+        raise LabelError(f"{path.suffix} files are not read.", hint="Write the names into a text file, one per line.")
     with path.open(encoding="utf-8-sig", newline="") as file:
         text = file.read()
+    if "\0" in text:
+        raise LabelError("The file is not UTF-8 text.", hint="Save it as UTF-8.")
     match path.suffix.lower():
         case ".csv" | ".tsv":
             return _read_table(text)
@@ -202,8 +230,6 @@ def _read_file(path: Path) -> list[Label]:
             return _read_json(text)
         case ".jsonl" | ".ndjson":
             return _read_json(f"[{','.join(_lines(text))}]")
-        case ".yaml" | ".yml":
-            raise LabelError("YAML is not read.", hint="Write the names into a text file, one per line.")
     return _read_lines(text)
 
 
@@ -214,18 +240,26 @@ def _lines(text: str) -> list[str]:
 
 def _read_lines(text: str) -> list[Label]:
     lines = _lines(text)
-    if _LISTED.fullmatch(text.strip()):
+    one_line_list = len(lines) == 1 and "," in lines[0]
+    if one_line_list or _LISTED.fullmatch(text.strip()) or (lines and all(map(_QUOTED.fullmatch, lines[:-1] or lines))):
         raise LabelError(
-            "The text is a list, not a name per line.", hint="Write one name per line, or a JSON list into a .json file."
+            "The text is a list, not a name per line.",
+            hint="Write one name per line without quotes and commas at the ends, or a JSON list into a .json file.",
         )
     if all(synsets := [_SYNSET.fullmatch(line) for line in lines]):
-        return _synsets([(found[1], *found[2].split(", ")) for found in synsets if found])
-    numbered = [_NUMBERED.fullmatch(line) for line in lines]
-    numbers = [int(found[1]) for found in numbered if found]
-    names = [found[2] for found in numbered if found]
-    if len(lines) == len({*names}) > 1 and numbers in (list(range(len(lines))), list(range(1, len(lines) + 1))):
-        return [Label(name=name) for name in names]
-    return [Label(name=line) for line in lines]
+        names = _unnumbered([found[2] for found in synsets if found])
+        return _synsets([(found[1], *name.split(", ")) for found, name in zip(synsets, names, strict=True) if found])
+    return [Label(name=name) for name in _unnumbered(lines)]
+
+
+def _unnumbered(lines: list[str]) -> list[str]:
+    """Names without the numbers before or after them, if all have one and these count from 0 or 1 on."""
+    for form in (_NUMBER_BEFORE, _NUMBER_AFTER):
+        found = [match for line in lines if (match := form.fullmatch(line))]
+        names, numbers = [match["name"] for match in found], [int(match["number"]) for match in found]
+        if len(lines) == len({*names}) > 1 and numbers in (list(range(len(lines))), list(range(1, len(lines) + 1))):
+            return names
+    return lines
 
 
 def _synsets(classes: list[tuple[str, ...]]) -> list[Label]:
@@ -241,11 +275,23 @@ def _read_json(text: str) -> list[Label]:
     return [Label(name=item) if isinstance(item, str) else item for item in _ENTRIES.validate_json(text)]
 
 
+def _fault(exc: ValidationError) -> str:
+    """What is wrong with the first entry that cannot be read: an entry is tried as a name first, as an object last."""
+    errors = exc.errors()
+    entry = errors[0]["loc"][:1]
+    last = [error for error in errors if error["loc"][:1] == entry][-1]
+    where = "".join(f"entry {int(number) + 1}, " for number in entry) + "".join(f"key {key!r}, " for key in last["loc"][2:3])
+    return f"{where.removesuffix(', ') or 'the file'}: {last['msg']}"
+
+
 def _read_table(text: str) -> list[Label]:
+    told = re.match(r"sep=(.)[\r\n]+", text)  # Excel's own line
+    text = text[told.end() :] if told else text
     head = _lines(text)[:1]
-    delimiter = max(",;\t", key=head[0].count) if head else ","
+    delimiter = told[1] if told else max(",;\t", key=head[0].count) if head else ","
     try:
-        header, *rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
+        lines = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
+        header, *rows = [row for row in lines if any(cell.strip() for cell in row)]
     except (csv.Error, ValueError) as exc:  # no header: there is nothing to unpack
         raise LabelError(f"The table cannot be read: {exc}." if head else "The table is empty.") from exc
     columns = [column.strip().lower() for column in header]
@@ -256,7 +302,9 @@ def _read_table(text: str) -> list[Label]:
             hint=f"The first line names the columns; the column of names is one of {', '.join(NAME_COLUMNS)}.",
         )
 
-    cells = [dict(zip(columns, row, strict=False)) for row in rows if any(cell.strip() for cell in row)]
+    cells = [dict(zip(columns, row, strict=False)) for row in rows]
+    if name != "name" and len(columns) > 1 and cells and all(row.get(name, "").strip().isdecimal() for row in cells):
+        raise LabelError(f"The column {name!r} holds numbers.", hint="Give the column of names the header 'name'.")
     return [
         Label(
             name=row.get(name, "").strip(),

@@ -55,6 +55,12 @@ SYNSETS = "n90000001 red finch, Rubeo avis\nn90000002 grey owl\n"
         ("words.txt", SYNSETS.replace(" ", "\t", 1).replace("2 ", "2\t")),
         ("classes.txt", "1 red finch\n2 grey owl\n"),
         ("classes.txt", "0: red finch\n1: grey owl\n"),
+        ("classes.txt", "0=red finch\n1=grey owl\n"),
+        ("classes.txt", "red finch 0\ngrey owl 1\n"),
+        ("classes.txt", "red finch\t1\ngrey owl\t2\n"),
+        ("synset_words.txt", "n90000001 1 red finch\nn90000002 2 grey owl\n"),
+        ("names.csv", 'sep=;\r\nname;note\r\n"red finch";a, b, c\r\n"grey owl";\r\n'),
+        ("names.csv", "\n,\nname,id\nred finch,1\ngrey owl,2\n"),
         ("classes.txt", "\ufeffred finch\r\ngrey owl\r\n"),
     ],
 )
@@ -70,7 +76,18 @@ def test_wordnet_ids_and_synonyms_are_aliases(tmp_path: Path) -> None:
     assert [label.aliases for label in LabelSet.read(tmp_path / "synset_words.txt")] == [(f"n9000000{i}",) for i in (1, 2, 3)]
 
 
-@pytest.mark.parametrize("content", ["1 Series\n2 Series\n", "747 jet\n757 jet\n", "[a]\n", "n1 finch\n", "A\u2028B\nC\x85D\n"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "1 Series\n2 Series\n",
+        "Series 1\nSeries 2\n",
+        "'t Hooft\nant\n",
+        "747 jet\n757 jet\n",
+        "[a]\n",
+        "n1 finch\n",
+        "A\u2028B\nC\x85D\n",
+    ],
+)
 def test_lines_that_only_look_like_another_form_are_names(tmp_path: Path, content: str) -> None:
     (tmp_path / "names.txt").write_text(content, encoding="utf-8")
     assert LabelSet.read(tmp_path / "names.txt").names == tuple(content.split("\n")[:-1])
@@ -84,9 +101,18 @@ def test_lines_that_only_look_like_another_form_are_names(tmp_path: Path, conten
         ("list.txt", '{"0": "red finch"}\n'),
         ("list.txt", '[\n  {"name": "red finch"}\n]\n'),
         ("names.csv", ""),
-        ("names.csv", "name\nred\0finch\n" + "x" * 200_000),
+        ("names.csv", "name\n" + "x" * 200_000),
         ("names.jsonl", '"red finch"\n"grey\n'),
         ("names.json", "[" * 100_000),
+        ("names.toml", "names = ['red finch']\n"),
+        ("map.pbtxt", "item {\n"),
+        ("list.txt", "red finch, grey owl\n"),
+        ("list.txt", "red finch,\ngrey owl\n"),
+        ("list.txt", '"red finch"\n"grey owl"\n'),
+        ("wnids.txt", "n90000001\nn90000002\n"),
+        ("names.txt", "r\0e\0d\0"),
+        ("names.csv", "class,common_name\n0,red finch\n1,grey owl\n"),
+        ("names.csv", "\n,\n"),
     ],
 )
 def test_what_is_no_label_file_is_refused_by_name(tmp_path: Path, file: str, content: str) -> None:
@@ -145,7 +171,8 @@ def test_csv_carries_everything(tmp_path: Path) -> None:
         ("twice.txt", "ant\nbee\n ant \n", "'ant' is there twice"),
         ("bad.csv", "title\nant\n", "unknown column 'title'"),
         ("bad.json", '[{"name": "ant", "alias": []}]', "alias"),
-        ("bad.json", '{"ant": 1}', "array"),
+        ("bad.json", '{"ant": 1}', "the file: Input should be a valid array. Write a list of names"),
+        ("bad.json", '["ant", {"name": "bee", "id": 1}]', "entry 2, key 'id': Unexpected keyword"),
         ("blank.json", '["ant", " "]', "empty name"),
         ("none.txt", None, "cannot be read"),
         ("latin.txt", b"caf\xe9\n", "not UTF-8"),
