@@ -185,25 +185,7 @@ NAME_COLUMNS = ("name", "species", "label", "class")
 
 _ENTRIES = TypeAdapter(list[str | Label])
 _JSON_HINT = "Write a list of names, or of objects whose keys are name, text, aliases and description."
-_NOT_READ = frozenset(
-    {
-        ".yaml",
-        ".yml",
-        ".toml",
-        ".xml",
-        ".html",
-        ".py",
-        ".pbtxt",
-        ".xls",
-        ".xlsx",
-        ".ods",
-        ".parquet",
-        ".pkl",
-        ".npy",
-        ".mat",
-        ".zip",
-    }
-)
+_NOT_READ = frozenset({".yaml", ".yml", ".toml", ".xml", ".html", ".py", ".pbtxt", ".xls", ".xlsx", ".ods", ".parquet"})
 _LISTED = re.compile(r"""[\[{]\s*["'\[{\d].*[\]}]""", re.DOTALL)
 _QUOTED = re.compile(r"""(["']).*\1,?|.+,""")
 _WORDNET_ID = re.compile(r"n\d{8}")
