@@ -387,13 +387,14 @@ def image_files(folder: Path) -> list[Path]:
 
 
 def images_left_out(folder: Path) -> Counter[str]:
-    """How many files below a folder look like images and are none of its `image_files`, by suffix: they are of other formats, or
-    links to nothing, pipes and the like."""
+    """How many files below a folder look like images and are not read, by suffix: they are of other formats, or are pipes and the
+    like. A link is read wherever it leads to: to nothing, it is an image that is missing."""
     found: Counter[str] = Counter()
     for below, _, names in os.walk(folder):
         for name in names:
             suffix = os.path.splitext(name)[1].lower()  # noqa: PTH122  # a folder may hold millions
-            if suffix in OTHER_SUFFIXES or (suffix in SUFFIXES and not Path(below, name).is_file()):
+            path = Path(below, name)
+            if suffix in OTHER_SUFFIXES or (suffix in SUFFIXES and not (path.is_symlink() or path.is_file())):
                 found[suffix] += 1
     return found
 

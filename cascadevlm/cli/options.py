@@ -169,13 +169,13 @@ def image_files(paths: list[Path]) -> list[Path]:
     Raises:
         InputError: if a path does not exist or a folder holds no image.
     """
-    from cascadevlm.base.images import image_files as files_below
+    from cascadevlm.runs.inputs import Inputs
 
-    files = []
+    files: list[Path] = []
     for path in paths:
         if not path.exists():
             raise InputError(f"{str(path)!r} does not exist.")
-        found = files_below(path) if path.is_dir() else [path]
+        found = [Path(name) for name, _ in Inputs(path)] if path.is_dir() else [path]
         if not found:
             raise InputError(f"Folder {str(path)!r} holds no images.", hint=left_out([path]))
         files += found

@@ -123,7 +123,7 @@ class Turns:
     def __init__(self, path: Path) -> None:
         self._file = -1
         with suppress(OSError):
-            self._file = os.open(path, os.O_RDWR | os.O_CREAT)
+            self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
             weakref.finalize(self, os.close, self._file)
         self._taken: dict[str, object] = {}
 
@@ -335,7 +335,7 @@ class Cached(SingleFlight):
             if verdict.valid:
                 try:
                     self.store.put(key, payload, verdict)
-                except (OSError, sqlite3.Error) as exc:  # a full disk: the answer is paid for and counts all the same
+                except (OSError, sqlite3.Error, zlib.error) as exc:  # a full disk: the answer is paid for and counts all the same
                     warnings.warn(f"An answer could not be kept in the cache: {exc}", RuntimeWarning, stacklevel=2)
             return verdict
 

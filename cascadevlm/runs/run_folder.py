@@ -191,13 +191,12 @@ class RunFolder:
         sound = 0
         with path.open("rb") as lines:
             for line in lines:
-                if (body := _checked(line)) is None:
+                if (read := _read(line)) is None:
                     if line.endswith(b"\n"):
                         images = self.tally.images
                         told = f"The predictions were damaged after {images} images; what followed is worked out again."
                         warnings.warn(told, RuntimeWarning, stacklevel=2)
                     break
-                read = Line.read(body)
                 if read.digest and self._has_changed(read):
                     told = f"The image {read.path!r} was changed after its prediction: it and what follows is worked out again."
                     warnings.warn(told, RuntimeWarning, stacklevel=2)
@@ -334,6 +333,15 @@ def _checked(line: bytes) -> bytes | None:
     body, _, checksum = line.rpartition(_CHECKSUM)
     body += b"}"
     return body if checksum == b"%d}\n" % zlib.crc32(body) else None
+
+
+def _read(line: bytes) -> Line | None:
+    """The prediction in a line, if the line is as it was written."""
+    body = _checked(line)
+    try:
+        return None if body is None else Line.read(body)
+    except (ValueError, RecursionError):
+        return None
 
 
 def _require_no_other_things(folder: Path) -> None:

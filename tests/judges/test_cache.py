@@ -294,6 +294,15 @@ def test_settings_of_a_strangers_cache_are_one_sentence(tmp_path: Path) -> None:
             DiskStore(folder).get("key")
 
 
+@pytest.mark.filterwarnings("ignore:The cache:RuntimeWarning")
+async def test_an_answer_that_cannot_be_kept_counts(tmp_path: Path) -> None:
+    assert len(DiskStore(tmp_path)) == 0
+    change(tmp_path, "insert or replace into Settings values ('disk_compress_level', 99)")
+    with pytest.warns(RuntimeWarning, match="could not be kept"):
+        assert (await Cached(FakeJudge(), DiskStore(tmp_path)).judge(question())).label == "red finch"
+    assert not (tmp_path / "asking.lock").stat().st_mode & 0o111
+
+
 async def test_two_event_loops_that_share_a_store_buy_an_answer_once(tmp_path: Path) -> None:
     store, judge = DiskStore(tmp_path), FakeJudge(seconds=0.1, dollars=0.02)
 

@@ -206,6 +206,16 @@ def test_a_damaged_line_and_all_after_it_is_worked_out_again(tmp_path: Path) -> 
     assert lines(tmp_path) == before
 
 
+def test_a_line_that_is_whole_and_no_prediction_is_damage(tmp_path: Path) -> None:
+    bulk.run(cascade(), Pictures(20), tmp_path, config={})
+    before, path = lines(tmp_path), tmp_path / "predictions.jsonl"
+    rows = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([*rows[:7], run_folder._with_checksum(b'{"path": "image 7"}'), *rows[8:]]))
+    with pytest.warns(RuntimeWarning, match="damaged after 7 images"):
+        bulk.run(cascade(), Pictures(20), tmp_path, config={})
+    assert lines(tmp_path) == before
+
+
 A: dict[str, JsonValue] = {"scorer": {"use": "a"}}
 
 
