@@ -54,6 +54,12 @@ PIXELS_AT_ONCE = 150_000_000
 """The most pixels that all threads together decode at once: 1.8 GB, at 12 bytes a pixel (read, turned and converted). An image
 that is larger is decoded while no other one is."""
 
+HUGE_PIXELS = 25_000_000
+"""From the first image on that is larger, Pillow asks for blocks of `HUGE_BLOCK` bytes. The C library gives these back when they
+are freed; smaller ones it keeps for the thread that freed them, and every thread would keep the memory of a huge image."""
+
+HUGE_BLOCK = 1 << 26
+
 MAX_BYTES = 1 << 31
 """The size above which a file is not read."""
 
@@ -243,6 +249,8 @@ def _upright_rgb(image: Image.Image, room: ExitStack) -> Image.Image:
         raise ValueError(f"it has {image.width} x {image.height} pixels; one side may be {MOST_STRETCHED} times the other")
     room.close()  # of an attempt before
     room.enter_context(_ROOM.take(short * long))
+    if short * long > HUGE_PIXELS:
+        Image.core.set_block_size(HUGE_BLOCK)  # type: ignore[attr-defined]
     image.load()
     turn = _turn(image)
     return _flatten(image if turn is None else image.transpose(turn))

@@ -4,6 +4,7 @@ import random
 import socket
 import struct
 import subprocess
+import sys
 import threading
 import zlib
 from collections.abc import Iterator
@@ -466,3 +467,23 @@ def test_the_documentation_names_every_column_and_ending() -> None:
     page = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
     for word in (*NAME_COLUMNS, "text", "aliases", "description", ".csv", ".tsv", ".json", ".jsonl", "synset_words.txt"):
         assert f"`{word}`" in page
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is counted as Linux does")
+def test_threads_do_not_keep_the_memory_of_images_they_are_done_with() -> None:
+    code = """
+import io, resource
+from concurrent.futures import ThreadPoolExecutor
+from PIL import Image
+from cascadevlm import images
+images._ROOM.size = 1  # one at a time
+images.HUGE_PIXELS = 1_000_000
+file = io.BytesIO()
+Image.new("RGB", (3000, 3000)).save(file, "PNG", compress_level=1)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+with ThreadPoolExecutor(8) as readers:
+    list(readers.map(lambda content: images.load_image(content).size, [file.getvalue()] * 8))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 160_000  # KB; an image takes 36 MB as it is read, and as much converted
