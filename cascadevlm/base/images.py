@@ -10,7 +10,7 @@ import warnings
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import cache, partial
 from pathlib import Path
 from typing import TypeAlias, TypeVar
@@ -251,7 +251,8 @@ def _upright_rgb(image: Image.Image, room: ExitStack) -> Image.Image:
     room.enter_context(_ROOM.take(short * long))
     if short * long > HUGE_PIXELS:
         Image.core.set_block_size(HUGE_BLOCK)  # type: ignore[attr-defined]
-    image.load()
+    with _quiet() if short * long > MAX_PIXELS // 2 else nullcontext():  # Pillow warns of these
+        image.load()
     turn = _turn(image)
     return _flatten(image if turn is None else image.transpose(turn))
 

@@ -469,6 +469,15 @@ def test_the_documentation_names_every_column_and_ending() -> None:
         assert f"`{word}`" in page
 
 
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_nothing_is_warned_of_a_size_that_is_read(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    file = io.BytesIO()
+    noise(0, (40, 40)).save(file, kind, compression="tiff_deflate")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    monkeypatch.setattr(images, "MAX_PIXELS", 2000)
+    assert load_image(file.getvalue()).size == (40, 40)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is counted as Linux does")
 def test_threads_do_not_keep_the_memory_of_images_they_are_done_with() -> None:
     code = """
