@@ -397,7 +397,42 @@ def test_damaged_files_raise_nothing_but_image_errors(kind: str) -> None:
                 read(bytes(damaged))
 
 
-@pytest.mark.parametrize("size", [(1, 60_000), (60_000, 1), (0, 5)])
+def test_pixels_without_metadata_keep_what_says_how_they_are_read() -> None:
+    file = io.BytesIO()
+    Image.new("CMYK", (40, 20), (10, 200, 90, 0)).save(file, "JPEG")
+    whole = file.getvalue()
+    broken = whole[:2] + b"\xff\xe0\0\7JFIF\0" + whole[2:]
+    assert load_image(broken).getpixel((0, 0)) == load_image(whole).getpixel((0, 0))
+    file = io.BytesIO()
+    Image.new("L", (5, 5), 7).save(file, "PNG", transparency=7)
+    whole = file.getvalue()
+    assert load_image(whole[:33] + png_chunk(b"iCCP", b"a\0\7") + whole[33:]).getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_an_image_that_is_read_a_second_time_takes_room_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(images, "_ROOM", images._Room(10_000))
+    whole = encoded("PNG")
+    late = whole[:-12] + png_chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(5_000_000))) + whole[-12:]
+    with decoded(late) as image:
+        assert images._ROOM.taken == image.width * image.height
+
+
+def test_a_file_that_is_too_large_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "large.png").write_bytes(encoded("PNG"))
+    monkeypatch.setattr(images, "MAX_BYTES", 10)
+    with pytest.raises(ImageError, match="the most is 10"):
+        load_image(tmp_path / "large.png")
+
+
+def test_negative_grey_is_black() -> None:
+    assert np.asarray(load_image(Image.fromarray(np.array([[-5, 0, 255]], dtype=np.int32))))[0, :, 0].tolist() == [0, 0, 255]
+
+
+def test_one_side_may_be_two_thousand_times_the_other() -> None:
+    assert load_image(Image.new("RGB", (1, 2_000))).size == (1, 2_000)
+
+
+@pytest.mark.parametrize("size", [(1, 2_001), (60_000, 1), (0, 5)])
 def test_an_image_without_area_or_far_too_narrow_is_refused(size: tuple[int, int]) -> None:
     with pytest.raises(ImageError):
         load_image(Image.new("RGB", size))
