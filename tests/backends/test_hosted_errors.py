@@ -151,6 +151,7 @@ OF_ONE_IMAGE: list[tuple[int, object, str]] = [
     (200, {"error": {"message": "Blocked.", "code": "content_filter"}}, "Blocked."),
     (200, {"error": {"message": "The input was flagged by moderation", "code": 403}}, "flagged"),
     (500, {"error": {"message": "ContentPolicyViolationError: no", "type": "content_policy_violation"}}, "no"),
+    (400, {"error": {"message": "输入可能包含敏感内容", "code": "1301"}}, "敏感"),
 ]
 OF_ALL: list[tuple[int, object, str]] = [
     (
@@ -194,6 +195,19 @@ OF_ALL: list[tuple[int, object, str]] = [
     (200, {"error": {"message": "No auth credentials found", "code": 401}}, "No auth"),
     (200, {"error": {"message": "More credits are needed.", "code": "402"}}, "More credits"),
     (200, {"type": "error", "error": {"type": "authentication_error", "message": "invalid x-api-key"}}, "x-api-key"),
+    (400, {"error": {"message": "Budget has been exceeded! Current cost: 2, max: 1", "type": "budget_exceeded"}}, "Budget"),
+    (429, {"error": {"message": "User=x over budget.", "code": "400"}}, "over budget"),
+    (429, {"error": {"message": "RateLimitError: You exceeded your current quota, check your plan."}}, "your plan"),
+    (412, {"error": {"message": "Account x is suspended, possibly for failure to pay."}}, "suspended"),
+    (429, {"error": {"message": "余额不足,请充值。", "code": "1113"}}, "余额不足"),
+    (200, {"base_resp": {"status_code": 1008, "status_msg": "insufficient balance"}}, "insufficient balance"),
+    (200, {"error": "Unexpected endpoint or method. (POST /chat/completions). Returning 200 anyway"}, "Unexpected endpoint"),
+    (400, {"message": "The provided model identifier is invalid.", "__type": "ValidationException"}, "identifier"),
+    (400, {"error": "Model does not support images. Please use a model that does."}, "not support images"),
+    (400, {"error": {"message": "Invalid content type. image_url is only supported by certain models."}}, "certain models"),
+    (422, {"error": {"message": "messages[0]: unknown variant `image_url`, expected `text`"}}, "unknown variant"),
+    (400, {"error": {"message": "this model is missing data required for image input"}}, "image input"),
+    (500, {"error": {"message": "model requires more system memory (8 GiB) than is available (3 GiB)"}}, "memory"),
 ]
 THAT_PASS: list[tuple[int, object, str]] = [
     (
@@ -210,6 +224,9 @@ THAT_PASS: list[tuple[int, object, str]] = [
     (200, {"error": {"message": "Slow down", "code": 429}}, "Slow down"),
     (200, {"type": "error", "error": {"type": "overloaded_error", "message": "Overloaded"}}, "Overloaded"),
     (200, {"error": "boom"}, "boom"),
+    (429, {"error": {"message": "Resource has been exhausted (e.g. check quota).", "status": "RESOURCE_EXHAUSTED"}}, "quota"),
+    (429, {"error": {"message": "RateLimitError: Rate limit reached for m."}}, "Rate limit"),
+    (400, {"__type": "ThrottlingException", "message": "Too many tokens."}, "Too many"),
     (200, "<html><head><title>Sign in</title></head></html>", "answered with no JSON: 'Sign in'. Is base_url right?"),
 ]
 OF_THIS_REQUEST: list[tuple[int, object, str]] = [
@@ -221,6 +238,8 @@ OF_THIS_REQUEST: list[tuple[int, object, str]] = [
     (400, [{"error": {"code": 400, "message": 'Unknown name "detail"', "status": "INVALID_ARGUMENT"}}], 'Unknown name "detail"'),
     (400, {"error": {"message": "x is not taken into account"}}, "into account"),
     (413, {"unheard": "of"}, '{"unheard": "of"}'),
+    (400, {"error": {"message": "The model does not support image format webp."}}, "webp"),
+    (400, {"error": {"message": "max_tokens must be greater than thinking.budget_tokens"}}, "budget_tokens"),
     (200, {"object": "error", "message": "bad", "type": "BadRequestError", "code": 400}, "bad"),
 ]
 RESPONSES = [
@@ -259,8 +278,16 @@ def test_the_table(
     assert kind is not FatalError or error.hint
 
 
-def test_a_body_without_an_answer_or_an_error_may_be_billed() -> None:
-    error = error_of_response(200, {"id": "g", "choices": []})
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"id": "g", "choices": []},
+        {"type": "message", "role": "assistant", "content": None, "usage": {"input_tokens": 9}},
+        {"object": "response", "status": "completed", "output": None},
+    ],
+)
+def test_a_body_without_an_answer_or_an_error_may_be_billed(body: object) -> None:
+    error = error_of_response(200, body)
     assert (type(error), error.may_be_billed) == (TransientError, True)
 
 

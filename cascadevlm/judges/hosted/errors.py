@@ -68,7 +68,7 @@ OK = 200
 RULES: tuple[Rule, ...] = (
     Rule(
         kind=FatalError,
-        statuses={OK, 400, 401, 403, 429},
+        statuses={OK, 400, 401, 403, 412, 429},
         words=_words(
             r"\b(account|organi[sz]ation|workspace|key)\b[^.]{0,40}\b(is|was|has been|been) (\w+ )?"
             r"(suspended|deactivated|disabled|banned|blocked|terminated|revoked|flagged|restricted|closed)"
@@ -89,7 +89,7 @@ RULES: tuple[Rule, ...] = (
             r"content.{0,20}(filter|polic|moderat|safety|violat|guideline|flagged|blocked|inappropriate|prohibited)"
             r"|\bmoderat(ion|ed)|\bflagged\b|safety.?(system|check|filter|polic|setting|guideline)|inappropriate|guardrail|nsfw"
             r"|(violat|breach).{0,40}(polic|guideline|terms)|blocked.{0,40}(safety|polic|prohibited)|prohibited.content"
-            r"|sensitive (content|information|image)|responsible.?ai|data.?inspection"
+            r"|sensitive (content|information|image)|responsible.?ai|data.?inspection|敏感|违规"
         ),
     ),
     Rule(
@@ -98,7 +98,7 @@ RULES: tuple[Rule, ...] = (
             (
                 *("insufficient_quota", "insufficient_user_quota", "billing_hard_limit_reached", "billing_not_active"),
                 *("billing_error", "enforced_spend_limit_reached", "contract_spend_limit_reached", "insufficient_balance"),
-                *("arrearage", "insufficient_credits", "payment_required"),
+                *("arrearage", "insufficient_credits", "payment_required", "budget_exceeded"),
             )
         ),
         statuses={402},
@@ -108,15 +108,16 @@ RULES: tuple[Rule, ...] = (
         kind=RateLimited,
         statuses={429, 503, 529},
         words=_words(
-            r"rate.?limit|per.(second|minute|min|hour|day)|\b[rt]p[smd]\b|(retry|again) (in|after) \S*\d|too many|concurren"
+            r"rate.?limit(?!error)|per.(second|minute|min|hour|day)|\b[rt]p[smd]\b"  # proxies call all of 429 a RateLimitError
+            r"|(retry|again) (in|after) \S*\d|too many|concurren"
         ),
     ),
     Rule(
         kind=FatalError,
         statuses={OK, 400, 401, 403, 404, 409, 429},
         words=_words(
-            r"\bcredits?\b|\bbalance\b|billing|\bquota\b|\bpayment|prepaid|insufficient funds|(spend|spending|usage).limit"
-            r"|arrear|overdue|unpaid|(?<!into )\baccount\b"
+            r"\bcredits?\b|\bbalance\b|billing|(?<!check )\bquota\b|\bpayment|prepaid|insufficient funds"
+            r"|(spend|spending|usage).limit|arrear|overdue|unpaid|over budget|budget has been exceeded|余额|欠费|(?<!into )\baccount\b"
         ),
         hint=EXHAUSTED,
     ),
@@ -141,8 +142,11 @@ RULES: tuple[Rule, ...] = (
         statuses={OK, 400, 403, 422, 500, 501},
         words=_words(
             r"\bmodels?\b.{0,100}(not exist|not found|not a valid|not available|decommissioned|no longer|not loaded)"
-            r"|(unknown|invalid|unsupported|no such|not a valid) model\b|no models? loaded|no endpoints found"
-            r"|image input is not supported|support image input|not a multimodal model"
+            r"|(unknown|invalid|unsupported|no such|not a valid) model\b|no models? loaded|no endpoints found|unexpected endpoint"
+            r"|model (id|identifier|name) is invalid|does not work with the specified model|requires more system memory"
+            r"|image input is not supported|support image input|not a multimodal model|missing data required for image input"
+            r"|\bmodels?\b.{0,60} not support (images?|vision)( inputs?)?\s*(\.|;|$)"
+            r"|image_url.{0,60}(only supported|not supported|expected .?text)"
         ),
         hint=CHECK_MODEL,
     ),
@@ -205,7 +209,7 @@ def error_of_response(status: int, body: object, *, wait: float | None = None, s
     named = [code for code in sorted(codes - {"error", _code(secret)}) if not code.isdigit() and code not in words]
     message = words.replace(secret or "\0", "***")[:MOST_OF_A_MESSAGE]
     message = f"{message} (status {', '.join([str(status), *named])})"
-    if status == OK and not told and not codes:
+    if status == OK and not told and not any(rule.codes & codes for rule in RULES):
         return TransientError(f"The response holds no answer: {message}", may_be_billed=True)
     rule = next((rule for rule in RULES if rule.holds(status, codes, words)), None)
     if rule is None:
@@ -221,7 +225,7 @@ def _codes(body: object) -> Iterator[str]:
     """Every code and type in a body, in lower case and with underscores."""
     if isinstance(body, Mapping):
         for name, value in body.items():
-            if name in ("code", "type", "status", "error_code", "errorCode", "param") and isinstance(value, str | int):
+            if name in ("code", "type", "__type", "status", "error_code", "errorCode", "param") and isinstance(value, str | int):
                 yield _code(str(value))
             yield from _codes(value)
     elif isinstance(body, list):
@@ -242,6 +246,8 @@ _SAYING = (
     "metadata",
     "raw",
     "reasons",
+    "base_resp",
+    "status_msg",
 )
 """The fields that hold a server's words, however it nests them."""
 
