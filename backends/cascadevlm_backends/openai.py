@@ -447,7 +447,7 @@ def _probabilities(logprobs: "ChoiceLogprobs", text: str, question: Question) ->
     tokens = logprobs.content or []
     written = "".join(token.token for token in tokens)  # where the text is without its thoughts, the tokens are not
     said = after_thoughts(written, question) or ""
-    start = len(written) - len(said) + (said.lower().rfind("answer") + len("answer") if "answer" in said.lower() else 0)
+    start = written.rfind(said) + (said.lower().rfind("answer") + len("answer") if "answer" in said.lower() else 0)
     end = 0
     for token in tokens:
         begin, end = end, end + len(token.token)

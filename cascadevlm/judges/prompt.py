@@ -212,39 +212,47 @@ def read_answer(text: str, question: Question) -> Answer | None:
     position = chosen.pop() if len(chosen) == 1 else None
     if position is None:
         return None
-    thoughts = _THOUGHTS.sub("", text[: len(text) - len(said)])
+    thoughts = _THOUGHTS.sub("", text.removesuffix(said))
     label = question.labels[position] if position < len(question.labels) else None
     return Answer(label, f"{thoughts}\n{rationale}".strip())
 
 
-_TAG_WORD = r"(?:[a-z0-9]+[:_-])*(?:think(?:ing)?|thoughts?|reason(?:ing)?|reflect(?:ion)?|analysis|scratchpad|monologue)"
+_TAG_WORD = (
+    r"(?:[a-z0-9]+[:_-])*(?:(?:ant)?think(?:ing)?|thoughts?|cot|reason(?:ing)?|rationale|reflect(?:ion)?|analysis"
+    r"|plan(?:ning)?|scratchpad|internal|monologue)"
+)
 _THOUGHTS = re.compile(
-    rf"[<\[◁]\|?(?P<end>/|end_(?:of_)?)?{_TAG_WORD}(?:[_-][a-z0-9]+)*(?:\s+\w+=[^<>]*)?\s*\|?[>\]▷]"
+    rf"[<\[◁]\|?(?P<end>/|end_(?:of_)?)?{_TAG_WORD}(?:[_-](?!end)[a-z0-9]+)*(?P<ends>[_-]end)?(?:\s+\w+=[^<>]*)?\s*\|?[>\]▷]"
     r"|(?P<final><\|channel\|>\s*final\b[^<]*(?:<\|constrain\|>[^<]*)?<\|message\|>|<channel\|>|<unused95>|assistantfinal)"
     r"|<\|channel\|?>\s*(?:analysis|commentary|thought)|<unused94>",
     re.IGNORECASE,
 )
-"""Tags around a model's thoughts; ``end`` or ``final`` matches in the closing ones."""
+"""Tags around a model's thoughts; ``end``, ``ends`` or ``final`` matches in the closing ones."""
 
 
 def after_thoughts(text: str, question: Question) -> str | None:
-    """What stands after the last closing tag of thoughts; None if thoughts were begun and not ended. Tags that are part of a
-    name, and those in a text that is JSON as a whole, are ordinary text."""
+    """What stands after the last closing tag of thoughts or, if nothing does, before the first opening one; None if thoughts were
+    begun and not ended. Tags that are part of a name, and those in a text that is JSON as a whole, are ordinary text."""
     if is_json_answer(text):
         return text
     tags = [tag for tag in _THOUGHTS.finditer(text) if not _in_a_name(tag[0], question)]
-    start = max((tag.end() for tag in tags if tag["end"] or tag["final"]), default=0)
-    return None if any(tag.start() >= start for tag in tags) else text[start:]
+    closing = [tag for tag in tags if tag["end"] or tag["ends"] or tag["final"]]
+    start = closing[-1].end() if closing else 0
+    if any(tag.start() >= start for tag in tags):
+        return None
+    explained_after = tags and tags[0] not in closing and len(tags) == 2 * len(closing) and not text[start:].strip()
+    return text[: tags[0].start()] if explained_after else text[start:]
 
 
 def _in_a_name(tag: str, question: Question) -> bool:
     return any(tag in name for label in question.labels for name in (label.name, *label.aliases))
 
 
+_ANSWER_TAG = r"(?:(?:final_?)?answer|conclusion|solution)"
 _MARKERS = re.compile(
-    r"(?P<begin><(?:final_?)?answer>|<\|begin_of_box\|>)"
+    rf"(?P<begin><{_ANSWER_TAG}>|<\|begin_of_box\|>)"
     r"|\${0,2}\\boxed\{(?:\\text\{)?(?P<boxed>[^{}]*)\}{1,2}\${0,2}"
-    r"|</(?:final_?)?answer>|<\|[^<>|\s]+\|>|</?s>|<eos>|<end_of_turn>|\[/?INST\]|^[^\S\n]*```\w*[^\S\n]*$",
+    rf"|</{_ANSWER_TAG}>|<[|｜][^<>|｜\s]+[|｜]>|</?s>|<eos>|<end_of_(?:turn|utterance)>|\[/?INST\]|^[^\S\n]*```\w*[^\S\n]*$",
     re.IGNORECASE | re.MULTILINE,
 )
 """What models and their servers write around an answer."""
@@ -340,7 +348,7 @@ def concluding_answer(thoughts: str) -> str:
     return line if (match and match["content"]) or is_json_answer(line) else ""
 
 
-_EDGE = r"[\s()\[\]{}<>\"'“”‘’`*_.,:;!=–—-]"
+_EDGE = r"[\W_]"
 _KEY_FIRST = re.compile(
     rf"{_EDGE}*(?:(?:option|choice|candidate|letter|number){_EDGE}+)?(?P<key>[^\W_]+)(?:{_EDGE}+(?P<name>\S.*?))??{_EDGE}*",
     re.IGNORECASE,

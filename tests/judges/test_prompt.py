@@ -133,6 +133,14 @@ def test_hostile_names_are_offered_on_one_line_and_answered_by_key(name: str) ->
         ("It is blue.\n<answer>\nB\n</answer>", "blue finch"),
         ("So it is $\\boxed{\\text{blue finch}}$.", "blue finch"),
         ("ANSWER: B<|im_end|>", "blue finch"),
+        ("ANSWER: B<｜end▁of▁sentence｜>", "blue finch"),
+        ("ANSWER: blue finch<end_of_utterance>", "blue finch"),
+        ("<SUMMARY>Which?</SUMMARY>\n<REASONING>A or B</REASONING>\n<CONCLUSION>B</CONCLUSION>", "blue finch"),
+        ("| ANSWER: B |", "blue finch"),
+        ("ANSWER: ✅ B 🐦", "blue finch"),
+        ("ANSWER: A/B", None),
+        ("ANSWER: B\n<reasoning>Not A: it is blue.</reasoning>", "blue finch"),
+        ("perhaps\nANSWER: A\n<think>no</think> or A</think>", None),
         ('```json\n{"reasoning": "x", "answer": "blue finch"}\n```', "blue finch"),
         ('Sure:\n```json\n{"answer": "B"}\n```\nAnything else?', "blue finch"),
         ('{"note": {"answer": "B"}}', "blue finch"),
@@ -266,6 +274,10 @@ THOUGHTS = [
     "<|START_THINKING|>{}<|END_THINKING|>",
     "<|channel|>analysis<|message|>{}<|end|><|start|>assistant<|channel|>final<|message|>",
     "<|channel>thought\n{}<channel|>",
+    "<|think_start|>{}<|think_end|>",
+    "<antThinking>{}</antThinking>",
+    "<cot>{}</cot>",
+    "<rationale>{}</rationale>",
 ]
 
 

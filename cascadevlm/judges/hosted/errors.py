@@ -117,7 +117,8 @@ RULES: tuple[Rule, ...] = (
         statuses={OK, 400, 401, 403, 404, 409, 429},
         words=_words(
             r"\bcredits?\b|\bbalance\b|billing|(?<!check )\bquota\b|\bpayment|prepaid|insufficient funds"
-            r"|(spend|spending|usage).limit|arrear|overdue|unpaid|over budget|budget has been exceeded|余额|欠费|(?<!into )\baccount\b"
+            r"|(spend|spending|usage).limit|arrear|overdue|unpaid|over budget|budget has been exceeded|余额|欠费"
+            r"|(?<!into )\baccount\b"
         ),
         hint=EXHAUSTED,
     ),
