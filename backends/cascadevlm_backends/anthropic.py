@@ -276,7 +276,7 @@ def _of_message(message: "AnthropicMessage") -> Reply:
     if getattr(message, "content", None) is None:
         raise ErrorResponse(message)
     text, thoughts = texts_of(message.content)
-    calls = [json.dumps(block.input) for block in message.content if not isinstance(block, str) and block.type == "tool_use"]
+    calls = [json.dumps(reported(block, "input")) for block in message.content if reported(block, "type") == "tool_use"]
     return Reply(
         text="\n".join([*filter(None, [text]), *calls]),
         thoughts=thoughts,

@@ -8,6 +8,7 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal, cast
@@ -254,10 +255,13 @@ class OpenAIJudge(HostedJudge):
 
     def _of_completion(self, completion: "ChatCompletion", question: Question) -> Reply:
         choice = completion.choices[0] if getattr(completion, "choices", None) else None
-        if choice is None or choice.message is None or str(choice.finish_reason) == "error":
-            error = choice and (choice.model_extra or {}).get("error")
+        error = choice and (choice.model_extra or {}).get("error")
+        if error or choice is None or choice.message is None or str(choice.finish_reason) == "error":
             raise ErrorResponse({"error": error} if error else completion)
         text, thoughts = texts_of(choice.message.content)
+        probabilities = None
+        with suppress(AttributeError, TypeError, OverflowError):  # where they are not as they should be, the answer counts alone
+            probabilities = _probabilities(choice.logprobs, text, question) if choice.logprobs else None
         extra = choice.message.model_extra or {}
         thoughts = thoughts or texts_of(extra.get("reasoning_content") or extra.get("reasoning"))[0]
         return Reply(
@@ -266,7 +270,7 @@ class OpenAIJudge(HostedJudge):
             usage=_usage(completion, "prompt", "completion"),
             refusal=choice.message.refusal or (FILTERED if choice.finish_reason == "content_filter" else None),
             cut_off=choice.finish_reason == "length",
-            probabilities=_probabilities(choice.logprobs, text, question) if choice.logprobs else None,
+            probabilities=probabilities,
         )
 
     def _response_params(self, question: Question, form: Form) -> "ResponseParams":
@@ -413,13 +417,15 @@ def _worded(question: Question, structured: bool) -> tuple[Message, ...]:
 def _of_response(response: "Response") -> Reply:
     if getattr(response, "output", None) is None or response.error:
         raise ErrorResponse(response)
-    parts = [part for item in response.output if item.type == "message" for part in item.content]
-    thoughts = [part for item in response.output if item.type == "reasoning" for part in [*(item.content or ()), *item.summary]]
-    refusals = [part.refusal for part in parts if part.type == "refusal"]
+    contents = [reported(item, "content") for item in response.output if reported(item, "type") == "message"]
+    reasoning = [item for item in response.output if reported(item, "type") == "reasoning"]
+    thoughts = [text for item in reasoning for name in ("content", "summary") for text in texts_of(reported(item, name))]
+    parts = [part for content in contents if isinstance(content, list) for part in content]
+    refusals = [str(refusal) for part in parts if (refusal := reported(part, "refusal"))]
     why = response.incomplete_details.reason if response.incomplete_details else None
     return Reply(
-        text=response.output_text,
-        thoughts=texts_of(thoughts)[1],
+        text="\n".join(texts_of(content)[0] for content in contents),
+        thoughts="\n".join(thoughts),
         usage=_usage(response),
         refusal=refusals[0] if refusals else FILTERED if why == "content_filter" else None,
         cut_off=why == "max_output_tokens",

@@ -433,6 +433,7 @@ async def test_thoughts_of_claude_are_no_answer() -> None:
     usage: JsonValue = {"input_tokens": 10, "output_tokens": 5}
     for content, outcome in (
         ([thinking, {"type": "text", "text": "ANSWER: B"}], "answered"),
+        ([None, {"type": "text", "text": "ANSWER: B"}], "answered"),
         ([thinking], "unparsed"),
         ("B", "answered"),
     ):
@@ -453,6 +454,9 @@ async def test_an_answer_that_ended_in_an_error_may_be_asked_again(choice: dict[
     for error in errors:
         with pytest.raises(JudgeError, match="Provider ") as caught:
             await asked_once(completion({**choice, "finish_reason": "error", "error": error}))
+        assert (caught.value.retryable, caught.value.may_be_billed) == (True, False)
+        with pytest.raises(JudgeError, match="Provider ") as caught:
+            await asked_once(completion({**choice, "finish_reason": None, "error": error}))
         assert (caught.value.retryable, caught.value.may_be_billed) == (True, False)
     with pytest.raises(FatalError, match="No credits"):
         await asked_once(completion({**choice, "finish_reason": "error", "error": {"code": 402, "message": "No credits"}}))
@@ -652,6 +656,22 @@ async def test_tokens_of_thoughts_that_the_text_is_without() -> None:
     assert (await asked_once(completion(choice), logprobs=True)).probabilities is not None
 
 
+@pytest.mark.parametrize(
+    "logprobs",
+    [
+        "none",
+        {"content": [{"token": None, "logprob": 0}]},
+        {"content": [{"token": "B", "logprob": 0, "top_logprobs": None}]},
+        {"content": [{"token": "B", "logprob": 0, "top_logprobs": [{"token": "B", "logprob": "-inf"}]}]},
+        {"content": [{"token": "B", "logprob": 0, "top_logprobs": [{"token": "B", "logprob": 9999}]}]},
+    ],
+)
+async def test_an_answer_counts_whatever_its_probabilities(logprobs: JsonValue) -> None:
+    choice: dict[str, JsonValue] = {"message": {"content": "B"}, "logprobs": logprobs}
+    verdict = await asked_once(completion(choice), logprobs=True)
+    assert (verdict.label, verdict.probabilities) == ("blue finch", None)
+
+
 async def test_keys_of_several_letters_have_no_probabilities() -> None:
     """Each may be two tokens, of which the first is another option's key."""
     names = [f"bird number {number}" for number in range(30)]
@@ -687,7 +707,15 @@ async def test_reasoning_items_of_responses_are_no_answer() -> None:
         "id": "m",
         "content": [{"type": "output_text", "text": "ANSWER: B", "annotations": []}],
     }
-    for output, label in (([reasoning, answer], "blue finch"), ([reasoning], None)):
+    bare: JsonValue = {"type": "reasoning", "content": [{"type": "reasoning_text", "text": "ANSWER: A\nno"}], "summary": None}
+    as_text: JsonValue = {"type": "message", "content": "ANSWER: B"}
+    for output, label in (
+        ([reasoning, answer], "blue finch"),
+        ([bare, as_text], "blue finch"),
+        ([None, answer], "blue finch"),
+        ([reasoning], None),
+        ([bare], None),
+    ):
         body: JsonValue = {"id": "r", "status": "completed", "output": output}
         async with JudgeServer(faults=[Fault("body", body=body)]) as server:
             judge = responses(server)
