@@ -29,6 +29,7 @@ from cascadevlm.judges.hosted.base import (
     texts_of,
 )
 from cascadevlm.judges.hosted.errors import ErrorResponse
+from cascadevlm.judges.hosted.transport import time_limits
 from cascadevlm.judges.prompt import Message, Part, render
 
 if TYPE_CHECKING:
@@ -160,7 +161,7 @@ class AnthropicJudge(HostedJudge):
             base_url=without_login(self.endpoint) if self.endpoint else None,
             default_headers=self.headers,
             max_retries=0,
-            timeout=self.timeout,
+            timeout=time_limits(self.timeout),
             http_client=anthropic.DefaultAioHttpClient() if HAS_AIOHTTP else anthropic.DefaultAsyncHttpxClient(),
         )
 

@@ -34,6 +34,7 @@ from cascadevlm.judges.hosted.base import (
     texts_of,
 )
 from cascadevlm.judges.hosted.errors import ErrorResponse
+from cascadevlm.judges.hosted.transport import time_limits
 from cascadevlm.judges.prompt import Message, Part, after_thoughts, options, read_answer, render
 
 if TYPE_CHECKING:
@@ -197,7 +198,7 @@ class OpenAIJudge(HostedJudge):
             organization=self.organization,
             default_headers=self.headers,
             max_retries=0,
-            timeout=self.timeout,
+            timeout=time_limits(self.timeout),
             http_client=openai.DefaultAioHttpClient() if HAS_AIOHTTP else openai.DefaultAsyncHttpxClient(),
         )
 

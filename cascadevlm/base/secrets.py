@@ -16,6 +16,15 @@ _LOGIN = re.compile(r"(^|://)[^/?#\s]*@")
 _QUERY_VALUE = re.compile(r"([?&][^=&#\s]+=)[^&#\s]*")
 
 
+def is_address(text: str) -> bool:
+    """Whether a text is the address of a server: ``http://host``, ``https://host:port/path``."""
+    try:
+        parts = urlsplit(text)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # no port, no IPv6 address
+        return False
+
+
 def without_login(address: str) -> str:
     """An address without its user and password."""
     return _LOGIN.sub(r"\1", address)

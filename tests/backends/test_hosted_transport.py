@@ -3,7 +3,9 @@
 import asyncio
 import base64
 import json
+import socket
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import anthropic
@@ -24,6 +26,8 @@ from cascadevlm.judges.hosted import transport
 from cascadevlm.judges.hosted.base import Client, HostedJudge
 from cascadevlm.runs import bulk
 from cascadevlm.testing import noise, question
+from cascadevlm_backends.anthropic import AnthropicJudge
+from cascadevlm_backends.openai import OpenAIJudge
 from tests.backends.hosted_judges import EITHER, EVERY, LABELS, USAGE, Make, always, cascade, chat, images, messages
 from tests.server import Fault, JudgeServer
 
@@ -41,6 +45,11 @@ async def asked(judge: HostedJudge) -> object:
         return await judge.judge(QUESTION)
     finally:
         await judge.disconnect()
+
+
+def at(make: Make, url: str, *, timeout: float = 20) -> HostedJudge:
+    """A judge at an address where no `JudgeServer` is."""
+    return (AnthropicJudge if make is messages else OpenAIJudge)("any", base_url=url, timeout=timeout)
 
 
 def own_client(make: Make, server: JudgeServer) -> HostedJudge:
@@ -76,6 +85,47 @@ async def test_the_time_that_an_answer_may_take_is_total(make: Make) -> None:
             await asked(make(server, timeout=0.3))
         assert time.monotonic() - began < 2
         assert caught.value.may_be_billed
+
+
+@EITHER
+async def test_a_connection_that_is_not_made_costs_nothing(make: Make) -> None:
+    """The system drops what asks to be connected while the queue of a listening socket is full."""
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as listening, ExitStack() as waiting:
+        host, port = listening.getsockname()
+        for _ in range(3):
+            client = waiting.enter_context(socket.socket())
+            client.setblocking(False)
+            client.connect_ex((host, port))
+        with pytest.raises(TransientError, match=f"No connection to http://{host}:{port} was made in time") as caught:
+            await asked(at(make, f"http://{host}:{port}", timeout=0.4))
+        assert not caught.value.may_be_billed
+
+
+@EITHER
+@pytest.mark.parametrize(
+    "said", [b"SSH-2.0-OpenSSH_9.6\r\n", b"HTTP/1.1 200 OK\r\ncontent-encoding: gzip\r\ncontent-length: 2\r\n\r\n{}"]
+)
+async def test_what_is_no_http_may_pass_and_so_counts_as_an_outage(make: Make, said: bytes) -> None:
+    async def say(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(said)
+        await writer.drain()
+        await reader.read(1 << 20)
+        writer.close()
+
+    async with await asyncio.start_server(say, "127.0.0.1", 0) as server:
+        host, port = server.sockets[0].getsockname()
+        with pytest.raises(TransientError) as caught:
+            await asked(at(make, f"http://{host}:{port}"))
+    assert "\n" not in str(caught.value)
+
+
+@EITHER
+async def test_a_server_without_tls_is_told_as_what_it_is(make: Make) -> None:
+    async with JudgeServer() as server:
+        url = server.anthropic_url.replace("http:", "https:")
+        with pytest.raises(FatalError, match=rf"No connection to {url}: .*(?i:ssl).*Is the server running") as caught:
+            await asked(at(make, url))
+    assert "format" not in str(caught.value)
 
 
 @EITHER
@@ -182,7 +232,15 @@ async def test_a_server_that_repeats_secrets_is_not_quoted(make: Make, status: i
 
 
 def test_a_wrong_address_is_told_without_its_login() -> None:
-    for address in (f"ftp://{USER}:{PASSWORD}@host/v1", f"{USER}:{PASSWORD}@host/v1", f"http://{USER}:{PASSWORD}@/v1"):
+    wrong = (
+        "ftp://{}@host/v1",
+        "{}@host/v1",
+        "http://{}@/v1",
+        "http://{}@host:x/v1",
+        "http://{}@host:99999/v1",
+        "http://{}@[::1/v1",
+    )
+    for address in (each.format(f"{USER}:{PASSWORD}") for each in wrong):
         judge = load_judge("openai:any", base_url=address)
         assert isinstance(judge, HostedJudge)
         with pytest.raises(BackendError, match="is no address") as caught:

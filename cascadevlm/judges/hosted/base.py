@@ -20,7 +20,7 @@ from cascadevlm.base.encoding import EncodedImage, ImageLimits, encode_image, si
 from cascadevlm.base.errors import BackendError, CascadeError, FatalError, JudgeError, PermanentError, Refused, TransientError
 from cascadevlm.base.loop import PerLoop
 from cascadevlm.base.portable import Live
-from cascadevlm.base.secrets import credentials_of, login_of, scrubbed, shown_address
+from cascadevlm.base.secrets import credentials_of, is_address, login_of, scrubbed, shown_address
 from cascadevlm.base.types import NANODOLLARS, Exemplar, Question, Usage, Verdict
 from cascadevlm.judges.base import Judge, before_sending, verdict_from_text
 from cascadevlm.judges.hosted.errors import ErrorResponse, translate
@@ -267,7 +267,7 @@ class HostedJudge(Judge):
         Raises:
             BackendError: if the price is unknown or wrong.
         """
-        if self.endpoint and (urlsplit(self.endpoint).scheme not in ("http", "https") or not self.host):
+        if self.endpoint and not is_address(self.endpoint):
             raise BackendError(f"{self.address!r} is no address of {self.spec!r}.", hint="Write http://host:port/v1 or https://…")
         if self.given_price is None and self.is_local:
             return FREE

@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
+from ssl import SSLError
 
 from pydantic import BaseModel
 
@@ -292,15 +293,18 @@ def translate(exc: Exception, errors: Mapping[str, type[JudgeError]], *, secret:
         return error_of_response(status, _body(exc), wait=wait, secret=secret)
     causes = _causes(exc)
     message = " ".join(f"{type(each).__name__}: {each}" for each in dict.fromkeys((exc, causes[-1])))
-    message = message.replace(secret or "\0", "***")[:MOST_OF_A_MESSAGE]
+    message = one_line(message).replace(secret or "\0", "***")[:MOST_OF_A_MESSAGE]
     if _never_sent(causes):  # whose words may hold the key
         return FatalError("No request can be sent: the key, a header or base_url holds a character that must not be there.")
     if refusal := _refused_connection(causes):
         message = f"No connection to {_server(exc)}: {refusal}."
         return TransientError(message) if reached else FatalError(message, hint=NO_CONNECTION)
-    unknown = TransientError if isinstance(exc, ValueError) else PermanentError  # a ValueError: a body that is no JSON
+    no_answer = isinstance(exc, ValueError) or _from_aiohttp(causes)  # a body that is no JSON, a server that speaks no HTTP
+    unknown = TransientError if no_answer else PermanentError
+    if _never_connected(causes):
+        return TransientError(f"No connection to {_server(exc)} was made in time.", hint=NO_CONNECTION)
     kind = next((errors[name] for name in _class_names(exc) if name in errors), unknown)
-    return kind(message, may_be_billed=not _never_connected(causes))
+    return kind(message, may_be_billed=True)
 
 
 def _body(exc: Exception) -> object:
@@ -349,7 +353,7 @@ def _refused_connection(causes: list[BaseException]) -> str:
     if not any({"ClientConnectorError", "ConnectError"} & {*_class_names(cause)} for cause in decisive):
         return ""
     for cause in reversed(causes):
-        if isinstance(cause, OSError) and cause.errno is not None:
+        if isinstance(cause, OSError) and cause.errno is not None and not isinstance(cause, SSLError):  # whose number is no errno
             return os.strerror(cause.errno) if cause.errno > 0 else str(cause.strerror)
     return one_line(str(causes[-1]))
 

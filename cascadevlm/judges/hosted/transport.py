@@ -1,4 +1,5 @@
-"""What holds for every connection to a provider: no redirect is followed, and no response is endless."""
+"""What holds for every connection to a provider: no redirect is followed, no response is endless, no connection is waited for
+for long."""
 
 import zlib
 from collections.abc import AsyncIterator
@@ -14,10 +15,21 @@ MOST_BYTES = {"POST": 32 << 20, "GET": 1 << 30}
 
 ENCODINGS = {"gzip": 16 + zlib.MAX_WBITS, "deflate": zlib.MAX_WBITS}
 
+CONNECT_SECONDS = 10.0
+"""How long it may take to connect."""
+
+
+def time_limits(seconds: float | None) -> "httpx2.Timeout":
+    """The limits of a request that may take so many seconds. A connection must be made in half of them: then it is known that a
+    server which is not there was sent nothing."""
+    import httpx2
+
+    return httpx2.Timeout(seconds, connect=CONNECT_SECONDS if seconds is None else min(CONNECT_SECONDS, seconds / 2))
+
 
 def guard(client: "httpx2.AsyncClient") -> None:
     """Have a client follow no redirect, which would carry headers and images elsewhere, and read no more than `MOST_BYTES`."""
-    client.headers["accept-encoding"] = ", ".join(ENCODINGS)
+    client.headers["accept-encoding"] = "gzip"  # of deflate there are two kinds
     hooks = client.event_hooks
     if _check not in hooks["response"]:
         client.event_hooks = {**hooks, "response": [_check, *hooks["response"]]}
@@ -52,7 +64,11 @@ def _bounded(stream: "httpx2.AsyncByteStream", encoding: str, left: int, host: s
             room = left
             unzip = zlib.decompressobj(ENCODINGS[encoding]) if encoding in ENCODINGS else None
             async for chunk in stream:
-                data = unzip.decompress(chunk, room + 1) if unzip else chunk
+                try:
+                    data = unzip.decompress(chunk, room + 1) if unzip else chunk
+                except zlib.error as exc:
+                    told = f"The response of the server {host!r} is not in the encoding {encoding!r}, as it says."
+                    raise TransientError(told, may_be_billed=True) from exc
                 room -= len(data)
                 if room < 0:
                     raise TransientError(f"The response of the server {host!r} has no end.", may_be_billed=True)
