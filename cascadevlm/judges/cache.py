@@ -6,6 +6,7 @@ import json
 import os
 import sqlite3
 import sys
+import threading
 import warnings
 import weakref
 import zlib
@@ -154,6 +155,20 @@ def _byte(key: str) -> int:
     return int(key[:8], 16)
 
 
+_turns: "weakref.WeakValueDictionary[Path, Turns]" = weakref.WeakValueDictionary()
+_looking_up_turns = threading.Lock()
+
+
+def turns_in(folder: Path) -> Turns:
+    """The turns of a folder, the same ones for every store in this process: the locks do not hold between threads, and a process
+    that closes the file once loses all of them."""
+    path = folder.resolve() / "asking.lock"
+    with _looking_up_turns:
+        turns = _turns.get(path) or Turns(path)
+        _turns[path] = turns
+    return turns
+
+
 class DiskStore(VerdictStore):
     """A store in a folder: SQLite through diskcache, JSON only, nothing ever evicted. Safe across threads and processes.
 
@@ -180,7 +195,7 @@ class DiskStore(VerdictStore):
 
     @asynccontextmanager
     async def asking(self, key: str) -> AsyncGenerator[None, None]:
-        self._turns = self._turns or Turns(self.folder / "asking.lock")
+        self._turns = self._turns or turns_in(self.folder)
         while not self._turns.take(key):
             await asyncio.sleep(ASKED_ELSEWHERE_SECONDS)
         try:

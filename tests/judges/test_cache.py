@@ -1,5 +1,6 @@
 import asyncio
 import contextlib
+import gc
 import hashlib
 import json
 import pickle
@@ -303,11 +304,12 @@ async def test_an_answer_that_cannot_be_kept_counts(tmp_path: Path) -> None:
     assert not (tmp_path / "asking.lock").stat().st_mode & 0o111
 
 
-async def test_two_event_loops_that_share_a_store_buy_an_answer_once(tmp_path: Path) -> None:
+@pytest.mark.parametrize("one_store", [True, False])
+async def test_event_loops_that_share_a_folder_buy_an_answer_once(one_store: bool, tmp_path: Path) -> None:
     store, judge = DiskStore(tmp_path), FakeJudge(seconds=0.1, dollars=0.02)
 
     def ask() -> Verdict:
-        return asyncio.run(Cached(judge, store).judge(question()))
+        return asyncio.run(Cached(judge, store if one_store else DiskStore(tmp_path)).judge(question()))
 
     verdicts = await asyncio.gather(*(asyncio.to_thread(ask) for _ in range(3)))
     assert len(judge.questions) == 1
@@ -349,3 +351,17 @@ def test_two_processes_that_share_a_cache_buy_an_answer_once(tmp_path: Path) -> 
         process.stdin.write("\n")
         process.stdin.flush()
     assert sorted(float(process.communicate(timeout=20)[0]) for process in asking) == [0, 0.02]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no locks on parts of files")
+async def test_a_store_that_is_gone_gives_back_no_turn_of_another(tmp_path: Path) -> None:
+    """A process that closes a file loses all its locks on it."""
+    store = DiskStore(tmp_path)
+    store.clear()
+    async with store.asking("a" * 64):
+        async with DiskStore(tmp_path).asking("b" * 64):
+            pass
+        gc.collect()
+        code = f"from cascadevlm.cache import Path, turns_in; print(turns_in(Path({str(tmp_path)!r})).take('a' * 64))"
+        other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert other.stdout == "False\n"
