@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, cast
 from pydantic import JsonValue, PositiveFloat, PositiveInt
 
 from cascadevlm.base.encoding import ImageLimits
-from cascadevlm.base.errors import BackendError, FatalError, JudgeError, PermanentError, TransientError
+from cascadevlm.base.errors import BackendError, FatalError, JudgeError, PermanentError, RateLimited, TransientError
 from cascadevlm.base.secrets import without_login
 from cascadevlm.base.types import Question, Usage, Verdict
 from cascadevlm.judges.hosted.base import (
@@ -58,7 +58,7 @@ TOP_LOGPROBS = 20
 AS_JSON = "\nGive the answer as JSON: the field answer names the one shown."
 LIMIT_NOT_TAKEN = re.compile(
     r"(?=.*max_(completion_)?tokens)"
-    r".*(not support|unsupported|not permitted|not allowed|unrecogni[sz]ed|unknown|unexpected|instead)",
+    r".*(not support|unsupported|not permitted|not allowed|unrecogni[sz]ed|unknown|unexpected|instead|deprecated|requires?)",
     re.IGNORECASE | re.DOTALL,
 )
 """How an error tells that the limit of tokens has another name."""
@@ -216,7 +216,7 @@ class OpenAIJudge(HostedJudge):
         return self.structured is None
 
     def other_form(self, form: Form, error: JudgeError) -> Form | None:
-        if self.api == "chat" and isinstance(error, PermanentError | TransientError) and LIMIT_NOT_TAKEN.search(str(error)):
+        if self.api == "chat" and not isinstance(error, RateLimited) and LIMIT_NOT_TAKEN.search(str(error)):
             return replace(form, completion_tokens=not form.completion_tokens)
         if isinstance(error, PermanentError) and self.schema_is_optional and not self._schema_works:
             return replace(form, schema=False)  # many servers do not say what they do not take

@@ -499,10 +499,15 @@ def both(received: Received) -> Fault | None:
         (chat, refusing(422, LIMIT, "max_tokens"), 1),
         (chat, refusing(500, SCHEMA, "response_format"), 1),
         (chat, refusing(400, "no", "response_format"), 1),
+        (chat, refusing(400, "`max_tokens` is deprecated, use `max_completion_tokens`", "max_tokens"), 1),
+        (chat, refusing(404, "No endpoints found that can handle the requested parameters.", "response_format"), 1),
+        (chat, refusing(400, "The model 'x' is not available for structured outputs", "response_format"), 1),
+        (chat, refusing(403, "Structured outputs are not enabled for your account", "response_format"), 1),
         (chat, both, 2),
         (responses, refusing(400, "Unknown parameter: 'text.format'", "text"), 1),
         (messages, refusing(400, OUTPUT, "output_config"), 1),
         (messages, refusing(500, "structured outputs: not implemented", "output_config"), 1),
+        (messages, refusing(400, "'x' does not support output format.", "output_config"), 1),
     ],
 )
 async def test_what_an_endpoint_does_not_take_is_found_out_once(

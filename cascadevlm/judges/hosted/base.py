@@ -17,7 +17,16 @@ from PIL import Image
 from pydantic import BaseModel, JsonValue, ValidationError
 
 from cascadevlm.base.encoding import EncodedImage, ImageLimits, encode_image, size_within
-from cascadevlm.base.errors import BackendError, CascadeError, FatalError, JudgeError, PermanentError, Refused, TransientError
+from cascadevlm.base.errors import (
+    BackendError,
+    CascadeError,
+    FatalError,
+    JudgeError,
+    PermanentError,
+    RateLimited,
+    Refused,
+    TransientError,
+)
 from cascadevlm.base.loop import PerLoop
 from cascadevlm.base.portable import Live
 from cascadevlm.base.secrets import credentials_of, is_address, login_of, scrubbed, shown_address
@@ -151,7 +160,9 @@ class Form:
     completion_tokens: bool = False
 
 
-NAMES_SCHEMA = re.compile(r"response_format|output_config|output_format|text\.format|schema|structured|grammar", re.IGNORECASE)
+NAMES_SCHEMA = re.compile(
+    r"response.?format|output.?(config|format)|text\.format|schema|structured|grammar|requested parameters", re.IGNORECASE
+)
 """How an error tells that it is about the schema."""
 
 FIRST_ALONE_SECONDS = 5.0
@@ -482,7 +493,7 @@ class HostedJudge(Judge):
 
     def other_form(self, form: Form, error: JudgeError) -> Form | None:
         """The form to ask in after an error that was not billed; None where another form would not help."""
-        names_schema = isinstance(error, PermanentError | TransientError) and NAMES_SCHEMA.search(str(error))
+        names_schema = not isinstance(error, RateLimited) and NAMES_SCHEMA.search(str(error))
         return replace(form, schema=False) if names_schema and self.schema_is_optional else None
 
     def _learn(self, form: Form, verdict: Verdict) -> None:
