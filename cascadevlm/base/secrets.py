@@ -12,7 +12,7 @@ HIDDEN = "***"
 SHORTEST = 3
 """Characters of a secret that is taken out of texts; to take out a shorter one would leave no text."""
 
-_LOGIN = re.compile(r"(^|://)[^/?#\s]*@")
+_LOGIN = re.compile(r"(^|://)[^/?#]*@")
 _QUERY_VALUE = re.compile(r"([?&][^=&#\s]+=)[^&#\s]*")
 
 

@@ -240,7 +240,8 @@ def test_a_wrong_address_is_told_without_its_login() -> None:
         "http://{}@host:99999/v1",
         "http://{}@[::1/v1",
     )
-    for address in (each.format(f"{USER}:{PASSWORD}") for each in wrong):
+    unquoted = [f"http://{USER}:{part}{PASSWORD}@host/v1" for part in ("a/", "a#", "a?")]
+    for address in (*(each.format(f"{USER}:{PASSWORD}") for each in wrong), *unquoted):
         judge = load_judge("openai:any", base_url=address)
         assert isinstance(judge, HostedJudge)
         with pytest.raises(BackendError, match="is no address") as caught:
@@ -292,6 +293,7 @@ def test_no_secret_is_in_a_run_a_record_or_the_cache(tmp_path: Path) -> None:
         ("https://u:p@ss@host/v1", "https://host/v1"),
         ("https://token@host/v1?api-version=1&key=abc", "https://host/v1?api-version=***&key=***"),
         ("u:p@host/v1", "host/v1"),
+        ("https://u:p w@host/v1", "https://host/v1"),
     ],
 )
 def test_an_address_is_shown_without_its_credentials(address: str, shown: str) -> None:

@@ -279,7 +279,10 @@ class HostedJudge(Judge):
             BackendError: if the price is unknown or wrong.
         """
         if self.endpoint and not is_address(self.endpoint):
-            raise BackendError(f"{self.address!r} is no address of {self.spec!r}.", hint="Write http://host:port/v1 or https://…")
+            hint = "Write http://host:port/v1 or https://…, and in a password %2F for '/', %23 for '#', %3F for '?'."
+            raise BackendError(
+                f"The base_url of {self.spec!r} is no address.", hint=hint
+            )  # untold: nobody knows what in it is secret
         if self.given_price is None and self.is_local:
             return FREE
         known = find_price(self.provider, self.model) if self.is_own_endpoint else None
