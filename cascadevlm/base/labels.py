@@ -99,12 +99,22 @@ class LabelSet:
 
     @classmethod
     def of(cls, labels: "LabelSet | Iterable[str | Label]") -> "LabelSet":
-        """A label set from names, labels or another label set."""
+        """A label set from names, labels or another label set.
+
+        Raises:
+            LabelError: if they are something else.
+        """
         if isinstance(labels, LabelSet):
             return labels
         if isinstance(labels, str):
             raise LabelError(f"{labels!r} is one name, not a list.", hint="Use LabelSet.read for a file.")
-        return cls(tuple(Label(name=label) if isinstance(label, str) else label for label in labels))
+        if not isinstance(labels, Iterable) or hasattr(labels, "columns"):
+            raise LabelError(f"labels is of type {type(labels).__name__!r}, not a list.", hint="Use LabelSet.read for a file.")
+        listed = tuple(Label(name=label) if isinstance(label, str) else label for label in labels)
+        for label in listed:
+            if not isinstance(label, Label):
+                raise LabelError(f"A label must be a name or a Label, not {label!r}.")
+        return cls(listed)
 
     @classmethod
     def read(cls, path: str | Path) -> "LabelSet":

@@ -4,8 +4,9 @@ from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mappin
 from contextlib import aclosing
 from copy import copy
 from functools import cached_property
+from io import IOBase
 from pathlib import Path
-from typing import Self, TypedDict, TypeGuard, Unpack, cast, overload
+from typing import Self, TypedDict, TypeGuard, Unpack, cast, get_args, overload
 
 import numpy as np
 from PIL import Image
@@ -20,7 +21,7 @@ from cascadevlm.cascade.drift import Drift
 from cascadevlm.cascade.engine import BEGINNING, Checkpoint, ReadBatch, Run, Settings
 from cascadevlm.cascade.fusing import CalibratedScorer
 from cascadevlm.cascade.item import OnFailure
-from cascadevlm.cascade.stage import Stage, require_cascade
+from cascadevlm.cascade.stage import Stage, require_cascade, require_kind
 from cascadevlm.decision.calibration import Calibration
 from cascadevlm.judges.budget import Ledger
 from cascadevlm.judges.cache import VerdictStore
@@ -68,7 +69,8 @@ class Cascade(Portable):
 
     Raises:
         ConfigError: if shares are to be followed without a calibration.
-        InputError: if ``scorer`` is not a scorer, or the stages do not go together, or cannot be routed between.
+        InputError: if an argument is of another kind, such as a spec, or the stages do not go together, or cannot be routed
+            between.
     """
 
     def __init__(
@@ -88,13 +90,24 @@ class Cascade(Portable):
     ) -> None:
         if follow_shares and calibration is None:
             raise ConfigError("follow_shares needs a calibration.", hint="Make one: cascadevlm calibrate.")
-        if not isinstance(scorer, Scorer):
-            raise InputError(f"scorer must be a Scorer, not {scorer!r}.", hint='For example: load_scorer("open_clip:aviary").')
-        if isinstance(stages, Stage):
-            raise InputError("stages must be a list of stages, not one stage.", hint="Write [stage].")
-        require_cascade(stages, routing=routing)
-        self.scorer = CalibratedScorer(scorer, calibration) if calibration else scorer
+        require_kind("scorer", scorer, Scorer, 'load_scorer("open_clip:aviary")')
+        if isinstance(stages, str) or not isinstance(stages, Iterable):
+            raise InputError(f"stages must be a list of stages, not {stages!r}.", hint="Write [Stage(…)].")
         self.stages: Sequence[Stage] = tuple(stages)
+        for number, stage in enumerate(self.stages):
+            require_kind(f"stages[{number}]", stage, Stage, 'Stage(judge=load_judge(…), prompt=load_prompt("select"))')
+        if calibration is not None:
+            require_kind("calibration", calibration, Calibration, 'read_calibration(Path("calibration.json"))')
+        if store is not None:
+            require_kind("store", store, VerdictStore, 'DiskStore(Path("cache"))')
+        if ledger is not None:
+            require_kind("ledger", ledger, Ledger, "Ledger(5.0)")
+        if on_failure not in get_args(OnFailure):
+            raise InputError(f"There is no on_failure {on_failure!r}.", hint=f"Known: {', '.join(get_args(OnFailure))}.")
+        if batch_size < 1:
+            raise InputError(f"batch_size is a number from 1 on, not {batch_size!r}.")
+        require_cascade(self.stages, routing=routing)
+        self.scorer = CalibratedScorer(scorer, calibration) if calibration else scorer
         self.labels = LabelSet.of(labels)
         self.on_failure: OnFailure = on_failure
         self.accept = accept
@@ -193,7 +206,7 @@ class Cascade(Portable):
 def _is_one(images: ImageSource | Iterable[ImageSource]) -> TypeGuard[ImageSource]:
     """Whether it is a single image; an array of four dimensions is several."""
     if isinstance(images, np.ndarray):
-        return images.dtype.kind not in "OSU" and images.ndim != 4
+        return images.dtype.kind in "biuf" and images.ndim != 4
     return isinstance(images, str | Path | bytes | Image.Image)
 
 
@@ -215,5 +228,6 @@ def _require_many(images: ImageSource | Iterable[ImageSource]) -> None:
             f"images is a table ({kind}), not a list of images.",
             hint="Give its column of paths or images, for example table['path'].",
         )
-    if not isinstance(images, Iterable):
+    is_tensor = hasattr(images, "__dlpack__") and not isinstance(images, np.ndarray)
+    if is_tensor or isinstance(images, bytearray | memoryview | IOBase) or not isinstance(images, Iterable):
         raise InputError(f"images is of type {kind!r}, not a list of images.", hint="Give paths, bytes, PIL images or arrays.")

@@ -42,8 +42,8 @@ class Stage(Portable):
         widen: how many times more the judge is asked, about the next candidates, where it chose "none of these".
 
     Raises:
-        InputError: if judge, prompt or candidates are something else, such as a spec; if opinions are to be fused and there is no
-            model; if the list is to widen after an answer that is not offered.
+        InputError: if judge, prompt, candidates or support are something else, such as a spec; if opinions are to be fused and
+            there is no model; if the list is to widen after an answer that is not offered.
         PromptError: if the prompt shows reference images and there is no support set, or the other way round.
         PolicyError: if the policy goes by gain and there is no model.
     """
@@ -61,8 +61,9 @@ class Stage(Portable):
 
     def __post_init__(self) -> None:
         for name, (kind, fix) in _MADE_BY.items():
-            if not isinstance(value := getattr(self, name), kind):
-                raise InputError(f"{name} must be a {kind.__name__}, not {value!r}.", hint=f"For example: {fix}.")
+            require_kind(name, getattr(self, name), kind, fix)
+        if self.support is not None:
+            require_kind("support", self.support, SupportSet, "SupportSet.read(Path(folder), labels)")
         if self.fusion != "judge" and self.model is None:
             raise InputError(f"fusion = {self.fusion!r} needs a calibration.", hint="Make one: cascadevlm calibrate.")
         if self.support is None and self.prompt.shows_references:
@@ -110,6 +111,16 @@ class Stage(Portable):
             none_offered=self.offer_none,
             word_final=self.fusion == "judge",
         )
+
+
+def require_kind(name: str, value: object, kind: type, fix: str) -> None:
+    """Refuse an argument of another kind, such as a spec.
+
+    Raises:
+        InputError: saying how to make one.
+    """
+    if not isinstance(value, kind):
+        raise InputError(f"{name} must be a {kind.__name__}, not {value!r}.", hint=f"For example: {fix}.")
 
 
 def require_cascade(stages: Sequence[Stage], *, routing: bool) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import io
 import os
 import queue
 import random
@@ -16,13 +17,23 @@ import numpy as np
 import pandas
 import pyarrow
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 
 from cascadevlm import Cascade, Prediction, Stage, TopK, load_prompt, parse_policy
-from cascadevlm.base.errors import FatalError, ImageError, InputError, JudgeError, PermanentError, PolicyError, PromptError
+from cascadevlm.base.errors import (
+    FatalError,
+    ImageError,
+    InputError,
+    JudgeError,
+    LabelError,
+    PermanentError,
+    PolicyError,
+    PromptError,
+)
 from cascadevlm.base.images import ImageSource
 from cascadevlm.base.labels import LabelSet
 from cascadevlm.base.types import Question, Scores, Usage, Verdict
@@ -371,6 +382,7 @@ def test_a_policy_may_be_given_as_text() -> None:
         ({"judge": "openai:gpt-4o"}, "judge must be a Judge, not 'openai:gpt-4o'"),
         ({"prompt": "select"}, "prompt must be a Prompt, not 'select'"),
         ({"candidates": 5}, "candidates must be a CandidateRule, not 5"),
+        ({"support": "photos"}, "support must be a SupportSet, not 'photos'"),
     ],
 )
 def test_specs_in_the_place_of_objects_are_refused(arguments: dict[str, object], sentence: str) -> None:
@@ -381,8 +393,32 @@ def test_specs_in_the_place_of_objects_are_refused(arguments: dict[str, object],
 def test_a_cascade_is_made_of_a_scorer_and_a_list_of_stages() -> None:
     with pytest.raises(InputError, match="scorer must be a Scorer, not 'open_clip:aviary'"):
         Cascade("open_clip:aviary", labels=LABELS)  # type: ignore[arg-type]
-    with pytest.raises(InputError, match="stages must be a list"):
-        Cascade(SCORER, Stage(judge=FakeJudge(), prompt=SELECT), labels=LABELS)  # type: ignore[arg-type]
+    assert len(Cascade(SCORER, (stage(FakeJudge()) for _ in range(2)), labels=LABELS).stages) == 2  # type: ignore[arg-type]
+
+
+WRONG: dict[str, tuple[dict[str, object], str]] = {
+    "one stage": ({"stages": stage(FakeJudge())}, "stages must be a list of stages, not Stage"),
+    "one spec": ({"stages": "openai:gpt-4o"}, "stages must be a list of stages, not 'openai:gpt-4o'"),
+    "no stages": ({"stages": None}, "stages must be a list of stages, not None"),
+    "specs": ({"stages": ["openai:gpt-4o"]}, r"stages\[0\] must be a Stage, not 'openai:gpt-4o'"),
+    "judges": ({"stages": [stage(FakeJudge()), FakeJudge()]}, r"stages\[1\] must be a Stage, not <"),
+    "calibration": ({"calibration": "calibration.json"}, "calibration must be a Calibration, not 'calibration.json'"),
+    "store": ({"store": Path("cache")}, "store must be a VerdictStore"),
+    "ledger": ({"ledger": 5.0}, r"ledger must be a Ledger, not 5\.0"),
+    "on_failure": ({"on_failure": "skip"}, "no on_failure 'skip'.*scorer, raise, abstain"),
+    "batch_size": ({"batch_size": 0}, "batch_size is a number from 1 on, not 0"),
+    "labels of a table": ({"labels": pandas.DataFrame({"name": LABELS})}, "labels is of type 'DataFrame'"),
+    "labels of a file": ({"labels": Path("labels.txt")}, "labels is of type '.*Path', not a list.*LabelSet.read"),
+    "no labels": ({"labels": None}, "labels is of type 'NoneType'"),
+    "labels of numbers": ({"labels": [1, 2]}, "a name or a Label, not 1"),
+    "labels of pyarrow": ({"labels": pyarrow.array(LABELS)}, "a name or a Label, not <"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "sentence"), WRONG.values(), ids=WRONG)
+def test_what_makes_no_cascade_is_refused_by_name(arguments: dict[str, object], sentence: str) -> None:
+    with pytest.raises((InputError, LabelError), match=sentence):
+        Cascade(SCORER, **{"labels": LABELS} | arguments)  # type: ignore[arg-type]
 
 
 def pixels(*colours: tuple[int, int, int]) -> NDArray[np.uint8]:
@@ -416,6 +452,13 @@ REFUSED: dict[str, tuple[object, str]] = {
     "objects": (np.array([Path("a.png"), Path("b.png")]), "an array of dtype object"),
     "bytes": (np.array([b"a.png"]), "an array of dtype"),
     "0 dimensions": (np.array("a.png"), "an array of dtype <U5"),
+    "dates": (np.array(["2020-01-01"], dtype="datetime64[D]"), "an array of dtype datetime64"),
+    "tensor": (torch.zeros((2, 8, 8, 3), dtype=torch.uint8), "of type 'Tensor'"),
+    "tensor of one image": (torch.zeros((3, 8, 8)), "of type 'Tensor'"),
+    "column of pyarrow": (pyarrow.array(["a.png"]), "of type 'StringArray'"),
+    "bytearray": (bytearray(b"abc"), "of type 'bytearray'"),
+    "memoryview": (memoryview(b"abc"), "of type 'memoryview'"),
+    "file": (io.BytesIO(b"abc"), "of type 'BytesIO'"),
     "None": (None, "of type 'NoneType'"),
     "number": (3, "of type 'int'"),
 }
