@@ -13,15 +13,30 @@ from cascadevlm.base.portable import Live, Portable
 T = TypeVar("T")
 
 
+_starting = threading.Lock()
+"""Held while the loop is started: threads that come at once share one."""
+
+
 @cache
-def _loop() -> asyncio.AbstractEventLoop:
+def _started() -> asyncio.AbstractEventLoop:
     loop = asyncio.new_event_loop()
     threading.Thread(target=loop.run_forever, name="cascadevlm", daemon=True).start()
     return loop
 
 
-if hasattr(os, "register_at_fork"):  # a forked child has no thread for the loop
-    os.register_at_fork(after_in_child=_loop.cache_clear)
+def _loop() -> asyncio.AbstractEventLoop:
+    with _starting:
+        return _started()
+
+
+def _forked() -> None:
+    """A forked child has no thread for the loop."""
+    _started.cache_clear()
+    _starting.release()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_starting.acquire, after_in_parent=_starting.release, after_in_child=_forked)
 
 
 def _inside() -> bool:

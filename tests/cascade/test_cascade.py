@@ -6,6 +6,8 @@ import io
 import os
 import queue
 import random
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -102,6 +104,36 @@ def test_an_unreadable_image_is_a_row_among_many_and_an_error_alone() -> None:
     with pytest.raises(ImageError):
         cascade().classify("nowhere.png")
     assert names(cascade().classify([b"junk", b"junk"])) == [None, None]
+
+
+FIRST_CALLS = """
+import asyncio, threading, time
+from concurrent.futures import ThreadPoolExecutor
+from cascadevlm import Cascade
+from cascadevlm.testing import FakeScorer, noise
+
+new_event_loop = asyncio.new_event_loop
+
+def slowly():
+    time.sleep(0.05)
+    return new_event_loop()
+
+asyncio.new_event_loop = slowly
+images, cascade, together = [noise(1)] * 3, Cascade(FakeScorer(), labels=["red", "blue"], batch_size=1), threading.Barrier(4)
+
+def classify(_):
+    together.wait()
+    return [prediction.label for prediction in cascade.stream(images)]
+
+with ThreadPoolExecutor(4) as threads:
+    assert len({tuple(labels) for labels in threads.map(classify, range(4))}) == 1
+assert [thread.name for thread in threading.enumerate()].count("cascadevlm") == 1
+"""
+
+
+def test_the_first_calls_of_all_may_come_at_once_from_several_threads() -> None:
+    """In a process of their own: only there is no event loop yet."""
+    subprocess.run([sys.executable, "-c", FIRST_CALLS], check=True)
 
 
 async def test_a_running_event_loop_is_no_error() -> None:
