@@ -25,7 +25,8 @@ class Portable:
     def __getstate__(self) -> dict[str, object]:
         left = {name for kind in type(self).__mro__ for name, value in vars(kind).items() if isinstance(value, cached_property)}
         left.update(name for name, _ in self._live())
-        return {name: value for name, value in vars(self).items() if name not in left}
+        here = vars(self).copy()  # other threads may add to it meanwhile, and to what it holds
+        return {name: value.copy() if isinstance(value, dict) else value for name, value in here.items() if name not in left}
 
     def __setstate__(self, state: Mapping[str, object]) -> None:
         vars(self).update(state)

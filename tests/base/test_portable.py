@@ -151,6 +151,27 @@ def test_calibrated_cascades_with_a_store_and_kept_embeddings_are_copied(copied:
         assert all(each.cost.cached for each in after)
 
 
+class Growing:
+    """A verdict during whose copying another one is stored, as another thread may do."""
+
+    def __init__(self, store: MemoryStore) -> None:
+        self.store = store
+
+    def __reduce__(self) -> tuple[type[str], tuple[str]]:
+        self.store.verdicts["another question"] = Verdict(outcome="none")
+        return str, ("the verdict",)
+
+
+@BY_ALL
+def test_a_store_is_copied_while_it_grows(copied: Copy) -> None:
+    store = MemoryStore()
+    store.verdicts["question"] = Growing(store)  # type: ignore[assignment]
+    again = copied(store)
+    assert isinstance(again, MemoryStore)
+    assert again.verdicts == {"question": "the verdict"}
+    assert len(store.verdicts) == 2
+
+
 def test_copies_here_spend_the_same_money_and_pickled_ones_what_was_left() -> None:
     original = cascade(FakeJudge(dollars=0.25), ledger=Ledger(1))
     ledger = original.ledger
