@@ -212,3 +212,12 @@ async def test_the_worst_case_holds_the_names_of_a_schema(make: Make) -> None:
     sent = len(json.dumps(received.body).encode()) - len(judge.encoded(asked).base64)
     assert sent > 2 * 12 * 400
     assert judge.most_tokens(asked)[0] >= sent
+
+
+@EVERY
+async def test_the_worst_case_holds_the_names_of_a_schema_in_ascii(make: Make) -> None:
+    """An endpoint may read the schema with escapes in the place of letters: six bytes for two."""
+    names = [letter * 400 for letter in "éèêëàâäôöùûü"]
+    async with JudgeServer() as server:
+        most, _ = make(server).most_tokens(question(names))
+    assert most >= sum(len(name.encode()) + len(json.dumps(name)) for name in names)
