@@ -611,6 +611,18 @@ def test_a_first_question_given_up_holds_up_no_later_event_loop() -> None:
             assert [verdict.outcome for verdict in asyncio.run(asyncio.wait_for(ask(), 10))] == ["answered"] * 4
 
 
+@pytest.mark.parametrize(("first", "at_once"), [(None, 4), (Fault("unauthorized"), 3)])
+async def test_questions_wait_until_one_was_answered_and_then_no_more(first: Fault | None, at_once: int) -> None:
+    """After a wrong key, the next question is a first one again."""
+    async with JudgeServer(faults=[first], latency=0.2) as server:
+        judge = chat(server)
+        await asyncio.gather(judge.judge(question()), return_exceptions=True)
+        verdicts = await asyncio.gather(*(judge.judge(question(image=noise(seed))) for seed in range(4)))
+        await judge.disconnect()
+    assert [verdict.outcome for verdict in verdicts] == ["answered"] * 4
+    assert server.most_at_once == at_once
+
+
 async def test_a_question_does_not_wait_for_another_event_loops_first() -> None:
     other = asyncio.new_event_loop()
     async with JudgeServer() as server:
