@@ -912,6 +912,21 @@ async def test_a_batch_whose_id_got_lost_is_known_from_a_strangers(provider: Pro
         await judge.disconnect()
 
 
+async def test_a_batch_that_is_known_is_not_taken_for_one_of_the_same_size_that_was_never_submitted(tmp_path: Path) -> None:
+    async with JudgeServer() as server:
+        judge = BatchJudge(hosted(server, "anthropic"), tmp_path, Ledger())
+        rows = tmp_path / "rows.jsonl"
+        rows.write_text(f"{json.dumps(judge.hosted.batch_row('key', question()))}\n")
+        token = "2021-01-01T00:00:00.000000+00:00/1/"
+        known = Chunk(name="known", token=f"{token}known", batch_id=await judge.hosted.submit_batch(rows, f"{token}known"))
+        lost = Chunk(name="lost", token=f"{token}lost")
+        judge.chunks = [known, lost]
+        assert await judge._find(lost) is None
+        judge.chunks = [lost]
+        assert await judge._find(lost) == known.batch_id
+        await judge.hosted.disconnect()
+
+
 @both
 async def test_a_row_with_a_filters_error_is_a_refusal(provider: Provider, tmp_path: Path) -> None:
     error: JsonValue = {
