@@ -27,6 +27,7 @@ from cascadevlm.cascade.item import Item, stacked
 from cascadevlm.cli.show import calibration_rows
 from cascadevlm.config.config import CandidatesConfig, Config
 from cascadevlm.decision.calibration import Calibration, FusionRule, read_calibration
+from cascadevlm.decision.guarantee import fit_acceptance
 from cascadevlm.decision.judge_model import JudgeModel
 from cascadevlm.decision.scorer_calibration import ScorerCalibration
 from cascadevlm.decision.shares import Following, Seen
@@ -584,6 +585,15 @@ def test_a_target_gives_a_policy_that_is_told_on_other_images(measure: str) -> N
     assert result.outcome is not None
     assert result.outcome.images == 150
     assert result.outcome.deferral_rate == pytest.approx(0.3, abs=0.15)
+
+
+def test_what_chose_the_policy_promises_nothing() -> None:
+    big = made_up(4, 1500, 6, 6)
+    result = calibrate(big, size=900, target=Target(kind="deferral_rate", value=0.3), target_error=0.2)
+    assert result.calibration.policy is not None
+    last = np.array_split(np.random.default_rng(0).permutation(1500)[:900], 3)[-1]
+    part = under(decided(big.take(np.sort(last)), result.calibration), result.calibration.policy)
+    assert result.acceptance == fit_acceptance(part.probabilities, part.predicted == part.truths, target_error=0.2)
 
 
 def test_a_promised_error_is_one_among_accepted_answers() -> None:
