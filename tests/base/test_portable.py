@@ -134,6 +134,22 @@ def test_a_local_judge_is_copied_between_and_within_runs(copied: Copy, used: boo
     assert told(cascade(inside).classify(IMAGES)) == told(cascade(judge).classify(IMAGES))
 
 
+class Counting(Bystander):
+    """Has more that belongs to runs than what it is derived from."""
+
+    live = (("calls", list),)
+
+
+@BY_ALL
+def test_what_is_live_in_a_base_class_stays_behind_too(copied: Copy) -> None:
+    judge = Counting(batch_size=2)
+    vars(judge)["calls"] = [1]
+    judge._workers.add(object())  # type: ignore[arg-type]
+    again = copied(judge)
+    assert isinstance(again, Counting)
+    assert (vars(again)["calls"], again._workers, again.batch_size) == ([], set(), 2)
+
+
 @BY_ALL
 def test_calibrated_cascades_with_a_store_and_kept_embeddings_are_copied(copied: Copy, tmp_path: Path) -> None:
     model: EmbeddingScorer = TinyTowers()

@@ -187,3 +187,9 @@ def test_answers_that_are_missing_are_never_accepted() -> None:
 def test_target_and_confidence_are_between_0_and_1(target: float, confidence: float) -> None:
     with pytest.raises(InputError, match="between 0 and 1"):
         fit_acceptance(np.ones(100), np.ones(100, dtype=bool), target_error=target, confidence=confidence)
+
+
+def test_answers_that_are_missing_are_not_even_accepted_at_0() -> None:
+    confidences = np.array([1e-4] * 100 + [np.nan] * 20)
+    found = fit_acceptance(confidences, ~np.isnan(confidences), target_error=0.05)
+    assert (found.threshold, found.accepted, found.error) == (0.0, 100 / 120, 0.0)
