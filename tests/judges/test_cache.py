@@ -362,6 +362,6 @@ async def test_a_store_that_is_gone_gives_back_no_turn_of_another(tmp_path: Path
         async with DiskStore(tmp_path).asking("b" * 64):
             pass
         gc.collect()
-        code = f"from cascadevlm.cache import Path, turns_in; print(turns_in(Path({str(tmp_path)!r})).take('a' * 64))"
+        code = f"from cascadevlm.judges.cache import Path, turns_in; print(turns_in(Path({str(tmp_path)!r})).take('a' * 64))"
         other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert other.stdout == "False\n"
