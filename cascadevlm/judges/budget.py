@@ -139,7 +139,7 @@ class DurableLedger(Ledger):
         self.path = path
         self._spent = _sum(path) if path.exists() else 0
         with writing_to(path.parent):
-            write_whole(path, _line(reserved=0, spent=self._spent))
+            write_whole(path, line_of_ledger(spent=self._spent))
             self._file = path.open("a", encoding="utf-8")
 
     def sync(self) -> None:
@@ -154,11 +154,12 @@ class DurableLedger(Ledger):
         super()._change(reserved=reserved, spent=spent)
         if reserved or spent:
             with writing_to(self.path.parent):
-                self._file.write(_line(reserved=reserved, spent=spent))
+                self._file.write(line_of_ledger(reserved=reserved, spent=spent))
                 self._file.flush()
 
 
-def _line(*, reserved: int, spent: int) -> str:
+def line_of_ledger(*, reserved: int = 0, spent: int) -> str:
+    """A line of the file of a `DurableLedger`, in nanodollars, with its end."""
     return json.dumps({"reserved": reserved, "spent": spent}) + "\n"
 
 

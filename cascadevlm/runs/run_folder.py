@@ -39,9 +39,9 @@ from pydantic import JsonValue, TypeAdapter, ValidationError
 from cascadevlm.base.errors import DataError, ImageError
 from cascadevlm.base.files import write_whole, writing_to
 from cascadevlm.base.images import path_of
-from cascadevlm.base.types import Prediction
+from cascadevlm.base.types import NANODOLLARS, Prediction
 from cascadevlm.cascade.engine import BEGINNING, Checkpoint
-from cascadevlm.judges.budget import DurableLedger
+from cascadevlm.judges.budget import DurableLedger, line_of_ledger
 from cascadevlm.runs import manifest as manifests
 from cascadevlm.runs.lines import Line, failure_of, line_of, write_table
 from cascadevlm.runs.manifest import Manifest
@@ -49,6 +49,8 @@ from cascadevlm.scorers.base import Prepared
 from cascadevlm.scorers.kept import file_digest
 
 FAILURES = "failures.jsonl"
+SUM_ERROR = 1e-6
+"""Dollars that sums of floats may differ by."""
 
 _CHECKSUM = b',"crc32":'
 _CHECKPOINT = TypeAdapter(Checkpoint)
@@ -186,9 +188,14 @@ class RunFolder:
                 opened.flush(opened.checkpoint)
 
     def _keep_what_is_sound(self, retry_failed: bool, *, raised: bool) -> None:
-        """Count the predictions that are there and cut off what is not whole, and what is to be tried again."""
+        """Count the predictions that are there and cut off what is not whole, and what is to be tried again.
+
+        Raises:
+            DataError: if the ledger knows of less than these predictions cost.
+        """
         path = self.folder / "predictions.jsonl"
         sound = 0
+        dollars = 0.0
         with path.open("rb") as lines:
             for line in lines:
                 if (read := _read(line)) is None:
@@ -207,7 +214,12 @@ class RunFolder:
                 if retry_failed and read.failed:
                     break
                 sound += len(line)
+                dollars += read.cost.dollars
                 self._count(read.path, read)
+        if dollars > self.ledger.spent_dollars + SUM_ERROR:
+            known = f"{str(self.ledger.path)!r} knows of ${self.ledger.spent_dollars:.6f}; the predictions cost ${dollars:.6f}"
+            hint = f"Put the file back, or write this line into it: {line_of_ledger(spent=round(dollars * NANODOLLARS)).strip()}"
+            raise DataError(f"{known}: what was spent is not known.", hint=hint)
         if sound < path.stat().st_size:
             self._reopen()
             self._predictions.truncate(sound)
@@ -307,8 +319,8 @@ class RunFolder:
                 return
             for file in (self._predictions, self._failures):
                 file.flush()
+            self.ledger.sync()  # first: no prediction is known without what it cost
             os.fsync(self._predictions.fileno())
-            self.ledger.sync()
             self.checkpoint = checkpoint
             write_whole(self.folder / "progress.json", _with_checksum(_CHECKPOINT.dump_json(checkpoint)).decode())
 

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 import tracemalloc
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -532,6 +532,24 @@ def test_a_damaged_ledger_is_one_sentence(tmp_path: Path, damage: bytes) -> None
         file.write(damage)
     with pytest.raises(DataError, match=r"ledger\.jsonl', line 2, is damaged: what was spent is not known\. Write into it"):
         bulk.run(cascade(), Pictures(9), tmp_path, config={})
+
+
+@pytest.mark.parametrize("lost", [Path.unlink, lambda path: path.write_text("")])
+def test_a_lost_ledger_gives_no_second_cap(tmp_path: Path, lost: Callable[[Path], None]) -> None:
+    judge = FakeJudge(dollars=0.02)
+    capped = cascade(judge, "always", ledger=Ledger(1.0))
+    bulk.run(capped, Pictures(5), tmp_path, config={})
+    before = (tmp_path / "predictions.jsonl").read_bytes()
+    lost(tmp_path / "ledger.jsonl")
+    with pytest.raises(
+        DataError, match=r"knows of \$0.000000; the predictions cost \$0.100000: .* not known. Put .* back"
+    ) as told:
+        bulk.run(capped, Pictures(6), tmp_path, config={})
+    assert (tmp_path / "predictions.jsonl").read_bytes() == before
+    assert len(judge.questions) == 5
+    with (tmp_path / "ledger.jsonl").open("a") as file:
+        file.write(str(told.value).split("into it: ")[1] + "\n")
+    assert bulk.run(capped, Pictures(6), tmp_path, config={}).spent_dollars == pytest.approx(0.12)
 
 
 @pytest.mark.parametrize("damage", [b"", bytes(30), b'{"images": '])
