@@ -3,7 +3,7 @@
 import ast
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from cascadevlm.base import errors
@@ -52,35 +52,38 @@ def all_errors() -> str:
 
 
 def raised(tree: ast.AST) -> Iterator[tuple[str, str, str]]:
-    """Class, message and hint of every error that is made with a literal message."""
-    named = {
-        target.id: literal(node.value)
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Assign)
-        for target in node.targets
-        if isinstance(target, ast.Name)
-    }
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ERRORS and node.args:
-            message, *hints = (
-                named.get(value.id, "") if isinstance(value, ast.Name) else literal(value)
-                for value in (node.args[0], *(keyword.value for keyword in node.keywords if keyword.arg == "hint"))
-            )
-            if message:
+    """Class, message and hint of every error that is made with a literal message, or one that has a name above."""
+    named: dict[str, str] = {}
+    nodes = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Assign | ast.Call)]
+    for node in sorted(nodes, key=lambda node: (node.lineno, node.col_offset)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            named = {name: text for name, text in named.items() if name.isupper()}
+        elif isinstance(node, ast.Assign):
+            named |= {target.id: literal(node.value, named) for target in node.targets if isinstance(target, ast.Name)}
+        elif isinstance(node.func, ast.Name) and node.func.id in ERRORS and node.args:
+            hints = [literal(keyword.value, named) for keyword in node.keywords if keyword.arg == "hint"]
+            if message := literal(node.args[0], named):
                 yield node.func.id, message, hints[0] if hints else ""
 
 
-def literal(node: ast.expr) -> str:
-    """The text of a string, with an ellipsis for everything that is filled in."""
+def literal(node: ast.expr, named: Mapping[str, str]) -> str:
+    """The text of a string, with an ellipsis for everything that is filled in.
+
+    Args:
+        node: the expression.
+        named: the texts of variables.
+    """
     match node:
         case ast.Constant(value=str(text)):
             return text
+        case ast.Name(id=name):
+            return named.get(name, "")
         case ast.JoinedStr(values=values):
             return "".join(str(value.value) if isinstance(value, ast.Constant) else "…" for value in values)
         case ast.BinOp(left=left, op=ast.Add(), right=right):
-            return literal(left) + literal(right)
+            return literal(left, named) + literal(right, named)
         case ast.IfExp(body=body, orelse=orelse):
-            return " / ".join(filter(None, (literal(body), literal(orelse))))
+            return " / ".join(filter(None, (literal(body, named), literal(orelse, named))))
     return ""
 
 

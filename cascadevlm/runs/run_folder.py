@@ -217,9 +217,9 @@ class RunFolder:
                 dollars += read.cost.dollars
                 self._count(read.path, read)
         if dollars > self.ledger.spent_dollars + SUM_ERROR:
-            known = f"{str(self.ledger.path)!r} knows of ${self.ledger.spent_dollars:.6f}; the predictions cost ${dollars:.6f}"
+            spent = f"${self.ledger.spent_dollars:.6f} instead of ${dollars:.6f}"
             hint = f"Put the file back, or write this line into it: {line_of_ledger(spent=round(dollars * NANODOLLARS)).strip()}"
-            raise DataError(f"{known}: what was spent is not known.", hint=hint)
+            raise DataError(f"{str(self.ledger.path)!r} does not know what the predictions cost: {spent}.", hint=hint)
         if sound < path.stat().st_size:
             self._reopen()
             self._predictions.truncate(sound)

@@ -521,7 +521,7 @@ def test_threads_do_not_keep_the_memory_of_images_they_are_done_with() -> None:
 import io, resource
 from concurrent.futures import ThreadPoolExecutor
 from PIL import Image
-from cascadevlm import images
+from cascadevlm.base import images
 images._ROOM.size = 1  # one at a time
 images.HUGE_PIXELS = 1_000_000
 file = io.BytesIO()
