@@ -24,6 +24,7 @@ def one_line(text: str) -> str:
 
 
 @lru_cache(100_000)
+@lru_cache(10_000)
 def fold(text: str) -> str:
     """The form in which names are compared: no case, accents or punctuation, single spaces.
 

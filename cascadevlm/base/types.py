@@ -133,7 +133,7 @@ class Question:
     sample: int = 0
     encoded: dict[ImageLimits, EncodedImage] = field(default_factory=dict, repr=False, compare=False)
 
-    @property
+    @cached_property
     def labels(self) -> tuple[Label, ...]:
         """The labels of the candidates, in the order shown."""
         return tuple(candidate.label for candidate in self.candidates)

@@ -401,22 +401,23 @@ def _named(name: str, question: Question) -> list[int]:
     return []
 
 
-def _exactly(name: str) -> set[str]:
-    return {one_line(name)}
+def _exactly(name: str) -> frozenset[str]:
+    return frozenset({one_line(name)})
 
 
-def _folded(name: str) -> set[str]:
-    return {fold(name)}
+def _folded(name: str) -> frozenset[str]:
+    return frozenset({fold(name)})
 
 
 _APOSTROPHE = "['‘’‛ʼ´`′＇]"
 _JOINTS = re.compile(r"(?<!\d)[\s_‐-―−-]+|[\s_‐-―−-]+(?!\d)")  # between digits they tell numbers apart
 
 
-def _joined_up(name: str) -> set[str]:
+@lru_cache(10_000)  # candidates come again and again
+def _joined_up(name: str) -> frozenset[str]:
     """A name without apostrophes, hyphens and spaces, with and without the s of a possessive."""
     forms = {fold(_JOINTS.sub("", re.sub(lost, "", name))) for lost in (_APOSTROPHE, rf"{_APOSTROPHE}s\b|{_APOSTROPHE}")}
-    return forms - {""}
+    return frozenset(forms - {""})
 
 
 def _agrees(name: str, position: int, question: Question) -> bool:
