@@ -2,9 +2,9 @@
 labels cost no second pass of the text tower.
 
 A folder for every model, named by its fingerprint, holds ``index.sqlite``, which tells the row of every image by the digest of
-its file, and the rows, float16, in shards that are mapped into memory. Its folder ``labels`` holds the same of labels, by the
-digest of the templates and the text, in float32. Safe across threads and processes. What a killed process
-wrote last is not in the index, and written over; what a failing disk made of a row, its checksum tells.
+its file, and the rows, float32, in shards that are mapped into memory. Its folder ``labels`` holds the same of labels, by the
+digest of the templates and the text. Safe across threads and processes. What a killed process wrote last is not in the index, and
+written over; what a failing disk made of a row, its checksum tells.
 """
 
 import hashlib
@@ -33,7 +33,7 @@ from cascadevlm.base.types import Scores
 from cascadevlm.scorers.base import EmbeddingScorer, Prepared, Scorer, WrapperScorer, load_once
 
 SHARD_ROWS = 16_384
-"""Rows of a shard: 16 MB of 512 numbers each."""
+"""Rows of a shard: 32 MB of 512 numbers each."""
 
 DAMAGE = (OSError, ValueError, sqlite3.Error)
 """What reading and writing damaged files, or on a full disk, raises."""
@@ -44,7 +44,7 @@ SHARDS_MAPPED = 4
 LONGEST_WAIT = 60.0
 """How long a store waits for other processes, in seconds."""
 
-Embedding: TypeAlias = NDArray[np.floating]
+Embedding: TypeAlias = NDArray[np.float32]
 
 
 class EmbeddingStore:
@@ -52,15 +52,13 @@ class EmbeddingStore:
 
     Args:
         folder: made, unless it is there.
-        dtype: of the numbers.
 
     Raises:
         BackendError: if the folder cannot be used.
     """
 
-    def __init__(self, folder: Path, dtype: type[np.float16] | type[np.float32] = np.float16) -> None:
+    def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.dtype = np.dtype(dtype)
         self._lock = threading.Lock()
         self._shard = lru_cache(SHARDS_MAPPED)(self._map)
         try:
@@ -111,7 +109,7 @@ class EmbeddingStore:
         self._index.close()
 
     def _path(self, shard: int) -> Path:
-        return self.folder / f"{shard:06}.f{8 * self.dtype.itemsize}"
+        return self.folder / f"{shard:06}.f32"
 
     def _write(self, row: int, rows: Embedding) -> None:
         """Write rows, not through the map: there a full disk would be the end of the process."""
@@ -125,9 +123,9 @@ class EmbeddingStore:
                 file.write(part.tobytes())
             row += len(part)
 
-    def _map(self, shard: int) -> "np.memmap[tuple[int, int], np.dtype[np.float16 | np.float32]]":
-        width = self._path(shard).stat().st_size // (SHARD_ROWS * self.dtype.itemsize)
-        return np.memmap(self._path(shard), self.dtype, "r", shape=(SHARD_ROWS, width))
+    def _map(self, shard: int) -> "np.memmap[tuple[int, int], np.dtype[np.float32]]":
+        width = self._path(shard).stat().st_size // (SHARD_ROWS * np.dtype(np.float32).itemsize)
+        return np.memmap(self._path(shard), np.float32, "r", shape=(SHARD_ROWS, width))
 
 
 def _checksum(embedding: Embedding) -> int:
@@ -152,7 +150,7 @@ def kept_labels(scorer: EmbeddingScorer, names: Sequence[str], *, folder: Path) 
     known: dict[bytes, Embedding] = {}
     store = None
     with suppress(BackendError, *DAMAGE):
-        store = EmbeddingStore(folder_of(scorer, folder) / "labels", np.float32)
+        store = EmbeddingStore(folder_of(scorer, folder) / "labels")
         known = {digest: found for digest in digests if (found := store.get(digest)) is not None}
     new = {digest: name for digest, name in zip(digests, names, strict=True) if digest not in known}
     places = iter(new)
@@ -176,8 +174,8 @@ class _Known(Prepared):
 
 
 class CachedEmbeddings(Scorer):
-    """Scores as an embedding model does, from embeddings rounded to float16, and embeds no image twice; a file whose embedding is
-    kept is not even decoded, unless a judge is asked about it.
+    """Scores as an embedding model does, and embeds no image twice; a file whose embedding is kept is not even decoded, unless a
+    judge is asked about it.
 
     Args:
         wrapped: the model.
@@ -224,10 +222,9 @@ class CachedEmbeddings(Scorer):
         new = [each for each in known if each.embedding is None]
         if new:
             for each, row in zip(new, self.wrapped.embed_prepared(new), strict=True):
-                each.embedding = row.astype(np.float16)
+                each.embedding = row
             self._keep({each.digest: row for each in new if (row := each.embedding) is not None and np.isfinite(row).all()})
-        embeddings = np.array([each.embedding for each in known], dtype=np.float32)
-        return self.wrapped.score_embeddings(embeddings, labels)
+        return self.wrapped.score_embeddings(np.array([each.embedding for each in known]), labels)
 
     def _kept(self, digest: bytes) -> Embedding | None:
         try:

@@ -637,7 +637,7 @@ def test_what_cannot_be_flushed_ends_the_run_at_once(tmp_path: Path, monkeypatch
 def test_an_error_of_another_folder_is_not_of_this_one(tmp_path: Path) -> None:
     class Broken(FakeScorer):
         def score(self, images: Sequence[Image.Image], labels: LabelSet) -> Scores:
-            raise OSError(5, "Input/output error", "/embeddings/000000.f16")
+            raise OSError(5, "Input/output error", "/embeddings/000000.f32")
 
     with pytest.raises(OSError, match="embeddings"):
         bulk.run(cascade().altered(scorer=Broken()), Pictures(5), tmp_path, config={})
