@@ -50,26 +50,23 @@ CHANGES: Mapping[type[Judge], Mapping[str, object]] = {
 """Another value of each option that changes an answer."""
 
 PACE = "changes when questions are asked, not what is answered"
+HOSTED_UNCHANGED: Mapping[str, tuple[object, str]] = {
+    "api_key_env": ("MY_KEY", "names a secret"),
+    "headers": ({"X-Token": "t"}, "are secret"),
+    "price": ({"input": 1, "output": 2}, "changes what is billed; an answer that it cuts off is not kept"),
+    "concurrency": (2, PACE),
+    "requests_per_minute": (2, PACE),
+    "tokens_per_minute": (2, PACE),
+    "timeout": (2, PACE),
+}
 UNCHANGED: Mapping[type[Judge], Mapping[str, tuple[object, str]]] = {
     OpenAIJudge: {
-        "api_key_env": ("MY_KEY", "names a secret"),
+        **HOSTED_UNCHANGED,
         "organization": ("mine", "changes who pays"),
-        "headers": ({"X-Token": "t"}, "are secret"),
-        "price": ({"input": 1, "output": 2}, "changes what is billed; an answer that it cuts off is not kept"),
-        "concurrency": (2, PACE),
-        "requests_per_minute": (2, PACE),
-        "tokens_per_minute": (2, PACE),
-        "timeout": (2, PACE),
     },
     AnthropicJudge: {
-        "api_key_env": ("MY_KEY", "names a secret"),
+        **HOSTED_UNCHANGED,
         "cache_prompt": (True, "changes what is billed"),
-        "headers": ({"X-Token": "t"}, "are secret"),
-        "price": ({"input": 1, "output": 2}, "changes what is billed; an answer that it cuts off is not kept"),
-        "concurrency": (2, PACE),
-        "requests_per_minute": (2, PACE),
-        "tokens_per_minute": (2, PACE),
-        "timeout": (2, PACE),
     },
     HfChatJudge: {
         "device": ("cpu", "changes rounding alone; the precision that it stands for is the dtype"),
