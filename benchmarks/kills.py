@@ -1,4 +1,4 @@
-"""What a bulk run loses and pays twice when it is killed: ``python -m benchmarks.kills``.
+"""What a run loses and pays twice when it is killed: ``python -m benchmarks.kills``; with ``--labelled``, a run that is a record.
 
 A run with a judge that is paid for (the real openai SDK against a server on this machine that counts what it is asked) is
 killed with SIGKILL at random moments, from the start of its process on, and taken up again, run after run, until there were as
@@ -27,6 +27,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from cascadevlm import Cascade, Stage, load_judge, load_prompt, parse_policy
+from cascadevlm.evaluation.data import Data
+from cascadevlm.evaluation.record import read_record
 from cascadevlm.judges.cache import DiskStore
 from cascadevlm.runs import bulk
 from cascadevlm.runs.inputs import Named
@@ -80,13 +82,15 @@ def _unit(rows: NDArray[np.floating]) -> NDArray[np.float32]:
     return unit
 
 
-def run(folder: Path, cache: Path, answers: Path | None, url: str, images: int) -> Tally:
+def run(folder: Path, cache: Path, answers: Path | None, url: str, images: int, labelled: bool) -> Tally:
     """The run that is killed; its embeddings are kept in a cache and, if wanted, the answers too."""
     judge = load_judge(f"openai:{MODEL}", base_url=url, concurrency=CONCURRENCY)
     stage = Stage(judge=judge, prompt=load_prompt("select"), policy=parse_policy("entropy > 0.6 & calls <= 100000"))
     store = None if answers is None else DiskStore(answers)
     cascade = Cascade(CachedEmbeddings(Towers(), cache), [stage], labels=NAMES, batch_size=8, store=store)
-    return bulk.run(cascade, Pictures(images), folder, config={"images": images})
+    names, pictures = zip(*Pictures(images), strict=True)
+    data = Data(images=pictures, names=names, truths=NAMES[:1] * images, splits=("",) * images)
+    return bulk.run(cascade, data if labelled else Pictures(images), folder, config={"images": images})
 
 
 @dataclass
@@ -113,7 +117,8 @@ class Proof:
         asked_again: questions whose answer had been stored before a kill and that were asked after it.
         paid_twice: answers served beyond one for each question.
         under_way: questions that had been served, their answers not yet stored, at the kills: the most that may be paid twice.
-        different: predictions missing, there twice, out of order or unlike those of the undisturbed run.
+        different: predictions missing, there twice, out of order or unlike those of the undisturbed run, and records with other
+            bytes of scores.
     """
 
     kills: int = 0
@@ -144,7 +149,7 @@ def predictions(folder: Path) -> list[Mapping[str, object]]:
     return lines
 
 
-def prove(kills: int, *, images: int, seed: int = 0) -> Proof:
+def prove(kills: int, *, images: int, seed: int = 0, labelled: bool = False) -> Proof:
     """Kill runs over so many images until there were so many kills."""
     os.environ |= {"OPENAI_API_KEY": "of no use", "PYTHONWARNINGS": "ignore::RuntimeWarning:runpy"}
     processes = multiprocessing.get_context("forkserver")
@@ -157,7 +162,7 @@ def prove(kills: int, *, images: int, seed: int = 0) -> Proof:
 
         def began(name: str, answers: Path | None) -> multiprocessing.process.BaseProcess:
             folder, cache = Path(scratch) / name, Path(scratch) / f"{name}, embeddings"
-            process = processes.Process(target=run, args=(folder, cache, answers, judge.openai_url, images))
+            process = processes.Process(target=run, args=(folder, cache, answers, judge.openai_url, images, labelled))
             process.start()
             return process
 
@@ -172,7 +177,7 @@ def prove(kills: int, *, images: int, seed: int = 0) -> Proof:
             beside = Path(scratch) / f"{name}, answers" if proof.runs % 2 else None
             answers = beside or folder / "verdicts"
             server.served.clear()
-            while not (folder / "summary.json").exists():
+            while not (folder / ("predictions.parquet" if labelled else "summary.json")).exists():
                 before, known = server.served.copy(), stored(answers)
                 process = began(name, beside)
                 process.join(draw.uniform(0, seconds * draw.choice(SPANS)) if proof.kills < kills else None)
@@ -191,6 +196,10 @@ def prove(kills: int, *, images: int, seed: int = 0) -> Proof:
             proof.questions += len(server.served)
             proof.paid_twice += server.served.total() - len(server.served)
             proof.different += abs(len(found) - len(expected)) + sum(a != b for a, b in zip(found, expected, strict=False))
+            if labelled:
+                files = [Path(scratch) / of_run / "scores.npy" for of_run in (name, "undisturbed")]
+                proof.different += files[0].read_bytes() != files[1].read_bytes()
+                assert len(read_record(folder)) == images
     return proof
 
 
@@ -198,9 +207,10 @@ def main(
     kills: Annotated[int, typer.Option(help="How many.")] = 100,
     images: Annotated[int, typer.Option(help="In every run.")] = 600,
     seed: int = 0,
+    labelled: Annotated[bool, typer.Option(help="Kill runs over labelled images.")] = False,
 ) -> None:
     """Kill runs and tell what it cost."""
-    for name, value in vars(prove(kills, images=images, seed=seed)).items():
+    for name, value in vars(prove(kills, images=images, seed=seed, labelled=labelled)).items():
         print(f"{name.replace('_', ' '):>12}  {value}")
 
 

@@ -21,6 +21,7 @@ from cascadevlm.cascade.drift import Drift
 from cascadevlm.cascade.engine import BEGINNING, Checkpoint, ReadBatch, Run, Settings
 from cascadevlm.cascade.fusing import CalibratedScorer
 from cascadevlm.cascade.item import OnFailure
+from cascadevlm.cascade.observer import Observer
 from cascadevlm.cascade.stage import Stage, require_cascade, require_kind
 from cascadevlm.decision.calibration import Calibration
 from cascadevlm.judges.budget import Ledger
@@ -34,6 +35,7 @@ class Changes(TypedDict, total=False):
 
     Attributes:
         reading: reads the images, from one of this number on, in the scorer's place.
+        observers: see what passes through every run.
         calibration: what runs are held against to notice drift; the scorer stays as it is.
     """
 
@@ -45,6 +47,7 @@ class Changes(TypedDict, total=False):
     ledger: Ledger
     calibration: Calibration | None
     follow_shares: bool
+    observers: Sequence[Observer]
     reading: Callable[[int], ReadBatch] | None
 
 
@@ -66,6 +69,7 @@ class Cascade(Portable):
         calibration: of the scorer and the judges. It makes the scorer's probabilities calibrated, and runs warn of images that
             are no longer like those it was made with (`Drift`).
         follow_shares: whether the scorer's probabilities follow the shares that the classes have in a run (`Following`).
+        observers: see what passes through every run (`Observer`).
 
     Raises:
         ConfigError: if shares are to be followed without a calibration.
@@ -87,6 +91,7 @@ class Cascade(Portable):
         batch_size: int = 32,
         calibration: Calibration | None = None,
         follow_shares: bool = False,
+        observers: Sequence[Observer] = (),
     ) -> None:
         if follow_shares and calibration is None:
             raise ConfigError("follow_shares needs a calibration.", hint="Make one: cascadevlm calibrate.")
@@ -117,6 +122,7 @@ class Cascade(Portable):
         self.batch_size = batch_size
         self.calibration = calibration
         self.follow_shares = follow_shares
+        self.observers = observers
         self.reading: Callable[[int], ReadBatch] | None = None
 
     def __copy__(self) -> Self:
@@ -197,7 +203,7 @@ class Cascade(Portable):
             batch_size=self.batch_size,
             judges=self._judges,
             read=self.reading(start.images) if self.reading else None,
-            drift=Drift(self.calibration, self.stages) if self.calibration else None,
+            observers=[*self.observers, *([Drift(self.calibration, self.stages)] if self.calibration else [])],
             shares=self.calibration.shares if self.calibration and self.follow_shares else None,
         )
         return Run(settings, start, stopping)

@@ -22,8 +22,8 @@ from cascadevlm.base.images import ImageSource, path_of
 from cascadevlm.base.labels import LabelSet
 from cascadevlm.base.types import Prediction, Scores
 from cascadevlm.cascade.candidates import TopK
-from cascadevlm.cascade.drift import Drift
 from cascadevlm.cascade.item import Item, OnFailure, rank, stacked
+from cascadevlm.cascade.observer import Observer
 from cascadevlm.cascade.running_stage import RunningStage
 from cascadevlm.cascade.stage import Stage
 from cascadevlm.decision.shares import Following, Seen, Shares
@@ -104,7 +104,7 @@ class Settings:
     Attributes:
         judges: of all runs of the cascade.
         read: reads the images in the scorer's place.
-        drift: looks at scores and predictions.
+        observers: see what passes through the run.
         shares: of the classes that the scores are calibrated for, if those of the run are to be followed.
     """
 
@@ -117,7 +117,7 @@ class Settings:
     batch_size: int
     judges: DependableJudges
     read: ReadBatch | None = None
-    drift: Drift | None = None
+    observers: Sequence[Observer] = ()
     shares: Shares | None = None
 
 
@@ -164,15 +164,20 @@ class Run:
             spending = self.checkpoint.spending or (START,) * len(self.settings.stages)
             for number, (stage, before) in enumerate(zip(self.settings.stages, spending, strict=True)):
                 judge = await stack.enter_async_context(self.settings.judges.of(stage.judge))
-                self.stages.append(RunningStage(number, stage, judge, self.settings.labels, self.readers, before))
+                for observer in self.settings.observers:
+                    observer.ready(number, stage.judge)
+                running = RunningStage(
+                    number, stage, judge, self.settings.labels, self.readers, before, observers=self.settings.observers
+                )
+                self.stages.append(running)
             producer = asyncio.create_task(self._produce(sources))
             stack.push_async_callback(self._close, producer)
             while (batch := await self.output.get()) is not None:
                 beliefs = []
-                for result in batch.results:
+                for number, result in enumerate(batch.results, start=batch.begin):
                     settled = await result
-                    if self.settings.drift is not None:
-                        self.settings.drift.predicted(settled.prediction)
+                    for observer in self.settings.observers:
+                        observer.predicted(number, settled.prediction)
                     if settled.belief is not None:
                         beliefs.append(settled.belief)
                     yield settled.prediction
@@ -242,7 +247,8 @@ class Run:
         return list(chain.from_iterable(prepared))
 
     def _prepare(self, sources: Sequence[ImageSource]) -> list[Read]:
-        return [(path_of(source), prepared_or_error(self.settings.scorer, source)) for source in sources]
+        seen = [observer.prepared for observer in self.settings.observers]
+        return [(path_of(source), prepared_or_error(self.settings.scorer, source, *seen)) for source in sources]
 
     async def _score(self, read: Sequence[Read], batch: _Batch) -> list[Item]:
         """Score a batch; unreadable images get their result here and are left out."""
@@ -267,15 +273,16 @@ class Run:
         readable = [each for each, error in zip(readable, errors, strict=True) if error is None]
         if scores is None:
             return []
-        if self.settings.drift is not None:
-            self.settings.drift.scored(scores)
+        numbers = [number for number, result in enumerate(batch.results, start=batch.begin) if not result.done()]
+        for observer in self.settings.observers:
+            observer.scored(numbers, [prepared for _, prepared, _ in readable], scores)
         if self.following is not None:
             scores = await self.following.adjusted(scores, batch.begin)
         self._take_in_hand([result for _, _, result in readable])
-        for row, (path, prepared, result) in enumerate(readable):
+        for row, (number, (path, prepared, result)) in enumerate(zip(numbers, readable, strict=True)):
             one = scores.rows(slice(row, row + 1))
             prepared.features = None
-            batch.awaited[Item(path=path, prepared=prepared, scores=one, belief=one)] = result
+            batch.awaited[Item(number=number, path=path, prepared=prepared, scores=one, belief=one)] = result
         return list(batch.awaited)
 
     def _take_in_hand(self, results: Sequence[asyncio.Future[_Settled]]) -> None:

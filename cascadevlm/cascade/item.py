@@ -23,11 +23,13 @@ class Item:
     """One image under way.
 
     Attributes:
+        number: its position in the input, from 0.
         scores: the scorer's, 1 x C.
         belief: 1 x C, what candidates are chosen by: the scores, less what judges rejected, or fused with what they said.
         fused: whether the belief is what the last judge that was heard said, too.
     """
 
+    number: int
     path: str
     prepared: Prepared
     scores: Scores

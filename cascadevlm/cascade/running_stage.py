@@ -14,6 +14,7 @@ from cascadevlm.base.images import is_large
 from cascadevlm.base.labels import Label, LabelSet
 from cascadevlm.base.types import NANODOLLARS, Candidate, Scores, Verdict
 from cascadevlm.cascade.item import Item, believed_candidates, rank
+from cascadevlm.cascade.observer import Observer
 from cascadevlm.cascade.stage import Stage
 from cascadevlm.judges.base import Judge
 from cascadevlm.policies.base import Selection, Spending, as_budgeted
@@ -29,9 +30,20 @@ class RunningStage:
         labels: of the cascade.
         readers: read images beside the event loop.
         spending: where it stands.
+        observers: of the run.
     """
 
-    def __init__(self, number: int, stage: Stage, judge: Judge, labels: LabelSet, readers: Executor, spending: Spending) -> None:
+    def __init__(
+        self,
+        number: int,
+        stage: Stage,
+        judge: Judge,
+        labels: LabelSet,
+        readers: Executor,
+        spending: Spending,
+        *,
+        observers: Sequence[Observer] = (),
+    ) -> None:
         self.number = number
         self.stage = stage
         self.policy = as_budgeted(stage.policy)
@@ -39,6 +51,7 @@ class RunningStage:
         self.labels = labels
         self.readers = readers
         self.spending = spending
+        self.observers = observers
         self._places = asyncio.Semaphore(self.judge.concurrency)
         self._fatal: FatalError | None = None
 
@@ -55,7 +68,7 @@ class RunningStage:
     def _price(self, item: Item, candidates: tuple[Candidate, ...]) -> float:
         """Nothing, if the image has gone since it was scored."""
         try:
-            question = Stage.question(self.stage, item.prepared.unread, candidates)  # not one to be kept as if it had been put
+            question = self.stage.question(item.prepared.unread, candidates)
         except ImageError:
             return 0.0
         return self.stage.by_votes(self.stage.judge).usual_case(question) / NANODOLLARS
@@ -114,6 +127,7 @@ class RunningStage:
     async def _verdict(self, item: Item) -> Verdict:
         """What the judge says of an image, among its candidates; after a fatal error, that is all it says."""
         loop = asyncio.get_running_loop()
+        question = None
         async with self._places:
             try:
                 if self._fatal is not None:
@@ -125,11 +139,15 @@ class RunningStage:
                 question = self.stage.question(image, item.candidates, self.labels)
                 if is_large(image):  # encode and hash it beside the event loop, once for all
                     await loop.run_in_executor(self.readers, self.judge.image_digest, question)
-                return await self.judge.judge(question)
+                verdict = await self.judge.judge(question)
             except FatalError as exc:
                 self._fatal = exc
                 raise
             except BudgetExhausted as exc:
-                return Verdict(outcome="skipped", error=str(exc), judge=self.judge.spec)
+                verdict = Verdict(outcome="skipped", error=str(exc), judge=self.judge.spec)
             except (JudgeError, ImageError) as exc:  # the image may have gone since it was scored
-                return Verdict(outcome="failed", error=str(exc), judge=self.judge.spec)
+                verdict = Verdict(outcome="failed", error=str(exc), judge=self.judge.spec)
+        if question is not None:
+            for observer in self.observers:
+                observer.judged(item.number, self.number, question, verdict)
+        return verdict

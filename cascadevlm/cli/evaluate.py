@@ -18,13 +18,17 @@ def evaluate(
     judge_all: Annotated[
         bool, typer.Option("--judge-all", help="Ask the judge about everything, for sweep to work with; report the policy.")
     ] = False,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="The folder for the record; none, unless given.")] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Folder for the record; a run in it goes on. Default: none is kept."),
+    ] = None,
     yes: options.Yes = False,
     as_json: options.AsJson = False,
 ) -> None:
     """Measure a cascade on labelled images: accuracy, deferral, rescues and harms, calibration, dollars.
 
-    Fails (exit code 1) if no question gets an answer.
+    If the run is killed or interrupted, the same command with --output goes on where the run stood. The exit code is 1 if no
+    question gets an answer.
     """
     from rich.console import Console
     from rich.progress import Progress
@@ -42,9 +46,17 @@ def evaluate(
     if not yes:
         confirm(parsed, asking, labelled.images)
     frozen = parsed.frozen(cascade)
-    with tempfile.TemporaryDirectory() as scratch, Progress(console=Console(stderr=True), transient=True) as progress:
+    errors = Console(stderr=True)
+    with tempfile.TemporaryDirectory() as scratch, Progress(console=errors, transient=True) as progress:
         task = progress.add_task("images", total=len(labelled))
-        record = record_run(asking, labelled, output or Path(scratch), config=frozen, progress=lambda _: progress.advance(task))
+        record = record_run(
+            asking,
+            labelled,
+            output or Path(scratch),
+            config=frozen,
+            progress=lambda tally: progress.update(task, completed=tally.images),
+            outlook=lambda sentence: errors.print(sentence, markup=False, soft_wrap=True),
+        )
     replays = judge_all and can_replay(record)
     if judge_all and not replays:
         typer.echo("These are the figures of asking everything: a policy is replayed if one judge was asked about all.", err=True)

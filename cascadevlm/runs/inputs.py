@@ -1,14 +1,14 @@
-"""Images without labels, by the million: a folder, a list of files or a table, read one by one and never held as a whole."""
+"""Images by the million: a folder, a list of files or a table, read one by one and never held as a whole."""
 
 import csv
 import os
 import sys
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from random import Random
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Protocol, TypeAlias, runtime_checkable
 
 from cascadevlm.base.errors import DataError
 from cascadevlm.base.images import SUFFIXES, ImageSource
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import pyarrow.parquet
 
 Named: TypeAlias = tuple[str, ImageSource]
-"""An image and what it is called: its path, where it is a file. Like names of files, it need not be valid Unicode."""
+"""The name of an image, which is its path if it is a file, and the image. Names need not be valid Unicode."""
 
 LISTS = (".txt", ".csv", ".jsonl", ".parquet")
 """Suffixes of lists of images and of tables."""
@@ -28,7 +28,32 @@ ROWS_AT_ONCE = 64
 """Rows of a Parquet file that are in memory at once, images and all."""
 
 BUFFER_BYTES = 1 << 20
-"""Of a Parquet file that are read at once; without a buffer, Arrow reads all images of a row group."""
+"""Bytes of a Parquet file that are read at once. Without a buffer, Arrow reads all images of a row group."""
+
+
+@runtime_checkable
+class Labelled(Protocol):
+    """N images with their true labels, as `cascadevlm.evaluation.data.Data` holds them.
+
+    Attributes:
+        names: names of the images: paths where they are files.
+        truths: name of each image's true label.
+        splits: the part of the data that each image belongs to; "" if that is unknown.
+    """
+
+    @property
+    def images(self) -> Sequence[ImageSource]: ...
+
+    @property
+    def names(self) -> Sequence[str]: ...
+
+    @property
+    def truths(self) -> Sequence[str]: ...
+
+    @property
+    def splits(self) -> Sequence[str]: ...
+
+    def __len__(self) -> int: ...
 
 
 class Inputs:
@@ -73,19 +98,19 @@ class Inputs:
             yield from self._read(self.path)
 
     def __len__(self) -> int:
-        """How many images there are: a table tells it, anything else is gone through, once."""
+        """The number of images. It stands in a Parquet table; everything else is read through once."""
         if self._count is None:
             with self._told():
                 self._count = _count_of_parquet(self.path) if self.is_table else sum(1 for _ in self._read(self.path))
         return self._count
 
     def names(self) -> Iterator[str]:
-        """What the images are called; those that stand in a table are not read."""
+        """The names of the images. Images in a table are not read."""
         with self._told():
             yield from _names_of_parquet(self.path) if self.is_table else (name for name, _ in self._read(self.path))
 
     def rows(self, wanted: Container[int]) -> Iterator[Named]:
-        """The images of some numbers, from 0, in order; of a table, only the row groups that hold one are read."""
+        """The images with some numbers, from 0, in order. In a table, only the row groups with such images are read."""
         with self._told():
             if self.is_table:
                 yield from _of_parquet(self.path, wanted)
@@ -93,27 +118,31 @@ class Inputs:
                 yield from (named for number, named in enumerate(self._read(self.path)) if number in wanted)
 
     def sample(self, size: int, *, seed: int = 0) -> tuple[list[ImageSource], int]:
-        """That many images at random, every one as likely as any other, in their order, and how many there are."""
+        """A uniform random sample of at most ``size`` images, in their order, and the number of all images."""
         total = len(self)
         chosen = set(Random(seed).sample(range(total), min(size, total)))
         return [source for _, source in self.rows(chosen)], total
 
     @contextmanager
     def _told(self) -> Iterator[None]:
-        """One of our errors for all that reading raises."""
+        """Raises DataError for every error of reading."""
         try:
             yield
         except (OSError, ValueError, csv.Error) as exc:  # Arrow's and JSON's errors are ValueErrors
             raise DataError(f"{str(self.path)!r} cannot be read: {str(exc).partition(chr(10))[0]}.") from exc
 
 
-def names(inputs: Iterable[Named]) -> Iterator[str]:
-    """What images are called, in order, without reading those that stand in a table."""
+def names(inputs: Iterable[Named] | Labelled) -> Iterator[str]:
+    """The names of images, in order. Images in a table and labelled images are not read."""
+    if isinstance(inputs, Labelled):
+        return iter(inputs.names)
     return inputs.names() if isinstance(inputs, Inputs) else (name for name, _ in inputs)
 
 
-def after(inputs: Iterable[Named], first: int) -> Iterator[Named]:
-    """All images but so many, in order, without reading what comes before in a table."""
+def after(inputs: Iterable[Named] | Labelled, first: int) -> Iterator[Named]:
+    """The images from number ``first`` on, in order. Earlier images in a table and earlier labelled images are not read."""
+    if isinstance(inputs, Labelled):
+        return ((inputs.names[number], inputs.images[number]) for number in range(first, len(inputs)))
     return inputs.rows(range(first, sys.maxsize)) if isinstance(inputs, Inputs) else islice(inputs, first, None)
 
 
@@ -122,7 +151,7 @@ def _of_folder(folder: Path) -> Iterator[Named]:
 
 
 def _below(folder: Path, seen: set[tuple[int, int]]) -> Iterator[Named]:
-    """``seen`` are the folders that were searched, by device and inode: links may lead to them again."""
+    """The images below a folder. ``seen``: device and inode of folders that were searched; links may lead to them again."""
     here = folder.stat()
     if (here.st_dev, here.st_ino) in seen:
         return
@@ -168,7 +197,7 @@ def _of_json_lines(path: Path) -> Iterator[Named]:
 
 
 def _of_parquet(path: Path, wanted: Container[int] | None = None) -> Iterator[Named]:
-    """The images, or those of some numbers."""
+    """The images, or the images with some numbers."""
     with _opened(path) as file:
         columns = [name for name in ("path", "image") if name in file.schema_arrow.names]
         for number, row in _rows(file, columns, wanted):
@@ -186,7 +215,7 @@ def _names_of_parquet(path: Path) -> Iterator[str]:
 
 
 def _path_in(image: "pyarrow.Field") -> list[str]:
-    """What of a column of images is no image, as columns are named."""
+    """The columns with the paths of a column of images."""
     import pyarrow.types
 
     if pyarrow.types.is_struct(image.type):
@@ -212,7 +241,7 @@ def _opened(path: Path) -> "pyarrow.parquet.ParquetFile":
 def _rows(
     file: "pyarrow.parquet.ParquetFile", columns: list[str], wanted: Container[int] | None = None
 ) -> Iterator[tuple[int, Mapping[str, object]]]:
-    """Rows by their numbers, a few at a time; row groups in which none is wanted are left out."""
+    """Rows with their numbers, a few at a time. Row groups without wanted rows are not read."""
     begin = 0
     for group in range(file.num_row_groups):
         numbers = range(begin, begin + file.metadata.row_group(group).num_rows)
@@ -224,8 +253,11 @@ def _rows(
 
 
 def _name_of(table: Path, row: Mapping[str, object], number: int, *, apart: bool) -> str:
-    """The path, where images are files ``apart`` from the table. Else the row's path; or the image's own, made absolute, so that
-    the name is the same wherever the table is read from; or the row's number."""
+    """The name of an image.
+
+    It is the path, if images are files ``apart`` from the table. For images in the table it is the row's path; if there is none,
+    the image's own path, made absolute so that the name does not depend on the working directory; else the row's number.
+    """
     if apart:
         return str(table.parent / _path_of(row, _row(number)))
     if row.get("path"):

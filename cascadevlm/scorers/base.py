@@ -165,10 +165,13 @@ def texts_part(labels: LabelSet) -> str:
     return f"texts={labels.texts_digest[:12]}"
 
 
-def prepared_or_error(scorer: Scorer, source: ImageSource) -> Prepared | ImageError:
-    """What a scorer prepares of an image, or why it cannot be read."""
+def prepared_or_error(scorer: Scorer, source: ImageSource, *seen: Callable[[Prepared], None]) -> Prepared | ImageError:
+    """What a scorer prepares of an image, once each of ``seen`` was called with it; or why the image cannot be read."""
     try:
-        return scorer.prepare(source)
+        prepared = scorer.prepare(source)
+        for see in seen:
+            see(prepared)
+        return prepared
     except ImageError as exc:
         return exc
 

@@ -9,7 +9,7 @@ import pickle
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from itertools import islice
 from threading import Lock
 
@@ -26,7 +26,7 @@ from cascadevlm.config.loading import load_judge
 from cascadevlm.judges.base import Judge
 from cascadevlm.runs.inputs import Named, after
 from cascadevlm.scorers.base import Prepared, Scorer, prepared_or_error, scored_or_errors
-from cascadevlm.scorers.kept import Digesting
+from cascadevlm.scorers.kept import note_file_digest
 
 SAME_FILES = "Every machine of the cluster needs the working directory and the images under the same paths."
 
@@ -111,7 +111,7 @@ class ScoringWorker:
             raise sources
         with self.loading:
             self.scorer  # noqa: B018  # loads it
-        read = list(self.readers.map(partial(prepared_or_error, self.scorer), sources))
+        read = list(self.readers.map(lambda source: prepared_or_error(self.scorer, source, note_file_digest), sources))
         prepared = [each for each in read if isinstance(each, Prepared)]
         with self.scoring:
             scores, errors = scored_or_errors(self.scorer, prepared, self.labels) if prepared else (None, [])
@@ -127,7 +127,7 @@ class ScoringWorker:
     @cached_property
     def scorer(self) -> Scorer:
         self.place.enter()
-        scorer = Digesting(Config.parse(self.config).build(self.labels, bulk=True).scorer)
+        scorer = Config.parse(self.config).build(self.labels, bulk=True).scorer
         scorer.load()
         return scorer
 
