@@ -7,6 +7,7 @@ import pytest
 
 from cascadevlm import Cascade, Judge, Observer, Prediction, Question, Scores, Stage, TopK, Verdict, load_prompt
 from cascadevlm.base.errors import ImageError, PermanentError
+from cascadevlm.base.images import ImageSource
 from cascadevlm.scorers.base import Prepared
 from cascadevlm.testing import FakeJudge, FakeScorer, noise
 
@@ -41,7 +42,7 @@ class Everything(Observer):
 
 
 def test_an_observer_sees_what_passes(tmp_path: Path) -> None:
-    images = [noise(0), tmp_path / "gone.png", noise(1), noise(2), noise(3)]
+    images: list[ImageSource] = [noise(0), tmp_path / "gone.png", noise(1), noise(2), noise(3)]
     judge, seen = FakeJudge(), Everything()
     stage = Stage(judge=judge, prompt=load_prompt("select"), candidates=TopK(k=2))
     cascade = Cascade(FakeScorer(), [stage], labels=LABELS, batch_size=2, observers=[seen])
