@@ -16,6 +16,7 @@ from itertools import chain, compress, islice
 from typing import TypeAlias, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from cascadevlm.base.errors import ImageError, JudgeError
 from cascadevlm.base.images import ImageSource, path_of
@@ -23,7 +24,7 @@ from cascadevlm.base.labels import LabelSet
 from cascadevlm.base.types import Prediction, Scores
 from cascadevlm.cascade.candidates import TopK
 from cascadevlm.cascade.drift import Drift
-from cascadevlm.cascade.item import Item, OnFailure, rank, stacked
+from cascadevlm.cascade.item import Item, OnFailure, current, rank
 from cascadevlm.cascade.running_stage import RunningStage
 from cascadevlm.cascade.stage import Stage
 from cascadevlm.decision.shares import Following, Seen, Shares
@@ -45,11 +46,12 @@ class _Settled:
     """What came of an image.
 
     Attributes:
-        belief: 1 x C, what is believed of it in the end; None if it could not be read, or the shares of classes are not followed.
+        belief: `(C,)` the probabilities believed in the end; None if the image cannot be read or the shares of the classes are
+            not followed.
     """
 
     prediction: Prediction
-    belief: Scores | None = None
+    belief: NDArray[np.float32] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -273,9 +275,8 @@ class Run:
             scores = await self.following.adjusted(scores, batch.begin)
         self._take_in_hand([result for _, _, result in readable])
         for row, (path, prepared, result) in enumerate(readable):
-            one = scores.rows(slice(row, row + 1))
             prepared.features = None
-            batch.awaited[Item(path=path, prepared=prepared, scores=one, belief=one)] = result
+            batch.awaited[Item(path=path, prepared=prepared, chunk=scores, row=row)] = result
         return list(batch.awaited)
 
     def _take_in_hand(self, results: Sequence[asyncio.Future[_Settled]]) -> None:
@@ -319,7 +320,7 @@ class Run:
         stage."""
         if not items:
             return [], []
-        scores = stacked([item.current_scores() for item in items])
+        scores = current(items)
         prices = await running.prices(items)
         left = await self._better_later(running, items, scores, prices)
         remaining = self._remaining(running.spending.images + len(items), end)
@@ -352,7 +353,7 @@ class Run:
         except JudgeError as exc:
             result.set_exception(exc)
         else:
-            result.set_result(_Settled(prediction, item.current_scores() if self.following is not None else None))
+            result.set_result(_Settled(prediction, item.probabilities() if self.following is not None else None))
 
 
 async def _together(works: Iterable[Coroutine[None, None, None]]) -> None:

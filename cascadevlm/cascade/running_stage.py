@@ -13,7 +13,7 @@ from cascadevlm.base.errors import BudgetExhausted, FatalError, ImageError, Judg
 from cascadevlm.base.images import is_large
 from cascadevlm.base.labels import Label, LabelSet
 from cascadevlm.base.types import NANODOLLARS, Candidate, Scores, Verdict
-from cascadevlm.cascade.item import Item, believed_candidates, rank
+from cascadevlm.cascade.item import Item, believed, rank
 from cascadevlm.cascade.stage import Stage
 from cascadevlm.judges.base import Judge
 from cascadevlm.policies.base import Selection, Spending, as_budgeted
@@ -48,7 +48,7 @@ class RunningStage:
             return ()
 
         def told() -> tuple[float, ...]:
-            return tuple(map(self._price, items, believed_candidates(self.stage.candidates, items)))
+            return tuple(map(self._price, items, self.stage.candidates.choose(believed(items))))
 
         return await asyncio.get_running_loop().run_in_executor(self.readers, told)  # it opens files
 

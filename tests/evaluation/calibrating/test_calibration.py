@@ -23,7 +23,7 @@ from cascadevlm.base.labels import LabelSet
 from cascadevlm.base.types import Scores, Verdict
 from cascadevlm.cascade.candidates import TopK
 from cascadevlm.cascade.fusing import Asking
-from cascadevlm.cascade.item import Item, stacked
+from cascadevlm.cascade.item import Item, believed, current
 from cascadevlm.cli.show import calibration_rows
 from cascadevlm.config.config import CandidatesConfig, Config
 from cascadevlm.decision.calibration import Calibration, FusionRule, read_calibration
@@ -179,20 +179,21 @@ def test_no_field_of_scores_is_lost_on_their_way() -> None:
     labels = record().labels
     noted = NotedScores(log_probs=record().scores.log_probs[:1], labels=labels, fingerprint=learned().fingerprint, note="kept")
     candidates = TopK(k=2).choose(noted)[0]
-    item = Item(path="", prepared=Prepared(source=""), scores=noted, belief=noted, candidates=candidates)
+    item = Item(path="", prepared=Prepared(source=""), chunk=noted.rows(np.array([0, 0])), row=1, candidates=candidates)
     item.hear(Stage(judge=FakeJudge(), prompt=load_prompt("select")), Verdict(outcome="none"))
     asking = Asking(model=JudgeModel.prior(len(labels)), candidates=TopK(), none_offered=False, word_final=False)
     answered = Verdict(outcome="answered", label=candidates[1].label.name)
     on_its_way = [
         noted.rows(slice(1)),
         learned().calibrated(noted),
-        stacked([noted, noted]),
+        believed([item]),
+        believed([item, item]),
         item.belief,
         asking.fuse(noted, candidates, answered),
         asyncio.run(Following(learned().shares, Seen(), 32).adjusted(noted, 0)),
     ]
     item.verdicts.append(answered)
-    on_its_way.append(item.current_scores())
+    on_its_way += [current([item]), item.scores]
     assert [each.note for each in on_its_way if isinstance(each, NotedScores)] == ["kept"] * len(on_its_way)
 
 
