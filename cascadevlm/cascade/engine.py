@@ -30,7 +30,7 @@ from cascadevlm.cascade.stage import Stage
 from cascadevlm.decision.shares import Following, Seen, Shares
 from cascadevlm.judges.dependable import DependableJudges
 from cascadevlm.policies.base import START, Selection, Spending
-from cascadevlm.scorers.base import Prepared, Scorer, load_once, prepared_or_error, scored_or_errors
+from cascadevlm.scorers.base import Prepared, Scorer, load_once, prepare_in, score_together
 
 T = TypeVar("T")
 
@@ -149,8 +149,7 @@ class Run:
         self.room.set()
         self.output: asyncio.Queue[_Batch | None] = asyncio.Queue(max(1, OUTPUT_LIMIT // settings.batch_size))
         self.tasks: set[asyncio.Task[object]] = set()
-        self.workers = os.cpu_count() or 1
-        self.readers = ThreadPoolExecutor(self.workers, "reading")
+        self.readers = ThreadPoolExecutor(os.cpu_count(), "reading")
         self.scoring = ThreadPoolExecutor(1, "scoring")
         self.taking = ThreadPoolExecutor(1, "taking")  # sources may wait, for whatever they want, and hold up no other run
 
@@ -237,44 +236,29 @@ class Run:
                 batch = await take()
 
     async def _prepare_batch(self, batch: Sequence[ImageSource]) -> list[Read]:
-        size = -(-len(batch) // self.workers)
-        shares = [batch[start : start + size] for start in range(0, len(batch), size)]
-        loop = asyncio.get_running_loop()
-        prepared = await asyncio.gather(*(loop.run_in_executor(self.readers, self._prepare, share) for share in shares))
-        return list(chain.from_iterable(prepared))
-
-    def _prepare(self, sources: Sequence[ImageSource]) -> list[Read]:
-        return [(path_of(source), prepared_or_error(self.settings.scorer, source)) for source in sources]
+        reading = prepare_in(self.readers, self.settings.scorer, batch)
+        prepared = chain.from_iterable(await asyncio.gather(*map(asyncio.wrap_future, reading)))
+        return list(zip(map(path_of, batch), prepared, strict=True))
 
     async def _score(self, read: Sequence[Read], batch: _Batch) -> list[Item]:
-        """Score a batch; unreadable images get their result here and are left out."""
-        readable = []
-        for (path, prepared), result in zip(read, batch.results, strict=True):
-            if isinstance(prepared, ImageError):
-                result.set_result(_Settled(Prediction(path=path, error=str(prepared))))
+        """Score a batch. Images that cannot be read or scored get their result here and are left out."""
+        images = [prepared for _, prepared in read]
+        scorer, labels = self.settings.scorer, self.settings.labels
+        scored = await asyncio.get_running_loop().run_in_executor(self.scoring, score_together, scorer, images, labels)
+        left = []
+        for (path, _), error, result in zip(read, scored.errors, batch.results, strict=True):
+            if error is None:
+                left.append((path, result))
             else:
-                readable.append((path, prepared, result))
-        if not readable:
-            return []
-        scores, errors = await asyncio.get_running_loop().run_in_executor(
-            self.scoring,
-            scored_or_errors,
-            self.settings.scorer,
-            [prepared for _, prepared, _ in readable],
-            self.settings.labels,
-        )
-        for (path, _, result), error in zip(readable, errors, strict=True):
-            if error is not None:
                 result.set_result(_Settled(Prediction(path=path, error=str(error))))
-        readable = [each for each, error in zip(readable, errors, strict=True) if error is None]
-        if scores is None:
+        if (scores := scored.scores) is None:
             return []
         if self.settings.drift is not None:
             self.settings.drift.scored(scores)
         if self.following is not None:
             scores = await self.following.adjusted(scores, batch.begin)
-        self._take_in_hand([result for _, _, result in readable])
-        for row, (path, prepared, result) in enumerate(readable):
+        self._take_in_hand([result for _, result in left])
+        for row, ((path, result), prepared) in enumerate(zip(left, scored.images, strict=True)):
             prepared.features = None
             batch.awaited[Item(path=path, prepared=prepared, chunk=scores, row=row)] = result
         return list(batch.awaited)

@@ -3,9 +3,8 @@
 import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from functools import partial
-from itertools import compress
+from dataclasses import dataclass
+from itertools import chain, compress
 
 import numpy as np
 from scipy.stats import binomtest
@@ -16,7 +15,7 @@ from cascadevlm.base.types import NANODOLLARS, Question, Scores
 from cascadevlm.cascade.cascade import Cascade
 from cascadevlm.judges.base import Judge
 from cascadevlm.policies.base import Spending, as_budgeted
-from cascadevlm.scorers.base import Prepared, prepared_or_error, scored_or_errors
+from cascadevlm.scorers.base import Prepared, joined, load_once, prepare_in, score_together
 
 SAMPLE = 200
 """Images scored, unless asked otherwise: the share escalated is then known to about seven points."""
@@ -111,21 +110,20 @@ def estimate(
 
 
 def _scored(cascade: Cascade, images: Sequence[ImageSource]) -> tuple[list[Prepared], Scores]:
-    """Those that can be read, and their scores; no more of them decoded at once than the cascade would have."""
+    """The n images that can be read, and their `(n, C)` scores. One chunk of the cascade is decoded at a time."""
     readable: list[Prepared] = []
-    parts: list[Scores] = []
-    cascade.scorer.load()
+    chunks: list[Scores] = []
+    load_once(cascade.scorer)
     with ThreadPoolExecutor() as readers:
         for start in range(0, len(images), cascade.batch_size):
-            batch = images[start : start + cascade.batch_size]
-            read = list(readers.map(partial(prepared_or_error, cascade.scorer), batch))
-            if prepared := [each for each in read if isinstance(each, Prepared)]:
-                scores, errors = scored_or_errors(cascade.scorer, prepared, cascade.labels)
-                parts += [scores] if scores else []
-                readable += [Prepared(source=each.source) for each, error in zip(prepared, errors, strict=True) if error is None]
-    if not parts:
-        raise ImageError("None of the images sampled can be read.")
-    return readable, replace(parts[0], log_probs=np.concatenate([part.log_probs for part in parts]))
+            reading = prepare_in(readers, cascade.scorer, images[start : start + cascade.batch_size])
+            read = list(chain.from_iterable(share.result() for share in reading))
+            scored = score_together(cascade.scorer, read, cascade.labels)
+            readable += [Prepared(source=each.source, size=each.size) for each in scored.images]
+            chunks += [scored.scores] if scored.scores is not None else []
+    if (scores := joined(chunks)) is None:
+        raise ImageError("None of the images in the sample can be read.")
+    return readable, scores
 
 
 def _usual(judge: Judge, questions: Sequence[Question]) -> tuple[float, ...]:

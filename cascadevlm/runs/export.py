@@ -26,7 +26,7 @@ from pydantic import BaseModel, JsonValue, ValidationError
 
 from cascadevlm.base.errors import DataError, ImageError, InputError
 from cascadevlm.base.files import valid_text
-from cascadevlm.base.images import unread_image
+from cascadevlm.base.images import size_of
 from cascadevlm.runs import lines
 from cascadevlm.runs.inputs import Inputs
 
@@ -350,7 +350,7 @@ def write_coco(chosen: Chosen, output: Path) -> str:
     category = {name: number for number, name in enumerate(chosen.labels, start=1)}
 
     def image(number: int, line: Line, source: Path | bytes) -> dict[str, JsonValue]:
-        width, height = unread_image(source).size
+        width, height = size_of(source)
         return {"id": number, "file_name": line.path, "width": width, "height": height}
 
     with output.open("w", encoding="utf-8") as file:

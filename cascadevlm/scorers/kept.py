@@ -212,7 +212,14 @@ class CachedEmbeddings(Scorer):
             prepared = self.wrapped.prepare(content)
         except ImageError:
             prepared = self.wrapped.prepare(source)  # fails again, by its name
-        return _Known(source=source, features=prepared.features, pixels=prepared.pixels, digest=digest, file_digest=of_file)
+        return _Known(
+            source=source,
+            features=prepared.features,
+            pixels=prepared.pixels,
+            size=prepared.size,
+            digest=digest,
+            file_digest=of_file,
+        )
 
     def score(self, images: Sequence[Image.Image], labels: LabelSet) -> Scores:
         return self.score_prepared([self.prepare(image) for image in images], labels)

@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from pydantic import JsonValue
 from scipy.special import expit, softmax
 
 from cascadevlm import Cascade, Prediction, Stage, TopK, load_prompt, parse_policy
+from cascadevlm.base import images as reading
 from cascadevlm.base.arrays import NOBODY
 from cascadevlm.base.errors import BudgetExhausted, ConfigError, InputError, PolicyError
 from cascadevlm.base.images import ImageSource
@@ -650,6 +652,31 @@ def test_a_large_image_has_to_be_worth_its_price(votes: int, asked: int) -> None
         paid = replace(stage, judge=ByPixels(reply=says("ant")), votes=votes)
         predictions = Cascade(IN_DOUBT, [paid], labels=LABELS, batch_size=batch).classify(images)
         assert [each.escalated for each in predictions] == [number < asked for number in range(3)]
+
+
+def test_a_file_is_not_opened_again_for_its_price(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A large image leaves the memory once it is preprocessed; the policy wants its price all the same."""
+    picture(INSECT, (1500, 1000)).save(tmp_path / "large.png")
+    opened: list[ImageSource] = []
+    open_image = reading._open
+
+    def noting(source: str | Path | bytes) -> Image.Image:
+        opened.append(source)
+        return open_image(source)
+
+    class Preprocessing(FakeScorer):
+        def prepare(self, source: ImageSource) -> Prepared:
+            prepared = super().prepare(source)
+            prepared.pixels = None
+            return prepared
+
+        def score_prepared(self, prepared: Sequence[Prepared], labels: LabelSet) -> Scores:
+            return IN_DOUBT.score([picture(INSECT) for _ in prepared], labels)
+
+    monkeypatch.setattr(reading, "_open", noting)
+    dear = replace(stage_of_expert("ant", "bee", policy="gain_per_dollar > 1e12"), judge=ByPixels(reply=says("ant")))
+    (prediction,) = Cascade(Preprocessing(), [dear], labels=LABELS).classify([tmp_path / "large.png"])
+    assert (prediction.escalated, opened) == (False, [tmp_path / "large.png"])
 
 
 def test_a_price_is_told_by_the_size_of_a_file_that_is_not_decoded(tmp_path: Path) -> None:

@@ -11,7 +11,6 @@ it is sent to a worker, so the cap holds whatever becomes of the worker.
 import asyncio
 import logging
 import os
-import pickle
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,9 +21,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
-from numpy.typing import NDArray
 
-from cascadevlm.base.errors import BackendError, CascadeError, DataError, RunError
+from cascadevlm.base.errors import BackendError, CascadeError, DataError, ImageError, RunError
 from cascadevlm.base.images import ImageSource, path_of
 from cascadevlm.base.labels import LabelSet
 from cascadevlm.base.types import Scores
@@ -35,7 +33,7 @@ from cascadevlm.config.config import Config, StageConfig
 from cascadevlm.judges.base import LocalJudge
 from cascadevlm.runs.inputs import Named
 from cascadevlm.runs.ray.judging import SILENT_SECONDS, RemoteJudge, Worker
-from cascadevlm.runs.ray.workers import SAME_FILES, JudgingWorker, ScoredBatch, ScoringWorker, Workplace, list_images
+from cascadevlm.runs.ray.workers import SAME_FILES, JudgingWorker, ScoredBatch, ScoringWorker, Workplace, list_images, unpacked
 from cascadevlm.scorers.base import Prepared, WrapperScorer
 
 if TYPE_CHECKING:
@@ -90,7 +88,7 @@ def on_ray(cascade: Cascade, config: Config, inputs: Iterable[Named], *, workers
         yield cascade.altered(
             scorer=_ScoredElsewhere(cascade.scorer),
             stages=[replace(stage, judge=judge) for stage, judge in zip(cascade.stages, judges, strict=True)],
-            reading=lambda first: stack.enter_context(closing(Arriving(cluster.scored(first), cascade.labels))),
+            reading=lambda first: stack.enter_context(closing(Arriving(cluster.scored(first)))),
         )
 
 
@@ -159,7 +157,7 @@ class _Cluster:
         dataset.context.target_max_block_size = 1  # a row a block: batches are handed on one by one
         dataset.context.execution_options.preserve_order = True
         dataset.context.enable_progress_bars = False
-        return (pickle.loads(row["scored"]) for row in dataset.iter_rows())
+        return (unpacked(row["scored"], self.labels) for row in dataset.iter_rows())
 
     def judge(self, stage: Stage, config: StageConfig) -> RemoteJudge:
         """A stage's judge, in workers."""
@@ -186,10 +184,12 @@ class _Arrived(Prepared):
     """An image that a worker scored; read here, should a judge be asked about it.
 
     Attributes:
-        scores: 1 x C.
+        chunk: `(n, C)` the scores of the images that were scored together.
+        row: the row of this image.
     """
 
-    scores: Scores
+    chunk: Scores
+    row: int
 
 
 class _ScoredElsewhere(WrapperScorer):
@@ -199,8 +199,8 @@ class _ScoredElsewhere(WrapperScorer):
         pass
 
     def score_prepared(self, prepared: Sequence[Prepared], labels: LabelSet) -> Scores:
-        scores = [each.scores for each in prepared if isinstance(each, _Arrived)]
-        return replace(scores[0], log_probs=np.concatenate([each.log_probs for each in scores]))
+        arrived = [each for each in prepared if isinstance(each, _Arrived)]
+        return arrived[0].chunk.rows(np.array([each.row for each in arrived]))
 
 
 class Arriving:
@@ -210,9 +210,8 @@ class Arriving:
         RuntimeWarning: if the workers give nothing for long: Ray waits for lost machines without a word.
     """
 
-    def __init__(self, batches: Iterator[ScoredBatch | CascadeError], labels: LabelSet) -> None:
+    def __init__(self, batches: Iterator[ScoredBatch | CascadeError]) -> None:
         self.batches = batches
-        self.labels = labels
         self.thread = ThreadPoolExecutor(1, "arriving")
 
     def close(self) -> None:
@@ -238,12 +237,17 @@ class Arriving:
         paths = [path_of(source) for source in sources]
         if batch is None or batch.paths != paths:
             raise DataError("The workers find other images than this machine does.", hint=SAME_FILES)
-        rows, digests = iter(batch.log_probs if batch.log_probs is not None else ()), iter(batch.digests)
+        return list(zip(paths, _arrived(batch, sources), strict=True))
 
-        def arrived(source: ImageSource) -> _Arrived:
-            return _Arrived(source=source, file_digest=next(digests), scores=self._scores(next(rows), batch.fingerprint))
 
-        return [(path, error or arrived(source)) for path, error, source in zip(paths, batch.errors, sources, strict=True)]
-
-    def _scores(self, log_probs: NDArray[np.float32], fingerprint: str) -> Scores:
-        return Scores(log_probs=log_probs[np.newaxis], labels=self.labels, fingerprint=fingerprint)
+def _arrived(batch: ScoredBatch, sources: Sequence[ImageSource]) -> list[Prepared | ImageError]:
+    """The images of a batch, or why they have no scores."""
+    images: list[_Arrived] = []
+    if batch.scores is not None:
+        scored = [source for source, error in zip(sources, batch.errors, strict=True) if error is None]
+        images = [
+            _Arrived(source=source, file_digest=digest, size=size, chunk=batch.scores, row=row)
+            for row, (source, digest, size) in enumerate(zip(scored, batch.digests, batch.sizes, strict=True))
+        ]
+    left = iter(images)
+    return [error or next(left) for error in batch.errors]

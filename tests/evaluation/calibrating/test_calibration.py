@@ -42,6 +42,8 @@ from cascadevlm.policies.language import parse_policy
 from cascadevlm.policies.limits import WithinCalls
 from cascadevlm.policies.measures import entropy, margin, top_probability
 from cascadevlm.policies.rules import Always, EntropyAbove, GainAbove
+from cascadevlm.runs.ray.workers import ScoredBatch, packed, unpacked
+from cascadevlm.scorers import base as scorers
 from cascadevlm.scorers.base import Prepared
 from cascadevlm.testing import FakeJudge, noise
 from tests.calibrations import some_calibration
@@ -183,11 +185,16 @@ def test_no_field_of_scores_is_lost_on_their_way() -> None:
     item.hear(Stage(judge=FakeJudge(), prompt=load_prompt("select")), Verdict(outcome="none"))
     asking = Asking(model=JudgeModel.prior(len(labels)), candidates=TopK(), none_offered=False, word_final=False)
     answered = Verdict(outcome="answered", label=candidates[1].label.name)
+    batch = ScoredBatch(paths=["a"], errors=[None], digests=[""], sizes=[None], scores=noted)
+    sent = unpacked(packed(batch), labels)
+    assert isinstance(sent, ScoredBatch)
     on_its_way = [
         noted.rows(slice(1)),
         learned().calibrated(noted),
         believed([item]),
         believed([item, item]),
+        sent.scores,
+        scorers.joined([noted, noted]),
         item.belief,
         asking.fuse(noted, candidates, answered),
         asyncio.run(Following(learned().shares, Seen(), 32).adjusted(noted, 0)),
