@@ -3,14 +3,15 @@
 What was submitted is kept, so that a run cut off anywhere goes on where it was and nothing is paid for twice.
 """
 
+import asyncio
 import json
 import uuid
-from asyncio import sleep
-from collections.abc import Mapping
+from collections.abc import Awaitable, Mapping
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
+from typing import TypeVar
 
 from pydantic import BaseModel, JsonValue
 
@@ -23,8 +24,13 @@ from cascadevlm.judges.cache import VerdictStore, at_no_cost, key_of, question_p
 from cascadevlm.judges.hosted.base import HostedJudge
 from cascadevlm.judges.retry import patient
 
+T = TypeVar("T")
+
 MOST_ATTEMPTS = 3
 """In how many batches a question may be before what came of it counts."""
+
+TRANSFER_SECONDS = 1800.0
+"""Longest time for one request to a batch API in seconds. A full batch of 256 MB then needs 150 kB per second."""
 
 CLOCK_SKEW = timedelta(minutes=5)
 """How far this machine's clock may be ahead of the provider's."""
@@ -189,13 +195,25 @@ class BatchJudge(WrapperJudge):
             if attempted and (earlier := await self._find(chunk)) is not None:
                 return earlier
             attempted = True
-            return await self.hosted.call(self.hosted.submit_batch(self._rows(chunk), chunk.token))
+            return await self._call(self.hosted.submit_batch(self._rows(chunk), chunk.token))
 
         return await patient()(once)
 
+    async def _call(self, request: Awaitable[T]) -> T:
+        """The result of a request to the batch API.
+
+        Raises:
+            TransientError: if the request takes longer than `TRANSFER_SECONDS`, upload and download included.
+        """
+        try:
+            async with asyncio.timeout(TRANSFER_SECONDS):
+                return await self.hosted.call(request)
+        except TimeoutError:
+            raise TransientError(f"The batch API of {self.spec!r} took longer than {TRANSFER_SECONDS:g} seconds.") from None
+
     async def _find(self, chunk: Chunk) -> str | None:
         """The id of a chunk that was submitted, if it was."""
-        found = await self.hosted.call(self.hosted.find_batch(chunk.token))
+        found = await self._call(self.hosted.find_batch(chunk.token))
         return None if any(found == other.batch_id for other in self.chunks) else found
 
     async def wait(self, poll_seconds: float) -> None:
@@ -206,7 +224,7 @@ class BatchJudge(WrapperJudge):
         """
         for chunk in self._awaited():
             while (results := await self._results(chunk)) is None:
-                await sleep(poll_seconds)
+                await asyncio.sleep(poll_seconds)
             chunk.results = dict(results)
             self._save(chunk)
 
@@ -215,7 +233,7 @@ class BatchJudge(WrapperJudge):
         batch_id = chunk.batch_id
 
         async def once() -> Mapping[str, JsonValue] | None:
-            return await self.hosted.call(self.hosted.batch_results(batch_id))
+            return await self._call(self.hosted.batch_results(batch_id))
 
         try:
             return await patient()(once)

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime
+from itertools import count
 from pathlib import Path
 from typing import Literal
 
@@ -266,6 +267,29 @@ async def test_a_connection_lost_while_submitting(
         kill_in(monkeypatch, type(hosted(one.server, provider)), "submit_batch", after=after, times=2, error=TransientError)
         one.assert_settled(await one.run())
         assert len(one.rows) == 30
+
+
+@both
+@pytest.mark.parametrize("method", ["submit_batch", "batch_results"])
+async def test_a_transfer_that_never_ends_is_given_up_and_tried_again(
+    provider: Provider, method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first request reaches the provider, and its answer never comes."""
+    async with bench(provider, tmp_path) as one:
+        monkeypatch.setattr("cascadevlm.judges.retry._BACKOFF", lambda state: 0.0)
+        monkeypatch.setattr("cascadevlm.runs.batches.batch_judge.TRANSFER_SECONDS", 2.0)
+        owner, calls = type(hosted(one.server, provider)), count()
+        original = getattr(owner, method)
+
+        async def hanging(self: HostedJudge, *given: object) -> object:
+            result = await original(self, *given)
+            if next(calls) == 0:
+                await asyncio.sleep(60)
+            return result
+
+        monkeypatch.setattr(owner, method, hanging)
+        one.assert_settled(await one.run())
+        assert (len(one.server.batches), len(one.rows)) == (1, 30)
 
 
 @both
