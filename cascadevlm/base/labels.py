@@ -171,6 +171,11 @@ class LabelSet:
         return hashlib.sha256(json.dumps([*zip(self.names, self.texts, strict=True)]).encode()).hexdigest()
 
     @cached_property
+    def texts_part(self) -> str:
+        """The part of a scorer's fingerprint that names the texts."""
+        return f"texts={self.texts_digest[:12]}"
+
+    @cached_property
     def descriptions_digest(self) -> str:
         """sha256 of the descriptions, in column order, in hexadecimal; empty where no label has one."""
         descriptions = [one_line(label.description) for label in self.labels]

@@ -168,11 +168,6 @@ def load_once(scorer: Scorer) -> None:
             use.loaded = True
 
 
-def texts_part(labels: LabelSet) -> str:
-    """The part of a fingerprint that names the texts of the labels."""
-    return f"texts={labels.texts_digest[:12]}"
-
-
 @dataclass(frozen=True, kw_only=True)
 class Scored:
     """What scoring N images gave.
@@ -326,7 +321,7 @@ class EmbeddingScorer(Scorer):
     def fingerprint(self, labels: LabelSet) -> str:
         """Names the model, the templates and the texts that stand for the labels in the templates."""
         digest = hashlib.sha256("\0".join(self.templates).encode()).hexdigest()[:12]
-        return f"{self.model_fingerprint()}|templates={digest}|{texts_part(labels)}"
+        return f"{self.model_fingerprint()}|templates={digest}|{labels.texts_part}"
 
     def label_embeddings(self, labels: LabelSet) -> NDArray[np.float32]:
         """C x D, rows of length 1; computed at the first call with this label set, or read where they are kept.

@@ -45,7 +45,7 @@ from cascadevlm.policies.rules import Always, EntropyAbove, GainAbove
 from cascadevlm.runs.ray.workers import ScoredBatch, packed, unpacked
 from cascadevlm.scorers import base as scorers
 from cascadevlm.scorers.base import Prepared
-from cascadevlm.testing import FakeJudge, noise
+from cascadevlm.testing import FakeJudge, FakeScorer, noise
 from tests.calibrations import some_calibration
 
 seeds = st.integers(0, 10_000)
@@ -168,6 +168,17 @@ def test_a_calibration_is_refused_where_the_labels_have_other_texts() -> None:
     Cascade(scorer, [], labels=names, calibration=calibration).classify(noise(1))
     with pytest.raises(ConfigError, match="made with other texts for the labels"):
         Cascade(scorer, [], labels=drawn, calibration=calibration).classify(noise(1))
+
+
+def test_texts_of_labels_are_in_the_fingerprint_of_any_scorer() -> None:
+    names = LabelSet.of(["ant", "bee"])
+    drawn, painted = (LabelSet.of(Label(name=name, text=f"a {kind} of a {name}") for name in names.names) for kind in ("a", "b"))
+    plain, *others = (FakeScorer().score([noise(1)], labels).fingerprint for labels in (names, drawn, painted))
+    assert plain == "fake:fake"
+    assert others == [f"fake:fake|{labels.texts_part}" for labels in (drawn, painted)]
+    assert drawn.texts_part != painted.texts_part
+    known = "model|templates=1|" + drawn.texts_part
+    assert Scores.from_logits(np.zeros((1, 2)), drawn, known).fingerprint == known
 
 
 @dataclass(frozen=True, kw_only=True)
