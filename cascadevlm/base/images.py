@@ -42,6 +42,9 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "DIB", "AVIF", "JPEG2000
 """The formats that are opened, by Pillow's names. Pillow's other decoders run programs (EPS), or are for what no camera writes.
 TGA is last: its files have no signature."""
 
+CHANNELS = (3, 4)
+"""Numbers of channels that an array of an image in colour may have, as its last dimension."""
+
 MAX_PIXELS = 178_956_970
 """The size above which Pillow refuses an image as a decompression bomb: twice its ``MAX_IMAGE_PIXELS``; we refuse at the
 same size, whatever its warning filters."""
@@ -246,6 +249,8 @@ def _quiet() -> Iterator[None]:
 def _from_array(array: NDArray[np.uint8]) -> Image.Image:
     if array.dtype != np.uint8:
         raise ValueError(f"its dtype is {array.dtype}, not uint8")
+    if array.ndim != 2 and (array.ndim != 3 or array.shape[2] not in CHANNELS):
+        raise ValueError(f"its shape is {array.shape}, not (H, W), (H, W, 3) or (H, W, 4)")
     return Image.fromarray(array)
 
 

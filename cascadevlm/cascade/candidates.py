@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from cascadevlm.base.arrays import NOBODY, Columns
+from cascadevlm.base.bounds import Count, Mass, require_number
 from cascadevlm.base.errors import InputError
 from cascadevlm.base.images import pixel_digest
 from cascadevlm.base.types import Candidate, Scores
@@ -75,8 +76,7 @@ class TopK(CandidateRule):
     k: int = 5
 
     def __post_init__(self) -> None:
-        if self.k < 1:
-            raise InputError(f"A judge needs at least 1 candidate, not {self.k}.")
+        require_number("k", self.k, Count)
 
     def most(self) -> int:
         return self.k
@@ -94,8 +94,7 @@ class CumulativeMass(CandidateRule):
     maximum: int = 10
 
     def __post_init__(self) -> None:
-        if not 0 < self.mass <= 1:
-            raise InputError(f"mass is a probability above 0 and up to 1, not {self.mass!r}.")
+        require_number("mass", self.mass, Mass)
         _require_bounds(self.minimum, self.maximum)
 
     def most(self) -> int:
@@ -148,8 +147,10 @@ def as_scored(scores: Scores, candidate: Candidate) -> Candidate:
 
 
 def _require_bounds(minimum: int, maximum: int) -> None:
-    if not 1 <= minimum <= maximum:
-        raise InputError(f"minimum {minimum} and maximum {maximum} must be at least 1 and in order.")
+    require_number("minimum", minimum, Count)
+    require_number("maximum", maximum, Count)
+    if minimum > maximum:
+        raise InputError(f"minimum is {minimum} and maximum is {maximum}: the maximum must not be less than the minimum.")
 
 
 def _best(values: NDArray[np.floating], number: int) -> Columns:

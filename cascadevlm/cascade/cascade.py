@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Self, TypedDict, TypeGuard, Unpack, cast, get_args, overload
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from cascadevlm.base import loop
+from cascadevlm.base.bounds import Count, Probability, require_number
 from cascadevlm.base.errors import ConfigError, ImageError, InputError
-from cascadevlm.base.images import ImageSource
+from cascadevlm.base.images import CHANNELS, ImageSource
 from cascadevlm.base.labels import Label, LabelSet
 from cascadevlm.base.portable import Portable
 from cascadevlm.base.types import Prediction
@@ -104,8 +106,8 @@ class Cascade(Portable):
             require_kind("ledger", ledger, Ledger, "Ledger(5.0)")
         if on_failure not in get_args(OnFailure):
             raise InputError(f"There is no on_failure {on_failure!r}.", hint=f"Known: {', '.join(get_args(OnFailure))}.")
-        if batch_size < 1:
-            raise InputError(f"batch_size is a number from 1 on, not {batch_size!r}.")
+        require_number("batch_size", batch_size, Count)
+        require_number("accept", accept, Probability)
         require_cascade(self.stages, routing=routing)
         self.scorer = CalibratedScorer(scorer, calibration) if calibration else scorer
         self.labels = LabelSet.of(labels)
@@ -219,10 +221,8 @@ def _require_many(images: ImageSource | Iterable[ImageSource]) -> None:
     kind = type(images).__name__
     if _is_one(images):
         raise InputError(f"images is a single image ({kind}), not a list of images.", hint="Give a list, or use classify().")
-    if isinstance(images, np.ndarray) and images.ndim != 4:
-        raise InputError(
-            f"images is an array of dtype {images.dtype}, which holds no pixels.", hint="Give a list: images.tolist()."
-        )
+    if isinstance(images, np.ndarray):
+        _require_pixels(images)
     if isinstance(images, Mapping) or hasattr(images, "columns") or hasattr(images, "column_names"):
         raise InputError(
             f"images is a table ({kind}), not a list of images.",
@@ -231,3 +231,20 @@ def _require_many(images: ImageSource | Iterable[ImageSource]) -> None:
     is_tensor = hasattr(images, "__dlpack__") and not isinstance(images, np.ndarray)
     if is_tensor or isinstance(images, bytearray | memoryview | IOBase) or not isinstance(images, Iterable):
         raise InputError(f"images is of type {kind!r}, not a list of images.", hint="Give paths, bytes, PIL images or arrays.")
+
+
+def _require_pixels(images: NDArray[np.generic]) -> None:
+    """Refuse an array that is not `(N, H, W, 3)` or `(N, H, W, 4)` uint8.
+
+    Raises:
+        InputError: saying what to give instead.
+    """
+    if images.ndim != 4:
+        raise InputError(
+            f"images is an array of dtype {images.dtype}, which holds no pixels.", hint="Give a list: images.tolist()."
+        )
+    found = f"images is an array of dtype {images.dtype} and shape {images.shape}; it must be uint8 of shape (N, H, W, 3)."
+    if images.shape[3] not in CHANNELS:
+        raise InputError(found, hint="Move the channels to the end: images.transpose(0, 2, 3, 1).")
+    if images.dtype != np.uint8:
+        raise InputError(found, hint="Convert numbers from 0 to 1 first: (images * 255).round().astype('uint8').")

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from PIL import Image
 
+from cascadevlm.base.bounds import Count, Natural, require_number
 from cascadevlm.base.errors import InputError, PolicyError, PromptError
 from cascadevlm.base.labels import LabelSet
 from cascadevlm.base.portable import Portable
@@ -42,8 +43,9 @@ class Stage(Portable):
         widen: how many times more the judge is asked, about the next candidates, where it chose "none of these".
 
     Raises:
-        InputError: if judge, prompt, candidates or support are something else, such as a spec; if opinions are to be fused and
-            there is no model; if the list is to widen after an answer that is not offered.
+        InputError: if judge, prompt, candidates or support are something else, such as a spec; if ``votes`` is not a whole number
+            from 1 on or ``widen`` not one from 0 on; if opinions are to be fused and there is no model; if the list is to widen
+            after an answer that is not offered.
         PromptError: if the prompt shows reference images and there is no support set, or the other way round.
         PolicyError: if the policy goes by gain and there is no model.
     """
@@ -62,6 +64,8 @@ class Stage(Portable):
     def __post_init__(self) -> None:
         for name, (kind, fix) in _MADE_BY.items():
             require_kind(name, getattr(self, name), kind, fix)
+        require_number("votes", self.votes, Count)
+        require_number("widen", self.widen, Natural)
         if self.support is not None:
             require_kind("support", self.support, SupportSet, "SupportSet.read(Path(folder), labels)")
         if self.fusion != "judge" and self.model is None:
