@@ -1,4 +1,4 @@
-"""An image on its way through the stages: what is believed of it, what it was shown with, what judges said, what is concluded."""
+"""One image on its way through the stages: what is believed of it, its candidates, what judges said, and the conclusion."""
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,7 +16,7 @@ from cascadevlm.cascade.stage import Stage
 from cascadevlm.scorers.base import Prepared
 
 OnFailure = Literal["scorer", "raise", "abstain"]
-"""What a prediction is where no judge asked gave an answer: the scorer's label, an error, or no label."""
+"""What the prediction is if judges were asked and gave no answer: the scorer's label, an error, or no label."""
 
 
 @dataclass(eq=False, kw_only=True)
@@ -68,7 +68,7 @@ class Item:
         return row
 
     def hear(self, stage: Stage, verdict: Verdict) -> None:
-        """Learn from what a judge said of the candidates; errors and spent budgets say nothing."""
+        """Learn from a judge's verdict on the candidates. Errors and spent budgets teach nothing."""
         if verdict.outcome in ("failed", "skipped"):
             return
         if stage.fusion != "judge" and stage.asking is not None:
@@ -87,7 +87,7 @@ class Item:
             self.own = replace(scores, log_probs=log_probs.astype(np.float32))
 
     def widen(self, rule: CandidateRule, seen: Collection[Label]) -> bool:
-        """Show further candidates; whether there are any that were not seen."""
+        """Choose the next candidates. Returns false, and changes nothing, if all of them were seen before."""
         shown = self.candidates
         rank(rule, [self])
         if all(candidate.label in seen for candidate in self.candidates):
@@ -96,10 +96,14 @@ class Item:
         return True
 
     def concluded(self, on_failure: OnFailure, accept: float) -> Prediction:
-        """What is to be said of the image after the verdicts, of which the last answer counts.
+        """The prediction after all verdicts. The last answer counts.
+
+        Args:
+            on_failure: what the prediction is if there is no answer.
+            accept: the least probability of a label that is given.
 
         Raises:
-            JudgeError: if there is none, and ``on_failure`` is "raise".
+            JudgeError: if there is no answer and ``on_failure`` is "raise".
         """
         answered = next((verdict for verdict in reversed(self.verdicts) if verdict.label is not None), None)
         asked = [verdict for verdict in self.verdicts if verdict.outcome != "skipped"]
@@ -126,7 +130,7 @@ class Item:
         return prediction
 
     def _opinion(self, answered: Verdict | None) -> tuple[str | None, float | None, DecidedBy]:
-        """The label, its probability and whose opinion that is; ``answered`` is the last verdict that names one."""
+        """The label, its probability, and who decided. ``answered`` is the last verdict with a label."""
         if answered is not None and not self.fused:
             probabilities = answered.probabilities or {}
             return answered.label, probabilities.get(answered.label or ""), "judge"

@@ -1,4 +1,4 @@
-"""Images without labels, by the million: a folder, a list of files or a table, read one by one and never held as a whole."""
+"""Unlabelled images by the million: a folder, a list of files or a table, read one by one and never as a whole."""
 
 import csv
 import json
@@ -22,16 +22,16 @@ if TYPE_CHECKING:
     import pyarrow.parquet
 
 Named: TypeAlias = tuple[str, ImageSource]
-"""An image and what it is called: its path, where it is a file. Like names of files, it need not be valid Unicode."""
+"""The name of an image and the image. The name of a file is its path, which need not be valid Unicode."""
 
 LISTS = (".txt", ".csv", ".jsonl", ".parquet")
-"""Suffixes of lists of images and of tables."""
+"""Suffixes of lists and tables of images."""
 
 ROWS_AT_ONCE = 64
-"""Rows of a Parquet file that are in memory at once, images and all."""
+"""Number of rows of a Parquet file that are in memory together, with their images."""
 
 BUFFER_BYTES = 1 << 20
-"""Of a Parquet file that are read at once; without a buffer, Arrow reads all images of a row group."""
+"""Number of bytes of a Parquet file that are read together. Without a buffer, Arrow reads all images of a row group."""
 
 
 class Inputs(Portable):
@@ -64,7 +64,7 @@ class Inputs(Portable):
         if not self.path.exists():
             raise DataError(f"{str(path)!r} does not exist.")
         if not self.path.is_dir() and not (self.path.is_file() and self.path.suffix.lower() in readers):
-            raise DataError(f"{str(path)!r} is no folder and no list of images.", hint=f"Lists are {', '.join(readers)}.")
+            raise DataError(f"{str(path)!r} is no folder and no list of images.", hint=f"Lists end in {', '.join(readers)}.")
         self._read = _of_folder if self.path.is_dir() else readers[self.path.suffix.lower()]
         self._count: int | None = None
         self._listing: Path | None = None
@@ -125,14 +125,14 @@ class Inputs(Portable):
             yield from _rows_of_table(self.path, range(first, sys.maxsize))
 
     def sample(self, size: int, *, seed: int = 0) -> tuple[list[ImageSource], int]:
-        """That many images at random, every one as likely as any other, in their order, and how many there are."""
+        """A random sample of the images in their order, each image equally likely, and the number of all images."""
         total = len(self)
         chosen = set(Random(seed).sample(range(total), min(size, total)))
         return [source for _, source in self.rows(chosen)], total
 
     @contextmanager
     def _told(self) -> Iterator[None]:
-        """One of our errors for all that reading raises."""
+        """Raise DataError for every error while reading."""
         try:
             yield
         except (OSError, ValueError, csv.Error) as exc:  # Arrow's and JSON's errors are ValueErrors
@@ -173,12 +173,12 @@ def _of_folder(folder: Path) -> Iterator[Named]:
 
 
 def _below(folder: Path, seen: set[tuple[int, int]]) -> Iterator[Named]:
-    """``seen`` are the folders that were searched, by device and inode: links may lead to them again."""
+    """``seen`` holds device and inode of every folder that was searched: links may lead to the same folder."""
     here = folder.stat()
     if (here.st_dev, here.st_ino) in seen:
         return
     seen.add((here.st_dev, here.st_ino))
-    folders, found = set(), []  # names, which take a third of the memory of entries
+    folders, found = set(), []  # names take a third of the memory of entries
     with os.scandir(folder) as entries:
         for entry in entries:
             if _is_folder(entry):
@@ -265,7 +265,7 @@ def _rows_of_table(path: Path, wanted: Container[int], *, skip: bool = False) ->
 
 
 def _path_in(image: "pyarrow.Field") -> list[str]:
-    """What of a column of images is no image, as columns are named."""
+    """The names of those parts of an image column that contain no image."""
     import pyarrow.types
 
     if pyarrow.types.is_struct(image.type):
@@ -284,8 +284,12 @@ def _opened(path: Path) -> "pyarrow.parquet.ParquetFile":
 
 
 def _name_of(table: Path, row: Mapping[str, object], number: int, *, apart: bool) -> str:
-    """The path, where images are files ``apart`` from the table. Else the row's path; or the image's own, made absolute, so that
-    the name is the same wherever the table is read from; or the row's number."""
+    """The name of an image in a table.
+
+    If images are files ``apart`` from the table, it is the file's path. If not, it is the first of these that the row has: its
+    path; the path that the image has in the table, made absolute, so that the name does not depend on the working directory; its
+    number.
+    """
     if apart:
         return str(table.parent / _path_of(row, _row(number)))
     if row.get("path"):

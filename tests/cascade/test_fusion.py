@@ -705,19 +705,19 @@ def test_a_price_is_told_by_the_size_of_a_file_that_is_not_decoded(tmp_path: Pat
 @pytest.mark.parametrize("also", ["", " & gain > 0.1", " & calls <= 5", " | never"])
 def test_routing_wants_policies_of_gain_alone(policies: tuple[str, str], also: str) -> None:
     stages = [stage_of_expert("ant", policy=policy + also) for policy in policies]
-    with pytest.raises(PolicyError, match=r"cannot choose between judges. With routing, go by gain alone"):
+    with pytest.raises(PolicyError, match=r"cannot choose between judges. With routing, give a policy of gain alone"):
         Cascade(IN_DOUBT, stages, labels=LABELS, routing=True)
 
 
 def test_routing_wants_judges_to_choose_between() -> None:
-    with pytest.raises(InputError, match="there must be two judges to choose between"):
+    with pytest.raises(InputError, match="Routing needs two judges to choose between"):
         Cascade(IN_DOUBT, [stage_of_expert("ant", policy="gain > 0.1")], labels=LABELS, routing=True)
 
 
 def test_stages_of_different_fusion_are_no_cascade() -> None:
     """The first judge's final word would be lost behind a second one that mumbles, and whose answer is fused."""
     fused = stage_of_expert("ant", policy="always")
-    with pytest.raises(InputError, match=r"The stages differ in their fusion, 'bayes' and 'judge'\."):
+    with pytest.raises(InputError, match=r"The stages have different fusions: 'bayes' and 'judge'\."):
         Cascade(IN_DOUBT, [replace(fused, fusion="judge"), fused], labels=LABELS)
 
 

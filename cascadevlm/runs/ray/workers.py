@@ -1,6 +1,6 @@
-"""What runs in the workers of a cluster: reading and scoring, in batches; judging, question by question.
+"""What runs in the workers of a cluster: batches are read and scored, questions are judged one by one.
 
-Errors of ours travel as values: Ray would make long texts of them, or ask again.
+Our errors are sent as values. Raised errors would become long texts in Ray, or Ray would try again.
 """
 
 import asyncio
@@ -36,17 +36,17 @@ class Workplace:
 
     Attributes:
         folder: the working directory.
-        threads: of numerical libraries, as ``OMP_NUM_THREADS`` says it.
+        threads: number of threads for numerical libraries, as the text of ``OMP_NUM_THREADS``.
     """
 
     folder: str
     threads: str
 
     def enter(self) -> None:
-        """Called in a worker before it loads anything.
+        """Prepare a worker. Called before the worker loads anything.
 
         Raises:
-            BackendError: if it has no such directory.
+            BackendError: if the worker's machine has no such directory.
         """
         os.environ["OMP_NUM_THREADS"] = self.threads
         try:
@@ -57,7 +57,7 @@ class Workplace:
 
 @dataclass(frozen=True, kw_only=True)
 class ScoredBatch:
-    """A batch of N images as a worker read and scored it.
+    """A batch of N images that a worker read and scored.
 
     Attributes:
         paths: N paths; "" for an image that is not a file.
@@ -106,7 +106,7 @@ def unpacked(content: bytes, labels: LabelSet) -> ScoredBatch | CascadeError:
 def list_images(
     rows: Mapping[str, Sequence[int]], images: Iterable[Named], batch_size: int, place: Workplace
 ) -> Iterator[dict[str, list[bytes]]]:
-    """The images from a given one on, a batch a row."""
+    """The images from the one in ``rows`` on, one batch per row."""
     try:
         place.enter()
         sources = (source for _, source in after(images, int(rows["item"][0])))
@@ -117,7 +117,7 @@ def list_images(
 
 
 class ScoringWorker:
-    """Reads and scores batches. May be called from several threads: a batch is read while another one is scored."""
+    """Reads and scores batches. May be called from several threads: one batch is read while another is scored."""
 
     def __init__(self, config: Mapping[str, JsonValue], labels: LabelSet, place: Workplace) -> None:
         self.config = config
@@ -157,7 +157,7 @@ class ScoringWorker:
 
 
 class JudgingWorker:
-    """A judge, made ready by the first call: a worker that was lost begins anew without being told."""
+    """A judge that the first call prepares: Ray restarts a lost worker without a call to the new one."""
 
     def __init__(self, spec: str, options: Options, place: Workplace) -> None:
         self.spec = spec
@@ -167,14 +167,14 @@ class JudgingWorker:
         self.ready: Judge | None = None
 
     async def identity(self) -> Mapping[str, JsonValue] | CascadeError:
-        """The judge's `Judge.identity`, once it is ready."""
+        """The identity of the prepared judge (`Judge.identity`), or why the judge cannot work."""
         try:
             return dict((await self._prepared()).identity())
         except CascadeError as exc:
             return exc
 
     async def judge(self, question: Question) -> Verdict | CascadeError:
-        """What the judge says."""
+        """The verdict, or why there is none."""
         try:
             return await (await self._prepared()).judge(question)
         except CascadeError as exc:

@@ -179,7 +179,7 @@ async def test_chunks_keep_to_the_limits(provider: Provider, tmp_path: Path, mon
         monkeypatch.setattr(type(judge), "batch_limits", BatchLimits(requests=1000, bytes=100))
         refused = await one.run(one.cascade(ALL), IMAGES[:2])
         assert outcomes(refused) == {"failed": 2}
-        assert "more than a whole batch may" in refused[0].verdicts[0].error
+        assert "bytes; a whole batch may have" in refused[0].verdicts[0].error
         one.assert_settled(refused)
 
 
