@@ -356,7 +356,7 @@ def test_a_table_may_be_named_from_anywhere(tmp_path: Path, monkeypatch: pytest.
 def test_what_can_only_name_files_says_so_of_images_in_a_table(table_run: Path, tmp_path: Path, to: str) -> None:
     (tmp_path / "file.png").unlink()
     with pytest.raises(
-        DataError, match=rf"stand in .*images.parquet', and the format '{to}' can only name files\. .* csv, hf, coco"
+        DataError, match=rf"are inside .*images.parquet', and the format '{to}' can only name files\. .* csv, hf, coco"
     ):
         export(table_run, to, tmp_path / "out")
 
