@@ -439,9 +439,9 @@ WRONG: dict[str, tuple[dict[str, object], str]] = {
     "ledger": ({"ledger": 5.0}, r"ledger must be a Ledger, not 5\.0"),
     "on_failure": ({"on_failure": "skip"}, "no on_failure 'skip'.*scorer, raise, abstain"),
     "batch_size": ({"batch_size": 0}, "batch_size is a number from 1 on, not 0"),
-    "labels of a table": ({"labels": pandas.DataFrame({"name": LABELS})}, "labels is of type 'DataFrame'"),
-    "labels of a file": ({"labels": Path("labels.txt")}, "labels is of type '.*Path', not a list.*LabelSet.read"),
-    "no labels": ({"labels": None}, "labels is of type 'NoneType'"),
+    "labels of a table": ({"labels": pandas.DataFrame({"name": LABELS})}, "labels has the type 'DataFrame'"),
+    "labels of a file": ({"labels": Path("labels.txt")}, "labels has the type '.*Path'; it must be a list.*LabelSet.read"),
+    "no labels": ({"labels": None}, "labels has the type 'NoneType'"),
     "labels of numbers": ({"labels": [1, 2]}, "a name or a Label, not 1"),
     "labels of pyarrow": ({"labels": pyarrow.array(LABELS)}, "a name or a Label, not <"),
 }

@@ -29,7 +29,7 @@ def table(folder: Path, columns: dict[str, Sequence[object]], *, rows_together: 
     [
         ("list.jsonl", '"x.png"\n\n["y.png"]\n', r"line 3 has no text in its column 'path': \['y.png'\]"),
         ("list.jsonl", '{"path": 5}\n', "line 1 has no text in its column 'path'"),
-        ("list.jsonl", '"x.png"\n"y.p', "line 2 is no JSON: Unterminated string"),
+        ("list.jsonl", '"x.png"\n"y.p', "line 2 is not valid JSON: Unterminated string"),
         ("list.csv", "id,path\n1,x.png\n2,\n", "line 3 has no text in its column 'path'"),
     ],
 )
