@@ -127,7 +127,8 @@ class Question:
         exemplars: reference images, in the order in which the judge sees them.
         offer_none: True if "none of these" is one of the options.
         rejected: an earlier answer that named no candidate. The judge is asked again and sees it. None in a first question.
-        label_set: the label set of the candidates. An answer with another label of this set counts as "none of these".
+        label_set: the label set of the candidates. An answer with another label of this set names no candidate; it counts as
+            "none of these" if ``offer_none`` is true.
         sample: a number that separates repeated questions, so that they do not share a cached answer.
         encoded: the image in the form that is sent to hosted judges, per limit. Judges fill this cache.
     """

@@ -89,7 +89,7 @@ class TiesAbove(Policy):
 
     def __post_init__(self) -> None:
         if self.labels < 0:
-            raise PolicyError(f"ties takes a number from 0 on, not {self.labels!r}.")
+            raise PolicyError(f"ties must be a number of at least 0, not {self.labels!r}.")
 
     def select(self, scores: Scores, spending: Spending | None = None) -> NDArray[np.bool_]:
         best = scores.probabilities.max(axis=1, keepdims=True)

@@ -266,7 +266,7 @@ def test_the_reason_tells_the_gain() -> None:
     asked = cascade(FakeJudge(), policy="gain > 0.1").classify(noise(1))
     scores = known().calibrated(FakeScorer().score([noise(1)], LABELS))
     gain = Asking(model=MODEL, candidates=TopK(), none_offered=False, word_final=False).gain(scores)[0]
-    assert asked.reasons == (f"gain {gain:.2f} (asks for gain > 0.1)",)
+    assert asked.reasons == (f"gain {gain:.2f} (rule: gain > 0.1)",)
 
 
 def test_a_budget_goes_where_the_gain_is() -> None:
