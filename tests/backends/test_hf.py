@@ -273,7 +273,9 @@ def test_missing_model_is_one_sentence(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     for model in ("openai/clip-vit-base-patch32", "/no/such/folder", "not an id"):
-        with pytest.raises(BackendError, match=rf"^transformers cannot load '{model}': .*or a complete folder\.$") as caught:
+        with pytest.raises(
+            BackendError, match=rf"^transformers cannot load '{model}': .*or use a complete model folder\.$"
+        ) as caught:
             HfScorer(model, device="cpu").score(IMAGES, LABELS)
         assert "\n" not in str(caught.value)
 
@@ -295,7 +297,7 @@ def test_truncated_weights(folders: dict[str, Path], tmp_path: Path) -> None:
 
 def test_other_kinds_of_model_are_refused(tmp_path: Path) -> None:
     BertConfig().save_pretrained(tmp_path)
-    with pytest.raises(BackendError, match=r"is of type 'bert'.*Supported: align, chinese_clip, clip, siglip, siglip2\."):
+    with pytest.raises(BackendError, match=r"has the model type 'bert'.*Supported: align, chinese_clip, clip, siglip, siglip2\."):
         scorer_of(tmp_path).embed_texts(["a"])
 
 
