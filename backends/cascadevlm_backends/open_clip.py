@@ -88,7 +88,7 @@ class OpenClipScorer(EmbeddingScorer):
         self._loaded  # noqa: B018  # loads it
 
     def preprocess(self, image: Image.Image) -> NDArray[np.uint8]:
-        """``(H, W, 3) uint8``, the resized image. The batch is normalised later, so that reader threads start no torch threads."""
+        """``(H, W, 3) uint8``, the resized image. Pixels are normalised later, so that reader threads start no torch threads."""
         return np.asarray(self._loaded.fit(image))
 
     def embed_images(self, images: Sequence[Image.Image]) -> NDArray[np.float32]:

@@ -44,7 +44,7 @@ def test_candidates_want_one_rule(candidates: JsonValue) -> None:
 
 @pytest.mark.parametrize("candidates", [{"k": 5, "minimum": 2}, {"k": "best", "maximum": 10}])
 def test_lists_of_one_length_have_no_bounds(candidates: JsonValue) -> None:
-    with pytest.raises(ConfigError, match=r"candidates with k have no (minimum|maximum)\. Bounds are for mass and coverage\."):
+    with pytest.raises(ConfigError, match=r"candidates with k cannot have (minimum|maximum)\. Remove it"):
         Config.parse(data(candidates=candidates)).build(LABELS)
 
 
@@ -58,7 +58,7 @@ def test_lists_of_one_length_have_no_bounds(candidates: JsonValue) -> None:
         (data(candidates="five"), "'five'"),
         (
             data(candidates="beste"),
-            "stage.0.candidates.k: Input should be a whole number of at least 1, or \"best\" (given: 'beste').",
+            "candidates.k: Input should be a whole number of at least 1, or \"best\" (given: 'beste').",
         ),
         (data(candidates=0), 'stage.0.candidates.k: Input should be a whole number of at least 1, or "best" (given: 0).'),
         (data(candidates=True), 'stage.0.candidates.k: Input should be a whole number of at least 1, or "best" (given: True).'),
