@@ -310,7 +310,7 @@ def test_where_others_rank_none_above_another_a_limit_ranks(other: str) -> None:
 def test_a_limit_stands_alone_or_behind_and(text: str) -> None:
     with pytest.raises(PolicyError, match="a limit must stand alone or after &"):
         parse_policy(text)
-    with pytest.raises(PolicyError, match="'~.* has a limit on calls or dollars inside"):
+    with pytest.raises(PolicyError, match=r"'~.* has a limit on calls or dollars inside"):
         ~(Always() & WithinCalls(3))
     with pytest.raises(PolicyError, match="must stand alone or after &"):
         Always() | WithinCalls(3)
