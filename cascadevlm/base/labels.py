@@ -79,6 +79,9 @@ class Label:
         return words(self.name)
 
 
+_JSON_HINT = "Write a list of names, or of objects whose keys are name, text, aliases and description."
+
+
 @dataclass(frozen=True)
 class LabelSet:
     """An ordered set of labels. Label i belongs to column i of a score matrix.
@@ -216,7 +219,6 @@ NAME_COLUMNS = ("name", "species", "label", "class")
 """Allowed headers for the column of names. The first of these that a table contains is used."""
 
 _ENTRIES = TypeAdapter(list[str | Label])
-_JSON_HINT = "Write a list of names, or of objects whose keys are name, text, aliases and description."
 _NOT_READ = frozenset({".yaml", ".yml", ".toml", ".xml", ".html", ".py", ".pbtxt", ".xls", ".xlsx", ".ods", ".parquet"})
 _LISTED = re.compile(r"""[\[{]\s*["'\[{\d].*[\]}]""", re.DOTALL)
 _QUOTED = re.compile(r"""(["']).*\1,?|.+,""")
