@@ -323,7 +323,7 @@ def _directory(tiff: bytes) -> tuple[str, int, list[bytes]]:
 
 
 def _orientation(exif: bytes) -> int | None:
-    """The orientation in EXIF data; None if there is no valid one. Read here because Pillow reads nothing after a bad tag."""
+    """The orientation in EXIF data; None if it is missing or not valid. (Pillow itself reads nothing after a bad tag.)"""
     try:
         order, _, entries = _directory(exif[exif.rfind(b"Exif\0\0", 0, 12) + 6 :] if exif[:4] == b"Exif" else exif)
     except struct.error:

@@ -250,7 +250,7 @@ def _read_file(path: Path) -> list[Label]:
 
 
 def _lines(text: str) -> list[str]:
-    """Those with text in them. Unlike `str.splitlines`, only line breaks end a line, which U+2028 is not in files."""
+    """The lines that are not empty. `str.splitlines` would also divide lines at U+2028, which is no line break in a file."""
     return [line.strip() for line in re.split(r"[\r\n]+", text) if line.strip()]
 
 

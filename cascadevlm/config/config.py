@@ -257,7 +257,7 @@ class CacheConfig(_Section):
     def keeping_embeddings(self, scorer: Scorer, *, images: bool) -> Scorer:
         """A scorer that keeps the embeddings of labels on disk and, if ``images`` is true, the embeddings of images.
 
-        A scorer without embeddings is returned unchanged. So is every scorer if embeddings are not to be kept.
+        The scorer is returned unchanged if it has no embeddings, or if ``embeddings`` is false.
         """
         if not (self.embeddings and isinstance(scorer, EmbeddingScorer)):
             return scorer
@@ -341,7 +341,7 @@ class Config(_Section):
         options = dict(self.scorer.options)
         if self.scorer.templates is not None:
             if "templates" in options:
-                raise ConfigError("scorer.templates are given twice.", hint="Remove templates from scorer.options.")
+                raise ConfigError("The templates of the scorer are given twice.", hint="Remove templates from scorer.options.")
             options["templates"] = [*self.scorer.templates]
         scorer = self.cache.keeping_embeddings(load_scorer(self.scorer.use, **options), images=bulk)
         calibration = read_calibration(self.calibration) if self.calibration else None
