@@ -61,9 +61,10 @@ def made_up(
     A class is a normally distributed point in 64 dimensions. The ten classes of a family share two thirds of the variance. An
     image is the point of its class plus normal noise, whose size differs between images (log-normal).
 
-    The scorer sees the image with additional noise. Its logits are 0.35 times the scalar products with the classes, plus a normally
-    distributed bias per class. The factor 0.35 makes the scorer overconfident. The judge sees the image with other noise, and the
-    scorer's best labels as candidates. It answers the nearest candidate; in 5 % of the cases, it answers the first candidate.
+    The scorer sees the image with additional noise. Its logits are 0.35 times the scalar products with the classes, plus a
+    normally distributed bias per class. The factor 0.35 makes the scorer overconfident. The judge sees the image with other
+    noise, and the scorer's best labels as candidates. It answers the nearest candidate; in 5 % of the cases, it answers the
+    first candidate.
 
     With a ``sharpness``, the judge also gives probabilities: the softmax of the nearness of the candidates, times the sharpness.
     (In the 5 % of the cases above, the first candidate counts as the nearest.) A sharpness of 4 is overconfident, and 0.2 is

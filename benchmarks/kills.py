@@ -112,7 +112,7 @@ class Proof:
         questions: number of different questions, over all runs.
         asked_again: number of questions that were asked again although their answer was stored.
         paid_twice: number of answers that were served beyond one per question.
-        under_way: number of questions that were served, but not stored, at the time of a kill. At most these are paid twice.
+        under_way: number of questions that were served, but not stored, at the time of a kill. Only these can be paid twice.
         different: number of predictions that are missing, duplicate, in a wrong order, or different from the uninterrupted run.
     """
 

@@ -55,8 +55,9 @@ PIXELS_AT_ONCE = 150_000_000
 converted). A larger image is decoded only while no other image is decoded."""
 
 HUGE_PIXELS = 25_000_000
-"""After the first image with more pixels, Pillow allocates blocks of `HUGE_BLOCK` bytes. The C library returns large blocks to
-the system when they are freed. It keeps smaller blocks per thread, so every thread would keep the memory of a huge image."""
+"""After the first image with more pixels than this, Pillow allocates blocks of `HUGE_BLOCK` bytes. The C library returns large
+blocks to the system when they are freed. It keeps smaller blocks per thread, so every thread would keep the memory of a huge
+image."""
 
 HUGE_BLOCK = 1 << 26
 
