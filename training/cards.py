@@ -12,9 +12,9 @@ pattern that distinguishes look-alikes is often not visible, so the scorer is un
 **Limits.** It knows only birds drawn by `training/birds.py` and their systematic names. On photographs, and for other names,
 its scores have no meaning.
 
-**Data.** 38,400 images of 192 species, drawn by `training/birds.py` (seed 1). Neither images nor names of 48 other species,
-which are complete families of look-alikes, were used in training. The bundled images and all figures in the README show these
-48 species.
+**Data.** 38,400 images of 192 species, drawn by `training/birds.py` (seed 1). 48 other species, which form complete families
+of look-alikes, were not used in training: the model saw neither their images nor their names. The bundled images and all
+figures in the README show these 48 species.
 
 **Training.** `python -m training.make`: {epochs} epochs with CLIP's contrastive loss and AdamW. Each batch has one image of
 each species. The weights are stored in half precision. Licence: Apache-2.0, the licence of the project.
