@@ -98,7 +98,7 @@ def test_an_unreadable_image_is_a_row_among_many_and_an_error_alone() -> None:
     judge = FakeJudge()
     rows = cascade(stage(judge)).classify([b"junk", picture(RED), "nowhere.png"])
     assert names(rows) == [None, "red bird", None]
-    assert "is no image" in rows[0].error
+    assert "is not an image" in rows[0].error
     assert "nowhere.png" in rows[2].error
     assert rows[2].path == "nowhere.png"
     with pytest.raises(ImageError):
@@ -404,7 +404,7 @@ def test_a_policy_may_be_given_as_text() -> None:
     assert predictions[1].reasons[0].endswith("calls <= 1")
     with pytest.raises(PolicyError, match="column 1"):
         replace(given, policy="entrpy > 0.17")
-    with pytest.raises(PolicyError, match=r"A policy is not 0\.17"):
+    with pytest.raises(PolicyError, match=r"0\.17 is not a policy"):
         replace(given, policy=0.17)  # type: ignore[arg-type]
 
 
@@ -457,9 +457,9 @@ WRONG: dict[str, tuple[dict[str, object], str]] = {
     "batch_size": ({"batch_size": 0}, r"batch_size: Input should be greater than or equal to 1 \(given: 0\)"),
     "accept": ({"accept": 2}, r"accept: Input should be less than or equal to 1 \(given: 2\)"),
     "no accept": ({"accept": None}, r"accept: Input should be a valid number \(given: None\)"),
-    "labels of a table": ({"labels": pandas.DataFrame({"name": LABELS})}, "labels is of type 'DataFrame'"),
-    "labels of a file": ({"labels": Path("labels.txt")}, "labels is of type '.*Path', not a list.*LabelSet.read"),
-    "no labels": ({"labels": None}, "labels is of type 'NoneType'"),
+    "labels of a table": ({"labels": pandas.DataFrame({"name": LABELS})}, "labels has the type 'DataFrame'"),
+    "labels of a file": ({"labels": Path("labels.txt")}, "labels has the type '.*Path'; it must be a list.*LabelSet.read"),
+    "no labels": ({"labels": None}, "labels has the type 'NoneType'"),
     "labels of numbers": ({"labels": [1, 2]}, "a name or a Label, not 1"),
     "labels of pyarrow": ({"labels": pyarrow.array(LABELS)}, "a name or a Label, not <"),
 }
@@ -574,7 +574,7 @@ def test_a_bug_in_a_policy_or_scorer_is_not_swallowed() -> None:
     with pytest.raises(KeyError):
         cascade().classify([noise(1)])
     broken = Stage(judge=FakeJudge(), prompt=SELECT, policy=lambda scores: np.ones(99, dtype=bool))
-    with pytest.raises(InputError, match="Return 1 booleans"):
+    with pytest.raises(InputError, match="Return an array of 1 booleans"):
         cascade(broken).classify([picture(RED)])
 
 
