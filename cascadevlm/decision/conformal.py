@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from cascadevlm.base.arrays import Columns
 from cascadevlm.base.errors import InputError
+from cascadevlm.decision.guarantee import require_probability
 from cascadevlm.decision.judge_model import Bools, JudgeModel
 from cascadevlm.decision.scorer_calibration import Floats, StoredFloats
 
@@ -66,8 +67,7 @@ class Conformal:
         Raises:
             InputError: if the coverage is not between 0 and 1, or N images cannot promise it.
         """
-        if not 0 < coverage < 1:
-            raise InputError(f"coverage is a probability between 0 and 1, not {coverage!r}.")
+        require_probability("coverage", coverage)
         size = len(truths)
         if _rank(size, coverage) > size:
             enough = math.ceil(coverage / (1 - coverage) - ROUNDING)

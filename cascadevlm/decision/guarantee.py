@@ -72,6 +72,16 @@ class Acceptance:
         )
 
 
+def require_probability(name: str, value: float) -> None:
+    """Refuse a value that is not strictly between 0 and 1.
+
+    Raises:
+        InputError: if the value is out of this range.
+    """
+    if not 0 < value < 1:
+        raise InputError(f"{name} must be between 0 and 1, and is {value!r}.")
+
+
 def least_images(target_error: float, confidence: float) -> int:
     """How many accepted images, all of them right, it takes to support a target: (1 - target)^n <= 1 - confidence."""
     return math.ceil(math.log(1 - confidence) / math.log(1 - target_error))
@@ -90,9 +100,8 @@ def fit_acceptance(
     Raises:
         InputError: if target or confidence is not between 0 and 1.
     """
-    for name, value in (("target_error", target_error), ("confidence", confidence)):
-        if not 0 < value < 1:
-            raise InputError(f"{name} is a share between 0 and 1, not {value!r}.")
+    require_probability("target_error", target_error)
+    require_probability("confidence", confidence)
     strictest = np.searchsorted(-GRID, -confidences)
     accepted, wrong = (
         np.bincount(strictest[counted], minlength=len(GRID) + 1)[: len(GRID)].cumsum()

@@ -27,6 +27,7 @@ from cascadevlm.decision.calibration import Calibration, FusionRule
 from cascadevlm.decision.judge_model import JudgeModel
 from cascadevlm.decision.scorer_calibration import ScorerCalibration
 from cascadevlm.evaluation.calibrating.fitting import fit_calibration
+from cascadevlm.evaluation.calibrating.recipe import Recipe
 from cascadevlm.evaluation.data import Data
 from cascadevlm.evaluation.deciding import decided
 from cascadevlm.evaluation.evaluate import asking_everything, record_run
@@ -538,7 +539,7 @@ def test_the_bundled_models_decide_as_their_record_says(tmp_path: Path, mode: st
     record = record_run(asking.build(labels), data, tmp_path / "run", config=asking)
     assert record.judged.probabilities is not None
     assert np.isnan(record.judged.probabilities).all() == (mode == "generate")
-    calibration = replace(fit_calibration(three_times(record)), policy="gain > 0.01")
+    calibration = replace(fit_calibration(three_times(record), Recipe()), policy="gain > 0.01")
     calibration.write(tmp_path / "calibration.json")
     deciding = configured(calibration=str(tmp_path / "calibration.json"), fusion=fusion)
     live = deciding.build(labels).classify(data.images)
