@@ -6,15 +6,17 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(help="The cache of verdicts.", no_args_is_help=True)
+app = typer.Typer(help="Show, check and empty the cache of verdicts.", no_args_is_help=True)
 
-Folder = Annotated[Path | None, typer.Option(exists=True, file_okay=False, help="The cache; the user's own, unless given.")]
-AsJson = Annotated[bool, typer.Option("--json", help="One JSON object.")]
+Folder = Annotated[
+    Path | None, typer.Option(exists=True, file_okay=False, help="Folder of the cache.", show_default="the user's cache")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
 @app.command()
 def info(folder: Folder = None, as_json: AsJson = False) -> None:
-    """Show where the cache is and how much is in it."""
+    """Show the folder of the cache, the number of verdicts in it, and its size in bytes."""
     from cascadevlm.judges.cache import DiskStore
 
     store = DiskStore(folder)
@@ -25,22 +27,25 @@ def info(folder: Folder = None, as_json: AsJson = False) -> None:
 @app.command()
 def clear(
     folder: Folder = None,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Delete without asking first.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Forget all verdicts; hosted ones were paid for."""
+    """Delete all verdicts. Verdicts of hosted judges cost money, and asking again costs it again."""
     from cascadevlm.judges.cache import DiskStore
 
     store = DiskStore(folder)
     if not yes:
-        typer.confirm(f"Forget {len(store)} verdicts in {store.folder}?", abort=True)
+        typer.confirm(f"Delete {len(store)} verdicts in {store.folder}?", abort=True)
     removed = store.clear()
-    typer.echo(json.dumps({"removed": removed}) if as_json else f"{removed} verdicts forgotten.")
+    typer.echo(json.dumps({"removed": removed}) if as_json else f"{removed} verdicts deleted.")
 
 
 @app.command()
 def verify(folder: Folder = None, as_json: AsJson = False) -> None:
-    """Check that every verdict can be read and belongs to the question it is kept under."""
+    """Check that every verdict can be read, and belongs to the question under which it is stored.
+
+    The exit code is 1 if a verdict is damaged.
+    """
     from cascadevlm.judges.cache import DiskStore
 
     store = DiskStore(folder)
@@ -48,6 +53,9 @@ def verify(folder: Folder = None, as_json: AsJson = False) -> None:
     if as_json:
         typer.echo(json.dumps({"verdicts": len(store), "damaged": damaged}))
     else:
-        typer.echo(f"{len(store)} verdicts, {len(damaged)} damaged." + " Damaged ones are asked again." * bool(damaged))
+        typer.echo(
+            f"{len(store)} verdicts, {len(damaged)} damaged."
+            + " Questions with a damaged verdict are asked again." * bool(damaged)
+        )
     if damaged:
         raise typer.Exit(1)
