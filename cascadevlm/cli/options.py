@@ -184,7 +184,7 @@ def left_out(images: list[Path]) -> str:
 
     found = sum(map(images_left_out, filter(Path.is_dir, images)), Counter())
     kinds = ", ".join(f"{count} {suffix}" for suffix, count in sorted(found.items()))
-    return f"{found.total()} files look like images, but have a format that is not read ({kinds})." if found else ""
+    return f"{found.total()} files that look like images are not read ({kinds})." if found else ""
 
 
 def image_files(paths: list[Path]) -> list[Path]:

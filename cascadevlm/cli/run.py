@@ -104,8 +104,9 @@ def run(
         typer.echo(f"The run was stopped. The same command{without} continues it.", err=True)
         raise typer.Exit(SIGNALLED + stopping[0])
     if tally.in_vain:
+        what = "No image could be read" if tally.images == tally.counts["unreadable"] else "No question got an answer"
         raise RunError(
-            f"No image was classified as configured: {output / FAILURES} lists the reasons.",
+            f"{what}: {output / FAILURES} lists the reasons.",
             hint="Correct the cause, and run the same command with --retry-failed.",
         )
 

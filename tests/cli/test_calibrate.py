@@ -41,7 +41,7 @@ def test_what_was_learned_is_written_and_shown(birds: Path) -> None:
     assert first["figures"] | {"policy": first["policy"]} == printed
     assert first | {"made": None} == second | {"made": None}
     (judge,) = first["judges"]
-    assert re.search(rf"best by the model +{judge['best_size']}\s", shown)
+    assert re.search(rf"by its model +{judge['best_size']}\s", shown)
     assert printed["area_gain_fused"] > 0
     assert first["labelled"]
     assert first["judges"][0]["settings"]["prompt"] == "select_cot"
@@ -145,7 +145,7 @@ def test_lists_by_class_share_a_threshold_where_images_are_few(birds: Path) -> N
     """Of classes of one image each."""
     by_class = ("--size", "20", "--coverage", "0.9", "--class-conditional")
     shown = run("calibrate", birds / "run", "-o", birds / "by-class.json", *by_class).stdout
-    assert re.search(r"threshold of their own +0 of 24\s", shown)
+    assert re.search(r"own conformal threshold +0 of 24\s", shown)
     run("calibrate", birds / "run", "-o", birds / "plain.json", *by_class[:-1])
     image = sorted((birds / "data").glob("*/0.jpg"))[0]
     command = ("classify", image, "--labels", birds / "data", "--config", CONFIG, "--json")
@@ -166,8 +166,8 @@ def test_a_sweep_shows_what_is_gained(birds: Path) -> None:
     ("setting", "sentence"),
     [
         ("scorer.templates=['a drawing of a {label}.']", "The calibration was made with other templates."),
-        ("stage.0.prompt=select", "The calibration is of prompt 'select_cot', not of 'select'"),
-        ("stage.0.offer_none=true", "The calibration is of offer_none"),
+        ("stage.0.prompt=select", "The calibration was made with prompt = 'select_cot', and the configuration has 'select'"),
+        ("stage.0.offer_none=true", "The calibration was made with offer_none"),
     ],
 )
 def test_other_models_are_refused(birds: Path, setting: str, sentence: str) -> None:
@@ -209,7 +209,7 @@ def test_other_labels_are_refused(birds: Path) -> None:
     image = next((birds / "data").glob("*/0.jpg"))
     done = run("classify", image, "--config", birds / "learned.toml", "--labels", birds / "labels.txt", check=False)
     assert done.returncode == 2
-    assert "The calibration is of 24 other labels" in done.stderr
+    assert "The calibration was made for 24 labels that differ" in done.stderr
 
 
 def test_a_folder_without_a_record_is_refused(birds: Path) -> None:

@@ -132,7 +132,7 @@ def test_a_run_goes_on_with_batches_of_the_size_it_began_with(tmp_path: Path) ->
     images = [(str(number), noise(number, (8, 8))) for number in range(2 * (PERIOD + 1))]
     stop = (number >= 1 for number in range(1000))
     bulk.run(cascade(batch_size=PERIOD + 1), images, tmp_path, config={}, stopping=partial(next, stop))
-    with pytest.raises(InputError, match=f"batches of {PERIOD + 1} images so far, not of 4"):
+    with pytest.raises(InputError, match=f"periods of {PERIOD + 1} images, and batch_size = 4 makes periods of {PERIOD}"):
         bulk.run(cascade(batch_size=4), images, tmp_path, config={})
     assert bulk.run(cascade(batch_size=PERIOD + 1), images, tmp_path, config={}).images == len(images)
 

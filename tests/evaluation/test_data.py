@@ -266,7 +266,7 @@ def test_all_problems_are_told_together(folder: Path) -> None:
     assert "2 labels are not in the label set ('hornet', 'wasp')" in told
     assert "1 files do not exist" in told
     assert "gone.png" in told
-    assert "3 images are there more than once" in told
+    assert "3 images occur more than once" in told
     assert told.count(".\n") == told.count("\n") == 0
 
 
@@ -282,16 +282,16 @@ def test_what_is_told_is_bounded(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "told"),
     [
-        ("data.csv", "file,label\nx,ant\n", r"lacks the column 'path'\. It has: 'file', 'label'\."),
-        ("data.csv", "path,class\nx,ant\n", r"lacks the column 'label'"),
-        ("data.csv", "", r"lacks the column 'path'\. It has: none\."),
-        ("data.csv", "path,label\n", "holds no images"),
+        ("data.csv", "file,label\nx,ant\n", r"has no column 'path'\. Its columns: 'file', 'label'\."),
+        ("data.csv", "path,class\nx,ant\n", r"has no column 'label'"),
+        ("data.csv", "", r"has no column 'path'\. Its columns: none\."),
+        ("data.csv", "path,label\n", "contains no images"),
         ("data.csv", b"path,label\n\xff,ant\n", "cannot be read"),
         ("data.csv", "path,label\nx\n", r"1 labels are not in the label set \(''\)"),
         ("data.csv", "path,label\n,ant\n", "1 files do not exist"),
         ("data.jsonl", '{"path": 1\n', "cannot be read"),
-        ("data.jsonl", "\n[1, 2]\n", "line 2 is no JSON object"),
-        ("data.jsonl", '{"image": "x"}\n', "lacks the column 'path'"),
+        ("data.jsonl", "\n[1, 2]\n", "line 2 is not a JSON object"),
+        ("data.jsonl", '{"image": "x"}\n', "has no column 'path'"),
         ("data.parquet", "no parquet", "cannot be read"),
         ("data.xlsx", "", r"is no table\. Known are \.csv, \.jsonl, \.parquet\."),
     ],
@@ -305,7 +305,7 @@ def test_what_is_no_table(tmp_path: Path, name: str, content: str | bytes, told:
 
 def test_a_parquet_table_without_the_columns(tmp_path: Path) -> None:
     pyarrow.parquet.write_table(pyarrow.table({"path": ["x"], **{f"c{n}": [n] for n in range(100)}}), tmp_path / "data.parquet")
-    with pytest.raises(DataError, match=r"lacks the column 'label'\. It has: 'path', 'c0', 'c1', 'c2', 'c3', …\."):
+    with pytest.raises(DataError, match=r"has no column 'label'\. Its columns: 'path', 'c0', 'c1', 'c2', 'c3', …\."):
         read_data(tmp_path / "data.parquet", LABELS)
 
 
@@ -316,10 +316,10 @@ def test_what_is_no_data(tmp_path: Path, folder: Path) -> None:
     no_classes = datasets.Dataset.from_dict({"text": ["x"]})
     for source, told in [
         (tmp_path / "nowhere", "does not exist"),
-        (tmp_path / "empty", r"holds no images\. A folder of data has a sub-folder for every class"),
-        (tmp_path / "broken", "is no saved dataset"),
-        (no_classes, r"no column of images or none of classes\. It has: 'text'"),
-        ({"train": 1}, "no datasets"),
+        (tmp_path / "empty", r"contains no images\. A folder of labelled images needs one subfolder per class"),
+        (tmp_path / "broken", "is not a saved dataset"),
+        (no_classes, r"no column of images or none of classes\. Its columns: 'text'"),
+        ({"train": 1}, "are not datasets"),
         (hub(folder).to_iterable_dataset(), "A IterableDataset is no labelled data"),
         (SimpleNamespace(), "A SimpleNamespace is no labelled data"),
     ]:
@@ -411,5 +411,5 @@ def test_a_line_that_is_too_deep_is_told_by_its_number(tmp_path: Path) -> None:
 
 def test_a_pipe_is_no_table(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "table.csv")
-    with pytest.raises(DataError, match="is no table"):
+    with pytest.raises(DataError, match="is not a folder and not a table"):
         read_data(tmp_path / "table.csv", LABELS)

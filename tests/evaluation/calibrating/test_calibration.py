@@ -109,21 +109,21 @@ def test_calibrated_scores_are_calibrated_once() -> None:
     assert once.fingerprint != record().scores.fingerprint
     assert learned().calibrated(once) is once
     other = replace(learned(), scorer=replace(learned().scorer, scale=learned().scorer.scale * 2))
-    with pytest.raises(ConfigError, match="not of"):
+    with pytest.raises(ConfigError, match="was made for the scorer"):
         other.calibrated(once)
 
 
 def test_other_scorers_label_sets_and_stages_are_refused() -> None:
     scores = record().scores
-    with pytest.raises(ConfigError, match=r"is of the scorer 'made up 1', not of 'another'\. Make one"):
+    with pytest.raises(ConfigError, match=r"for the scorer 'made up 1', and this scorer is 'another'\. Make a"):
         learned().calibrated(replace(scores, fingerprint="another"))
     backwards = LabelSet.of(reversed(scores.labels.names))
-    with pytest.raises(ConfigError, match="in another order"):
+    with pytest.raises(ConfigError, match="differ from these in their names or order"):
         learned().calibrated(Scores(log_probs=scores.log_probs[:, ::-1], labels=backwards, fingerprint=scores.fingerprint))
     fewer = Scores.from_logits(scores.log_probs[:, :4], LabelSet(scores.labels.labels[:4]), scores.fingerprint)
-    with pytest.raises(ConfigError, match="6 other labels"):
+    with pytest.raises(ConfigError, match="6 labels that differ"):
         learned().calibrated(fewer)
-    with pytest.raises(ConfigError, match="of 1 judges, the record of 2"):
+    with pytest.raises(ConfigError, match="has 1 judges, and the record has 2"):
         decided(replace(record(), stages=(record().judged,) * 2), learned())
 
 
@@ -133,7 +133,7 @@ def test_other_scorers_label_sets_and_stages_are_refused() -> None:
         ("clip:b|templates=1|texts=3", r"was made with other texts for the labels\."),
         ("clip:b|templates=2|texts=2", r"was made with other templates\."),
         ("clip:b|templates=2|texts=3", "was made with other templates and texts for the labels"),
-        ("clip:l|templates=1|texts=3", r"is of the scorer 'clip:b\|templates=1\|texts=2', not of"),
+        ("clip:l|templates=1|texts=3", r"for the scorer 'clip:b\|templates=1\|texts=2', and this scorer is"),
     ],
 )
 def test_other_wordings_are_refused_and_named(given: str, sentence: str) -> None:
@@ -199,10 +199,10 @@ def test_no_field_of_scores_is_lost_on_their_way() -> None:
 @pytest.mark.parametrize(
     ("changed", "sentence"),
     [
-        ({"judge": "openai:gpt-4o-mini"}, "is of judge 'openai:gpt-4o', not of 'openai:gpt-4o-mini'"),
-        ({"prompt": "select"}, "is of prompt 'select_cot', not of 'select'"),
-        ({"offer_none": True}, "is of offer_none False, not of True"),
-        ({"options": {"temperature": 1}}, "is of options {}, not of {'temperature': 1}"),
+        ({"judge": "openai:gpt-4o-mini"}, "with judge = 'openai:gpt-4o', and the configuration has 'openai:gpt-4o-mini'"),
+        ({"prompt": "select"}, "with prompt = 'select_cot', and the configuration has 'select'"),
+        ({"offer_none": True}, "with offer_none = False, and the configuration has True"),
+        ({"options": {"temperature": 1}}, "with options = {}, and the configuration has {'temperature': 1}"),
     ],
 )
 def test_other_judges_are_refused(changed: dict[str, JsonValue], sentence: str) -> None:
@@ -218,7 +218,7 @@ def test_other_judges_are_refused(changed: dict[str, JsonValue], sentence: str) 
     assert calibration.judge_of(0, settings | {"policy": "always", "candidates": 3}) is calibration.judges[0]
     with pytest.raises(ConfigError, match=sentence):
         calibration.judge_of(0, settings | changed)
-    with pytest.raises(ConfigError, match="knows 1 judges, not 2"):
+    with pytest.raises(ConfigError, match="has 1 judges, and the configuration has a stage 2"):
         calibration.judge_of(1, settings)
 
 
@@ -226,7 +226,7 @@ def test_other_judges_are_refused(changed: dict[str, JsonValue], sentence: str) 
 def test_what_is_no_calibration_is_one_sentence(tmp_path: Path, text: str) -> None:
     path = tmp_path / "calibration.json"
     path.write_text(text)
-    with pytest.raises(ConfigError, match="is no calibration: ") as caught:
+    with pytest.raises(ConfigError, match="is not a calibration: ") as caught:
         read_calibration(path)
     assert "\n" not in str(caught.value)
     with pytest.raises(ConfigError, match=r"cannot be read: No such file"):
@@ -605,10 +605,10 @@ def test_a_promised_error_is_one_among_accepted_answers() -> None:
     ("stage", "others", "told"),
     [
         ({"policy": "entropy > 0.3"}, {}, r"for policy 'always', not for 'entropy > 0\.3'\. .* set accept yourself"),
-        ({}, {"fusion": "judge"}, "for fusion 'bayes', not for 'judge'"),
-        ({}, {"follow_shares": True}, "for follow_shares False, not for True"),
-        ({"widen": 1, "offer_none": True}, {}, "for widen 0, not for 1"),
-        ({"candidates": 3}, {}, "for candidates"),
+        ({}, {"fusion": "judge"}, "for fusion = 'bayes', and the configuration has 'judge'"),
+        ({}, {"follow_shares": True}, "for follow_shares = False, and the configuration has True"),
+        ({"widen": 1, "offer_none": True}, {}, "for widen = 0, and the configuration has 1"),
+        ({"candidates": 3}, {}, "for candidates ="),
         ({"policy": "entropy > 0.3"}, {"accept": 0.7}, None),
         ({}, {}, None),
     ],
@@ -629,7 +629,7 @@ def test_a_guarantee_is_of_what_it_was_fitted_with(
 
 
 def test_a_promise_that_the_images_do_not_support_is_refused() -> None:
-    with pytest.raises(DataError, match="60 labelled images do not support"):
+    with pytest.raises(DataError, match="No threshold guarantees on 60 labelled images"):
         calibrate(record(), Recipe(size=120, target_error=0.01))
 
 
