@@ -30,7 +30,7 @@ def clear(
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Delete without asking first.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Delete all verdicts. Verdicts of hosted judges cost money, and asking again costs it again."""
+    """Delete all verdicts. Verdicts of hosted judges cost money, and asking again costs money again."""
     from cascadevlm.judges.cache import DiskStore
 
     store = DiskStore(folder)

@@ -94,7 +94,7 @@ class Conformal:
 
         Args:
             descending: ``(N, K)`` probabilities of the best labels in descending order. No set has more than K labels.
-            minimum: smallest size of a set, if there are so many labels.
+            minimum: smallest size of a set. A set cannot be larger than the number of labels.
             maximum: largest size of a set. Default: no limit. Labels that are cut off reduce the coverage.
 
         Raises:
@@ -111,7 +111,7 @@ class Conformal:
 
         Args:
             probabilities: ``(N, C)``; rows sum to 1.
-            minimum: this number of the most probable labels is always in the set, if there are so many labels.
+            minimum: this number of the most probable labels is always in the set.
             maximum: only this number of the most probable labels of the set is kept. Default: no limit. Labels that are cut off
                 reduce the coverage.
         """

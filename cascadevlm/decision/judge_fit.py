@@ -59,8 +59,7 @@ def fit_judge(log_probs: Floats, responsibilities: Floats, answers: Answers) -> 
         answers: the N candidate lists and answers.
 
     Returns:
-        The model, and ``(N, C)`` held-out log-probabilities after the answers: those of each image come from a model fitted on
-        the other folds.
+        The model, and ``(N, C)`` held-out log-probabilities after the answers: each image uses a model fitted to the other folds.
     """
     fold_of, scores = folds(len(answers)), np.zeros(len(PRECISIONS))
     models: list[list[JudgeModel]] = []

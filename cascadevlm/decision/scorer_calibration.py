@@ -164,8 +164,8 @@ def fit_scorer(
         prior: ``(C,)`` class shares to match. Default: equal shares.
 
     Returns:
-        The calibration, and ``(N, C)`` held-out log-probabilities: those of each image come from a calibration fitted on the
-        other folds. Models of the judge are fitted to the held-out log-probabilities.
+        The calibration, and ``(N, C)`` held-out log-probabilities: each image is calibrated by a fit to the other folds. Models
+        of the judge are fitted to the held-out log-probabilities.
     """
     classes = log_probs.shape[1]
     fold_of = np.random.default_rng(0).permutation(len(log_probs)) % FOLDS

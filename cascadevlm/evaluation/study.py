@@ -232,7 +232,7 @@ def study_errors(record: Record) -> Study:
         rows=tuple(rows),
         notes=(
             f"{errors} of {int(readable.sum())} predictions are wrong.",
-            "The accuracy of a row is the accuracy without its errors. Calls and dollars are those of these images.",
+            "The accuracy of a row is the accuracy without its errors. Calls and dollars are sums over these images.",
         ),
     )
 

@@ -215,7 +215,7 @@ def _cases(runs: Mapping[str, BulkRun]) -> tuple[dict[str, JsonValue], int]:
             thumbnails.append(pictures.get(number, ""))
         totals: dict[str, JsonValue] = {"all": run.tally.images, **{kind: run.kinds[kind] for kind in KINDS}}
         told.append({"name": name, "labels": [*labels], "totals": totals, "cases": shown})
-    return {"runs": told, "thumbnails": thumbnails, "kinds": ["all", *KINDS], "chosen": "those with the lowest probability"}, missing
+    return {"runs": told, "thumbnails": thumbnails, "kinds": ["all", *KINDS], "chosen": "with the lowest probability"}, missing
 
 
 def _case(line: Line, labels: dict[str, int]) -> dict[str, JsonValue]:

@@ -730,4 +730,4 @@ def test_of_many_images_the_page_holds_the_most_doubtful(
     page = data_of(render_bulk({"run": read_bulk_run(tmp_path / "run")}))
     expected = [Path(line["path"]).name for line in sorted(lines, key=certainty)[:5]]
     assert [case["name"] for case in page["runs"][0]["cases"]] == expected
-    assert (page["runs"][0]["totals"]["all"], page["chosen"]) == (20, "those with the lowest probability")
+    assert (page["runs"][0]["totals"]["all"], page["chosen"]) == (20, "with the lowest probability")
