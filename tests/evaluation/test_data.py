@@ -112,7 +112,7 @@ def test_a_table(folder: Path, name: str) -> None:
     test = data.split("test")
     assert test.truths == ("007", "ant", "bee")
     assert pixels(test) == expected()[::2]
-    with pytest.raises(DataError, match=r"no split 'val' in the data\. There are: 'test', 'train'\."):
+    with pytest.raises(DataError, match=r"no split 'val'\. Splits of the data: 'test', 'train'\."):
         data.split("val")
 
 
@@ -124,7 +124,7 @@ def test_a_table_needs_no_splits_and_takes_absolute_paths(folder: Path, name: st
     data = read_data(path, LABELS)
     assert data.splits == ("",) * 6
     assert pixels(data) == expected()
-    with pytest.raises(DataError, match="There are: none"):
+    with pytest.raises(DataError, match="Splits of the data: none"):
         data.split("test")
 
 
@@ -252,7 +252,7 @@ def test_images_are_read_lazily_from_a_hub_dataset(folder: Path, monkeypatch: py
 
 
 def test_a_transform_that_leaves_no_image_is_said() -> None:
-    with pytest.raises(DataError, match=r"images are of the type Tensor\. Leave out its transform"):
+    with pytest.raises(DataError, match=r"have the type Tensor\. Remove its transform"):
         read_data(Drawn(lambda index: torchvision.transforms.functional.to_tensor(noise(index))), LABELS)
 
 
@@ -293,7 +293,7 @@ def test_what_is_told_is_bounded(folder: Path) -> None:
         ("data.jsonl", "\n[1, 2]\n", "line 2 is not a JSON object"),
         ("data.jsonl", '{"image": "x"}\n', "has no column 'path'"),
         ("data.parquet", "no parquet", "cannot be read"),
-        ("data.xlsx", "", r"is no table\. Known are \.csv, \.jsonl, \.parquet\."),
+        ("data.xlsx", "", r"is not a folder and not a table\. Known tables: \.csv, \.jsonl, \.parquet\."),
     ],
 )
 def test_what_is_no_table(tmp_path: Path, name: str, content: str | bytes, told: str) -> None:
@@ -318,7 +318,7 @@ def test_what_is_no_data(tmp_path: Path, folder: Path) -> None:
         (tmp_path / "nowhere", "does not exist"),
         (tmp_path / "empty", r"contains no images\. A folder of labelled images needs one subfolder per class"),
         (tmp_path / "broken", "is not a saved dataset"),
-        (no_classes, r"no column of images or none of classes\. Its columns: 'text'"),
+        (no_classes, r"no column of images or no column of classes\. Its columns: 'text'"),
         ({"train": 1}, "are not datasets"),
         (hub(folder).to_iterable_dataset(), "A IterableDataset is no labelled data"),
         (SimpleNamespace(), "A SimpleNamespace is no labelled data"),
@@ -383,7 +383,7 @@ def test_a_draw_that_cannot_be() -> None:
     for share in (-0.1, 1.1, float("nan")):
         with pytest.raises(DataError, match="between 0 and 1"):
             data.divide(share)
-    with pytest.raises(DataError, match="-1 cannot be drawn"):
+    with pytest.raises(DataError, match="-1 images cannot be drawn"):
         data.subset(-1)
 
 
