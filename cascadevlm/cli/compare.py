@@ -1,7 +1,7 @@
 """``cascadevlm compare``."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -15,7 +15,10 @@ from cascadevlm.cli import options
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from cascadevlm.cascade.cascade import Cascade
+    from cascadevlm.config.config import Config
     from cascadevlm.evaluation.compare import Comparison
+    from cascadevlm.evaluation.data import Data
 
 MOST_SHOWN = 20
 """Number of images with disagreement that the terminal shows. ``--json`` shows all of them."""
@@ -56,17 +59,10 @@ def compare(
     configs = {
         name: Config.parse(read_toml(path), name=str(path)) for name, path in zip(names, runs, strict=True) if name not in records
     }
-    if configs and data is None:
-        raise InputError(f"The configuration {next(iter(configs))!r} needs images.", hint="Add --data.")
     if not configs and (data or labels or part.split or part.limit or output):
         hint = "Remove --data, --labels, --split, --limit and --output, or add a configuration."
         raise InputError("These options are for configurations, and all given runs are records.", hint=hint)
-    cascades, given = {}, {}
-    for name, config in configs.items():
-        assert data is not None
-        cascades[name], given[name] = part.build(config, data, labels)
-    if cascades and data is not None:
-        options.tell(next(iter(cascades.values())).labels, [data])
+    cascades, given = _built(configs, part, data, labels)
     of_records = {name: labelled(record) for name, record in records.items()}
     require_same(of_records | {name: (cascades[name].labels, each.names, each.truths) for name, each in given.items()})
     cascades = sharing(cascades, configs)
@@ -87,6 +83,20 @@ def compare(
     for table in (_runs(comparison), _pairs(comparison), _agreement(comparison)):
         console.print(table, "")
     console.print(*_disagreements(comparison), sep="\n", soft_wrap=True)
+
+
+def _built(
+    configs: "Mapping[str, Config]", part: options.DataOptions, data: Path | None, labels: Path | None
+) -> "tuple[dict[str, Cascade], dict[str, Data]]":
+    """The cascade of each configuration, and its images."""
+    cascades, given = {}, {}
+    for name, config in configs.items():
+        if data is None:
+            raise InputError(f"The configuration {name!r} needs images.", hint="Add --data.")
+        cascades[name], given[name] = part.build(config, data, labels)
+    if cascades and data is not None:
+        options.tell(next(iter(cascades.values())).labels, [data])
+    return cascades, given
 
 
 def _names(runs: Sequence[Path]) -> list[str]:

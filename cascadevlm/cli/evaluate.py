@@ -3,11 +3,14 @@
 import json
 import tempfile
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from cascadevlm.cli import options
+
+if TYPE_CHECKING:
+    from cascadevlm.evaluation.record import Record
 
 
 @options.grouped()
@@ -36,7 +39,6 @@ def evaluate(
     from rich.console import Console
     from rich.progress import Progress
 
-    from cascadevlm.base.errors import RunError
     from cascadevlm.cli.money import confirm
     from cascadevlm.cli.show import evaluation_rows, print_summary
     from cascadevlm.evaluation.evaluate import asking_everything, can_replay, evaluate_replayed, record_run
@@ -69,6 +71,12 @@ def evaluate(
         if replays and evaluation.judge_accuracy is not None:
             rows["judge, on every image"] = f"{evaluation.judge_accuracy:.1%}"
         print_summary(Console(highlight=False), "Evaluation", rows)
+    _require_an_answer(record)
+
+
+def _require_an_answer(record: "Record") -> None:
+    from cascadevlm.base.errors import RunError
+
     asked = [outcome for stage in record.stages for outcome in stage.outcomes if outcome not in ("", "skipped")]
     if asked and not {"answered", "none"} & set(asked):
         hint = "To see the reason, classify one of the images: cascadevlm classify IMAGE."

@@ -18,7 +18,26 @@ if TYPE_CHECKING:
 
     from cascadevlm.runs.run_folder import Tally
 
-Engine = Literal["local", "ray"]
+Output = Annotated[
+    Path, typer.Option("--output", "-o", help="Folder of the run. If it contains an unfinished run, that run continues.")
+]
+Engine = Annotated[
+    Literal["local", "ray"],
+    typer.Option(help="local: this process. ray: the Ray cluster at $RAY_ADDRESS, or a new cluster if this variable is not set."),
+]
+Workers = Annotated[
+    int | None,
+    typer.Option(
+        min=1, help="Number of scoring workers of the cluster.", show_default="one per GPU; without GPUs, one per machine"
+    ),
+]
+RetryFailed = Annotated[
+    bool,
+    typer.Option(
+        "--retry-failed",
+        help="Classify failed images again. Images after the first failed one are decided again from the answers on disk.",
+    ),
+]
 
 SIGNALLED = 128
 """Added to the number of the signal that ended a program, this is the exit code of the program: 130 after Ctrl-C."""
@@ -33,29 +52,11 @@ LOG_SECONDS = 10
 @options.grouped()
 def run(
     inputs: Annotated[Path, typer.Argument(help="Folder of images, or a list of images: text, CSV, JSON lines or Parquet.")],
-    output: Annotated[
-        Path, typer.Option("--output", "-o", help="Folder of the run. If it holds an unfinished run, that run continues.")
-    ],
+    output: Output,
     given: options.CascadeOptions,
-    engine: Annotated[
-        Engine,
-        typer.Option(
-            help="local: this process. ray: the Ray cluster at the address $RAY_ADDRESS, or a new one if the variable is not set."
-        ),
-    ] = "local",
-    workers: Annotated[
-        int | None,
-        typer.Option(
-            min=1, help="Number of scoring workers of the cluster.", show_default="one per GPU; without GPUs, one per machine"
-        ),
-    ] = None,
-    retry_failed: Annotated[
-        bool,
-        typer.Option(
-            "--retry-failed",
-            help="Classify failed images again. Images after the first failed one are decided again from the answers on disk.",
-        ),
-    ] = False,
+    engine: Engine = "local",
+    workers: Workers = None,
+    retry_failed: RetryFailed = False,
     yes: options.Yes = False,
     as_json: options.AsJson = False,
 ) -> None:

@@ -400,7 +400,7 @@ class Priced(FakeJudge):
 
 def test_a_study_that_the_budget_does_not_suffice_for_has_no_figures(data: Data) -> None:
     judge = Priced(dollars=0.01)
-    with pytest.raises(BudgetExhausted, match="not asked about 3 images with reversed"):
+    with pytest.raises(BudgetExhausted, match="not asked about 3 images in the variant reversed"):
         study_order(cascade_of(judge, ledger=Ledger(0.195)), data, config=CONFIG)
     assert len(judge.questions) == 19
 
