@@ -135,7 +135,7 @@ def calibration_rows(result: "Calibrated") -> dict[str, str]:
         own = int((conformal.class_thresholds != conformal.threshold).sum())
         rows["classes with their own conformal threshold"] = f"{own} of {len(conformal.class_thresholds)}"
     for judge in result.calibration.judges:
-        rows[f"best number of candidates for {judge.judge}, by its model"] = str(judge.best_size)
+        rows[f"best number of candidates, {judge.judge}"] = str(judge.best_size)
     if (policy := result.calibration.policy) and (found := result.outcome):
         rows |= {
             "policy": policy,

@@ -488,9 +488,9 @@ def test_a_configuration_takes_what_was_learned(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changed", "error", "sentence"),
     [
-        ({"stage": [{"judge": "openai:gpt-4o"}]}, ConfigError, "is of judge 'hf_chat:aviary', not of 'openai:gpt-4o'"),
-        ({"stage": [{"judge": "hf_chat:aviary", "prompt": "select_cot"}]}, ConfigError, "is of prompt 'select'"),
-        ({"stage": [{"judge": "hf_chat:aviary", "offer_none": True}]}, ConfigError, "is of offer_none False"),
+        ({"stage": [{"judge": "openai:gpt-4o"}]}, ConfigError, "with judge = 'hf_chat:aviary', and"),
+        ({"stage": [{"judge": "hf_chat:aviary", "prompt": "select_cot"}]}, ConfigError, "with prompt = 'select'"),
+        ({"stage": [{"judge": "hf_chat:aviary", "offer_none": True}]}, ConfigError, "with offer_none = False"),
         ({"stage": [{"judge": "hf_chat:aviary"}] * 2}, ConfigError, "is of 1 stages, the configuration has 2"),
         ({"calibration": "nowhere.json"}, ConfigError, "cannot be read"),
         ({"calibration": None, "fusion": "bayes"}, InputError, "needs a calibration"),
@@ -509,7 +509,7 @@ def test_a_configuration_that_does_not_fit_is_refused(
 
 def test_another_scorer_is_refused_at_the_first_image() -> None:
     other = Cascade(CalibratedScorer(FakeScorer("another"), known()), [], labels=LABELS)
-    with pytest.raises(ConfigError, match="'fake:fake', not of 'fake:another'"):
+    with pytest.raises(ConfigError, match="'fake:fake', and this scorer is 'fake:another'"):
         other.classify([picture(RED)])
 
 

@@ -41,7 +41,7 @@ def test_what_was_learned_is_written_and_shown(birds: Path) -> None:
     assert first["figures"] | {"policy": first["policy"]} == printed
     assert first | {"made": None} == second | {"made": None}
     (judge,) = first["judges"]
-    assert re.search(rf"by its model +{judge['best_size']}\s", shown)
+    assert re.search(rf"best number of candidates, hf_chat:aviary +{judge['best_size']}\s", shown)
     assert printed["area_gain_fused"] > 0
     assert first["labelled"]
     assert first["judges"][0]["settings"]["prompt"] == "select_cot"

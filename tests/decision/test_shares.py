@@ -156,7 +156,7 @@ def test_a_calibration_is_applied_to_scores_as_they_come_and_refuses_others() ->
         assert {each.label for each in Cascade(scorer, [], labels=LABELS, calibration=biased).classify(images)} == {"cicada"}
     with pytest.raises(ConfigError, match="for the scorer 'fake:fake', and this scorer is 'fake:other'"):
         Cascade(FakeScorer("other"), [], labels=LABELS, calibration=CALIBRATION, follow_shares=True).classify(images)
-    with pytest.raises(ConfigError, match="of 4 other labels"):
+    with pytest.raises(ConfigError, match="for 4 labels that differ"):
         Cascade(FakeScorer(), [], labels=NAMES[::-1], calibration=CALIBRATION, follow_shares=True).classify(images)
 
 

@@ -320,8 +320,8 @@ def test_what_is_no_data(tmp_path: Path, folder: Path) -> None:
         (tmp_path / "broken", "is not a saved dataset"),
         (no_classes, r"no column of images or no column of classes\. Its columns: 'text'"),
         ({"train": 1}, "are not datasets"),
-        (hub(folder).to_iterable_dataset(), "A IterableDataset is no labelled data"),
-        (SimpleNamespace(), "A SimpleNamespace is no labelled data"),
+        (hub(folder).to_iterable_dataset(), "type IterableDataset is not labelled data"),
+        (SimpleNamespace(), "type SimpleNamespace is not labelled data"),
     ]:
         with pytest.raises(DataError, match=told):
             read_data(source, LABELS)

@@ -604,7 +604,7 @@ def test_a_promised_error_is_one_among_accepted_answers() -> None:
 @pytest.mark.parametrize(
     ("stage", "others", "told"),
     [
-        ({"policy": "entropy > 0.3"}, {}, r"for policy = 'always', and the configuration has 'entropy > 0\.3'\. .* set accept yourself"),
+        ({"policy": "entropy > 0.3"}, {}, r"policy = 'always', and the configuration has 'entropy > 0\.3'\. .* set accept"),
         ({}, {"fusion": "judge"}, "for fusion = 'bayes', and the configuration has 'judge'"),
         ({}, {"follow_shares": True}, "for follow_shares = False, and the configuration has True"),
         ({"widen": 1, "offer_none": True}, {}, "for widen = 0, and the configuration has 1"),
