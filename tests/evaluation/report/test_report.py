@@ -288,7 +288,7 @@ def test_studies_beside_a_record_are_tables_and_plots(tmp_path: Path) -> None:
 )
 def test_a_study_that_cannot_be_read_is_one_sentence(tmp_path: Path, text: str, sentence: str) -> None:
     (tmp_path / "study-candidates.json").write_text(text)
-    with pytest.raises(DataError, match=f"study-candidates.json' is no result of a study: {sentence}"):
+    with pytest.raises(DataError, match=f"study-candidates.json' is not the result of a study: {sentence}"):
         read_studies(tmp_path)
 
 
