@@ -22,6 +22,9 @@ from .cascade.candidates import CumulativeMass, TopK
 from .cascade.cascade import Cascade
 from .cascade.stage import Stage
 from .config.loading import load_judge, load_prompt, load_scorer
+from .evaluation.calibrating.calibrate import calibrate
+from .evaluation.calibrating.recipe import Recipe
+from .evaluation.calibrating.targets import Target
 from .judges.base import Judge, LocalJudge
 from .policies.base import Policy, Spending
 from .policies.language import parse_policy
@@ -56,15 +59,18 @@ __all__ = [
     "PromptError",
     "Question",
     "RateLimited",
+    "Recipe",
     "RunError",
     "Scorer",
     "Scores",
     "Spending",
     "Stage",
+    "Target",
     "TopK",
     "TransientError",
     "Usage",
     "Verdict",
+    "calibrate",
     "load_judge",
     "load_prompt",
     "load_scorer",

@@ -29,6 +29,7 @@ from cascadevlm.decision.calibration import Calibration, FusionRule
 from cascadevlm.decision.judge_model import JudgeModel
 from cascadevlm.decision.scorer_calibration import ScorerCalibration
 from cascadevlm.evaluation.calibrating.fitting import fit_calibration
+from cascadevlm.evaluation.calibrating.recipe import Recipe
 from cascadevlm.evaluation.data import Data
 from cascadevlm.evaluation.deciding import decided
 from cascadevlm.evaluation.evaluate import asking_everything, record_run
@@ -489,9 +490,9 @@ def test_a_configuration_takes_what_was_learned(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changed", "error", "sentence"),
     [
-        ({"stage": [{"judge": "openai:gpt-4o"}]}, ConfigError, "is of judge 'hf_chat:aviary', not of 'openai:gpt-4o'"),
-        ({"stage": [{"judge": "hf_chat:aviary", "prompt": "select_cot"}]}, ConfigError, "is of prompt 'select'"),
-        ({"stage": [{"judge": "hf_chat:aviary", "offer_none": True}]}, ConfigError, "is of offer_none False"),
+        ({"stage": [{"judge": "openai:gpt-4o"}]}, ConfigError, "with judge = 'hf_chat:aviary', and"),
+        ({"stage": [{"judge": "hf_chat:aviary", "prompt": "select_cot"}]}, ConfigError, "with prompt = 'select'"),
+        ({"stage": [{"judge": "hf_chat:aviary", "offer_none": True}]}, ConfigError, "with offer_none = False"),
         ({"stage": [{"judge": "hf_chat:aviary"}] * 2}, ConfigError, "has 1 stages, but the configuration has 2"),
         ({"calibration": "nowhere.json"}, ConfigError, "cannot be read"),
         ({"calibration": None, "fusion": "bayes"}, InputError, "needs a calibration"),
@@ -510,7 +511,7 @@ def test_a_configuration_that_does_not_fit_is_refused(
 
 def test_another_scorer_is_refused_at_the_first_image() -> None:
     other = Cascade(CalibratedScorer(FakeScorer("another"), known()), [], labels=LABELS)
-    with pytest.raises(ConfigError, match="'fake:fake', not of 'fake:another'"):
+    with pytest.raises(ConfigError, match="'fake:fake', and this scorer is 'fake:another'"):
         other.classify([picture(RED)])
 
 
@@ -540,7 +541,7 @@ def test_the_bundled_models_decide_as_their_record_says(tmp_path: Path, mode: st
     record = record_run(asking.build(labels), data, tmp_path / "run", config=asking)
     assert record.judged.probabilities is not None
     assert np.isnan(record.judged.probabilities).all() == (mode == "generate")
-    calibration = replace(fit_calibration(three_times(record)), policy="gain > 0.01")
+    calibration = replace(fit_calibration(three_times(record), Recipe()), policy="gain > 0.01")
     calibration.write(tmp_path / "calibration.json")
     deciding = configured(calibration=str(tmp_path / "calibration.json"), fusion=fusion)
     live = deciding.build(labels).classify(data.images)
