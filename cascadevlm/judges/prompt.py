@@ -10,15 +10,15 @@ import re
 import string
 import tomllib
 import unicodedata
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
-from functools import cache, lru_cache
+from functools import cache, lru_cache, wraps
 from importlib import resources
 from itertools import count, dropwhile, islice, takewhile
 from pathlib import Path
 from types import ModuleType
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, TypeVar
 
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
@@ -30,6 +30,22 @@ from cascadevlm.base.types import Prompt, Question
 NONE_OF_THESE = "none of these"
 
 Part: TypeAlias = str | Image.Image
+
+T = TypeVar("T")
+
+
+def once_per_question(make: Callable[[Question], T]) -> Callable[[Question], T]:
+    """A function of a question whose value is made once and then kept with the question, as `functools.cached_property` does."""
+    name = f"{make.__module__}.{make.__qualname__}"
+
+    @wraps(make)
+    def kept(question: Question) -> T:
+        values: dict[str, T] = vars(question)
+        if name not in values:
+            values[name] = make(question)
+        return values[name]
+
+    return kept
 
 
 @dataclass(frozen=True)
@@ -100,22 +116,18 @@ def _repair_prompt() -> Prompt:
     return parse_template("repair", source, required=frozenset({"candidates"}))
 
 
-def options(question: Question) -> dict[str, str]:
+@once_per_question
+def options(question: Question) -> Mapping[str, str]:
     """The options offered, in the order shown: key to name, "none of these" last where it is offered.
 
     Keys are letters: A to Z, then AA, AB and so on. If a key equals the name of a candidate, the keys are numbers instead; if a
     number does so too, the keys are N1, N2 …, then NN1, NN2 …: an answer never means two things.
     """
-    return dict(_options(question.labels, question.offer_none))
-
-
-@lru_cache(10_000)  # wanted several times a question
-def _options(labels: tuple[Label, ...], offer_none: bool) -> tuple[tuple[str, str], ...]:
-    names = [label.words for label in labels] + [NONE_OF_THESE] * offer_none
-    taken = {form for label in labels for name in (label.name, *label.aliases) for form in (fold(name), *_joined_up(name))}
+    names = [label.words for label in question.labels] + [NONE_OF_THESE] * question.offer_none
+    taken = frozenset[str]().union(*(_spellings_of(label)[grade] for label in question.labels for grade in (FOLDED, JOINED_UP)))
     for keys in _key_schemes(len(names)):
         if not taken & {fold(key) for key in keys}:
-            return tuple(zip(keys, names, strict=True))
+            return dict(zip(keys, names, strict=True))
     raise AssertionError("there are more key schemes than names")
 
 
@@ -129,6 +141,7 @@ def _letters(index: int) -> str:
     return (_letters(index // 26 - 1) if index >= 26 else "") + string.ascii_uppercase[index % 26]
 
 
+@once_per_question
 def render(question: Question) -> tuple[Message, ...]:
     """The conversation to put to a judge: one user turn, or three where an earlier answer named no candidate."""
     asked = Message("user", _fill(question.prompt, question))
@@ -366,7 +379,7 @@ MOST_BESIDE_A_NAME = 200
 def _choice(content: str, question: Question) -> int | None:
     """The position of the option that an answer names, by name before key; None where that is not exactly one."""
     named = one_line(content).strip("*_`")
-    if len(named) > MOST_BESIDE_A_NAME + max(len(name) for names in _spellings(question) for name in names):
+    if len(named) > MOST_BESIDE_A_NAME + max(len(name) for spellings in _spellings(question) for name in spellings[EXACT]):
         return None
     if positions := _named(named, question):
         return positions[0] if len(positions) == 1 else None
@@ -379,41 +392,52 @@ def _choice(content: str, question: Question) -> int | None:
     return None
 
 
-def _spellings(question: Question) -> list[Sequence[str]]:
-    """For each option, in the order shown, what it may be called."""
-    spellings: list[Sequence[str]] = []
-    for label in question.labels:
-        whole_line = [f"{label.words}: {label.description}"] if label.description else []
-        spellings.append([label.name, label.words, *label.aliases, *whole_line])
-    return spellings + [[NONE_OF_THESE]] * question.offer_none
+_Spellings: TypeAlias = tuple[frozenset[str], frozenset[str], frozenset[str]]
+"""The names of one option in three grades: `EXACT`, `FOLDED` and `JOINED_UP`."""
+
+EXACT, FOLDED, JOINED_UP = 0, 1, 2
+
+
+@once_per_question
+def _spellings(question: Question) -> tuple[_Spellings, ...]:
+    """The names of each option, in the order shown."""
+    return (*map(_spellings_of, question.labels), *[_graded(NONE_OF_THESE)] * question.offer_none)
+
+
+@lru_cache(100_000)  # the labels of a label set come again and again
+def _spellings_of(label: Label) -> _Spellings:
+    whole_line = [f"{label.words}: {label.description}"] if label.description else []
+    return _graded(label.name, label.words, *label.aliases, *whole_line)
+
+
+def _graded(*names: str) -> _Spellings:
+    return (
+        frozenset(map(one_line, names)),
+        frozenset(map(fold, names)),
+        frozenset().union(*map(_joined_up, names)),
+    )
 
 
 def _named(name: str, question: Question) -> list[int]:
     """The positions of the options with that name, compared as exactly as gives any."""
-    spellings = _spellings(question)
-    shown = {fold(each) for names in spellings for each in names}
-    is_another = question.label_set is not None and fold(name) in question.label_set.spellings - shown
-    for forms in (_exactly, _folded) if is_another else (_exactly, _folded, _joined_up):
-        if positions := [i for i, names in enumerate(spellings) if any(forms(name) & forms(each) for each in names)]:
+    spellings, wanted, folded = _spellings(question), _graded(name), fold(name)
+    is_another = _is_in_label_set(folded, question) and not any(folded in option[FOLDED] for option in spellings)
+    for grade in (EXACT, FOLDED) if is_another else (EXACT, FOLDED, JOINED_UP):
+        if positions := [position for position, option in enumerate(spellings) if wanted[grade] & option[grade]]:
             return positions
-    if question.offer_none and (is_another or _NO_CANDIDATE.fullmatch(fold(name))):
+    if question.offer_none and (is_another or _NO_CANDIDATE.fullmatch(folded)):
         return [len(question.labels)]
     return []
 
 
-def _exactly(name: str) -> frozenset[str]:
-    return frozenset({one_line(name)})
-
-
-def _folded(name: str) -> frozenset[str]:
-    return frozenset({fold(name)})
+def _is_in_label_set(folded: str, question: Question) -> bool:
+    return question.label_set is not None and folded in question.label_set.spellings
 
 
 _APOSTROPHE = "['‘’‛ʼ´`′＇]"
 _JOINTS = re.compile(r"(?<!\d)[\s_‐-―−-]+|[\s_‐-―−-]+(?!\d)")  # between digits they tell numbers apart
 
 
-@lru_cache(10_000)  # candidates come again and again
 def _joined_up(name: str) -> frozenset[str]:
     """A name without apostrophes, hyphens and spaces, with and without the s of a possessive."""
     forms = {fold(_JOINTS.sub("", re.sub(lost, "", name))) for lost in (_APOSTROPHE, rf"{_APOSTROPHE}s\b|{_APOSTROPHE}")}
@@ -424,14 +448,15 @@ def _agrees(name: str, position: int, question: Question) -> bool:
     """Whether a name beside the key of an option is that option's, rightly spelt or nearly so."""
     if positions := _named(name, question):
         return position in positions
-    if question.label_set is not None and fold(name) in question.label_set.spellings:
+    if _is_in_label_set(fold(name), question):
         return False
-    return [i for i, names in enumerate(_spellings(question)) if any(_nearly(name, each) for each in names)] == [position]
+    spellings = enumerate(_spellings(question))
+    return [each for each, option in spellings if any(_nearly(fold(name), other) for other in option[FOLDED])] == [position]
 
 
 def _nearly(name: str, other: str) -> bool:
-    """Whether names are of words that differ by a slip of the pen: not in the first letter, and not in a number."""
-    words, others = fold(name).split(), fold(other).split()
+    """Whether folded names are of words that differ by a slip of the pen: not in the first letter, and not in a number."""
+    words, others = name.split(), other.split()
     return len(words) == len(others) and all(
         word == other or (word[0] == other[0] and word.isalpha() and SequenceMatcher(None, word, other).ratio() >= 0.75)
         for word, other in zip(words, others, strict=True)
