@@ -22,7 +22,7 @@ from .cascade.candidates import CumulativeMass, TopK
 from .cascade.cascade import Cascade
 from .cascade.stage import Stage
 from .config.loading import load_judge, load_prompt, load_scorer
-from .judges.base import Judge, LocalJudge
+from .judges.base import Judge, LocalJudge, Quote
 from .policies.base import Policy, Spending
 from .policies.language import parse_policy
 from .scorers.base import EmbeddingScorer, Scorer
@@ -55,6 +55,7 @@ __all__ = [
     "Prompt",
     "PromptError",
     "Question",
+    "Quote",
     "RateLimited",
     "RunError",
     "Scorer",

@@ -16,19 +16,10 @@ from cascadevlm.base.encoding import ImageLimits
 from cascadevlm.base.errors import FatalError, JudgeError, PermanentError, TransientError
 from cascadevlm.base.secrets import without_login
 from cascadevlm.base.types import Question, Verdict
-from cascadevlm.judges.hosted.base import (
-    HAS_AIOHTTP,
-    BatchLimits,
-    Form,
-    HostedJudge,
-    PriceOption,
-    Reply,
-    answer_schema,
-    believed_usage,
-    reported,
-    texts_of,
-)
+from cascadevlm.judges.hosted.base import BatchLimits, Form, HostedJudge, PriceOption
+from cascadevlm.judges.hosted.connection import HAS_AIOHTTP
 from cascadevlm.judges.hosted.errors import ErrorResponse
+from cascadevlm.judges.hosted.replies import Reply, answer_schema, believed_usage, reported, texts_of
 from cascadevlm.judges.hosted.transport import time_limits
 from cascadevlm.judges.prompt import Message, Part, render
 
@@ -40,7 +31,7 @@ if TYPE_CHECKING:
     from anthropic.types.messages.batch_create_params import Request
 
 Structured = Literal["schema", "tool", "none"]
-Thinking = Literal["adaptive", "disabled", "between_tools"]
+Thinking = Literal["adaptive", "disabled"]
 Effort = Literal["low", "medium", "high", "xhigh", "max"]
 
 TOOL = "answer"
@@ -76,23 +67,7 @@ class AnthropicJudge(HostedJudge):
         "AnthropicError": FatalError,
         "APIError": TransientError,
         "APIStatusError": PermanentError,
-        "APIConnectionError": TransientError,
-        "APITimeoutError": TransientError,
-        "APIResponseValidationError": TransientError,
-        "APIWebhookValidationError": PermanentError,
-        "CredentialsError": FatalError,
-        "IdentityTokenFileError": FatalError,
-        "RetryableError": TransientError,
-        **dict.fromkeys(
-            (  # of what no judge uses: other ways in, streams, tools
-                "MissingDependencyError",
-                "MutuallyExclusiveAuthError",
-                "StreamAlreadyConsumed",
-                "ToolsetUsageError",
-                "WorkloadIdentityError",
-            ),
-            FatalError,
-        ),
+        "RetryableError": TransientError,  # raised by the middleware of a client of the user's own
     }
 
     def __init__(
@@ -117,8 +92,11 @@ class AnthropicJudge(HostedJudge):
     ) -> None:
         super().__init__(
             model,
-            base_url=str(client.base_url) if client else base_url,
+            base_url=base_url,
             api_key_env=api_key_env,
+            headers=headers,
+            client=client,
+            timeout=timeout,
             price=price,
             concurrency=concurrency,
             requests_per_minute=requests_per_minute,
@@ -129,10 +107,7 @@ class AnthropicJudge(HostedJudge):
         self.thinking: Thinking | int | None = thinking
         self.effort: Effort | None = effort
         self.cache_prompt = cache_prompt
-        self.headers = headers
-        self.client: anthropic.AsyncAnthropic | None = client
         self.temperature = temperature
-        self.timeout = timeout
 
     def identity(self) -> Mapping[str, JsonValue]:
         return {
@@ -209,8 +184,6 @@ class AnthropicJudge(HostedJudge):
                 params["thinking"] = {"type": "adaptive"}
             case "disabled":
                 params["thinking"] = {"type": "disabled"}
-            case "between_tools":
-                params["thinking"] = {"type": "between_tools"}
         return params
 
     def _message(self, message: Message, question: Question) -> "UserMessageParam | AssistantMessageParam":

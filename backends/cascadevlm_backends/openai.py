@@ -19,21 +19,10 @@ from cascadevlm.base.encoding import ImageLimits
 from cascadevlm.base.errors import BackendError, FatalError, JudgeError, PermanentError, RateLimited, TransientError
 from cascadevlm.base.secrets import without_login
 from cascadevlm.base.types import Question, Usage, Verdict
-from cascadevlm.judges.hosted.base import (
-    HAS_AIOHTTP,
-    BatchLimits,
-    Form,
-    HostedJudge,
-    PriceOption,
-    Reply,
-    answer_schema,
-    believed_usage,
-    choices,
-    normalised,
-    reported,
-    texts_of,
-)
+from cascadevlm.judges.hosted.base import BatchLimits, Form, HostedJudge, PriceOption
+from cascadevlm.judges.hosted.connection import HAS_AIOHTTP
 from cascadevlm.judges.hosted.errors import ErrorResponse
+from cascadevlm.judges.hosted.replies import Reply, answer_schema, believed_usage, choices, normalised, reported, texts_of
 from cascadevlm.judges.hosted.transport import time_limits
 from cascadevlm.judges.prompt import Message, Part, after_thoughts, options, read_answer, render
 
@@ -75,7 +64,6 @@ class OpenAIJudge(HostedJudge):
         structured: whether to ask for JSON by a schema; None finds out.
         logprobs: ask for token probabilities and make probabilities of the candidates of them (Chat Completions).
         base_url: of another server; ``api_key_env`` names the variable with its key.
-        organization: as OpenAI calls it.
         headers: sent with every request, and kept nowhere.
         client: your own `openai.AsyncOpenAI`; its retries should be off. It follows no redirects either.
         detail: how closely the model looks at images.
@@ -97,29 +85,6 @@ class OpenAIJudge(HostedJudge):
         "OpenAIError": FatalError,
         "APIError": TransientError,
         "APIStatusError": PermanentError,
-        "APIConnectionError": TransientError,
-        "APITimeoutError": TransientError,
-        "APIResponseValidationError": TransientError,
-        "ContentFilterFinishReasonError": PermanentError,
-        "InvalidWebhookSignatureError": PermanentError,
-        "LengthFinishReasonError": PermanentError,
-        "WebSocketConnectionClosedError": TransientError,
-        "WebSocketQueueFullError": TransientError,
-        **dict.fromkeys(
-            (  # of what no judge uses: other clients, streams, agents
-                "APIRemovedInV1",
-                "AgentFilePreparationError",
-                "AgentFileStagingError",
-                "AgentOutputParseError",
-                "AgentTurnResultError",
-                "MissingDependencyError",
-                "MutuallyExclusiveAuthError",
-                "StreamAlreadyConsumed",
-                "SubjectTokenProviderError",
-                "_AmbiguousModuleClientUsageError",
-            ),
-            FatalError,
-        ),
     }
 
     def __init__(
@@ -132,7 +97,6 @@ class OpenAIJudge(HostedJudge):
         logprobs: bool = False,
         base_url: str | None = None,
         api_key_env: str = "OPENAI_API_KEY",
-        organization: str | None = None,
         headers: Mapping[str, str] | None = None,
         client: "openai.AsyncOpenAI | None" = None,
         detail: Detail = "auto",
@@ -147,8 +111,11 @@ class OpenAIJudge(HostedJudge):
     ) -> None:
         super().__init__(
             model,
-            base_url=str(client.base_url) if client else base_url,
+            base_url=base_url,
             api_key_env=api_key_env,
+            headers=headers,
+            client=client,
+            timeout=timeout,
             price=price,
             concurrency=concurrency,
             requests_per_minute=requests_per_minute,
@@ -159,13 +126,9 @@ class OpenAIJudge(HostedJudge):
         self.api: Api = api
         self.structured = structured
         self.logprobs = logprobs
-        self.organization = organization
-        self.headers = headers
-        self.client: openai.AsyncOpenAI | None = client
         self.detail: Detail = detail
         self.temperature = temperature
         self.reasoning_effort: Effort | None = reasoning_effort
-        self.timeout = timeout
 
     def identity(self) -> Mapping[str, JsonValue]:
         return {
@@ -195,7 +158,6 @@ class OpenAIJudge(HostedJudge):
         return openai.AsyncOpenAI(
             api_key=self.api_key(),
             base_url=without_login(self.endpoint) if self.endpoint else None,
-            organization=self.organization,
             default_headers=self.headers,
             max_retries=0,
             timeout=time_limits(self.timeout),

@@ -9,7 +9,7 @@ from itertools import compress
 import numpy as np
 from numpy.typing import NDArray
 
-from cascadevlm.base.errors import BudgetExhausted, FatalError, ImageError, JudgeError
+from cascadevlm.base.errors import BudgetExhausted, FatalError, ImageError, JudgeError, PermanentError
 from cascadevlm.base.images import is_large
 from cascadevlm.base.labels import Label, LabelSet
 from cascadevlm.base.types import NANODOLLARS, Candidate, Scores, Verdict
@@ -53,12 +53,12 @@ class RunningStage:
         return await asyncio.get_running_loop().run_in_executor(self.readers, told)  # it opens files
 
     def _price(self, item: Item, candidates: tuple[Candidate, ...]) -> float:
-        """Nothing, if the image has gone since it was scored."""
+        """0 for a question that will fail unsent: its image has gone since it was scored, or no price is known for its length."""
         try:
             question = Stage.question(self.stage, item.prepared.unread, candidates)  # not one to be kept as if it had been put
-        except ImageError:
+            return self.stage.by_votes(self.stage.judge).quote(question).usual_case / NANODOLLARS
+        except (ImageError, PermanentError):
             return 0.0
-        return self.stage.by_votes(self.stage.judge).usual_case(question) / NANODOLLARS
 
     def surplus(self, scores: Scores, prices: tuple[float, ...]) -> NDArray[np.floating]:
         """(N,) how far the expected gain is above what the policy wants; for stages between which images are routed."""

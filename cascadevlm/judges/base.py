@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar
 
@@ -15,6 +16,28 @@ from cascadevlm.base.errors import FatalError
 from cascadevlm.base.portable import Live, Portable
 from cascadevlm.base.types import Question, Usage, Verdict
 from cascadevlm.judges.prompt import after_thoughts, read_answer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quote:
+    """The price of one question, before the question is asked.
+
+    Attributes:
+        worst_case: the most that one request can cost, in nanodollars.
+        usual_case: the expected cost of one request, in nanodollars; for estimates.
+        tokens: the most tokens, input and output together, that one request can take.
+    """
+
+    worst_case: int = 0
+    usual_case: int = 0
+    tokens: int = 0
+
+    def __add__(self, other: "Quote") -> "Quote":
+        return Quote(
+            worst_case=self.worst_case + other.worst_case,
+            usual_case=self.usual_case + other.usual_case,
+            tokens=self.tokens + other.tokens,
+        )
 
 
 class Judge(Portable, ABC):
@@ -62,17 +85,14 @@ class Judge(Portable, ABC):
         """The digest of the image as this judge is sent it."""
         return question.image_digest
 
-    def worst_case(self, question: Question) -> int:
-        """The most that one request for this question can cost, in nanodollars; nothing for local judges."""
-        return 0
+    def quote(self, question: Question) -> Quote:
+        """The price of one request for this question. A judge that charges nothing has only zeros in its quote.
 
-    def usual_case(self, question: Question) -> int:
-        """What one request for this question is expected to cost, in nanodollars; for estimates."""
-        return 0
-
-    def worst_case_tokens(self, question: Question) -> int:
-        """The most tokens, in and out, that one request for this question can take; counted against rate limits."""
-        return 0
+        Raises:
+            BackendError: if the price is unknown.
+            PermanentError: if the price is not known for a question of this length.
+        """
+        return Quote()
 
     async def prepare(self) -> None:
         """Fail now if the judge cannot work at all: a missing key, a model that does not load. Once at the beginning of a run."""
@@ -223,14 +243,8 @@ class WrapperJudge(Judge):
     def image_digest(self, question: Question) -> str:
         return self.wrapped.image_digest(question)
 
-    def worst_case(self, question: Question) -> int:
-        return self.wrapped.worst_case(question)
-
-    def usual_case(self, question: Question) -> int:
-        return self.wrapped.usual_case(question)
-
-    def worst_case_tokens(self, question: Question) -> int:
-        return self.wrapped.worst_case_tokens(question)
+    def quote(self, question: Question) -> Quote:
+        return self.wrapped.quote(question)
 
     async def prepare(self) -> None:
         await self.wrapped.prepare()

@@ -193,7 +193,7 @@ class Metered(WrapperJudge):
         self.ledger = ledger
 
     async def judge(self, question: Question) -> Verdict:
-        worst = self.wrapped.worst_case(question)
+        worst = self.wrapped.quote(question).worst_case
         await self.ledger.reserve(worst)
         asking = asyncio.create_task(self.wrapped.judge(question))
         sent = True

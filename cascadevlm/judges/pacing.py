@@ -32,7 +32,7 @@ class Paced(WrapperJudge):
         if self._requests:
             await self._requests.acquire()
         if self._tokens:
-            wanted = float(self.wrapped.worst_case_tokens(question))
+            wanted = float(self.wrapped.quote(question).tokens)
             while wanted > 0:
                 share = min(wanted, self._tokens.max_rate)
                 await self._tokens.acquire(share)

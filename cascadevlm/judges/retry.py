@@ -60,17 +60,7 @@ class Retrying(WrapperJudge):
 
     async def judge(self, question: Question) -> Verdict:
         try:
-            return await self.wrapped.judge(question)  # without tenacity, which takes a tenth of a millisecond to begin
-        except CascadeError as exc:
-            failed = [exc]
-
-        async def ask() -> Verdict:
-            if failed:
-                raise failed.pop()
-            return await self.wrapped.judge(question)
-
-        try:
-            return await patient(attempts=self.attempts, seconds=self.seconds, wait=self.wait)(ask)
+            return await patient(attempts=self.attempts, seconds=self.seconds, wait=self.wait)(self.wrapped.judge, question)
         except RateLimited as exc:
             if exc.retry_after is None or exc.retry_after < self.seconds:
                 raise

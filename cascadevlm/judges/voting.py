@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from cascadevlm.base.errors import BudgetExhausted, FatalError, JudgeError
 from cascadevlm.base.types import Question, Usage, Verdict
-from cascadevlm.judges.base import Judge, WrapperJudge
+from cascadevlm.judges.base import Judge, Quote, WrapperJudge
 
 MOST_REJECTED_TEXT = 4_000
 """How much of a rejected answer, from its end, a judge is shown again, in characters."""
@@ -48,14 +48,8 @@ class Voting(WrapperJudge):
         self.concurrency = -(-wrapped.concurrency // votes)
         self.requests_per_minute = wrapped.requests_per_minute and wrapped.requests_per_minute / votes
 
-    def worst_case(self, question: Question) -> int:
-        return sum(map(self.wrapped.worst_case, self._orders(question)))
-
-    def usual_case(self, question: Question) -> int:
-        return sum(map(self.wrapped.usual_case, self._orders(question)))
-
-    def worst_case_tokens(self, question: Question) -> int:
-        return sum(map(self.wrapped.worst_case_tokens, self._orders(question)))
+    def quote(self, question: Question) -> Quote:
+        return sum(map(self.wrapped.quote, self._orders(question)), Quote())
 
     def _orders(self, question: Question) -> list[Question]:
         shown = question.candidates

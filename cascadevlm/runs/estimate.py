@@ -12,9 +12,9 @@ from scipy.stats import binomtest
 
 from cascadevlm.base.errors import ImageError, InputError
 from cascadevlm.base.images import ImageSource
-from cascadevlm.base.types import NANODOLLARS, Question, Scores
+from cascadevlm.base.types import NANODOLLARS, Scores
 from cascadevlm.cascade.cascade import Cascade
-from cascadevlm.judges.base import Judge
+from cascadevlm.judges.base import Judge, Quote
 from cascadevlm.policies.base import Spending, as_budgeted
 from cascadevlm.scorers.base import Prepared, prepared_or_error, scored_or_errors
 
@@ -82,11 +82,12 @@ def estimate(
             stage.question(prepared.unread, candidates)
             for prepared, candidates in zip(readable, stage.candidates.choose(scores), strict=True)
         ]
-        prices = _usual(judge, questions) if budgeted.policy.by_price else ()
+        quotes = [judge.quote(question) for question in questions]
+        prices = tuple(quote.usual_case / NANODOLLARS for quote in quotes) if budgeted.policy.by_price else ()
         selected = budgeted.policy.select(scores, Spending(prices=prices, gain=stage.gain(scores)))
         escalated = selected & (escalated | cascade.routing)
         priced = escalated if escalated.any() else ~escalated  # where none is asked about, all say what one would cost
-        usual, worst, tokens = _mean_price(judge, list(compress(questions, priced)))
+        usual, worst, tokens = _means(list(compress(quotes, priced)))
         rate = float(escalated.sum() / len(looked_at)) * kept
         interval = binomtest(int(escalated.sum()), len(looked_at)).proportion_ci(method="wilson")
         most = min((limit.most_calls(usual) / total for limit in budgeted.limits), default=1.0)
@@ -128,16 +129,11 @@ def _scored(cascade: Cascade, images: Sequence[ImageSource]) -> tuple[list[Prepa
     return readable, replace(parts[0], log_probs=np.concatenate([part.log_probs for part in parts]))
 
 
-def _usual(judge: Judge, questions: Sequence[Question]) -> tuple[float, ...]:
-    """What each question usually costs, in dollars."""
-    return tuple(judge.usual_case(question) / NANODOLLARS for question in questions)
-
-
-def _mean_price(judge: Judge, questions: Sequence[Question]) -> tuple[float, float, float]:
-    """Of some questions: usual dollars, most dollars, most tokens."""
-    worst = [(judge.worst_case(question) / NANODOLLARS, judge.worst_case_tokens(question)) for question in questions]
-    dollars, tokens = (float(mean) for mean in np.mean(worst, axis=0))
-    return float(np.mean(_usual(judge, questions))), dollars, tokens
+def _means(quotes: Sequence[Quote]) -> tuple[float, float, float]:
+    """The means of usual dollars, worst-case dollars and tokens."""
+    figures = [(quote.usual_case / NANODOLLARS, quote.worst_case / NANODOLLARS, quote.tokens) for quote in quotes]
+    usual, worst, tokens = (float(mean) for mean in np.mean(figures, axis=0))
+    return usual, worst, tokens
 
 
 def _minutes(judge: Judge, calls: int, tokens: float) -> float:

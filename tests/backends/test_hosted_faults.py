@@ -81,7 +81,7 @@ async def test_what_comes_of_a_fault(kind: FaultKind, once: bool, make: Make, mo
             assert (prediction.decided_by == "judge") == (ends_as == "answered")
             assert bool(verdict.error) == (ends_as != "answered")
             stage = Stage(judge=judge, prompt=load_prompt("select"))
-            worst = judge.worst_case(stage.question(noise(1), prediction.candidates))
+            worst = judge.quote(stage.question(noise(1), prediction.candidates)).worst_case
             assert worst > BILL
             assert ledger._spent == sum(worst if amount == WORST else int(amount) for amount in counted)
             assert verdict.usage.dollars == pytest.approx(counted.count(BILL) * BILL / NANODOLLARS)

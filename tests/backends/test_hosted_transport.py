@@ -23,7 +23,8 @@ from cascadevlm.evaluation.evaluate import record_run
 from cascadevlm.judges.budget import Ledger
 from cascadevlm.judges.cache import DiskStore, question_payload
 from cascadevlm.judges.hosted import transport
-from cascadevlm.judges.hosted.base import Client, HostedJudge
+from cascadevlm.judges.hosted.base import HostedJudge
+from cascadevlm.judges.hosted.connection import Client
 from cascadevlm.runs import bulk
 from cascadevlm.testing import noise, question
 from cascadevlm_backends.anthropic import AnthropicJudge

@@ -21,7 +21,7 @@ from cascadevlm.base.errors import BackendError, FatalError, InputError, JudgeEr
 from cascadevlm.base.images import pixel_digest
 from cascadevlm.base.types import NANODOLLARS, Question
 from cascadevlm.cascade.item import OnFailure
-from cascadevlm.judges.base import Judge
+from cascadevlm.judges.base import Judge, Quote
 from cascadevlm.judges.budget import Ledger
 from cascadevlm.judges.cache import DiskStore, MemoryStore, VerdictStore
 from cascadevlm.judges.hosted.base import BatchLimits, HostedJudge
@@ -521,7 +521,7 @@ def worst(one: Bench) -> int:
 
     class Asking(FakeJudge):
         async def judge(self, question):  # type: ignore[no-untyped-def]
-            seen.append(hosted(one.server, one.provider).batch_worst_case(question))
+            seen.append(hosted(one.server, one.provider).quote(question, batch=True).worst_case)
             return await super().judge(question)
 
     one.cascade(ALL, judge=Asking()).classify(IMAGES)
@@ -588,8 +588,8 @@ async def test_a_paid_judge_without_batches_does_not_wait_for_bills(batched_firs
     bill = BILL // 2
 
     class Paid(FakeJudge):
-        def worst_case(self, question: Question) -> int:
-            return bill
+        def quote(self, question: Question) -> Quote:
+            return Quote(worst_case=bill)
 
     images = [noise(seed, (8, 8)) for seed in range(100)]
     async with bench("openai", tmp_path) as one:
@@ -806,7 +806,7 @@ async def test_a_policy_that_spends_goes_by_the_batch_price(tmp_path: Path) -> N
 
         class Asking(FakeJudge):
             async def judge(self, question):  # type: ignore[no-untyped-def]
-                asked.append((judge.usual_case(question), batched.usual_case(question)))
+                asked.append((judge.quote(question).usual_case, batched.quote(question).usual_case))
                 return await super().judge(question)
 
         one.cascade(ALL, judge=Asking()).classify(IMAGES[:1])
