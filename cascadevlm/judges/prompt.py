@@ -124,7 +124,7 @@ def options(question: Question) -> Mapping[str, str]:
     number does so too, the keys are N1, N2 …, then NN1, NN2 …: an answer never means two things.
     """
     names = [label.words for label in question.labels] + [NONE_OF_THESE] * question.offer_none
-    taken = frozenset[str]().union(*(_spellings_of(label)[grade] for label in question.labels for grade in (FOLDED, JOINED_UP)))
+    taken = frozenset[str]().union(*(option[grade] for option in _spellings(question) for grade in (FOLDED, JOINED_UP)))
     for keys in _key_schemes(len(names)):
         if not taken & {fold(key) for key in keys}:
             return dict(zip(keys, names, strict=True))
@@ -347,6 +347,8 @@ def _answer_field(fields: Mapping[str, object]) -> str | None:
 
 def is_json_answer(text: str) -> bool:
     """Whether a text as a whole is a JSON object with an answer, whatever the answer."""
+    if not text.lstrip().startswith("{"):
+        return False
     try:
         value = json.loads(text, strict=False)
     except (ValueError, RecursionError):
@@ -379,7 +381,7 @@ MOST_BESIDE_A_NAME = 200
 def _choice(content: str, question: Question) -> int | None:
     """The position of the option that an answer names, by name before key; None where that is not exactly one."""
     named = one_line(content).strip("*_`")
-    if len(named) > MOST_BESIDE_A_NAME + max(len(name) for spellings in _spellings(question) for name in spellings[EXACT]):
+    if all(len(named) > MOST_BESIDE_A_NAME + len(name) for option in _spellings(question) for name in option[EXACT]):
         return None
     if positions := _named(named, question):
         return positions[0] if len(positions) == 1 else None
@@ -392,46 +394,12 @@ def _choice(content: str, question: Question) -> int | None:
     return None
 
 
-_Spellings: TypeAlias = tuple[frozenset[str], frozenset[str], frozenset[str]]
-"""The names of one option in three grades: `EXACT`, `FOLDED` and `JOINED_UP`."""
-
-EXACT, FOLDED, JOINED_UP = 0, 1, 2
+def _exactly(name: str) -> frozenset[str]:
+    return frozenset({one_line(name)})
 
 
-@once_per_question
-def _spellings(question: Question) -> tuple[_Spellings, ...]:
-    """The names of each option, in the order shown."""
-    return (*map(_spellings_of, question.labels), *[_graded(NONE_OF_THESE)] * question.offer_none)
-
-
-@lru_cache(100_000)  # the labels of a label set come again and again
-def _spellings_of(label: Label) -> _Spellings:
-    whole_line = [f"{label.words}: {label.description}"] if label.description else []
-    return _graded(label.name, label.words, *label.aliases, *whole_line)
-
-
-def _graded(*names: str) -> _Spellings:
-    return (
-        frozenset(map(one_line, names)),
-        frozenset(map(fold, names)),
-        frozenset().union(*map(_joined_up, names)),
-    )
-
-
-def _named(name: str, question: Question) -> list[int]:
-    """The positions of the options with that name, compared as exactly as gives any."""
-    spellings, wanted, folded = _spellings(question), _graded(name), fold(name)
-    is_another = _is_in_label_set(folded, question) and not any(folded in option[FOLDED] for option in spellings)
-    for grade in (EXACT, FOLDED) if is_another else (EXACT, FOLDED, JOINED_UP):
-        if positions := [position for position, option in enumerate(spellings) if wanted[grade] & option[grade]]:
-            return positions
-    if question.offer_none and (is_another or _NO_CANDIDATE.fullmatch(folded)):
-        return [len(question.labels)]
-    return []
-
-
-def _is_in_label_set(folded: str, question: Question) -> bool:
-    return question.label_set is not None and folded in question.label_set.spellings
+def _folded(name: str) -> frozenset[str]:
+    return frozenset({fold(name)})
 
 
 _APOSTROPHE = "['‘’‛ʼ´`′＇]"
@@ -442,6 +410,51 @@ def _joined_up(name: str) -> frozenset[str]:
     """A name without apostrophes, hyphens and spaces, with and without the s of a possessive."""
     forms = {fold(_JOINTS.sub("", re.sub(lost, "", name))) for lost in (_APOSTROPHE, rf"{_APOSTROPHE}s\b|{_APOSTROPHE}")}
     return frozenset(forms - {""})
+
+
+_GRADES = (_exactly, _folded, _joined_up)
+"""The ways to compare names, the most exact first. Two names are equal if their forms have a text in common."""
+
+EXACT, FOLDED, JOINED_UP = range(len(_GRADES))
+
+_Spellings: TypeAlias = tuple[frozenset[str], ...]
+"""The names of one option: for each of `_GRADES`, their forms."""
+
+
+def _spelt(*names: str) -> _Spellings:
+    return tuple(frozenset[str]().union(*map(forms, names)) for forms in _GRADES)
+
+
+_NONE = _spelt(NONE_OF_THESE)
+
+
+@lru_cache(100_000)  # the labels of a label set come again and again
+def _spellings_of(label: Label) -> _Spellings:
+    whole_line = [f"{label.words}: {label.description}"] if label.description else []
+    return _spelt(label.name, label.words, *label.aliases, *whole_line)
+
+
+@once_per_question
+def _spellings(question: Question) -> tuple[_Spellings, ...]:
+    """The names of each option, in the order shown."""
+    return (*map(_spellings_of, question.labels), *[_NONE] * question.offer_none)
+
+
+def _named(name: str, question: Question) -> list[int]:
+    """The positions of the options with that name, compared as exactly as gives any."""
+    spellings, folded = _spellings(question), fold(name)
+    is_another = _is_in_label_set(folded, question) and not any(folded in option[FOLDED] for option in spellings)
+    for grade in (EXACT, FOLDED) if is_another else (EXACT, FOLDED, JOINED_UP):
+        wanted = _GRADES[grade](name)
+        if positions := [position for position, option in enumerate(spellings) if wanted & option[grade]]:
+            return positions
+    if question.offer_none and (is_another or _NO_CANDIDATE.fullmatch(folded)):
+        return [len(question.labels)]
+    return []
+
+
+def _is_in_label_set(folded: str, question: Question) -> bool:
+    return question.label_set is not None and folded in question.label_set.spellings
 
 
 def _agrees(name: str, position: int, question: Question) -> bool:

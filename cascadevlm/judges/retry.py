@@ -60,7 +60,16 @@ class Retrying(WrapperJudge):
 
     async def judge(self, question: Question) -> Verdict:
         try:
-            return await patient(attempts=self.attempts, seconds=self.seconds, wait=self.wait)(self.wrapped.judge, question)
+            return await self.wrapped.judge(question)  # most succeed, and tenacity takes longer to begin than all other wrappers
+        except CascadeError as exc:
+            first = exc
+        try:
+            async for attempt in patient(attempts=self.attempts, seconds=self.seconds, wait=self.wait):
+                with attempt:
+                    if attempt.retry_state.attempt_number == 1:
+                        raise first
+                    return await self.wrapped.judge(question)
+            raise AssertionError("the last attempt returns or raises")
         except RateLimited as exc:
             if exc.retry_after is None or exc.retry_after < self.seconds:
                 raise
