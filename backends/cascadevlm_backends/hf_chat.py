@@ -23,8 +23,9 @@ from scipy.special import softmax
 
 from cascadevlm.base.errors import BackendError, CascadeError, PermanentError
 from cascadevlm.base.types import Question, Usage, Verdict
+from cascadevlm.judges.answers import after_thoughts
 from cascadevlm.judges.base import LocalJudge, verdict_from_text
-from cascadevlm.judges.prompt import Message, after_thoughts, answer_format, options, render
+from cascadevlm.judges.prompt import Message, answer_format, options, render
 from cascadevlm_backends._torch import DtypeName, choose_device, choose_dtype, directory_digest, hide_progress_in_logs
 
 if TYPE_CHECKING:

@@ -19,12 +19,13 @@ from cascadevlm.base.encoding import ImageLimits
 from cascadevlm.base.errors import BackendError, FatalError, JudgeError, PermanentError, RateLimited, TransientError
 from cascadevlm.base.secrets import without_login
 from cascadevlm.base.types import Question, Usage, Verdict
+from cascadevlm.judges.answers import after_thoughts, read_answer
 from cascadevlm.judges.hosted.base import BatchLimits, Form, HostedJudge, PriceOption
 from cascadevlm.judges.hosted.connection import HAS_AIOHTTP
 from cascadevlm.judges.hosted.errors import ErrorResponse
 from cascadevlm.judges.hosted.replies import Reply, answer_schema, believed_usage, choices, normalised, reported, texts_of
 from cascadevlm.judges.hosted.transport import time_limits
-from cascadevlm.judges.prompt import Message, Part, after_thoughts, options, read_answer, render
+from cascadevlm.judges.prompt import Message, Part, options, render
 
 if TYPE_CHECKING:
     import openai

@@ -15,7 +15,7 @@ from pydantic import JsonValue
 from cascadevlm.base.errors import FatalError
 from cascadevlm.base.portable import Live, Portable
 from cascadevlm.base.types import Question, Usage, Verdict
-from cascadevlm.judges.prompt import after_thoughts, read_answer
+from cascadevlm.judges.answers import after_thoughts, read_answer
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,12 +18,13 @@ from cascadevlm.base.errors import BackendError, FatalError, JudgeError, Permane
 from cascadevlm.base.portable import Live
 from cascadevlm.base.secrets import is_address
 from cascadevlm.base.types import NANODOLLARS, Exemplar, Question, Usage, Verdict
+from cascadevlm.judges.answers import concluding_answer, is_json_answer
 from cascadevlm.judges.base import Quote, before_sending, verdict_from_text
 from cascadevlm.judges.hosted.connection import Client, ConnectedJudge
 from cascadevlm.judges.hosted.errors import ErrorResponse, translate
 from cascadevlm.judges.hosted.replies import Reply
 from cascadevlm.judges.pricing import FREE, Price, find_price
-from cascadevlm.judges.prompt import answer_format, concluding_answer, is_json_answer, once_per_question, options, render
+from cascadevlm.judges.prompt import answer_format, once_per_question, options, render
 
 FIXED_TOKENS = 600
 """More tokens than any provider adds for roles, separators, the fixed part of a schema and the instructions of a forced tool."""
