@@ -15,21 +15,29 @@ from cascadevlm.judges.prompt import EXACT, FOLDED, GRADES, JOINED_UP, options, 
 
 @dataclass(frozen=True)
 class Answer:
-    """A judge's text, read: the chosen label, None for "none of these"; and what was said before."""
+    """An answer of a judge.
+
+    Attributes:
+        label: the chosen label. None: "none of these".
+        rationale: the text before the answer.
+    """
 
     label: Label | None
     rationale: str
 
 
 def read_answer(text: str, question: Question) -> Answer | None:
-    """What a text answers; None if it names none of the options, or more than one.
+    """The answer in a text. None if the text names no option, or more than one.
 
-    Only what stands after the model's thoughts counts (see `after_thoughts`). There, the answer is the field ``answer`` of a JSON
-    object, wherever the object stands, and the last line of the form ``ANSWER: …``, or the paragraph below such a line. If both
-    are there, they must agree. A text with neither is an answer if it is a single line. The answer is the key of an option
-    (``B``, ``(B)``), its name or an alias, or both (``B) name``, ``name (B)``). Names are compared exactly, then without case,
-    accents and punctuation, then without apostrophes, hyphens and spaces. Beside a key, a name may also be misspelt. Where "none
-    of these" is an option, the name of a label that was not shown chooses it.
+    Only the text after the model's thoughts counts, see `after_thoughts`. The answer is searched in two places:
+
+    - the field ``answer`` of a JSON object anywhere in the text;
+    - the last line of the form ``ANSWER: …``, or the paragraph below such a line.
+
+    If both exist, they must agree. If none exists, a text of a single line is the answer. The answer is the key of an option
+    (``B``, ``(B)``), its name or alias, or both (``B) name``, ``name (B)``). Names are compared exactly, then without case,
+    accents and punctuation, then without apostrophes, hyphens and spaces. A name next to its key may be misspelt. If "none of
+    these" is an option, the name of a label that was not shown chooses it.
     """
     said = after_thoughts(text, question)
     if said is None:
@@ -54,12 +62,15 @@ _THOUGHTS = re.compile(
     r"|<\|channel\|?>\s*(?:analysis|commentary|thought)|<unused94>",
     re.IGNORECASE,
 )
-"""Tags around a model's thoughts; ``end``, ``ends`` or ``final`` matches in the closing ones."""
+"""Matches tags around a model's thoughts. In a closing tag, one of the groups ``end``, ``ends`` and ``final`` matches."""
 
 
 def after_thoughts(text: str, question: Question) -> str | None:
-    """What stands after the last closing tag of thoughts or, if nothing does, before the first opening one; None if thoughts were
-    begun and not ended. Tags that are part of a name, and those in a text that is JSON as a whole, are ordinary text."""
+    """The text after the last closing tag of thoughts. None if the last opening tag has no closing tag.
+
+    If nothing follows the closing tag, it is the text before the first opening tag. A tag that is part of a name is ordinary
+    text. So are all tags in a text that is JSON as a whole.
+    """
     if is_json_answer(text):
         return text
     tags = [tag for tag in _THOUGHTS.finditer(text) if not _in_a_name(tag[0], question)]
@@ -82,7 +93,7 @@ _MARKERS = re.compile(
     rf"|</{_ANSWER_TAG}>|<[|｜][^<>|｜\s]+[|｜]>|</?s>|<eos>|<end_of_(?:turn|utterance)>|\[/?INST\]|^[^\S\n]*```\w*[^\S\n]*$",
     re.IGNORECASE | re.MULTILINE,
 )
-"""What models and their servers write around an answer."""
+"""Matches markers that models and servers write around an answer."""
 
 
 def _without_markers(text: str, question: Question) -> str:
@@ -104,7 +115,7 @@ _ANSWER_SENTENCE = re.compile(
 
 
 def _statements(text: str, question: Question) -> tuple[list[str], str]:
-    """All that a text gives as its answer, and what it says before."""
+    """All answers in a text, and the text before them."""
     contents: list[str] = []
     rationale: str | None = None
     for start, end, fields in reversed(list(_json_answers(text))):
@@ -126,18 +137,18 @@ def _statements(text: str, question: Question) -> tuple[list[str], str]:
 
 
 def _paragraph(lines: Sequence[str]) -> list[str]:
-    """The first lines that are not empty, up to one that is."""
+    """The first paragraph: leading empty lines are left out, and the next empty line ends it."""
     written = dropwhile(lambda line: not line.strip(), lines)
     return list(takewhile(lambda line: bool(line.strip()), written))
 
 
 MOST_OBJECTS = 1000
-"""How many places of a text are looked at for a JSON object: each failure takes time in proportion to the text."""
+"""The most positions of a text where a JSON object is tried. Each try takes time in proportion to the length of the text."""
 
 
 def _json_answers(text: str) -> Iterator[tuple[int, int, Mapping[str, object]]]:
-    """The JSON objects with a field ``answer``, and where they begin and end."""
-    decoder = json.JSONDecoder(strict=False)  # line breaks in strings are read
+    """The start, the end and the fields of each JSON object that has a field ``answer``."""
+    decoder = json.JSONDecoder(strict=False)  # allows line breaks in strings
     after = 0
     for brace in islice(re.finditer(r'\{\s*"', text), MOST_OBJECTS):
         if brace.start() < after:
@@ -152,7 +163,7 @@ def _json_answers(text: str) -> Iterator[tuple[int, int, Mapping[str, object]]]:
 
 
 def _answer_field(fields: Mapping[str, object]) -> str | None:
-    """What a JSON object gives as its answer: "" if that is no text; None if it has no such field."""
+    """The field ``answer`` of a JSON object. "" if its value is not a text or an integer; None if there is no such field."""
     for name, value in fields.items():
         if fold(name) in ("answer", "final answer"):
             return value if isinstance(value, str) else str(value) if type(value) is int else ""
@@ -160,7 +171,7 @@ def _answer_field(fields: Mapping[str, object]) -> str | None:
 
 
 def is_json_answer(text: str) -> bool:
-    """Whether a text as a whole is a JSON object with an answer, whatever the answer."""
+    """Whether the whole text is a JSON object with a field ``answer``. The answer itself is not checked."""
     if not text.lstrip().startswith("{"):
         return False
     try:
@@ -171,7 +182,7 @@ def is_json_answer(text: str) -> bool:
 
 
 def concluding_answer(thoughts: str) -> str:
-    """The last line of thoughts if it is an ``ANSWER: …`` line or JSON; else "": other lines of thoughts may be wrong ideas."""
+    """The last line of thoughts if it is JSON or has the form ``ANSWER: …``. "" for other lines: they may be rejected ideas."""
     line = next((line for line in reversed(thoughts.splitlines()) if line.strip()), "")
     match = _ANSWER_LINE.fullmatch(line)
     return line if (match and match["content"]) or is_json_answer(line) else ""
@@ -189,11 +200,11 @@ _NO_CANDIDATE = re.compile(
 )
 
 MOST_BESIDE_A_NAME = 200
-"""How much longer than the longest name an answer may be, in characters: longer text is no name, and costly to compare."""
+"""The most characters that an answer may have in addition to the longest name. Longer texts are not compared with names."""
 
 
 def _choice(content: str, question: Question) -> int | None:
-    """The position of the option that an answer names, by name before key; None where that is not exactly one."""
+    """The position of the option that an answer names. None if it is not exactly one. A name has priority over a key."""
     named = one_line(content).strip("*_`")
     if all(len(named) > MOST_BESIDE_A_NAME + len(name) for option in spellings(question) for name in option[EXACT]):
         return None
@@ -209,7 +220,7 @@ def _choice(content: str, question: Question) -> int | None:
 
 
 def _named(name: str, question: Question) -> list[int]:
-    """The positions of the options with that name, compared as exactly as gives any."""
+    """The positions of the options with this name, by the most exact of `GRADES` that finds any."""
     offered, folded = spellings(question), fold(name)
     is_another = _is_in_label_set(folded, question) and not any(folded in option[FOLDED] for option in offered)
     for grade in (EXACT, FOLDED) if is_another else (EXACT, FOLDED, JOINED_UP):
@@ -226,7 +237,7 @@ def _is_in_label_set(folded: str, question: Question) -> bool:
 
 
 def _agrees(name: str, position: int, question: Question) -> bool:
-    """Whether a name beside the key of an option is that option's, rightly spelt or nearly so."""
+    """Whether a name next to the key of an option belongs to this option. Small spelling mistakes are allowed."""
     if positions := _named(name, question):
         return position in positions
     if _is_in_label_set(fold(name), question):
@@ -236,7 +247,7 @@ def _agrees(name: str, position: int, question: Question) -> bool:
 
 
 def _nearly(name: str, other: str) -> bool:
-    """Whether folded names are of words that differ by a slip of the pen: not in the first letter, and not in a number."""
+    """Whether two folded names differ only by small spelling mistakes. First letters and numbers must be equal."""
     words, others = name.split(), other.split()
     return len(words) == len(others) and all(
         word == other or (word[0] == other[0] and word.isalpha() and SequenceMatcher(None, word, other).ratio() >= 0.75)

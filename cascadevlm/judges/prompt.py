@@ -1,8 +1,9 @@
-"""Prompts: templates from text files, their rendering into messages, and the reading of answers.
+"""Prompts: templates from text files, their options, and their rendering into messages.
 
-A template begins with TOML between two ``+++`` lines (``reasoning``, ``max_tokens``); the rest is the text, in which
-``$image``, ``$candidates`` and ``$references`` stand for what a question brings. Names of labels are data: they are put in
-after the template was read, on one line each, so that braces, quotes, dollar signs and line breaks in them mean nothing.
+A template begins with TOML between two lines ``+++``, with the keys ``reasoning`` and ``max_tokens``. The text follows. In the
+text, ``$image``, ``$candidates`` and ``$references`` are replaced by the parts of a question. Names of labels are data. They are
+inserted after the template was parsed, one per line, so that braces, quotes, dollar signs and line breaks in a name have no
+special meaning.
 """
 
 import re
@@ -32,7 +33,11 @@ T = TypeVar("T")
 
 
 def once_per_question(make: Callable[[Question], T]) -> Callable[[Question], T]:
-    """A function of a question whose value is made once and then kept with the question, as `functools.cached_property` does."""
+    """Decorator for a function of a question. Its value is computed once and kept with the question.
+
+    It works like `functools.cached_property` for a function outside of the class. A copy by `dataclasses.replace` starts without
+    values.
+    """
     name = f"{make.__module__}.{make.__qualname__}"
 
     @wraps(make)
@@ -47,7 +52,12 @@ def once_per_question(make: Callable[[Question], T]) -> Callable[[Question], T]:
 
 @dataclass(frozen=True)
 class Message:
-    """One turn: text and images in order, neighbouring texts joined."""
+    """One turn of a conversation.
+
+    Attributes:
+        role: who speaks.
+        parts: texts and images in order. Two texts never follow each other.
+    """
 
     role: Literal["user", "assistant"]
     parts: tuple[Part, ...]
@@ -61,10 +71,15 @@ class _FrontMatter(BaseModel):
 
 
 def parse_template(name: str, source: str, *, required: frozenset[str] = frozenset({"image", "candidates"})) -> Prompt:
-    """Read a template.
+    """Parse a template.
+
+    Args:
+        name: name of the prompt, for records and messages.
+        source: the text of the file.
+        required: the variables that the text must contain.
 
     Raises:
-        PromptError: if its head is missing or wrong, or if a variable is unknown or lacking.
+        PromptError: if the head is missing or wrong, or if a variable is unknown or missing.
     """
     match = re.match(r"\+\+\+\n(.*?\n)\+\+\+\n(.*)", source.replace("\r\n", "\n"), re.DOTALL)
     if not match:
@@ -76,27 +91,28 @@ def parse_template(name: str, source: str, *, required: frozenset[str] = frozens
         raise PromptError(f"Prompt {name!r}, head: {'.'.join(map(str, reason['loc']))} {reason['msg']}.") from exc
     template = string.Template(match[2].strip())
     if not template.is_valid():
-        raise PromptError(f"Prompt {name!r} has a '$' that starts no variable.", hint="Write '$$' for a dollar sign.")
+        raise PromptError(f"Prompt {name!r} has a '$' without a variable.", hint="Write '$$' for a dollar sign.")
     variables = set(template.get_identifiers())
     if unknown := variables - {"image", "candidates", "references"}:
         raise PromptError(
-            f"Prompt {name!r} uses the unknown variable ${min(unknown)}.", hint="Known: $image, $candidates, $references."
+            f"Prompt {name!r} uses the unknown variable ${min(unknown)}.",
+            hint="Variables: $image, $candidates, $references.",
         )
     if missing := required - variables:
-        raise PromptError(f"Prompt {name!r} lacks ${min(missing)}.", hint="The judge would not see it.")
+        raise PromptError(f"Prompt {name!r} lacks ${min(missing)}.", hint=f"Insert ${min(missing)} into the text.")
     return Prompt(name=name, text=template.template, reasoning=head.reasoning, max_tokens=head.max_tokens)
 
 
 def packaged_prompt(package: ModuleType, name: str) -> Prompt:
-    """The template ``<name>.txt`` of a package registered under ``cascadevlm.prompts``."""
+    """The template ``<name>.txt`` of a package that is registered in the entry-point group ``cascadevlm.prompts``."""
     return parse_template(name, (resources.files(package) / f"{name}.txt").read_text(encoding="utf-8"))
 
 
 def read_prompt(path: str | Path) -> Prompt:
-    """A template from a file of the user's own.
+    """A template from a file.
 
     Raises:
-        PromptError: if it cannot be read or is no template.
+        PromptError: if the file cannot be read, or is not a template.
     """
     path = Path(path)
     try:
@@ -122,22 +138,22 @@ def _folded(name: str) -> frozenset[str]:
 
 
 _APOSTROPHE = "['‘’‛ʼ´`′＇]"
-_JOINTS = re.compile(r"(?<!\d)[\s_‐-―−-]+|[\s_‐-―−-]+(?!\d)")  # between digits they tell numbers apart
+_JOINTS = re.compile(r"(?<!\d)[\s_‐-―−-]+|[\s_‐-―−-]+(?!\d)")  # between digits they separate two numbers
 
 
 def _joined_up(name: str) -> frozenset[str]:
-    """A name without apostrophes, hyphens and spaces, with and without the s of a possessive."""
+    """The folded name without apostrophes, hyphens and spaces; also without the s of a possessive."""
     forms = {fold(_JOINTS.sub("", re.sub(lost, "", name))) for lost in (_APOSTROPHE, rf"{_APOSTROPHE}s\b|{_APOSTROPHE}")}
     return frozenset(forms - {""})
 
 
 GRADES = (_exactly, _folded, _joined_up)
-"""The ways to compare names, the most exact first. Two names are equal if their forms have a text in common."""
+"""Three ways to compare names, the most exact first. Each makes a set of forms. Two names are equal if they share a form."""
 
 EXACT, FOLDED, JOINED_UP = range(len(GRADES))
 
 Spellings: TypeAlias = tuple[frozenset[str], ...]
-"""The names of one option: for each of `GRADES`, their forms."""
+"""The forms of all names of one option: one set for each of `GRADES`."""
 
 
 def _spelt(*names: str) -> Spellings:
@@ -147,7 +163,7 @@ def _spelt(*names: str) -> Spellings:
 _NONE = _spelt(NONE_OF_THESE)
 
 
-@lru_cache(100_000)  # the labels of a label set come again and again
+@lru_cache(100_000)  # many questions share labels
 def _spellings_of(label: Label) -> Spellings:
     whole_line = [f"{label.words}: {label.description}"] if label.description else []
     return _spelt(label.name, label.words, *label.aliases, *whole_line)
@@ -161,10 +177,10 @@ def spellings(question: Question) -> tuple[Spellings, ...]:
 
 @once_per_question
 def options(question: Question) -> Mapping[str, str]:
-    """The options offered, in the order shown: key to name, "none of these" last where it is offered.
+    """The options of a question in the order shown: key to name. "None of these" is the last option if it is offered.
 
-    Keys are letters: A to Z, then AA, AB and so on. If a key equals the name of a candidate, the keys are numbers instead; if a
-    number does so too, the keys are N1, N2 …, then NN1, NN2 …: an answer never means two things.
+    Keys are letters: A to Z, then AA, AB and so on. If a key equals a name of a candidate, the keys are numbers instead. If a
+    number equals a name too, the keys are N1, N2 …, then NN1, NN2 …. So an answer never has two meanings.
     """
     names = [label.words for label in question.labels] + [NONE_OF_THESE] * question.offer_none
     taken = frozenset[str]().union(*(option[grade] for option in spellings(question) for grade in (FOLDED, JOINED_UP)))
@@ -186,7 +202,7 @@ def _letters(index: int) -> str:
 
 @once_per_question
 def render(question: Question) -> tuple[Message, ...]:
-    """The conversation to put to a judge: one user turn, or three where an earlier answer named no candidate."""
+    """The conversation of a question: one user turn. A repair question has three turns: question, rejected answer, repair."""
     asked = Message("user", _fill(question.prompt, question))
     if question.rejected is None:
         return (asked,)
@@ -194,7 +210,7 @@ def render(question: Question) -> tuple[Message, ...]:
 
 
 def answer_format(question: Question) -> Prompt:
-    """The template whose ``reasoning`` and ``max_tokens`` hold for the answer now expected."""
+    """The template that decides ``reasoning`` and ``max_tokens`` of the next answer."""
     return question.prompt if question.rejected is None else _repair_prompt()
 
 

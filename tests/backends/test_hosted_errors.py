@@ -230,7 +230,7 @@ THAT_PASS: list[tuple[int, object, str]] = [
     (429, {"error": {"message": "Resource has been exhausted (e.g. check quota).", "status": "RESOURCE_EXHAUSTED"}}, "quota"),
     (429, {"error": {"message": "RateLimitError: Rate limit reached for m."}}, "Rate limit"),
     (400, {"__type": "ThrottlingException", "message": "Too many tokens."}, "Too many"),
-    (200, "<html><head><title>Sign in</title></head></html>", "answered with no JSON: 'Sign in'. Is base_url right?"),
+    (200, "<html><head><title>Sign in</title></head></html>", "is not JSON: 'Sign in'. Check base_url."),
 ]
 OF_THIS_REQUEST: list[tuple[int, object, str]] = [
     (

@@ -753,7 +753,7 @@ async def test_reasoning_items_of_responses_are_no_answer() -> None:
             verdict = await judge.judge(question())
             await judge.disconnect()
         assert verdict.label == label
-        assert label or "nothing but thoughts" in verdict.error
+        assert label or "only thoughts" in verdict.error
 
 
 async def test_a_decision_that_is_an_error_is_judged_by_it() -> None:

@@ -156,7 +156,7 @@ def test_options_are_checked_before_anything_runs(spec: str, options: dict[str, 
 
 def test_an_address_without_a_scheme_is_refused() -> None:
     judge = load_judge("openai:llava", base_url="localhost:8000/v1")
-    with pytest.raises(BackendError, match="no address"):
+    with pytest.raises(BackendError, match="not an address"):
         asyncio.run(judge.prepare())
 
 

@@ -112,7 +112,7 @@ async def test_verdicts_that_are_missing_are_told_to_all(missing: int) -> None:
     judge = Short(batch_size=4)
     answers = asyncio.gather(*(judge.judge(question()) for _ in range(4)), return_exceptions=True)
     for outcome in await asyncio.wait_for(answers, 30):
-        with pytest.raises(FatalError, match=f"'local:test' has {4 - missing} verdicts on 4 questions"):
+        with pytest.raises(FatalError, match=f"'local:test' returned {4 - missing} verdicts for 4 questions"):
             raise outcome  # type: ignore[misc]
 
 

@@ -59,7 +59,7 @@ def test_a_repair_shows_the_judge_its_own_words() -> None:
         ("+++\nreasoning = 1\nmax_tokens = 9\n+++\n$image $candidates", "reasoning"),
         (HEAD + "$image $candidate", "unknown variable $candidate"),
         (HEAD + "$image", "lacks $candidates"),
-        (HEAD + "$image $candidates cost $ 5", "starts no variable"),
+        (HEAD + "$image $candidates cost $ 5", "without a variable"),
     ],
 )
 def test_bad_templates_name_the_fault(source: str, sentence: str) -> None:

@@ -131,16 +131,17 @@ class HostedJudge(ConnectedJudge):
 
     @cached_property
     def price(self) -> Price:
-        """What the model charges: as given, on top of what the table says of the provider's own models; nothing on this machine.
+        """The price of the model.
+
+        The given price replaces values of the price table. The table is valid only for the provider's own endpoint. A model on
+        this machine is free if no price is given.
 
         Raises:
             BackendError: if the price is unknown or wrong.
         """
         if self.endpoint and not is_address(self.endpoint):
-            hint = "Write http://host:port/v1 or https://…, and in a password %2F for '/', %23 for '#', %3F for '?'."
-            raise BackendError(
-                f"The base_url of {self.spec!r} is no address.", hint=hint
-            )  # untold: nobody knows what in it is secret
+            hint = "Write http://host:port/v1 or https://…. In a password, write %2F for '/', %23 for '#' and %3F for '?'."
+            raise BackendError(f"The base_url of {self.spec!r} is not an address.", hint=hint)  # not shown: it may be secret
         if self.given_price is None and self.is_local:
             return FREE
         known = find_price(self.provider, self.model) if self.is_own_endpoint else None
@@ -167,13 +168,13 @@ class HostedJudge(ConnectedJudge):
         return self.price != FREE
 
     def encoded(self, shown: Question | Exemplar) -> EncodedImage:
-        """The image of a question or exemplar as it is sent; encoded at the first call."""
+        """The encoded image of a question or exemplar. The first call encodes it."""
         if self.limits not in shown.encoded:
             shown.encoded[self.limits] = encode_image(shown.image, self.limits)
         return shown.encoded[self.limits]
 
     def sent(self, image: Image.Image, question: Question) -> EncodedImage:
-        """A rendered image of a question, its own or an exemplar's, as it is sent."""
+        """The encoded form of an image in the rendered question: the image of the question or of an exemplar."""
         if image is question.image:
             return self.encoded(question)
         return next(self.encoded(exemplar) for exemplar in question.exemplars if exemplar.image is image)
@@ -189,20 +190,22 @@ class HostedJudge(ConnectedJudge):
     @property
     @abstractmethod
     def schema_is_optional(self) -> bool:
-        """Whether the judge may ask without a schema where the endpoint does not take one."""
+        """Whether the judge may ask without a schema if the endpoint does not accept one."""
 
     @property
     def form(self) -> Form:
-        """The form of requests, as far as it is known what the endpoint takes."""
+        """The form of the next request: the form that the endpoint accepted, or the first form."""
         return self._form or self.first_form
 
     @abstractmethod
     async def reply(self, question: Question, form: Form) -> Reply:
-        """What the model replies to a question."""
+        """Send one request for a question, and return the reply."""
 
     async def ask_as_taken(self, question: Question) -> Verdict:
-        """The verdict on a question, asked in a form that the endpoint takes. The first question finds the form out; for
-        `FIRST_ALONE_SECONDS` at most, others wait for it."""
+        """The verdict on a question, asked in a form that the endpoint accepts.
+
+        The first question finds this form. The other questions wait for it, at most `FIRST_ALONE_SECONDS`.
+        """
         loop = asyncio.get_running_loop()
         first = self._first
         if first is None and not self._found_out:
@@ -210,7 +213,7 @@ class HostedJudge(ConnectedJudge):
         if first is not None and first.get_loop() is loop:
             with before_sending():
                 await asyncio.wait([first])
-            if fatal := first.result():  # what stopped the first question would stop this one
+            if fatal := first.result():  # the same error would stop this question
                 raise fatal
         return await self._adapt(question)
 
@@ -239,7 +242,7 @@ class HostedJudge(ConnectedJudge):
             try:
                 verdict = await self.ask(self.reply(question, form), question)
             except JudgeError as exc:
-                other = None if exc.may_be_billed else self.other_form(form, exc)  # all requests go by one reservation
+                other = None if exc.may_be_billed else self.other_form(form, exc)  # one reservation covers all requests
                 if other is None or other in tried:
                     raise
                 form = other
@@ -248,13 +251,16 @@ class HostedJudge(ConnectedJudge):
                 return verdict
 
     def other_form(self, form: Form, error: JudgeError) -> Form | None:
-        """The form to ask in after an error that was not billed; None where another form would not help."""
+        """The form to try after an error that was not billed. None if another form would not help."""
         names_schema = not isinstance(error, RateLimited) and NAMES_SCHEMA.search(str(error))
         return replace(form, schema=False) if names_schema and self.schema_is_optional else None
 
     def _learn(self, form: Form, verdict: Verdict) -> None:
-        """Keep to a form that got an answer. An endpoint that answers with something else than JSON takes no notice of a schema;
-        an answer that is empty, refused or cut off does not tell. A schema that worked once is only left out where it must be."""
+        """Remember a form that got an answer.
+
+        An endpoint that answers a schema with other text than JSON ignores the schema. An empty, refused or cut-off answer proves
+        nothing. After a schema worked once, requests keep the schema.
+        """
         if form.schema and verdict.outcome not in ("refused", "failed") and verdict.text.strip():
             self._schema_works = self._schema_works or is_json_answer(verdict.text)
             form = replace(form, schema=self._schema_works or not self.schema_is_optional)
@@ -262,7 +268,7 @@ class HostedJudge(ConnectedJudge):
             self._form = form
 
     async def ask(self, request: Awaitable[Reply], question: Question) -> Verdict:
-        """The verdict of one request, timed."""
+        """The verdict of one request. Its usage holds the seconds that the request took."""
         began = time.perf_counter()
         try:
             async with asyncio.timeout(self.timeout):
@@ -275,10 +281,10 @@ class HostedJudge(ConnectedJudge):
         return replace(verdict, usage=replace(verdict.usage, seconds=time.perf_counter() - began))
 
     def read_row(self, row: JsonValue, question: Question) -> Verdict:
-        """The verdict of a row of a batch's results.
+        """The verdict for a row of a batch's results.
 
         Raises:
-            JudgeError: what the row says instead of an answer.
+            JudgeError: if the row holds an error in place of an answer.
         """
         try:
             return self.read(self.of_batch_row(row, question), question, batch=True)
@@ -289,26 +295,29 @@ class HostedJudge(ConnectedJudge):
             raise error from None
 
     def _refused(self, error: Refused) -> Verdict:
-        """The verdict that an error response amounts to which concerns one image; such a response is not billed."""
+        """The verdict for an error response that concerns one image. Such a response is not billed."""
         return Verdict(outcome="refused", error=str(error), judge=self.spec, usage=Usage(requests=1))
 
     def read(self, reply: Reply, question: Question, *, batch: bool = False) -> Verdict:
-        """The verdict a reply amounts to; refusals and answers cut off are no reason to ask again."""
+        """The verdict for a reply. Refusals and cut-off answers become verdicts, because asking again would not help."""
         used, bill = self._bill(reply.usage, question, batch=batch)
         usage = replace(used, dollars=bill / NANODOLLARS, requests=1)
         if reply.refusal is not None:
             return Verdict(outcome="refused", text=reply.text, error=reply.refusal, judge=self.spec, usage=usage)
         if reply.cut_off:
-            error = f"The answer was cut off at {self.output_limit(question)} tokens; raise max_tokens."
+            error = f"The answer was cut off at {self.output_limit(question)} tokens. Raise max_tokens."
             return Verdict(outcome="failed", text=reply.text, error=error, judge=self.spec, usage=usage)
         text = reply.text if reply.text.strip() else concluding_answer(reply.thoughts)
         if not text.strip() and reply.thoughts.strip():
-            error = "The answer is empty: the endpoint gave nothing but thoughts, which do not end in an answer."
+            error = "The answer is empty: the response holds only thoughts, and they do not end in an answer."
             return Verdict(outcome="unparsed", error=error, judge=self.spec, usage=usage)
         return verdict_from_text(text, question, judge=self.spec, usage=usage, probabilities=reply.probabilities)
 
     def _bill(self, usage: Usage | None, question: Question, *, batch: bool) -> tuple[Usage, int]:
-        """What a request used, and its bill in nanodollars: as the endpoint says, at most the worst case."""
+        """The usage of a request and its cost in nanodollars.
+
+        The usage that the endpoint reports counts if its cost is at most the worst case. If not, the worst case counts.
+        """
         input_tokens, output_tokens = self.most_tokens(question)
         worst = self.price.worst_case(input_tokens, output_tokens, batch=batch)
         if usage is not None and (bill := self.price.nanodollars(usage, batch=batch)) <= worst:
@@ -316,25 +325,29 @@ class HostedJudge(ConnectedJudge):
         return Usage(input_tokens=input_tokens, output_tokens=output_tokens) if self.costs_money else Usage(), worst
 
     def output_limit(self, question: Question) -> int:
-        """The most tokens an answer may have: the prompt's, the longest name's and, for models that have any, its thoughts."""
+        """The most tokens of an answer: ``max_tokens``. Default: the tokens of the prompt's answer and of the longest name, and
+        `REASONING_TOKENS` for models that think."""
         if self.max_tokens is not None:
             return self.max_tokens
         name = max(len(name.encode()) for name in options(question).values()) // USUAL_BYTES_PER_TOKEN
         return answer_format(question).max_tokens + name + (REASONING_TOKENS if self.price.reasons else 0)
 
     def _sent_sizes(self, question: Question) -> list[tuple[int, int]]:
-        """Of all images, as they are sent or, if they were not encoded yet, as they are within the limits: their bytes may make
-        them shrink further, but not grow."""
+        """Width and height of all images as they are sent, in pixels.
+
+        For an image that is not encoded yet, it is the size within the limits. Encoding may shrink the image further, but cannot
+        enlarge it.
+        """
         shown: tuple[Question | Exemplar, ...] = (question, *question.exemplars)
         return [self._sent_size(each) for each in shown]
 
     def _sent_size(self, shown: Question | Exemplar) -> tuple[int, int]:
-        """In a worker of a cluster only what was encoded tells the size: the pixels stay behind."""
+        # A worker of a cluster gets encoded images without their pixels.
         encoded = shown.encoded.get(self.limits)
         return (encoded.width, encoded.height) if encoded else size_within(shown.image.size, self.limits)
 
     def most_tokens(self, question: Question) -> tuple[int, int]:
-        """The most tokens that a request can take, in and out. No tokenizer makes more tokens of a text than it has bytes."""
+        """The most input tokens and the most output tokens of a request. A text never has more tokens than bytes."""
         least = UNKNOWN_SMALL_IMAGE_TOKENS if self.price.image is None else 0
         images = sum(max(self._image_tokens(size), least) for size in self._sent_sizes(question))
         return input_bytes(question) + images + FIXED_TOKENS, self.output_limit(question)
@@ -348,7 +361,7 @@ class HostedJudge(ConnectedJudge):
         input_tokens, output_tokens = self.most_tokens(question)
         limit = self.price.input_limit
         if limit is not None and input_tokens > limit:
-            raise PermanentError(f"The question may take {input_tokens} tokens, and the price is known up to {limit}.")
+            raise PermanentError(f"The question may take {input_tokens} tokens, but the price is known up to {limit} tokens.")
         usual = Usage(
             input_tokens=input_bytes(question) // USUAL_BYTES_PER_TOKEN
             + sum(map(self._image_tokens, self._sent_sizes(question))),
@@ -368,29 +381,29 @@ class HostedJudge(ConnectedJudge):
 
     @abstractmethod
     def batch_row(self, key: str, question: Question) -> JsonValue:
-        """A question as the batch API takes it, under ``key``."""
+        """The row of a question in a batch. The result of the question has the same ``key``."""
 
     @abstractmethod
     async def submit_batch(self, rows: Path, token: str) -> str:
-        """Submit a file of rows, one JSON object a line; returns the batch's id. ``token`` is how `find_batch` will know it."""
+        """Submit a file of rows, one JSON object per line, and return the id of the batch. `find_batch` finds it by ``token``."""
 
     @abstractmethod
     async def find_batch(self, token: str) -> str | None:
-        """The id of a batch that was submitted before, if it was."""
+        """The id of the batch that was submitted with this token. None if there is none."""
 
     @abstractmethod
     async def batch_results(self, batch_id: str) -> Mapping[str, JsonValue] | None:
-        """What came back, by key; None while the batch runs. Rows without an answer may be missing.
+        """The rows of a batch's results by their keys. None while the batch runs. Rows without an answer may be missing.
 
         Raises:
-            PermanentError: if the provider refused the batch as a whole.
+            PermanentError: if the provider refused the whole batch.
         """
 
     @abstractmethod
     def of_batch_row(self, row: JsonValue, question: Question) -> Reply:
-        """A row of results, read.
+        """The reply in a row of results.
 
         Raises:
-            ErrorResponse: what it says instead of an answer.
-            JudgeError: if it says nothing.
+            ErrorResponse: if the row holds an error response.
+            JudgeError: if the row holds no response.
         """

@@ -122,15 +122,15 @@ class ConnectedJudge(Judge):
             raise BackendError(f"{self.spec!r} needs a key.", hint=f"Set the environment variable {self.api_key_env}.")
         if stray := re.search(r"^\s|[^ -~]|\s$", key):
             raise BackendError(
-                f"The key of {self.spec!r} holds {stray[0]!r} at position {stray.start() + 1} of {len(key)}, which no key does.",
-                hint=f"Set {self.api_key_env} without spaces around it, line breaks and typographic quotes.",
+                f"The key of {self.spec!r} has {stray[0]!r} at position {stray.start() + 1} of {len(key)}.",
+                hint=f"Set {self.api_key_env} without line breaks, typographic quotes, and spaces around the key.",
             )
         return key
 
     def __getstate__(self) -> dict[str, object]:
         if self.client is not None:
             raise BackendError(
-                f"{self.spec!r} has a client of its own, which cannot be copied.", hint="Give base_url and headers instead."
+                f"{self.spec!r} has a client that cannot be copied.", hint="Give base_url and headers in place of client."
             )
         return super().__getstate__()
 
