@@ -717,7 +717,7 @@ async def test_votes_come_in_batches_too(provider: Provider, tmp_path: Path) -> 
 async def test_decisions_have_no_batches(tmp_path: Path) -> None:
     async with bench("openai", tmp_path) as one:
         judge = OpenAIJudge("gpt-4o", base_url=one.server.openai_url, price=PRICE, mode="decision")
-        with pytest.raises(BackendError, match="has no batches of decisions"):
+        with pytest.raises(BackendError, match="has no batch API in mode 'decision'"):
             await one.run(one.cascade(ALL, judge=judge))
         assert one.files == []
         assert one.ledger.reserved_dollars == 0
