@@ -44,8 +44,8 @@ class AnthropicJudge(HostedJudge):
         model: name of the model at Anthropic.
         structured: how the answer is restricted to the candidates. ``"schema"``: by a JSON schema, which is left out if the model
             rejects it. ``"tool"``: by a forced tool call, which models that always think reject. ``"none"``: not at all.
-        thinking: ``"adaptive"``, ``"disabled"``, or the most tokens of thoughts (for models with a thinking budget). Default: that
-            of the model.
+        thinking: ``"adaptive"``, ``"disabled"``, or a number of tokens for models with a thinking budget. Default: that of the
+            model.
         effort: how much the model thinks. Default: that of the model.
         cache_prompt: mark the reference images for the provider's prompt cache. Use it if many questions show the same images.
         base_url: address of the server. Default: Anthropic's own.
