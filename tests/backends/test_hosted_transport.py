@@ -162,7 +162,7 @@ async def test_a_compressed_answer_is_read(encoding: str | None) -> None:
         judge = load_judge("openai:any", base_url=url, structured=False)
         assert isinstance(judge, HostedJudge)
         if encoding == "br":
-            with pytest.raises(TransientError, match="the encoding 'br', not asked for"):
+            with pytest.raises(TransientError, match="the encoding 'br', not in gzip"):
                 await asked(judge)
         else:
             assert getattr(await asked(judge), "label") == "blue finch"  # noqa: B009

@@ -38,7 +38,7 @@ async def test_so_many_failures_in_a_row_are_an_outage(concurrency: int, most: i
         with pytest.raises(TransientError):
             await judge.judge(question())
         assert len(judge.wrapped.questions) == number  # type: ignore[attr-defined]
-    with pytest.raises(FatalError, match=rf"does not answer: the last {most} questions failed .* refused\. What was answered"):
+    with pytest.raises(FatalError, match=rf"does not answer\. The last {most} questions failed .* refused\. The answers so far"):
         await judge.judge(question())
 
 
