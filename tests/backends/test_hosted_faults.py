@@ -189,7 +189,7 @@ def test_a_malformed_key_is_told_at_once(key: str, make: Make, monkeypatch: pyte
         monkeypatch.setenv(name, key)
     with (
         JudgeServer() as server,
-        pytest.raises(BackendError, match=r"The key of .* holds .*_API_KEY without line breaks") as caught,
+        pytest.raises(BackendError, match=r"The key of .* has .*_API_KEY without line breaks") as caught,
     ):
         cascade(make(server)).classify(images(3))
     assert server.requests == []

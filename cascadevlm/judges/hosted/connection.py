@@ -122,7 +122,7 @@ class ConnectedJudge(Judge):
             raise BackendError(f"{self.spec!r} needs a key.", hint=f"Set the environment variable {self.api_key_env}.")
         if stray := re.search(r"^\s|[^ -~]|\s$", key):
             raise BackendError(
-                f"The key of {self.spec!r} has {stray[0]!r} at position {stray.start() + 1} of {len(key)}.",
+                f"The key of {self.spec!r} has the invalid character {stray[0]!r} at position {stray.start() + 1} of {len(key)}.",
                 hint=f"Set {self.api_key_env} without line breaks, typographic quotes, and spaces around the key.",
             )
         return key
