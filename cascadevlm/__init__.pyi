@@ -25,7 +25,7 @@ from .config.loading import load_judge, load_prompt, load_scorer
 from .evaluation.calibrating.calibrate import calibrate
 from .evaluation.calibrating.recipe import Recipe
 from .evaluation.calibrating.targets import Target
-from .judges.base import Judge, LocalJudge
+from .judges.base import Judge, LocalJudge, Quote
 from .policies.base import Policy, Spending
 from .policies.language import parse_policy
 from .scorers.base import EmbeddingScorer, Scorer
@@ -58,6 +58,7 @@ __all__ = [
     "Prompt",
     "PromptError",
     "Question",
+    "Quote",
     "RateLimited",
     "Recipe",
     "RunError",

@@ -20,6 +20,7 @@ from cascadevlm.decision import shares
 from cascadevlm.decision.judge_model import JudgeModel
 from cascadevlm.decision.scorer_calibration import Floats
 from cascadevlm.decision.shares import MEMORY, PERIOD, Following, Seen, Shares
+from cascadevlm.judges.base import Quote
 from cascadevlm.runs import bulk
 from cascadevlm.runs.inputs import Named
 from cascadevlm.testing import FakeJudge, FakeScorer, noise
@@ -163,8 +164,8 @@ def test_a_calibration_is_applied_to_scores_as_they_come_and_refuses_others() ->
 class Paid(Jittery):
     """A judge that is paid."""
 
-    def usual_case(self, question: Question) -> int:
-        return NANODOLLARS // 100
+    def quote(self, question: Question) -> Quote:
+        return Quote(usual_case=NANODOLLARS // 100)
 
 
 @pytest.mark.parametrize(

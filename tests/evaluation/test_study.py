@@ -32,6 +32,7 @@ from cascadevlm.evaluation.study import (
     study_shots,
     study_threshold,
 )
+from cascadevlm.judges.base import Quote
 from cascadevlm.judges.budget import Ledger
 from cascadevlm.judges.cache import DiskStore, MemoryStore, key_of, question_payload
 from cascadevlm.policies.measures import entropy
@@ -394,8 +395,8 @@ def test_a_study_is_of_one_judge(data: Data) -> None:
 class Priced(FakeJudge):
     """Costs a cent a question, and says so before."""
 
-    def worst_case(self, question: Question) -> int:
-        return 10_000_000
+    def quote(self, question: Question) -> Quote:
+        return Quote(worst_case=10_000_000)
 
 
 def test_a_study_that_the_budget_does_not_suffice_for_has_no_figures(data: Data) -> None:

@@ -36,6 +36,7 @@ from cascadevlm.evaluation.report.cases import MOST_CASES, MOST_IN_ALL, UNASKED,
 from cascadevlm.evaluation.report.unlabelled import SURE
 from cascadevlm.evaluation.results import read_studies
 from cascadevlm.evaluation.sweep import under
+from cascadevlm.judges.base import Quote
 from cascadevlm.judges.budget import Ledger
 from cascadevlm.policies.rules import EntropyAbove
 from cascadevlm.runs import bulk
@@ -589,8 +590,8 @@ class Paid(FakeJudge):
     def __init__(self) -> None:
         super().__init__(reply=reply, dollars=0.25)
 
-    def worst_case(self, question: Question) -> int:
-        return 250_000_000
+    def quote(self, question: Question) -> Quote:
+        return Quote(worst_case=250_000_000)
 
 
 def run_bulk(folder: Path, inputs: Inputs, *, count: int = 99, on_failure: OnFailure = "abstain") -> list[dict[str, Any]]:
