@@ -23,7 +23,10 @@ from .cascade.cascade import Cascade
 from .cascade.observer import Observer
 from .cascade.stage import Stage
 from .config.loading import load_judge, load_prompt, load_scorer
-from .judges.base import Judge, LocalJudge
+from .evaluation.calibrating.calibrate import calibrate
+from .evaluation.calibrating.recipe import Recipe
+from .evaluation.calibrating.targets import Target
+from .judges.base import Judge, LocalJudge, Quote
 from .policies.base import Policy, Spending
 from .policies.language import parse_policy
 from .scorers.base import EmbeddingScorer, Scorer
@@ -57,16 +60,20 @@ __all__ = [
     "Prompt",
     "PromptError",
     "Question",
+    "Quote",
     "RateLimited",
+    "Recipe",
     "RunError",
     "Scorer",
     "Scores",
     "Spending",
     "Stage",
+    "Target",
     "TopK",
     "TransientError",
     "Usage",
     "Verdict",
+    "calibrate",
     "load_judge",
     "load_prompt",
     "load_scorer",

@@ -22,7 +22,7 @@ from cascadevlm.evaluation.record import Record, read_record, read_verdicts
 from cascadevlm.judges.base import Judge
 from cascadevlm.judges.cache import key_of
 from cascadevlm.runs.lines import Asked
-from cascadevlm.scorers.base import Scorer, texts_part
+from cascadevlm.scorers.base import Scorer
 
 MOST_MISSING = 8
 """A replay stops when this many more questions had no answer than had one: the record is then of other questions."""
@@ -43,7 +43,7 @@ class RecordedScorer(Scorer):
     def score(self, images: Sequence[Image.Image], labels: LabelSet) -> Scores:
         rows = [self._row(pixel_digest(image), labels) for image in images]
         fingerprint = self._record.scores.fingerprint if rows else ""
-        if "|texts=" in fingerprint and texts_part(labels) not in fingerprint.split("|"):
+        if "|texts=" in fingerprint and labels.texts_part not in fingerprint.split("|"):
             raise BackendError(
                 f"Record {str(self.path)!r} has scores of these labels with other texts.",
                 hint="Give the labels with the texts it was recorded with.",

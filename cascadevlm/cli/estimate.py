@@ -16,15 +16,18 @@ if TYPE_CHECKING:
 
 @options.grouped()
 def estimate(
-    paths: Annotated[list[Path], typer.Argument(metavar="PATH…", help="Image files and folders of them, or what run takes.")],
+    paths: Annotated[
+        list[Path], typer.Argument(metavar="PATH…", help="Image files, folders with images, or one list of images as for run.")
+    ],
     given: options.CascadeOptions,
-    sample: Annotated[int, typer.Option(min=1, help="How many images to score for it.")] = 200,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON array, an object for each stage.")] = False,
+    sample: Annotated[int, typer.Option(min=1, help="Number of images to score for the estimate.")] = 200,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON array with one object per stage.")] = False,
 ) -> None:
-    """Say what classifying images would take: calls, dollars and minutes. No judge is asked."""
+    """Estimate the number of questions, the cost and the time of classifying images. No judge is asked."""
     from rich.console import Console
     from rich.table import Table
 
+    from cascadevlm.base.errors import InputError
     from cascadevlm.runs.estimate import estimate as estimated
     from cascadevlm.runs.inputs import LISTS, Inputs
 
@@ -35,13 +38,15 @@ def estimate(
     if len(paths) == 1 and (paths[0].is_dir() or paths[0].suffix.lower() in LISTS):
         images, total = Inputs(paths[0]).sample(sample)
     else:
+        if lists := [path for path in paths if path.suffix.lower() in LISTS]:
+            raise InputError(f"{str(lists[0])!r} is a list of images, and it is not the only path.", hint="Give the list alone.")
         images = options.image_files(paths)
         total = len(images)
     estimates = estimated(cascade, images, total=total, sample=sample)
     if as_json:
         typer.echo(json.dumps([asdict(each) for each in estimates]))
         return
-    table = Table("judge", "escalated", "calls", "dollars", "minutes", box=None, header_style="bold")
+    table = Table("judge", "escalated", "questions", "dollars", "minutes", box=None, header_style="bold")
     for each in estimates:
         low, high = each.deferral_range
         cheap, dear = each.dollars_range
@@ -50,8 +55,8 @@ def estimate(
             f"{each.deferral_rate:.0%} ({low:.0%} to {high:.0%})",
             str(each.calls),
             f"{each.dollars:.2f} ({cheap:.2f} to {dear:.2f})",
-            f"{each.minutes:.0f}" if each.minutes else "as fast as this machine",
+            f"{each.minutes:.0f}" if each.minutes else "depends on this machine",
         )
     console = Console(highlight=False)
-    console.print(f"{total} images, by a sample of {sample} of them at most.")
+    console.print(f"{total} images. The estimate uses a random sample of at most {sample} of them.")
     console.print(table)

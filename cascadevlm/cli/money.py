@@ -1,4 +1,4 @@
-"""Asking before money is spent."""
+"""Asks the user before money is spent."""
 
 import sys
 from collections.abc import Sequence
@@ -14,28 +14,34 @@ from cascadevlm.runs.estimate import SAMPLE, estimate
 from cascadevlm.runs.inputs import Inputs
 
 
-def confirm(config: Config, cascade: Cascade, images: Sequence[ImageSource] | Inputs) -> None:
-    """Ask, where the run may cost more than the configuration lets pass.
+def confirm(config: Config, cascade: Cascade, images: Sequence[ImageSource] | Inputs, left: int | None = None) -> None:
+    """Ask the user, if the run may cost more than the configuration's ``budget.ask_above_usd``.
+
+    Args:
+        config: of the cascade.
+        cascade: what will classify.
+        images: all images of the run.
+        left: number of these images that have no prediction yet. Default: all.
 
     Raises:
-        InputError: if there is nobody to ask.
-        BackendError: if a judge cannot work at all, before anything is read.
+        InputError: if the user would have to be asked, and the input is not a terminal.
+        BackendError: if a judge with a price cannot work, for example without an API key. This is checked first.
     """
     limit, cap = config.budget.ask_above_usd, config.budget.usd
     paid = [stage.judge for stage in cascade.stages if stage.judge.costs_money]
     for judge in paid:
         loop.run(judge.prepare())
         loop.run(judge.aclose())
-    if not paid or (cap is not None and cap <= limit):
+    if not paid or left == 0 or (cap is not None and cap <= limit):
         return
     sample, total = images.sample(SAMPLE) if isinstance(images, Inputs) else (images, len(images))
-    estimates = estimate(cascade, sample, total=total)
+    estimates = estimate(cascade, sample, total=total if left is None else left)
     usual, most = sum(each.dollars for each in estimates), sum(each.dollars_range[1] for each in estimates)
     most = most if cap is None else min(most, cap)
     if most <= limit:
         return
     calls = sum(each.calls for each in estimates)
-    message = f"About {calls} questions to hosted judges, ${usual:.2f}, up to about ${most:.2f}."
+    message = f"This run asks hosted judges about {calls} questions, for about ${usual:.2f}, and at most about ${most:.2f}."
     if not sys.stdin.isatty():
-        raise InputError(message, hint=f"Give --yes to go on, or a cap that needs no question: --set budget.usd={limit:g}.")
-    typer.confirm(f"{message} Go on?", abort=True, err=True)
+        raise InputError(message, hint=f"Add --yes to continue, or a cap that needs no confirmation: --set budget.usd={limit:g}.")
+    typer.confirm(f"{message} Continue?", abort=True, err=True)

@@ -1,4 +1,4 @@
-"""Several cascades over the same labelled images: models are loaded once, images scored once, and no question is put twice."""
+"""Runs several cascades over the same labelled images. Models, scores and answers are shared."""
 
 import tempfile
 from collections import defaultdict
@@ -26,7 +26,7 @@ ANSWERS = ".verdicts"
 
 
 def sharing(cascades: Mapping[str, Cascade], configs: Mapping[str, Config]) -> dict[str, Cascade]:
-    """The cascades with equal models loaded once, and the first cascade's store of verdicts."""
+    """The cascades with shared models and the first cascade's store of verdicts."""
     store = next((cascade.store for cascade in cascades.values()), None)
     scorers: dict[str, Scorer] = {}
     judges: dict[str, Judge] = {}
@@ -53,19 +53,20 @@ def record_runs(
 ) -> dict[str, Record]:
     """Run every cascade over its labelled images.
 
-    Cascades with the same scorer and labels score the images once; the others replay the scores. A record of more than 1,000
-    labels does not hold all scores; then every cascade scores. Cascades with the same ledger keep to its cap together.
+    If several cascades have the same scorer and labels, only the first scores the images. The others use the recorded scores. A
+    record with more than 1,000 labels does not contain all scores, so every cascade scores the images then. Cascades with the
+    same ledger share its cap.
 
     Args:
-        cascades: by name; `sharing` makes them share models.
-        data: the images of each.
-        configs: what each cascade was built from, to be kept in its record.
-        folder: for the records, each in a folder of its name; what an earlier session wrote there stays. None: the records are
+        cascades: the cascades by name. `sharing` makes them share models.
+        data: the images of each cascade, by its name.
+        configs: the configuration of each cascade, by its name. It is written to the record.
+        folder: folder for the records, one subfolder per name; what an earlier session wrote there stays. None: the records are
             not kept.
         progress: called after every prediction.
 
     Raises:
-        DataError: if the folder of a record is in use or is of another run.
+        DataError: if the folder of a record is in use, or belongs to another run.
     """
     scored: dict[tuple[int, LabelSet], Path] = {}
     spent: defaultdict[int, float] = defaultdict(float)

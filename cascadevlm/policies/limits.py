@@ -1,8 +1,9 @@
-"""Limits on calls and dollars, spent on the best of the images that a policy selects over a whole run.
+"""Limits on calls and dollars. A limit is spent on the best of the images that a policy selects over a whole run.
 
-Over a single batch a limit is exact. If more images are to come, a batch gets its fair share: the images above the quantile of
-the latest images that leaves as large a share, of calls or of dollars, as is left for the rest of the run. If the number of
-images is not known, a limit is spent as the images come.
+The last batch may spend all that is left of the limit. An earlier batch gets a share. Let s be the calls (or dollars) left,
+divided by the calls (or dollars) that all images of this batch and of later batches would need. The batch escalates those of its
+images that are among the best share s of the latest images. If the number of images is unknown, each batch may spend all that is
+left.
 """
 
 import math
@@ -16,12 +17,12 @@ from cascadevlm.policies.base import Limit, Selection, Spending, number, require
 from cascadevlm.policies.measures import Values
 
 HALF = 0.5 / NANODOLLARS
-"""Half of the smallest price, in dollars: sums of prices are exact to this amount."""
+"""Half of the smallest price, in US dollars. Sums of prices are exact to this amount."""
 
 
 @dataclass(frozen=True)
 class WithinCalls(Limit):
-    """``calls <= N``: at most N questions."""
+    """``calls <= N``: at most N questions in a run."""
 
     calls: int
 
@@ -41,10 +42,11 @@ class WithinCalls(Limit):
 
 @dataclass(frozen=True)
 class WithinDollars(Limit):
-    """``dollars <= X``: questions for at most X dollars. If images are ranked by gain, the highest gain per dollar comes first.
+    """``dollars <= X``: questions for at most X US dollars in a run.
 
-    Images to come are counted at the mean price so far. Prices are expectations; the ledger of the run enforces what is really
-    spent. Judges that cost nothing are not limited.
+    If images are ordered by gain, the highest gain per dollar comes first. The price of a later image is estimated by the mean
+    price so far. All prices are expected prices; the run's ledger limits the money that is really spent. A judge that costs
+    nothing is not limited.
     """
 
     by_price = True
@@ -52,7 +54,7 @@ class WithinDollars(Limit):
 
     def __post_init__(self) -> None:
         if not 0 <= self.dollars < math.inf:
-            raise PolicyError(f"dollars takes an amount from 0 on, not {self.dollars!r}.")
+            raise PolicyError(f"dollars must be an amount of at least 0, not {self.dollars!r}.")
 
     def most_calls(self, price: float) -> float:
         return self.dollars / price if price else math.inf
@@ -73,15 +75,21 @@ class WithinDollars(Limit):
 
 
 def _shared_out(wanted: Selection, ranked: Values, costs: Values, *, left: float, to_come: float, surely: float) -> Selection:
-    """Boolean mask (N,) of the wanted images that are asked about now.
+    """Select the wanted images that are escalated in this batch.
 
-    A batch spends what it is entitled to, and at least what could not be spent later. Images that cost more than is left are
-    passed over.
+    A batch spends its share of the limit, and at least the amount that later images could not spend. An image that costs more
+    than the amount left is skipped.
 
     Args:
-        left: what may be spent from now on.
-        to_come: expected cost of all images to come.
-        surely: what all images to come cost at least.
+        wanted: ``(N,) bool``, True for each image that the policy selects.
+        ranked: ``(M + N,) float``, values of M remembered images, then of the N images.
+        costs: ``(M + N,) float``, costs of the same images, in calls or US dollars.
+        left: the amount that the limit still allows.
+        to_come: expected cost of all later images.
+        surely: minimum cost of all later images.
+
+    Returns:
+        ``(N,) bool``: True for each image that is escalated now.
     """
     own, cost = ranked[-len(wanted) :], costs[-len(wanted) :]
     entitled = _entitled(ranked, costs, len(wanted), left / max(cost.sum() + to_come, HALF))
@@ -96,8 +104,10 @@ def _shared_out(wanted: Selection, ranked: Values, costs: Values, *, left: float
 
 
 def _entitled(ranked: Values, costs: Values, batch: int, share: float) -> float:
-    """Cost of the images of a batch, the last ones, that are among the best ``share`` of all. If several images are equal at the
-    border, the same part of each counts."""
+    """The cost of the images of a batch that are among the best ``share`` of all images. The last ``batch`` images are the batch.
+
+    If several images have the value at the boundary, an equal part of each image is counted.
+    """
     best_first = np.argsort(-ranked, kind="stable")
     reached = np.cumsum(costs[best_first])
     reach = min(share, 1) * reached[-1]

@@ -35,6 +35,7 @@ from cascadevlm.cascade.engine import BEGINNING
 from cascadevlm.config.config import Config
 from cascadevlm.decision.judge_model import JudgeModel
 from cascadevlm.decision.scorer_calibration import ScorerCalibration
+from cascadevlm.judges.base import Quote
 from cascadevlm.judges.budget import DurableLedger, Ledger
 from cascadevlm.judges.cache import DiskStore
 from cascadevlm.judges.support import SupportSet
@@ -301,7 +302,7 @@ def test_another_scorer_is_refused(tmp_path: Path) -> None:
 
 def test_other_images_are_refused(tmp_path: Path) -> None:
     bulk.run(cascade(), Pictures(9), tmp_path, config={})
-    with pytest.raises(DataError, match=r"Image 5 of .* was 'image 5' and is now 'gone'"):
+    with pytest.raises(DataError, match=r"Image 5 was 'image 5' when the run began and is now 'gone'"):
         bulk.run(cascade(), Pictures(5), tmp_path, config={})
 
 
@@ -337,7 +338,7 @@ def test_failures_are_told_once(tmp_path: Path) -> None:
         tally = bulk.run(cascade(FakeJudge(reply=reply), "always"), images, tmp_path / "run", config={}, stopping=stop.__next__)
     told = [json.loads(line) for line in (tmp_path / "run" / "failures.jsonl").read_text().splitlines()]
     assert [row["image"] for row in told] == [2, 5, 8]
-    assert "is no image" in told[0]["error"]
+    assert "is not an image" in told[0]["error"]
     assert told[1]["error"] == "cannot be asked"
     assert "does not exist" in told[2]["error"]
     assert tally.counts == {"answered": 6, "failed": 1, "unreadable": 2}
@@ -401,8 +402,8 @@ class PaidJudge(FakeJudge):
     def __init__(self) -> None:
         super().__init__(reply=second, dollars=0.25)
 
-    def worst_case(self, question: Question) -> int:
-        return 250_000_000
+    def quote(self, question: Question) -> Quote:
+        return Quote(worst_case=250_000_000)
 
 
 def test_the_cap_holds_over_all_sessions(tmp_path: Path) -> None:

@@ -1,7 +1,9 @@
 """Rows that are no images, links, names, and what reading a table costs."""
 
+import gc
 import json
 import os
+import pickle
 import tracemalloc
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,7 +16,7 @@ from cascadevlm import Cascade
 from cascadevlm.base.errors import DataError
 from cascadevlm.base.images import ImageSource
 from cascadevlm.runs import bulk, inputs
-from cascadevlm.runs.inputs import Inputs, after, names
+from cascadevlm.runs.inputs import Inputs, after
 from cascadevlm.testing import FakeScorer, noise
 
 
@@ -29,7 +31,7 @@ def table(folder: Path, columns: dict[str, Sequence[object]], *, rows_together: 
     [
         ("list.jsonl", '"x.png"\n\n["y.png"]\n', r"line 3 has no text in its column 'path': \['y.png'\]"),
         ("list.jsonl", '{"path": 5}\n', "line 1 has no text in its column 'path'"),
-        ("list.jsonl", '"x.png"\n"y.p', "line 2 is no JSON: Unterminated string"),
+        ("list.jsonl", '"x.png"\n"y.p', "line 2 is not valid JSON: Unterminated string"),
         ("list.csv", "id,path\n1,x.png\n2,\n", "line 3 has no text in its column 'path'"),
     ],
 )
@@ -42,7 +44,7 @@ def test_a_line_that_names_no_image_is_told_by_its_number(tmp_path: Path, name: 
 @pytest.mark.parametrize("column", [[1, 2], [[1, 2], [3]], [{"data": b"x"}, None]])
 def test_a_row_that_holds_no_image_is_told_by_its_number(tmp_path: Path, column: Sequence[object]) -> None:
     images = table(tmp_path, {"image": column})
-    with pytest.raises(DataError, match=r"row 0, counted from 0, holds in its column 'image' .*, which is no image"):
+    with pytest.raises(DataError, match=r"row 0, counted from 0, holds in its column 'image' .*, which is neither an image"):
         list(images)
 
 
@@ -78,7 +80,7 @@ def test_images_in_a_table_have_names_that_are_known_without_reading_them(
 ) -> None:
     images = table(tmp_path, columns, rows_together=2)
     called = [name.replace("HERE", str(tmp_path)) for name in called]
-    assert list(names(images)) == [name for name, _ in images] == called
+    assert list(images.names()) == [name for name, _ in images] == called
     assert len(images) == len(called)
     assert list(after(images, 1)) == list(images)[1:]
 
@@ -157,7 +159,6 @@ def test_names_and_numbers_are_those_of_any_inputs() -> None:
         def __iter__(self) -> Iterator[tuple[str, ImageSource]]:
             return iter([("a", b"x"), ("b", b"y")])
 
-    assert list(names(Made())) == ["a", "b"]
     assert list(after(Made(), 1)) == [("b", b"y")]
 
 
@@ -165,3 +166,32 @@ def test_a_pipe_is_no_list_of_images(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "list.txt")
     with pytest.raises(DataError, match="no list of images"):
         Inputs(tmp_path / "list.txt")
+
+
+def test_a_folder_that_was_counted_is_not_searched_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    searched: list[Path] = []
+    search = os.scandir
+
+    def searching(folder: Path) -> object:
+        searched.append(folder)
+        return search(folder)
+
+    names = ["a.png", "new\nline.png", "\udce9.png"]
+    for name in names:
+        (tmp_path / name).touch()
+    monkeypatch.setattr(os, "scandir", searching)
+    images = Inputs(tmp_path)
+    expected = [*iter(images)]  # list() would count first
+    assert (len(images), len(searched)) == (3, 2)
+    (tmp_path / "b.png").touch()
+    sampled, total = images.sample(3)
+    assert list(images) == list(images.rows(range(3))) == list(after(images, 0)) == expected
+    assert list(images.names()) == [name for name, _ in expected]
+    assert (sampled, total, len(searched)) == ([source for _, source in expected], 3, 2)
+    assert len(list(pickle.loads(pickle.dumps(images)))) == 4, "another process searches for itself"
+    listing = images._listing
+    assert listing is not None
+    assert listing.exists()
+    del images
+    gc.collect()
+    assert not listing.exists()

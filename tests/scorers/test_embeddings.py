@@ -210,7 +210,7 @@ def test_a_full_disk_is_told_once(files: list[Path], tmp_path: Path, monkeypatch
         raise OSError("No space left on device")
 
     monkeypatch.setattr(EmbeddingStore, "_write", full)
-    with pytest.warns(RuntimeWarning, match="No more embeddings can be kept in .* No space left") as told:
+    with pytest.warns(RuntimeWarning, match="No more embeddings can be stored in .* No space left") as told:
         Cascade(CachedEmbeddings(TinyTowers(), tmp_path / "kept"), [], labels=LABELS, batch_size=4).classify(files)
     assert len(told) == 1
 
@@ -230,6 +230,9 @@ def test_what_is_prepared_tells_whether_it_is_in_memory(files: list[Path], tmp_p
     assert known.image is known.pixels
     unread = Prepared(source=files[0])
     assert (unread.decoded, unread.unread.size, unread.decoded) == (False, known.image.size, False)
+    files[0].rename(tmp_path / "away.png")
+    assert unread.unread.size == known.image.size
+    (tmp_path / "away.png").rename(files[0])
     assert unread.image.tobytes() == known.image.tobytes()
     assert unread.decoded
 

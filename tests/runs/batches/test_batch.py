@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime
+from itertools import count
 from pathlib import Path
 from typing import Literal
 
@@ -21,7 +22,7 @@ from cascadevlm.base.errors import BackendError, FatalError, InputError, JudgeEr
 from cascadevlm.base.images import pixel_digest
 from cascadevlm.base.types import NANODOLLARS, Question
 from cascadevlm.cascade.item import OnFailure
-from cascadevlm.judges.base import Judge
+from cascadevlm.judges.base import Judge, Quote
 from cascadevlm.judges.budget import Ledger
 from cascadevlm.judges.cache import DiskStore, MemoryStore, VerdictStore
 from cascadevlm.judges.hosted.base import BatchLimits, HostedJudge
@@ -178,7 +179,7 @@ async def test_chunks_keep_to_the_limits(provider: Provider, tmp_path: Path, mon
         monkeypatch.setattr(type(judge), "batch_limits", BatchLimits(requests=1000, bytes=100))
         refused = await one.run(one.cascade(ALL), IMAGES[:2])
         assert outcomes(refused) == {"failed": 2}
-        assert "more than a whole batch may" in refused[0].verdicts[0].error
+        assert "bytes; a whole batch may have" in refused[0].verdicts[0].error
         one.assert_settled(refused)
 
 
@@ -266,6 +267,29 @@ async def test_a_connection_lost_while_submitting(
         kill_in(monkeypatch, type(hosted(one.server, provider)), "submit_batch", after=after, times=2, error=TransientError)
         one.assert_settled(await one.run())
         assert len(one.rows) == 30
+
+
+@both
+@pytest.mark.parametrize("method", ["submit_batch", "batch_results"])
+async def test_a_transfer_that_never_ends_is_given_up_and_tried_again(
+    provider: Provider, method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first request reaches the provider, and its answer never comes."""
+    async with bench(provider, tmp_path) as one:
+        monkeypatch.setattr("cascadevlm.judges.retry._BACKOFF", lambda state: 0.0)
+        monkeypatch.setattr("cascadevlm.runs.batches.batch_judge.TRANSFER_SECONDS", 2.0)
+        owner, calls = type(hosted(one.server, provider)), count()
+        original = getattr(owner, method)
+
+        async def hanging(self: HostedJudge, *given: object) -> object:
+            result = await original(self, *given)
+            if next(calls) == 0:
+                await asyncio.sleep(60)
+            return result
+
+        monkeypatch.setattr(owner, method, hanging)
+        one.assert_settled(await one.run())
+        assert (len(one.server.batches), len(one.rows)) == (1, 30)
 
 
 @both
@@ -521,7 +545,7 @@ def worst(one: Bench) -> int:
 
     class Asking(FakeJudge):
         async def judge(self, question):  # type: ignore[no-untyped-def]
-            seen.append(hosted(one.server, one.provider).batch_worst_case(question))
+            seen.append(hosted(one.server, one.provider).quote(question, batch=True).worst_case)
             return await super().judge(question)
 
     one.cascade(ALL, judge=Asking()).classify(IMAGES)
@@ -588,8 +612,8 @@ async def test_a_paid_judge_without_batches_does_not_wait_for_bills(batched_firs
     bill = BILL // 2
 
     class Paid(FakeJudge):
-        def worst_case(self, question: Question) -> int:
-            return bill
+        def quote(self, question: Question) -> Quote:
+            return Quote(worst_case=bill)
 
     images = [noise(seed, (8, 8)) for seed in range(100)]
     async with bench("openai", tmp_path) as one:
@@ -689,7 +713,7 @@ async def test_a_submission_refused_stops_the_run_and_not_the_next(
 
 async def test_local_judges_have_no_batches(tmp_path: Path) -> None:
     cascade = Cascade(FakeScorer(), [Stage(judge=FakeJudge(), prompt=SELECT)], labels=LABELS)
-    with pytest.raises(BackendError, match=r"No judge of this cascade has a batch API. openai: and anthropic: have"):
+    with pytest.raises(BackendError, match=r"No judge of this cascade has a batch API. Take a judge of openai: or anthropic:"):
         async for _ in stream_in_batches(cascade, IMAGES, folder=tmp_path):
             pass
 
@@ -717,7 +741,7 @@ async def test_votes_come_in_batches_too(provider: Provider, tmp_path: Path) -> 
 async def test_decisions_have_no_batches(tmp_path: Path) -> None:
     async with bench("openai", tmp_path) as one:
         judge = OpenAIJudge("gpt-4o", base_url=one.server.openai_url, price=PRICE, mode="decision")
-        with pytest.raises(BackendError, match="has no batches of decisions"):
+        with pytest.raises(BackendError, match="has no batch API in mode 'decision'"):
             await one.run(one.cascade(ALL, judge=judge))
         assert one.files == []
         assert one.ledger.reserved_dollars == 0
@@ -806,7 +830,7 @@ async def test_a_policy_that_spends_goes_by_the_batch_price(tmp_path: Path) -> N
 
         class Asking(FakeJudge):
             async def judge(self, question):  # type: ignore[no-untyped-def]
-                asked.append((judge.usual_case(question), batched.usual_case(question)))
+                asked.append((judge.quote(question).usual_case, batched.quote(question).usual_case))
                 return await super().judge(question)
 
         one.cascade(ALL, judge=Asking()).classify(IMAGES[:1])
