@@ -431,7 +431,7 @@ def images_left(folder: Path, total: int, *, dollars: float | None, retry_failed
         folder: of the run; it need not exist.
         total: number of images of the run.
         dollars: what all sessions of the run together may spend. If that is more than in the session before, images that were
-            skipped for want of money are left, too.
+            skipped because the money was spent are left, too.
         retry_failed: whether images that failed are left, too.
     """
     path = folder / PREDICTIONS

@@ -302,7 +302,7 @@ def test_another_scorer_is_refused(tmp_path: Path) -> None:
 
 def test_other_images_are_refused(tmp_path: Path) -> None:
     bulk.run(cascade(), Pictures(9), tmp_path, config={})
-    with pytest.raises(DataError, match=r"Image 5 was 'image 5' when the run began and is now 'gone'"):
+    with pytest.raises(DataError, match="Image 5 of .* was 'image 5' and is now 'gone'"):
         bulk.run(cascade(), Pictures(5), tmp_path, config={})
 
 
@@ -661,7 +661,7 @@ except RunError as exc:
     print(exc)
 """
     done = subprocess.run([sys.executable, "-c", script, tmp_path], capture_output=True, text=True, check=True)
-    assert "cannot be written to: File too large. What is in it is kept" in done.stdout
+    assert "cannot be written to: File too large. Its content is kept" in done.stdout
     kept = (tmp_path / "predictions.jsonl").read_text().count("\n")
     assert kept > 100
     assert bulk.run(cascade(policy="never"), Pictures(2000), tmp_path, config={}).images == 2000
