@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class RecipeOptions:
-    """The options that say what to calibrate for."""
+    """The options of a calibration."""
 
     size: Annotated[
         int | None,
@@ -31,7 +31,9 @@ class RecipeOptions:
     ] = False
     fusion: Annotated[
         Literal["bayes", "judge"],
-        typer.Option(help="Who decides after a question. bayes: scorer and judge together. judge: the judge alone."),
+        typer.Option(
+            help="How the final label is chosen after a question. bayes: by scorer and judge together. judge: by the judge alone."
+        ),
     ] = "bayes"
     measure: Annotated[
         Literal["gain", "entropy", "margin", "top_probability"],
@@ -115,7 +117,7 @@ def calibrate(
     given: RecipeOptions,
     as_json: options.AsJson = False,
 ) -> None:
-    """Learn how far to trust the scorer and the judge, and write that to a file.
+    """Learn how reliable the scorer and the judge are, and write a calibration file.
 
     A target also chooses the threshold of the policy. A guarantee also chooses which answers are accepted.
     """

@@ -35,7 +35,7 @@ RetryFailed = Annotated[
     bool,
     typer.Option(
         "--retry-failed",
-        help="Classify failed images again. Images after the first failed one are decided again from the answers on disk.",
+        help="Classify failed images again. All images after the first failed image are decided again with the stored answers.",
     ),
 ]
 
@@ -157,8 +157,8 @@ def _progress(console: "Console", total: int) -> Iterator[Callable[["Tally"], No
 def _stopping_in_order() -> Iterator[list[int]]:
     """A list of the numbers of the signals received.
 
-    After the first Ctrl-C or SIGTERM (clusters send SIGTERM), questions under way are finished. A second signal ends the program
-    at once.
+    After the first Ctrl-C or SIGTERM (clusters send SIGTERM), open questions are finished. A second signal ends the program at
+    once.
     """
     received: list[int] = []
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -167,7 +167,7 @@ def _stopping_in_order() -> Iterator[list[int]]:
         received.append(number)
         for each in before:
             signal.signal(each, signal.default_int_handler)
-        typer.echo("The run stops after the questions under way. Press Ctrl-C again to stop at once.", err=True)
+        typer.echo("The run stops when all open questions are finished. Press Ctrl-C again to stop at once.", err=True)
 
     for number in before:
         signal.signal(number, handle)

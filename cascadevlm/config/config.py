@@ -149,7 +149,7 @@ class CandidatesConfig(_Section):
         return ConformalSet(rule=rule, **bounds, order=self.order, seed=self.seed)
 
     def frozen(self, built: CandidateRule) -> Self:
-        """This section, with the number of candidates of the built rule in place of ``k = "best"``."""
+        """This section. The number of candidates of the built rule replaces ``k = "best"``."""
         return self.model_copy(update={"k": built.most()}) if self.k == "best" else self
 
 
@@ -279,11 +279,12 @@ class Config(_Section):
         stage: the stages, in the order in which judges are asked.
         labels: path of a file or folder of labels, or a list of names.
         calibration: path of a calibration file.
-        fusion: how the scores and the verdict are combined. Default: the rule of the calibration or, without one, "judge".
+        fusion: how the scores and the verdict are combined. Default: the rule of the calibration; without a calibration,
+            "judge".
         accept: minimum probability of a prediction; below it, the cascade abstains. Default: the value of the calibration, or 0.
         routing: True to choose one judge per image by its expected gain.
         follow_shares: True to estimate the shares of classes during the run.
-        on_failure: what happens if no judge gives an answer.
+        on_failure: how an image is predicted if no judge gives an answer.
         batch_size: number of images that are scored together.
         cache: what is kept on disk.
         budget: limits for money.
@@ -300,7 +301,7 @@ class Config(_Section):
     on_failure: OnFailure = "scorer"
     batch_size: Count = 32
     cache: Annotated[CacheConfig, MayChange("the folder of the cache does not change an answer")] = CacheConfig()
-    budget: Annotated[BudgetConfig, MayChange("with a higher limit, skipped images are asked about")] = BudgetConfig()
+    budget: Annotated[BudgetConfig, MayChange("with a higher limit, judges are asked about the skipped images")] = BudgetConfig()
 
     @classmethod
     def parse(cls, data: Mapping[str, JsonValue], *, name: str = "config") -> Self:

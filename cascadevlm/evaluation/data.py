@@ -58,8 +58,8 @@ class Data:
     """N images with their true labels.
 
     Attributes:
-        images: the N images. Each is read when it is used.
-        names: N names of the images; the paths of files.
+        images: the N images. Each image is read when it is used.
+        names: N names of the images. The name of a file is its path.
         truths: N names of the true labels.
         splits: N names of the splits that the images belong to; "" if the source has no splits.
     """
@@ -94,7 +94,7 @@ class Data:
         return self if size >= len(self) else self.take(np.flatnonzero(stratified(self.truths, size, seed=seed)))
 
     def divide(self, share: float, *, seed: int = 0) -> "tuple[Data, Data]":
-        """A random share of the images, and all other images. Both have the class shares and the order of the data.
+        """A random share of the images, and all other images. Both parts have the class shares and the order of the data.
 
         Raises:
             DataError: if the share is not between 0 and 1.
@@ -229,7 +229,7 @@ def _text(value: object) -> str:
 
 
 def _of_image_dataset(source: ImageDataset) -> Data:
-    samples = getattr(source, "samples", None)  # of an ImageFolder; its items raise for unreadable files
+    samples = getattr(source, "samples", None)  # paths of an ImageFolder, because its items raise errors for unreadable files
     if samples is not None:
         truths = [source.classes[number] for _, number in samples]
         return _of_files([Path(file) for file, _ in samples], truths, [""] * len(truths))
@@ -329,7 +329,7 @@ def _shortened(text: str) -> str:
 
 
 class _Read(Sequence[ImageSource]):
-    """Images from rows of another sequence. Each is read when it is used."""
+    """Images from rows of another sequence. Each image is read when it is used."""
 
     def __init__(self, read: Callable[[int], ImageSource], rows: Sequence[int]) -> None:
         self.read, self.rows = read, rows

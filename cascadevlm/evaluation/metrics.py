@@ -59,8 +59,8 @@ def macro_average(per_class: NDArray[np.float64]) -> float | None:
 def top_k_recall(scores: NDArray[np.floating], truths: Columns, ks: Sequence[int]) -> dict[int, float | None]:
     """Share of the images whose truth is among the k labels with the highest scores, for several k.
 
-    No cascade with k candidates can have a higher accuracy, if the judge chooses among these candidates. If scores are equal, the
-    earlier column ranks higher, as in the choice of candidates.
+    If the judge chooses among these k candidates, the accuracy of the cascade cannot be higher than this share. If scores are
+    equal, the earlier column ranks higher, as in the choice of candidates.
 
     Args:
         scores: ``(N, C)`` scores; higher is better.
@@ -202,11 +202,11 @@ class Evaluation:
         images: number of images, including those that could not be read.
         unreadable: number of images that could not be read.
         scorer_accuracy: accuracy of the scorer's best label.
-        scorer_accuracy_interval: its interval.
+        scorer_accuracy_interval: interval of the scorer's accuracy.
         cascade_accuracy: accuracy of the predictions. An abstention is wrong.
-        cascade_accuracy_interval: its interval.
+        cascade_accuracy_interval: interval of the cascade's accuracy.
         macro_accuracy: mean accuracy of the classes with the cascade (balanced accuracy).
-        macro_accuracy_interval: its interval.
+        macro_accuracy_interval: interval of the macro accuracy.
         top_k_recall: for every k, the share of the images whose truth is among the scorer's k best labels.
         coverage: share of the images with a question whose truth was among the candidates shown last.
         deferral_rate: share of the images that were escalated. This includes images not asked about because of the budget.
@@ -215,8 +215,8 @@ class Evaluation:
         judge_accuracy_kept: accuracy of the judge on images that were not escalated, if its answers are known from another run.
         judge_accuracy_escalated: accuracy of the judge on escalated images that it was asked about.
         judge_accuracy: accuracy of the judge on all images with a known answer, escalated or not.
-        rescued: number of images that the cascade got right and the scorer wrong.
-        harmed: number of images that the scorer got right and the cascade wrong. This includes abstentions.
+        rescued: number of images on which the cascade is right and the scorer is wrong.
+        harmed: number of images on which the scorer is right and the cascade is wrong. This includes abstentions.
         abstained: number of readable images without a label.
         scorer_calibration_error: expected calibration error of the scorer's best label.
         calibration_error: expected calibration error of the predictions that have a probability.

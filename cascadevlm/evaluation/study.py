@@ -1,8 +1,8 @@
 """The studies of the CascadeVLM paper (Wei, Findings of EMNLP 2024, arXiv 2405.11301), on any labelled data and any models.
 
-A study over images compares variants of the configuration of a cascade with one judge. In every variant, the judge is asked about
-all images. So the figures of the cascade with its policy and those of the judge on every image use the same answers. Images are
-scored once, and each question is asked once. Studies of a record ask no judge.
+A study over images compares variants of the configuration of a cascade with one judge. In every variant, the judge is asked
+about all images. So the same answers give the figures of the cascade with its policy and the figures of the judge on every
+image. Images are scored once, and each question is asked once. Studies of a record ask no judge.
 
 Raises:
     InputError: if the cascade does not have exactly one stage.
@@ -88,8 +88,9 @@ class Asking(TypedDict, total=False):
 
     Attributes:
         folder: folder for the records, one subfolder per variant. Default: the records are not kept.
-        begin: called once before the first question, with a cascade whose stages ask all questions of the study.
-        progress: called after every prediction.
+        begin: function that is called once before the first question, with a cascade whose stages ask all questions of the
+            study.
+        progress: function that is called after every prediction.
     """
 
     folder: Path | None
@@ -305,10 +306,10 @@ def _ask(
 def _rows(records: Mapping[str, Record], policy: PolicyLike) -> tuple[Row, ...]:
     """One row per record, in which the judge was asked about every image.
 
-    The fields are figures of the cascade with its policy. Further figures are the shares of images whose truth was among the
-    candidates (``coverage``) and that the judge answered (``answered``), and its accuracy if the truth was among the candidates
-    (``judge_accuracy_covered``). Figures with ``judge_all`` are those of asking about every image. ``judge_all_difference`` is
-    this accuracy minus that of the first record on the same images.
+    The fields are figures of the cascade with its policy. There are three further figures: the share of images whose truth was
+    among the candidates (``coverage``), the share of images that the judge answered (``answered``), and the judge's accuracy if
+    the truth was among the candidates (``judge_accuracy_covered``). Figures with ``judge_all`` are figures of the judge on
+    every image. ``judge_all_difference`` is this accuracy minus the accuracy of the first record on the same images.
     """
     first = next(iter(records.values()))
     rows = []

@@ -35,8 +35,8 @@ T = TypeVar("T")
 def once_per_question(make: Callable[[Question], T]) -> Callable[[Question], T]:
     """Decorator for a function of a question. Its value is computed once and kept with the question.
 
-    It works like `functools.cached_property` for a function outside of the class. A copy by `dataclasses.replace` starts without
-    values.
+    It works like `functools.cached_property` for a function outside of the class. A copy made by `dataclasses.replace` starts
+    without values.
     """
     name = f"{make.__module__}.{make.__qualname__}"
 
@@ -138,7 +138,7 @@ def _folded(name: str) -> frozenset[str]:
 
 
 _APOSTROPHE = "['‘’‛ʼ´`′＇]"
-_JOINTS = re.compile(r"(?<!\d)[\s_‐-―−-]+|[\s_‐-―−-]+(?!\d)")  # between digits they separate two numbers
+_JOINTS = re.compile(r"(?<!\d)[\s_‐-―−-]+|[\s_‐-―−-]+(?!\d)")  # between digits, a hyphen separates two numbers
 
 
 def _joined_up(name: str) -> frozenset[str]:

@@ -1,4 +1,4 @@
-"""What to calibrate for, as the command line and Python callers say it."""
+"""What to calibrate for: the options of the command line and of Python callers."""
 
 import math
 from collections.abc import Mapping
