@@ -63,8 +63,8 @@ class CalibratedJudge:
         model: how the judge chooses.
         log_likelihood: mean cross-validated log-likelihood of the truth after the judge's answers, in nats; None without labels.
         best_size: the number of candidates with the highest expected accuracy, by the model.
-        reference: for each answer, 1 if it is the most probable candidate and 0 if not, minus the model's probability of that.
-            The mean is not exactly 0, because the priors shrink the model.
+        reference: mean and deviation of one number per answer: 1 if the answer is the most probable candidate and 0 if not,
+            minus the model's probability of this. The mean is not exactly 0, because the priors shrink the model.
     """
 
     judge: str

@@ -1,4 +1,4 @@
-"""Guarantees: the lowest probability from which answers are accepted, such that few accepted answers are wrong.
+"""Guarantees: finds the lowest probability of accepted answers such that only few accepted answers are wrong.
 
 The method is learn then test, applied to selective prediction (Angelopoulos, Bates, Candès, Jordan and Lei, "Learn then Test:
 Calibrating Predictive Algorithms to Achieve Risk Control", 2021). It needs labelled images that nothing was fitted on.

@@ -1,6 +1,6 @@
 """A model of a judge: the probability of each answer, given the truth and the scorer's log-probabilities.
 
-From this model follow how far to trust an answer, and how much accuracy a question is expected to gain.
+The model gives the reliability of an answer, and the accuracy that a question is expected to gain.
 
 The judge chooses one of the options shown by a conditional logit (McFadden, "Conditional logit analysis of qualitative choice
 behavior", 1974). The utility of a candidate is the sum of
@@ -17,8 +17,9 @@ By this model, a judge's errors are mostly labels that the scorer finds likely, 
 for both. A table of confusions cannot express that. The model has 2 C + K + 6 numbers instead of C x C, all of them shrunk by
 normal priors. The same numbers hold for longer and shorter lists.
 
-A question can end without an answer: a refusal, or text that cannot be read. The log-odds of that are a constant. If the truth is
-not among the candidates, a second constant is added. If the second constant is 0, a missing answer changes no belief.
+A question can end without an answer: a refusal, or text that cannot be read. The log-odds of a missing answer are a constant.
+If the truth is not among the candidates, a second constant is added. If the second constant is 0, a missing answer changes no
+belief.
 
 Some judges give their own probabilities of the candidates, which contain more information than the answer, the candidate with
 the highest probability. Suppose that the logarithms of these probabilities are the utilities plus normal noise. Then the
@@ -45,7 +46,9 @@ ABILITY = 3.0
 """Ability of an unknown judge: right in 8 to 9 of 10 cases with two or three plausible candidates."""
 
 FOLLOWING = 0.5
-"""How much an unknown judge follows the scorer. 0: not at all; 1: like a judge that draws from the scorer's probabilities."""
+"""How much an unknown judge follows the scorer. 0: it does not follow the scorer. 1: it draws its answers from the scorer's
+probabilities.
+"""
 
 NONE_BIAS, NONE_ABILITY, SILENCE = -1.0, 2.0, -4.0
 """Utility of "none of these", its second constant, and log-odds of no answer, for an unknown judge, in nats."""
@@ -90,7 +93,7 @@ class Answers:
 
     @property
     def shown(self) -> Bools:
-        """``(N, K)``: whether this position of the list has a candidate."""
+        """``(N, K)`` booleans: this position of the list has a candidate."""
         shown: Bools = self.candidates != NOBODY
         return shown
 

@@ -166,8 +166,8 @@ class RemoteJudge(WrapperJudge):
     def _told_if_late(self) -> Iterator[None]:
         """Warn if workers are not ready in time."""
         late = (
-            f"A worker in which {self.spec!r} is asked has not been ready since {datetime.now():%H:%M:%S}: it loads its model, "
-            "is lost, or finds no place. 'ray status' shows more."
+            f"A worker in which {self.spec!r} is asked has not been ready since {datetime.now():%H:%M:%S}: "
+            "it is still loading its model, it is lost, or the cluster has no room for it. 'ray status' shows more."
         )
         telling = asyncio.get_running_loop().call_later(SILENT_SECONDS, warnings.warn, late, RuntimeWarning)
         try:
