@@ -51,7 +51,7 @@ class AnthropicJudge(HostedJudge):
         effort: how much the model thinks. Default: the model's own setting.
         cache_prompt: mark the reference images for the provider's prompt cache. Use it if many questions show the same images.
         base_url: address of the server. Default: Anthropic's server.
-        api_key_env: name of the environment variable that holds the key.
+        api_key_env: name of the environment variable that contains the key.
         headers: extra headers of every request. They are not kept in any file.
         client: your own `anthropic.AsyncAnthropic`. Turn its retries off. Its redirects are turned off. Default: a new client.
         temperature: sampling temperature. Default: the default of the endpoint. Models that think accept only this default.

@@ -67,7 +67,7 @@ class OpenAIJudge(HostedJudge):
         structured: true if requests have a JSON schema. Default: requests have a schema if the endpoint accepts it.
         logprobs: request token probabilities and compute probabilities of the candidates from them. For Chat Completions only.
         base_url: address of the server. Default: OpenAI's server.
-        api_key_env: name of the environment variable that holds the key.
+        api_key_env: name of the environment variable that contains the key.
         headers: extra headers of every request. They are not kept in any file.
         client: your own `openai.AsyncOpenAI`. Turn its retries off. Its redirects are turned off. Default: a new client.
         detail: the image detail that the model uses.

@@ -71,7 +71,7 @@ LARGE_PIXELS = 1_000_000
 """Above this number of pixels, an image is resized and encoded in another thread, and is read again later instead of kept."""
 
 ORIENTATION = 0x0112
-"""The tag of EXIF and TIFF that holds the orientation of an image."""
+"""The tag of EXIF and TIFF that contains the orientation of an image."""
 
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -352,7 +352,7 @@ def _orientation(exif: bytes) -> int | None:
 
 
 def _bare_exif(exif: bytes) -> bytes:
-    """EXIF data that holds only the orientation."""
+    """EXIF data that contains only the orientation."""
     bare = Image.Exif()
     bare[ORIENTATION] = _orientation(exif) or 1
     return bare.tobytes()

@@ -126,8 +126,8 @@ class _Windows:
         if abs(seen - expected) > max(LEAST, DEVIATIONS * deviation):
             self.warned = True
             warnings.warn(
-                f"Over {WINDOW} images, {self.mean} is {seen:.2f} where the calibration expects {expected:.2f}. "
-                "Unless the images come sorted, calibrate anew: cascadevlm calibrate.",
+                f"In {WINDOW} images, {self.mean} is {seen:.2f}; the calibration expects {expected:.2f}. "
+                "If the images are not sorted by class, make a new calibration: cascadevlm calibrate.",
                 RuntimeWarning,
                 stacklevel=4,
             )

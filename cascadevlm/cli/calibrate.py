@@ -20,7 +20,7 @@ class RecipeOptions:
         int | None,
         typer.Option(
             min=1,
-            help="Number of images to calibrate on. The other images measure the result.",
+            help="Number of images to calibrate on. The result is measured on the other images.",
             show_default="half of the images",
         ),
     ] = None
@@ -50,7 +50,7 @@ class RecipeOptions:
     shares: Annotated[
         Path | None,
         typer.Option(
-            help="JSON file with the expected share of each class by name. The scorer may be matched to these shares.",
+            help="JSON file with the expected share of each class by name. The calibration can adapt the scorer to these shares.",
             show_default="equal shares",
         ),
     ] = None

@@ -198,7 +198,7 @@ def image_files(paths: list[Path]) -> list[Path]:
     files: list[Path] = []
     for path in paths:
         if not path.exists():
-            raise InputError(f"{str(path)!r} does not exist.")
+            raise InputError(f"{str(path)!r} does not exist.", hint="Check the path.")
         found = [Path(name) for name, _ in Inputs(path)] if path.is_dir() else [path]
         if not found:
             raise InputError(f"The folder {str(path)!r} contains no images.", hint=left_out([path]))

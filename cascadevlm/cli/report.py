@@ -37,7 +37,10 @@ def report(
     try:
         output.write_text(page, encoding="utf-8")
     except OSError as exc:
-        raise InputError(f"The report {str(output)!r} cannot be written: {exc.strerror}.") from exc
+        raise InputError(
+            f"The report {str(output)!r} cannot be written: {exc.strerror}.",
+            hint="Check the path, its permissions and the free space on the disk.",
+        ) from exc
     typer.echo(f"{output}: {output.stat().st_size / 1e6:.1f} MB")
 
 

@@ -80,7 +80,7 @@ def run(
         raise InputError("--workers is an option of the cluster.", hint="Add --engine ray, or remove --workers.")
     total = len(images)
     if not total:
-        raise DataError(f"{str(inputs)!r} contains no images.")
+        raise DataError(f"{str(inputs)!r} contains no images.", hint="Check the path and the formats of the images.")
     if not yes:
         left = images_left(output, total, dollars=cascade.ledger.cap_dollars, retry_failed=retry_failed)
         confirm(parsed, cascade, images, left)

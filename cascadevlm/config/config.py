@@ -243,12 +243,8 @@ class BudgetConfig(_Section):
 
 
 class CacheConfig(_Section):
-    """``[cache]``: what is kept on disk.
-
-    Attributes:
-        enabled: True to keep verdicts.
-        embeddings: True to keep embeddings of labels and, in bulk runs, embeddings of images.
-        folder: folder of the cache. Default: the folder of the user's cache.
+    """``[cache]``: the cache on disk. Attributes: enabled: True to keep verdicts. embeddings: True to keep embeddings of labels
+    and, in bulk runs, embeddings of images. folder: folder of the cache. Default: the folder of the user's cache.
     """
 
     enabled: bool = True
@@ -286,7 +282,7 @@ class Config(_Section):
         follow_shares: True to estimate the shares of classes during the run.
         on_failure: how an image is predicted if no judge gives an answer.
         batch_size: number of images that are scored together.
-        cache: what is kept on disk.
+        cache: the cache on disk.
         budget: limits for money.
     """
 
@@ -378,7 +374,7 @@ class Config(_Section):
         )
 
     def frozen(self, cascade: Cascade) -> Self:
-        """A copy of the configuration that names every choice of the calibration.
+        """A copy of the configuration that contains all values that come from the calibration.
 
         The policies, the numbers of candidates, the fusion rule and the acceptance threshold are those of the built cascade.
         """

@@ -1,11 +1,10 @@
 """Conformal prediction: short lists of labels that contain the truth with a chosen probability, for any scorer.
 
 The score of a label is the total probability of all labels that rank before it. The threshold is the ceil((n + 1) coverage)-th
-smallest score of the true labels of n labelled images. The set of an image holds the labels whose score is at most the threshold.
-
-The set holds the truth of a new image with a probability of at least the coverage, and at most 1/(n + 1) more if no two scores
-are equal. A set is never empty. So if the best label is right more often than the coverage, every set has one label, and contains
-the truth as often as this label is right.
+smallest score of the true labels of n labelled images. The set of an image contains the labels whose score is at most the
+threshold. The set contains the truth of a new image with a probability of at least the coverage, and at most 1/(n + 1) more if
+no two scores are equal. A set is never empty. So if the best label is right more often than the coverage, every set has one
+label, and contains the truth as often as this label is right.
 
 There are two assumptions. First, the labelled and the new images come in random order (they are exchangeable). Second, the
 probabilities were not fitted to these labels: the scorer is calibrated on other images, or not at all. With the held-out
@@ -102,7 +101,10 @@ class Conformal:
             InputError: if each class has its own threshold, because the sets are then not the most probable labels.
         """
         if self.class_thresholds is not None:
-            raise InputError("With one threshold per class, a set may leave out a label that is more probable than another label in the set.", hint="Use sets().")
+            raise InputError(
+                "With one threshold per class, a set may leave out a label that is more probable than another label in the set.",
+                hint="Use sets().",
+            )
         inside = _before(descending) <= self.threshold
         sizes: NDArray[np.intp] = _bounded(inside, minimum, maximum).sum(axis=1)
         return sizes

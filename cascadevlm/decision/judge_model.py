@@ -13,9 +13,9 @@ behavior", 1974). The utility of a candidate is the sum of
 The utility of "none of these", if it is offered, is a constant. If the truth is not among the candidates, a second constant is
 added.
 
-By this model, a judge's errors are mostly labels that the scorer finds likely, and are more frequent on images that are difficult
-for both. A table of confusions cannot express that. The model has 2 C + K + 6 numbers instead of C x C, all of them shrunk by
-normal priors. The same numbers hold for longer and shorter lists.
+By this model, a judge's errors are mostly labels that the scorer finds likely, and are more frequent on images that are
+difficult for both. A table of confusions cannot express that. The model has 2 C + K + 6 numbers instead of C x C, all of them
+shrunk by normal priors. The same numbers are used for longer and shorter lists.
 
 A question can end without an answer: a refusal, or text that cannot be read. The log-odds of a missing answer are a constant.
 If the truth is not among the candidates, a second constant is added. If the second constant is 0, a missing answer changes no

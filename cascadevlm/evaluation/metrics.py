@@ -194,9 +194,9 @@ class ClassEvaluation:
 class Evaluation:
     """The figures of a cascade on the labelled images of a record.
 
-    All shares are from 0 to 1, and of the images that could be read. The judge's answer is the last label that the judge of any
-    stage named. A judge that was asked and named no label is wrong. All intervals are 95 % bootstrap intervals. A figure is None
-    without images to compute it from.
+    All shares are from 0 to 1. They are shares of the readable images. The judge's answer is the last label that the judge of
+    any stage named. A judge that was asked and named no label is wrong. All intervals are 95 % bootstrap intervals. A figure is
+    None without images to compute it from.
 
     Attributes:
         images: number of images, including those that could not be read.
@@ -220,12 +220,12 @@ class Evaluation:
         abstained: number of readable images without a label.
         scorer_calibration_error: expected calibration error of the scorer's best label.
         calibration_error: expected calibration error of the predictions that have a probability.
-        dollars: US dollars for all questions. An answer from the cache counts what it cost when it was asked.
+        dollars: US dollars for all questions. An answer from the cache has its original cost.
         dollars_per_thousand: these dollars per 1,000 readable images.
         paid_dollars: US dollars paid in this run. Answers from the cache count 0.
         input_tokens: tokens of the questions asked in this run. Answers from the cache count 0.
-        output_tokens: tokens of the answers in this run, in the same way.
-        latency_p50: median seconds of the questions asked in this run, without answers from the cache.
+        output_tokens: tokens of the answers in this run. Answers from the cache count 0.
+        latency_p50: median time in seconds of the questions in this run, without answers from the cache.
         latency_p95: 95th percentile of these seconds.
         outcomes: number of questions with each outcome. With several stages, an image can have several questions.
         per_class: figures of each class by its name.

@@ -20,7 +20,7 @@ class Row(BaseModel):
         accuracy: share of right predictions among the images that could be read.
         interval: 95 % bootstrap interval of the accuracy.
         calls: number of questions that the policy asks.
-        dollars: US dollars for these questions. An answer from the cache counts what it cost when it was asked.
+        dollars: US dollars for these questions. An answer from the cache has its original cost.
         seconds: sum of the judge's seconds for these questions. An answer from the cache counts as the mean time of the other
             answers. None if all answers came from the cache.
     """

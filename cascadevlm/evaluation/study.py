@@ -340,7 +340,10 @@ def _rows(records: Mapping[str, Record], policy: PolicyLike) -> tuple[Row, ...]:
 def _row(variant: str, record: Record, policy: PolicyLike, figures: Mapping[str, float | None]) -> Row:
     """The row of a policy on a record in which the judge was asked about every image."""
     if len(record.stages) != 1:
-        raise DataError(f"A study needs a record with one judge; this record has {len(record.stages)}.")
+        raise DataError(
+            f"A study needs a record with one judge; this record has {len(record.stages)}.",
+            hint="Make a record of a cascade with one stage.",
+        )
     _require_images(record)
     live = under(record, policy)
     asked, right = live.judged.asked, (live.predicted == record.truths)[record.readable]
@@ -356,7 +359,7 @@ def _row(variant: str, record: Record, policy: PolicyLike, figures: Mapping[str,
 
 def _require_images(record: Record) -> None:
     if not record.readable.any():
-        raise DataError("No image could be read.")
+        raise DataError("No image could be read.", hint="Make a record of readable images.")
 
 
 def _total(values: NDArray[np.float64] | NDArray[np.int64], asked: Bools) -> float | None:

@@ -96,7 +96,8 @@ class Ledger(Portable):
             if loop is None or self._spent + self._standing + nanodollars > self.cap:
                 left = self.cap - self._spent - (self._reserved if loop is None else self._standing)
                 raise BudgetExhausted(
-                    f"The budget has ${left / NANODOLLARS:.4f} left and this question may cost ${nanodollars / NANODOLLARS:.4f}."
+                    f"The budget has ${left / NANODOLLARS:.4f} left and this question may cost ${nanodollars / NANODOLLARS:.4f}.",
+                    hint="Raise budget.usd, or lower max_tokens.",
                 )
             self._waiting.append((loop, loop.create_future()))
             return self._waiting[-1][1]

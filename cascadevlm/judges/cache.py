@@ -346,7 +346,7 @@ class SingleFlight(WrapperJudge):
             task.exception()  # marks the exception as seen: all callers may be cancelled
 
     async def aclose(self) -> None:
-        """Cancel the questions in flight, so that their retries do not go on after the run."""
+        """Cancel the questions in flight, so that their retries do not continue after the run."""
         tasks = list(self._in_flight.values())
         for task in tasks:
             task.cancel()

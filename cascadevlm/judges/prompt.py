@@ -88,7 +88,10 @@ def parse_template(name: str, source: str, *, required: frozenset[str] = frozens
         head = _FrontMatter.model_validate(tomllib.loads(match[1]))
     except (ValidationError, tomllib.TOMLDecodeError, RecursionError) as exc:
         reason = exc.errors()[0] if isinstance(exc, ValidationError) else {"loc": (), "msg": str(exc)}
-        raise PromptError(f"Prompt {name!r}, head: {'.'.join(map(str, reason['loc']))} {reason['msg']}.") from exc
+        raise PromptError(
+            f"Prompt {name!r}, head: {'.'.join(map(str, reason['loc']))} {reason['msg']}.",
+            hint="Correct the header between the two lines '+++'.",
+        ) from exc
     template = string.Template(match[2].strip())
     if not template.is_valid():
         raise PromptError(f"Prompt {name!r} has a '$' without a variable.", hint="Write '$$' for a dollar sign.")
@@ -118,7 +121,7 @@ def read_prompt(path: str | Path) -> Prompt:
     try:
         return parse_template(path.stem, path.read_text(encoding="utf-8-sig"))
     except OSError as exc:
-        raise PromptError(f"Prompt file {str(path)!r} cannot be read: {exc.strerror}.") from exc
+        raise PromptError(f"Prompt file {str(path)!r} cannot be read: {exc.strerror}.", hint="Check the path.") from exc
     except UnicodeDecodeError as exc:
         raise PromptError(f"Prompt file {str(path)!r} is not UTF-8 text.", hint="Save it as UTF-8.") from exc
 

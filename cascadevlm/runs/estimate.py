@@ -160,7 +160,7 @@ def _scored(cascade: Cascade, images: Sequence[ImageSource]) -> tuple[list[Prepa
             readable += [Prepared(source=each.source, size=each.size) for each in scored.images]
             chunks += [scored.scores] if scored.scores is not None else []
     if (scores := joined(chunks)) is None:
-        raise ImageError("None of the images in the sample can be read.")
+        raise ImageError("None of the images in the sample can be read.", hint="Check the paths and the formats of the images.")
     return readable, scores
 
 

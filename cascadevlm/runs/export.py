@@ -182,7 +182,10 @@ def export(run: str | Path, to: str, output: str | Path, *, review: bool = False
     for number, line, image in said.with_images():
         named = {line.label} if line.label is not None else set()
         if known and not named <= known:
-            raise DataError(f"{str(said.file)!r}, line {number}: {line.label!r} is not in the label set of the run.")
+            raise DataError(
+                f"{str(said.file)!r}, line {number}: {line.label!r} is not in the label set of the run.",
+                hint="Use the unchanged folder of a run.",
+            )
         occurring |= named | {candidate.label for candidate in line.candidates}
         asked_for = line.abstained or not review
         wanted.append(asked_for and (form.images == "none" or (bool(line.candidates) and _is_there(image))))
@@ -190,9 +193,11 @@ def export(run: str | Path, to: str, output: str | Path, *, review: bool = False
         counts["images"] += wanted[-1]
         counts["labelled"] += wanted[-1] and line.label is not None
     if not wanted:
-        raise DataError(f"{str(said.file)!r} contains no predictions.")
+        raise DataError(f"{str(said.file)!r} contains no predictions.", hint="Continue the run first.")
     if not counts["asked_for"]:
-        raise DataError(f"{str(said.file)!r} has nothing to review: the cascade abstained from no image.")
+        raise DataError(
+            f"{str(said.file)!r} has nothing to review: the cascade abstained from no image.", hint="Export without --review."
+        )
     if not counts["images"]:
         raise _unreadable(said.file, to, described)
     chosen = Chosen(name=run.resolve().name, labels=labels or tuple(sorted(occurring)), predictions=said, wanted=wanted)
@@ -202,7 +207,10 @@ def export(run: str | Path, to: str, output: str | Path, *, review: bool = False
             how_to_load = form.write(chosen, unfinished)
             unfinished.rename(output)
     except (OSError, ImageError) as exc:
-        raise InputError(f"The export {str(output)!r} cannot be written: {exc}.") from exc
+        raise InputError(
+            f"The export {str(output)!r} cannot be written: {exc}.",
+            hint="Check the path, its permissions and the free space on the disk.",
+        ) from exc
     return Exported(
         images=counts["images"],
         labelled=counts["labelled"],
@@ -222,7 +230,7 @@ def predictions_of(run: Path, table: Inputs | None) -> Predictions:
         DataError: if there are no predictions.
     """
     if not run.exists():
-        raise DataError(f"{str(run)!r} does not exist.")
+        raise DataError(f"{str(run)!r} does not exist.", hint="Check the path.")
     file = run / PREDICTIONS if run.is_dir() else run
     if not file.exists():
         raise DataError(f"{str(run)!r} contains no predictions.", hint=f"Give the folder of a run, which contains {PREDICTIONS}.")
@@ -245,7 +253,10 @@ def _description_of(run: Path) -> _Described:
     try:
         return _Described.model_validate_json(found.read_bytes())
     except ValidationError as exc:
-        raise DataError(f"{str(found)!r} does not contain a valid label set: {exc.errors()[0]['msg']}.") from exc
+        raise DataError(
+            f"{str(found)!r} does not contain a valid label set: {exc.errors()[0]['msg']}.",
+            hint="Use the unchanged folder of a run.",
+        ) from exc
 
 
 def table_of(inputs: str) -> Inputs | None:
@@ -318,7 +329,10 @@ def write_hf(chosen: Chosen, output: Path) -> str:
         )
         made.save_to_disk(output)
     except datasets.exceptions.DatasetGenerationError as exc:
-        raise DataError(f"The data set cannot be written: {exc.__cause__}.") from exc
+        raise DataError(
+            f"The data set cannot be written: {exc.__cause__}.",
+            hint="Check the path, its permissions and the free space on the disk.",
+        ) from exc
     return "Load it: datasets.load_from_disk(FOLDER)."
 
 

@@ -89,7 +89,7 @@ class Inputs(Portable):
         kinds: tuple[Callable[[Path], Iterator[Named]], ...] = (_of_list, _of_csv, _of_json_lines, _of_table)
         readers = dict(zip(LISTS, kinds, strict=True))
         if not self.path.exists():
-            raise DataError(f"{str(path)!r} does not exist.")
+            raise DataError(f"{str(path)!r} does not exist.", hint="Check the path.")
         if not self.path.is_dir() and not (self.path.is_file() and self.path.suffix.lower() in readers):
             raise DataError(
                 f"{str(path)!r} is neither a folder nor a list of images.",
@@ -168,7 +168,9 @@ class Inputs(Portable):
         try:
             yield
         except (OSError, ValueError, csv.Error) as exc:  # Arrow's and JSON's errors are ValueErrors
-            raise DataError(f"{str(self.path)!r} cannot be read: {str(exc).partition(chr(10))[0]}.") from exc
+            raise DataError(
+                f"{str(self.path)!r} cannot be read: {str(exc).partition(chr(10))[0]}.", hint="Check the content of the file."
+            ) from exc
 
 
 def names(inputs: Iterable[Named] | Labelled) -> Iterator[str]:

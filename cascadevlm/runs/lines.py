@@ -245,7 +245,7 @@ def read_lines(file: Path, kind: type[AnyLine], end: int | None = None) -> Itera
             raise DataError(f"{str(file)!r} ends inside line {number}.", hint=REPEAT) from exc
         raise DataError(f"{str(file)!r}, line {number}, is not JSON: {exc.msg}.", hint=REPEAT) from exc
     except (OSError, ValueError, RecursionError) as exc:
-        raise DataError(f"{str(file)!r} cannot be read: {exc}.") from exc
+        raise DataError(f"{str(file)!r} cannot be read: {exc}.", hint="Check the path and the content of the file.") from exc
 
 
 def failure_of(prediction: Prediction | Line) -> str:

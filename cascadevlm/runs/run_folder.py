@@ -2,20 +2,19 @@
 
 ::
 
-    manifest.json         what the run is: the frozen configuration, the labels, digests of files that the configuration names,
-                          the scorer's fingerprint, the judges' identities, versions, and when the run began
+    manifest.json         description of the run: the frozen configuration, the labels, digests of the files that the configuration
+                          names, the scorer's fingerprint, the judges' identities, versions, and the start time of the run
     predictions.jsonl     one line per image in input order: `Prediction.to_dict`, the digest of the image's file, and a checksum.
-                          In a record also the true label, the split, the digest of the pixels and what each judge was asked
+                          In a record also the true label, the split, the digest of the pixels and the question to each judge
     failures.jsonl        images that could not be read, and images whose question got no answer
-    ledger.jsonl          what was reserved for judges and what they billed
-    progress.json         position of the decisions when the predictions were last flushed
+    ledger.jsonl          the amounts that were reserved for judges, and the amounts that judges billed
+    progress.json         position of the decisions at the last flush of the predictions
     verdicts/             the judges' answers, if the configuration keeps no cache
-    predictions.parquet   the predictions as a table, once all are there
-    summary.json          of a run: the counts, once all predictions are there; of a record: the metrics, once evaluated
-    lock                  held by the process that writes
-
+    predictions.parquet   the predictions as a table, written when all predictions exist
+    summary.json          in a run: the counts, written when all predictions exist; in a record: the metrics
+    lock                  locked by the process that writes
     scores.npy            only in a record: (N, C) float32, log-probabilities; NaN for images that could not be read. If there are
-                          more than 1,000 labels: (N, 50), the highest ones in descending order
+                          more than 1,000 labels: (N, 50), the highest log-probabilities in descending order
     columns.npy           only in a record of more than 1,000 labels: (N, 50) int32, the columns of these labels; -1 for images
                           that could not be read
 

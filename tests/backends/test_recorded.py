@@ -160,7 +160,7 @@ def test_a_replay_stops_where_most_answers_are_missing(tmp_path: Path, known: in
 async def test_what_is_no_record(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("{}")
     bulk.run(Cascade(FakeScorer(), [], labels=LABELS), [("0", noise(0))], tmp_path / "run", config={})
-    for name, told in {"none": "it lacks", "file": "it lacks", "run": "is a run without labels: it holds no record"}.items():
+    for name, told in {"none": "it lacks", "file": "it lacks", "run": "is a run without labels, not a record"}.items():
         with pytest.raises(DataError, match=told):
             await load_judge(f"recorded:{tmp_path / name}").prepare()
         with pytest.raises(DataError, match=told):
@@ -180,7 +180,7 @@ class TestRecordedScorer(ScorerContract):
 
     def test_labels_keep_their_columns(self) -> None:
         """A record is of one label set in one order."""
-        with pytest.raises(BackendError, match="labels it was recorded with, in their order"):
+        with pytest.raises(BackendError, match="images and labels of the record, in the same order"):
             self.make().score([noise(1)], LabelSet(self.labels.labels[::-1]))
 
 

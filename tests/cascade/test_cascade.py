@@ -503,7 +503,7 @@ REFUSED: dict[str, tuple[object, str]] = {
     "DataFrame": (FRAME, r"is a table \(DataFrame\)"),
     "pyarrow": (pyarrow.table({"path": ["a.png"]}), r"is a table \(Table\)"),
     "dict": ({"path": ["a.png"]}, r"is a table \(dict\)"),
-    "texts": (np.array(["a.png", "b.png"]), r"an array of dtype <U5, which holds no pixels\. .*tolist"),
+    "texts": (np.array(["a.png", "b.png"]), r"an array of dtype <U5; an array of images has the dtype uint8\. .*tolist"),
     "objects": (np.array([Path("a.png"), Path("b.png")]), "an array of dtype object"),
     "bytes": (np.array([b"a.png"]), "an array of dtype"),
     "0 dimensions": (np.array("a.png"), "an array of dtype <U5"),

@@ -126,7 +126,7 @@ def test_less_certain_scores_are_told_once_in_every_run() -> None:
     watched = cascade(scorer=Scoring())
     for _ in range(2):
         (told,) = warned(watched, images)
-        assert told.startswith(f"Over {WINDOW} images, {SCORES} 0.")
+        assert told.startswith(f"In {WINDOW} images, {SCORES} 0.")
         seen, expected = map(float, re.findall(r"0\.\d\d", told))
         reference = calibration().reference
         assert reference is not None
@@ -137,7 +137,7 @@ def test_less_certain_scores_are_told_once_in_every_run() -> None:
 
 def test_a_judge_that_no_longer_sees_is_told_once() -> None:
     (told,) = warned(cascade(blindly), pictures(0, 100) + pictures(0, 2 * WINDOW, FOREIGN))
-    assert told.startswith(f"Over {WINDOW} images, {ANSWERS} 0.")
+    assert told.startswith(f"In {WINDOW} images, {ANSWERS} 0.")
 
 
 @pytest.mark.parametrize(

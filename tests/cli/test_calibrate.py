@@ -218,4 +218,4 @@ def test_other_labels_are_refused(birds: Path) -> None:
 def test_a_folder_without_a_record_is_refused(birds: Path) -> None:
     done = run("calibrate", birds / "data", "-o", birds / "none.json", check=False)
     assert done.returncode == 2
-    assert "holds no whole record" in done.stderr
+    assert "does not contain a complete record" in done.stderr

@@ -164,7 +164,7 @@ def test_cache_is_filled_used_verified_and_cleared(images: Path, tmp_path: Path)
 def test_looking_at_a_cache_makes_none(tmp_path: Path, command: str) -> None:
     done = run("cache", command, "--folder", tmp_path, check=False)
     assert done.returncode == 2
-    assert "holds no cache of verdicts" in done.stderr
+    assert "does not contain a cache of verdicts" in done.stderr
     assert list(tmp_path.iterdir()) == []
 
 

@@ -93,12 +93,12 @@ def test_the_first_cache_is_everybodys(birds: Path, tmp_path: Path) -> None:
     [
         (["gated.toml"], "A comparison needs at least two runs"),
         (["gated.toml", "always.toml"], "Add --data"),
-        (["runs/gated", "runs/always", "--data", "data"], "These options are for configurations"),
+        (["runs/gated", "runs/always", "--data", "data"], "These options need a configuration"),
         (["gated.toml", "runs/gated", "--data", "data"], "are both named 'gated'"),
         (["gated.toml", "none.toml", "--data", "data"], "cannot be read"),
-        (["runs/gated", "data"], "holds no whole record"),
+        (["runs/gated", "data"], "does not contain a complete record"),
         (["runs/gated", "direct.toml", "--data", "data", "--limit", "3"], "5 of 8 are only in 'gated'"),
-        (["gated.toml", "direct.toml", "--data", "data", "--limit", "3", "-o", "runs"], "added after the last one only"),
+        (["gated.toml", "direct.toml", "--data", "data", "--limit", "3", "-o", "runs"], "only be added after the last image"),
     ],
 )
 def test_wrong_calls_are_one_sentence(birds: Path, arguments: list[str], sentence: str) -> None:

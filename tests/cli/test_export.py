@@ -93,8 +93,8 @@ def test_what_is_left_out_is_told_and_reviews_are_of_the_abstained(birds: Path, 
     [
         ("nowhere", "csv", "out", "does not exist"),
         ("run", "voc", "out", "There is no format 'voc'"),
-        ("run", "csv", "run", "is there already"),
-        ("data", "csv", "out", "holds no predictions"),
+        ("run", "csv", "run", "exists already"),
+        ("data", "csv", "out", "contains no predictions"),
     ],
 )
 def test_wrong_calls_are_one_sentence(birds: Path, source: str, to: str, output: str, sentence: str) -> None:

@@ -56,7 +56,7 @@ def test_an_interrupt_ends_in_order_and_the_same_command_goes_on(
     process.send_signal(number)
     output, errors = process.communicate()
     assert process.returncode == code
-    assert "The run stops after the questions under way" in errors
+    assert "The run stops when all open questions are finished" in errors
     assert "The same command continues it" in errors
     assert "spent" in output
     served = len(server.requests)
@@ -116,7 +116,7 @@ def test_an_interrupt_in_the_last_batch_ends_as_any_run(call: list[str | Path], 
     process = begin([*call, "--set", "batch_size=12"], server)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate()
-    assert "The run stops after the questions under way" in errors
+    assert "The run stops when all open questions are finished" in errors
     assert "continues it" not in errors
     assert process.returncode == 0
     assert (tmp_path / "run" / "summary.json").exists()

@@ -414,7 +414,9 @@ def test_an_interrupted_record_goes_on_as_if_it_had_not_been(tmp_path: Path, dat
     recorded(whole, data, two_stages(), scorer=Tempered(), labels=labels)
     recorded(parts, data, two_stages(), scorer=Tempered(), labels=labels, batches=2)
     for read in (read_record, read_verdicts):
-        with pytest.raises(DataError, match=r"its run was interrupted after 10 of 16 images\. The same command goes on with it"):
+        with pytest.raises(
+            DataError, match=r"its run was interrupted after 10 of 16 images\. Repeat the command that made the record"
+        ):
             read(parts)
     with (parts / "predictions.jsonl").open("r+b") as file:  # the last lines were not written to the disk; rows of scores were
         kept = b"".join(file.read().splitlines(keepends=True)[:7])
@@ -459,7 +461,7 @@ def test_scores_that_were_lost_are_made_again(tmp_path: Path, data: Data) -> Non
     rows = np.lib.format.open_memmap(tmp_path / "run" / "scores.npy", mode="r+")
     rows[6] = 0
     rows.flush()
-    with pytest.raises(DataError, match="holds other scores of image 6 than its prediction was made with"):
+    with pytest.raises(DataError, match="has other scores of image 6 than the scores from which its prediction was made"):
         read_record(tmp_path / "run")
     with pytest.warns(RuntimeWarning, match="damaged after 6 images"):
         recorded(tmp_path / "run", data, [])
@@ -518,7 +520,7 @@ def test_scores_that_are_no_array_of_numbers_are_no_record(tmp_path: Path, data:
             np.save(file, np.full(scores.shape, Harmful(tmp_path / "trace"), dtype=object))
         else:
             np.save(file, scores.astype({"texts": str, "another width": np.float64}[kind]))
-    with pytest.raises(DataError, match="holds no whole record"):
+    with pytest.raises(DataError, match="does not contain a complete record"):
         read_record(tmp_path / "run")
     assert not (tmp_path / "trace").exists()
 
@@ -531,7 +533,7 @@ def test_what_is_missing_or_damaged_is_one_sentence(
     folder = tmp_path / "run"
     recorded(folder, data, two_stages())
     damage(folder / part)
-    with pytest.raises(DataError, match=r"holds no whole record|is no manifest of a run") as caught:
+    with pytest.raises(DataError, match=r"does not contain a complete record|is not the manifest of a run") as caught:
         read_record(folder)
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 500 + len(str(folder))
@@ -540,7 +542,7 @@ def test_what_is_missing_or_damaged_is_one_sentence(
 def test_parts_of_different_runs_are_no_record(tmp_path: Path, data: Data) -> None:
     recorded(tmp_path / "whole", data, [])
     recorded(tmp_path / "half", data.split("test"), [])
-    for part, told in {"scores.npy": "holds other scores of image 0", "predictions.jsonl": "other scores of image 0"}.items():
+    for part, told in {"scores.npy": "has other scores of image 0", "predictions.jsonl": "other scores of image 0"}.items():
         whole = (tmp_path / "whole" / part).read_bytes()
         (tmp_path / "whole" / part).write_bytes((tmp_path / "half" / part).read_bytes())
         with pytest.raises(DataError, match=told):

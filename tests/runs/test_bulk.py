@@ -313,7 +313,7 @@ def test_two_writers_are_one_too_many(tmp_path: Path) -> None:
 
 def test_a_folder_of_other_things_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("")
-    with pytest.raises(DataError, match="holds other things"):
+    with pytest.raises(DataError, match="contains other things"):
         bulk.run(cascade(), Pictures(5), tmp_path, config={})
     assert [entry.name for entry in tmp_path.iterdir()] == ["thesis.tex"]
 
@@ -462,7 +462,7 @@ def test_what_is_left_to_do_is_told(tmp_path: Path) -> None:
         stop = stopping_after(batches)
         bulk.run(cascade(), Pictures(30), tmp_path, config={}, stopping=stop.__next__, outlook=told.append)
     assert told == [
-        "8 images have a prediction; the run goes on after them.",
+        "8 images have a prediction; the run continues after them.",
         "Nothing is left to do: all 30 images have a prediction.",
     ]
 
@@ -532,7 +532,7 @@ def test_a_damaged_ledger_is_one_sentence(tmp_path: Path, damage: bytes) -> None
     bulk.run(cascade(), Pictures(5), tmp_path, config={})
     with (tmp_path / "ledger.jsonl").open("ab") as file:
         file.write(damage)
-    with pytest.raises(DataError, match=r"ledger\.jsonl', line 2, is damaged: what was spent is not known\. Write into it"):
+    with pytest.raises(DataError, match=r"ledger\.jsonl', line 2, is damaged: the spent amount is not known\. Remove the line"):
         bulk.run(cascade(), Pictures(9), tmp_path, config={})
 
 
@@ -543,7 +543,9 @@ def test_a_lost_ledger_gives_no_second_cap(tmp_path: Path, lost: Callable[[Path]
     bulk.run(capped, Pictures(5), tmp_path, config={})
     before = (tmp_path / "predictions.jsonl").read_bytes()
     lost(tmp_path / "ledger.jsonl")
-    with pytest.raises(DataError, match=r"predictions cost: \$0\.000000 instead of \$0\.100000\. Put .* back") as told:
+    with pytest.raises(
+        DataError, match=r"cost of the predictions: \$0\.000000 instead of \$0\.100000\. Restore the file"
+    ) as told:
         bulk.run(capped, Pictures(6), tmp_path, config={})
     assert (tmp_path / "predictions.jsonl").read_bytes() == before
     assert len(judge.questions) == 5
@@ -705,7 +707,7 @@ def test_an_image_that_was_changed_is_noticed_by_its_digest(files: Inputs, tmp_p
     os.utime(changed, ns=(times.st_atime_ns, times.st_mtime_ns))
     assert changed.stat().st_size == times.st_size
     with pytest.warns(
-        RuntimeWarning, match=r"05\.bmp' was changed after its prediction: it and what follows is worked out again"
+        RuntimeWarning, match=r"05\.bmp' was changed after its prediction; this and all later predictions are made again"
     ):
         assert bulk.run(cascade(judge, "always"), files, tmp_path / "run", config={}).images == 20
     assert len(judge.questions) == 21
@@ -796,7 +798,7 @@ def test_inputs_are_images_in_a_table(folder: Path) -> None:
         ("list.csv", "file\nx.png\n", "no text in its column 'path'"),
         ("list.jsonl", "{", "cannot be read"),
         ("list.parquet", "no table", "cannot be read"),
-        ("list.xlsx", "", "no folder and no list"),
+        ("list.xlsx", "", "neither a folder nor a list"),
         ("gone", None, "does not exist"),
     ],
 )

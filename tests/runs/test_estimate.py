@@ -124,7 +124,7 @@ def test_an_unknown_price_is_an_error_whoever_is_escalated(unsure: int) -> None:
 
 
 def test_a_price_that_does_not_hold_is_an_error() -> None:
-    with pytest.raises(PermanentError, match="the price is known up to 5"):
+    with pytest.raises(PermanentError, match="the price is only known up to 5"):
         estimated(hosted(price={**ROUND, "input_limit": 5}), mixture(5, 5))
 
 

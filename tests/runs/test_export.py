@@ -246,11 +246,11 @@ def test_memory_does_not_grow_with_the_predictions(run: Path, tmp_path: Path, to
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ("", "holds no predictions"),
-        ('{"path": "x.jpg"}\n', "line 1, is no prediction: label: Field required"),
-        ("[]\n", "line 1, is no prediction"),
-        ("GOOD\nnonsense\n", "line 2, is no JSON"),
-        ("GOOD\n\n", "line 2, is no JSON"),
+        ("", "contains no predictions"),
+        ('{"path": "x.jpg"}\n', "line 1, is not a prediction: label: Field required"),
+        ("[]\n", "line 1, is not a prediction"),
+        ("GOOD\nnonsense\n", "line 2, is not JSON"),
+        ("GOOD\n\n", "line 2, is not JSON"),
         ("OTHER\n", "line 1: 'eagle' is not in the label set of the run"),
     ],
 )
@@ -270,7 +270,7 @@ def test_a_line_that_is_being_written_is_not_exported_yet(run: Path, tmp_path: P
         (run / "predictions.jsonl").write_text(text)
         assert export(run, "csv", tmp_path / f"{count}.csv").images == count
     (run / "predictions.jsonl").write_text(good)
-    with pytest.raises(DataError, match="holds no predictions"):
+    with pytest.raises(DataError, match="contains no predictions"):
         export(run, "csv", tmp_path / "none.csv")
 
 
@@ -383,11 +383,11 @@ def test_an_image_is_no_run(run: Path, tmp_path: Path) -> None:
 def test_what_is_missing_or_there_already_is_one_sentence(run: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="'nowhere' does not exist"):
         export("nowhere", "csv", tmp_path / "out")
-    with pytest.raises(DataError, match="images' holds no predictions"):
+    with pytest.raises(DataError, match="images' contains no predictions"):
         export(run / "images", "csv", tmp_path / "out")
     with pytest.raises(InputError, match=r"no format 'xml'\. Known are csv"):
         export(run, "xml", tmp_path / "out")
-    with pytest.raises(InputError, match="run' is there already"):
+    with pytest.raises(InputError, match="run' exists already"):
         export(run, "hf", run)
     with pytest.raises(InputError, match=r"cannot be written: .*No such file"):
         export(run, "csv", tmp_path / "no" / "out")
@@ -399,7 +399,7 @@ def test_what_is_missing_or_there_already_is_one_sentence(run: Path, tmp_path: P
 @pytest.mark.parametrize("to", SHOWING_IMAGES)
 def test_images_that_are_elsewhere_are_no_export(run: Path, tmp_path: Path, to: str) -> None:
     write_lines(run / "predictions.jsonl", predictions(Path("images")))
-    with pytest.raises(DataError, match=r"None of the images .* call export where the run was made"):
+    with pytest.raises(DataError, match=r"None of the images .* Repeat the command in the working directory of the run"):
         export(run, to, tmp_path / "out")
 
 

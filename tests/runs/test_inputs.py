@@ -44,7 +44,7 @@ def test_a_line_that_names_no_image_is_told_by_its_number(tmp_path: Path, name: 
 @pytest.mark.parametrize("column", [[1, 2], [[1, 2], [3]], [{"data": b"x"}, None]])
 def test_a_row_that_holds_no_image_is_told_by_its_number(tmp_path: Path, column: Sequence[object]) -> None:
     images = table(tmp_path, {"image": column})
-    with pytest.raises(DataError, match=r"row 0, counted from 0, holds in its column 'image' .*, which is neither an image"):
+    with pytest.raises(DataError, match=r"row 0, counted from 0, contains in its column 'image' .*, which is neither an image"):
         list(images)
 
 
@@ -164,7 +164,7 @@ def test_names_and_numbers_are_those_of_any_inputs() -> None:
 
 def test_a_pipe_is_no_list_of_images(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "list.txt")
-    with pytest.raises(DataError, match="no list of images"):
+    with pytest.raises(DataError, match="nor a list of images"):
         Inputs(tmp_path / "list.txt")
 
 

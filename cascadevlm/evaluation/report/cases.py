@@ -71,7 +71,8 @@ def cases(runs: Mapping[str, tuple[Record, Record]], *, seed: int = 0) -> dict[s
     """The cases of all runs as JSON-serialisable data. Labels and thumbnails are numbers from 0; -1 stands for a missing value.
 
     Args:
-        runs: by name, the record as it was made, and the record under its policy, with the images in the same order.
+        runs: two records per run, by the name of the run: the record as it was made, and the record under its policy. Both have
+            the same order of images.
         seed: seed of the random choice of cases.
     """
     numbers: dict[tuple[str, str], int] = {}

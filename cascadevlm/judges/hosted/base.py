@@ -163,7 +163,9 @@ class HostedJudge(ConnectedJudge):
         except ValidationError as exc:
             problem = exc.errors()[0]
             where = ".".join(map(str, problem["loc"]))
-            raise BackendError(f"The price of {self.spec!r} is wrong at {where!r}: {problem['msg']}.") from exc
+            raise BackendError(
+                f"The price of {self.spec!r} is wrong at {where!r}: {problem['msg']}.", hint="Correct the key price in options."
+            ) from exc
 
     @property
     def costs_money(self) -> bool:
@@ -277,7 +279,9 @@ class HostedJudge(ConnectedJudge):
                 reply = await self.call(request)
             verdict = self.read(reply, question)
         except TimeoutError:
-            raise TransientError(f"There was no answer within {self.timeout:g} seconds.", may_be_billed=True) from None
+            raise TransientError(
+                f"There was no answer within {self.timeout:g} seconds.", may_be_billed=True, hint="Raise the option timeout."
+            ) from None
         except Refused as exc:
             verdict = self._refused(exc)
         return replace(verdict, usage=replace(verdict.usage, seconds=time.perf_counter() - began))
@@ -365,7 +369,8 @@ class HostedJudge(ConnectedJudge):
         limit = self.price.input_limit
         if limit is not None and input_tokens > limit:
             raise PermanentError(
-                f"The question may take {input_tokens} tokens, but the price is only known up to {limit} tokens."
+                f"The question may take {input_tokens} tokens, but the price is only known up to {limit} tokens.",
+                hint="Use fewer or smaller images, or set price in options.",
             )
         usual = Usage(
             input_tokens=input_bytes(question) // USUAL_BYTES_PER_TOKEN

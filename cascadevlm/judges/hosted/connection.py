@@ -59,7 +59,7 @@ class ConnectedJudge(Judge):
         errors: the error class of cascadevlm for each exception class of the SDK, by class name. If an exception has a status,
             the response decides instead.
         base_url: address of the endpoint. None: the provider's own endpoint.
-        api_key_env: name of the environment variable that holds the key.
+        api_key_env: name of the environment variable that contains the key.
         client: the user's own client. None: the judge makes one.
         headers: extra headers of every request. They are secret.
         timeout: maximum total time of one request, in seconds. None: no limit.
@@ -184,7 +184,10 @@ class ConnectedJudge(Judge):
             BackendError: if ``$CASCADEVLM_LOCAL_ONLY`` is set and the endpoint is on another machine.
         """
         if os.environ.get(LOCAL_ONLY) and not self.is_local:
-            raise BackendError(f"{self.spec!r} is not on this machine, and {LOCAL_ONLY} is set.")
+            raise BackendError(
+                f"{self.spec!r} is not on this machine, and {LOCAL_ONLY} is set.",
+                hint=f"Unset {LOCAL_ONLY}, or use a judge on this machine.",
+            )
 
     @property
     @abstractmethod

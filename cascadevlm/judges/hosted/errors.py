@@ -314,7 +314,10 @@ def translate(exc: Exception, errors: Mapping[str, type[JudgeError]], *, secret:
     message = " ".join(f"{type(each).__name__}: {each}" for each in dict.fromkeys((exc, causes[-1])))
     message = one_line(message).replace(secret or "\0", "***")[:MOST_OF_A_MESSAGE]
     if _never_sent(causes):  # the exception's text may contain the key
-        return FatalError("No request can be sent: the key, a header or base_url has a character that is not allowed.")
+        return FatalError(
+            "No request can be sent: the key, a header or base_url has a character that is not allowed.",
+            hint="Correct the key, the headers or base_url.",
+        )
     if refusal := _refused_connection(causes):
         message = f"No connection to {_server(exc)}: {refusal}."
         return TransientError(message) if reached else FatalError(message, hint=NO_CONNECTION)

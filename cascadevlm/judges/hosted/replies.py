@@ -35,7 +35,9 @@ class Reply:
 
 
 def reported(source: object, *path: str) -> object:
-    """The attribute of an SDK's object under a path of names. None if it is missing: SDKs do not validate responses."""
+    """The attribute of an SDK's object under a path of names. None if it is missing, because SDKs do not check that a response
+    is complete.
+    """
     for name in path:
         source = getattr(source, name, None)
     return source

@@ -159,9 +159,14 @@ class BatchJudge(WrapperJudge):
         row = json.dumps(self.hosted.batch_row(key, question)).encode() + b"\n"
         limits = self.hosted.batch_limits
         if len(row) > limits.bytes:
-            raise PermanentError(f"The question has {len(row)} bytes; a whole batch may have {limits.bytes}.")
+            raise PermanentError(
+                f"The question has {len(row)} bytes; a whole batch may have {limits.bytes}.",
+                hint="Use fewer or smaller images in the question.",
+            )
         if self.closed:
-            raise BudgetExhausted("The budget was too small for this question when the batches were filled.")
+            raise BudgetExhausted(
+                "The budget was too small for this question when the batches were filled.", hint="Raise budget.usd."
+            )
         for owed, nanodollars in self._short.copy().items():  # questions that were submitted before come first
             self._reserve(owed, nanodollars)
         self._reserve(key, worst_case)

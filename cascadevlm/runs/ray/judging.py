@@ -115,7 +115,10 @@ class RemoteJudge(WrapperJudge):
             worker = await self._places.get()
         if isinstance(worker, CascadeError):
             self._places.put_nowait(worker)  # for the next question
-            raise FatalError(f"No worker with the judge {self.spec!r} is left: {worker}") from worker
+            raise FatalError(
+                f"No worker with the judge {self.spec!r} is left: {worker}",
+                hint="Solve this problem, then repeat the same command.",
+            ) from worker
         lost = False
         try:
             said = await worker.judge.remote(_packed(question))
@@ -187,14 +190,17 @@ async def _identity(worker: Worker) -> Mapping[str, JsonValue] | CascadeError:
     try:
         return await worker.identity.remote()
     except RayTaskError as exc:
-        return BackendError(f"A judge cannot be made ready in a worker: {str(exc.cause).strip()}.")
+        return BackendError(
+            f"A judge cannot be made ready in a worker: {str(exc.cause).strip()}.",
+            hint="Solve this problem on the machine of the worker, then repeat the same command.",
+        )
 
 
 def _packed(question: Question) -> Question:
     """A copy of the question, without the pixels of images that the judge has already encoded.
 
-    Each of these images is replaced by an image of one pixel, an object of its own: `HostedJudge.sent` distinguishes the images
-    of a question by their identity as objects.
+    Each of these images is replaced by a separate image of one pixel, because `HostedJudge.sent` distinguishes the images of a
+    question by the identity of the objects.
     """
 
     def without_pixels(shown: Question | Exemplar) -> Image.Image:

@@ -723,7 +723,7 @@ async def test_what_depends_on_other_images_is_not_asked_in_batches(name: str, t
     async with bench("openai", tmp_path) as one:
         cascade = one.cascade()
         setattr(cascade, name, True)
-        with pytest.raises(InputError, match=f"In batches, there is no {name}"):
+        with pytest.raises(InputError, match=f"Batch APIs do not support {name}"):
             await one.run(cascade)
 
 

@@ -207,7 +207,7 @@ def test_workers_that_die_and_ctrl_c_cost_no_result(plugin: Path, images: Inputs
     ended.set()
     disturbing.join()
     assert done.returncode == 130
-    assert "The same command goes on from here" in done.stderr
+    assert "The same command continues it" in done.stderr
     begun = len(lines(folder))
     assert 40 < begun < COUNT
     judges = Counter(judged_by.read_text().split())
@@ -245,7 +245,7 @@ def test_a_ray_that_does_not_begin_is_one_sentence(images: Inputs, monkeypatch: 
     monkeypatch.setattr(ray, "init", late)
     config = Config.parse({"scorer": {"use": "open_clip:aviary"}, "labels": ["finch", "owl"]})
     with (
-        pytest.raises(BackendError, match=r"Ray does not begin: The current node timed out during startup\. On a busy machine"),
+        pytest.raises(BackendError, match=r"Ray does not start: The current node timed out during startup\. On a busy machine"),
         on_ray(config.build(), config, images),
     ):
         pass
