@@ -244,7 +244,7 @@ class HfChatJudge(LocalJudge):
             return_dict_in_generate=True,
         ).past_key_values
         # The answer is tokenized separately, so that the prompt has the same tokens as before a written answer. The tokens of
-        # the name are those that differ from the tokens of "ANSWER:". A space or punctuation may be merged into them.
+        # the name are the tokens that differ from the tokens of "ANSWER:". A space or punctuation may be merged into them.
         lead = loaded.tokens("ANSWER:")
         answers = [loaded.tokens(f"ANSWER: {loaded.plain(name)}") for name in names]
         scores: list[float] = []

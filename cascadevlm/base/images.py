@@ -283,7 +283,7 @@ def _upright_rgb(image: Image.Image, room: ExitStack) -> Image.Image:
 
 
 def _turn(image: Image.Image) -> Image.Transpose | None:
-    """The operation that turns an image upright; None if no orientation can be read or none is needed."""
+    """The operation that turns an image upright; None if no orientation can be read or the image is already upright."""
     exif = image.info.get("exif")
     orientation = _orientation(exif) if isinstance(exif, bytes) else None
     if orientation is None:

@@ -89,7 +89,7 @@ class CascadeOptions:
         return Config.parse(data, name=str(self.config or "options"))
 
     def build(self, config: "Config", *, bulk: bool = False) -> "Cascade":
-        """The cascade that the configuration describes. The labels of ``--labels`` replace those of the configuration."""
+        """The cascade that the configuration describes. The labels of ``--labels`` replace the labels of the configuration."""
         from cascadevlm.base.labels import LabelSet
 
         return config.build(LabelSet.read(self.labels) if self.labels else None, bulk=bulk)

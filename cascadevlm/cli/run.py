@@ -35,7 +35,7 @@ RetryFailed = Annotated[
     bool,
     typer.Option(
         "--retry-failed",
-        help="Classify failed images again. All images after the first failed image are decided again with the stored answers.",
+        help="Classify failed images again. Later images also get a new prediction, with the stored answers.",
     ),
 ]
 

@@ -376,7 +376,7 @@ class Config(_Section):
     def frozen(self, cascade: Cascade) -> Self:
         """A copy of the configuration that contains all values that come from the calibration.
 
-        The policies, the numbers of candidates, the fusion rule and the acceptance threshold are those of the built cascade.
+        The policies, the numbers of candidates, the fusion rule and the acceptance threshold come from the built cascade.
         """
         stages = [
             stage.model_copy(update={"policy": str(built.policy), "candidates": stage.candidates.frozen(built.candidates)})

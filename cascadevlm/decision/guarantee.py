@@ -68,7 +68,7 @@ class Acceptance:
             least = least_images(self.target_error, self.confidence)
             return (
                 f"No threshold guarantees on {self.images} labelled images that {promise}. "
-                f"That needs at least {least} accepted images if all of them are right, and more otherwise."
+                f"That needs at least {least} accepted images without a wrong answer; with wrong answers, it needs more."
             )
         return (
             f"Answers with a probability of at least {self.threshold:.3g} are accepted: {promise}. These are "

@@ -2,8 +2,8 @@
 
 The model gives the reliability of an answer, and the accuracy that a question is expected to gain.
 
-The judge chooses one of the options shown by a conditional logit (McFadden, "Conditional logit analysis of qualitative choice
-behavior", 1974). The utility of a candidate is the sum of
+The model of the choice is a conditional logit over the options that the judge sees (McFadden, "Conditional logit analysis of
+qualitative choice behavior", 1974). The utility of a candidate is the sum of
 
 - ``following`` times the scorer's calibrated log-probability of the candidate,
 - a bias of the class,
@@ -23,10 +23,11 @@ belief.
 
 Some judges give their own probabilities of the candidates, which contain more information than the answer, the candidate with
 the highest probability. Suppose that the logarithms of these probabilities are the utilities plus normal noise. Then the
-log-likelihood ratio of two candidates is one weight times the difference of their (logarithm minus utility as a wrong candidate).
-The weight is the ability divided by the variance of the noise (the discriminant of normal distributions; Fisher, "The use of
-multiple measurements in taxonomic problems", 1936). If this is better than the answer on held-out images, it replaces the answer
-for the candidates. Labels that were not shown keep the probability that the answer gives them.
+log-likelihood ratio of two candidates is one weight times the difference of their (logarithm minus utility as a wrong
+candidate). The weight is the ability divided by the variance of the noise (the discriminant of normal distributions; Fisher,
+"The use of multiple measurements in taxonomic problems", 1936). If these probabilities predict held-out images better than the
+answer, they replace the answer for the candidates. Labels that the judge did not see keep the probability that the answer gives
+them.
 """
 
 from dataclasses import dataclass
@@ -67,11 +68,12 @@ class Answers:
     """The candidates that a judge saw for N images, and its answers.
 
     Attributes:
-        candidates: ``(N, K)`` columns of the score matrix in the order shown; `NOBODY` after the last candidate of an image.
+        candidates: ``(N, K)`` columns of the score matrix, in the order in which the judge saw the candidates; `NOBODY` after
+            the last candidate of an image.
         answers: ``(N,)`` columns, each one of the candidates; `NONE_CHOSEN` for "none of these", `NOBODY` for no answer.
         none_offered: whether "none of these" was an option.
-        probabilities: ``(N, K)`` probabilities of the candidates from the judge, NaN for those it did not give; None if the judge
-            never gave any.
+        probabilities: ``(N, K)`` probabilities of the candidates from the judge; NaN if the judge did not give a probability.
+            None if the judge never gave probabilities.
     """
 
     candidates: Columns
@@ -233,7 +235,7 @@ class JudgeModel:
         others = np.exp(log_probs)
         others[where[0], candidates[where]] = 0.0
         shown_now = np.where(answers.shown, np.exp(at(log_probs, candidates)), 0.0)
-        now = np.column_stack([shown_now, others.max(axis=1)])  # of the labels not shown, only the best one can win
+        now = np.column_stack([shown_now, others.max(axis=1)])  # among the labels that are not shown, only the best label can win
         silent, spoke = now * weights.silent, now * (1 - weights.silent) / weights.totals
         inside, outside, none_ability = spoke[:, :-1], spoke[:, -1:], np.exp(self.none_ability)
         if_named = inside * np.exp(weights.abilities)
@@ -255,7 +257,7 @@ class JudgeModel:
         """``(N,)`` booleans: the answer is the most probable candidate. ``(N,)`` probabilities of that, by the model.
 
         Args:
-            log_probs: ``(N, C)`` log-probabilities before the answers. Only those of the candidates are used.
+            log_probs: ``(N, C)`` log-probabilities before the answers. Only the log-probabilities of the candidates are used.
             answers: the N candidate lists and answers.
         """
         weights, truths = self._weights(log_probs, answers), answers.spread(np.exp(log_probs))

@@ -112,7 +112,7 @@ def settings_of(record: Record, stage: int, names: Collection[str]) -> dict[str,
 
 
 def _shown_if_asked(shown: Columns, scores: Scores) -> Columns:
-    """``(N, K)`` columns of the candidates shown. Images without candidates get the most probable labels."""
+    """``(N, K)`` columns of the candidates that the judge saw. Images without candidates get the most probable labels."""
     if not shown.shape[1]:
         return TopK().columns(scores)
     likeliest = TopK(k=shown.shape[1]).columns(scores)

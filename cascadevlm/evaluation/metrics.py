@@ -174,7 +174,9 @@ def macro_interval(right: Bools, truths: Columns, *, seed: int = 0, resamples: i
 
 
 def _macro_averages(cells: NDArray[np.int64]) -> NDArray[np.float64]:
-    """``(R,)`` macro averages, from ``(R, 2 C)`` counts: wrong and right images of each class in turn."""
+    """``(R,)`` macro averages, from ``(R, 2 C)`` counts: for each class, the number of wrong images, then the number of right
+    images.
+    """
     wrong, right = cells[:, ::2], cells[:, 1::2]
     images = wrong + right
     averages: NDArray[np.float64] = (right / np.maximum(images, 1)).sum(axis=1) / (images > 0).sum(axis=1)
@@ -199,7 +201,7 @@ class Evaluation:
     None without images to compute it from.
 
     Attributes:
-        images: number of images, including those that could not be read.
+        images: number of images, including unreadable images.
         unreadable: number of images that could not be read.
         scorer_accuracy: accuracy of the scorer's best label.
         scorer_accuracy_interval: interval of the scorer's accuracy.
@@ -208,7 +210,7 @@ class Evaluation:
         macro_accuracy: mean accuracy of the classes with the cascade (balanced accuracy).
         macro_accuracy_interval: interval of the macro accuracy.
         top_k_recall: for every k, the share of the images whose truth is among the scorer's k best labels.
-        coverage: share of the images with a question whose truth was among the candidates shown last.
+        coverage: share of the images with a question whose truth was among the candidates of the last question.
         deferral_rate: share of the images that were escalated. This includes images not asked about because of the budget.
         scorer_accuracy_kept: accuracy of the scorer on images that were not escalated.
         scorer_accuracy_escalated: accuracy of the scorer on escalated images.
@@ -329,8 +331,9 @@ def evaluate(record: Record, *, seed: int = 0, everything: Judged | None = None)
 
 
 def _last_asked(record: Record) -> tuple[Bools, Bools, Columns, Bools]:
-    """Four ``(N,)`` arrays over the N readable images: escalated; a judge was asked; the last label that a judge named; the truth
-    was among the candidates shown last."""
+    """Four ``(N,)`` arrays over the N readable images: escalated; a judge was asked; the last label that a judge named; the
+    truth was among the candidates of the last question.
+    """
     readable = record.readable
     truths = record.truths[readable]
     escalated, asked, covered = np.zeros((3, len(truths)), dtype=bool)

@@ -1,6 +1,6 @@
 """Plots of records. Each function returns a ``matplotlib.figure.Figure``; its ``savefig`` writes PNG or SVG.
 
-The plots do not use pyplot, so no figure stays in memory and no window opens. The colours are those of Okabe and Ito, "Color
+The plots do not use pyplot, so no figure stays in memory and no window opens. The colours come from Okabe and Ito, "Color
 Universal Design", 2008, which readers with any colour vision can distinguish. Lines also differ in their dashes.
 """
 

@@ -174,13 +174,14 @@ def _spellings_of(label: Label) -> Spellings:
 
 @once_per_question
 def spellings(question: Question) -> tuple[Spellings, ...]:
-    """The names of each option, in the order shown."""
+    """The names of each option, in the order in which the judge sees them."""
     return (*map(_spellings_of, question.labels), *[_NONE] * question.offer_none)
 
 
 @once_per_question
 def options(question: Question) -> Mapping[str, str]:
-    """The options of a question in the order shown: key to name. "None of these" is the last option if it is offered.
+    """The options of a question, in the order in which the judge sees them: the key and the name of each option. "None of
+    these" is the last option if it is offered.
 
     Keys are letters: A to Z, then AA, AB and so on. If a key equals a name of a candidate, the keys are numbers instead. If a
     number equals a name too, the keys are N1, N2 …, then NN1, NN2 …. So an answer never has two meanings.

@@ -34,9 +34,10 @@ class Voting(WrapperJudge):
 
     The orders are evenly spaced rotations. With as many votes as candidates, each candidate is shown once at each position, so
     that the judge's preference for a list position cancels out. The mean is computed from the judge's probabilities or, if
-    there are no probabilities, from its answers. If two candidates are equal, the one shown first wins. A vote that fails does
-    not count, unless all votes fail. If the budget does not cover all votes, the question is not answered, because the
-    preference for a position would not cancel out. The quote, the concurrency and the rates cover all votes together.
+    there are no probabilities, from its answers. If two candidates are equal, the candidate that is shown first wins. A vote
+    that fails does not count, unless all votes fail. If the budget does not cover all votes, the question is not answered,
+    because the preference for a position would not cancel out. The quote, the concurrency and the rates cover all votes
+    together.
 
     Args:
         wrapped: the judge.

@@ -40,8 +40,8 @@ class Estimate:
             answer has a third of its maximum length.
         dollars_range: lowest and highest cost. The lowest cost is the lower end of ``deferral_range`` at the usual price; the
             highest is its upper end at the worst-case price.
-        minutes: time that the judge's concurrency and rate limits allow; 0 if the judge charges nothing, because its speed is
-            not known.
+        minutes: time of the run, computed from the judge's concurrency and rate limits. It is 0 if the judge charges nothing,
+            because its speed is then not known.
     """
 
     judge: str

@@ -2,7 +2,7 @@
 
 ::
 
-    manifest.json         description of the run: the frozen configuration, the labels, digests of the files that the configuration
+    manifest.json         the frozen configuration, the labels, digests of the files that the configuration
                           names, the scorer's fingerprint, the judges' identities, versions, and the start time of the run
     predictions.jsonl     one line per image in input order: `Prediction.to_dict`, the digest of the image's file, and a checksum.
                           In a record also the true label, the split, the digest of the pixels and the question to each judge

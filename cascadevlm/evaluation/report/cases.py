@@ -123,7 +123,7 @@ def _case(record: Record, final: Record, row: int) -> dict[str, JsonValue]:
 
 
 def _candidates(record: Record, row: int) -> list[int]:
-    """The columns of the candidates shown last, or of the scorer's best labels; empty if the image could not be read."""
+    """The columns of the last question's candidates, or of the scorer's best labels; empty if the image is unreadable."""
     shown = [stage.candidates[row] for stage in record.stages if stage.asked[row]]
     if shown:
         return [int(column) for column in shown[-1] if column != NOBODY]

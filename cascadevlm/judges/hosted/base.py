@@ -128,7 +128,9 @@ class HostedJudge(ConnectedJudge):
         self.max_tokens = max_tokens
         self._form: Form | None = None  # None until the endpoint accepted one
         self._schema_works = False
-        self._first: asyncio.Future[FatalError | None] | None = None  # done when no question waits for the first one any more
+        self._first: asyncio.Future[FatalError | None] | None = (
+            None  # done when no question waits for the first question any more
+        )
         self._found_out = False
 
     @cached_property

@@ -26,7 +26,7 @@ LOCAL_ONLY = "CASCADEVLM_LOCAL_ONLY"
 """If this environment variable is set, judges connect to servers on this machine only."""
 
 NO_KEY = "no-key-needed"
-"""The key that is sent to servers on this machine if none is set."""
+"""The key that is sent to servers on this machine if no key is set."""
 
 T = TypeVar("T")
 
