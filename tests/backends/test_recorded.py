@@ -1,4 +1,4 @@
-"""What was recorded of real runs comes back through the same interfaces."""
+"""Replays of real runs give the recorded scores and verdicts through the same interfaces."""
 
 import asyncio
 from collections.abc import Iterable, Sequence
@@ -45,7 +45,7 @@ def asking(judge: Judge) -> list[Stage]:
 
 
 class Ranking(Scorer):
-    """Ranks, for one image after the other, the labels that the next question names first."""
+    """For one image after another, ranks the labels of the next question first."""
 
     def __init__(self, questions: Sequence[Question]) -> None:
         self.names = iter([[label.name for label in each.labels] for each in questions])
@@ -179,13 +179,13 @@ class TestRecordedScorer(ScorerContract):
         return load_scorer(f"recorded:{self.path}")
 
     def test_labels_keep_their_columns(self) -> None:
-        """A record is of one label set in one order."""
+        """A record has one label set, in one order."""
         with pytest.raises(BackendError, match="images and labels of the record, in the same order"):
             self.make().score([noise(1)], LabelSet(self.labels.labels[::-1]))
 
 
 class TestRecordedJudge(JudgeContract):
-    """Each test runs twice: a first time to be recorded, then against the record."""
+    """Each test runs twice: the first run is recorded, and the second run uses the record."""
 
     @pytest.fixture(autouse=True)
     async def _record(self, tmp_path: Path, request: pytest.FixtureRequest) -> None:
@@ -204,7 +204,7 @@ class TestRecordedJudge(JudgeContract):
         return self.judge
 
     async def test_repair_turn_is_understood(self) -> None:
-        """A record holds first questions only."""
+        """A record contains only first questions."""
         if not isinstance(self.judge, FakeJudge):
             with pytest.raises(PermanentError, match="no answer to this question"):
                 await self.judge.judge(replace(question(), rejected="A sparrow, I think."))

@@ -132,7 +132,7 @@ assert [thread.name for thread in threading.enumerate()].count("cascadevlm") == 
 
 
 def test_the_first_calls_of_all_may_come_at_once_from_several_threads() -> None:
-    """In a process of their own: only there is no event loop yet."""
+    """In a separate process, because only a new process has no event loop yet."""
     subprocess.run([sys.executable, "-c", FIRST_CALLS], check=True)
 
 
@@ -143,7 +143,7 @@ async def test_a_running_event_loop_is_no_error() -> None:
 
 
 class Jittery(Judge):
-    """Answers by the image's first pixel after a random while."""
+    """Answers by the first pixel of the image, after a random time."""
 
     spec = "jittery:test"
     concurrency = 5
@@ -254,7 +254,7 @@ def test_a_model_is_loaded_once_and_before_any_image_is_prepared() -> None:
 
 
 def test_runs_that_share_a_model_load_it_once_and_call_it_by_turns() -> None:
-    """In one event loop, in threads and in event loops of their own; through wrappers of one model, too."""
+    """In one event loop, in threads, and in separate event loops; also through wrappers of one model."""
 
     class Busy(FakeScorer):
         loaded = calls = at_once = most_at_once = 0
@@ -344,7 +344,7 @@ def test_a_stream_may_be_forgotten_and_collected_anywhere(caplog: pytest.LogCapt
 
 
 def test_sources_that_wait_hold_nobody_else_up() -> None:
-    """More of them than the default executor has threads."""
+    """More tasks than the default executor has threads."""
     opened: queue.Queue[None] = queue.Queue()
 
     def waiting() -> Iterator[Image.Image]:

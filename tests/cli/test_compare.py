@@ -1,4 +1,4 @@
-"""Comparing on the command line, with the bundled models and images."""
+"""Comparisons on the command line, with the bundled models and images."""
 
 import json
 import shutil
@@ -18,7 +18,9 @@ GATED = CONFIG.read_text()
 
 @pytest.fixture(scope="module")
 def birds(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Eight of the bundled images, three configurations, and the records of comparing two that differ in their policy alone."""
+    """Eight bundled images, three configurations, and the records of a comparison of two configurations that differ only in
+    their policy.
+    """
     folder = tmp_path_factory.mktemp("compare")
     for bird in sorted((CONFIG.parent / "images").glob("*.jpg"))[:8]:
         (folder / "data" / bird.stem).mkdir(parents=True)

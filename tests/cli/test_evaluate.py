@@ -1,4 +1,4 @@
-"""Measuring and sweeping on the command line, with the bundled models and images."""
+"""Evaluations and sweeps on the command line, with the bundled models and images."""
 
 import json
 import shutil
@@ -14,7 +14,7 @@ CONFIG = Path(str(resources.files("cascadevlm_backends") / "aviary" / "cascade.t
 
 @pytest.fixture(scope="module")
 def birds(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Eight of the bundled images in a folder of folders, and what a judge asked about all of them said."""
+    """Eight bundled images in one folder per class, and the judge's answers about all of them."""
     folder = tmp_path_factory.mktemp("evaluate")
     for bird in sorted((CONFIG.parent / "images").glob("*.jpg"))[:8]:
         (folder / "data" / bird.stem).mkdir(parents=True)
@@ -40,7 +40,7 @@ def test_what_the_judge_said_of_everything_can_be_swept(birds: Path) -> None:
 
 
 def test_an_interrupted_evaluation_goes_on_with_the_same_command(birds: Path, tmp_path: Path) -> None:
-    """The cache is beside; three lines are all that the first session left."""
+    """The cache is outside the folder. The first session wrote only three lines."""
     command = ("evaluate", birds / "data", "--config", CONFIG, "--judge-all", "-o", tmp_path / "run", "--json")
     shutil.copytree(birds / "run", tmp_path / "run")
     lines = (tmp_path / "run" / "predictions.jsonl").read_bytes().splitlines(keepends=True)

@@ -14,7 +14,7 @@ CONFIG = Path(str(resources.files("cascadevlm_backends") / "aviary" / "cascade.t
 
 @pytest.fixture(scope="module")
 def birds(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A record of eight of the bundled images, and a study beside it."""
+    """A record of eight bundled images, and a study of it."""
     folder = tmp_path_factory.mktemp("report")
     for bird in sorted((CONFIG.parent / "images").glob("*.jpg"))[:8]:
         (folder / "data" / bird.stem).mkdir(parents=True)

@@ -14,7 +14,7 @@ CONFIG = Path(str(resources.files("cascadevlm_backends") / "aviary" / "cascade.t
 
 @pytest.fixture(scope="module")
 def birds(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Six of the bundled images in a folder of folders, a support folder of others' exemplars, and the study of two k."""
+    """Six bundled images in one folder per class, a support folder with other images, and a study of two values of k."""
     folder = tmp_path_factory.mktemp("study")
     bundled = sorted((CONFIG.parent / "images").glob("*.jpg"))
     for bird in bundled[:6]:

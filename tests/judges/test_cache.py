@@ -206,7 +206,7 @@ async def test_damage_is_found_and_asked_again(tmp_path: Path) -> None:
 
 
 class Harmful:
-    """Writes a file where it is unpickled."""
+    """Writes a file when it is unpickled."""
 
     def __init__(self, trace: Path) -> None:
         self.trace = trace

@@ -1,4 +1,4 @@
-"""Bulk runs: what they write, and what is left of them when they are disturbed."""
+"""Bulk runs: their files, also after interruptions."""
 
 import asyncio
 import hashlib
@@ -54,7 +54,7 @@ LABELS = ["finch", "owl", "wren", "stork"]
 
 
 class Pictures:
-    """So many pictures, all different."""
+    """This number of pictures, which all differ."""
 
     def __init__(self, count: int) -> None:
         self.count = count
@@ -143,7 +143,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(tmp_path: Path, policy: str
 
 @pytest.mark.parametrize("batches", [2, 3, 4, 5])
 def test_a_run_that_is_left_while_a_later_judge_still_decides_goes_on(tmp_path: Path, batches: int) -> None:
-    """The first image keeps the later stage waiting, the others are settled long before."""
+    """The first image delays the later stage. The other images are settled long before."""
     images = [(str(number), picture(RED if number == 0 else GREY)) for number in range(10)]
 
     def two_stages() -> Cascade:
@@ -186,7 +186,7 @@ def test_a_summary_is_of_all_predictions_that_are_there(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("left", [0, 1, 700, 5000])
 def test_what_is_not_whole_is_worked_out_again(tmp_path: Path, left: int) -> None:
-    """Cut anywhere, as a machine without power may leave it, and more of the progress noted than is there."""
+    """A file that is cut at any position, as after a loss of power, and a stored position beyond the end of the file."""
     bulk.run(cascade(), Pictures(20), tmp_path, config={})
     before, path = lines(tmp_path), tmp_path / "predictions.jsonl"
     os.truncate(path, left)
@@ -242,13 +242,13 @@ def test_another_configuration_is_refused_by_its_difference(tmp_path: Path) -> N
     ],
 )
 def test_what_decides_nothing_may_change(tmp_path: Path, before: dict[str, JsonValue], now: dict[str, JsonValue]) -> None:
-    """A key that a newer version knows, too."""
+    """A configuration with a key of a newer version."""
     for config in (before, now):
         bulk.run(cascade(), Pictures(5), tmp_path, config=config)
 
 
 class Endpoint(FakeJudge):
-    """Is known by its endpoint once it is ready."""
+    """A judge that has its endpoint in its identity after its preparation."""
 
     def __init__(self, endpoint: str) -> None:
         super().__init__(reply=second)
@@ -345,7 +345,7 @@ def test_failures_are_told_once(tmp_path: Path) -> None:
 
 
 def test_failures_are_tried_again_if_that_is_wanted(tmp_path: Path) -> None:
-    """What follows the first of them is worked out again, from answers that are kept."""
+    """All images after the first changed image get a new prediction, from stored answers."""
     files = [tmp_path / f"{number}.png" for number in range(12)]
     for number, file in enumerate(files):
         noise(number, (8, 8)).save(file)
@@ -423,7 +423,7 @@ def test_the_cap_holds_over_all_sessions(tmp_path: Path) -> None:
 @example(caps=[5, 5])
 @example(caps=[7, 3, 5])
 def test_a_raised_cap_asks_about_what_was_skipped(tmp_path_factory: pytest.TempPathFactory, caps: list[int]) -> None:
-    """Caps in questions, of which there are twelve, and at last no cap."""
+    """Limits in numbers of questions, of which there are twelve, and no limit at the end."""
     folder, judge, told = tmp_path_factory.mktemp("run"), PaidJudge(), list[str]()
 
     def run(cap: int | None) -> Mapping[str, int]:
@@ -484,7 +484,9 @@ def test_a_run_without_any_answer_is_in_vain(tmp_path: Path, replies: list[str |
 def test_a_ledger_never_forgets(
     tmp_path_factory: pytest.TempPathFactory, promises: list[tuple[int, int | None]], cut: int
 ) -> None:
-    """Killed with promises open and its last line half written, it counts as spent what was paid and what may be."""
+    """A ledger that was killed with open reservations and an incomplete last line counts the paid and the reserved amounts as
+    spent.
+    """
     path = tmp_path_factory.mktemp("ledger") / "ledger.jsonl"
     ledger = DurableLedger(1.0, path)
     for promise, paid in promises:
@@ -648,7 +650,7 @@ def test_an_error_of_another_folder_is_not_of_this_one(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_is_one_sentence_and_what_was_written_is_kept(tmp_path: Path) -> None:
-    """The limit on the size of a file stands for the end of the disk."""
+    """A limit on the size of a file stands for a full disk."""
     script = """
 import resource, signal, sys
 from pathlib import Path
@@ -751,7 +753,7 @@ def test_digests_are_known_where_embeddings_are_kept(files: Inputs, tmp_path: Pa
 
 @pytest.mark.parametrize("labelled", [False, True])
 def test_killed_runs_lose_nothing_and_pay_twice_only_for_what_was_under_way(labelled: bool) -> None:
-    """`python -m benchmarks.kills` does it a hundred times."""
+    """`python -m benchmarks.kills` does this a hundred times."""
     proof = prove(3, images=150, labelled=labelled)
     assert (proof.kills, proof.asked_again, proof.different) == (3, 0, 0)
     assert proof.questions > 0

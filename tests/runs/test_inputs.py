@@ -1,4 +1,4 @@
-"""Rows that are no images, links, names, and what reading a table costs."""
+"""Rows that are not images, links, names, and the cost of reading a table."""
 
 import gc
 import json
@@ -86,7 +86,7 @@ def test_images_in_a_table_have_names_that_are_known_without_reading_them(
 
 
 def test_a_table_is_counted_named_and_sampled_without_reading_all_its_images(tmp_path: Path) -> None:
-    """Of the images, the bytes are overwritten: reading a row group of them fails."""
+    """The bytes of some images are overwritten, so that reading their row group fails."""
     images = table(tmp_path, {"image": [{"bytes": bytes(100_000), "path": f"{n}.png"} for n in range(8)]}, rows_together=2)
     metadata = pyarrow.parquet.read_metadata(images.path)
     with images.path.open("r+b") as file:
