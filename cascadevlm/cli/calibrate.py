@@ -65,7 +65,9 @@ class RecipeOptions:
     ] = None
     judge_share: Annotated[
         float | None,
-        typer.Option(help="Target: reach at least this share of the accuracy of asking the judge about every image."),
+        typer.Option(
+            help="Target: reach at least this share of the accuracy that the judge reaches if it is asked about every image."
+        ),
     ] = None
     target_error: Annotated[
         float | None,

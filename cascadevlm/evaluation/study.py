@@ -53,8 +53,9 @@ class PositionBias:
     Attributes:
         chosen: ``(K,)`` numbers of answers at the first, second, … position.
         true: ``(K,)`` numbers of truths at these positions. Truths that were not candidates are not counted.
-        p_value: probability of counts at least this uneven, if every position is equally probable (Pearson's chi-square test).
-            It shows a bias of the judge only if the candidates were shuffled. None without answers, or with one position.
+        p_value: p-value of Pearson's chi-square test that every position is equally probable. A small value means that the
+            counts are uneven. It shows a bias of the judge only if the candidates were shuffled. None without answers, or with
+            one position.
     """
 
     chosen: NDArray[np.int64]

@@ -177,7 +177,8 @@ class LabelledLine(Line):
         split: the split of the data that the image belongs to; "" if it is unknown.
         pixels: digest of the pixels; "" if the image could not be read.
         scores: checksum of the image's rows in ``scores.npy`` and ``columns.npy``.
-        questions: the question of every verdict; None if the image could not be read again for the question.
+        questions: the question of every verdict; None if the image could not be read a second time, when the question was
+            asked.
     """
 
     verdict: WholeVerdict | None

@@ -270,6 +270,6 @@ async def test_a_silent_cluster_is_told(monkeypatch: pytest.MonkeyPatch) -> None
         yield ScoredBatch(paths=["a.png"], errors=[ImageError("torn")], digests=[], sizes=[], scores=None)
 
     threading.Timer(0.3, given.set).start()
-    with pytest.warns(RuntimeWarning, match="'ray status' tells whether its workers are there"):
+    with pytest.warns(RuntimeWarning, match="'ray status' shows whether its workers are there"):
         (read,) = await Arriving(batches())([Path("a.png")])
     assert read[0] == "a.png"
