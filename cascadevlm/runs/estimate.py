@@ -95,7 +95,7 @@ def estimate(
         PermanentError: if a question may take more tokens than the price is known for.
     """
     if not images:
-        raise InputError("There are no images.", hint="Give at least one image.")
+        raise InputError("There are no images.")
     chosen = np.sort(np.random.default_rng(seed).permutation(len(images))[:sample])
     readable, scores = _scored(cascade, [images[index] for index in chosen])
     scored = _Sample(size=len(chosen), total=len(images) if total is None else total, readable=readable, scores=scores)

@@ -243,7 +243,7 @@ def read_lines(file: Path, kind: type[AnyLine], end: int | None = None) -> Itera
         raise DataError(f"{str(file)!r}, line {number}, is not a prediction: {where}: {first['msg']}.", hint=REPEAT) from exc
     except json.JSONDecodeError as exc:
         if not line.endswith(b"\n"):
-            raise DataError(f"{str(file)!r} ends inside line {number}.", hint=REPEAT) from exc
+            raise DataError(f"{str(file)!r} ends in the middle of line {number}.", hint=REPEAT) from exc
         raise DataError(f"{str(file)!r}, line {number}, is not JSON: {exc.msg}.", hint=REPEAT) from exc
     except (OSError, ValueError, RecursionError) as exc:
         raise DataError(f"{str(file)!r} cannot be read: {exc}.", hint="Check the path and the content of the file.") from exc

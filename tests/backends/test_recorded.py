@@ -150,7 +150,9 @@ def test_a_replay_stops_where_most_answers_are_missing(tmp_path: Path, known: in
     replaying = load_judge(f"recorded:{path}")
     for _ in range(2):  # the second run counts anew
         if stops:
-            with pytest.raises(FatalError, match=rf"no answer to {missing} of {known + missing} questions\. Replay it with"):
+            with pytest.raises(
+                FatalError, match=rf"no answer to {missing} of {known + missing} questions\. Use the images, labels"
+            ):
                 classify(replaying, range(known + missing))
         else:
             outcomes = [each.verdict and each.verdict.outcome for each in classify(replaying, range(known + missing))]

@@ -638,7 +638,7 @@ def test_reference_images_come_from_the_support_set(tmp_path: Path) -> None:
     judge = FakeJudge()
     cascade(stage(judge, support=support, prompt=load_prompt("select_fewshot"))).classify([picture(GREY)])
     assert [exemplar.label.name for exemplar in judge.questions[0].exemplars] == ["red bird", "blue bird"]
-    with pytest.raises(PromptError, match=r"'select' has no place for the support images\. Take a prompt with \$references"):
+    with pytest.raises(PromptError, match=r"'select' has no place for the support images\. Use a prompt with \$references"):
         stage(judge, support=support)
     with pytest.raises(InputError, match="no image of any label"):
         SupportSet.read(tmp_path, LabelSet.of(["owl"]))

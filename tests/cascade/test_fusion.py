@@ -718,7 +718,7 @@ def test_a_price_is_told_by_the_size_of_a_file_that_is_not_decoded(tmp_path: Pat
 @pytest.mark.parametrize("also", ["", " & gain > 0.1", " & calls <= 5", " | never"])
 def test_routing_wants_policies_of_gain_alone(policies: tuple[str, str], also: str) -> None:
     stages = [stage_of_expert("ant", policy=policy + also) for policy in policies]
-    with pytest.raises(PolicyError, match=r"cannot choose between judges. With routing, give a policy of gain alone"):
+    with pytest.raises(PolicyError, match=r"cannot choose between judges. With routing, use only a gain policy"):
         Cascade(IN_DOUBT, stages, labels=LABELS, routing=True)
 
 

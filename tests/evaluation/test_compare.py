@@ -294,5 +294,5 @@ def test_one_run_and_runs_that_read_nothing_are_refused() -> None:
     with pytest.raises(DataError, match="at least two records"):
         compare({"a": records["run 0"]})
     records["run 1"] = replace(records["run 1"], readable=np.zeros(5, dtype=bool))
-    with pytest.raises(DataError, match="No image could be read"):
+    with pytest.raises(DataError, match="There is no image that every run could read"):
         compare(records)

@@ -680,7 +680,7 @@ def test_before_a_disk_is_full_the_run_stops_in_order(tmp_path: Path, monkeypatc
         return SimpleNamespace(free=1 << 20 if folder == tmp_path / full and len(judge.questions) > 5 else 1 << 40)
 
     monkeypatch.setattr("shutil.disk_usage", usage)
-    with pytest.raises(RunError, match=rf"{full}' has less than 16 MB left\. What was done is kept"):
+    with pytest.raises(RunError, match=rf"{full}' has less than 16 MB left\. Free some space"):
         bulk.run(cascade(judge, "always", store=store), Pictures(40), tmp_path / "run", config={})
     asked = len(judge.questions)
     assert 5 < asked < 40

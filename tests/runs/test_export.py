@@ -387,7 +387,7 @@ def test_what_is_missing_or_there_already_is_one_sentence(run: Path, tmp_path: P
         export("nowhere", "csv", tmp_path / "out")
     with pytest.raises(DataError, match="images' contains no predictions"):
         export(run / "images", "csv", tmp_path / "out")
-    with pytest.raises(InputError, match=r"no format 'xml'\. Known are csv"):
+    with pytest.raises(InputError, match=r"no format 'xml'\. Use one of: csv"):
         export(run, "xml", tmp_path / "out")
     with pytest.raises(InputError, match="run' exists already"):
         export(run, "hf", run)

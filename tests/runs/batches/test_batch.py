@@ -715,7 +715,7 @@ async def test_a_submission_refused_stops_the_run_and_not_the_next(
 
 async def test_local_judges_have_no_batches(tmp_path: Path) -> None:
     cascade = Cascade(FakeScorer(), [Stage(judge=FakeJudge(), prompt=SELECT)], labels=LABELS)
-    with pytest.raises(BackendError, match=r"No judge of this cascade has a batch API. Take a judge of openai: or anthropic:"):
+    with pytest.raises(BackendError, match=r"No judge of this cascade has a batch API. Use a judge of openai: or anthropic:"):
         async for _ in stream_in_batches(cascade, IMAGES, folder=tmp_path):
             pass
 
