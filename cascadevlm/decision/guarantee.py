@@ -67,8 +67,8 @@ class Acceptance:
         if self.threshold is None:
             least = least_images(self.target_error, self.confidence)
             return (
-                f"No threshold guarantees on {self.images} labelled images that {promise}. "
-                f"That needs at least {least} accepted images without a wrong answer; with wrong answers, it needs more."
+                f"With {self.images} labelled images, no threshold guarantees that {promise}. "
+                f"The guarantee needs at least {least} accepted images without a wrong answer, or more with some wrong answers."
             )
         return (
             f"Answers with a probability of at least {self.threshold:.3g} are accepted: {promise}. These are "
@@ -84,7 +84,7 @@ def require_probability(name: str, value: float) -> None:
         InputError: if the value is out of this range.
     """
     if not 0 < value < 1:
-        raise InputError(f"{name} must be between 0 and 1, and is {value!r}.")
+        raise InputError(f"{name} must be between 0 and 1, not {value!r}.")
 
 
 def least_images(target_error: float, confidence: float) -> int:

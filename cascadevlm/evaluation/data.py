@@ -100,7 +100,7 @@ class Data:
             DataError: if the share is not between 0 and 1.
         """
         if not 0 <= share <= 1:
-            raise DataError(f"A share of the data must be between 0 and 1, and is {share!r}.")
+            raise DataError(f"A share of the data must be between 0 and 1, not {share!r}.")
         first = stratified(self.truths, round(share * len(self)), seed=seed)
         return self.take(np.flatnonzero(first)), self.take(np.flatnonzero(~first))
 

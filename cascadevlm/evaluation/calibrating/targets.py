@@ -43,7 +43,7 @@ class Target:
         most = 1.0 if self.kind in ("deferral_rate", "accuracy") else math.inf
         if not (0 <= self.value <= most):
             limits = "at least 0" if math.isinf(most) else "between 0 and 1"
-            raise InputError(f"The target {self.kind} must be {limits}, and is {self.value!r}.")
+            raise InputError(f"The target {self.kind} must be {limits}, not {self.value!r}.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -650,7 +650,7 @@ def test_a_guarantee_is_of_what_it_was_fitted_with(
 
 
 def test_a_promise_that_the_images_do_not_support_is_refused() -> None:
-    with pytest.raises(DataError, match="No threshold guarantees on 60 labelled images"):
+    with pytest.raises(DataError, match="With 60 labelled images, no threshold guarantees"):
         calibrate(record(), Recipe(size=120, target_error=0.01))
 
 
