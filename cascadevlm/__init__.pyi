@@ -25,11 +25,13 @@ from .config.loading import load_judge, load_prompt, load_scorer
 from .judges.base import Judge, LocalJudge
 from .policies.base import Policy, Spending
 from .policies.language import parse_policy
+from .scorers.adapters import Adapter, read_adapter
 from .scorers.base import EmbeddingScorer, Scorer
 
 __version__: str
 
 __all__ = [
+    "Adapter",
     "BackendError",
     "BudgetExhausted",
     "Candidate",
@@ -69,4 +71,5 @@ __all__ = [
     "load_prompt",
     "load_scorer",
     "parse_policy",
+    "read_adapter",
 ]

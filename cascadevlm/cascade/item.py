@@ -113,7 +113,7 @@ def _abstained(prediction: Prediction, why: str) -> Prediction:
 
 def stacked(rows: Sequence[Scores]) -> Scores:
     """N x C, of N images' 1 x C."""
-    return replace(rows[0], log_probs=np.concatenate([row.log_probs for row in rows]))
+    return Scores.joined(rows)
 
 
 def believed_candidates(rule: CandidateRule, items: Sequence[Item]) -> list[tuple[Candidate, ...]]:

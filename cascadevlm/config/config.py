@@ -24,6 +24,7 @@ from cascadevlm.judges.budget import Ledger
 from cascadevlm.judges.cache import DiskStore, VerdictStore, default_cache_folder
 from cascadevlm.judges.support import SupportSet
 from cascadevlm.policies.language import parse_policy
+from cascadevlm.scorers.adapters import read_adapter
 from cascadevlm.scorers.base import EmbeddingScorer, Scorer
 from cascadevlm.scorers.kept import CachedEmbeddings, kept_labels
 
@@ -65,11 +66,41 @@ _BY_DIGEST = MayChange("the manifest holds a digest of the content")
 
 
 class ScorerConfig(_Section):
-    """``[scorer]``: the spec, its templates (where the backend takes any) and the backend's own ``options``."""
+    """``[scorer]``: the spec, its templates (where the backend takes any), the backend's own ``options``, and the file of an
+    adapter that ``cascadevlm adapt`` made for this scorer."""
 
     use: str
     templates: list[str] | None = None
     options: Annotated[Options, _BY_FINGERPRINT] = {}
+    adapter: Annotated[Path | None, _BY_FINGERPRINT] = None
+
+    def build(self) -> Scorer:
+        """The scorer with its adapter, its model not yet loaded.
+
+        Raises:
+            ConfigError: if templates are given twice, the adapter cannot be read, or the scorer makes no embeddings to adapt.
+            BackendError: as `load_scorer`.
+        """
+        options = dict(self.options)
+        if self.templates is not None:
+            if "templates" in options:
+                raise ConfigError("scorer.templates are given twice.", hint="Take them out of scorer.options.")
+            options["templates"] = [*self.templates]
+        scorer = load_scorer(self.use, **options)
+        if self.adapter is not None:
+            require_embeddings(scorer, self.use).adapter = read_adapter(self.adapter)
+        return scorer
+
+
+def require_embeddings(scorer: Scorer, spec: str) -> EmbeddingScorer:
+    """The scorer, if it makes embeddings.
+
+    Raises:
+        ConfigError: if it makes none.
+    """
+    if not isinstance(scorer, EmbeddingScorer):
+        raise ConfigError(f"{spec!r} has no embeddings, which an adapter needs.", hint="Use an open_clip or hf scorer.")
+    return scorer
 
 
 def _size(value: JsonValue) -> JsonValue:
@@ -260,12 +291,7 @@ class Config(_Section):
             if self.labels is None:
                 raise ConfigError("There are no labels.", hint="Give a file of class names.")
             labels = LabelSet.read(self.labels) if isinstance(self.labels, Path) else LabelSet.of(self.labels)
-        options = dict(self.scorer.options)
-        if self.scorer.templates is not None:
-            if "templates" in options:
-                raise ConfigError("scorer.templates are given twice.", hint="Take them out of scorer.options.")
-            options["templates"] = [*self.scorer.templates]
-        scorer = self.cache.keeping_embeddings(load_scorer(self.scorer.use, **options), images=bulk)
+        scorer = self.cache.keeping_embeddings(self.scorer.build(), images=bulk)
         calibration = read_calibration(self.calibration) if self.calibration else None
         if calibration and len(calibration.judges) != len(self.stage):
             raise ConfigError(

@@ -30,8 +30,8 @@ SETTINGS = ("judge", "prompt", "offer_none", "support", "votes", "options")
 """Of a stage's configuration: what changes the judge's answers, beside the candidates."""
 
 
-WORDING = {"templates": "templates", "texts": "texts for the labels"}
-"""Parts of a scorer's fingerprint that name what it was prompted with, in words."""
+WORDING = {"templates": "templates", "texts": "texts for the labels", "adapter": "settings of the adapter"}
+"""Parts of a scorer's fingerprint that do not name its model, in words."""
 
 SAME_WORDING = "Give those that it was made with, or make one for these: cascadevlm calibrate."
 

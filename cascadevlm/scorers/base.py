@@ -7,7 +7,7 @@ import time
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import ClassVar, TypeAlias
@@ -16,11 +16,13 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from cascadevlm.base.arrays import Columns
 from cascadevlm.base.errors import BackendError, ImageError, InputError
 from cascadevlm.base.images import ImageSource, decoded, is_large, load_image, pixel_digest, unread_image
 from cascadevlm.base.labels import LabelSet
 from cascadevlm.base.portable import Portable
 from cascadevlm.base.types import Scores
+from cascadevlm.scorers.adapters import Adapter
 
 DEFAULT_TEMPLATES = ("a photo of a {label}.",)
 
@@ -186,8 +188,7 @@ def scored_or_errors(
     half = len(prepared) // 2
     parts = [scored_or_errors(scorer, some, labels) for some in (prepared[:half], prepared[half:])]
     found = [scores for scores, _ in parts if scores is not None]
-    joined = replace(found[0], log_probs=np.concatenate([scores.log_probs for scores in found])) if found else None
-    return joined, [error for _, errors in parts for error in errors]
+    return Scores.joined(found) if found else None, [error for _, errors in parts for error in errors]
 
 
 class WrapperScorer(Scorer):
@@ -230,6 +231,8 @@ class EmbeddingScorer(Scorer):
     Attributes:
         templates: texts in which ``{label}`` stands for a label's prompt text.
         keep_labels: reads the embeddings of labels where they are kept; None where they are not.
+        adapter: what was learned about the embeddings of this scorer, as ``read_adapter("birds.adapter")`` reads it. It changes
+            all scores and the fingerprint. Set it before the scorer is used. Default: None.
 
     Raises:
         InputError: if a template lacks ``{label}``.
@@ -243,7 +246,9 @@ class EmbeddingScorer(Scorer):
                 raise InputError(f"Template {template!r} lacks '{{label}}'.", hint="It stands for the class name.")
         self.templates = tuple(templates)
         self.keep_labels: LabelReader | None = None
+        self.adapter: Adapter | None = None
         self._embedded: tuple[LabelSet, NDArray[np.float32]] | None = None
+        self._adapted: tuple[Adapter, LabelSet, Columns | None] | None = None
 
     @abstractmethod
     def embed_images(self, images: Sequence[Image.Image]) -> NDArray[np.float32]:
@@ -262,7 +267,12 @@ class EmbeddingScorer(Scorer):
         """Names the weights, revision, precision and preprocessing."""
 
     def fingerprint(self, labels: LabelSet) -> str:
-        """Names the model, the templates and the texts that stand for the labels in the templates."""
+        """Names the model, the templates, the texts that stand for the labels in the templates, and the adapter."""
+        bare = self.bare_fingerprint(labels)
+        return bare if self.adapter is None else f"{bare}|adapter={self.adapter.digest[:12]}"
+
+    def bare_fingerprint(self, labels: LabelSet) -> str:
+        """The fingerprint without an adapter."""
         digest = hashlib.sha256("\0".join(self.templates).encode()).hexdigest()[:12]
         return f"{self.model_fingerprint()}|templates={digest}|{texts_part(labels)}"
 
@@ -326,8 +336,17 @@ class EmbeddingScorer(Scorer):
 
         Raises:
             ImageError: if an embedding is not finite.
+            ConfigError: if the adapter does not fit the scorer or the labels.
         """
         if not np.isfinite(embeddings).all():
             raise ImageError("The scorer's embedding of the image is not finite.", hint=OTHER_PRECISION)
-        similarities = embeddings @ self.label_embeddings(labels).T
-        return Scores.from_logits(self.logits(similarities), labels, self.fingerprint(labels))
+        logits = self.logits(embeddings @ self.label_embeddings(labels).T)
+        if self.adapter is not None:
+            logits = self.adapter.logits(embeddings, logits, self._columns(self.adapter, labels))
+        return Scores.from_logits(logits, labels, self.fingerprint(labels), embeddings=embeddings.astype(np.float16))
+
+    def _columns(self, adapter: Adapter, labels: LabelSet) -> Columns | None:
+        """`Adapter.columns_in`, checked once per adapter and label set."""
+        if self._adapted is None or self._adapted[0] is not adapter or self._adapted[1] != labels:
+            self._adapted = adapter, labels, adapter.columns_in(labels, self.bare_fingerprint)
+        return self._adapted[2]
