@@ -22,6 +22,7 @@ from .cascade.candidates import CumulativeMass, TopK
 from .cascade.cascade import Cascade
 from .cascade.stage import Stage
 from .config.loading import load_judge, load_prompt, load_scorer
+from .decision.adapting import fit_adapter
 from .judges.base import Judge, LocalJudge
 from .policies.base import Policy, Spending
 from .policies.language import parse_policy
@@ -67,6 +68,7 @@ __all__ = [
     "TransientError",
     "Usage",
     "Verdict",
+    "fit_adapter",
     "load_judge",
     "load_prompt",
     "load_scorer",

@@ -88,8 +88,9 @@ class DataOptions:
         int | None, typer.Option(min=1, help="Only this number of images, drawn at random with the share of every class.")
     ] = None
 
-    def build(self, config: "Config", data: Path, labels: Path | None) -> "tuple[Cascade, Data]":
-        """The cascade of a configuration, and labelled images for it. Without labels, a folder of data names them.
+    def build(self, config: "Config", data: Path, labels: Path | None, *, bulk: bool = False) -> "tuple[Cascade, Data]":
+        """The cascade of a configuration, and labelled images for it. Without labels, a folder of data names them. In ``bulk``,
+        the embeddings of images are kept.
 
         Raises:
             DataError: if the data is not as it should be.
@@ -97,7 +98,7 @@ class DataOptions:
         from cascadevlm.evaluation.data import read_data
 
         where = labels or (data if config.labels is None and data.is_dir() else None)
-        cascade = CascadeOptions(labels=where).build(config)
+        cascade = CascadeOptions(labels=where).build(config, bulk=bulk)
         given = read_data(data, cascade.labels)
         given = given.split(self.split) if self.split else given
         return cascade, given.subset(self.limit) if self.limit else given

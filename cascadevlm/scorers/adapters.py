@@ -61,13 +61,13 @@ class Made:
     Attributes:
         method: how it was learned.
         images: number of images that it was learned from.
-        labelled: whether the labels of these images were known.
+        labelled: number of these images whose label was known.
         figures: what was measured on held-out images.
     """
 
     method: Method
     images: int
-    labelled: bool
+    labelled: int
     figures: dict[str, JsonValue] = field(default_factory=dict)
 
 

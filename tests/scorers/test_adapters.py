@@ -30,7 +30,7 @@ from tests.scorers.test_embeddings import LABELS, TinyTowers, Unsteady
 
 IMAGES = [noise(number) for number in range(5)]
 D = 48
-MADE = Made(method="means", images=9, labelled=True, figures={"gain": 0.25})
+MADE = Made(method="means", images=9, labelled=9, figures={"gain": 0.25})
 
 
 def linear(seed: int = 0, labels: LabelSet = LABELS, scorer: TinyTowers | None = None) -> LinearAdapter:
@@ -175,7 +175,7 @@ def adapters_of_any_kind(draw: st.DrawFn) -> Adapter:
     made = Made(
         method=draw(st.sampled_from(["means", "cache", "linear"])),
         images=draw(st.integers(0, 10**9)),
-        labelled=draw(st.booleans()),
+        labelled=draw(st.integers(0, 10**9)),
         figures=draw(st.dictionaries(st.text(), st.one_of(st.none(), st.floats(-1, 1), st.text(), st.lists(st.integers())))),
     )
     fingerprint, own = draw(st.text()), draw(st.floats(0, 1e4))
