@@ -36,9 +36,10 @@ from cascadevlm import LabelSet, Scores
 from cascadevlm.base.arrays import NOBODY, Columns
 from cascadevlm.decision.judge_fit import fit_judge
 from cascadevlm.decision.judge_model import Answers, JudgeModel
-from cascadevlm.decision.learning import Labelled, Learning, Scored, Taught, transduced
+from cascadevlm.decision.learning import Learning
 from cascadevlm.decision.means import Sums
 from cascadevlm.decision.scorer_calibration import Floats
+from cascadevlm.decision.teaching import Labelled, Scored, Taught, transduced
 from cascadevlm.policies.base import Spending, as_budgeted
 
 LABELLED, BATCH, BLOCK = 200, 64, 500
@@ -273,15 +274,15 @@ def main(
         weak = bool((images.scored(1).argmax(axis=1) == images.truths).mean() < 0.2)
         tell = partial(_tell, images.name)
         drawn = [Draw.of(images, shots or 1 + weak, seed) for seed in range(draws)]
-        tell({"kind": "without a judge"} | mean([unlabelled_figures(draw) for draw in drawn]))
+        tell("without a judge", mean([unlabelled_figures(draw) for draw in drawn]))
         for policy in policies.split(";"):
             for kind in KINDS:
-                tell({"policy": policy, "kind": kind} | mean([draw.run(kind, policy) for draw in drawn]))
-        tell({"kind": "few shots"} | few_shot_figures(images))
+                tell(kind, mean([draw.run(kind, policy) for draw in drawn]), policy)
+        tell("few shots", few_shot_figures(images))
 
 
-def _tell(name: str, figures: Mapping[str, object]) -> None:
-    print(json.dumps({"set": name} | figures), flush=True)
+def _tell(name: str, kind: str, figures: Mapping[str, float | list[float]], policy: str = "") -> None:
+    print(json.dumps({"set": name, "policy": policy, "kind": kind, **figures}), flush=True)
 
 
 if __name__ == "__main__":
