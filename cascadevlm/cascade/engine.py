@@ -336,9 +336,10 @@ class Run:
         left: Selection = reduce(np.maximum, later, own) > np.maximum(own, 0.0)
         return left
 
-    def _remaining(self, decided: int, end: int) -> float:
-        """How many images are expected to reach a stage after those that have, of the first so many of the run."""
-        return 0.0 if self.total is None else max(self.total - end, 0) * decided / end
+    def _remaining(self, decided: int, end: int) -> float | None:
+        """Expected number of images that reach a stage after the ``decided`` ones of the first ``end`` images; None if the run's
+        length is not known."""
+        return None if self.total is None else max(self.total - end, 0) * decided / end
 
     async def _ask(self, running: RunningStage, item: Item, batch: _Batch) -> None:
         await running.ask(item)

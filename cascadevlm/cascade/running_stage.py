@@ -66,7 +66,7 @@ class RunningStage:
         return self.policy.policy.surplus(Spending(prices=prices, gain=self.stage.gain(scores)))
 
     def decide(
-        self, items: Sequence[Item], scores: Scores, prices: tuple[float, ...], *, left: Selection, remaining: float
+        self, items: Sequence[Item], scores: Scores, prices: tuple[float, ...], *, left: Selection, remaining: float | None
     ) -> list[Item]:
         """Those of the next images that the policy escalates; all get its reasons, those of the first stage its candidates too.
 
@@ -74,7 +74,7 @@ class RunningStage:
             scores: N x C, of the images as they stand.
             prices: of asking about each.
             left: N, those that are left to a later stage.
-            remaining: how many images are expected after these.
+            remaining: how many images are expected after these; None if the number is not known.
         """
         spending = replace(self.spending, remaining=remaining, prices=prices, gain=self.stage.gain(scores))
         selected = self.policy.select(scores, spending) & ~left

@@ -1,8 +1,8 @@
 """Policies decide which images are worth a question to a judge.
 
 A policy is one method over a batch of images. Policies compose with ``&``, ``|`` and ``~``. A plain function from `Scores` to a
-boolean array serves as a policy. A limit on calls or dollars behind ``&`` makes a `Budgeted` policy: the limit is spent on the
-best of the images that the other side selects.
+boolean array serves as a policy. A limit such as ``calls <= 500`` behind ``&`` makes a `Budgeted` policy: the limit is spent on
+the best of the images that the other side selects.
 """
 
 import math
@@ -39,8 +39,9 @@ class Spending:
         calls: number of those that were escalated at this stage.
         dollars: expected cost of those calls.
         dollars_for_all: expected cost if all images before this batch had been escalated.
-        recent: what a `Budgeted` policy remembers of earlier batches: value and price of one image after another.
-        remaining: expected number of images after this batch; 0 if it is not known.
+        recent: what a `Budgeted` policy remembers of earlier batches: value, price and probability of the best label of one image
+            after another.
+        remaining: expected number of images after this batch; None if it is not known.
         prices: (N,) expected dollars of a question about each image; empty if the policy does not need them.
         gain: (N,) expected gain in accuracy from a question about each image; None if the stage has no model of its judge.
     """
@@ -50,7 +51,7 @@ class Spending:
     dollars: float = 0.0
     dollars_for_all: float = 0.0
     recent: tuple[float, ...] = ()
-    remaining: float = 0.0
+    remaining: float | None = 0.0
     prices: tuple[float, ...] = ()
     gain: tuple[float, ...] | None = None
 
@@ -69,6 +70,23 @@ class Priority:
 
     values: Values
     is_gain: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Latest:
+    """What a limit compares the N images of a batch with: the M images that are remembered, then these N images.
+
+    Attributes:
+        values: (M + N,) the highest come first; `LEAST` for images that are not wanted.
+        prices: (M + N,) expected dollars of a question about each image.
+        sure: (M + N,) probability of each image's best label before a question.
+        is_gain: whether the values are expected gains in accuracy.
+    """
+
+    values: Values
+    prices: Values
+    sure: Values
+    is_gain: bool
 
 
 class Policy(ABC):
@@ -122,24 +140,23 @@ class Policy(ABC):
 class Limit(ABC):
     """What may be spent over a whole run. A limit alone is a policy, too: it asks about the best of all images (`as_policy`)."""
 
-    comparison: ClassVar[Literal["<="]] = "<="
+    comparison: ClassVar[Literal["<=", ">="]] = "<="
     by_price: ClassVar[bool] = False
+    by_gain: ClassVar[bool] = False
 
     @abstractmethod
-    def within(self, wanted: Selection, ranked: Values, prices: Values, spending: Spending, *, by_gain: bool) -> Selection:
+    def within(self, wanted: Selection, latest: Latest, spending: Spending) -> Selection:
         """The part of the wanted images that the limit allows; some of it is kept for images to come.
 
         Args:
             wanted: boolean mask (N,).
-            ranked: (M + N,) values of the M images that are remembered and of the N images; the highest come first.
-            prices: (M + N,) dollars.
+            latest: the M images that are remembered and the N images.
             spending: where the run stands.
-            by_gain: whether the values are expected gains.
         """
 
     @abstractmethod
-    def most_calls(self, price: float) -> float:
-        """Number of questions that the limit allows at so many dollars each."""
+    def most_calls(self, price: float, images: int) -> float:
+        """Number of questions that the limit allows about so many images, at so many dollars each."""
 
     def __and__(self, other: "PolicyLike") -> Policy:
         return as_policy(self) & other
@@ -285,7 +302,8 @@ class Not(Policy):
 class Budgeted(Policy):
     """Asks about the best of the images that a policy selects, as far as limits allow over the whole run.
 
-    The policy orders the images. If it has no order, the expected gain does or, without a model of the judge, the entropy.
+    The policy orders the images. If it has no order, the expected gain does or, without a model of the judge, the entropy. A
+    limit on the accuracy always orders them by the expected gain.
     """
 
     policy: Policy
@@ -299,19 +317,27 @@ class Budgeted(Policy):
     def by_price(self) -> bool:
         return self.policy.by_price or any(limit.by_price for limit in self.limits)
 
+    @property
+    def by_gain(self) -> bool:
+        return self.policy.by_gain or any(limit.by_gain for limit in self.limits)
+
     def select(self, scores: Scores, spending: Spending = START) -> Selection:
         selected = self.policy.select(scores, spending)
         if not self.limits or not selected.any():
             return selected
         priority = self.priority(scores, spending)
         for limit in self.limits:
-            ranked, prices = _stream(selected, priority, spending).T
-            selected = limit.within(selected, ranked, prices, spending, by_gain=priority.is_gain)
+            values, prices, sure = _stream(selected, priority, scores, spending).T
+            latest = Latest(values=values, prices=prices, sure=sure, is_gain=priority.is_gain)
+            selected = limit.within(selected, latest, spending)
         return selected
 
     def priority(self, scores: Scores, spending: Spending = START) -> Priority:
-        if (own := self.policy.priority(scores, spending)) is not None:
+        needs_gain = any(limit.by_gain for limit in self.limits)
+        if not needs_gain and (own := self.policy.priority(scores, spending)) is not None:
             return own
+        if spending.gain is None and needs_gain:
+            raise uncalibrated(self)
         if spending.gain is not None:
             return Priority(values=np.array(spending.gain), is_gain=True)
         return Priority(values=measures.entropy(scores))
@@ -320,7 +346,7 @@ class Budgeted(Policy):
         """``spending.recent`` for the next batch."""
         if not self.limits:
             return ()
-        stream = _stream(self.policy.select(scores, spending), self.priority(scores, spending), spending)
+        stream = _stream(self.policy.select(scores, spending), self.priority(scores, spending), scores, spending)
         return tuple(stream[-WINDOW:].ravel().tolist())
 
     def reasons(self, scores: Scores, spending: Spending = START) -> list[str]:
@@ -357,15 +383,16 @@ def _refuse_limits(policy: Policy) -> None:
     """Raises PolicyError if a part has limits: behind ``|`` or ``~``, what a limit leaves depends on the batches of a run."""
     if any(isinstance(part, Budgeted) for part in policy.parts):
         raise PolicyError(
-            f"A limit on calls or dollars stands alone or behind &, not as in '{policy}'.",
+            f"A limit such as calls or deferral stands alone or behind &, not as in '{policy}'.",
             hint="For example: (entropy > 0.3 | margin < 0.1) & calls <= 500.",
         )
 
 
-def _stream(wanted: Selection, priority: Priority, spending: Spending) -> NDArray[np.float64]:
-    """(M + N, 2): value and price of the M images that are remembered and of the N images of a batch."""
-    latest = np.column_stack([np.where(wanted, priority.values, LEAST), spending.prices or np.zeros(len(wanted))])
-    return np.concatenate([np.reshape(spending.recent, (-1, 2)), latest])
+def _stream(wanted: Selection, priority: Priority, scores: Scores, spending: Spending) -> NDArray[np.float64]:
+    """(M + N, 3): the columns of `Latest`."""
+    prices, sure = spending.prices or np.zeros(len(wanted)), measures.top_probability(scores)
+    batch = np.column_stack([np.where(wanted, priority.values, LEAST), prices, sure])
+    return np.concatenate([np.reshape(spending.recent, (-1, 3)), batch])
 
 
 def _joined(operator: str, reasons: list[list[str]]) -> list[str]:

@@ -1,8 +1,8 @@
-"""Limits on calls and dollars, spent on the best of the images that a policy selects over a whole run.
+"""Limits on calls, dollars, the share of images asked about and the accuracy, over what a policy selects in a whole run.
 
 Over a single batch a limit is exact. If more images are to come, a batch gets its fair share: the images above the quantile of
 the latest images that leaves as large a share, of calls or of dollars, as is left for the rest of the run. If the number of
-images is not known, a limit is spent as the images come.
+images is not known, a limit on calls or dollars is spent as the images come.
 """
 
 import math
@@ -12,8 +12,11 @@ import numpy as np
 
 from cascadevlm.base.errors import PolicyError
 from cascadevlm.base.types import NANODOLLARS
-from cascadevlm.policies.base import Limit, Selection, Spending, number, require_whole
+from cascadevlm.policies.base import WINDOW, Latest, Limit, Selection, Spending, number, require_whole
 from cascadevlm.policies.measures import Values
+
+ROUNDING = 1e-9
+"""How much less than a whole number of questions still is one."""
 
 HALF = 0.5 / NANODOLLARS
 """Half of the smallest price, in dollars: sums of prices are exact to this amount."""
@@ -28,12 +31,13 @@ class WithinCalls(Limit):
     def __post_init__(self) -> None:
         require_whole("calls", self.calls)
 
-    def most_calls(self, price: float) -> float:
+    def most_calls(self, price: float, images: int) -> float:
         return self.calls
 
-    def within(self, wanted: Selection, ranked: Values, prices: Values, spending: Spending, *, by_gain: bool) -> Selection:
-        left, to_come = self.calls - spending.calls, spending.remaining
-        return _shared_out(wanted, ranked, np.ones(len(ranked)), left=left, to_come=to_come, surely=to_come)
+    def within(self, wanted: Selection, latest: Latest, spending: Spending) -> Selection:
+        left, to_come = self.calls - spending.calls, spending.remaining or 0.0
+        share = left / max(len(wanted) + to_come, 1)
+        return _shared_out(wanted, latest.values, np.ones(len(latest.values)), left=left, share=share, surely=to_come)
 
     def __str__(self) -> str:
         return f"calls <= {number(self.calls)}"
@@ -54,25 +58,92 @@ class WithinDollars(Limit):
         if not 0 <= self.dollars < math.inf:
             raise PolicyError(f"dollars takes an amount from 0 on, not {self.dollars!r}.")
 
-    def most_calls(self, price: float) -> float:
+    def most_calls(self, price: float, images: int) -> float:
         return self.dollars / price if price else math.inf
 
-    def within(self, wanted: Selection, ranked: Values, prices: Values, spending: Spending, *, by_gain: bool) -> Selection:
+    def within(self, wanted: Selection, latest: Latest, spending: Spending) -> Selection:
         if not any(spending.prices):
             return wanted
-        if by_gain:
-            ranked = ranked / np.maximum(prices, HALF)
+        prices, remaining = latest.prices, spending.remaining or 0.0
+        ranked = latest.values / np.maximum(prices, HALF) if latest.is_gain else latest.values
         usual = (spending.dollars_for_all + sum(spending.prices)) / (spending.images + len(wanted))
-        to_come = usual * spending.remaining
-        surely = max(to_come - 2 * float(prices.std()) * math.sqrt(spending.remaining), 0.0)  # two standard deviations less
+        to_come = usual * remaining
+        surely = max(to_come - 2 * float(prices.std()) * math.sqrt(remaining), 0.0)  # two standard deviations less
         left = self.dollars - spending.dollars + HALF
-        return _shared_out(wanted, ranked, prices, left=left, to_come=to_come, surely=surely)
+        share = left / max(sum(spending.prices) + to_come, HALF)
+        return _shared_out(wanted, ranked, prices, left=left, share=share, surely=surely)
 
     def __str__(self) -> str:
         return f"dollars <= {number(self.dollars)}"
 
 
-def _shared_out(wanted: Selection, ranked: Values, costs: Values, *, left: float, to_come: float, surely: float) -> Selection:
+@dataclass(frozen=True)
+class WithinShare(Limit):
+    """``deferral <= S``: at most the share S of the images, from 0 to 1, and no less as far as the policy selects so many.
+
+    If the number of images is known, the share is exact at the end, rounded down to a whole image. If the number is not known, a
+    batch gets the images above the quantile of the latest images, and no more than S of the images so far were ever asked about;
+    what was not asked about is made up for over the next `WINDOW` images.
+    """
+
+    share: float
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.share <= 1:
+            raise PolicyError(f"deferral takes a share from 0 to 1, not {self.share!r}.")
+
+    def most_calls(self, price: float, images: int) -> float:
+        return self.share * images
+
+    def within(self, wanted: Selection, latest: Latest, spending: Spending) -> Selection:
+        decided, ahead = spending.images + len(wanted), spending.remaining
+        left = math.floor(self.share * (decided + (ahead or 0.0)) + ROUNDING) - spending.calls
+        later = WINDOW if ahead is None else ahead
+        share = (self.share * (decided + later) - spending.calls) / (len(wanted) + later)
+        surely = math.inf if ahead is None else ahead
+        return _shared_out(wanted, latest.values, np.ones(len(latest.values)), left=left, share=share, surely=surely)
+
+    def __str__(self) -> str:
+        return f"deferral <= {number(self.share)}"
+
+
+@dataclass(frozen=True)
+class AccuracyAtLeast(Limit):
+    """``accuracy >= T``: the fewest questions by which the mean expected accuracy of the latest images and the batch reaches T,
+    from 0 to 1; those of the highest expected gain. If T is out of reach, every question that has a gain is asked.
+
+    The expected accuracy of an image is the probability of its best label and, if the judge is asked, the expected gain. It is as
+    good as the calibration.
+
+    Raises:
+        PolicyError: when deciding, if the stage has no model of its judge.
+    """
+
+    comparison = ">="
+    by_gain = True
+    accuracy: float
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.accuracy <= 1:
+            raise PolicyError(f"accuracy takes a number from 0 to 1, not {self.accuracy!r}.")
+
+    def most_calls(self, price: float, images: int) -> float:
+        return images
+
+    def within(self, wanted: Selection, latest: Latest, spending: Spending) -> Selection:
+        missing = self.accuracy * len(latest.sure) - float(latest.sure.sum())
+        best_first = np.argsort(-latest.values, kind="stable")
+        gained = np.cumsum(np.maximum(latest.values[best_first], 0.0))
+        needed = best_first[: np.searchsorted(gained, missing) + 1] if missing > 0 else best_first[:0]
+        asked = np.zeros(len(latest.values), dtype=bool)
+        asked[needed] = latest.values[needed] > 0
+        return wanted & asked[-len(wanted) :]
+
+    def __str__(self) -> str:
+        return f"accuracy >= {number(self.accuracy)}"
+
+
+def _shared_out(wanted: Selection, ranked: Values, costs: Values, *, left: float, share: float, surely: float) -> Selection:
     """Boolean mask (N,) of the wanted images that are asked about now.
 
     A batch spends what it is entitled to, and at least what could not be spent later. Images that cost more than is left are
@@ -80,11 +151,11 @@ def _shared_out(wanted: Selection, ranked: Values, costs: Values, *, left: float
 
     Args:
         left: what may be spent from now on.
-        to_come: expected cost of all images to come.
+        share: part of the cost of all images from now on that may be spent.
         surely: what all images to come cost at least.
     """
     own, cost = ranked[-len(wanted) :], costs[-len(wanted) :]
-    entitled = _entitled(ranked, costs, len(wanted), left / max(cost.sum() + to_come, HALF))
+    entitled = _entitled(ranked, costs, len(wanted), share)
     asked, spent = np.zeros(len(wanted), dtype=bool), 0.0
     for index in np.argsort(-own, kind="stable"):
         if spent + cost[index] / 2 > entitled and spent >= left - surely:

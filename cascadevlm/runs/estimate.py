@@ -89,7 +89,7 @@ def estimate(
         usual, worst, tokens = _mean_price(judge, list(compress(questions, priced)))
         rate = float(escalated.sum() / len(looked_at)) * kept
         interval = binomtest(int(escalated.sum()), len(looked_at)).proportion_ci(method="wilson")
-        most = min((limit.most_calls(usual) / total for limit in budgeted.limits), default=1.0)
+        most = min((limit.most_calls(usual, total) / total for limit in budgeted.limits), default=1.0)
         low, high = (min(float(end) * kept, most) for end in (interval.low, interval.high))
         calls = round(min(rate, most) * total)
         estimates.append(

@@ -88,7 +88,7 @@ def test_labels_are_wanted() -> None:
             {**data(), "routing": True, "stage": [{"judge": "hf_chat:aviary"}] * 2},
             "The policy 'always' cannot choose between judges",
         ),
-        (data(policy="~(calls <= 3)"), "A limit on calls or dollars stands alone or behind &"),
+        (data(policy="~(calls <= 3)"), "A limit such as calls or deferral stands alone or behind &"),
         (data(policy="calls <= 1e999"), "a whole number from 0 on, not inf"),
     ],
 )
