@@ -89,7 +89,7 @@ def _figures(result: "Adapted") -> dict[str, object]:
         "method": made.method,
         "images": made.images,
         "labelled": made.labelled,
-        "groups": result.groups,
+        "measured": result.measured,
         "before": result.before,
         "after": result.after,
         "gain": result.gain,
@@ -103,7 +103,7 @@ def _rows(result: "Adapted") -> dict[str, str]:
     made = result.adapter.made
     rows = {"method": made.method, "images": f"{made.images} ({made.labelled} with a known label)"}
     if result.before is not None and result.after is not None:
-        rows["images, near-duplicates counted once"] = str(result.groups)
+        rows["labelled images, near-duplicates counted once"] = str(result.measured)
         rows["scorer, right"] = f"{result.before:.1%}"
         rows["adapted, right on images left out"] = f"{result.after:.1%}"
         low, high = result.gain_interval or (float("nan"),) * 2

@@ -7,11 +7,13 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import JsonValue
 
+from cascadevlm.base.arrays import NOBODY, Columns
 from cascadevlm.base.errors import DataError
 from cascadevlm.base.images import ImageSource
 from cascadevlm.base.types import Prediction, Scores
 from cascadevlm.cascade.cascade import Cascade
-from cascadevlm.decision.adapting import FEWEST_IMAGES, FOLDS, fit_adapter, folds, near_duplicates, responsibilities
+from cascadevlm.decision.adapting import FEWEST_IMAGES, columns_of, distinct, fit_adapter
+from cascadevlm.decision.scorer_calibration import FOLDS, fold_of
 from cascadevlm.evaluation.metrics import Interval, interval
 from cascadevlm.scorers.adapters import Adapter, Method
 from cascadevlm.scorers.base import Scorer, WrapperScorer
@@ -21,12 +23,12 @@ from cascadevlm.scorers.base import Scorer, WrapperScorer
 class Adapted:
     """An adapter and what it gains.
 
-    All figures but ``changed`` are of images with known labels, in five folds: an adapter that was made without a fold is
-    measured on that fold. A group of near-duplicates counts as one image. None without labels.
+    All figures but ``changed`` are of labelled images that were left out: five adapters are made, each without one fifth of the
+    images, and are measured on that fifth. A group of near-duplicates counts as one image. None without labelled images.
 
     Attributes:
         adapter: made from all images.
-        groups: number of groups of near-duplicates, and of images that have none, among the images with known labels.
+        measured: number of labelled images without near-duplicates.
         before: accuracy of the scorer without an adapter, from 0 to 1.
         after: accuracy with the adapter.
         gain: ``after`` less ``before``.
@@ -35,12 +37,12 @@ class Adapted:
     """
 
     adapter: Adapter
-    groups: int
-    before: float | None
-    after: float | None
-    gain: float | None
-    gain_interval: Interval | None
+    measured: int
     changed: float
+    before: float | None = None
+    after: float | None = None
+    gain: float | None = None
+    gain_interval: Interval | None = None
 
     @property
     def gains(self) -> bool:
@@ -58,46 +60,43 @@ def adapt(scores: Scores, truths: Sequence[str], *, method: Method = "means") ->
 
     Raises:
         InputError: as `fit_adapter`.
-        DataError: as `fit_adapter`; if some labels are known, but fewer than 20.
+        DataError: as `fit_adapter`; if there are labelled images, but fewer than 20 different ones.
     """
-    beliefs = responsibilities(truths, scores.labels)
-    known = beliefs.sum(axis=1) > 0
-    if 0 < known.sum() < 2 * FEWEST_IMAGES:
-        hint = "Give more images, or leave their labels out."
-        raise DataError(f"{known.sum()} images with labels are too few: at least {2 * FEWEST_IMAGES} are needed.", hint=hint)
+    columns = columns_of(truths, scores.labels)
     adapter = fit_adapter(scores, truths, method=method)
+    changed = float((_best(adapter, scores) != scores.log_probs.argmax(axis=1)).mean())
+    if (columns == NOBODY).all():
+        return Adapted(adapter=adapter, measured=0, changed=changed)
     assert scores.embeddings is not None
-    x = scores.embeddings.astype(np.float32)
-    after = adapter.logits(x, scores.log_probs).argmax(axis=1)
-    changed = float((after != scores.log_probs.argmax(axis=1)).mean())
-    if not known.any():
-        return Adapted(adapter=adapter, groups=0, before=None, after=None, gain=None, gain_interval=None, changed=changed)
-    fold_of = folds(x, beliefs)
+    rows = distinct(scores.embeddings.astype(np.float32), columns)
+    if len(rows) < 2 * FEWEST_IMAGES:
+        message = (
+            f"{len(rows)} different images with labels are too few to measure a gain: at least {2 * FEWEST_IMAGES} are needed."
+        )
+        raise DataError(message, hint="Give more images, or all images without labels.")
+    folds, after = fold_of(len(rows)), np.empty(len(rows), dtype=np.int64)
     for fold in range(FOLDS):
-        inside = fold_of == fold
-        outside = np.flatnonzero(~inside)
-        made = fit_adapter(scores.rows(outside), [truths[int(row)] for row in outside], method=method)
-        after[inside] = made.logits(x[inside], scores.log_probs[inside]).argmax(axis=1)
-    groups = near_duplicates(x[known], beliefs[known])
-    columns = beliefs[known].argmax(axis=1)
-    before = _per_group(scores.log_probs[known].argmax(axis=1) == columns, groups)
-    now = _per_group(after[known] == columns, groups)
-    adapted = Adapted(
-        adapter=adapter,
-        groups=len(now),
+        outside = np.concatenate([rows[folds != fold], np.flatnonzero(columns == NOBODY)])
+        made = fit_adapter(scores.rows(outside), [truths[row] for row in outside.tolist()], method=method)
+        after[folds == fold] = _best(made, scores.rows(rows[folds == fold]))
+    before = (scores.log_probs[rows].argmax(axis=1) == columns[rows]).astype(np.float64)
+    now = (after == columns[rows]).astype(np.float64)
+    figures: dict[str, JsonValue] = {"measured": len(rows), "before": float(before.mean()), "after": float(now.mean())}
+    return Adapted(
+        adapter=replace(adapter, made=replace(adapter.made, figures=figures)),
+        measured=len(rows),
+        changed=changed,
         before=float(before.mean()),
         after=float(now.mean()),
         gain=float((now - before).mean()),
         gain_interval=interval(now - before),
-        changed=changed,
     )
-    figures: dict[str, JsonValue] = {"before": adapted.before, "after": adapted.after, "groups": adapted.groups}
-    return replace(adapted, adapter=replace(adapter, made=replace(adapter.made, figures=figures)))
 
 
-def _per_group(right: NDArray[np.bool_], groups: NDArray[np.intp]) -> NDArray[np.float64]:
-    """The share of right answers in each group."""
-    found: NDArray[np.float64] = np.bincount(groups, weights=right) / np.bincount(groups)
+def _best(adapter: Adapter, scores: Scores) -> Columns:
+    """`(N,)` the column of the best label."""
+    assert scores.embeddings is not None
+    found: Columns = adapter.logits(scores.embeddings.astype(np.float32), scores.log_probs).argmax(axis=1)
     return found
 
 

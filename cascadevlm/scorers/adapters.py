@@ -334,11 +334,12 @@ def read_adapter(path: str | Path) -> Adapter:
     from safetensors import SafetensorError, safe_open
 
     try:
+        Path(path).open("rb").close()  # says in one form why a file cannot be read
         with safe_open(path, framework="np") as file:
             header = json.loads((file.metadata() or {}).get(HEADER, "null"))
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no mapping
     except OSError as exc:
-        raise ConfigError(f"Adapter {str(path)!r} cannot be read: {exc.strerror or exc}.") from exc
+        raise ConfigError(f"Adapter {str(path)!r} cannot be read: {exc.strerror}.") from exc
     except (SafetensorError, ValueError, TypeError, RecursionError) as exc:
         raise ConfigError(f"{str(path)!r} is no adapter: {DAMAGED}", hint=MAKE_ANOTHER) from exc
     kind = KINDS.get(str(header.pop("kind", ""))) if isinstance(header, dict) else None

@@ -26,6 +26,7 @@ from cascadevlm.scorers.adapters import HEADER, Adapter, CacheAdapter, LinearAda
 from cascadevlm.scorers.base import DEFAULT_TEMPLATES, scored_or_errors
 from cascadevlm.scorers.kept import CachedEmbeddings
 from cascadevlm.testing import noise
+from tests.evaluation.calibrating.test_calibration import learned
 from tests.scorers.test_embeddings import LABELS, TinyTowers, Unsteady
 
 IMAGES = [noise(number) for number in range(5)]
@@ -402,3 +403,14 @@ def test_copies_score_alike_also_from_threads() -> None:
         results = list(pool.map(lambda _: cascade.classify(IMAGES), range(8)))
     assert all(result == results[0] for result in results)
     assert [each.probability for each in results[0]] == pytest.approx(expected.probabilities.max(axis=1).tolist())
+
+
+def test_a_calibration_of_the_bare_scorer_is_refused_for_the_adapted_one() -> None:
+    known = learned()
+    labels = LabelSet.of(known.labels)
+    bare = TinyTowers().bare_fingerprint(labels)
+    scores = Scores.from_logits(np.zeros((1, len(labels))), labels, f"{bare}|adapter=0123456789ab")
+    with pytest.raises(ConfigError, match="The calibration was made with other settings of the adapter"):
+        replace(known, fingerprint=bare).calibrated(scores)
+    with pytest.raises(ConfigError, match="settings of the adapter"):
+        replace(known, fingerprint=f"{bare}|adapter=ab0123456789").calibrated(scores)
