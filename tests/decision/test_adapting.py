@@ -158,7 +158,7 @@ def test_what_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     for method in ("cache", "linear"):
         for some in (None, ["", *given[1:]]):
             with pytest.raises(InputError, match=f"The method '{method}' needs the labels of all images"):
-                fit_adapter(scores, some, method=method)  # type: ignore[arg-type]
+                fit_adapter(scores, some, method=METHODS[method])
     with pytest.raises(DataError, match="'robin' is no label"):
         fit_adapter(scores, ["robin", *given[1:]])
     with pytest.raises(DataError, match="There are 39 truths for 40 images"):
