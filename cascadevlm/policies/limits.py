@@ -12,8 +12,11 @@ import numpy as np
 
 from cascadevlm.base.errors import PolicyError
 from cascadevlm.base.types import NANODOLLARS
-from cascadevlm.policies.base import WINDOW, Latest, Limit, Selection, Spending, number, require_whole
+from cascadevlm.policies.base import Latest, Limit, Selection, Spending, number, require_whole
 from cascadevlm.policies.measures import Values
+
+RECENT = 256
+"""Number of remembered images that a share and an accuracy look at: what a scorer learns has changed little over them."""
 
 ROUNDING = 1e-9
 """How much less than a whole number of questions still is one."""
@@ -83,7 +86,7 @@ class WithinShare(Limit):
 
     If the number of images is known, the share is exact at the end, rounded down to a whole image. If the number is not known, a
     batch gets the images above the quantile of the latest images, and no more than S of the images so far were ever asked about;
-    what was not asked about is made up for over the next `WINDOW` images.
+    what was not asked about is made up for over the next `RECENT` images.
     """
 
     share: float
@@ -98,10 +101,11 @@ class WithinShare(Limit):
     def within(self, wanted: Selection, latest: Latest, spending: Spending) -> Selection:
         decided, ahead = spending.images + len(wanted), spending.remaining
         left = math.floor(self.share * (decided + (ahead or 0.0)) + ROUNDING) - spending.calls
-        later = WINDOW if ahead is None else ahead
+        later = RECENT if ahead is None else ahead
         share = (self.share * (decided + later) - spending.calls) / (len(wanted) + later)
         surely = math.inf if ahead is None else ahead
-        return _shared_out(wanted, latest.values, np.ones(len(latest.values)), left=left, share=share, surely=surely)
+        values = latest.values[-(RECENT + len(wanted)) :]
+        return _shared_out(wanted, values, np.ones(len(values)), left=left, share=share, surely=surely)
 
     def __str__(self) -> str:
         return f"deferral <= {number(self.share)}"
@@ -131,12 +135,13 @@ class AccuracyAtLeast(Limit):
         return images
 
     def within(self, wanted: Selection, latest: Latest, spending: Spending) -> Selection:
-        missing = self.accuracy * len(latest.sure) - float(latest.sure.sum())
-        best_first = np.argsort(-latest.values, kind="stable")
-        gained = np.cumsum(np.maximum(latest.values[best_first], 0.0))
+        values, sure = latest.values[-(RECENT + len(wanted)) :], latest.sure[-(RECENT + len(wanted)) :]
+        missing = self.accuracy * len(sure) - float(sure.sum())
+        best_first = np.argsort(-values, kind="stable")
+        gained = np.cumsum(np.maximum(values[best_first], 0.0))
         needed = best_first[: np.searchsorted(gained, missing) + 1] if missing > 0 else best_first[:0]
-        asked = np.zeros(len(latest.values), dtype=bool)
-        asked[needed] = latest.values[needed] > 0
+        asked = np.zeros(len(values), dtype=bool)
+        asked[needed] = values[needed] > 0
         return wanted & asked[-len(wanted) :]
 
     def __str__(self) -> str:
