@@ -60,15 +60,16 @@ def fit_few_labels(
     return FewLabels(scorer=scorer, model=model, responsibilities=responsibilities, after=after)
 
 
-def foretold_gain(before: Floats, after: Floats, truths: Columns) -> tuple[float, float]:
-    """How many more right answers per image the judge is worth if it is always asked: mean and standard error.
+def held_out_gain(before: Floats, after: Floats, truths: Columns) -> tuple[float, float]:
+    """How many more predictions per image are right after something than before: mean and standard error, on n labelled images.
 
     What a model expects of itself is optimistic. This compares two predictions of the same image, both by models that were fitted
     without the image's fold.
 
     Args:
         before: `(n, C)` log-probabilities of the scorer: `CrossFit.held_out`.
-        after: `(n, C)` log-probabilities after the answers: the second of what `fit_judge` returns, or `FewLabels.after`.
+        after: `(n, C)` log-probabilities after the answers of a judge who is always asked (the second of what `fit_judge`
+            returns, or `FewLabels.after`), or after learning (`Taught.held_out`).
         truths: `(n,)` columns.
     """
     won = (after.argmax(axis=1) == truths).astype(float) - (before.argmax(axis=1) == truths)

@@ -6,7 +6,7 @@ import numpy as np
 
 from benchmarks.decision import made_up
 from cascadevlm.base.arrays import NOBODY
-from cascadevlm.decision.few_labels import FewLabels, fit_few_labels, foretold_gain
+from cascadevlm.decision.few_labels import FewLabels, fit_few_labels, held_out_gain
 from cascadevlm.decision.judge_fit import fit_judge
 from cascadevlm.decision.scorer_calibration import Floats, cross_fit_scorer
 from cascadevlm.evaluation.deciding import answers_of
@@ -51,14 +51,14 @@ def test_where_all_images_are_labelled_nothing_else_is_fitted() -> None:
     assert fit.model.ability == model.ability
 
 
-def test_the_foretold_gain_is_the_real_one_on_average() -> None:
+def test_the_held_out_gain_is_the_real_one_on_average() -> None:
     """Over 12 made-up data sets: within two standard errors and a point."""
     apart = []
     for seed in range(12):
         own, rest = record(seed).take(np.arange(100)), record(seed).take(np.arange(400, 1200))
         fit = fitted(seed, 100, 100)
-        foretold, error = foretold_gain(fit.scorer.held_out, fit.after, own.truths)
-        real, _ = foretold_gain(*before_and_after(fit, rest), rest.truths)
+        foretold, error = held_out_gain(fit.scorer.held_out, fit.after, own.truths)
+        real, _ = held_out_gain(*before_and_after(fit, rest), rest.truths)
         assert abs(foretold - real) < 4 * error
         apart.append(foretold - real)
     assert abs(np.mean(apart)) < 0.01 + 2 * np.std(apart) / np.sqrt(len(apart))
