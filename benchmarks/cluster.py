@@ -1,8 +1,9 @@
-"""How many images a second one scoring worker and two get through: ``python -m benchmarks.cluster``.
+"""Measures the images per second of one and of two scoring workers: ``python -m benchmarks.cluster``.
 
-``cascadevlm run --engine ray`` without a judge, on a Ray cluster of this machine, with ViT-B/32 of open_clip (random weights),
-200 labels and JPEG files of 500 x 400 pixels. Every worker has one thread for the model. Neither the start of Ray nor the loading
-of models counts; the rounds are taken in turns, and the medians compared.
+It runs ``cascadevlm run --engine ray`` without a judge, on a Ray cluster of this machine. The model is ViT-B/32 of open_clip with
+random weights, there are 200 labels, and the images are JPEG files of 500 x 400 pixels. Each worker has one thread for the model.
+The time for starting Ray and loading models is not counted. Runs with one and with two workers take turns, and their medians are
+compared.
 """
 
 import json
@@ -24,7 +25,7 @@ from cascadevlm.testing import noise
 
 
 def images_per_second(config: Config, images: Inputs, workers: int) -> float:
-    """Of a whole run but for the first batch of every worker: they come together, after whatever the start took."""
+    """Images per second of a run, without the first batch of each worker, which includes the time for the start."""
     cascade, told = config.build(bulk=True), []
     with tempfile.TemporaryDirectory() as output, on_ray(cascade, config, images, workers=workers) as running:
         bulk.run(running, images, Path(output), config={}, progress=lambda _: told.append(time.perf_counter()))
@@ -33,7 +34,7 @@ def images_per_second(config: Config, images: Inputs, workers: int) -> float:
 
 
 def main(images: Annotated[int, typer.Option()] = 512, rounds: Annotated[int, typer.Option()] = 3) -> None:
-    """Print a line of JSON."""
+    """Print the figures as one line of JSON."""
     os.environ["OMP_NUM_THREADS"] = "1"
     with tempfile.TemporaryDirectory() as folder:
         files, model = Path(folder, "images"), make_model("ViT-B-32", Path(folder, "model"))

@@ -1,16 +1,21 @@
-"""What the decision layer is worth, and what it takes: ``python -m benchmarks.decision [--recorded FOLDER]``.
+"""Measures the benefit and the time of the decision layer: ``python -m benchmarks.decision [--recorded FOLDER]``.
 
-With ``../shared/recorded/artdl``, for each of the four pairs of `benchmarks.sweep`, on the images that nothing was fitted on,
-mean over random draws of the others: the area under accuracy against deferral (0 to 1 in steps of .05) by entropy with the
-judge's word final, and by gain with the opinions fused, after calibration on 200 labelled images (fused by one weight, too), on
-50, and on 200 without their labels; how often the calibrated scorer is right, and, with everything asked, how often the opinions
-together are, and how well they know it. Then, on 800 labelled images, of conformal lists with one threshold and with one for each
-class: how often they hold the truth, overall and of the class where that is least often, and how long they are.
+With the folder ``../shared/recorded/artdl``, each of the four pairs of `benchmarks.sweep` is measured. All figures are means over
+random draws of the calibration images, measured on the other images:
 
-Without a folder, images are made up: 200 labelled ones to calibrate on and others to measure, of 1,000 classes of which the judge
-is shown five, and of 10 of which it is shown all. Told are accuracies, and seconds for the fit and for the gain of 1,000 images;
-then, with everything asked, what a judge's own probabilities add to its answers (mean log-likelihood of the truth in nats,
-calibration error, weight), for judges timid, right, overconfident, and with probabilities drawn blindly.
+- The area under accuracy against the share of escalated images (0 to 1 in steps of .05). It is measured for the entropy with the
+  judge's answer as the result, and for the gain with fused opinions. The calibrations use 200 labelled images (also with fusion
+  by one weight), 50 labelled images, and 200 images without labels.
+- The accuracy of the calibrated scorer and, with all images escalated, the accuracy and the calibration error of the fused
+  answers.
+- Conformal lists from 800 labelled images, with one threshold and with one threshold per class: their coverage, the coverage of
+  the class with the lowest coverage, and their length.
+
+Without a folder, images are simulated: 200 labelled images for calibration and other images for the measurement. With 1,000
+classes, the judge sees five candidates; with 10 classes, it sees all. Printed are accuracies, and the seconds for the fit and
+for the gain of 1,000 images. Then, with all images escalated, the benefit of the judge's own probabilities is measured: the mean
+log-likelihood of the true label in nats, the calibration error, and the weight. The simulated judges are underconfident,
+calibrated and overconfident; a last judge gives random probabilities.
 """
 
 import json
@@ -36,7 +41,7 @@ from cascadevlm.evaluation.record import Record
 from cascadevlm.evaluation.sweep import sweep
 
 FAMILY = 10
-"""Classes that look alike."""
+"""Number of classes per family of look-alikes."""
 
 DIMENSIONS = 64
 
@@ -45,21 +50,25 @@ CALIBRATED_ON: list[tuple[str, int, bool, FusionRule]] = [
     ("50 labels", 50, True, "bayes"),
     ("200, no labels", 200, False, "bayes"),
 ]
-"""Name, images, whether their labels are looked at, and how opinions are fused."""
+"""Per calibration: its name, the number of images, True if their labels are used, and the fusion rule."""
 
 
 def made_up(
     seed: int, images: int, classes: int, shown: int, *, judge_noise: float = 1.0, sharpness: float | None = None
 ) -> Record:
-    """A scorer and a judge who see the same images, each in their own way.
+    """Simulate a record of a scorer and a judge.
 
-    A class is a point: normal in 64 dimensions, of which the families of ten classes share two thirds of the variance. An image
-    is its class's point and normal noise, more of it in hard images than in easy ones (log-normal). The scorer sees it with
-    noise of its own; its logits are 0.35 times the scalar products with the classes, which is overconfident, and a normal bias
-    of every class. The judge is shown the scorer's best, sees the image with other noise, and says which of them is nearest; in
-    one of twenty cases it says the one shown first whatever it sees. With a ``sharpness``, it tells probabilities, too: the
-    softmax of so many times its nearness to the candidates, the one it says for no reason being the nearest; 4 is overconfident,
-    0.2 timid. The model that is fitted knows nothing of this.
+    A class is a normally distributed point in 64 dimensions. The ten classes of a family share two thirds of the variance. An
+    image is the point of its class plus normal noise, whose size differs between images (log-normal).
+
+    The scorer sees the image with additional noise. Its logits are 0.35 times the scalar products with the classes, plus a
+    normally distributed bias per class. The factor 0.35 makes the scorer overconfident. The judge sees the image with other
+    noise, and the scorer's best labels as candidates. It answers the nearest candidate; in 5 % of the cases, it answers the
+    first candidate.
+
+    With a ``sharpness``, the judge also gives probabilities: the softmax of the nearness of the candidates, times the sharpness.
+    (In the 5 % of the cases above, the first candidate counts as the nearest.) A sharpness of 4 is overconfident, and 0.2 is
+    underconfident. The fitted model does not know how the record was simulated.
     """
     rng = np.random.default_rng(seed)
     families = np.repeat(rng.normal(size=(-(-classes // FAMILY), DIMENSIONS)), FAMILY, axis=0)[:classes]
@@ -88,7 +97,7 @@ def made_up(
 
 
 def worth(rest: Record, calibration: Calibration) -> dict[str, float]:
-    """Of a calibration, on images that it was not fitted on."""
+    """The figures of a calibration, measured on images that were not used for its fit."""
     fused = decided(rest, calibration)
     assert fused.fused is not None
     right = fused.fused.labels == rest.truths
@@ -104,7 +113,7 @@ def worth(rest: Record, calibration: Calibration) -> dict[str, float]:
 
 
 def on_recorded(record: Record, seeds: int) -> dict[str, dict[str, float]]:
-    """Mean over random draws of the images to calibrate on."""
+    """The mean figures of each calibration, over random draws of the calibration images."""
     found: dict[str, list[dict[str, float]]] = {}
     for seed in range(seeds):
         order = np.random.default_rng(seed).permutation(len(record))
@@ -123,7 +132,7 @@ def on_recorded(record: Record, seeds: int) -> dict[str, dict[str, float]]:
 
 
 def of_lists(record: Record, seeds: int, *, coverage: float = 0.9) -> dict[str, dict[str, float]]:
-    """Mean over random draws of the 800 images to calibrate on."""
+    """The mean figures of conformal lists, over random draws of 800 calibration images."""
     found = {}
     for name, class_conditional in (("one threshold", False), ("by class", True)):
         inside, lengths = np.full((seeds, len(record)), np.nan), []
@@ -142,7 +151,7 @@ def of_lists(record: Record, seeds: int, *, coverage: float = 0.9) -> dict[str, 
 
 
 def on_made_up(classes: int, shown: int, seeds: int) -> dict[str, float]:
-    """Mean over images made up anew."""
+    """The mean figures over several simulations."""
     measured = []
     for seed in range(seeds):
         record = made_up(seed, 2200, classes, shown)
@@ -166,7 +175,7 @@ def on_made_up(classes: int, shown: int, seeds: int) -> dict[str, float]:
 
 
 def on_own_probabilities(sharpness: float | None, seeds: int) -> dict[str, float]:
-    """Mean over images made up anew, of 10 classes; with a ``sharpness`` of None, probabilities are drawn blindly."""
+    """The mean figures over several simulations with 10 classes. With a ``sharpness`` of None, the probabilities are random."""
     measured = []
     for seed in range(seeds):
         record = made_up(seed, 2200, 10, 10, sharpness=sharpness)
@@ -190,8 +199,8 @@ def on_own_probabilities(sharpness: float | None, seeds: int) -> dict[str, float
 
 
 def main(
-    recorded: Annotated[Path | None, typer.Option(help="A folder of recorded predictions, as artdl.")] = None,
-    seeds: Annotated[int, typer.Option(help="Random draws, or images made up anew.")] = 20,
+    recorded: Annotated[Path | None, typer.Option(help="Folder of recorded predictions, in the form of artdl.")] = None,
+    seeds: Annotated[int, typer.Option(help="Number of random draws or simulations.")] = 20,
 ) -> None:
     if recorded:
         for name, record in pairs(recorded).items():

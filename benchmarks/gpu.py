@@ -1,8 +1,8 @@
-"""How busy a bulk run keeps an accelerator: ``python -m benchmarks.gpu``.
+"""Measures how well a bulk run uses a GPU: ``python -m benchmarks.gpu``.
 
-For each model, with random weights: images a second from JPEG files to predictions, against the model alone on images that are
-decoded, preprocessed and on the device already. Enough cores to decode and preprocess should leave little between the two. Text
-towers are left out, as labels are embedded once for any number of images.
+For each model (with random weights), two speeds in images per second are compared: a bulk run from JPEG files to predictions,
+and the model alone on images that are already preprocessed and on the device. With enough cores for decoding and preprocessing,
+both speeds should be almost equal. The text tower is not measured, because labels are embedded only once.
 """
 
 import os
@@ -24,7 +24,7 @@ MODELS = ["ViT-B-32", "ViT-L-14", "ViT-SO400M-14-SigLIP-384"]
 
 
 class WithoutText(OpenClipScorer):
-    """Labels get embeddings at random."""
+    """A scorer whose label embeddings are random."""
 
     width = 0
 
@@ -35,7 +35,7 @@ class WithoutText(OpenClipScorer):
 
 
 def alone(name: str, device: str, batch: int, batches: int) -> float:
-    """Images a second of the image tower."""
+    """The speed of the image tower alone, in images per second."""
     import open_clip
     import torch
 
@@ -54,10 +54,10 @@ def alone(name: str, device: str, batch: int, batches: int) -> float:
 
 
 def main(
-    models: Annotated[list[str] | None, typer.Option("--model", help="Of open_clip, as often as wanted.")] = None,
-    images: Annotated[int, typer.Option(help="JPEG files.")] = 8192,
-    batch: Annotated[int, typer.Option(help="Images scored at once.")] = 256,
-    device: Annotated[str | None, typer.Option(help="As torch names it; the best there is, unless given.")] = None,
+    models: Annotated[list[str] | None, typer.Option("--model", help="Model of open_clip; can be repeated.")] = None,
+    images: Annotated[int, typer.Option(help="Number of JPEG files.")] = 8192,
+    batch: Annotated[int, typer.Option(help="Number of images that are scored together.")] = 256,
+    device: Annotated[str | None, typer.Option(help="Device of torch. Default: the best available device.")] = None,
 ) -> None:
     """Print the table."""
     import open_clip
@@ -68,7 +68,7 @@ def main(
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "images"
         made = make_images(folder, min(images, 512))
-        for number in range(len(made), images):  # the same pictures again, under other names
+        for number in range(len(made), images):  # the same images again, with other names
             os.link(made[number % len(made)], folder / f"{number:05}.jpg")
         for number, name in enumerate(models or MODELS):
             scorer = WithoutText(make_model(name, Path(scratch) / f"model {number}"), device=chosen)

@@ -1,9 +1,9 @@
-"""What cascadevlm adds to the calls it makes: ``python -m benchmarks.hosted``.
+"""Measures the CPU time that cascadevlm adds to the calls of a hosted judge: ``python -m benchmarks.hosted``.
 
-Against a server on this machine (in a process of its own, 50 ms an answer), the same images are judged by a bare loop over the
-SDK and by a cascade, with as many requests in flight. Both read the file, encode the image and send the same request. Process
-CPU time per image, several rounds in turns; the ratio of the medians is what counts. Then questions are replayed from the cache
-on disk, on one core.
+A simple loop over the SDK and a cascade judge the same images, with the same number of concurrent requests. The server is a
+separate process on this machine, which needs 50 ms per answer. Both programs read the file, encode the image and send the same
+request. The CPU time of the process per image is measured in several rounds, in turns. The result is the ratio of the medians.
+Then questions are answered from the cache on disk, on one core.
 """
 
 import asyncio
@@ -32,7 +32,7 @@ from cascadevlm.testing import FakeJudge, noise, question
 from tests.server import JudgeServer
 
 NAMES = [f"species {number}" for number in range(5)]
-SIDE = 330  # noise of this size is a JPEG of some 100 KB
+SIDE = 330  # an image of noise with this side is a JPEG file of about 100 KB
 SERVER = """
 import time
 from tests.server import JudgeServer
@@ -43,14 +43,14 @@ with JudgeServer(latency=0.05, check_images=False, keep_requests=False) as serve
 
 
 class Uniform(Scorer):
-    """Costs nothing, so that only the judging is measured."""
+    """A scorer that takes no time, so that only judging is measured."""
 
     def score(self, images: Sequence[Image.Image], labels: LabelSet) -> Scores:
         return Scores.from_logits(np.zeros((len(images), len(labels))), labels, fingerprint="uniform")
 
 
 async def bare(url: str, paths: list[Path], in_flight: int, body: dict[str, object]) -> None:
-    """The loop that a user would write: the same request, with the image put in."""
+    """The simple loop that a user would write. It sends the same request with each image."""
     places = asyncio.Semaphore(in_flight)
 
     def encoded(path: Path) -> str:
@@ -84,7 +84,7 @@ async def cascaded(url: str, paths: list[Path], in_flight: int) -> None:
 
 
 async def request_body(path: Path) -> dict[str, object]:
-    """What a cascade sends for one image, so that the bare loop sends the same."""
+    """The request that a cascade sends for one image. The simple loop sends the same request."""
     async with JudgeServer() as server:
         await cascaded(server.openai_url, [path], 1)
         return dict(server.requests[0].body)
@@ -97,7 +97,7 @@ def cpu_per_image(paths: list[Path], run: Coroutine[None, None, None]) -> float:
 
 
 async def replay(folder: Path, count: int) -> float:
-    """Questions a second, all from the cache; their images are encoded and hashed before."""
+    """The number of questions per second that are answered from the cache. Their images are already encoded and hashed."""
     judge = Cached(FakeJudge(), DiskStore(folder))
     questions = [question(NAMES, image=noise(number)) for number in range(count)]
     for asked in questions:
@@ -109,8 +109,8 @@ async def replay(folder: Path, count: int) -> float:
 
 
 def main(
-    images: Annotated[int, typer.Option(help="Images a round.")] = 600,
-    rounds: Annotated[int, typer.Option(help="Rounds of each, in turns.")] = 5,
+    images: Annotated[int, typer.Option(help="Number of images per round.")] = 600,
+    rounds: Annotated[int, typer.Option(help="Number of rounds of each program.")] = 5,
 ) -> None:
     with tempfile.TemporaryDirectory() as folder:
         paths = [Path(folder) / f"{number}.jpg" for number in range(images)]

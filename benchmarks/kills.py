@@ -1,10 +1,10 @@
-"""What a bulk run loses and pays twice when it is killed: ``python -m benchmarks.kills``.
+"""Counts the predictions that killed bulk runs lose, and the answers that they pay twice: ``python -m benchmarks.kills``.
 
-A run with a judge that is paid for (the real openai SDK against a server on this machine that counts what it is asked) is
-killed with SIGKILL at random moments, from the start of its process on, and taken up again, run after run, until there were as
-many kills as asked for. Embeddings are kept in every run, the judge's answers in the folder of the run or, every other time, in a
-cache beside it. After every kill it is noted which answers were stored and which questions were under way; after every run, its
-predictions are held against those of a run that nobody disturbed.
+A run with a paid judge is killed with SIGKILL at random moments, including the start of its process, and is then continued. The
+judge is the real openai SDK with a server on this machine, which counts the questions. New runs are started until the given
+number of kills is reached. Every run keeps embeddings. It keeps the judge's answers in the folder of the run or, in every second
+run, in a separate cache. After each kill, the stored answers and the questions without a stored answer are counted. After each
+run, its predictions are compared with those of an uninterrupted run.
 """
 
 import hashlib
@@ -41,14 +41,14 @@ CONCURRENCY = 8
 LATENCY = 0.05
 MODEL = "gpt-4o"
 WIDTH = 8
-"""Of embeddings."""
+"""Number of values per embedding."""
 
 SPANS = (0.02, 0.1, 1.0)
-"""Shares of a run within which it is killed: most kills are to hit its beginning, where the folder is made."""
+"""Each kill happens within one of these shares of a run's time. Most kills hit the beginning, where the folder is made."""
 
 
 class Pictures:
-    """Small pictures, all different, the same every time."""
+    """Small images, which are all different, and are the same in every run."""
 
     def __init__(self, count: int) -> None:
         self.count = count
@@ -59,7 +59,7 @@ class Pictures:
 
 
 class Towers(EmbeddingScorer):
-    """Embeds an image as its first pixels, and a text at random but always as the same."""
+    """Embeds an image as its first pixels. A text gets a random embedding that depends only on the text."""
 
     def embed_images(self, images: Sequence[Image.Image]) -> NDArray[np.float32]:
         pixels = np.stack([np.asarray(image, dtype=np.float32).ravel()[:WIDTH] for image in images])
@@ -81,7 +81,7 @@ def _unit(rows: NDArray[np.floating]) -> NDArray[np.float32]:
 
 
 def run(folder: Path, cache: Path, answers: Path | None, url: str, images: int) -> Tally:
-    """The run that is killed; its embeddings are kept in a cache and, if wanted, the answers too."""
+    """The run that is killed. Its embeddings are kept in ``cache``; its answers are kept in ``answers`` if this is not None."""
     judge = load_judge(f"openai:{MODEL}", base_url=url, concurrency=CONCURRENCY)
     stage = Stage(judge=judge, prompt=load_prompt("select"), policy=parse_policy("entropy > 0.6 & calls <= 100000"))
     store = None if answers is None else DiskStore(answers)
@@ -91,7 +91,7 @@ def run(folder: Path, cache: Path, answers: Path | None, url: str, images: int) 
 
 @dataclass
 class Server:
-    """What was served, by the digest of the image."""
+    """Counts the answers of the server, per digest of the image."""
 
     served: Counter[str] = field(default_factory=Counter)
 
@@ -103,17 +103,17 @@ class Server:
 
 @dataclass
 class Proof:
-    """What came of the kills.
+    """The counts over all kills.
 
     Attributes:
-        kills: that hit a run at work.
-        early: of them, before the run had a manifest.
-        runs: that were brought to their end.
-        questions: different ones, over all runs.
-        asked_again: questions whose answer had been stored before a kill and that were asked after it.
-        paid_twice: answers served beyond one for each question.
-        under_way: questions that had been served, their answers not yet stored, at the kills: the most that may be paid twice.
-        different: predictions missing, there twice, out of order or unlike those of the undisturbed run.
+        kills: number of kills that hit a working run.
+        early: number of these kills that came before the run had a manifest.
+        runs: number of completed runs.
+        questions: number of different questions, over all runs.
+        asked_again: number of questions that were asked again although their answer was stored.
+        paid_twice: number of answers that were served beyond one per question.
+        under_way: number of questions that were served, but not stored, at the time of a kill. Only these can be paid twice.
+        different: number of predictions that are missing, duplicate, in a wrong order, or different from the uninterrupted run.
     """
 
     kills: int = 0
@@ -127,7 +127,7 @@ class Proof:
 
 
 def stored(answers: Path) -> set[str]:
-    """The digests of the images whose answers are kept."""
+    """The digests of the images whose answers are stored."""
     if not answers.exists():
         return set()
     with diskcache.Cache(str(answers), disk=diskcache.JSONDisk) as cache:
@@ -135,7 +135,7 @@ def stored(answers: Path) -> set[str]:
 
 
 def predictions(folder: Path) -> list[Mapping[str, object]]:
-    """All that a prediction says, but for what asking took: an answer from the store took nothing."""
+    """The predictions without usage, because an answer from the store has no cost."""
     lines = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
     for line in lines:
         del line["cost"], line["crc32"]
@@ -145,7 +145,7 @@ def predictions(folder: Path) -> list[Mapping[str, object]]:
 
 
 def prove(kills: int, *, images: int, seed: int = 0) -> Proof:
-    """Kill runs over so many images until there were so many kills."""
+    """Kill runs over ``images`` images until the number of kills is reached."""
     os.environ |= {"OPENAI_API_KEY": "of no use", "PYTHONWARNINGS": "ignore::RuntimeWarning:runpy"}
     processes = multiprocessing.get_context("forkserver")
     processes.set_forkserver_preload(["benchmarks.kills", "cascadevlm_backends.openai", "pyarrow.parquet"])
@@ -181,7 +181,7 @@ def prove(kills: int, *, images: int, seed: int = 0) -> Proof:
                     process.join()
                     proof.kills += 1
                     proof.early += not (folder / "manifest.json").exists()
-                    time.sleep(3 * LATENCY)  # what the server has received, it serves
+                    time.sleep(3 * LATENCY)  # the server answers the requests that it has received
                     proof.under_way += len((server.served - before).keys() - stored(answers))
                 else:
                     assert process.exitcode == 0
@@ -195,11 +195,11 @@ def prove(kills: int, *, images: int, seed: int = 0) -> Proof:
 
 
 def main(
-    kills: Annotated[int, typer.Option(help="How many.")] = 100,
-    images: Annotated[int, typer.Option(help="In every run.")] = 600,
+    kills: Annotated[int, typer.Option(help="Number of kills.")] = 100,
+    images: Annotated[int, typer.Option(help="Number of images per run.")] = 600,
     seed: int = 0,
 ) -> None:
-    """Kill runs and tell what it cost."""
+    """Kill runs, and print the counts."""
     for name, value in vars(prove(kills, images=images, seed=seed)).items():
         print(f"{name.replace('_', ' '):>12}  {value}")
 

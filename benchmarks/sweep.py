@@ -1,8 +1,8 @@
-"""What a sweep takes, and what it finds on real records: ``python -m benchmarks.sweep [--recorded FOLDER]``.
+"""Measures the time of a sweep, and sweeps real records: ``python -m benchmarks.sweep [--recorded FOLDER]``.
 
-Without a folder, a record of 100,000 images is made up, and every ranking (three measures, random and the oracle) is swept at
-1,000 thresholds. With ``../shared/recorded/artdl``, its four pairs of scorer and judge are swept, on all images, at shares
-escalated from 0 to 1 in steps of .05: the area of each ranking, and accuracies.
+Without a folder, a record of 100,000 images is simulated. Each ranking (three measures, random and the oracle) is swept at 1,000
+thresholds. With the folder ``../shared/recorded/artdl``, its four pairs of scorer and judge are swept on all images, for shares
+of escalated images from 0 to 1 in steps of .05. The area of each ranking and accuracies are printed.
 """
 
 import json
@@ -26,11 +26,11 @@ PAIRS = {
     "siglip-base→gpt-4o-mini": ("siglip-base-512_names", "gpt-4o-mini"),
 }
 DOLLARS = {"gpt-4o": 4.77}
-"""For all images; not known of the others."""
+"""Cost of all images in US dollars, per judge. The cost of other judges is unknown."""
 
 
 def judged_all(scores: Scores, truths: NDArray[np.int64], answers: NDArray[np.int64], judge: str, dollars: float) -> Record:
-    """A record in which the judge was asked about everything with all the labels, at ``dollars`` a question."""
+    """A record in which the judge was asked about every image, with all labels as candidates, for ``dollars`` per question."""
     size, nothing = len(truths), np.zeros(len(truths), dtype=np.int64)
     judged = Judged(
         judge=judge,
@@ -59,7 +59,7 @@ def judged_all(scores: Scores, truths: NDArray[np.int64], answers: NDArray[np.in
 
 
 def pairs(folder: Path) -> dict[str, Record]:
-    """Those of `PAIRS`, by name; of a sigmoid scorer's probabilities, which are one for every class, logits are made first."""
+    """The records of `PAIRS`, by name. The independent probabilities of a sigmoid scorer are first converted to logits."""
     labels = LabelSet.of(json.loads((folder / "labels.json").read_text()))
     truths = np.load(folder / "truth.npy")
     records = {}
@@ -73,7 +73,7 @@ def pairs(folder: Path) -> dict[str, Record]:
 
 
 def made_up(images: int, classes: int) -> Record:
-    """A scorer that is right about half of the time and a judge that is right four times in five."""
+    """A simulated record. The scorer is right for about 50 % of the images, and the judge is right for 80 %."""
     rng = np.random.default_rng(0)
     truths = rng.integers(0, classes, images)
     logits = rng.normal(size=(images, classes)) * 3
@@ -84,10 +84,10 @@ def made_up(images: int, classes: int) -> Record:
 
 
 def main(
-    recorded: Annotated[Path | None, typer.Option(help="A folder of recorded predictions, as artdl.")] = None,
-    images: Annotated[int, typer.Option(help="Made up.")] = 100_000,
-    classes: Annotated[int, typer.Option(help="Made up.")] = 100,
-    thresholds: Annotated[int, typer.Option(help="Of each ranking.")] = 1000,
+    recorded: Annotated[Path | None, typer.Option(help="Folder of recorded predictions, in the form of artdl.")] = None,
+    images: Annotated[int, typer.Option(help="Number of simulated images.")] = 100_000,
+    classes: Annotated[int, typer.Option(help="Number of simulated classes.")] = 100,
+    thresholds: Annotated[int, typer.Option(help="Number of thresholds per ranking.")] = 1000,
 ) -> None:
     if recorded:
         for name, record in pairs(recorded).items():

@@ -1,9 +1,9 @@
-"""How fast bulk runs are, against what else there is: ``python -m benchmarks.throughput``.
+"""Compares the speed of bulk runs with other programs: ``python -m benchmarks.throughput``.
 
-The model is open_clip's ViT-B/32 with random weights, the images are JPEG files of 500 x 400 pixels, the labels 200. Contestants
-take turns, and each figure is the median of the ratios of its rounds. The loop by hand and our run against it have a process each
-and are measured after a run over a few images: the threads of one would make those of the other wait otherwise. Orchestration and
-memory are measured with a scorer that costs nothing, on images made on the fly, each run in a process of its own.
+The model is open_clip's ViT-B/32 with random weights. The images are JPEG files of 500 x 400 pixels, and there are 200 labels.
+The programs take turns, and each figure is the median of the ratios of the rounds. The hand-written loop and our run each have
+their own process, because the threads of one would slow down the other. Both are measured after a short run over a few images.
+CPU time per image and memory are measured with a scorer that takes no time, on generated images, with one process per run.
 """
 
 import asyncio
@@ -40,15 +40,16 @@ from cascadevlm_backends.recorded import RecordingJudge, RecordingScorer
 NAMES = [f"species {number}" for number in range(200)]
 ROUND = count()
 BATCH = 64
-"""Images scored at once, by a scorer that costs nothing."""
+"""Number of images that are scored together, for the scorer that takes no time."""
 IMAGES_AT_ONCE = 32
-"""By the model, in our loop as in the one by hand: what we take unless told otherwise, and 1.1 x as fast here as 64."""
+"""Number of images that the model scores together, in our run and in the hand-written loop. It is our default. Here it is 1.1 x
+as fast as 64."""
 PIPELINE_IMAGES = 48
-"""The pipeline embeds all labels anew for every image: over all of them it would take the better part of an hour."""
+"""Number of images for the pipeline of transformers. The pipeline embeds all labels for every image, so it is slow."""
 
 
 def make_images(folder: Path, images: int) -> list[Path]:
-    """A folder of files that take as long to decode as photographs of their size."""
+    """Make image files whose decoding takes as long as that of photographs of the same size."""
     folder.mkdir()
     draw = np.random.default_rng(0)
     ramp = np.linspace(60, 200, 500)[np.newaxis, :, np.newaxis]
@@ -60,7 +61,7 @@ def make_images(folder: Path, images: int) -> list[Path]:
 
 
 def make_model(name: str, folder: Path) -> str:
-    """A model of open_clip with random weights in a folder; what open_clip calls it."""
+    """Save a model of open_clip with random weights to a folder. Return the name under which open_clip loads the model."""
     import open_clip
     import torch
     from safetensors.torch import save_file
@@ -68,7 +69,7 @@ def make_model(name: str, folder: Path) -> str:
     torch.manual_seed(0)
     folder.mkdir()
     model, config = open_clip.create_model(name), open_clip.get_model_config(name)
-    for key in ("hf_tokenizer_name", "tokenizer_kwargs"):  # would be downloaded
+    for key in ("hf_tokenizer_name", "tokenizer_kwargs"):  # open_clip would download the tokenizer
         config["text_cfg"].pop(key, None)
     preprocessing = open_clip.get_model_preprocess_cfg(model)
     (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": preprocessing}))
@@ -77,7 +78,7 @@ def make_model(name: str, folder: Path) -> str:
 
 
 def by_hand(name: str, workers: int) -> Callable[[Path], None]:
-    """The loop over a folder that somebody who knows open_clip would write, its model loaded."""
+    """The loop over a folder that an experienced user of open_clip would write. Its model is already loaded."""
     import open_clip
     import torch
 
@@ -108,7 +109,7 @@ def by_hand(name: str, workers: int) -> Callable[[Path], None]:
 
 
 def pipeline(files: Sequence[Path]) -> Callable[[], None]:
-    """transformers' own, the same architecture, its weights random too."""
+    """The zero-shot pipeline of transformers, with the same architecture and random weights."""
     import torch
     from transformers import (
         CLIPConfig,
@@ -135,7 +136,7 @@ def pipeline(files: Sequence[Path]) -> Callable[[], None]:
 
 
 def ours(scorer: Scorer, files: Path, *, batch: int = IMAGES_AT_ONCE) -> Callable[[], None]:
-    """A bulk run from files to predictions, the labels embedded anew: every time they are others."""
+    """A bulk run from files to predictions. Each call has other labels, so that labels are embedded again."""
 
     def run() -> None:
         labels = LabelSet.of(f"{name}, round {next(ROUND)}" for name in NAMES)
@@ -152,7 +153,7 @@ def seconds(work: Callable[[], object]) -> float:
 
 
 class Made(Scorer):
-    """Scores made beforehand: costs nothing."""
+    """A scorer with scores that were made in advance, so that it takes no time."""
 
     def __init__(self, classes: int) -> None:
         self.logits = np.random.default_rng(0).normal(0, 3, (4096, classes)).astype(np.float32)
@@ -165,7 +166,7 @@ class Made(Scorer):
 
 
 class OnTheFly:
-    """So many pictures, which cost nothing either."""
+    """A number of generated images, which take no time."""
 
     def __init__(self, count: int) -> None:
         self.count = count
@@ -177,7 +178,7 @@ class OnTheFly:
 
 
 class Noise(OnTheFly):
-    """Pictures that are all different."""
+    """Generated images that are all different."""
 
     def __iter__(self) -> Iterator[Named]:
         for name, _ in super().__iter__():
@@ -185,13 +186,13 @@ class Noise(OnTheFly):
 
 
 def of_ten(scorer: Scorer, judge: Judge | None = None, policy: str = "never") -> Cascade:
-    """A cascade over ten labels."""
+    """A cascade with ten labels."""
     stage = Stage(judge=judge or FakeJudge(), prompt=load_prompt("select"), policy=parse_policy(policy))
     return Cascade(scorer, [stage], labels=[f"species {number}" for number in range(10)], batch_size=BATCH)
 
 
 def measured(cascade: Cascade, inputs: Iterable[Named], folder: Path, warm: type[OnTheFly] = OnTheFly) -> dict[str, float]:
-    """A run's CPU milliseconds an image and images a second after a short run, the share asked, and the peak RSS in MB."""
+    """Measure a run after a short first run: CPU ms per image, images per second, escalated share, and peak memory in MB."""
     with tempfile.TemporaryDirectory() as scratch:
         bulk.run(cascade, warm(BATCH), Path(scratch), config={})
     cpu, began = time.process_time(), time.perf_counter()
@@ -205,7 +206,7 @@ def measured(cascade: Cascade, inputs: Iterable[Named], folder: Path, warm: type
 
 
 def orchestrate(images: int, policy: str) -> dict[str, float]:
-    """Of images on the fly, without what the judge itself takes, which answers at once."""
+    """The figures of a run over generated images. The judge answers at once, and its own CPU time is subtracted."""
     judge = FakeJudge()
     with tempfile.TemporaryDirectory() as folder:
         figures = measured(of_ten(Made(10), judge, policy), OnTheFly(images), Path(folder))
@@ -213,7 +214,7 @@ def orchestrate(images: int, policy: str) -> dict[str, float]:
 
 
 def judge_ms(judge: Judge, questions: Sequence[Question]) -> float:
-    """CPU milliseconds a question."""
+    """The judge's CPU time per question, in milliseconds."""
 
     async def ask() -> float:
         began = time.process_time()
@@ -225,7 +226,7 @@ def judge_ms(judge: Judge, questions: Sequence[Question]) -> float:
 
 
 def replay(images: int) -> dict[str, float]:
-    """Of recorded scores and verdicts, all asked."""
+    """The figures of a run with recorded scores and verdicts, with all images escalated."""
     with tempfile.TemporaryDirectory() as scratch:
         folder, record = Path(scratch), Path(scratch) / "record.jsonl"
         recording = of_ten(RecordingScorer(Made(10), record), RecordingJudge(FakeJudge(), record), "always")
@@ -235,32 +236,32 @@ def replay(images: int) -> dict[str, float]:
 
 
 def into(folder: str, images: int) -> dict[str, float]:
-    """Of images on the fly into a folder, from where it stands."""
+    """The figures of a run over generated images. A run that is already in the folder is continued."""
     return measured(of_ten(Made(10)), OnTheFly(images), Path(folder))
 
 
 def of_files(images: str) -> dict[str, float]:
-    """Of a folder of files."""
+    """The figures of a run over a folder of files."""
     with tempfile.TemporaryDirectory() as folder:
         return measured(of_ten(Made(10)), Inputs(images), Path(folder))
 
 
 def seconds_ours(model: str, images: str, few: str) -> dict[str, float]:
-    """Of our run over a folder, after one over a few images."""
+    """The seconds of our run over a folder, after a run over a few images."""
     scorer = load_scorer(f"open_clip:{model}")
     ours(scorer, Path(few))()
     return {"seconds": seconds(ours(scorer, Path(images)))}
 
 
 def seconds_by_hand(model: str, images: str, few: str, workers: int) -> dict[str, float]:
-    """Of the loop by hand, likewise."""
+    """The seconds of the hand-written loop over a folder, after a run over a few images."""
     loop = by_hand(model, workers)
     loop(Path(few))
     return {"seconds": seconds(lambda: loop(Path(images)))}
 
 
 def small_files(folder: Path, images: int) -> Path:
-    """That many JPEG files of 64 x 64 pixels."""
+    """Make this number of JPEG files of 64 x 64 pixels."""
     folder.mkdir()
     content = io.BytesIO()
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(content, "JPEG")
@@ -270,7 +271,7 @@ def small_files(folder: Path, images: int) -> Path:
 
 
 def alone(call: str) -> dict[str, float]:
-    """One of the above, in a process of its own."""
+    """Run one of the functions above in its own process. ``call`` is the call as Python code."""
     code = f"import json; from benchmarks import throughput; print(json.dumps(throughput.{call}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     figures: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
@@ -282,7 +283,7 @@ def show(what: str, figure: str) -> None:
 
 
 def compare_speed(images: int, rounds: int) -> None:
-    """Against the loop by hand, the pipeline, and a warm cache."""
+    """Compare our run with the hand-written loop and the pipeline, and a run with kept embeddings with a run without."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         few = folder / "few"
@@ -298,12 +299,12 @@ def compare_speed(images: int, rounds: int) -> None:
                 times.setdefault(f"by hand, {workers} workers", []).append(taken)
         best = min((key for key in times if key != "ours"), key=lambda key: statistics.median(times[key]))
         ratios = [theirs / own for theirs, own in zip(times[best], times["ours"], strict=True)]
-        show(f"images/s, files to predictions, against open_clip {best}", f"{statistics.median(ratios):.2f} x")
+        show(f"speed, files to predictions, compared with open_clip {best}", f"{statistics.median(ratios):.2f} x")
 
         scorer = load_scorer(f"open_clip:{name}")
         scorer.load()
         theirs, own = seconds(pipeline(some)), seconds(ours(scorer, few))
-        show(f"images/s against transformers' pipeline, 200 labels, {len(some)} images", f"{theirs / own:.1f} x")
+        show(f"speed compared with transformers' pipeline, 200 labels, {len(some)} images", f"{theirs / own:.1f} x")
 
         labels = LabelSet.of(NAMES)
         assert isinstance(scorer, EmbeddingScorer)
@@ -317,11 +318,11 @@ def compare_speed(images: int, rounds: int) -> None:
 
             cold, warm = seconds(partial(run, "cold")), seconds(partial(run, "warm"))
             cached.append(cold / warm)
-        show("images/s, embeddings kept against not, labels embedded", f"{statistics.median(cached):.0f} x")
+        show("speed with kept embeddings, compared with new embeddings", f"{statistics.median(cached):.0f} x")
 
 
 def compare_sizes(many: int) -> None:
-    """Speed and memory of many images against those of a tenth, on the fly, where a run goes on, and of files."""
+    """Compare speed and memory for many images with a tenth of them: generated images, a continued run, and files."""
     few = many // 10
     with tempfile.TemporaryDirectory() as scratch:
         folder = f"{scratch}/run"
@@ -329,25 +330,25 @@ def compare_sizes(many: int) -> None:
         again = alone(f"into({folder!r}, {many + few})")
         files, more = small_files(Path(scratch, "few"), few // 10), small_files(Path(scratch, "many"), few)
         of_few, of_many = alone(f"of_files({str(files)!r})"), alone(f"of_files({str(more)!r})")
-    show(f"images/s, {many:,} images against {few:,}", f"{long['images_per_second'] / short['images_per_second']:.2f} x")
-    show(f"peak memory, {many:,} images less {few:,}", f"{long['peak_mb'] - short['peak_mb']:.0f} MB")
-    show(f"the same, where a run of {many:,} goes on with {few:,}", f"{again['peak_mb'] - short['peak_mb']:.0f} MB")
-    show(f"peak memory, {few:,} JPEG files less {few // 10:,}", f"{of_many['peak_mb'] - of_few['peak_mb']:.0f} MB")
+    show(f"speed, {many:,} images compared with {few:,}", f"{long['images_per_second'] / short['images_per_second']:.2f} x")
+    show(f"peak memory, {many:,} images minus {few:,}", f"{long['peak_mb'] - short['peak_mb']:.0f} MB")
+    show(f"the same, a run of {many:,} continued with {few:,}", f"{again['peak_mb'] - short['peak_mb']:.0f} MB")
+    show(f"peak memory, {few:,} JPEG files minus {few // 10:,}", f"{of_many['peak_mb'] - of_few['peak_mb']:.0f} MB")
 
 
 def main(
-    images: Annotated[int, typer.Option(help="JPEG files.")] = 512,
-    rounds: Annotated[int, typer.Option(help="Of turns.")] = 3,
-    many: Annotated[int, typer.Option(help="Images of the long run.")] = 200_000,
+    images: Annotated[int, typer.Option(help="Number of JPEG files.")] = 512,
+    rounds: Annotated[int, typer.Option(help="Number of rounds.")] = 3,
+    many: Annotated[int, typer.Option(help="Number of images in the long run.")] = 200_000,
 ) -> None:
     """Print the table."""
     for policy in ("never", "entropy > 0.45", "always"):
         figures = alone(f"orchestrate(20_000, {policy!r})")
-        show(f"our CPU ms an image, asked {figures['asked']:.0%}", f"{figures['cpu_ms']:.2f}")
-    show("images/s, all asked, recorded scores and verdicts", f"{alone('replay(5_000)')['images_per_second']:,.0f}")
+        show(f"CPU ms per image, {figures['asked']:.0%} escalated", f"{figures['cpu_ms']:.2f}")
+    show("images/s, all escalated, recorded scores and verdicts", f"{alone('replay(5_000)')['images_per_second']:,.0f}")
     record, other = made_up(100_000, 10), parse_policy("entropy > 0.45")
     taken = seconds(lambda: under(record, other))
-    show("images/s, a record under another policy (sweep, nothing is run)", f"{len(record) / taken:,.0f}")
+    show("images/s, another policy applied to a record (sweep)", f"{len(record) / taken:,.0f}")
     compare_sizes(many)
     compare_speed(images, rounds)
 

@@ -1,4 +1,4 @@
-"""cascadevlm: a local CLIP scorer ranks, a policy decides what is worth asking, a vision-language model judges."""
+"""cascadevlm: a local CLIP scorer ranks the classes, a policy selects images, and a vision-language model judges these images."""
 
 import lazy_loader
 

@@ -1,7 +1,7 @@
-"""The plots of the pages on deciding better: ``python -m docs.make_plots RUN CALIBRATION [--recorded FOLDER]``.
+"""Draws the plots for the pages about deciding: ``python -m docs.make_plots RUN CALIBRATION [--recorded FOLDER]``.
 
-RUN is a record of ``evaluate --judge-all``, CALIBRATION a file that ``calibrate`` made of it. With ``../shared/recorded/artdl``,
-the same is drawn of one of its pairs of `benchmarks.sweep`, calibrated on 200 images drawn at random.
+RUN is a record of ``evaluate --judge-all``. CALIBRATION is a file that ``calibrate`` made from this record. With the folder
+``../shared/recorded/artdl``, the same plots are drawn for one pair of `benchmarks.sweep`, calibrated on 200 random images.
 """
 
 from pathlib import Path
@@ -20,11 +20,14 @@ from cascadevlm.evaluation.deciding import decided, held_out
 from cascadevlm.evaluation.record import Record, read_record
 
 PAIR = "siglip-base→gpt-4o-mini"
-"""Of those recorded: the scorer whose classes are most unevenly biased."""
+"""The recorded pair whose scorer has the largest differences of bias between classes."""
 
 
 def reliability(record: Record, calibration: Calibration) -> Figure:
-    """Accuracy against confidence on images not fitted on: of the scorer before and after, and of the opinions fused."""
+    """A plot of accuracy against confidence, for images that were not used for the calibration.
+
+    It shows the scorer, the calibrated scorer and the fused opinions.
+    """
     rest = held_out(record, calibration)
     after = decided(rest, calibration)
     assert after.fused is not None
@@ -45,9 +48,9 @@ def reliability(record: Record, calibration: Calibration) -> Figure:
 def main(
     run: Path,
     calibration: Path,
-    recorded: Annotated[Path | None, typer.Option(help="A folder of recorded predictions, as artdl.")] = None,
+    recorded: Annotated[Path | None, typer.Option(help="Folder of recorded predictions, in the form of artdl.")] = None,
 ) -> None:
-    """Write the SVG files beside this one."""
+    """Write the SVG files to the folder of this module."""
     known = {"birds": (read_record(run), read_calibration(calibration))}
     if recorded:
         record = pairs(recorded)[PAIR]

@@ -1,8 +1,8 @@
-"""Procedurally drawn birds: a small world in which every fine-grained class has a name that describes it.
+"""Draws birds by program: a small world in which the name of every fine-grained class describes the class.
 
-A species is crown colour x breast colour x wing pattern x genus, and its name says so. Species come in families of three
-that share all but the wing pattern, so that every species has look-alikes. A fifth of the families is held out: their
-species are never seen in training, neither drawn nor named.
+A species has a crown colour, a breast colour, a wing pattern and a genus; its name consists of these four. Each species belongs
+to a family of three, which differ only in the wing pattern, so every species has look-alikes. A fifth of the families is held
+out: neither images nor names of their species are used in training.
 """
 
 import colorsys
@@ -44,15 +44,15 @@ SUPERSAMPLING = 2
 
 @dataclass(frozen=True, kw_only=True)
 class Genus:
-    """The build of a bird, in units of its body length."""
+    """The shape of a bird. Lengths are in units of the body length."""
 
     body: float  # height of the body
     head: float  # radius of the head
-    neck: float  # how far the head stands from the body
+    neck: float  # distance of the head from the body
     bill: tuple[float, float]  # length, thickness
-    tail: tuple[float, float]  # length, angle in radians, upwards positive
+    tail: tuple[float, float]  # length, angle in radians (positive: upwards)
     legs: float
-    posture: float  # angle of the body in radians, upright positive
+    posture: float  # angle of the body in radians (positive: upright)
 
 
 GENERA = {
@@ -80,7 +80,7 @@ class Species:
 
     @property
     def description(self) -> str:
-        """What an observer notes before naming the species."""
+        """A description of the four attributes, which the judge writes before it names the species."""
         crown, breast, genus = (
             f"an {word}" if word[0] in "aeiou" else f"a {word}" for word in (self.crown, self.breast, self.genus)
         )
@@ -89,7 +89,7 @@ class Species:
 
 @cache
 def species() -> tuple[tuple[Species, ...], tuple[Species, ...]]:
-    """The species for training and the species held out, 192 and 48, always the same."""
+    """The 192 species for training and the 48 species that are held out. The result is always the same."""
     rng = np.random.default_rng(2405_11301)
     triples = list(product(CROWNS, BREASTS, GENERA))
     families = []
@@ -103,8 +103,10 @@ def species() -> tuple[tuple[Species, ...], tuple[Species, ...]]:
 
 @cache
 def practice_species() -> tuple[Species, ...]:
-    """All 800 combinations of attributes outside the families held out, for the judge to learn to see with: were they few, three
-    attributes would all but tell the fourth, and the judge would guess it instead of looking."""
+    """All 800 combinations of attributes outside the held-out families, on which the judge's vision tower is trained.
+
+    With fewer combinations, three attributes would almost determine the fourth, and the judge would learn to guess it.
+    """
     held_out = {(kind.crown, kind.breast, kind.genus) for kind in species()[1]}
     everything = (Species(*traits) for traits in product(CROWNS, BREASTS, WINGS, GENERA))
     return tuple(kind for kind in everything if (kind.crown, kind.breast, kind.genus) not in held_out)
@@ -120,7 +122,7 @@ def _ellipse(cx: float, cy: float, rx: float, ry: float, angle: float = 0.0) -> 
 
 
 def _jitter(rng: np.random.Generator, colour: tuple[int, int, int], amount: float = 0.05) -> tuple[int, int, int]:
-    """The same colour on another individual: a little more or less bright, saturated and warm."""
+    """The colour of another individual, with small random changes of brightness, saturation and warmth."""
     h, s, v = colorsys.rgb_to_hsv(*(c / 255 for c in colour))
     h += rng.normal(0, 0.006)
     s = min(max(s * (1 + rng.normal(0, amount)), 0), 1)
@@ -130,7 +132,7 @@ def _jitter(rng: np.random.Generator, colour: tuple[int, int, int], amount: floa
 
 
 def _background(rng: np.random.Generator, size: int) -> Image.Image:
-    """A blurred gradient with foliage-like blobs, drawn small and enlarged."""
+    """A blurred gradient with blobs that look like leaves. It is drawn at a small size and enlarged."""
     small = 48
     hues = {"sky": (0.56, 0.3), "foliage": (0.28, 0.45), "ground": (0.09, 0.35), "haze": (0.6, 0.06)}
     hue, saturation = hues[list(hues)[rng.integers(len(hues))]]
@@ -148,7 +150,11 @@ def _background(rng: np.random.Generator, size: int) -> Image.Image:
 
 
 def render(bird: Species, rng: np.random.Generator, size: int = FILE_SIZE) -> Image.Image:
-    """Draw one individual of the species, ``size`` x ``size`` pixels RGB: any pose, distance, background, light and noise."""
+    """Draw one individual of a species, with random pose, distance, background, light and noise.
+
+    Returns:
+        An RGB image of ``size`` x ``size`` pixels.
+    """
     pixels = size * SUPERSAMPLING
     image = _background(rng, pixels)
     draw = ImageDraw.Draw(image)
@@ -174,7 +180,7 @@ def render(bird: Species, rng: np.random.Generator, size: int = FILE_SIZE) -> Im
     along, across = np.array([math.cos(tilt), math.sin(tilt)]), np.array([-math.sin(tilt), math.cos(tilt)])
 
     def on_body(u: float, v: float) -> tuple[float, float]:
-        """The point at ``u`` along the body (tail -1, breast +1) and ``v`` across it (belly -1, back +1)."""
+        """The point at ``u`` along the body (tail -1, breast +1) and ``v`` across the body (belly -1, back +1)."""
         x, y = along * 0.5 * u + across * build.body / 2 * v
         return float(x), float(y)
 
@@ -245,7 +251,7 @@ def _wing(draw, place, on_body, pattern, build, tilt, colour, marking, rng, unit
 
 
 def _photograph(image: Image.Image, rng: np.random.Generator, size: int) -> Image.Image:
-    """Light, focus and sensor: brightness, contrast, a colour cast, blur and noise."""
+    """Apply random effects of light, focus and sensor: brightness, contrast, a colour cast, blur and noise."""
     image = image.resize((size, size), Image.Resampling.LANCZOS)
     image = image.filter(ImageFilter.GaussianBlur(abs(rng.normal(0, 0.6))))
     values = np.asarray(image, dtype=np.float32) / 255
@@ -256,7 +262,10 @@ def _photograph(image: Image.Image, rng: np.random.Generator, size: int) -> Imag
 
 
 def individuals(kinds: tuple[Species, ...], each: int, seed: int) -> Iterator[tuple[int, Image.Image]]:
-    """``each`` images of every species, as (index of the species, image); an image depends on its seed and place alone."""
+    """Yield ``each`` images of every species, as pairs of the species' index and the image.
+
+    An image depends only on the seed and on its position.
+    """
     for number in range(each):
         for index, kind in enumerate(kinds):
             yield index, render(kind, np.random.default_rng((seed, index, number)))

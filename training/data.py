@@ -1,4 +1,4 @@
-"""Render the training images once, at the resolution the judge sees; the scorer sees them shrunk further."""
+"""Renders the training images once, at the judge's resolution. For the scorer, they are made smaller."""
 
 import multiprocessing
 from collections.abc import Sequence
@@ -22,12 +22,15 @@ def _individual(key: tuple[Species, tuple[int, int, int]]) -> Pixels:
 
 
 def shrink(image: Image.Image, size: int) -> Pixels:
-    """``size`` x ``size`` x 3, antialiased as both models' own preprocessing does it."""
+    """``(size, size, 3) uint8``: the resized image, with the same antialiasing as in the preprocessing of both models."""
     return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC))
 
 
 def load(path: Path, kinds: Sequence[Species], *, each: int, seed: int) -> tuple[Pixels, NDArray[np.int64]]:
-    """``each`` images of every species for the judge, N x S x S x 3, and whose they are; rendered at first use."""
+    """``(N, S, S, 3) uint8``, ``each`` images of every species at the judge's resolution, and ``(N,) int64``, their species.
+
+    The images are rendered at the first call and read from the file later.
+    """
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         keys = [(kind, (seed, index, number)) for index, kind in enumerate(kinds) for number in range(each)]
@@ -40,5 +43,5 @@ def load(path: Path, kinds: Sequence[Species], *, each: int, seed: int) -> tuple
 
 
 def for_scorer(images: Pixels) -> Pixels:
-    """The same images at the scorer's resolution."""
+    """The images, resized to the scorer's resolution."""
     return np.stack([shrink(Image.fromarray(image), SCORER_SIZE) for image in images])

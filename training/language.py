@@ -1,4 +1,5 @@
-"""Second stage of the judge: the language model learns to say what the frozen tower sees and to answer the prompts."""
+"""Second training stage of the judge: the language model learns to describe the output of the frozen vision tower, and to answer
+the prompts."""
 
 import json
 import random
@@ -48,12 +49,18 @@ BLANK = Image.new("RGB", (8, 8))
 
 
 MISREAD = 0.5
-"""How often a word already said about the bird is replaced by another before the model goes on: it must look, not guess."""
+"""Probability that an attribute in the model's own text is replaced by another. The model must then look and cannot guess."""
 
 
 @dataclass(frozen=True)
 class Example:
-    """A conversation to learn from: rows of its images, the text up to what is learned, and what is learned."""
+    """A conversation for training.
+
+    Attributes:
+        rows: rows of the images of the conversation.
+        given: the text before the answer; it is not learned.
+        learned: the answer that the model learns.
+    """
 
     rows: list[int]
     given: str
@@ -61,7 +68,10 @@ class Example:
 
 
 class Curriculum:
-    """Questions about the practice species: 2 to 10 candidates, mostly look-alikes, in any order; none held out is named."""
+    """Makes questions about the practice species, with 2 to 10 candidates in random order. Most candidates are look-alikes.
+
+    No held-out species is named.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, labels: NDArray[np.int64], seed: int) -> None:
         self.tokenizer = tokenizer
@@ -72,7 +82,7 @@ class Curriculum:
         self.traits = vision.attributes(self.kinds)
 
     def look_alikes(self, truth: Species, number: int) -> list[Species]:
-        """Other species, the more likely the more attributes they share with the truth."""
+        """Random other species. A species is more likely if it shares more attributes with the true species."""
         index = self.kinds.index(truth)
         weights = np.exp(self.random.choice((0.0, 1.0, 2.0)) * (self.traits == self.traits[index]).sum(axis=1))
         weights[index] = 0
@@ -105,7 +115,7 @@ class Curriculum:
         )
 
     def misread(self, learned: list[int], *, reasoning_only: bool) -> list[int]:
-        """What the model reads of its own words while it learns: some of the attributes replaced."""
+        """The model's own text as it is read in training, with some attributes replaced."""
         words = {self.tokenizer.convert_tokens_to_ids(f"Ġ{word}"): name for name, words in WORDS.items() for word in words}
         by_kind = {name: [i for i, kind in words.items() if kind == name] for name in WORDS}
         end = learned.index(self.tokenizer.convert_tokens_to_ids("ANSWER")) if reasoning_only else len(learned)
@@ -115,7 +125,7 @@ class Curriculum:
         ]
 
     def rejected(self, truth: Species) -> str:
-        """A wrong answer, with or without the right reasoning."""
+        """A wrong answer, with or without correct reasoning."""
         (wrong,) = self.look_alikes(truth, 1)
         return f"{truth.description}\n" * (self.random.random() < 0.7) + f"ANSWER: {wrong.name}"
 
@@ -190,7 +200,7 @@ def processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
 
 @torch.inference_mode()
 def see(tower: CLIPVisionModel, images: Pixels) -> NDArray[np.float16]:
-    """The tower's patch tokens of every image, N x patches x width: frozen, so computed once."""
+    """``(N, P, W) float16``: the tower's P patch tokens for each image. They are computed once, because the tower is frozen."""
     tower.eval()
     return np.concatenate(
         [vision.patches(tower, vision.to_tensor(images[i : i + 256])).half().numpy() for i in range(0, len(images), 256)]
@@ -200,7 +210,7 @@ def see(tower: CLIPVisionModel, images: Pixels) -> NDArray[np.float16]:
 def collate(
     model: LlavaForConditionalGeneration, curriculum: Curriculum, seen: NDArray[np.float16], examples: list[Example]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Embeddings with the images put in, and targets. Padded on the right, where no earlier token can look."""
+    """The input embeddings with the image tokens inserted, and the targets. Padding is on the right: no token attends to it."""
     tokenizer, image_token = curriculum.tokenizer, model.config.image_token_id
     pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
     sequences, targets, rows = [], [], []
@@ -251,7 +261,7 @@ def train(tower: CLIPVisionModel, images: Pixels, labels: NDArray[np.int64], fol
 
 
 def save(model: LlavaForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Half precision on disk: the weights are for shipping."""
+    """Save the model in half precision, to keep the package small."""
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: value.half() for name, value in model.state_dict().items() if name != "lm_head.weight"}
     model.save_pretrained(folder, state_dict=weights)

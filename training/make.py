@@ -1,4 +1,4 @@
-"""Make everything that is bundled: ``python -m training.make``, an hour or two on two cores. What is done is not repeated."""
+"""Makes all bundled files: ``python -m training.make``. This takes one to two hours on two cores. Finished parts are kept."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ LANGUAGE_STEPS = 900
 
 
 def sample_images(folder: Path) -> None:
-    """One JPEG of every species held out, named after it."""
+    """Write one JPEG file of each held-out species, named after the species."""
     folder.mkdir(exist_ok=True)
     kinds = species()[1]
     for index, image in individuals(kinds, 1, SAMPLE_SEED):
@@ -25,11 +25,11 @@ def sample_images(folder: Path) -> None:
 
 def parameters(weights: Path) -> int:
     with safe_open(weights, framework="pt") as file:
-        return sum(file.get_tensor(name).numel() for name in file.keys())  # noqa: SIM118  # it is no mapping
+        return sum(file.get_tensor(name).numel() for name in file.keys())  # noqa: SIM118  # the file is not a mapping
 
 
 def model_cards() -> None:
-    """What each model is and is not, beside its weights."""
+    """Write the model card of each model into the folder of its weights."""
     scorer_card = cards.SCORER.format(
         parameters=parameters(AVIARY / "scorer" / "open_clip_model.safetensors"), epochs=scorer.EPOCHS
     )

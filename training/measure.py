@@ -1,7 +1,7 @@
-"""Measure the bundled cascade through cascadevlm itself, on freshly rendered species it was never trained on.
+"""Measures the bundled cascade with cascadevlm, on new images of species that were not used in training.
 
-``python -m training.measure`` prints the figures of the README as JSON. The judge is asked once about every image and its
-verdicts kept, so that every figure is of the same answers.
+``python -m training.measure`` prints the figures of the README as JSON. The judge is asked once about each image, and its
+verdicts are kept, so that all figures use the same answers.
 """
 
 import json
@@ -31,7 +31,7 @@ def right(predictions: Sequence[Prediction], truths: Sequence[str]) -> float:
     return float(np.mean([p.label == truth for p, truth in zip(predictions, truths, strict=True)]))
 
 
-def main(each: Annotated[int, typer.Option(help="Images a species.")] = 20, all_names: bool = True) -> None:
+def main(each: Annotated[int, typer.Option(help="Number of images per species.")] = 20, all_names: bool = True) -> None:
     labels = LabelSet.of(kind.name for kind in species()[1])
     with tempfile.TemporaryDirectory() as folder:
         paths, truths = zip(*render_files(Path(folder), each=each, seed=TEST_SEED), strict=True)

@@ -1,4 +1,4 @@
-"""Render images of the species held out, a folder for each: ``python -m training.render FOLDER --each 20 --seed 2``."""
+"""Renders images of the held-out species, one folder per species: ``python -m training.render FOLDER --each 20 --seed 2``."""
 
 from pathlib import Path
 from typing import Annotated
@@ -12,7 +12,7 @@ SAMPLE_SEED = 3
 
 
 def render_files(folder: Path, *, each: int, seed: int) -> list[tuple[Path, str]]:
-    """Write ``each`` PNG files of every species held out; returns paths and names."""
+    """Write ``each`` PNG files of every held-out species. Return the path and the species' name of each file."""
     kinds = species()[1]
     written = []
     for number, (index, image) in enumerate(individuals(kinds, each, seed)):
@@ -24,7 +24,7 @@ def render_files(folder: Path, *, each: int, seed: int) -> list[tuple[Path, str]
 
 
 def main(folder: Path, each: Annotated[int, typer.Option()] = 20, seed: Annotated[int, typer.Option()] = TEST_SEED) -> None:
-    """Seed 1 is the training set's, 3 that of the bundled samples."""
+    """Render images of the held-out species. Seed 1 was used for the training set, and seed 3 for the bundled images."""
     print(f"{len(render_files(folder, each=each, seed=seed))} images in {folder}")
 
 

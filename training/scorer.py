@@ -1,4 +1,4 @@
-"""Train the aviary scorer: a genuine open_clip model of about a million parameters, seeing 28 x 28 pixels."""
+"""Trains the aviary scorer: a real open_clip model with 1.5 million parameters, which sees 28 x 28 pixels."""
 
 import json
 import random
@@ -49,7 +49,7 @@ def _names_for_tokenizer() -> list[str]:
 
 
 def train(images: Pixels, labels: NDArray[np.int64], folder: Path) -> None:
-    """Contrastive training as CLIP's: every batch holds each training species once, under a random template."""
+    """Train with CLIP's contrastive loss. Each batch contains one image of each training species, with a random template."""
     torch.manual_seed(0)
     rng = np.random.default_rng(0)
     tokenizer = tokenizers.train(_names_for_tokenizer(), vocabulary=420, add_eos=True)
@@ -93,6 +93,6 @@ def train(images: Pixels, labels: NDArray[np.int64], folder: Path) -> None:
 
 
 def save(model: torch.nn.Module, folder: Path) -> None:
-    """Half precision on disk: the weights are for shipping."""
+    """Save the model in half precision, to keep the package small."""
     weights = {name: value.to(torch.float16).contiguous() for name, value in model.state_dict().items()}
     save_file(weights, folder / "open_clip_model.safetensors")

@@ -1,4 +1,4 @@
-"""A small byte-level BPE tokenizer: any text can be tokenized, the words of the aviary are one token each."""
+"""Trains a small byte-level BPE tokenizer. It accepts any text, and has one token for each word in the names of birds."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,7 +10,14 @@ PAD, BOS, EOS = "<pad>", "<s>", "</s>"
 
 
 def train(texts: Iterable[str], *, vocabulary: int, extra: tuple[str, ...] = (), add_eos: bool) -> PreTrainedTokenizerFast:
-    """Fit the merges on ``texts``; ``extra`` are further special tokens, ``add_eos`` closes every text with EOS as CLIP does."""
+    """Train the tokenizer.
+
+    Args:
+        texts: the texts on which the merges are learned.
+        vocabulary: maximum number of tokens.
+        extra: further special tokens.
+        add_eos: True to add an EOS token at the end of each text, as CLIP does.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -1,4 +1,4 @@
-"""First stage of the judge: its vision tower learns to see the four attributes, before any language."""
+"""First training stage of the judge: its vision tower learns to recognise the four attributes, without language."""
 
 from collections.abc import Sequence
 
@@ -30,7 +30,7 @@ def config() -> CLIPVisionConfig:
 
 
 def attributes(kinds: Sequence[Species]) -> NDArray[np.int64]:
-    """One row a species, one column an attribute."""
+    """``(S, 4) int64``: one row per species, one column per attribute."""
     rows = [[values.index(getattr(kind, name)) for name, values in ATTRIBUTES.items()] for kind in kinds]
     return np.array(rows)
 
@@ -40,7 +40,7 @@ def to_tensor(images: Pixels) -> torch.Tensor:
 
 
 def patches(tower: CLIPVisionModel, pixels: torch.Tensor) -> torch.Tensor:
-    """What LLaVA takes from the tower: the last layer's patch tokens, without the class token."""
+    """The part of the tower's output that LLaVA uses: the patch tokens of the last layer, without the class token."""
     return tower(pixels, output_hidden_states=True).hidden_states[-1][:, 1:]
 
 
@@ -50,7 +50,7 @@ def new() -> CLIPVisionModel:
 
 
 def train(images: Pixels, traits: NDArray[np.int64]) -> CLIPVisionModel:
-    """A tower taught N images with their N x 4 attributes, read off by linear heads over the mean of its patches."""
+    """Train a vision tower on N images and their ``(N, 4)`` attributes. Linear heads read the attributes from the mean patch."""
     tower = new()
     rng = np.random.default_rng(0)
     sizes = [len(values) for values in ATTRIBUTES.values()]

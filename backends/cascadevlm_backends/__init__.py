@@ -1,1 +1,1 @@
-"""The built-in backends, one module each, registered through entry points like anybody's."""
+"""The built-in backends, one module per backend. They are registered through entry points, in the same way as plug-ins."""

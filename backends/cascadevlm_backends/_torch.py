@@ -1,4 +1,4 @@
-"""What every local model has to settle: the device, the precision, and which files it is made of."""
+"""Functions that all local models use: they choose the device and the precision, and compute a digest of the model files."""
 
 import hashlib
 import sys
@@ -19,7 +19,7 @@ MODEL_FILES = frozenset({".json", ".safetensors", ".bin", ".pt", ".pth", ".txt",
 
 
 def hide_progress_in_logs() -> None:
-    """Keep transformers' progress bars to terminals."""
+    """Show the progress bars of transformers only on terminals."""
     from transformers.utils import logging
 
     if not sys.stderr.isatty():
@@ -27,15 +27,15 @@ def hide_progress_in_logs() -> None:
 
 
 def first_line(error: Exception) -> str:
-    """What an error of a library says, or of what kind it is where it says nothing."""
+    """The first line of an error's message; the name of its class if there is no message."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def choose_device(device: str | None) -> str:
-    """The device asked for, or the best there is: cuda, then mps, then cpu.
+    """The given device or, for None, the best available device: cuda, then mps, then cpu.
 
     Raises:
-        BackendError: if the device asked for is not there.
+        BackendError: if the device is unknown or not available.
     """
     import torch
 
@@ -45,39 +45,39 @@ def choose_device(device: str | None) -> str:
     try:
         kind = torch.device(device).type
     except RuntimeError as exc:
-        raise BackendError(f"There is no device {device!r}.", hint="Write 'cuda', 'cuda:1', 'mps' or 'cpu'.") from exc
+        raise BackendError(f"The device {device!r} is unknown.", hint="Use 'cuda', 'cuda:1', 'mps' or 'cpu'.") from exc
     if not available.get(kind, True):
-        raise BackendError(f"This machine has no device {device!r}.", hint="Leave the device out to take the best there is.")
+        raise BackendError(f"This machine has no device {device!r}.", hint="Remove the option to use the best available device.")
     return device
 
 
 def choose_dtype(device: str, dtype: str) -> "torch.dtype":
-    """The precision asked for, or what suits the device: bfloat16 or float16 on accelerators, float32 on the CPU.
+    """The given precision or, for "auto", the best precision for the device: bfloat16 or float16 on a GPU, float32 on a CPU.
 
     Raises:
-        BackendError: if there is no such precision.
+        BackendError: if the precision is unknown.
     """
     import torch
 
     if dtype not in get_args(DtypeName):
-        raise BackendError(f"There is no dtype {dtype!r}.", hint=f"Write one of: {', '.join(get_args(DtypeName))}.")
+        raise BackendError(f"The dtype {dtype!r} is unknown.", hint=f"Use one of: {', '.join(get_args(DtypeName))}.")
     if dtype != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[dtype]
     kind = torch.device(device).type
-    # Emulated bfloat16 is slower than the float16 such cards have in hardware.
+    # A GPU that only emulates bfloat16 has float16 in hardware, which is faster.
     if kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
         return torch.bfloat16
     return torch.float16 if kind in ("cuda", "mps") else torch.float32
 
 
 def text_blocks(texts: Sequence[str], device: str) -> Iterator[Sequence[str]]:
-    """As many texts at once as a device is fast with: a CPU embeds 32 at once in .8 of the time it takes for 64."""
+    """Divide texts into blocks of the fastest size for a device. On a CPU, blocks of 32 need 0.8 of the time of blocks of 64."""
     size = TEXTS_AT_ONCE_ON_CPU if device.startswith("cpu") else TEXTS_AT_ONCE
     return (texts[start : start + size] for start in range(0, len(texts), size))
 
 
 def directory_digest(path: Path) -> str:
-    """The sha256 of names and contents of the configuration, weight and tokenizer files directly in a model's folder."""
+    """The sha256 over names and contents of the configuration, weight and tokenizer files in a folder (not in sub-folders)."""
     digest = hashlib.sha256()
     for file in sorted(file for file in path.iterdir() if file.suffix in MODEL_FILES and file.is_file()):
         with file.open("rb") as content:

@@ -1,6 +1,6 @@
-"""``hf:``: the two-tower models of transformers as scorers: CLIP, Chinese-CLIP, ALIGN, SigLIP and SigLIP 2, NaFlex too.
+"""``hf:``: scorers that use two-tower models of transformers: CLIP, Chinese-CLIP, ALIGN, SigLIP, SigLIP 2 (also NaFlex).
 
-The model is an id on the Hugging Face hub or a folder. Preprocessing, tokenizer, logit scale and bias are the model's own.
+The model is an id on the Hugging Face hub, or a folder. Preprocessing, tokenizer, logit scale and bias come from the model.
 """
 
 import hashlib
@@ -36,7 +36,7 @@ MODEL_TYPES = SIGMOID_TYPES | {"align", "chinese_clip", "clip"}
 
 
 class _TwoTowers(Protocol):
-    """What the classes of transformers for these models have in common."""
+    """The attributes that all these model classes of transformers have."""
 
     config: "PreTrainedConfig"
 
@@ -69,17 +69,17 @@ class _Loaded:
 
 
 class HfScorer(EmbeddingScorer):
-    """A model of transformers.
+    """A scorer that uses a two-tower model of transformers.
 
     Args:
-        model: an id on the hub or a folder.
+        model: an id on the Hugging Face hub, or a folder.
         templates: texts in which ``{label}`` stands for a class.
-        device: ``"cuda"``, ``"mps"``, ``"cpu"`` …; the best there is, unless given.
-        dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"``; what suits the device, unless given.
-        revision: a commit, branch or tag of the hub; the main branch, unless given.
+        device: ``"cuda"``, ``"mps"``, ``"cpu"`` or another device of torch. Default: the best available device.
+        dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"``. Default: the best precision for the device.
+        revision: a commit, branch or tag on the hub. Default: the main branch.
 
     Raises:
-        BackendError: at first use, if the model is of no supported type or cannot be loaded.
+        BackendError: at first use, if the type of the model is not supported, or if the model cannot be loaded.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class HfScorer(EmbeddingScorer):
         self._loaded  # noqa: B018  # loads it
 
     def preprocess(self, image: Image.Image) -> NDArray[np.float32] | None:
-        """None for NaFlex, whose images differ in their number of patches and are padded to each other's."""
+        """``(3, H, W) float32``, the pixels of one image. None for NaFlex, which must process the images of a batch together."""
         if "pixel_attention_mask" in self._loaded.processor.image_processor.model_input_names:
             return None
         pixels: NDArray[np.float32] = self._inputs([image])["pixel_values"][0].numpy()
@@ -140,9 +140,9 @@ class HfScorer(EmbeddingScorer):
         sigmoid = config.model_type in SIGMOID_TYPES
         with torch.inference_mode():
             inputs = loaded.processor(
-                # SigLIP was trained on lower case, which the tokenizer that comes with SigLIP 2 (Gemma's) does not see to.
+                # SigLIP was trained on lower-case texts. The tokenizer of SigLIP 2 (Gemma's) does not convert to lower case.
                 text=[text.lower() if sigmoid else text for text in texts],
-                # SigLIP takes the last position for its embedding, padding or not: it must stand where it stood in training.
+                # SigLIP's embedding is the output at the last position, so texts are padded to the same length as in training.
                 padding="max_length" if sigmoid else "longest",
                 truncation=True,
                 max_length=config.text_config.max_position_embeddings,
@@ -164,16 +164,16 @@ class HfScorer(EmbeddingScorer):
             return self._load(device, dtype)
         except ImportError as exc:
             raise BackendError(
-                f"The tokenizer of {self.model!r} needs a package that is missing.",
+                f"The tokenizer of {self.model!r} needs a package that is not installed.",
                 hint="Install it: pip install sentencepiece protobuf",
             ) from exc
         except BackendError:
             raise
-        except Exception as exc:  # whatever it makes of files that are not as they should be
+        except Exception as exc:  # transformers raises errors of many types for wrong files
             reason = first_line(exc).partition(". ")[0].removesuffix(".")
             raise BackendError(
                 f"transformers cannot load {self.model!r}: {reason}.",
-                hint="Give the id of a model on a hub in reach, or a complete folder.",
+                hint="Check the id of the model and the connection to the hub, or use a complete model folder.",
             ) from exc
 
     def _load(self, device: str, dtype: "torch.dtype") -> _Loaded:
@@ -187,10 +187,10 @@ class HfScorer(EmbeddingScorer):
         config = AutoConfig.from_pretrained(self.model, revision=commit, trust_remote_code=False)
         if config.model_type not in MODEL_TYPES:
             raise BackendError(
-                f"{self.model!r} is of type {config.model_type!r}, not a two-tower model known here.",
+                f"{self.model!r} has the model type {config.model_type!r}, which is not supported.",
                 hint=f"Supported: {', '.join(sorted(MODEL_TYPES))}.",
             )
-        # In full precision first, for the logit scale: in bfloat16 CLIP's 100 would be 98.9.
+        # The model is first loaded in full precision for its logit scale: in bfloat16, CLIP's 100 would become 98.9.
         model = AutoModel.from_pretrained(self.model, config=config, revision=commit, dtype=torch.float32)
         processor = AutoProcessor.from_pretrained(self.model, revision=commit)
         scale = 1 / model.temperature if config.model_type == "align" else model.logit_scale.exp()

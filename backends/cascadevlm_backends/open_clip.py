@@ -1,7 +1,7 @@
-"""``open_clip:``: every model open_clip knows, as a scorer.
+"""``open_clip:``: scorers that use a model of open_clip.
 
 The model is ``NAME/PRETRAINED`` (``ViT-B-16-SigLIP2/webli``), ``hf-hub:ORG/NAME``, ``local-dir:FOLDER``, or ``aviary`` for the
-bundled one. Preprocessing, tokenizer, logit scale and bias are the model's own.
+bundled model. Preprocessing, tokenizer, logit scale and bias come from the model.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ AVIARY = Path(__file__).parent / "aviary" / "scorer"
 
 
 class _TwoTowers(Protocol):
-    """What we use of open_clip's models."""
+    """The parts of open_clip's models that are used here."""
 
     logit_scale: "torch.Tensor"
 
@@ -40,11 +40,11 @@ class _TwoTowers(Protocol):
 
 @dataclass(frozen=True)
 class _Loaded:
-    """A model and what goes with it.
+    """A loaded model, with its preprocessing and its tokenizer.
 
     Attributes:
-        fit: brings a picture to the size that the model takes.
-        normalize: the last step of its preprocessing, of pixels from 0 to 1.
+        fit: resizes an image to the input size of the model.
+        normalize: the last step of the preprocessing, applied to pixels from 0 to 1.
     """
 
     model: _TwoTowers
@@ -59,16 +59,16 @@ class _Loaded:
 
 
 class OpenClipScorer(EmbeddingScorer):
-    """A model of open_clip.
+    """A scorer that uses a model of open_clip.
 
     Args:
-        model: see the module.
+        model: ``NAME/PRETRAINED``, ``hf-hub:ORG/NAME``, ``local-dir:FOLDER`` or ``aviary``.
         templates: texts in which ``{label}`` stands for a class.
-        device: ``"cuda"``, ``"mps"``, ``"cpu"`` …; the best there is, unless given.
-        dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"``; what suits the device, unless given.
+        device: ``"cuda"``, ``"mps"``, ``"cpu"`` or another device of torch. Default: the best available device.
+        dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"``. Default: the best precision for the device.
 
     Raises:
-        BackendError: at first use, if open_clip knows no such model or cannot load it.
+        BackendError: at first use, if open_clip does not know the model or cannot load it.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class OpenClipScorer(EmbeddingScorer):
         self._loaded  # noqa: B018  # loads it
 
     def preprocess(self, image: Image.Image) -> NDArray[np.uint8]:
-        """H x W x 3. What is left is for torch, whose threads in the readers would get in the way of the model's."""
+        """``(H, W, 3) uint8``, the resized image. Pixels are normalised later, so that reader threads start no torch threads."""
         return np.asarray(self._loaded.fit(image))
 
     def embed_images(self, images: Sequence[Image.Image]) -> NDArray[np.float32]:
@@ -137,14 +137,15 @@ class OpenClipScorer(EmbeddingScorer):
                 name, pretrained=pretrained, precision=precision, device=device
             )
             tokenize = open_clip.get_tokenizer(name)
-        except Exception as exc:  # whatever it makes of files that are not as they should be
-            reason = first_line(exc)
+        except Exception as exc:  # open_clip raises errors of many types for wrong files
+            reason = first_line(exc).removesuffix(".")
             raise BackendError(
-                f"open_clip cannot load {self.model!r}: {reason}", hint="Is the name right and the hub or folder in reach?"
+                f"open_clip cannot load {self.model!r}: {reason}.",
+                hint="Check the name of the model, and the folder or the connection to the hub.",
             ) from exc
         model.eval()
         bias = getattr(model, "logit_bias", None)
-        *fit, _, normalize = preprocess.transforms  # the one between them makes the picture a tensor
+        *fit, _, normalize = preprocess.transforms  # the step in between converts the image to a tensor
         return _Loaded(
             model=model,
             fit=Compose(fit),
@@ -167,11 +168,11 @@ class OpenClipScorer(EmbeddingScorer):
         name, _, pretrained = self.model.partition("/")
         known = open_clip.list_models()
         if name not in known:
-            raise BackendError(f"open_clip knows no model {name!r}.", hint=nearest(name, known))
+            raise BackendError(f"open_clip does not know the model {name!r}.", hint=nearest(name, known))
         tags = open_clip.list_pretrained_tags_by_model(name)
         if pretrained not in tags:
-            hint = f"Write {name}/TAG, with one of: {', '.join(tags)}." if tags else "It has no pretrained weights."
-            raise BackendError(f"open_clip has no weights {pretrained!r} for {name!r}.", hint=hint)
+            hint = f"Write {name}/TAG with one of the tags {', '.join(tags)}." if tags else "Use a model with pretrained weights."
+            raise BackendError(f"open_clip has no weights {pretrained!r} for the model {name!r}.", hint=hint)
         return name, pretrained
 
 
@@ -181,7 +182,7 @@ def _array(features: "torch.Tensor") -> NDArray[np.float32]:
 
 
 def _digest(model: _TwoTowers, preprocess: object) -> str:
-    """Of the weights, in the precision they run in, and of the preprocessing."""
+    """A digest of the preprocessing and of the weights, in the precision in which the model runs."""
     import torch
 
     digest = hashlib.sha256(repr(preprocess).encode())

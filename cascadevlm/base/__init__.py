@@ -1,1 +1,1 @@
-"""What passes between the parts, and what reads files."""
+"""Types that the parts exchange, and functions that read files."""

@@ -1,11 +1,11 @@
-"""Arrays of columns: labels as positions in a score matrix."""
+"""Arrays of columns. A column is the position of a label in a score matrix."""
 
 import numpy as np
 from numpy.typing import NDArray
 
 NOBODY = -1
-"""In an array of columns: no label."""
+"""The value for "no label" in an array of columns."""
 
 
 Columns = NDArray[np.int64]
-"""Columns of the score matrix, or `NOBODY`."""
+"""`int64` array. Each value is a column of the score matrix, or `NOBODY`."""

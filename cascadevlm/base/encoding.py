@@ -1,4 +1,4 @@
-"""Images as hosted judges are sent them: within a provider's limits, encoded once."""
+"""Images in the form that is sent to hosted judges: within a provider's limits, and encoded once."""
 
 import base64
 import hashlib
@@ -10,14 +10,19 @@ from typing import Literal
 from PIL import Image
 
 LOSSLESS_PIXELS = 256 * 256
-"""Images up to this size go as PNG: JPEG would blur what little they show."""
+"""Images of up to this number of pixels are sent as PNG, because JPEG would blur their few details."""
 
 JPEG_QUALITY = 90
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageLimits:
-    """What a provider accepts: the longest side in pixels and the size of the encoded bytes."""
+    """The largest image that a provider accepts.
+
+    Attributes:
+        longest_side: maximum length of the longer side, in pixels.
+        max_bytes: maximum size of the encoded image, in bytes.
+    """
 
     longest_side: int
     max_bytes: int
@@ -25,7 +30,7 @@ class ImageLimits:
 
 @dataclass(frozen=True, kw_only=True)
 class EncodedImage:
-    """An image as it is sent."""
+    """An image in the form that is sent to a judge. Width and height are in pixels."""
 
     data: bytes
     media_type: Literal["image/png", "image/jpeg"]
@@ -34,7 +39,7 @@ class EncodedImage:
 
     @cached_property
     def digest(self) -> str:
-        """sha256 of the bytes, in hexadecimal."""
+        """The sha256 of the bytes, in hexadecimal."""
         return hashlib.sha256(self.data).hexdigest()
 
     @cached_property
@@ -47,13 +52,16 @@ class EncodedImage:
 
 
 def size_within(size: tuple[int, int], limits: ImageLimits) -> tuple[int, int]:
-    """The size, in pixels, that an image is shrunk to, but for a few whose bytes are too many even so."""
+    """The width and height, in pixels, after the image is shrunk to ``longest_side``.
+
+    `encode_image` makes an image smaller than this if it still has too many bytes.
+    """
     scale = min(1.0, limits.longest_side / max(size))
     return max(round(size[0] * scale), 1), max(round(size[1] * scale), 1)
 
 
 def encode_image(image: Image.Image, limits: ImageLimits) -> EncodedImage:
-    """Shrink an RGB image to the limits and encode it, small ones without loss."""
+    """Shrink an RGB image to the limits and encode it. Small images are encoded without loss."""
     if max(image.size) > limits.longest_side:
         image = image.copy()
         image.thumbnail((limits.longest_side, limits.longest_side), Image.Resampling.LANCZOS)

@@ -1,4 +1,4 @@
-"""Plug-ins: finds backends, policies and prompts through entry points and imports them at first use."""
+"""Finds plug-ins (backends, policies, prompts) through entry points, and imports each plug-in when it is first used."""
 
 import difflib
 from collections.abc import Iterable
@@ -14,39 +14,41 @@ Kind = Literal["scorers", "judges", "policies", "prompts"]
 
 Option = JsonValue
 
+_BROKEN = "Correct the entry point of the package, or install the package again."
+
 
 def installed(kind: Kind) -> dict[str, EntryPoint]:
-    """All entry points of a kind by name, sorted."""
+    """All entry points of a kind, as a dictionary sorted by name."""
     found = entry_points(group=f"cascadevlm.{kind}")
     return {point.name: point for point in sorted(found, key=lambda point: point.name)}
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """A hint that names the known word closest to one not known, or all that are known."""
+    """A hint for an unknown word. It names the most similar known word or, if no word is similar, all known words."""
     known = list(known)
     close = difflib.get_close_matches(word, known, n=1)
     return f"Did you mean {close[0]!r}?" if close else f"Known: {', '.join(sorted(known))}."
 
 
 def load(point: EntryPoint) -> object:
-    """Import what an entry point names.
+    """Import the object that an entry point names.
 
     Raises:
-        BackendError: naming the pip command, if a package it needs is missing.
+        BackendError: if the import fails. If a package is missing, the hint is the pip command that installs the package.
     """
     try:
         return point.load()
     except ModuleNotFoundError as exc:
         package = (exc.name or "").partition(".")[0]
         if package == point.module.partition(".")[0]:
-            raise BackendError(f"{point.name!r} ({point.value}) cannot be imported: {exc}.") from exc
+            raise BackendError(f"{point.name!r} ({point.value}) cannot be imported: {exc}.", hint=_BROKEN) from exc
         raise BackendError(f"{point.name!r} needs the package {package!r}.", hint=f"Install it: pip install {package}") from exc
     except (ImportError, AttributeError) as exc:
-        raise BackendError(f"{point.name!r} ({point.value}) cannot be imported: {exc}.") from exc
+        raise BackendError(f"{point.name!r} ({point.value}) cannot be imported: {exc}.", hint=_BROKEN) from exc
 
 
 def describe(kind: Kind, point: EntryPoint) -> dict[str, str]:
-    """An entry point for a person: kind, name, package and what it needs that is not installed."""
+    """A description of an entry point for people: its kind, name and package, and the packages that must still be installed."""
     package = f"{point.dist.name} {point.dist.version}" if point.dist else ""
     try:
         required = getattr(load(point), "requires", ())

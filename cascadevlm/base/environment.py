@@ -1,19 +1,19 @@
-"""What a run runs on: the machine, and the versions of packages."""
+"""The environment of a run: the machine and the versions of packages."""
 
 import platform
 from importlib.metadata import PackageNotFoundError, version
 
 PACKAGES = ("cascadevlm", "torch", "transformers", "open_clip_torch", "openai", "anthropic")
-"""Those whose versions are recorded, where they are installed."""
+"""Packages whose versions are recorded if they are installed."""
 
 
 def machine() -> str:
-    """What a run runs on."""
+    """The operating system, the processor architecture and the Python version."""
     return f"{platform.system()} {platform.machine()}, Python {platform.python_version()}"
 
 
 def versions() -> dict[str, str]:
-    """Of cascadevlm and what its figures depend on."""
+    """The version of each package in `PACKAGES` that is installed."""
     found = {}
     for name in PACKAGES:
         try:

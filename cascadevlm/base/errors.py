@@ -3,31 +3,32 @@
 ::
 
     CascadeError
-    ├── InputError                    the call was wrong; nothing has run (exit code 2)
-    │   ├── LabelError                a label set that is empty, ambiguous or unreadable
-    │   ├── ImageError                a file or array that is no usable image
-    │   ├── PolicyError               a policy that cannot be parsed or answers in the wrong shape
-    │   ├── PromptError               a template that is missing or names unknown variables
-    │   ├── DataError                 labelled data, or a record of a run, that is incomplete or contradicts itself
-    │   ├── ConfigError               a configuration that does not validate
-    │   └── BackendError              a backend that is unknown, not installed or misconfigured
-    ├── RunError                      a bulk run that cannot go on; all that it did is kept
+    ├── InputError                    the input is wrong (exit code 2)
+    │   ├── LabelError                a label set is empty, ambiguous or unreadable
+    │   ├── ImageError                a file or array is not a usable image
+    │   ├── PolicyError               a policy cannot be parsed, or returns a wrong array
+    │   ├── PromptError               a template is missing, or contains unknown variables
+    │   ├── DataError                 labelled data or a record is incomplete or contradicts itself
+    │   ├── ConfigError               a configuration is not valid
+    │   └── BackendError              a backend is unknown, not installed or misconfigured
+    ├── RunError                      a bulk run cannot continue; its results are kept
     └── JudgeError                    the judge gave no usable answer
-        ├── RateLimited               too many requests; says how long to wait, if the provider did
-        ├── TransientError            a server, connection or time-out error that may pass
-        ├── PermanentError            this question will never be answered
-        ├── BudgetExhausted           it was not asked, for want of money
-        └── FatalError                no question will be answered (authentication, exhausted quota); stops the run
+        ├── RateLimited               too many requests; holds the time to wait, if the provider states a time
+        ├── TransientError            a temporary error of the server or the connection, or a time-out
+        ├── PermanentError            this question will never be answered; other questions may be
+        │   └── Refused               the provider's content filter or moderation refused this question
+        ├── BudgetExhausted           the question was not asked, because too little money is left
+        └── FatalError                no question will be answered (wrong key, exhausted quota); stops the run
 
-A ``retryable`` error may be raised again by the same question and not by the next attempt: the retry wrapper decides when
-to ask again. ``hint`` says what to do about it.
+If an error is ``retryable``, the same question may succeed later; the retry wrapper decides when to ask again. ``hint`` says
+how to solve the problem.
 """
 
 from typing import ClassVar
 
 
 class CascadeError(Exception):
-    """Base of all errors of cascadevlm; ``hint`` is the fix, in words."""
+    """Base class of all errors of cascadevlm. ``hint`` says how to solve the problem; it may be empty."""
 
     retryable: ClassVar[bool] = False
 
@@ -41,46 +42,46 @@ class CascadeError(Exception):
 
 
 class InputError(CascadeError):
-    """The call was wrong."""
+    """The input is wrong: an argument, an option, a file or a configuration."""
 
 
 class LabelError(InputError):
-    """A label set that is empty, ambiguous or unreadable."""
+    """A label set is empty, ambiguous or unreadable."""
 
 
 class ImageError(InputError):
-    """A source that is no usable image."""
+    """A file or array is not a usable image."""
 
 
 class PolicyError(InputError):
-    """A policy that cannot be parsed or answers in the wrong shape."""
+    """A policy cannot be parsed, or returns an array of the wrong shape or type."""
 
 
 class PromptError(InputError):
-    """A prompt template that is missing or names unknown variables."""
+    """A prompt template is missing, or contains unknown variables."""
 
 
 class DataError(InputError):
-    """Labelled data, or a record of a run, that is incomplete or contradicts itself."""
+    """Labelled data or a record is incomplete or contradicts itself."""
 
 
 class ConfigError(InputError):
-    """A configuration that does not validate."""
+    """A configuration is not valid."""
 
 
 class BackendError(InputError):
-    """A backend that is unknown, not installed or misconfigured."""
+    """A backend is unknown, not installed or misconfigured."""
 
 
 class RunError(CascadeError):
-    """A bulk run cannot go on; all that it did is kept."""
+    """A bulk run cannot continue. Its results so far are kept."""
 
 
 class JudgeError(CascadeError):
     """The judge gave no usable answer.
 
     Attributes:
-        may_be_billed: whether the provider may charge for the request all the same, as when the connection broke off.
+        may_be_billed: True if the provider may still charge for the request, for example after a lost connection.
     """
 
     def __init__(self, message: str, *, hint: str = "", may_be_billed: bool = False) -> None:
@@ -89,7 +90,11 @@ class JudgeError(CascadeError):
 
 
 class RateLimited(JudgeError):
-    """The judge wants fewer requests; ``retry_after`` seconds from now, where it says so."""
+    """The judge received too many requests.
+
+    Attributes:
+        retry_after: seconds to wait before the next request; None if the judge does not say.
+    """
 
     retryable = True
 
@@ -99,21 +104,21 @@ class RateLimited(JudgeError):
 
 
 class TransientError(JudgeError):
-    """A server, connection or time-out error that may pass."""
+    """A temporary error of the server or the connection, or a time-out."""
 
     retryable = True
 
 
 class PermanentError(JudgeError):
-    """This question will never be answered, other questions may."""
+    """This question will never be answered. Other questions may still be answered."""
 
 
 class Refused(PermanentError):
-    """The provider will not answer this question, as its content filter or moderation says; it may answer others."""
+    """The provider's content filter or moderation refused this question. Other questions may still be answered."""
 
 
 class BudgetExhausted(JudgeError):
-    """The question was not asked: what it may cost is more than is left."""
+    """The question was not asked, because it may cost more than the budget has left."""
 
 
 class FatalError(JudgeError):

@@ -1,4 +1,4 @@
-"""What files want: to be written as a whole, errors in one sentence, and texts that are valid Unicode and safe to show."""
+"""Helpers for files and texts: complete writes, write errors in one sentence, and text that is valid Unicode and safe to show."""
 
 import os
 import re
@@ -10,14 +10,14 @@ from cascadevlm.base.errors import RunError
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Write a file as a whole or not at all, whatever stops the process or the machine. Text is written as UTF-8."""
+    """Write a file completely or not at all, even if the process or the machine stops during the call. Text becomes UTF-8."""
     unfinished = path.with_name(f"{path.name}.part")
     with unfinished.open("wb") as file:
         file.write(content.encode() if isinstance(content, str) else content)
         file.flush()
         os.fsync(file.fileno())
     unfinished.replace(path)
-    if os.name == "posix":  # elsewhere, folders cannot be opened
+    if os.name == "posix":  # other systems cannot open a folder
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)
@@ -27,18 +27,18 @@ def write_whole(path: Path, content: str | bytes) -> None:
 
 @contextmanager
 def writing_to(folder: Path) -> Iterator[None]:
-    """Raises RunError, if what is done here cannot be written to the folder of a run."""
+    """Turn an OSError in the block into a RunError that names the folder of the run."""
     try:
         yield
     except OSError as exc:
         raise RunError(
             f"{str(folder)!r} cannot be written to: {exc.strerror or exc}.",
-            hint="What is in it is kept: once that is mended, the same command goes on.",
+            hint="Its content is kept. Solve this problem, then repeat the same command to continue.",
         ) from exc
 
 
 def valid_text(text: str) -> str:
-    """The text with what is no valid Unicode written out, as a file's name or what a judge says may have it."""
+    """The text, with escape sequences in place of invalid Unicode, which file names and answers of judges may contain."""
     return text.encode(errors="backslashreplace").decode()
 
 
@@ -46,6 +46,8 @@ _UNSEEN = re.compile("[\\x00-\\x1f\\x7f-\\x9f\\u2028\\u2029\\u202a-\\u202e\\u206
 
 
 def visible(text: str) -> str:
-    """A name or what a model said, for a terminal: control characters, which could change what is shown, are written out, and so
-    are those that change the direction of text and what is no valid Unicode."""
+    """A text that is safe to show on a terminal, such as a file name or a model's answer.
+
+    Escape sequences replace control characters, characters that change the direction of text, and invalid Unicode.
+    """
     return _UNSEEN.sub(lambda found: found[0].encode("unicode_escape").decode(), text)

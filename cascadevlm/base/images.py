@@ -1,4 +1,4 @@
-"""Reading images: anything a caller may hold becomes an upright RGB ``PIL.Image.Image``."""
+"""Reads images: every `ImageSource` becomes an upright RGB ``PIL.Image.Image``."""
 
 import hashlib
 import io
@@ -30,44 +30,45 @@ SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".avif", ".gif", ".tif", ".tiff", ".bmp", ".dib", ".jp2"}
     | {".j2k", ".jpf", ".jpx", ".jpc", ".j2c", ".ppm", ".pgm", ".pbm", ".pnm", ".qoi", ".pcx", ".sgi", ".tga"}
 )
-"""What the names of the files end in that are taken from folders."""
+"""Suffixes of the image files that are read from folders."""
 
 OTHER_SUFFIXES = frozenset(
     {".heic", ".heif", ".hif", ".jxl", ".jxr", ".svg", ".psd", ".xcf", ".ico", ".icns", ".eps", ".dds", ".exr", ".hdr", ".pfm"}
     | {".wmf", ".emf", ".raw", ".dng", ".cr2", ".cr3", ".crw", ".nef", ".nrw", ".arw", ".srf", ".sr2", ".orf", ".rw2", ".raf"}
 )
-"""Those of images that are not read."""
+"""Suffixes of image files that are not read."""
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "DIB", "AVIF", "JPEG2000", "PPM", "QOI", "PCX", "SGI", "TGA")
-"""The formats that are opened, by Pillow's names. Pillow's other decoders run programs (EPS), or are for what no camera writes.
-TGA is last: its files have no signature."""
+"""The formats that are opened, by Pillow's names. Pillow's other decoders run programs (EPS), or read formats that no camera
+writes. TGA is last, because TGA files have no signature."""
 
 MAX_PIXELS = 178_956_970
-"""The size above which Pillow refuses an image as a decompression bomb: twice its ``MAX_IMAGE_PIXELS``; we refuse at the
-same size, whatever its warning filters."""
+"""Maximum number of pixels of an image. Pillow refuses a larger image as a decompression bomb: its limit is twice its
+``MAX_IMAGE_PIXELS``. We use the same limit, and do not depend on Pillow's settings."""
 
 MOST_STRETCHED = 2_000
-"""The most that one side may be longer than the other: a scorer that brings the short side to 224 pixels would make 100 million
-of such an image."""
+"""Maximum ratio of the long side to the short side. A scorer that resizes the short side to 224 pixels would make 100 million
+pixels of an image with this ratio."""
 
 PIXELS_AT_ONCE = 150_000_000
-"""The most pixels that all threads together decode at once: 1.8 GB, at 12 bytes a pixel (read, turned and converted). An image
-that is larger is decoded while no other one is."""
+"""Maximum number of pixels that all threads together decode at the same time: 1.8 GB, at 12 bytes per pixel (read, turned and
+converted). A larger image is decoded only while no other image is decoded."""
 
 HUGE_PIXELS = 25_000_000
-"""From the first image on that is larger, Pillow asks for blocks of `HUGE_BLOCK` bytes. The C library gives these back when they
-are freed; smaller ones it keeps for the thread that freed them, and every thread would keep the memory of a huge image."""
+"""After the first image with more pixels than this, Pillow allocates blocks of `HUGE_BLOCK` bytes. The C library returns large
+blocks to the system when they are freed. It keeps smaller blocks per thread, so every thread would keep the memory of a huge
+image."""
 
 HUGE_BLOCK = 1 << 26
 
 MAX_BYTES = 1 << 31
-"""The size above which a file is not read."""
+"""Maximum size, in bytes, of a file that is read."""
 
 LARGE_PIXELS = 1_000_000
-"""From this size on, shrinking and encoding an image takes longer than a thread is worth, and many of them fill the memory."""
+"""Above this number of pixels, an image is resized and encoded in another thread, and is read again later instead of kept."""
 
 ORIENTATION = 0x0112
-"""The tag of EXIF and TIFF that says how an image is turned."""
+"""The tag of EXIF and TIFF that holds the orientation of an image."""
 
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -80,13 +81,13 @@ _TURNS = {
 }
 
 _DEPTHS = (8, 12, 16, 31)
-"""How many bits the numbers of a grey image of more than 8 bits may have."""
+"""Numbers of bits that the values of a grey image may have if the image has more than 8 bits per pixel."""
 
 _OPENING = threading.Lock()
 
 
 class _Room:
-    """Room for so many pixels, which threads share."""
+    """A number of pixels that threads share."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -96,8 +97,8 @@ class _Room:
 
     @contextmanager
     def take(self, pixels: int) -> Iterator[None]:
-        """Wait for room, and hold it. What is larger than all of it waits until nobody else holds any."""
-        with self._turn, self._changed:  # whoever waits for much room is not overtaken by those who want little
+        """Wait until this number of pixels is free, then reserve it in the block. A number above the size waits for all."""
+        with self._turn, self._changed:  # a thread that waits for many pixels is not overtaken by threads that need few
             self._changed.wait_for(lambda: not self.taken or self.taken + pixels <= self.size)
             self.taken += pixels
         try:
@@ -112,15 +113,17 @@ _ROOM = _Room(PIXELS_AT_ONCE)
 
 
 def load_image(source: ImageSource) -> Image.Image:
-    """Read an image: EXIF orientation applied, transparency flattened onto white, converted to RGB.
+    """Read an image: apply the EXIF orientation, put transparent images on white, and convert to RGB.
 
-    Grey images of more than 8 bits are taken to have 8, 12, 16 or 31: the fewest that hold their largest number.
+    A grey image of more than 8 bits is treated as an image of 8, 12, 16 or 31 bits: the smallest depth that can hold its largest
+    value.
 
     Args:
-        source: a path, the bytes of a file, a PIL image, or an array of H x W (grey), H x W x 3 or H x W x 4 uint8.
+        source: a path, the bytes of a file, a PIL image, or a ``uint8`` array of shape ``(H, W)`` (grey), ``(H, W, 3)`` or
+            ``(H, W, 4)``.
 
     Raises:
-        ImageError: if it cannot be found or decoded, is truncated, is no regular file, or is a decompression bomb.
+        ImageError: if the image is not found, cannot be decoded, is truncated, is not a regular file, or is too large.
     """
     with decoded(source) as image:
         return image
@@ -128,25 +131,26 @@ def load_image(source: ImageSource) -> Image.Image:
 
 @contextmanager
 def decoded(source: ImageSource) -> Iterator[Image.Image]:
-    """`load_image`, for who needs memory of the image's size: until the block ends, other threads decode only as much as
-    `PIXELS_AT_ONCE` leaves. Do not read another image in the block.
+    """`load_image`, for code that needs more memory of the image's size.
+
+    The pixels of the image count against `PIXELS_AT_ONCE` until the block ends. Do not read another image in the block.
 
     Raises:
-        ImageError: as `load_image` does.
+        ImageError: in the same cases as `load_image`.
     """
     with ExitStack() as room:
-        with _told(source):
+        with _naming_errors(source):
             image = _decode(source, room)
         yield image
 
 
 def unread_image(source: str | Path | bytes) -> Image.Image:
-    """An image that tells its size; its pixels are not read, nor turned upright.
+    """An image whose size is known, but whose pixels are not read and whose orientation is not applied.
 
     Raises:
-        ImageError: if there is none.
+        ImageError: if the image is not found or cannot be opened.
     """
-    with _told(source):
+    with _naming_errors(source):
         return _read(source, lambda image: image)
 
 
@@ -154,40 +158,44 @@ def read_bytes(path: str | Path) -> bytes:
     """The content of an image file.
 
     Raises:
-        ImageError: if it does not exist, is no regular file, is larger than `MAX_BYTES` or cannot be read.
+        ImageError: if the file does not exist, is not a regular file, is larger than `MAX_BYTES` or cannot be read.
     """
-    with _told(path):
+    with _naming_errors(path):
         _require_file(path)
         return Path(path).read_bytes()
 
 
 @contextmanager
-def _told(source: ImageSource) -> Iterator[None]:
-    """One of our errors, that names the image, for all that reading one raises: decoders raise errors of every kind."""
+def _naming_errors(source: ImageSource) -> Iterator[None]:
+    """Turn every error in the block into an ImageError that names the image. Decoders raise errors of many types."""
     try:
         yield
     except ImageError:
         raise
     except FileNotFoundError as exc:
-        raise ImageError(f"Image {str(source)!r} does not exist.") from exc
-    except UnidentifiedImageError as exc:  # whose message holds an address in memory
-        raise ImageError(f"Image {_describe(source)} is no image, or of an unknown format.") from exc
+        raise ImageError(f"Image {str(source)!r} does not exist.", hint="Check the path.") from exc
+    except UnidentifiedImageError as exc:  # its message contains an address in memory
+        raise ImageError(
+            f"Image {_describe(source)} is not an image, or has an unknown format.", hint="Save it as JPEG or PNG."
+        ) from exc
     except Image.DecompressionBombError as exc:
-        raise ImageError(f"Image {_describe(source)} is too large to be decoded: {exc}.", hint="Shrink it first.") from exc
+        raise ImageError(f"Image {_describe(source)} is too large to be decoded: {exc}.", hint="Make it smaller.") from exc
     except Exception as exc:
         reason = " ".join(str(exc).split()).removesuffix(".") or type(exc).__name__
-        raise ImageError(f"Image {_describe(source)} cannot be decoded: {reason}.") from exc
+        raise ImageError(
+            f"Image {_describe(source)} cannot be decoded: {reason}.", hint="Replace the image, or save it as JPEG or PNG."
+        ) from exc
 
 
 def _require_file(path: str | Path) -> None:
-    """Raises ValueError for what may be read without end (pipes, devices, sockets) and for what is too large."""
+    """Raise ValueError for a folder, for a special file (pipe, device, socket) and for a file above `MAX_BYTES`."""
     status = Path(path).stat()
     if stat.S_ISDIR(status.st_mode):
         raise ValueError("it is a folder")
     if not stat.S_ISREG(status.st_mode):
-        raise ValueError("it is no regular file")
+        raise ValueError("it is not a regular file")
     if status.st_size > MAX_BYTES:
-        raise ValueError(f"it has {status.st_size} bytes; the most is {MAX_BYTES}")
+        raise ValueError(f"it has {status.st_size} bytes; the maximum is {MAX_BYTES}")
 
 
 def _decode(source: ImageSource, room: ExitStack) -> Image.Image:
@@ -199,7 +207,7 @@ def _decode(source: ImageSource, room: ExitStack) -> Image.Image:
 
 
 def _read(source: str | Path | bytes, use: Callable[[Image.Image], T]) -> T:
-    """What is made of an image or, if that fails, of its pixels alone: bad metadata is no reason to refuse them."""
+    """Apply ``use`` to an image. If this fails, try again without the metadata: bad metadata must not make an image unusable."""
     try:
         with _open(source) as image:
             return use(image)
@@ -222,14 +230,14 @@ def _open(source: str | Path | bytes) -> Image.Image:
 
 @cache
 def _formats() -> tuple[str, ...]:
-    """Those that this Pillow can read: AVIF depends on how it was built."""
+    """The formats that the installed Pillow can read. AVIF depends on how Pillow was built."""
     Image.init()
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No warnings of bad tags; one thread at a time, as warning filters belong to the process, not to a thread."""
+    """Show no warnings about bad tags. Only one thread at a time enters, because warning filters belong to the whole process."""
     with _OPENING, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
@@ -246,25 +254,27 @@ def _upright_rgb(image: Image.Image, room: ExitStack) -> Image.Image:
     if short * long > MAX_PIXELS:
         raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels")
     if long > short * MOST_STRETCHED:
-        raise ValueError(f"it has {image.width} x {image.height} pixels; one side may be {MOST_STRETCHED} times the other")
-    room.close()  # of an attempt before
+        raise ValueError(
+            f"it has {image.width} x {image.height} pixels; one side may be at most {MOST_STRETCHED} times as long as the other"
+        )
+    room.close()  # frees the pixels of an earlier attempt
     room.enter_context(_ROOM.take(short * long))
     if short * long > HUGE_PIXELS:
         Image.core.set_block_size(HUGE_BLOCK)  # type: ignore[attr-defined]
-    with _quiet() if short * long > MAX_PIXELS // 2 else nullcontext():  # Pillow warns of these
+    with _quiet() if short * long > MAX_PIXELS // 2 else nullcontext():  # Pillow warns about images of this size
         image.load()
     turn = _turn(image)
     return _flatten(image if turn is None else image.transpose(turn))
 
 
 def _turn(image: Image.Image) -> Image.Transpose | None:
-    """What turns an image upright; nothing, where no orientation can be read."""
+    """The operation that turns an image upright; None if no orientation can be read or none is needed."""
     exif = image.info.get("exif")
     orientation = _orientation(exif) if isinstance(exif, bytes) else None
     if orientation is None:
         try:
             with _quiet():
-                orientation = image.getexif().get(ORIENTATION)  # in XMP, or where old PNG files have it
+                orientation = image.getexif().get(ORIENTATION)  # in XMP, or in the place that old PNG files use
         except Exception:
             return None
     return _TURNS.get(orientation) if isinstance(orientation, int) else None
@@ -286,23 +296,25 @@ def _flatten(image: Image.Image) -> Image.Image:
 
 
 def _without_metadata(content: bytes) -> bytes | None:
-    """A JPEG, PNG or TIFF file with what the pixels need and, of the rest, the orientation alone; None of other files."""
+    """A JPEG, PNG or TIFF file without metadata, except its orientation and what the pixels need; None for other files."""
     try:
         if content.startswith(b"\xff\xd8\xff"):
             return _bare_jpeg(content)
         if content.startswith(b"\x89PNG\r\n\x1a\n"):
             return _bare_png(content)
         return _bare_tiff(content) if content[:4] in (b"II*\0", b"MM\0*") else None
-    except (IndexError, struct.error):  # it ends too soon
+    except (IndexError, struct.error):  # the file is truncated
         return None
 
 
 def _directory(tiff: bytes) -> tuple[str, int, list[bytes]]:
-    """Of a TIFF file, which EXIF is too: its byte order, as `struct` has it, and the place and the entries of its first
-    directory, as far as they are there.
+    """Read the first directory of a TIFF file, or of EXIF data, which have the same format.
+
+    Returns:
+        The byte order in the notation of `struct`, the offset of the directory, and its complete entries.
 
     Raises:
-        struct.error: if it ends before.
+        struct.error: if the data ends before the directory.
     """
     order = "<" if tiff[:1] == b"I" else ">"
     (place,) = struct.unpack_from(f"{order}I", tiff, 4)
@@ -312,7 +324,7 @@ def _directory(tiff: bytes) -> tuple[str, int, list[bytes]]:
 
 
 def _orientation(exif: bytes) -> int | None:
-    """Read here, since Pillow reads nothing after a bad tag."""
+    """The orientation in EXIF data; None if it is missing or not valid. (Pillow itself reads nothing after a bad tag.)"""
     try:
         order, _, entries = _directory(exif[exif.rfind(b"Exif\0\0", 0, 12) + 6 :] if exif[:4] == b"Exif" else exif)
     except struct.error:
@@ -325,16 +337,16 @@ def _orientation(exif: bytes) -> int | None:
 
 
 def _bare_exif(exif: bytes) -> bytes:
-    """EXIF of nothing but the orientation."""
+    """EXIF data that holds only the orientation."""
     bare = Image.Exif()
     bare[ORIENTATION] = _orientation(exif) or 1
     return bare.tobytes()
 
 
 def _bare_jpeg(content: bytes) -> bytes:
-    """Without APP segments, but for Adobe's, which says how colours are to be read, and without comments."""
+    """A JPEG file without comments and APP segments. The Adobe segment is kept, because it defines how colours are decoded."""
     kept, place = [content[:2]], 2
-    while (marker := content[place + 1]) != 0xDA:  # the scan begins
+    while (marker := content[place + 1]) != 0xDA:  # 0xDA: the pixel data begins
         if content[place] != 0xFF or marker == 0xFF:
             place += 1
             continue
@@ -350,7 +362,7 @@ def _bare_jpeg(content: bytes) -> bytes:
 
 
 def _bare_png(content: bytes) -> bytes:
-    """Without ancillary chunks, but for transparency; what is cut off is left to the decoder."""
+    """A PNG file without ancillary chunks, except transparency. A truncated chunk is kept; the decoder decides about it."""
     kept, place = [content[:8]], 8
     while place < len(content):
         length, kind = struct.unpack_from(">I4s", content, place)
@@ -369,11 +381,11 @@ def _bare_png(content: bytes) -> bytes:
 _TIFF_TAGS = frozenset(
     {256, 257, 258, 259, 262, 266, 273, 277, 278, 279, 284, 317, 320, 322, 323, 324, 325, 332, 338, 339, 347, 529, 530, 532}
 )
-"""What pixels need: size, layout, compression and colours."""
+"""Tags that are needed to decode the pixels: size, layout, compression and colours."""
 
 
 def _bare_tiff(content: bytes) -> bytes:
-    """Its first image with `_TIFF_TAGS` alone, and the orientation, if it is one."""
+    """The first image of a TIFF file, with only `_TIFF_TAGS` and a valid orientation."""
     order, place, entries = _directory(content)
     kept = []
     for entry in entries:
@@ -396,8 +408,11 @@ def image_files(folder: Path) -> list[Path]:
 
 
 def images_left_out(folder: Path) -> Counter[str]:
-    """How many files below a folder look like images and are not read, by suffix: they are of other formats, or are pipes and the
-    like. A link is read wherever it leads to: to nothing, it is an image that is missing."""
+    """The number of files below a folder that have the suffix of an image but are not read, per suffix.
+
+    Such a file has a format that is not read, or is a special file, such as a pipe. A link is not counted, even a broken link,
+    which is reported as a missing image.
+    """
     found: Counter[str] = Counter()
     for below, _, names in os.walk(folder):
         for name in names:
@@ -409,21 +424,21 @@ def images_left_out(folder: Path) -> Counter[str]:
 
 
 def file_name(path: Path) -> str:
-    """The path as text that any file can hold."""
+    """The path as valid Unicode text, which can be written to any file."""
     return valid_text(str(path))
 
 
 def path_of(source: ImageSource) -> str:
-    """The path of an image, or "" where it is none."""
+    """The path of an image; "" if the source is not a path."""
     return str(source) if isinstance(source, str | Path) else ""
 
 
 def is_large(image: Image.Image) -> bool:
-    """Whether work on it is better done beside the event loop, and it is better read again than kept."""
+    """Returns True if an image has more than `LARGE_PIXELS` pixels."""
     return image.width * image.height > LARGE_PIXELS
 
 
 def pixel_digest(image: Image.Image) -> str:
-    """sha256 over mode, size and pixels, in hexadecimal: the identity of an image however it was stored."""
+    """The sha256 of mode, size and pixels, in hexadecimal. It does not depend on the format in which the image was stored."""
     header = f"{image.mode}:{image.width}x{image.height}:".encode()
     return hashlib.sha256(header + image.tobytes()).hexdigest()

@@ -1,4 +1,4 @@
-"""Label sets: the classes an image may be of, and what is known of each."""
+"""Label sets: the classes that an image may belong to, with their names and descriptions."""
 
 import csv
 import hashlib
@@ -19,40 +19,50 @@ from cascadevlm.base.errors import LabelError
 
 
 def one_line(text: str) -> str:
-    """The text with every run of white space, line breaks included, made one space."""
+    """The text, with one space in place of each sequence of white space (including line breaks)."""
     return " ".join(text.split())
 
 
 @lru_cache(100_000)
 @lru_cache(10_000)
 def fold(text: str) -> str:
-    """The form in which names are compared: no case, accents or punctuation, single spaces.
+    """The form in which names are compared: without case, accents and punctuation, and with single spaces.
 
-    A name made of punctuation alone keeps it, since nothing else would be left to compare.
+    A name that consists only of punctuation keeps its punctuation.
     """
-    decomposed = unicodedata.normalize("NFKD", unicodedata.normalize("NFKD", text).casefold())  # as Unicode matches caselessly
+    decomposed = unicodedata.normalize(
+        "NFKD", unicodedata.normalize("NFKD", text).casefold()
+    )  # Unicode's compatibility caseless matching
     bare = "".join(c for c in decomposed if not unicodedata.combining(c))
     words = re.sub(r"[\W_]+", " ", bare).strip()
     return words or one_line(bare)
 
 
 _NUMBER = re.compile(r"^(\d{3,}\.|n\d{8}-)(?=\D)")
-"""What comes before the name in folders of data sets: a number of three digits or more and a dot, or a WordNet id."""
+"""The prefix of folder names in data sets: a number of at least three digits with a dot, or a WordNet id with a hyphen."""
 
 
 @lru_cache(100_000)
 def words(name: str) -> str:
-    """A name as a scorer and a judge are shown it, and as names are compared where they must be the same: composed Unicode (NFC),
-    without the number before it and with spaces for underscores, as names of folders have them (``001.Red_finch``,
-    ``n90000001-Red_finch``). A name that would be left without words stays as it is."""
+    """The form of a name that a scorer and a judge see. Names are equal if their words are equal.
+
+    The words are composed Unicode (NFC), without the prefix of a folder name and with spaces in place of underscores: "Red finch"
+    for ``001.Red_finch`` or ``n90000001-Red_finch``. If no words would remain, the name is only composed and stripped.
+    """
     composed = unicodedata.normalize("NFC", name).strip()
     return one_line(_NUMBER.sub("", composed, count=1).replace("_", " ")) or one_line(composed)
 
 
 @validated_dataclass(frozen=True, kw_only=True, config={"extra": "forbid"})
 class Label:
-    """One class: its ``name``, the ``text`` a scorer is prompted with (by default the `words` of the name), other names a judge
-    may answer with, and a description shown to the judge. The judge is shown the words of the name; results hold the name."""
+    """One class. The judge sees the `words` of the name; results contain the name.
+
+    Attributes:
+        name: name of the class.
+        text: the text for this class in a scorer's templates. Default: the words of the name.
+        aliases: other names that a judge may answer with.
+        description: a description that is shown to the judge. Default: no description.
+    """
 
     name: str
     text: str = ""
@@ -69,12 +79,15 @@ class Label:
         return words(self.name)
 
 
+_JSON_HINT = "Write a list of names, or of objects whose keys are name, text, aliases and description."
+
+
 @dataclass(frozen=True)
 class LabelSet:
-    """An ordered set of labels; the columns of a score matrix.
+    """An ordered set of labels. Label i belongs to column i of a score matrix.
 
     Raises:
-        LabelError: if there is no label, a name or alias is empty, or two labels share one.
+        LabelError: if there is no label, if a name or an alias is empty, or if two labels have the same name or alias.
     """
 
     labels: tuple[Label, ...]
@@ -87,54 +100,63 @@ class LabelSet:
         for number, label in enumerate(self.labels, start=1):
             for name in {words(name) for name in (label.name, *label.aliases)}:
                 if not name:
-                    raise LabelError(f"Label {number} ({label.name!r}) has an empty name or alias.", hint="Fill it in.")
+                    raise LabelError(f"Label {number} ({label.name!r}) has an empty name or alias.", hint="Write a name there.")
                 if name in seen:
                     twice[name] = None
                 seen.add(name)
         if twice:
             names = ", ".join(map(repr, twice))
             raise LabelError(
-                f"The name {names} is there twice." if len(twice) == 1 else f"{len(twice)} names are there twice: {names}.",
-                hint="Two classes of one name need different names, as in 'crane (bird)'. Keep one entry per class.",
+                f"The name {names} occurs twice." if len(twice) == 1 else f"{len(twice)} names occur twice: {names}.",
+                hint="Keep one entry per class. If two classes have the same name, make the names different: 'crane (bird)'.",
             )
 
     @classmethod
     def of(cls, labels: "LabelSet | Iterable[str | Label]") -> "LabelSet":
-        """A label set from names, labels or another label set.
+        """Make a label set from names, labels or another label set.
 
         Raises:
-            LabelError: if they are something else.
+            LabelError: if the argument is none of these.
         """
         if isinstance(labels, LabelSet):
             return labels
         if isinstance(labels, str):
             raise LabelError(f"{labels!r} is one name, not a list.", hint="Use LabelSet.read for a file.")
         if not isinstance(labels, Iterable) or hasattr(labels, "columns"):
-            raise LabelError(f"labels is of type {type(labels).__name__!r}, not a list.", hint="Use LabelSet.read for a file.")
+            raise LabelError(
+                f"labels has the type {type(labels).__name__!r}; it must be a list.", hint="Use LabelSet.read for a file."
+            )
         listed = tuple(Label(name=label) if isinstance(label, str) else label for label in labels)
         for label in listed:
             if not isinstance(label, Label):
-                raise LabelError(f"A label must be a name or a Label, not {label!r}.")
+                raise LabelError(f"A label must be a name or a Label, not {label!r}.", hint="Convert it to a string.")
         return cls(listed)
 
     @classmethod
     def read(cls, path: str | Path) -> "LabelSet":
-        """A label set from a file or folder.
+        """Read a label set from a file or a folder.
 
-        Text files hold a name per line, with or without numbers from 0 or 1 on, or lines of WordNet ids and names as ImageNet's
-        ``synset_words.txt``. Tables (``.csv``, with commas, semicolons or tabs; ``.tsv``) have a header with ``name`` (or
-        ``species``, ``label`` or ``class``) and, optionally, ``text``, ``aliases`` (separated by ``|``) and ``description``;
-        other columns are left out. ``.json`` is a list of names or of objects with those keys, ``.jsonl`` one of them per line.
-        Of a folder, the names of its sub-folders are taken, sorted.
+        The suffix of the file decides its format:
+
+        - Text: one name per line. The names may be numbered from 0 or 1. A line may also hold a WordNet id and names, as in
+          ImageNet's ``synset_words.txt``.
+        - ``.csv`` (with commas, semicolons or tabs) and ``.tsv``: a table whose first line is a header. The column ``name`` (or
+          ``species``, ``label`` or ``class``) is required. The columns ``text``, ``aliases`` (separated by ``|``) and
+          ``description`` are optional. Other columns are ignored.
+        - ``.json``: a list of names, or of objects with these keys.
+        - ``.jsonl``: one name or object per line.
+        - A folder: the sorted names of its sub-folders.
 
         Raises:
-            LabelError: if the path cannot be read as such, or its labels are no label set.
+            LabelError: if the path cannot be read, or if its labels are not a valid label set.
         """
         path = Path(path)
         try:
             labels = _read_folder(path) if path.is_dir() else _read_file(path)
             if labels and all(_WORDNET_ID.fullmatch(label.prompt_text) for label in labels):
-                raise LabelError("The names are WordNet ids, which no scorer knows.", hint="Give lines as 'n01440764 tench'.")
+                raise LabelError(
+                    "The names are WordNet ids, which no scorer knows.", hint="Write lines such as 'n01440764 tench'."
+                )
             return cls(tuple(labels))
         except (OSError, ValueError) as exc:
             reason = exc.strerror if isinstance(exc, OSError) else str(exc)
@@ -142,7 +164,9 @@ class LabelSet:
                 raise LabelError(f"Labels file {str(path)!r} is not UTF-8 text.", hint="Save it as UTF-8.") from exc
             if isinstance(exc, ValidationError):
                 raise LabelError(f"Labels file {str(path)!r}, {_fault(exc)}.", hint=_JSON_HINT) from exc
-            raise LabelError(f"Labels file {str(path)!r} cannot be read: {reason}.") from exc
+            raise LabelError(
+                f"Labels file {str(path)!r} cannot be read: {reason}.", hint="Check the path and its content."
+            ) from exc
         except LabelError as exc:
             raise LabelError(f"Labels {str(path)!r}: {exc}") from exc
 
@@ -157,28 +181,28 @@ class LabelSet:
 
     @cached_property
     def spellings(self) -> frozenset[str]:
-        """Every name and alias, as they are compared."""
+        """All names and aliases, in the form of `fold`."""
         return frozenset(fold(name) for label in self.labels for name in (label.name, *label.aliases))
 
     @cached_property
     def texts(self) -> tuple[str, ...]:
-        """C texts: what stands for each label in a scorer's templates."""
+        """C strings: the text for each label in a scorer's templates."""
         return tuple(one_line(label.prompt_text) for label in self.labels)
 
     @cached_property
     def texts_digest(self) -> str:
-        """sha256 of every name with its text, in column order, in hexadecimal."""
+        """The sha256 of all names with their texts, in column order, in hexadecimal."""
         return hashlib.sha256(json.dumps([*zip(self.names, self.texts, strict=True)]).encode()).hexdigest()
 
     @cached_property
     def descriptions_digest(self) -> str:
-        """sha256 of the descriptions, in column order, in hexadecimal; empty where no label has one."""
+        """The sha256 of the descriptions, in column order, in hexadecimal; "" if no label has a description."""
         descriptions = [one_line(label.description) for label in self.labels]
         return hashlib.sha256(json.dumps(descriptions).encode()).hexdigest() if any(descriptions) else ""
 
     @cached_property
     def digest(self) -> str:
-        """sha256 of the spellings, in hexadecimal."""
+        """The sha256 of the spellings, in hexadecimal."""
         return hashlib.sha256(json.dumps(sorted(self.spellings)).encode()).hexdigest()
 
     def __len__(self) -> int:
@@ -192,10 +216,9 @@ class LabelSet:
 
 
 NAME_COLUMNS = ("name", "species", "label", "class")
-"""What the column of names may be called; the first of these that a table has."""
+"""Allowed headers for the column of names. The first of these that a table contains is used."""
 
 _ENTRIES = TypeAdapter(list[str | Label])
-_JSON_HINT = "Write a list of names, or of objects whose keys are name, text, aliases and description."
 _NOT_READ = frozenset({".yaml", ".yml", ".toml", ".xml", ".html", ".py", ".pbtxt", ".xls", ".xlsx", ".ods", ".parquet"})
 _LISTED = re.compile(r"""[\[{]\s*["'\[{\d].*[\]}]""", re.DOTALL)
 _QUOTED = re.compile(r"""(["']).*\1,?|.+,""")
@@ -211,7 +234,7 @@ def _read_folder(path: Path) -> list[Label]:
 
 def _read_file(path: Path) -> list[Label]:
     if path.suffix.lower() in _NOT_READ:
-        raise LabelError(f"{path.suffix} files are not read.", hint="Write the names into a text file, one per line.")
+        raise LabelError(f"{path.suffix} files are not supported.", hint="Write the names to a text file, one per line.")
     with path.open(encoding="utf-8-sig", newline="") as file:
         text = file.read()
     if "\0" in text:
@@ -227,7 +250,7 @@ def _read_file(path: Path) -> list[Label]:
 
 
 def _lines(text: str) -> list[str]:
-    """Those with text in them. Unlike `str.splitlines`, only line breaks end a line, which U+2028 is not in files."""
+    """The lines that are not empty. `str.splitlines` would also divide lines at U+2028, which is no line break in a file."""
     return [line.strip() for line in re.split(r"[\r\n]+", text) if line.strip()]
 
 
@@ -236,8 +259,8 @@ def _read_lines(text: str) -> list[Label]:
     one_line_list = len(lines) == 1 and "," in lines[0]
     if one_line_list or _LISTED.fullmatch(text.strip()) or (lines and all(map(_QUOTED.fullmatch, lines[:-1] or lines))):
         raise LabelError(
-            "The text is a list, not a name per line.",
-            hint="Write one name per line without quotes and commas at the ends, or a JSON list into a .json file.",
+            "The text is a list; it must have one name per line.",
+            hint="Remove the quotes and the commas at the ends of lines, or write a JSON list to a .json file.",
         )
     if all(synsets := [_SYNSET.fullmatch(line) for line in lines]):
         names = _unnumbered([found[2] for found in synsets if found])
@@ -246,7 +269,7 @@ def _read_lines(text: str) -> list[Label]:
 
 
 def _unnumbered(lines: list[str]) -> list[str]:
-    """Names without the numbers before or after them, if all have one and these count from 0 or 1 on."""
+    """The names without their numbers, if all names have a number and the numbers count up from 0 or 1."""
     for form in (_NUMBER_BEFORE, _NUMBER_AFTER):
         found = [match for line in lines if (match := form.fullmatch(line))]
         names, numbers = [match["name"] for match in found], [int(match["number"]) for match in found]
@@ -256,7 +279,7 @@ def _unnumbered(lines: list[str]) -> list[str]:
 
 
 def _synsets(classes: list[tuple[str, ...]]) -> list[Label]:
-    """Classes of their ids and names. Further names that belong to several classes tell nothing and are left out."""
+    """Labels made from WordNet ids and names. A further name is left out if several classes have it, because it is ambiguous."""
     counts = Counter(words(name) for names in classes for name in {*names})
     return [
         Label(name=name, aliases=(number, *(other for other in others if counts[words(other)] == 1)))
@@ -269,7 +292,7 @@ def _read_json(text: str) -> list[Label]:
 
 
 def _fault(exc: ValidationError) -> str:
-    """What is wrong with the first entry that cannot be read: an entry is tried as a name first, as an object last."""
+    """The place and the error of the first entry that cannot be read. The last error of an entry belongs to the object form."""
     errors = exc.errors()
     entry = errors[0]["loc"][:1]
     last = [error for error in errors if error["loc"][:1] == entry][-1]
@@ -278,26 +301,28 @@ def _fault(exc: ValidationError) -> str:
 
 
 def _read_table(text: str) -> list[Label]:
-    told = re.match(r"sep=(.)[\r\n]+", text)  # Excel's own line
-    text = text[told.end() :] if told else text
+    stated = re.match(r"sep=(.)[\r\n]+", text)  # Excel writes this line
+    text = text[stated.end() :] if stated else text
     head = _lines(text)[:1]
-    delimiter = told[1] if told else max(",;\t", key=head[0].count) if head else ","
+    delimiter = stated[1] if stated else max(",;\t", key=head[0].count) if head else ","
     try:
         lines = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
         header, *rows = [row for row in lines if any(cell.strip() for cell in row)]
-    except (csv.Error, ValueError) as exc:  # no header: there is nothing to unpack
-        raise LabelError(f"The table cannot be read: {exc}." if head else "The table is empty.") from exc
+    except (csv.Error, ValueError) as exc:  # ValueError: without a header, there is no row to unpack
+        raise LabelError(
+            f"The table cannot be read: {exc}." if head else "The table is empty.", hint="Save it again, as CSV with a header."
+        ) from exc
     columns = [column.strip().lower() for column in header]
     name = next((name for name in NAME_COLUMNS if name in columns), None)
     if name is None:
         raise LabelError(
-            f"The header has the unknown column {header[0]!r:.80} and no column of names.",
-            hint=f"The first line names the columns; the column of names is one of {', '.join(NAME_COLUMNS)}.",
+            f"The header has the unknown column {header[0]!r:.80} and no column for the names.",
+            hint=f"The first line must name the columns. Call the column of names one of {', '.join(NAME_COLUMNS)}.",
         )
 
     cells = [dict(zip(columns, row, strict=False)) for row in rows]
     if name != "name" and len(columns) > 1 and cells and all(row.get(name, "").strip().isdecimal() for row in cells):
-        raise LabelError(f"The column {name!r} holds numbers.", hint="Give the column of names the header 'name'.")
+        raise LabelError(f"The column {name!r} contains numbers.", hint="Use the header 'name' for the column of names.")
     return [
         Label(
             name=row.get(name, "").strip(),

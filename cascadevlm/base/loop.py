@@ -1,4 +1,4 @@
-"""The one event loop behind the synchronous API, in a thread of its own: a caller's running loop (a notebook's) is no matter."""
+"""The event loop of the synchronous API. It has its own thread, so the API also works where a loop already runs (a notebook)."""
 
 import asyncio
 import os
@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 
 _starting = threading.Lock()
-"""Held while the loop is started: threads that come at once share one."""
+"""Held while the loop starts, so that threads that call at the same time share one loop."""
 
 
 @cache
@@ -30,7 +30,7 @@ def _loop() -> asyncio.AbstractEventLoop:
 
 
 def _forked() -> None:
-    """A forked child has no thread for the loop."""
+    """Forget the loop in a forked child process: its thread does not exist there."""
     _started.cache_clear()
     _starting.release()
 
@@ -40,7 +40,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def _inside() -> bool:
-    """Whether this is the loop's own thread: whoever waits there for the loop waits for ever."""
+    """True in the thread of the loop. Code in this thread must not wait for the loop, because it would wait forever."""
     try:
         return asyncio.get_running_loop() is _loop()
     except RuntimeError:
@@ -48,16 +48,16 @@ def _inside() -> bool:
 
 
 def run(coroutine: Coroutine[object, object, T]) -> T:
-    """Run to its end and return the result; an interrupt cancels it.
+    """Run a coroutine to its end and return its result. An interrupt cancels the coroutine.
 
     Raises:
-        InputError: if called by what itself runs in the loop.
+        InputError: if the calling code itself runs in the loop.
     """
     if _inside():
         coroutine.close()
         raise InputError(
-            "What a cascade calls in its event loop, such as a policy, cannot wait for a cascade.",
-            hint="Classify before, or use aclassify() where you can await it.",
+            "Code that a cascade calls in its event loop, such as a policy, cannot wait for a cascade.",
+            hint="Classify the images before this call, or await aclassify().",
         )
     future = asyncio.run_coroutine_threadsafe(coroutine, _loop())
     try:
@@ -68,7 +68,7 @@ def run(coroutine: Coroutine[object, object, T]) -> T:
 
 
 class PerLoop(Portable, Generic[T]):
-    """A value for every event loop: what waits in one could not be woken from another."""
+    """One value per event loop, because one loop cannot wake a task that waits in another loop."""
 
     live: ClassVar[Live] = (("_values", dict),)
 
@@ -77,7 +77,7 @@ class PerLoop(Portable, Generic[T]):
         self._values: dict[asyncio.AbstractEventLoop, T] = {}
 
     def get(self) -> T:
-        """The value of the event loop that is running, made at the first call."""
+        """The value of the running event loop. The first call in a loop makes the value."""
         for loop in list(self._values):
             if loop.is_closed():
                 self._values.pop(loop, None)
@@ -87,18 +87,18 @@ class PerLoop(Portable, Generic[T]):
         return self._values[loop]
 
     def pop(self) -> T | None:
-        """The value of the event loop that is running, if there is one; it is then forgotten."""
+        """Remove and return the value of the running event loop; None if the loop has no value."""
         return self._values.pop(asyncio.get_running_loop(), None)
 
 
 _END = object()
 
 _open: set[AsyncIterator[object]] = set()
-"""What `iterate` goes through: of a source that nobody else holds, the garbage collector would close the inner parts first."""
+"""The sources that `iterate` reads. Without this set, the garbage collector would close the inner parts of a source first."""
 
 
 def iterate(items: AsyncIterator[T]) -> Iterator[T]:
-    """The same items, one at a time; leaving early closes the source."""
+    """Yield the same items, one at a time. The source is also closed if the caller stops early."""
 
     async def following() -> T | object:
         return await anext(items, _END)
@@ -113,7 +113,7 @@ def iterate(items: AsyncIterator[T]) -> Iterator[T]:
         while (item := run(following())) is not _END:
             yield item  # type: ignore[misc]  # only the sentinel is no T
     finally:
-        if _inside():  # whoever left it early did not close it, and the garbage collector runs in any thread
+        if _inside():  # the caller stopped early, and the garbage collector closes this generator in any thread
             asyncio.run_coroutine_threadsafe(close(), _loop())
         else:
             run(close())

@@ -1,4 +1,4 @@
-"""What must not be written down or shown: keys, headers, and the credentials in addresses."""
+"""Hides secrets that must not be written or shown: API keys, headers, and the credentials in addresses."""
 
 import re
 from base64 import b64encode
@@ -10,18 +10,18 @@ from pydantic import JsonValue
 HIDDEN = "***"
 
 SHORTEST = 3
-"""Characters of a secret that is taken out of texts; to take out a shorter one would leave no text."""
+"""Minimum number of characters of a secret that is removed from texts. A shorter secret would match too much of a text."""
 
 _LOGIN = re.compile(r"(^|://)[^/?#]*@")
 _QUERY_VALUE = re.compile(r"([?&][^=&#\s]+=)[^&#\s]*")
 
 
 def is_address(text: str) -> bool:
-    """Whether a text is the address of a server: ``http://host``, ``https://host:port/path``."""
+    """Returns True if a text is the address of a server, such as ``http://host`` or ``https://host:port/path``."""
     try:
         parts = urlsplit(text)
         return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:  # no port, no IPv6 address
+    except ValueError:  # the port or the IPv6 address is not valid
         return False
 
 
@@ -31,18 +31,18 @@ def without_login(address: str) -> str:
 
 
 def shown_address(address: str) -> str:
-    """An address without its credentials: its user and password, and the values of its query."""
+    """An address without credentials: user and password are removed, and ``***`` replaces the values of the query."""
     return _QUERY_VALUE.sub(rf"\1{HIDDEN}", without_login(address))
 
 
 def login_of(address: str) -> tuple[str, str] | None:
-    """The user and password of an address, if it has any."""
+    """The user and password of an address; None if the address has neither."""
     parts = urlsplit(address)
     return (unquote(parts.username or ""), unquote(parts.password or "")) if "@" in parts.netloc else None
 
 
 def credentials_of(address: str) -> list[str]:
-    """All that `shown_address` hides, as it is written there, as it is meant and as it is sent."""
+    """All secrets that `shown_address` hides: as written in the address, after percent-decoding, and as sent in the header."""
     parts = urlsplit(address)
     values = [parts.username or "", parts.password or "", *(value for _, value in parse_qsl(parts.query))]
     sent = b64encode(":".join(login_of(address) or ()).encode()).decode()
@@ -50,7 +50,7 @@ def credentials_of(address: str) -> list[str]:
 
 
 def without_secrets(settings: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
-    """Settings as it may be written down: without the values of headers, and credentials in addresses."""
+    """Settings that are safe to write to a file: without the values of headers and without credentials in addresses."""
     return {name: _kept(name, value) for name, value in settings.items()}
 
 
@@ -72,7 +72,7 @@ def _kept(name: str, value: JsonValue) -> JsonValue:
 
 
 def scrubbed(text: str, secrets: Iterable[str]) -> str:
-    """A text with ``***`` in place of secrets."""
+    """The text, with ``***`` in place of each secret."""
     for secret in sorted(secrets, key=len, reverse=True):
         if len(secret) >= SHORTEST:
             text = text.replace(secret, HIDDEN)

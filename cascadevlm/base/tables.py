@@ -1,28 +1,34 @@
-"""Rows of tables: lines of JSON, and images as Parquet files keep them."""
+"""Reads parts of tables: lines of JSON, and images that are stored in Parquet files."""
 
 import json
 from collections.abc import Mapping
 
 
 def json_line(line: str, number: int) -> object:
-    """What a line of JSON lines says.
+    """The value of one line of a JSON Lines file.
 
     Raises:
-        ValueError: naming the line, if it is no JSON.
+        ValueError: if the line is not valid JSON. The message names the line.
     """
     try:
         return json.loads(line)
     except (ValueError, RecursionError) as exc:
         why = exc.msg if isinstance(exc, json.JSONDecodeError) else exc
-        raise ValueError(f"line {number} is no JSON: {why}") from exc
+        raise ValueError(f"line {number} is not valid JSON: {why}") from exc
 
 
 def stored_image(value: object) -> bytes | str:
-    """What a table keeps of an image: the bytes of its file or its path or, as the package ``datasets`` does, both by name;
-    nothing where there is none.
+    """The bytes or the path of an image, from a cell of a table.
+
+    Args:
+        value: the bytes of an image file, a path, None for no image, or a mapping with the keys ``bytes`` and ``path``, as the
+            package ``datasets`` stores it.
+
+    Returns:
+        The bytes of the file, or its path. Empty bytes if there is no image.
 
     Raises:
-        ValueError: if it is none of these.
+        ValueError: if the value has another type.
     """
     stored = value
     if isinstance(value, Mapping) and {"bytes", "path"} & value.keys():
@@ -30,5 +36,5 @@ def stored_image(value: object) -> bytes | str:
     if stored is None:
         return b""
     if not isinstance(stored, bytes | str):
-        raise ValueError(f"{value!r:.80}, which is no image and no path of one")
+        raise ValueError(f"{value!r:.80}, which is neither an image nor the path of an image")
     return stored

@@ -1,4 +1,4 @@
-"""What passes between scorer, policy, judge and cascade: plain, frozen values."""
+"""Frozen values that scorer, policy, judge and cascade exchange."""
 
 import string
 from collections.abc import Mapping, Sequence
@@ -18,8 +18,8 @@ from cascadevlm.base.images import pixel_digest
 from cascadevlm.base.labels import Label, LabelSet
 
 Outcome = Literal["answered", "none", "refused", "unparsed", "failed", "skipped"]
-"""How asking a judge ended: with one of the candidates, with "none of these", with a refusal, with text that names no
-candidate, with an error, or not at all because the budget was spent."""
+"""The result of a question to a judge: a candidate ("answered"), "none of these" ("none"), a refusal ("refused"), text that names
+no candidate ("unparsed"), an error ("failed"), or no question because the budget was spent ("skipped")."""
 
 DecidedBy = Literal["scorer", "judge", "fusion"]
 
@@ -29,11 +29,14 @@ class Scores:
     """Log-probabilities of every label for a batch of images.
 
     Attributes:
-        log_probs: N x C float32, natural logarithms; the exponentials of a row sum to 1.
+        log_probs: ``(N, C) float32``, natural logarithms of probabilities. The probabilities of a row sum to 1.
         labels: the C labels, in column order.
-        fingerprint: names what produced the numbers: the model, its revision and preprocessing, the texts of the labels, and the
-            adapter if there is one.
-        embeddings: `(N, D) float16`, the embeddings of the images, rows of length 1. None if the scorer makes none.
+        fingerprint: text that identifies the model, its revision and preprocessing, the texts of the labels, and the adapter if
+            there is one.
+        embeddings: ``(N, D) float16``, the embeddings of the images, rows of length 1. None if the scorer makes none.
+
+    Raises:
+        ValueError: if ``log_probs`` or ``embeddings`` has a wrong shape, or ``log_probs`` contains NaN.
     """
 
     log_probs: NDArray[np.float32]
@@ -45,7 +48,7 @@ class Scores:
     def from_logits(
         cls, logits: NDArray[np.floating], labels: LabelSet, fingerprint: str, *, embeddings: NDArray[np.float16] | None = None
     ) -> "Scores":
-        """Normalise N x C logits by softmax (per-class sigmoid scores too: the softmax is over their logits)."""
+        """Scores from ``(N, C)`` logits, normalised by softmax. Logits of a per-class sigmoid are normalised by softmax, too."""
         log_probs = log_softmax(np.asarray(logits, dtype=np.float64), axis=1).astype(np.float32)
         return cls(log_probs=log_probs, labels=labels, fingerprint=fingerprint, embeddings=embeddings)
 
@@ -65,25 +68,31 @@ class Scores:
         if self.log_probs.ndim != 2 or self.log_probs.shape[1] != len(self.labels):
             raise ValueError(f"log_probs has shape {self.log_probs.shape}, not (N, {len(self.labels)})")
         if np.isnan(self.log_probs).any():
-            raise ValueError("log_probs holds NaN: the scorer gave numbers that are no scores")
+            raise ValueError("log_probs contains NaN; the scorer must return finite scores")
 
     def __len__(self) -> int:
         return len(self.log_probs)
 
     @cached_property
     def probabilities(self) -> NDArray[np.float32]:
-        """N x C, rows sum to 1."""
+        """``(N, C) float32``, the probability of each label. Each row sums to 1."""
         return np.exp(self.log_probs)
 
     def rows(self, index: NDArray[np.bool_] | NDArray[np.intp] | slice) -> "Scores":
-        """The scores of some of the images."""
+        """The scores of the selected images."""
         embeddings = None if self.embeddings is None else self.embeddings[index]
         return replace(self, log_probs=self.log_probs[index], embeddings=embeddings)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """A label offered to the judge, with the scorer's ``probability`` of it and its ``rank`` (1 is the scorer's best)."""
+    """A label that is offered to the judge.
+
+    Attributes:
+        label: the label.
+        probability: the scorer's probability of the label, from 0 to 1.
+        rank: the scorer's rank of the label; 1 is the best.
+    """
 
     label: Label
     probability: float
@@ -92,7 +101,7 @@ class Candidate:
 
 @dataclass(frozen=True, kw_only=True)
 class Exemplar:
-    """A reference image of a label, shown to the judge as part of the question; ``encoded`` as in `Question`."""
+    """A reference image of a label, which the judge sees as part of the question. ``encoded`` is the same as in `Question`."""
 
     image: Image.Image
     label: Label
@@ -108,10 +117,10 @@ class Prompt:
     """A prompt template.
 
     Attributes:
-        name: what it is called in records.
-        text: the template: ``$image`` and ``$candidates``, optionally ``$references``, stand for what the question brings.
-        reasoning: whether it asks for observations before the answer.
-        max_tokens: how long an answer to it may be.
+        name: name of the template in records.
+        text: the template. The question replaces ``$image``, ``$candidates`` and, if the text contains it, ``$references``.
+        reasoning: True if the template asks for observations before the answer.
+        max_tokens: maximum length of an answer, in tokens.
     """
 
     name: str
@@ -121,24 +130,25 @@ class Prompt:
 
     @property
     def shows_references(self) -> bool:
-        """Whether it has a place for reference images."""
+        """True if the template contains ``$references``."""
         return "references" in string.Template(self.text).get_identifiers()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """One image and the candidates to choose from, as put to a judge.
+    """A question to a judge: one image, and the candidates to choose from.
 
     Attributes:
-        image: upright RGB.
-        candidates: in the order in which they are shown.
-        prompt: the template that words it.
-        exemplars: reference images, in the order in which they are shown.
-        offer_none: whether "none of these" is one of the options.
-        rejected: a previous answer that named no candidate; the question then asks once more.
-        label_set: what the candidates are from; an answer that names another label of it chooses none of them.
-        sample: distinguishes repeated questions that shall not share an answer.
-        encoded: the image as hosted judges send it, by their limits; filled as they need it.
+        image: the image, upright and RGB.
+        candidates: the candidates, in the order in which the judge sees them.
+        prompt: the prompt template.
+        exemplars: reference images, in the order in which the judge sees them.
+        offer_none: True if "none of these" is one of the options.
+        rejected: an earlier answer that named no candidate. The judge is asked again and sees it. None in a first question.
+        label_set: the label set of the candidates. An answer with another label of this set names no candidate; it counts as
+            "none of these" if ``offer_none`` is true.
+        sample: a number that separates repeated questions, so that they do not share a cached answer.
+        encoded: the image in the form that is sent to hosted judges, per limit. Judges fill this cache.
     """
 
     image: Image.Image
@@ -153,7 +163,7 @@ class Question:
 
     @cached_property
     def labels(self) -> tuple[Label, ...]:
-        """The labels of the candidates, in the order shown."""
+        """The labels of the candidates, in the order in which the judge sees them."""
         return tuple(candidate.label for candidate in self.candidates)
 
     @cached_property
@@ -163,10 +173,18 @@ class Question:
 
 @dataclass(frozen=True, kw_only=True)
 class Usage:
-    """What a verdict took: tokens, US dollars, seconds, requests; and what a cached verdict saved, in dollars.
+    """The tokens, money and time that a verdict needed.
 
-    ``input_tokens`` are all of the input, with what the provider's own prompt cache gave or took (``cached_input_tokens``,
-    ``cache_write_tokens``), which has its own price.
+    Attributes:
+        input_tokens: number of all input tokens, including the two kinds of cached tokens.
+        output_tokens: number of output tokens.
+        cached_input_tokens: number of input tokens that were read from the provider's prompt cache. They have their own price.
+        cache_write_tokens: number of input tokens that were written to the provider's prompt cache. They have their own price.
+        dollars: cost in US dollars.
+        seconds: time in seconds.
+        requests: number of requests.
+        cached: True if the verdict came from the cache.
+        saved_dollars: the US dollars that a cached verdict saved.
     """
 
     input_tokens: int = 0
@@ -199,18 +217,21 @@ class Usage:
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """What came of asking a judge.
+    """The result of a question to a judge.
 
     Attributes:
         outcome: see `Outcome`.
-        label: the name of the chosen candidate; there exactly when ``outcome`` is ``"answered"``.
-        probabilities: the judge's own probability of each candidate by name, where it gives any; they sum to 1.
-        rationale: what the judge said before its answer.
-        text: the whole raw answer.
-        error: why there is no answer, for ``"failed"``, ``"refused"``, ``"unparsed"`` and ``"skipped"``.
-        judge: the spec of the judge asked.
-        stage: the position, from 0, of the stage that asked; of one that is stored or was never part of a run, 0.
-        usage: what it took.
+        label: the name of the chosen candidate if ``outcome`` is "answered"; None for every other outcome.
+        probabilities: the judge's probability of each candidate, by name; they sum to 1. None if the judge gives none.
+        rationale: the text before the answer.
+        text: the complete text of the answer.
+        error: the reason for a missing answer: for the outcomes "failed", "refused", "unparsed" and "skipped".
+        judge: the spec of the judge.
+        stage: the position of the stage that asked the judge; the first stage is 0. A stored verdict has stage 0.
+        usage: the tokens, money and time of the question.
+
+    Raises:
+        ValueError: if there is a label without the outcome ``"answered"``, or this outcome without a label.
     """
 
     outcome: Outcome
@@ -234,23 +255,23 @@ class Verdict:
 
     @property
     def valid(self) -> bool:
-        """Whether this is an answer to the question, worth keeping."""
+        """True if the judge answered the question: with a candidate or with "none of these"."""
         return self.outcome in ("answered", "none")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """What the cascade says of one image.
+    """The cascade's result for one image.
 
     Attributes:
-        path: of the image, or "" where it came from memory.
+        path: path of the image; "" if the image came from memory.
         label: the predicted name; None if the cascade abstained or the image could not be read.
-        probability: of the label, given by whoever decided; None where a judge decided that gives no probabilities.
-        decided_by: None if there is no label.
-        candidates: the scorer's best in ranked order; in the order last shown, where a judge was asked.
-        reasons: for every stage whose policy was consulted, what it went by.
-        verdicts: what each judge asked said, in order of the stages; a stage that did not ask has none.
-        error: why there is no label.
+        probability: probability of the label, from 0 to 1. None without a label, or if a judge without probabilities decided.
+        decided_by: the part that chose the label; None if there is no label.
+        candidates: the scorer's best labels. They are in ranked order or, if a judge was asked, in the order that it saw last.
+        reasons: the reason of the policy's decision, for each stage whose policy was used.
+        verdicts: one verdict per judge that was asked, in the order of the stages.
+        error: the reason for a missing label.
     """
 
     path: str = ""
@@ -268,26 +289,26 @@ class Prediction:
 
     @property
     def asked(self) -> bool:
-        """Whether a judge was asked, or its answer known; not so where the budget was spent."""
+        """True if a judge was asked or a stored answer was used. False if the budget was spent."""
         return any(verdict.outcome != "skipped" for verdict in self.verdicts)
 
     @property
     def answered(self) -> bool:
-        """Whether a judge gave an answer: one of the candidates, or none of them."""
+        """True if a judge answered: with a candidate or with "none of these"."""
         return any(verdict.valid for verdict in self.verdicts)
 
     @property
     def verdict(self) -> Verdict | None:
-        """The last verdict."""
+        """The last verdict; None if no judge was asked."""
         return self.verdicts[-1] if self.verdicts else None
 
     @property
     def cost(self) -> Usage:
-        """What all verdicts took together."""
+        """The sum of the usage of all verdicts."""
         return reduce(add, (verdict.usage for verdict in self.verdicts)) if self.verdicts else Usage()
 
     def to_dict(self) -> dict[str, JsonValue]:
-        """The prediction as JSON-serialisable data, one line in a record."""
+        """The prediction as JSON-serialisable data. A record has one line of this form per image."""
         return {
             "path": self.path,
             "label": self.label,

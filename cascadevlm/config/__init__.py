@@ -1,1 +1,1 @@
-"""From a TOML file to a cascade."""
+"""Builds a cascade from a TOML file."""

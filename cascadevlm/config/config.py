@@ -1,4 +1,4 @@
-"""Configuration: one TOML file, validated; it builds a cascade from specs and names."""
+"""Validates the configuration, one TOML file, and builds a cascade from it."""
 
 import reprlib
 import tomllib
@@ -30,14 +30,21 @@ from cascadevlm.scorers.kept import CachedEmbeddings, kept_labels
 
 Options = dict[str, Option]
 
+_CALIBRATE = 'Make a calibration with cascadevlm calibrate, and set calibration = "FILE".'
+_KEY_PATH = "Write the key as a path, such as stage.0.judge."
+
 _SHORT = reprlib.Repr()
-"""Writes values as Python does, cut where they are deep or long."""
+"""Writes values in Python notation. Deeply nested and long values are shortened."""
 _SHORT.maxstring = _SHORT.maxother = 80
 
 
 @dataclass(frozen=True)
 class MayChange:
-    """Marks a key that may have another value when a bulk run goes on, and says why that is safe."""
+    """Marks a key whose value may change when a bulk run is continued.
+
+    Attributes:
+        because: the reason why the change is safe.
+    """
 
     because: str
 
@@ -46,7 +53,7 @@ class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     def deciding(self) -> dict[str, JsonValue]:
-        """The values of all keys, without those that `MayChange`."""
+        """The values of all keys that are not marked with `MayChange`."""
         marked = {name for name, key in type(self).model_fields.items() if any(isinstance(m, MayChange) for m in key.metadata)}
         return {name: _deciding(value) for name, value in self if name not in marked}
 
@@ -60,14 +67,20 @@ def _deciding(value: object) -> JsonValue:
     return plain
 
 
-_BY_FINGERPRINT = MayChange("the manifest holds the fingerprint of the scorer")
-_BY_IDENTITY = MayChange("the manifest holds the identity of the judge")
-_BY_DIGEST = MayChange("the manifest holds a digest of the content")
+_BY_FINGERPRINT = MayChange("the manifest contains the fingerprint of the scorer")
+_BY_IDENTITY = MayChange("the manifest contains the identity of the judge")
+_BY_DIGEST = MayChange("the manifest contains a digest of the content")
 
 
 class ScorerConfig(_Section):
-    """``[scorer]``: the spec, its templates (where the backend takes any), the backend's own ``options``, and the file of an
-    adapter that ``cascadevlm adapt`` made for this scorer."""
+    """``[scorer]``: the scorer.
+
+    Attributes:
+        use: the spec, ``backend:model``.
+        templates: prompt templates, if the backend supports them. Default: the templates of the backend.
+        options: options of the backend.
+        adapter: file of an adapter that ``cascadevlm adapt`` made for this scorer. Default: no adapter.
+    """
 
     use: str
     templates: list[str] | None = None
@@ -84,7 +97,7 @@ class ScorerConfig(_Section):
         options = dict(self.options)
         if self.templates is not None:
             if "templates" in options:
-                raise ConfigError("scorer.templates are given twice.", hint="Take them out of scorer.options.")
+                raise ConfigError("The templates of the scorer are given twice.", hint="Remove templates from scorer.options.")
             options["templates"] = [*self.templates]
         scorer = load_scorer(self.use, **options)
         if self.adapter is not None:
@@ -106,13 +119,21 @@ def require_embeddings(scorer: Scorer, spec: str) -> EmbeddingScorer:
 def _size(value: JsonValue) -> JsonValue:
     if value is None or value == "best" or (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
         return value
-    raise PydanticCustomError("size", 'a number from 1 on, or "best"')
+    raise PydanticCustomError("size", 'Input should be a whole number of at least 1, or "best"')
 
 
 class CandidatesConfig(_Section):
-    """``candidates = {…}``: the ``k`` best (``k = "best"``: as many as the calibration finds best), those that reach ``mass``, or
-    as many as hold the truth with a probability of ``coverage`` by the calibration, within bounds; and the order they are shown
-    in."""
+    """``candidates = {…}``: the number of candidates and their order. One of ``k``, ``mass`` and ``coverage`` is required.
+
+    Attributes:
+        k: number of candidates. "best" means the number that the calibration found best.
+        mass: the candidates are the best labels whose probabilities together reach this value.
+        coverage: the list of candidates contains the true label with this probability, according to the calibration.
+        minimum: minimum number of candidates, for ``mass`` and ``coverage``.
+        maximum: maximum number of candidates, for ``mass`` and ``coverage``.
+        order: the order in which the judge sees the candidates.
+        seed: seed of a random order.
+    """
 
     k: Annotated[int | Literal["best"] | None, PlainValidator(_size)] = None
     mass: Annotated[float, Field(gt=0, le=1)] | None = None
@@ -123,21 +144,25 @@ class CandidatesConfig(_Section):
     seed: int = 0
 
     def build(self, calibration: Calibration | None, stage: int) -> CandidateRule:
-        """The rule for a stage, counted from 0 on.
+        """The rule for a stage. The first stage has the number 0.
 
         Raises:
-            ConfigError: unless exactly one of ``k``, ``mass`` and ``coverage`` is given; if ``k`` has bounds; if there is no
-                calibration for the coverage or the best.
+            ConfigError: if not exactly one of ``k``, ``mass`` and ``coverage`` is set, if ``minimum`` or ``maximum`` is set with
+                ``k``, or if ``coverage`` or ``k = "best"`` is set without a calibration.
         """
         if [self.k, self.mass, self.coverage].count(None) != 2:
-            raise ConfigError("candidates wants one of k, mass and coverage.", hint="For example: candidates = { mass = 0.95 }.")
+            raise ConfigError(
+                "candidates needs exactly one of k, mass and coverage.", hint="For example: candidates = { mass = 0.95 }."
+            )
         given = {"minimum": self.minimum, "maximum": self.maximum}
         bounds = {name: bound for name, bound in given.items() if bound is not None}
         if self.k is not None and bounds:
-            raise ConfigError(f"candidates with k have no {' or '.join(bounds)}.", hint="Bounds are for mass and coverage.")
+            raise ConfigError(
+                f"candidates with k cannot have {' or '.join(bounds)}.", hint="Remove it, or use mass or coverage in place of k."
+            )
         if self.k == "best":
             if calibration is None:
-                raise ConfigError('candidates = "best" needs a calibration.', hint="Make one: cascadevlm calibrate.")
+                raise ConfigError('candidates = "best" needs a calibration.', hint=_CALIBRATE)
             return TopK(k=calibration.judges[stage].best_size, order=self.order, seed=self.seed)
         if self.k is not None:
             return TopK(k=self.k, order=self.order, seed=self.seed)
@@ -145,37 +170,54 @@ class CandidatesConfig(_Section):
             return CumulativeMass(mass=self.mass, **bounds, order=self.order, seed=self.seed)
         assert self.coverage is not None
         if calibration is None:
-            raise ConfigError("candidates with a coverage need a calibration.", hint="Make one: cascadevlm calibrate.")
+            raise ConfigError("candidates with a coverage need a calibration.", hint=_CALIBRATE)
         rule = calibration.conformal_for(self.coverage)
         return ConformalSet(rule=rule, **bounds, order=self.order, seed=self.seed)
 
     def frozen(self, built: CandidateRule) -> Self:
-        """With the number that the calibration found best, if that was asked for."""
+        """This section, with the number of candidates of the built rule in place of ``k = "best"``."""
         return self.model_copy(update={"k": built.most()}) if self.k == "best" else self
 
 
 def _k_alone(value: JsonValue) -> JsonValue:
-    """``candidates = 5`` is short for ``candidates = { k = 5 }``; so is "best"."""
+    """Read ``candidates = 5`` as ``candidates = { k = 5 }``, and ``candidates = "best"`` as ``candidates = { k = "best" }``."""
     return {"k": value} if isinstance(value, int | float | str) else value
 
 
 class SupportConfig(_Section):
-    """``support = {…}``: a folder of reference images by class, and how many of each to show."""
+    """``support = {…}``: reference images for the judge.
+
+    Attributes:
+        folder: a folder with one sub-folder of images per class.
+        shots: number of images per class that are shown to the judge.
+    """
 
     folder: Annotated[Path, _BY_DIGEST]
     shots: Annotated[int, Field(ge=1)] = 1
 
     def read(self, labels: LabelSet) -> SupportSet:
-        """The support set.
+        """Read the support set.
 
         Raises:
-            InputError: if it has no image of any label.
+            InputError: if the folder has no image of any label.
         """
         return SupportSet.read(self.folder, labels, shots=self.shots)
 
 
 class StageConfig(_Section):
-    """``[[stage]]``: a judge and when and how it is asked."""
+    """``[[stage]]``: a judge, and when and how it is asked.
+
+    Attributes:
+        judge: the spec, ``backend:model``.
+        policy: the policy in string form. Default: the policy of the calibration or, without a calibration, "always".
+        candidates: which candidates the judge sees. Default: the 5 best.
+        prompt: name of a prompt, or path of a prompt file.
+        offer_none: True to offer "none of these" as an option.
+        support: reference images. Default: no reference images.
+        votes: number of questions per image. Each question has another order of candidates.
+        widen: maximum number of further questions, about the next candidates, after the answer "none of these".
+        options: options of the backend.
+    """
 
     judge: str
     policy: str | None = None
@@ -188,10 +230,10 @@ class StageConfig(_Section):
     options: Annotated[Options, _BY_IDENTITY] = {}
 
     def build(self, labels: LabelSet, calibration: Calibration | None, number: int, fusion: FusionRule) -> Stage:
-        """The stage, its judge not yet loaded.
+        """The stage. Its judge is not loaded yet.
 
         Raises:
-            ConfigError: if the calibration is of another judge.
+            InputError: if a spec, a policy, a prompt or the candidates are wrong, or if the calibration belongs to another judge.
         """
         policy = self.policy or (calibration.policy if calibration else None) or "always"
         known = calibration.judge_of(number, self.model_dump(mode="json")) if calibration else None
@@ -209,31 +251,45 @@ class StageConfig(_Section):
         )
 
     def questions_of(self, stage: Stage, labels: LabelSet) -> Stage:
-        """The stage with the prompt, candidates and reference images of this configuration."""
+        """A copy of the stage, with the prompt, candidates and reference images of this configuration."""
         support = self.support.read(labels) if self.support else None
         return replace(stage, prompt=load_prompt(self.prompt), candidates=self.candidates.build(None, 0), support=support)
 
 
 class BudgetConfig(_Section):
-    """``[budget]``: the most a run may spend on hosted judges, and what the command line spends without asking, in US dollars."""
+    """``[budget]``: limits for money, in US dollars.
+
+    Attributes:
+        usd: maximum amount that a run may spend on hosted judges. Default: no maximum.
+        ask_above_usd: the command line asks for confirmation if the expected cost is above this amount.
+    """
 
     usd: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
     ask_above_usd: Annotated[float, Field(ge=0)] = 1.0
 
 
 class CacheConfig(_Section):
-    """``[cache]``: whether verdicts and embeddings (of labels and, in bulk runs, of images) are kept, and where."""
+    """``[cache]``: what is kept on disk.
+
+    Attributes:
+        enabled: True to keep verdicts.
+        embeddings: True to keep embeddings of labels and, in bulk runs, embeddings of images.
+        folder: folder of the cache. Default: the folder of the user's cache.
+    """
 
     enabled: bool = True
     embeddings: bool = True
     folder: Path | None = None
 
     def build(self) -> VerdictStore | None:
-        """The store, not yet opened."""
+        """The store of verdicts, which is not open yet; None if verdicts are not kept."""
         return DiskStore(self.folder) if self.enabled else None
 
     def keeping_embeddings(self, scorer: Scorer, *, images: bool) -> Scorer:
-        """The scorer; if it makes embeddings and they are wanted, those of labels, and of ``images``, are kept on disk."""
+        """A scorer that keeps the embeddings of labels on disk and, if ``images`` is true, the embeddings of images.
+
+        The scorer is returned unchanged if it has no embeddings, or if ``embeddings`` is false.
+        """
         if not (self.embeddings and isinstance(scorer, EmbeddingScorer)):
             return scorer
         folder = (self.folder or default_cache_folder()) / "embeddings"
@@ -242,11 +298,26 @@ class CacheConfig(_Section):
 
 
 class Config(_Section):
-    """The whole file."""
+    """The whole configuration file.
+
+    Attributes:
+        scorer: the scorer.
+        stage: the stages, in the order in which judges are asked.
+        labels: path of a file or folder of labels, or a list of names.
+        calibration: path of a calibration file.
+        fusion: how the scores and the verdict are combined. Default: the rule of the calibration or, without one, "judge".
+        accept: minimum probability of a prediction; below it, the cascade abstains. Default: the value of the calibration, or 0.
+        routing: True to choose one judge per image by its expected gain.
+        follow_shares: True to estimate the shares of classes during the run.
+        on_failure: what happens if no judge gives an answer.
+        batch_size: number of images that are scored together.
+        cache: what is kept on disk.
+        budget: limits for money.
+    """
 
     scorer: ScorerConfig
     stage: tuple[StageConfig, ...] = ()
-    labels: Annotated[Path | tuple[str, ...] | None, MayChange("the manifest holds the labels themselves")] = None
+    labels: Annotated[Path | tuple[str, ...] | None, MayChange("the manifest contains the labels")] = None
     calibration: Annotated[Path | None, _BY_DIGEST] = None
     fusion: FusionRule | None = None
     accept: Annotated[float, Field(ge=0, le=1)] | None = None
@@ -254,15 +325,15 @@ class Config(_Section):
     follow_shares: bool = False
     on_failure: OnFailure = "scorer"
     batch_size: Annotated[int, Field(ge=1)] = 32
-    cache: Annotated[CacheConfig, MayChange("answers are the same wherever they are kept")] = CacheConfig()
-    budget: Annotated[BudgetConfig, MayChange("a higher cap asks about what was skipped")] = BudgetConfig()
+    cache: Annotated[CacheConfig, MayChange("the folder of the cache does not change an answer")] = CacheConfig()
+    budget: Annotated[BudgetConfig, MayChange("with a higher limit, skipped images are asked about")] = BudgetConfig()
 
     @classmethod
     def parse(cls, data: Mapping[str, JsonValue], *, name: str = "config") -> Self:
-        """Validate what a TOML file holds. Paths, those in specs too, are relative to the working directory.
+        """Make a configuration from the content of a TOML file. All paths are relative to the working directory.
 
         Raises:
-            ConfigError: naming the key that is wrong and, if it is unknown, the nearest valid one.
+            ConfigError: if a key is wrong. The message names the key. For an unknown key, it suggests the most similar valid key.
         """
         try:
             return cls.model_validate(data)
@@ -270,10 +341,13 @@ class Config(_Section):
             raise ConfigError(f"{name}: {_explain(cls, exc)}") from exc
 
     def altered(self, changes: Mapping[str, JsonValue]) -> Self:
-        """The configuration with other values of some keys, as ``stage.0.prompt``.
+        """A copy of the configuration, with new values for some keys.
+
+        Args:
+            changes: the new values by key. A key is written as a path, such as ``stage.0.prompt``.
 
         Raises:
-            ConfigError: as `parse`.
+            ConfigError: if a key or a value is wrong.
         """
         data = self.model_dump(mode="json")
         for key, value in changes.items():
@@ -281,22 +355,26 @@ class Config(_Section):
         return self.parse(data)
 
     def build(self, labels: LabelSet | None = None, *, bulk: bool = False) -> Cascade:
-        """The cascade, its models not yet loaded; in ``bulk``, the embeddings of images are kept.
+        """Build the cascade. Its models are not loaded yet.
+
+        Args:
+            labels: the label set. Default: the labels of the configuration.
+            bulk: True to keep the embeddings of images on disk.
 
         Raises:
-            ConfigError: if neither the argument nor the file names labels.
-            InputError: if a spec, policy, prompt or path in the file is wrong.
+            ConfigError: if there are no labels, or if the calibration does not belong to this cascade.
+            InputError: if a spec, a policy, a prompt or a path in the configuration is wrong.
         """
         if labels is None:
             if self.labels is None:
-                raise ConfigError("There are no labels.", hint="Give a file of class names.")
+                raise ConfigError("No labels are given.", hint="Set labels (or --labels) to a file with one class name per line.")
             labels = LabelSet.read(self.labels) if isinstance(self.labels, Path) else LabelSet.of(self.labels)
         scorer = self.cache.keeping_embeddings(self.scorer.build(), images=bulk)
         calibration = read_calibration(self.calibration) if self.calibration else None
         if calibration and len(calibration.judges) != len(self.stage):
             raise ConfigError(
-                f"The calibration is of {len(calibration.judges)} stages, the configuration has {len(self.stage)}.",
-                hint="Make one for this cascade: cascadevlm calibrate.",
+                f"The calibration has {len(calibration.judges)} stages, but the configuration has {len(self.stage)}.",
+                hint="Make a calibration for this cascade: cascadevlm calibrate.",
             )
         fusion = self.fusion or (calibration.fusion if calibration else "judge")
         accept = self.accept if self.accept is not None else calibration.accept if calibration else None
@@ -320,8 +398,10 @@ class Config(_Section):
         )
 
     def frozen(self, cascade: Cascade) -> Self:
-        """The configuration with the policies, the best lengths of lists, the fusion and the acceptance of the cascade built from
-        it, be they its calibration's."""
+        """A copy of the configuration that names every choice of the calibration.
+
+        The policies, the numbers of candidates, the fusion rule and the acceptance threshold are those of the built cascade.
+        """
         stages = [
             stage.model_copy(update={"policy": str(built.policy), "candidates": stage.candidates.frozen(built.candidates)})
             for stage, built in zip(self.stage, cascade.stages, strict=True)
@@ -331,24 +411,29 @@ class Config(_Section):
 
 
 def read_toml(path: Path) -> dict[str, JsonValue]:
-    """What a TOML file holds.
+    """Read the content of a TOML file.
 
     Raises:
-        ConfigError: if it cannot be read.
+        ConfigError: if the file cannot be read or is not valid TOML.
     """
     try:
         return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as exc:
-        raise ConfigError(f"Config file {str(path)!r} cannot be read: {exc.strerror}.") from exc
+        raise ConfigError(f"Config file {str(path)!r} cannot be read: {exc.strerror}.", hint="Check the path.") from exc
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as exc:
-        raise ConfigError(f"Config file {str(path)!r} is no TOML: {exc}.") from exc
+        raise ConfigError(f"Config file {str(path)!r} is not valid TOML: {exc}.", hint="Correct the file.") from exc
 
 
 def override(data: dict[str, JsonValue], key: str, value: JsonValue) -> None:
-    """Set one value, as ``stage.0.judge``; sections and stages that are not there yet are made.
+    """Set the value of one key. Missing sections and stages are added.
+
+    Args:
+        data: the content of a TOML file; it is changed.
+        key: path of the key, such as ``stage.0.judge``.
+        value: the new value.
 
     Raises:
-        ConfigError: if the path leads through something that is no section.
+        ConfigError: if a part of the path is not a section.
     """
     *parents, last = key.split(".")
     here: JsonValue = data
@@ -361,14 +446,14 @@ def override(data: dict[str, JsonValue], key: str, value: JsonValue) -> None:
                 here.append({})
             here = here[int(step)]
         else:
-            raise ConfigError(f"{key!r} cannot be set: there is nothing at {step!r}.")
+            raise ConfigError(f"{key!r} cannot be set: {step!r} does not exist.", hint=_KEY_PATH)
     if not isinstance(here, dict):
-        raise ConfigError(f"{key!r} cannot be set: it is no key of a section.")
+        raise ConfigError(f"{key!r} cannot be set: it is not a key of a section.", hint=_KEY_PATH)
     here[last] = value
 
 
 def toml_value(text: str) -> JsonValue:
-    """A value as TOML writes it; what is no TOML value is a string."""
+    """Read a value in TOML notation. A text that is not a TOML value is returned as a string."""
     try:
         value: JsonValue = tomllib.loads(f"value = {text}")["value"]
         return value
@@ -377,14 +462,14 @@ def toml_value(text: str) -> JsonValue:
 
 
 def _explain(model: type[BaseModel], error: ValidationError) -> str:
-    """The first thing wrong, in one sentence."""
+    """The first error, in one sentence."""
     first = error.errors()[0]
     *parents, key = first["loc"]
     where = ".".join(str(step) for step in first["loc"] if "[" not in str(step))  # brackets: pydantic's own steps
     if first["type"] == "extra_forbidden":
-        return f"There is no key {where!r}. {nearest(str(key), _keys(model, parents))}"
+        return f"The key {where!r} is unknown. {nearest(str(key), _keys(model, parents))}"
     if first["type"] == "missing":
-        return f"The key {where!r} is missing."
+        return f"The key {where!r} is missing. Add it."
     return f"{where}: {first['msg']} (given: {_SHORT.repr(first['input'])})."
 
 
@@ -397,7 +482,7 @@ def _keys(model: type[BaseModel], path: list[int | str]) -> list[str]:
 
 
 def _sections(annotation: object) -> Iterator[type[BaseModel]]:
-    """Those in the annotation of a key."""
+    """The sections in the annotation of a key."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation
     for argument in get_args(annotation):

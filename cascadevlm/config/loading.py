@@ -19,16 +19,20 @@ T = TypeVar("T", Scorer, Judge)
 
 
 def load_scorer(spec: str, /, **options: Option) -> Scorer:
-    """The scorer that ``backend:model`` names, with the backend's own options.
+    """Make the scorer that a spec names. Its model is not loaded yet.
+
+    Args:
+        spec: ``backend:model``.
+        options: options of the backend.
 
     Raises:
-        BackendError: if the backend is unknown or its package missing, or if it knows no such option.
+        BackendError: if the backend is unknown, if its package is missing, or if an option is unknown or has a wrong value.
     """
     return cast(Scorer, _load("scorers", spec, options))
 
 
 def load_judge(spec: str, /, **options: Option) -> Judge:
-    """The judge that ``backend:model`` names; as `load_scorer`."""
+    """Make the judge that a spec names. Arguments and errors are the same as for `load_scorer`."""
     judge = cast(Judge, _load("judges", spec, options))
     judge.spec = spec
     return judge
@@ -38,13 +42,16 @@ def _load(kind: Literal["scorers", "judges"], spec: str, options: dict[str, Opti
     backend, colon, model = spec.partition(":")
     what = kind.removesuffix("s")
     if not colon or not model:
-        raise BackendError(f"{spec!r} names no {what}.", hint="Write backend:model, as in 'open_clip:aviary'.")
+        raise BackendError(f"{spec!r} is not the spec of a {what}.", hint="Write backend:model, such as 'open_clip:aviary'.")
     points = installed(kind)
     if backend not in points:
         raise BackendError(f"There is no {what} backend {backend!r}.", hint=nearest(backend, points))
     factory = load(points[backend])
     if not callable(factory):
-        raise BackendError(f"Entry point {points[backend].value!r} is no class or function.")
+        raise BackendError(
+            f"Entry point {points[backend].value!r} is not a class or function.",
+            hint="Correct the entry point of the package, or use another backend.",
+        )
     parameters = inspect.signature(factory).parameters
     takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     known = [name for name, parameter in parameters.items() if parameter.kind is parameter.KEYWORD_ONLY]
@@ -60,7 +67,7 @@ def _load(kind: Literal["scorers", "judges"], spec: str, options: dict[str, Opti
 
 
 def _checked(backend: str, option: str, value: object, annotation: type[object] | str) -> object:
-    """The value of an option as its annotation wants it; annotations in quotes are for objects, not for configuration."""
+    """The value of an option, converted to its annotated type. An option with a quoted annotation is not checked."""
     if isinstance(annotation, str) or annotation is inspect.Parameter.empty:
         return value
     try:
@@ -68,14 +75,16 @@ def _checked(backend: str, option: str, value: object, annotation: type[object] 
     except ValidationError as exc:
         problem = exc.errors()[-1]["msg"]
         given = without_secrets({option: cast(JsonValue, value)})[option]
-        raise BackendError(f"{backend!r}, option {option!r}: {problem} (given: {given!r}).") from exc
+        raise BackendError(
+            f"{backend!r}, option {option!r}: {problem} (given: {given!r}).", hint="Correct the value of this option."
+        ) from exc
 
 
 def load_prompt(name_or_path: str | Path) -> Prompt:
-    """A registered prompt by name, or the user's own by path.
+    """Load a prompt: a registered prompt by its name, or a prompt file by its path.
 
     Raises:
-        PromptError: if there is neither, or the template is wrong.
+        PromptError: if there is no such prompt or file, or if the template is wrong.
     """
     points = installed("prompts")
     if str(name_or_path) in points:

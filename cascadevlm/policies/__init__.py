@@ -1,1 +1,1 @@
-"""Policies decide which images are worth a question."""
+"""Policies decide which images are escalated to a judge."""

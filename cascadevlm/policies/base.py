@@ -1,8 +1,8 @@
-"""Policies decide which images are worth a question to a judge.
+"""Policies decide which images are escalated to a judge.
 
-A policy is one method over a batch of images. Policies compose with ``&``, ``|`` and ``~``. A plain function from `Scores` to a
-boolean array serves as a policy. A limit such as ``calls <= 500`` behind ``&`` makes a `Budgeted` policy: the limit is spent on
-the best of the images that the other side selects.
+A policy has one method, which selects images of a batch. Policies are combined with ``&``, ``|`` and ``~``. A plain function from
+`Scores` to a boolean array is also a policy. A policy ``& calls <= N``, or with another limit, is a `Budgeted` policy: the limit
+is spent on the best of the images that the policy selects.
 """
 
 import math
@@ -21,29 +21,31 @@ from cascadevlm.policies import measures
 from cascadevlm.policies.measures import Values
 
 Selection: TypeAlias = NDArray[np.bool_]
-"""Boolean mask (N,): true where the judge is asked."""
+"""``(N,) bool``: True for each image that is escalated."""
 
 WINDOW = 1024
-"""Number of images that a `Budgeted` policy remembers: the share of images above a threshold is then known to 1 to 2 points."""
+"""Number of images that a `Budgeted` policy remembers. With this number, the share of images above a threshold is known to within
+1 to 2 percentage points."""
 
 LEAST = float(np.finfo(np.float32).min)
-"""The value of an image that the policy does not select; JSON has no infinity."""
+"""The value of an image that the policy does not select. It is finite because JSON has no infinity."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Spending:
-    """What a policy is told beside the scores: where the run stands, and what the images of the batch cost and gain.
+    """The state of the run so far, and the expected price and gain of each image in the batch.
 
     Attributes:
-        images: number of images decided on before this batch.
-        calls: number of those that were escalated at this stage.
-        dollars: expected cost of those calls.
-        dollars_for_all: expected cost if all images before this batch had been escalated.
-        recent: what a `Budgeted` policy remembers of earlier batches: value, price and probability of the best label of one image
-            after another.
-        remaining: expected number of images after this batch; None if it is not known.
-        prices: (N,) expected dollars of a question about each image; empty if the policy does not need them.
-        gain: (N,) expected gain in accuracy from a question about each image; None if the stage has no model of its judge.
+        images: number of images before this batch.
+        calls: number of these images that were escalated at this stage.
+        dollars: expected cost of these calls, in US dollars.
+        dollars_for_all: expected cost, in US dollars, if all images before this batch had been escalated.
+        recent: value, price and probability of the best label of each image that a `Budgeted` policy remembers, as one flat
+            sequence.
+        remaining: expected number of images after this batch; None if the number is unknown.
+        prices: N numbers, the expected price of a question about each image, in US dollars. Empty if the policy needs no prices.
+        gain: N numbers, the expected gain in accuracy from a question about each image. None if the stage has no model of its
+            judge.
     """
 
     images: int = 0
@@ -61,11 +63,11 @@ START = Spending()
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Priority:
-    """The order of images where not all can be asked about.
+    """The order in which images are escalated if a limit does not allow all of them.
 
     Attributes:
-        values: (N,) the highest come first.
-        is_gain: whether the values are the expected gain in accuracy, of which money buys as much as possible.
+        values: ``(N,) float``, images with higher values come first.
+        is_gain: True if the values are expected gains in accuracy. A limit in dollars then prefers the highest gain per dollar.
     """
 
     values: Values
@@ -90,41 +92,41 @@ class Latest:
 
 
 class Policy(ABC):
-    """Which images to escalate.
+    """Base class of policies. A policy selects the images to escalate.
 
     Attributes:
-        comparison: the operator between the name and the number in the string form, as in ``entropy > 0.35``; None if the string
-            form is a call, as in ``random(0.1)``.
+        comparison: the operator between the name and the number in the string form, such as ``>`` in ``entropy > 0.35``. None if
+            the string form is a call, such as ``random(0.1)``.
     """
 
     comparison: ClassVar[Literal[">", "<", "<="] | None] = None
 
     @property
     def parts(self) -> tuple["Policy", ...]:
-        """The policies that this one is composed of."""
+        """The policies that this policy is made of."""
         return ()
 
     @property
     def by_price(self) -> bool:
-        """Whether `select` needs ``spending.prices``, which take time to find out."""
+        """True if `select` needs ``spending.prices``, which take time to compute."""
         return any(part.by_price for part in self.parts)
 
     @property
     def by_gain(self) -> bool:
-        """Whether `select` needs ``spending.gain``."""
+        """True if `select` needs ``spending.gain``."""
         return any(part.by_gain for part in self.parts)
 
     @abstractmethod
     def select(self, scores: Scores, spending: Spending = START) -> Selection:
-        """Boolean mask (N,) of the images to escalate."""
+        """Return ``(N,) bool``: True for each image to escalate."""
 
     def priority(self, scores: Scores, spending: Spending = START) -> Priority | None:
-        """The order of N images, from the first part that has one; None if no image is more worth a question than another."""
+        """The order of N images, taken from the first part that has an order; None if no part has an order."""
         found = (part.priority(scores, spending) for part in self.parts)
         return next((priority for priority in found if priority is not None), None)
 
     def reasons(self, scores: Scores, spending: Spending = START) -> list[str]:
-        """For each of N images, in words: the value that decides, and the rule."""
+        """N texts, one per image: the value that decides, and the rule."""
         return [str(self)] * len(scores)
 
     def __and__(self, other: "PolicyLike") -> "Policy":
@@ -138,7 +140,7 @@ class Policy(ABC):
 
 
 class Limit(ABC):
-    """What may be spent over a whole run. A limit alone is a policy, too: it asks about the best of all images (`as_policy`)."""
+    """A limit on what a whole run spends. A limit alone is also a policy: it escalates the best of all images (`as_policy`)."""
 
     comparison: ClassVar[Literal["<=", ">="]] = "<="
     by_price: ClassVar[bool] = False
@@ -146,17 +148,21 @@ class Limit(ABC):
 
     @abstractmethod
     def within(self, wanted: Selection, latest: Latest, spending: Spending) -> Selection:
-        """The part of the wanted images that the limit allows; some of it is kept for images to come.
+        """Select the images of a batch that the limit allows. A part of the limit is kept for later images.
 
         Args:
-            wanted: boolean mask (N,).
-            latest: the M images that are remembered and the N images.
-            spending: where the run stands.
+            wanted: ``(N,) bool``, True for each image that the policy selects.
+            latest: M remembered images, then the N images.
+            spending: the state of the run.
+
+        Returns:
+            ``(N,) bool``: True for each wanted image that is escalated.
         """
 
     @abstractmethod
     def most_calls(self, price: float, images: int) -> float:
-        """Number of questions that the limit allows about so many images, at so many dollars each."""
+        """Number of questions that the limit allows about ``images`` images if each question costs ``price`` US dollars; may be
+        infinite."""
 
     def __and__(self, other: "PolicyLike") -> Policy:
         return as_policy(self) & other
@@ -172,10 +178,10 @@ PolicyLike: TypeAlias = Policy | Limit | str | Callable[[Scores], Selection]
 
 
 def as_policy(policy: PolicyLike) -> Policy:
-    """The policy itself, or the policy that a limit, a text such as ``"entropy > 0.3"`` or a function makes.
+    """Convert a limit, a text such as ``"entropy > 0.3"`` or a function to a policy. A policy is returned unchanged.
 
     Raises:
-        PolicyError: if the text is wrong, or if it is none of these.
+        PolicyError: if the text is not a valid policy, or if the argument has another type.
     """
     from cascadevlm.policies.language import parse_policy
 
@@ -187,18 +193,24 @@ def as_policy(policy: PolicyLike) -> Policy:
         return parse_policy(policy)
     if callable(policy) and not isinstance(policy, type):
         return Function(policy)
-    raise PolicyError(f"A policy is not {policy!r}.", hint='Give one, a function of scores, or text such as "entropy > 0.3".')
+    raise PolicyError(
+        f"{policy!r} is not a policy.", hint='Use a Policy, a function of scores, or a text such as "entropy > 0.3".'
+    )
 
 
 def as_budgeted(policy: PolicyLike) -> "Budgeted":
-    """The policy with its limits, if it has any."""
+    """The policy as a `Budgeted` policy, which may have no limits."""
     whole = as_policy(policy)
     return whole if isinstance(whole, Budgeted) else Budgeted(whole)
 
 
 @dataclass(frozen=True)
 class Function(Policy):
-    """A plain function as a policy."""
+    """A policy made from a plain function.
+
+    Raises:
+        PolicyError: if the function does not return ``(N,) bool``.
+    """
 
     function: Callable[[Scores], Selection]
 
@@ -207,7 +219,7 @@ class Function(Policy):
         if selected.shape != (len(scores),) or selected.dtype != bool:
             raise PolicyError(
                 f"Policy {str(self)!r} returned {selected.dtype} of shape {selected.shape} for {len(scores)} images.",
-                hint=f"Return {len(scores)} booleans.",
+                hint=f"Return an array of {len(scores)} booleans, one per image.",
             )
         return selected
 
@@ -217,7 +229,7 @@ class Function(Policy):
 
 @dataclass(frozen=True)
 class All(Policy):
-    """Asks where every part would."""
+    """Escalates the images that all parts select."""
 
     policies: tuple[Policy, ...]
 
@@ -237,12 +249,12 @@ class All(Policy):
 
 
 EVERY = All(())
-"""Asks about every image, and has no name in the string form."""
+"""Escalates every image. It does not appear in the string form."""
 
 
 @dataclass(frozen=True)
 class AnyOf(Policy):
-    """Asks where any part would.
+    """Escalates the images that at least one part selects.
 
     Raises:
         PolicyError: if a part has limits.
@@ -269,7 +281,7 @@ class AnyOf(Policy):
 
 @dataclass(frozen=True)
 class Not(Policy):
-    """Asks where the other policy would not, and orders images the other way round.
+    """Escalates the images that the other policy does not select, and reverses the order of images.
 
     Raises:
         PolicyError: if the other policy has limits.
@@ -300,10 +312,10 @@ class Not(Policy):
 
 @dataclass(frozen=True)
 class Budgeted(Policy):
-    """Asks about the best of the images that a policy selects, as far as limits allow over the whole run.
+    """Escalates the best of the images that a policy selects, within limits for the whole run.
 
-    The policy orders the images. If it has no order, the expected gain does or, without a model of the judge, the entropy. A
-    limit on the accuracy always orders them by the expected gain.
+    The images are ordered by the policy. If the policy has no order, they are ordered by the expected gain or, without a model of
+    the judge, by the entropy. A limit on the accuracy always orders them by the expected gain.
     """
 
     policy: Policy
@@ -343,7 +355,7 @@ class Budgeted(Policy):
         return Priority(values=measures.entropy(scores))
 
     def remembered(self, scores: Scores, spending: Spending) -> tuple[float, ...]:
-        """``spending.recent`` for the next batch."""
+        """The value of ``spending.recent`` for the next batch."""
         if not self.limits:
             return ()
         stream = _stream(self.policy.select(scores, spending), self.priority(scores, spending), scores, spending)
@@ -360,14 +372,15 @@ class Budgeted(Policy):
 
 
 def uncalibrated(policy: Policy) -> PolicyError:
-    """The error for a policy that goes by the expected gain where the stage has no model of its judge."""
+    """The error for a policy that needs the expected gain in a stage that has no model of its judge."""
     return PolicyError(
-        f"The policy '{policy}' needs a calibration.", hint='Make one: cascadevlm calibrate; calibration = "FILE".'
+        f"The policy '{policy}' needs a calibration.",
+        hint='Make a calibration with cascadevlm calibrate, and set calibration = "FILE" in the configuration.',
     )
 
 
 def _both(*policies: Policy) -> Policy:
-    """Every part of the policies, with all their limits."""
+    """All parts of the policies, joined by ``&``, with all limits of the policies."""
     selecting = [policy.policy if isinstance(policy, Budgeted) else policy for policy in policies]
     limits = tuple(limit for policy in policies if isinstance(policy, Budgeted) for limit in policy.limits)
     every = All(_flat(All, *selecting))
@@ -375,21 +388,21 @@ def _both(*policies: Policy) -> Policy:
 
 
 def _flat(kind: type[All] | type[AnyOf], *policies: Policy) -> tuple[Policy, ...]:
-    """The policies; those that are composed in the same way are replaced by their parts."""
+    """The policies. A policy of the given kind is replaced by its parts."""
     return tuple(part for policy in policies for part in (policy.parts if isinstance(policy, kind) else (policy,)))
 
 
 def _refuse_limits(policy: Policy) -> None:
-    """Raises PolicyError if a part has limits: behind ``|`` or ``~``, what a limit leaves depends on the batches of a run."""
+    """Raise PolicyError if a part has limits. With ``|`` or ``~``, the effect of a limit would depend on the batches of a run."""
     if any(isinstance(part, Budgeted) for part in policy.parts):
         raise PolicyError(
-            f"A limit such as calls or deferral stands alone or behind &, not as in '{policy}'.",
+            f"'{policy}' has a limit such as calls or deferral inside | or ~; a limit must stand alone or after &.",
             hint="For example: (entropy > 0.3 | margin < 0.1) & calls <= 500.",
         )
 
 
 def _stream(wanted: Selection, priority: Priority, scores: Scores, spending: Spending) -> NDArray[np.float64]:
-    """(M + N, 3): the columns of `Latest`."""
+    """``(M + N, 3) float64``: value, price and probability of the best label, of M remembered images, then of the N images."""
     prices, sure = spending.prices or np.zeros(len(wanted)), measures.top_probability(scores)
     batch = np.column_stack([np.where(wanted, priority.values, LEAST), prices, sure])
     return np.concatenate([np.reshape(spending.recent, (-1, 3)), batch])
@@ -400,16 +413,16 @@ def _joined(operator: str, reasons: list[list[str]]) -> list[str]:
 
 
 def number(value: float) -> str:
-    """A number in the string form: short, if that is exact."""
+    """A number in the string form: in short notation if this notation is exact."""
     short = f"{value:g}"
     return short if float(short) == value else str(value)
 
 
 def require_whole(name: str, value: float) -> None:
-    """Refuse a value that is not a whole number from 0 on.
+    """Check that a value is a whole number of at least 0.
 
     Raises:
-        PolicyError: naming the parameter.
+        PolicyError: if it is not. The message names the parameter.
     """
     if not (0 <= value < math.inf and value == int(value)):
-        raise PolicyError(f"{name} takes a whole number from 0 on, not {value!r}.")
+        raise PolicyError(f"{name} must be a whole number of at least 0, not {value!r}.")

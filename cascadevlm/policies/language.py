@@ -1,7 +1,8 @@
 """The string form of policies: ``entropy > 0.35``, ``margin < 0.2 & calls <= 500``, ``~always | random(0.1, seed=7)``.
 
-``~`` binds before ``&``, ``&`` before ``|``; parentheses group. A comparison names a registered policy whose class states the
-operator; a call passes arguments to one. Numbers may carry the unit ``nats``.
+The operator ``~`` is applied first, then ``&``, then ``|``. Parentheses change this order. A comparison or a call starts with the
+name of a registered policy or limit. The class of the policy defines which comparison operator is allowed. A number in a
+comparison may have the unit ``nats``.
 """
 
 import inspect
@@ -48,10 +49,10 @@ _WORDS = {
 
 
 def parse_policy(text: str) -> Policy:
-    """Read the string form.
+    """Make a policy from its string form.
 
     Raises:
-        PolicyError: pointing at the word that is wrong.
+        PolicyError: if the text is wrong. The message shows the wrong word.
     """
     try:
         tree = _parser().parse(text)
@@ -80,7 +81,9 @@ def _pointing(text: str, column: int, message: str, hint: str = "") -> PolicyErr
 
 
 def _value(token: Token) -> float:
-    return int(token) if token.lstrip("+-").isdigit() and len(token) < 19 else float(token)  # Python refuses to read longer ones
+    return (
+        int(token) if token.lstrip("+-").isdigit() and len(token) < 19 else float(token)
+    )  # Python refuses to convert very long numbers to int
 
 
 @v_args(inline=True)
@@ -108,15 +111,15 @@ class _Builder(Transformer[Token, Policy]):
     def compare(self, name: Token, operator: Token, number: Token, unit: Token | None = None) -> Policy:
         policy = self._class(name)
         if policy.comparison is None:
-            raise self._error(name, f"{name!s} is not compared with a number")
+            raise self._error(name, f"{name!s} has no comparison with a number")
         if operator != policy.comparison:
-            raise self._error(operator, f"{name!s} is compared with {policy.comparison!r}, not {operator.value!r}")
+            raise self._error(operator, f"{name!s} needs the operator {policy.comparison!r}, not {operator.value!r}")
         return self._build(name, policy, [_value(number)], {"unit": str(unit)} if unit else {})
 
     def call(self, name: Token, *arguments: tuple[str | None, float] | None) -> Policy:
         policy = self._class(name)
         if policy.comparison is not None:
-            raise self._error(name, f"{name!s} wants a comparison, as in '{name!s} {policy.comparison} 0.5'")
+            raise self._error(name, f"{name!s} needs a comparison, such as '{name!s} {policy.comparison} 0.5'")
         given = [argument for argument in arguments if argument is not None]
         positional = [value for key, value in given if key is None]
         return self._build(name, policy, positional, {key: value for key, value in given if key is not None})
@@ -146,12 +149,15 @@ def load_policy_class(name: str) -> type[Policy] | type[Limit]:
     """The policy or limit that is registered under a name.
 
     Raises:
-        PolicyError: if there is none.
+        PolicyError: if nothing is registered under this name, or if the registered object is not a subclass of Policy or Limit.
     """
     points = installed("policies")
     if name not in points:
         raise PolicyError(f"There is no policy {name!r}.", hint=nearest(name, points))
     loaded = load(points[name])
     if not (isinstance(loaded, type) and issubclass(loaded, Policy | Limit)):
-        raise PolicyError(f"Policy {name!r} ({points[name].value}) is not a subclass of Policy or Limit.")
+        raise PolicyError(
+            f"Policy {name!r} ({points[name].value}) is not a subclass of Policy or Limit.",
+            hint="Correct the entry point: it must name such a class.",
+        )
     return loaded

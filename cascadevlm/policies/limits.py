@@ -1,8 +1,11 @@
-"""Limits on calls, dollars, the share of images asked about and the accuracy, over what a policy selects in a whole run.
+"""Limits on calls, dollars, the share of escalated images and the accuracy.
 
-Over a single batch a limit is exact. If more images are to come, a batch gets its fair share: the images above the quantile of
-the latest images that leaves as large a share, of calls or of dollars, as is left for the rest of the run. If the number of
-images is not known, a limit on calls or dollars is spent as the images come.
+A limit is spent on the best of the images that a policy selects over a whole run.
+
+The last batch may spend all that is left of the limit. An earlier batch gets a share. Let s be the calls (or dollars) left,
+divided by the calls (or dollars) that all images of this batch and of later batches would need. The batch escalates those of its
+images that are among the best share s of the latest images. If the number of images is unknown, each batch may spend all that is
+left.
 """
 
 import math
@@ -12,19 +15,22 @@ import numpy as np
 
 from cascadevlm.base.errors import PolicyError
 from cascadevlm.base.types import NANODOLLARS
-from cascadevlm.policies.base import WINDOW, Latest, Limit, Selection, Spending, number, require_whole
+from cascadevlm.policies.base import Latest, Limit, Selection, Spending, number, require_whole
 from cascadevlm.policies.measures import Values
 
+RECENT = 256
+"""Number of remembered images that `deferral` and `accuracy` use. If a scorer learns, the gain changes little over so few."""
+
 ROUNDING = 1e-9
-"""How much less than a whole number of questions still is one."""
+"""A number of calls that is smaller than a whole number by at most this amount counts as the whole number."""
 
 HALF = 0.5 / NANODOLLARS
-"""Half of the smallest price, in dollars: sums of prices are exact to this amount."""
+"""Half of the smallest price, in US dollars. Sums of prices are exact to this amount."""
 
 
 @dataclass(frozen=True)
 class WithinCalls(Limit):
-    """``calls <= N``: at most N questions."""
+    """``calls <= N``: at most N questions in a run."""
 
     calls: int
 
@@ -45,10 +51,11 @@ class WithinCalls(Limit):
 
 @dataclass(frozen=True)
 class WithinDollars(Limit):
-    """``dollars <= X``: questions for at most X dollars. If images are ranked by gain, the highest gain per dollar comes first.
+    """``dollars <= X``: questions for at most X US dollars in a run.
 
-    Images to come are counted at the mean price so far. Prices are expectations; the ledger of the run enforces what is really
-    spent. Judges that cost nothing are not limited.
+    If images are ordered by gain, the highest gain per dollar comes first. The price of a later image is estimated by the mean
+    price so far. All prices are expected prices; the run's ledger limits the money that is really spent. A judge that costs
+    nothing is not limited.
     """
 
     by_price = True
@@ -56,7 +63,7 @@ class WithinDollars(Limit):
 
     def __post_init__(self) -> None:
         if not 0 <= self.dollars < math.inf:
-            raise PolicyError(f"dollars takes an amount from 0 on, not {self.dollars!r}.")
+            raise PolicyError(f"dollars must be an amount of at least 0, not {self.dollars!r}.")
 
     def most_calls(self, price: float, images: int) -> float:
         return self.dollars / price if price else math.inf
@@ -79,18 +86,18 @@ class WithinDollars(Limit):
 
 @dataclass(frozen=True)
 class WithinShare(Limit):
-    """``deferral <= S``: at most the share S of the images, from 0 to 1, and no less as far as the policy selects so many.
+    """``deferral <= S``: at most the share S of the images, from 0 to 1, is escalated.
 
-    If the number of images is known, the share is exact at the end, rounded down to a whole image. If the number is not known, a
-    batch gets the images above the quantile of the latest images, and no more than S of the images so far were ever asked about;
-    what was not asked about is made up for over the next `WINDOW` images.
+    If the number of images is known, the share is exact at the end, rounded down to a whole image, as far as the policy selects
+    enough images. If the number is unknown, a batch escalates its images that are among the best share S of the latest images.
+    The share of all images so far is then never above S. If that share is below S, the next `RECENT` images get more.
     """
 
     share: float
 
     def __post_init__(self) -> None:
         if not 0 <= self.share <= 1:
-            raise PolicyError(f"deferral takes a share from 0 to 1, not {self.share!r}.")
+            raise PolicyError(f"deferral must be a share from 0 to 1, not {self.share!r}.")
 
     def most_calls(self, price: float, images: int) -> float:
         return self.share * images
@@ -98,10 +105,11 @@ class WithinShare(Limit):
     def within(self, wanted: Selection, latest: Latest, spending: Spending) -> Selection:
         decided, ahead = spending.images + len(wanted), spending.remaining
         left = math.floor(self.share * (decided + (ahead or 0.0)) + ROUNDING) - spending.calls
-        later = WINDOW if ahead is None else ahead
+        later = RECENT if ahead is None else ahead
         share = (self.share * (decided + later) - spending.calls) / (len(wanted) + later)
         surely = math.inf if ahead is None else ahead
-        return _shared_out(wanted, latest.values, np.ones(len(latest.values)), left=left, share=share, surely=surely)
+        values = latest.values[-(RECENT + len(wanted)) :]
+        return _shared_out(wanted, values, np.ones(len(values)), left=left, share=share, surely=surely)
 
     def __str__(self) -> str:
         return f"deferral <= {number(self.share)}"
@@ -109,11 +117,11 @@ class WithinShare(Limit):
 
 @dataclass(frozen=True)
 class AccuracyAtLeast(Limit):
-    """``accuracy >= T``: the fewest questions by which the mean expected accuracy of the latest images and the batch reaches T,
-    from 0 to 1; those of the highest expected gain. If T is out of reach, every question that has a gain is asked.
+    """``accuracy >= T``: escalates as few images as needed for a mean expected accuracy of T, from 0 to 1.
 
-    The expected accuracy of an image is the probability of its best label and, if the judge is asked, the expected gain. It is as
-    good as the calibration.
+    The mean is over the latest images and the batch. The expected accuracy of an image is the probability of its best label, plus
+    the expected gain if the judge is asked; its quality is that of the calibration. Images with the highest expected gain come
+    first. If T is out of reach, every image with a positive gain is escalated.
 
     Raises:
         PolicyError: when deciding, if the stage has no model of its judge.
@@ -125,18 +133,19 @@ class AccuracyAtLeast(Limit):
 
     def __post_init__(self) -> None:
         if not 0 <= self.accuracy <= 1:
-            raise PolicyError(f"accuracy takes a number from 0 to 1, not {self.accuracy!r}.")
+            raise PolicyError(f"accuracy must be a number from 0 to 1, not {self.accuracy!r}.")
 
     def most_calls(self, price: float, images: int) -> float:
         return images
 
     def within(self, wanted: Selection, latest: Latest, spending: Spending) -> Selection:
-        missing = self.accuracy * len(latest.sure) - float(latest.sure.sum())
-        best_first = np.argsort(-latest.values, kind="stable")
-        gained = np.cumsum(np.maximum(latest.values[best_first], 0.0))
+        values, sure = latest.values[-(RECENT + len(wanted)) :], latest.sure[-(RECENT + len(wanted)) :]
+        missing = self.accuracy * len(sure) - float(sure.sum())
+        best_first = np.argsort(-values, kind="stable")
+        gained = np.cumsum(np.maximum(values[best_first], 0.0))
         needed = best_first[: np.searchsorted(gained, missing) + 1] if missing > 0 else best_first[:0]
-        asked = np.zeros(len(latest.values), dtype=bool)
-        asked[needed] = latest.values[needed] > 0
+        asked = np.zeros(len(values), dtype=bool)
+        asked[needed] = values[needed] > 0
         return wanted & asked[-len(wanted) :]
 
     def __str__(self) -> str:
@@ -144,15 +153,21 @@ class AccuracyAtLeast(Limit):
 
 
 def _shared_out(wanted: Selection, ranked: Values, costs: Values, *, left: float, share: float, surely: float) -> Selection:
-    """Boolean mask (N,) of the wanted images that are asked about now.
+    """Select the wanted images that are escalated in this batch.
 
-    A batch spends what it is entitled to, and at least what could not be spent later. Images that cost more than is left are
-    passed over.
+    A batch spends its share of the limit, and at least the amount that later images could not spend. An image that costs more
+    than the amount left is skipped.
 
     Args:
-        left: what may be spent from now on.
-        share: part of the cost of all images from now on that may be spent.
-        surely: what all images to come cost at least.
+        wanted: ``(N,) bool``, True for each image that the policy selects.
+        ranked: ``(M + N,) float``, values of M remembered images, then of the N images.
+        costs: ``(M + N,) float``, costs of the same images, in calls or US dollars.
+        left: the amount that the limit still allows.
+        share: the part of the cost of this batch and of all later images that may be spent.
+        surely: minimum cost of all later images.
+
+    Returns:
+        ``(N,) bool``: True for each image that is escalated now.
     """
     own, cost = ranked[-len(wanted) :], costs[-len(wanted) :]
     entitled = _entitled(ranked, costs, len(wanted), share)
@@ -167,8 +182,10 @@ def _shared_out(wanted: Selection, ranked: Values, costs: Values, *, left: float
 
 
 def _entitled(ranked: Values, costs: Values, batch: int, share: float) -> float:
-    """Cost of the images of a batch, the last ones, that are among the best ``share`` of all. If several images are equal at the
-    border, the same part of each counts."""
+    """The cost of the images of a batch that are among the best ``share`` of all images. The last ``batch`` images are the batch.
+
+    If several images have the value at the boundary, an equal part of each image is counted.
+    """
     best_first = np.argsort(-ranked, kind="stable")
     reached = np.cumsum(costs[best_first])
     reach = min(share, 1) * reached[-1]

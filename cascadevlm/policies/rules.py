@@ -1,4 +1,4 @@
-"""Rules: policies that look at each image, whatever was spent."""
+"""Rules: policies that decide about images by their scores, without a limit."""
 
 import math
 from dataclasses import dataclass, field
@@ -14,7 +14,7 @@ from cascadevlm.policies.measures import EntropyUnit, Measure, Values
 
 @dataclass(frozen=True)
 class Always(Policy):
-    """Ask about every image."""
+    """Escalates every image."""
 
     def select(self, scores: Scores, spending: Spending = START) -> Selection:
         return np.ones(len(scores), dtype=bool)
@@ -25,7 +25,7 @@ class Always(Policy):
 
 @dataclass(frozen=True)
 class Never(Policy):
-    """Ask about none."""
+    """Escalates no image."""
 
     def select(self, scores: Scores, spending: Spending = START) -> Selection:
         return np.zeros(len(scores), dtype=bool)
@@ -36,7 +36,7 @@ class Never(Policy):
 
 @dataclass(frozen=True)
 class Random(Policy):
-    """Ask about each image with probability ``rate``; the same images for a seed however they are batched."""
+    """Escalates each image with probability ``rate``. The selection depends on the seed, but not on the batches."""
 
     rate: float
     seed: int = 0
@@ -46,7 +46,7 @@ class Random(Policy):
         require_whole("The seed of random", self.seed)
 
     def select(self, scores: Scores, spending: Spending = START) -> Selection:
-        bits = np.random.PCG64(int(self.seed)).advance(spending.images)  # one draw an image, wherever its batch begins
+        bits = np.random.PCG64(int(self.seed)).advance(spending.images)  # one draw per image, so that batches do not matter
         return np.random.Generator(bits).random(len(scores)) < self.rate
 
     def __str__(self) -> str:
@@ -55,7 +55,12 @@ class Random(Policy):
 
 @dataclass(frozen=True)
 class EntropyAbove(Policy):
-    """CascadeVLM's gate: ask where the entropy is above a threshold, from 0 to 1 or, with ``unit="nats"``, to log C."""
+    """Escalates images whose entropy is above a threshold. This is the gate of the CascadeVLM paper.
+
+    Attributes:
+        threshold: from 0 to 1, or in nats from 0 to log C.
+        unit: "normalized" or "nats".
+    """
 
     comparison = ">"
     threshold: float
@@ -65,7 +70,7 @@ class EntropyAbove(Policy):
         if self.unit == "nats":
             _require_from_0("entropy", self.threshold)
         else:
-            hint = f'In nats: "entropy > {number(self.threshold)} nats".' if self.threshold > 1 else ""
+            hint = f'For a threshold in nats, write "entropy > {number(self.threshold)} nats".' if self.threshold > 1 else ""
             _require_share("entropy", self.threshold, hint=hint)
 
     def select(self, scores: Scores, spending: Spending = START) -> Selection:
@@ -83,7 +88,7 @@ class EntropyAbove(Policy):
 
 @dataclass(frozen=True)
 class MarginBelow(Policy):
-    """Ask where the two best labels are closer in probability than a threshold from 0 to 1."""
+    """Escalates images whose two best labels differ in probability by less than a threshold from 0 to 1."""
 
     comparison = "<"
     threshold: float
@@ -106,7 +111,7 @@ class MarginBelow(Policy):
 
 @dataclass(frozen=True)
 class TopProbabilityBelow(Policy):
-    """Ask where the best label is less probable than a threshold from 0 to 1."""
+    """Escalates images whose best label has a probability below a threshold from 0 to 1."""
 
     comparison = "<"
     threshold: float
@@ -129,11 +134,12 @@ class TopProbabilityBelow(Policy):
 
 @dataclass(frozen=True)
 class GainAbove(Policy):
-    """Ask where the expected gain in accuracy is above a threshold from -1 (certain loss, by a judge whose word is final) to 1:
-    `cascadevlm.decision.JudgeModel.gain`.
+    """Escalates images whose expected gain in accuracy is above a threshold from -1 to 1.
+
+    The gain is computed by `cascadevlm.decision.JudgeModel.gain`. It is negative if the judge probably makes the result worse.
 
     Raises:
-        PolicyError: when deciding, if the stage has no model of its judge.
+        PolicyError: in `select`, if the stage has no model of its judge.
     """
 
     comparison = ">"
@@ -142,24 +148,26 @@ class GainAbove(Policy):
 
     def __post_init__(self) -> None:
         if not -1 <= self.threshold <= 1:
-            raise PolicyError(f"gain takes a number from -1 to 1, not {self.threshold!r}.")
+            raise PolicyError(f"gain must be a number from -1 to 1, not {self.threshold!r}.")
 
     def select(self, scores: Scores, spending: Spending = START) -> Selection:
         return self.surplus(spending) > 0
 
     def surplus(self, spending: Spending) -> Values:
-        """(N,) how far the expected gain is above what the policy wants. Where several judges can be chosen, an image goes to the
-        judge with the largest surplus."""
+        """``(N,) float``: the expected gain minus the gain that the policy requires.
+
+        If several judges can be chosen, an image is escalated to the judge with the largest surplus.
+        """
         return self.expected(spending) - self.threshold
 
     def priority(self, scores: Scores, spending: Spending = START) -> Priority:
         return Priority(values=self.expected(spending), is_gain=True)
 
     def expected(self, spending: Spending) -> Values:
-        """(N,) the expected gain.
+        """``(N,) float``: the expected gain.
 
         Raises:
-            PolicyError: if it is not known.
+            PolicyError: if the stage has no model of its judge.
         """
         if spending.gain is None:
             raise uncalibrated(self)
@@ -174,8 +182,10 @@ class GainAbove(Policy):
 
 @dataclass(frozen=True)
 class GainPerDollarAbove(GainAbove):
-    """Ask where the expected gain in accuracy is worth its price: above a threshold of expected right answers per dollar. Where
-    asking costs nothing, wherever there is a gain."""
+    """Escalates images whose expected gain in accuracy per US dollar is above a threshold of at least 0.
+
+    If a question costs nothing, every image with a positive gain is escalated.
+    """
 
     by_price = True
 
@@ -191,8 +201,14 @@ class GainPerDollarAbove(GainAbove):
 
 @dataclass(frozen=True)
 class TopFraction(Policy):
-    """Ask about the least certain ``fraction`` of every batch, rounded to the nearest whole image, by entropy or another measure
-    that grows with doubt. It depends on the batches: a stream is cut into them as it comes."""
+    """Escalates the least certain ``fraction`` of each batch. The number of images is rounded to the nearest whole number.
+
+    The selection depends on how the images are divided into batches.
+
+    Attributes:
+        fraction: from 0 to 1.
+        measure: a function from scores to ``(N,) float``; higher values are less certain. Default: the entropy.
+    """
 
     fraction: float
     measure: Measure = field(default=measures.entropy, kw_only=True)
@@ -200,7 +216,10 @@ class TopFraction(Policy):
     def __post_init__(self) -> None:
         _require_share("top_fraction", self.fraction)
         if not callable(self.measure):
-            raise PolicyError(f"The measure of top_fraction is a function of scores, not {self.measure!r}.")
+            raise PolicyError(
+                f"The measure of top_fraction must be a function of scores, not {self.measure!r}.",
+                hint="For example: cascadevlm.policies.measures.entropy.",
+            )
 
     def select(self, scores: Scores, spending: Spending = START) -> Selection:
         selected = np.zeros(len(scores), dtype=bool)
@@ -215,14 +234,14 @@ class TopFraction(Policy):
 
 
 def _reasons(measure: str, values: Values, policy: Policy) -> list[str]:
-    return [f"{measure} {value:z.2f} (asks for {policy})" for value in values]
+    return [f"{measure} {value:z.2f} (rule: {policy})" for value in values]
 
 
 def _require_share(name: str, value: float, hint: str = "") -> None:
     if not 0 <= value <= 1:
-        raise PolicyError(f"{name} takes a number from 0 to 1, not {value!r}.", hint=hint)
+        raise PolicyError(f"{name} must be a number from 0 to 1, not {value!r}.", hint=hint)
 
 
 def _require_from_0(name: str, value: float) -> None:
     if not 0 <= value < math.inf:
-        raise PolicyError(f"{name} takes a number from 0 on, not {value!r}.")
+        raise PolicyError(f"{name} must be a number of at least 0, not {value!r}.")

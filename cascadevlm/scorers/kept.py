@@ -1,10 +1,10 @@
-"""Embeddings kept on disk: a new label set, template, policy or judge then costs no second pass of the image tower, and the same
-labels cost no second pass of the text tower.
+"""Keeps embeddings on disk, so that the image tower runs once per image and the text tower runs once per label text.
 
-A folder for every model, named by its fingerprint, holds ``index.sqlite``, which tells the row of every image by the digest of
-its file, and the rows, float32, in shards that are mapped into memory. Its folder ``labels`` holds the same of labels, by the
-digest of the templates and the text. Safe across threads and processes. What a killed process wrote last is not in the index, and
-written over; what a failing disk made of a row, its checksum tells.
+Each model has its own folder, named by a digest of its fingerprint. The file ``index.sqlite`` maps the digest of an image to the
+row of its embedding. The rows are float32, stored in shards that are mapped into memory. The sub-folder ``labels`` stores the
+embeddings of labels in the same way, by the digest of the templates and the text. Threads and processes can share a folder. If a
+process is killed, the rows that it wrote but did not add to the index are overwritten. A checksum per row detects damage by a
+failing disk.
 """
 
 import hashlib
@@ -33,25 +33,25 @@ from cascadevlm.base.types import Scores
 from cascadevlm.scorers.base import EmbeddingScorer, Prepared, Scorer, WrapperScorer, load_once
 
 SHARD_ROWS = 16_384
-"""Rows of a shard: 32 MB of 512 numbers each."""
+"""Number of rows per shard. A shard of embeddings with 512 numbers has 32 MB."""
 
 DAMAGE = (OSError, ValueError, sqlite3.Error)
-"""What reading and writing damaged files, or on a full disk, raises."""
+"""Errors that are raised for damaged files and for a full disk."""
 
 SHARDS_MAPPED = 4
-"""How many shards are mapped at once: what is mapped counts as memory of the process."""
+"""Maximum number of shards that are mapped at the same time. Mapped shards count as memory of the process."""
 
 LONGEST_WAIT = 60.0
-"""How long a store waits for other processes, in seconds."""
+"""Maximum time, in seconds, that a store waits for other processes."""
 
 Embedding: TypeAlias = NDArray[np.float32]
 
 
 class EmbeddingStore:
-    """The embeddings of one model, D numbers each, by the digest of what they are of.
+    """The embeddings of one model. Each embedding is ``(D,) float32`` and is found by the digest of its image or text.
 
     Args:
-        folder: made, unless it is there.
+        folder: folder of the store. A missing folder is created.
 
     Raises:
         BackendError: if the folder cannot be used.
@@ -63,7 +63,9 @@ class EmbeddingStore:
         self._shard = lru_cache(SHARDS_MAPPED)(self._map)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            with filelock.FileLock(folder / "lock", timeout=LONGEST_WAIT):  # SQLite waits for no one who makes a file WAL
+            with filelock.FileLock(
+                folder / "lock", timeout=LONGEST_WAIT
+            ):  # SQLite's timeout does not cover the change to WAL mode
                 self._index = sqlite3.connect(
                     folder / "index.sqlite", timeout=LONGEST_WAIT, isolation_level=None, check_same_thread=False
                 )
@@ -71,11 +73,11 @@ class EmbeddingStore:
                 self._index.execute("PRAGMA synchronous = NORMAL")
                 self._index.execute("CREATE TABLE IF NOT EXISTS rows (row INTEGER PRIMARY KEY, digest UNIQUE, checksum INTEGER)")
         except (OSError, sqlite3.Error) as exc:
-            hint = "Set cache.folder to one that can, or cache.embeddings = false."
+            hint = "Set cache.folder to a folder that can be written to, or set cache.embeddings = false."
             raise BackendError(f"The folder {str(folder)!r} cannot keep embeddings: {exc}.", hint=hint) from exc
 
     def get(self, digest: bytes) -> Embedding | None:
-        """The embedding of a digest, if it is kept.
+        """The embedding with this digest, ``(D,) float32``; None if there is none or if its checksum is wrong.
 
         Raises:
             OSError, ValueError, sqlite3.DatabaseError: if the files are damaged.
@@ -89,7 +91,7 @@ class EmbeddingStore:
         return embedding if _checksum(embedding) == found[1] else None
 
     def put(self, embeddings: Mapping[bytes, Embedding]) -> None:
-        """Keep embeddings by their digests."""
+        """Store embeddings under their digests."""
         with self._lock, self._index:
             self._index.execute("BEGIN IMMEDIATE")
             (first,) = self._index.execute("SELECT coalesce(max(row) + 1, 0) FROM rows").fetchone()
@@ -104,7 +106,7 @@ class EmbeddingStore:
         return int(rows)
 
     def close(self) -> None:
-        """Let go of the files."""
+        """Close the files."""
         self._shard.cache_clear()
         self._index.close()
 
@@ -112,7 +114,7 @@ class EmbeddingStore:
         return self.folder / f"{shard:06}.f32"
 
     def _write(self, row: int, rows: Embedding) -> None:
-        """Write rows, not through the map: there a full disk would be the end of the process."""
+        """Write rows to the files. A write to mapped memory would end the process if the disk is full."""
         while len(rows):
             shard, start = divmod(row, SHARD_ROWS)
             part, rows = np.split(rows, [SHARD_ROWS - start])
@@ -133,18 +135,19 @@ def _checksum(embedding: Embedding) -> int:
 
 
 def folder_of(scorer: EmbeddingScorer, folder: Path) -> Path:
-    """Where, in the folder of all models' embeddings, those of one model are."""
+    """The folder for one model's embeddings, in the folder for the embeddings of all models."""
     return folder / hashlib.sha256(scorer.model_fingerprint().encode()).hexdigest()[:16]
 
 
 def kept_labels(scorer: EmbeddingScorer, names: Sequence[str], *, folder: Path) -> NDArray[np.float32]:
-    """The embeddings, C x D, of the prompt texts of C labels; no text is embedded twice. What cannot be kept or read again is
-    embedded at every start.
+    """``(C, D) float32``, the embeddings of the texts of C labels. Only texts that are not stored are embedded.
+
+    If the store cannot be used, texts are embedded and not stored.
 
     Args:
-        scorer: embeds the labels that are not kept.
-        names: the texts.
-        folder: of all models' embeddings.
+        scorer: the scorer that embeds the texts.
+        names: the C texts.
+        folder: folder for the embeddings of all models.
     """
     digests = [hashlib.sha256("\0".join((*scorer.templates, name)).encode(errors="surrogatepass")).digest() for name in names]
     known: dict[bytes, Embedding] = {}
@@ -167,22 +170,21 @@ def kept_labels(scorer: EmbeddingScorer, names: Sequence[str], *, folder: Path) 
 
 @dataclass(kw_only=True, eq=False)
 class _Known(Prepared):
-    """An image with its digest and, where it was embedded before, its embedding."""
+    """An image with its digest and, if it was embedded before, its embedding."""
 
     digest: bytes
     embedding: Embedding | None = None
 
 
 class CachedEmbeddings(Scorer):
-    """Scores as an embedding model does, and embeds no image twice; a file whose embedding is kept is not even decoded, unless a
-    judge is asked about it.
+    """A scorer that embeds each image only once. An image whose embedding is stored is decoded only if a judge is asked about it.
 
     Args:
-        wrapped: the model.
-        folder: of all models' embeddings.
+        wrapped: the scorer that embeds the images.
+        folder: folder for the embeddings of all models.
 
     Warns:
-        RuntimeWarning: once, if what is kept is damaged or cannot be added to: no further embeddings are kept then.
+        RuntimeWarning: once, if the stored embeddings are damaged or cannot be written. No further embeddings are stored then.
     """
 
     live: ClassVar[Live] = (("_telling", threading.Lock),)
@@ -200,7 +202,7 @@ class CachedEmbeddings(Scorer):
 
     def load(self) -> None:
         load_once(self.wrapped)
-        self.store  # noqa: B018  # opens it
+        self.store  # noqa: B018  # opens the store
 
     def prepare(self, source: ImageSource) -> Prepared:
         content, digest = _content_and_digest(source)
@@ -211,7 +213,7 @@ class CachedEmbeddings(Scorer):
         try:
             prepared = self.wrapped.prepare(content)
         except ImageError:
-            prepared = self.wrapped.prepare(source)  # fails again, by its name
+            prepared = self.wrapped.prepare(source)  # raises the same error again, with the name of the file
         return _Known(source=source, features=prepared.features, pixels=prepared.pixels, digest=digest, file_digest=of_file)
 
     def score(self, images: Sequence[Image.Image], labels: LabelSet) -> Scores:
@@ -230,7 +232,7 @@ class CachedEmbeddings(Scorer):
         try:
             return self.store.get(digest)
         except DAMAGE as exc:
-            self._keep_no_more(f"The embeddings in {str(self.store.folder)!r} are damaged: {exc}. Delete that folder.")
+            self._keep_no_more(f"The embeddings in {str(self.store.folder)!r} are damaged: {exc}. Delete this folder.")
             return None
 
     def _keep(self, embeddings: Mapping[bytes, Embedding]) -> None:
@@ -239,7 +241,7 @@ class CachedEmbeddings(Scorer):
         try:
             self.store.put(embeddings)
         except (OSError, sqlite3.Error) as exc:
-            self._keep_no_more(f"No more embeddings can be kept in {str(self.store.folder)!r}: {exc}.")
+            self._keep_no_more(f"No more embeddings can be stored in {str(self.store.folder)!r}: {exc}.")
 
     def _keep_no_more(self, why: str) -> None:
         with self._telling:
@@ -249,7 +251,7 @@ class CachedEmbeddings(Scorer):
 
 
 class Digesting(WrapperScorer):
-    """Scores as another scorer does, and notes the digest of every image's file."""
+    """A scorer that adds the digest of the file to each image. The scores are those of the wrapped scorer."""
 
     def prepare(self, source: ImageSource) -> Prepared:
         prepared = super().prepare(source)
@@ -262,13 +264,13 @@ def file_digest(path: str | Path) -> str:
     """The sha256 of an image's file, in hexadecimal.
 
     Raises:
-        ImageError: if it cannot be read.
+        ImageError: if the file cannot be read.
     """
     return _content_and_digest(path)[1].hex()
 
 
 def _content_and_digest(source: ImageSource) -> tuple[ImageSource, bytes]:
-    """What an image is made of, read once, and its sha256."""
+    """The content of an image, and its sha256. A file is read once: its bytes are returned."""
     if isinstance(source, str | Path):
         source = read_bytes(source)
     if isinstance(source, bytes):

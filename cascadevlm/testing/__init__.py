@@ -1,7 +1,7 @@
-"""For your own tests: a scorer and a judge that do as they are told, and the contracts every scorer and judge keeps.
+"""Helpers for your own tests: a fake scorer, a fake judge, and contract tests for every scorer and judge.
 
-The fakes are real subclasses and go through the same code as any backend. The contracts are test classes: inherit, say how to
-build yours, and pytest runs them (pytest-asyncio in auto mode for judges)::
+The fakes are real subclasses, and run through the same code as every backend. The contracts are test classes. Inherit from a
+contract and implement ``make``; pytest then runs its tests. Tests of judges need pytest-asyncio in auto mode. For example::
 
     class TestMyScorer(ScorerContract):
         def make(self) -> Scorer:

@@ -1,4 +1,4 @@
-"""What every scorer and every judge keeps, as test classes to inherit."""
+"""Contract tests for scorers and judges, as test classes to inherit from."""
 
 import asyncio
 import inspect
@@ -14,16 +14,16 @@ from cascadevlm.testing.fakes import noise, question
 
 
 class ScorerContract(ABC):
-    """What every scorer keeps."""
+    """Tests that every scorer must pass."""
 
     labels = LabelSet.of(["red-crowned white-breasted plain finch", "blue-crowned grey-breasted barred owl", 'a {brace} "quote"'])
 
     @abstractmethod
     def make(self) -> Scorer:
-        """A new scorer."""
+        """Return a new scorer."""
 
     def test_constructor_only_stores(self) -> None:
-        """Building two is quick and leaves no model behind: nothing is loaded before the first use."""
+        """The constructor loads no model: no attribute of a new scorer is an object of torch."""
         assert not any("torch" in type(value).__module__ for value in vars(self.make()).values())
 
     def test_rows_are_distributions(self) -> None:
@@ -52,18 +52,18 @@ class ScorerContract(ABC):
         assert first
 
     def test_fingerprint_names_the_texts_of_the_labels(self) -> None:
-        """Where another text of a label gives other scores."""
+        """Other texts of the labels change the fingerprint, unless they do not change the scores."""
         drawn = LabelSet.of(replace(label, text=f"a drawing of {label.name}") for label in self.labels)
         plain, other = (self.make().score([noise(1)], labels) for labels in (self.labels, drawn))
         assert plain.fingerprint != other.fingerprint or np.array_equal(plain.log_probs, other.log_probs)
 
 
 class JudgeContract(ABC):
-    """What every judge keeps."""
+    """Tests that every judge must pass."""
 
     @abstractmethod
     def make(self) -> Judge:
-        """A new judge."""
+        """Return a new judge."""
 
     async def test_outcome_is_typed(self) -> None:
         asked = question()

@@ -1,4 +1,4 @@
-"""A scorer and a judge that do as they are told, pictures and a question to try them with."""
+"""A fake scorer and a fake judge, and functions that make images and a question for tests."""
 
 import asyncio
 import hashlib
@@ -18,11 +18,12 @@ from cascadevlm.scorers.base import Scorer
 
 
 class FakeScorer(Scorer):
-    """Scores by a table from the colour of an image's first pixel, or at random but always the same for the same image.
+    """Takes scores from a table, by the colour of an image's first pixel. Without a table, the scores are random numbers that
+    depend only on the image and the labels.
 
     Args:
-        model: any text; part of the fingerprint.
-        table: logits by colour.
+        model: any text; it is part of the fingerprint.
+        table: logits of the C labels, by RGB colour. Default: no table.
     """
 
     def __init__(self, model: str = "fake", *, table: Mapping[tuple[int, int, int], Sequence[float]] | None = None) -> None:
@@ -43,17 +44,18 @@ class FakeScorer(Scorer):
 
 
 Reply = str | Exception
-"""What a fake judge says, or the error it raises instead."""
+"""The text that a fake judge answers, or the error that it raises."""
 
 
 class FakeJudge(Judge):
-    """Answers as told and remembers every question.
+    """Gives the answers that a test sets, and remembers every question in ``questions``.
 
     Args:
-        model: any text; part of the spec.
-        reply: the text it answers with, an error to raise, a list of either to go through, or a function of the question.
-        dollars: what each answer costs.
-        seconds: how long it takes.
+        model: any text; it is part of the spec.
+        reply: the text of the answer, an error to raise, a list of texts and errors to use in order, or a function that makes a
+            text or an error from the question.
+        dollars: cost of each answer, in US dollars.
+        seconds: time for each answer, in seconds.
     """
 
     def __init__(
@@ -96,12 +98,12 @@ class FakeJudge(Judge):
 
 
 def picture(colour: tuple[int, int, int] = (200, 30, 30), size: tuple[int, int] = (48, 32)) -> Image.Image:
-    """A plain RGB image."""
+    """An RGB image of one colour. The size is width and height, in pixels."""
     return Image.new("RGB", size, colour)
 
 
 def noise(seed: int, size: tuple[int, int] = (48, 32)) -> Image.Image:
-    """An RGB image unlike any other."""
+    """An RGB image of random pixels. Different seeds give different images. The size is width and height, in pixels."""
     pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     return Image.fromarray(pixels)
 
@@ -112,7 +114,7 @@ def _select() -> Prompt:
 
 
 def question(names: Sequence[str] = ("red finch", "blue finch", "grey owl"), *, image: Image.Image | None = None) -> Question:
-    """A question about these candidates, worded by the ``select`` prompt."""
+    """A question with these candidates and the ``select`` prompt. Default image: `picture`."""
     candidates = [
         Candidate(label=Label(name=name), probability=1 / len(names), rank=rank) for rank, name in enumerate(names, start=1)
     ]

@@ -1,4 +1,4 @@
-"""An example plug-in: a scorer, a judge and a policy that know colours and nothing else."""
+"""An example plug-in: a scorer, a judge and a policy that know only colours."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,18 +13,18 @@ COLOURS = {"red": (200, 30, 30), "green": (40, 150, 60), "blue": (40, 70, 200), 
 
 
 def colour_in(text: str) -> NDArray[np.float32]:
-    """The unit vector (3,) of the first colour in a text; grey if there is none."""
+    """``(3,) float32``: the unit vector of the first colour in a text. Without a colour, it is the unit vector of grey."""
     found = next((COLOURS[word] for word in text.lower().split() if word in COLOURS), (128, 128, 128))
     return unit(np.array([found], dtype=np.float32))[0]
 
 
 def colour_of(image: Image.Image) -> NDArray[np.float32]:
-    """The unit vector (3,) of the mean colour of an image."""
+    """``(3,) float32``: the unit vector of the mean colour of an image."""
     return unit(np.asarray(image, dtype=np.float32).reshape(-1, 3).mean(axis=0, keepdims=True))[0]
 
 
 def unit(rows: NDArray[np.float32]) -> NDArray[np.float32]:
-    """The rows (N, 3), centred at grey and scaled to length 1."""
+    """``(N, 3) float32``: the rows, centred at grey and scaled to length 1."""
     centred = rows - 127.5
     length = np.linalg.norm(centred, axis=1, keepdims=True)
     return np.where(length > 0, centred / np.maximum(length, 1e-6), 1 / np.sqrt(3)).astype(np.float32)
@@ -35,7 +35,7 @@ class ColourScorer(EmbeddingScorer):
 
     Args:
         model: any name; it becomes part of the fingerprint.
-        scale: factor of the cosine; the higher, the surer the scorer.
+        scale: factor for the cosine. With a higher factor, the scorer is more certain.
     """
 
     def __init__(self, model: str, *, scale: float = 10.0) -> None:
@@ -57,11 +57,11 @@ class ColourScorer(EmbeddingScorer):
 
 
 class ColourJudge(LocalJudge):
-    """``colours:NAME``: chooses the candidate whose colour is nearest to that of the middle of the image.
+    """``colours:NAME``: chooses the candidate whose colour is most similar to the middle of the image.
 
     Args:
         model: any name.
-        batch_size: the most questions that are answered together.
+        batch_size: maximum number of questions that are answered together.
     """
 
     def __init__(self, model: str, *, batch_size: int = 8) -> None:
@@ -72,7 +72,7 @@ class ColourJudge(LocalJudge):
         return [self.choose(question) for question in questions]
 
     def choose(self, question: Question) -> Verdict:
-        """The verdict on one question."""
+        """Answer one question."""
         width, height = question.image.size
         middle = question.image.crop((width // 4, height // 4, max(width * 3 // 4, 1), max(height * 3 // 4, 1)))
         seen = colour_of(middle)
@@ -82,14 +82,14 @@ class ColourJudge(LocalJudge):
 
 @dataclass(frozen=True)
 class TiesAbove(Policy):
-    """``ties > N``: escalates images for which more than N labels are at least half as probable as the best one."""
+    """``ties > N``: escalates an image if more than N other labels have over half of the best label's probability."""
 
     comparison = ">"
     labels: int
 
     def __post_init__(self) -> None:
         if self.labels < 0:
-            raise PolicyError(f"ties takes a number from 0 on, not {self.labels!r}.")
+            raise PolicyError(f"ties must be a number of at least 0, not {self.labels!r}.")
 
     def select(self, scores: Scores, spending: Spending | None = None) -> NDArray[np.bool_]:
         best = scores.probabilities.max(axis=1, keepdims=True)

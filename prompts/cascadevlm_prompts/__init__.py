@@ -1,1 +1,1 @@
-"""The built-in prompt templates: one ``<name>.txt`` each, found by cascadevlm through this package's entry points."""
+"""The built-in prompt templates, one file ``NAME.txt`` per template. cascadevlm finds them through entry points."""

@@ -118,8 +118,8 @@ def test_fingerprints_tell_weights_and_templates_apart(models_folder: Path) -> N
 @pytest.mark.parametrize(
     ("model", "sentence"),
     [
-        ("ViT-B-33/openai", "knows no model 'ViT-B-33'. Did you mean 'ViT-B-32'"),
-        ("ViT-B-32", "Write ViT-B-32/TAG, with one of: openai"),
+        ("ViT-B-33/openai", "does not know the model 'ViT-B-33'. Did you mean 'ViT-B-32'"),
+        ("ViT-B-32", "Write ViT-B-32/TAG with one of the tags openai"),
         ("ViT-B-32/opennai", "has no weights 'opennai'"),
         ("local-dir:/nowhere", "cannot load 'local-dir:/nowhere'"),
     ],

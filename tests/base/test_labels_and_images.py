@@ -130,13 +130,13 @@ def test_what_is_no_label_file_is_refused_by_name(tmp_path: Path, file: str, con
 
 
 def test_all_doubled_names_are_told() -> None:
-    with pytest.raises(LabelError, match=r"2 names are there twice: 'crane', 'heron'\. Two classes of one name need diff"):
+    with pytest.raises(LabelError, match=r"2 names occur twice: 'crane', 'heron'\. Keep one entry per class"):
         LabelSet.of(["crane", "heron", "crane", "pelican", "heron"])
 
 
 @pytest.mark.parametrize(("one", "other"), [("Gr\u00fcnfink", "Gru\u0308nfink"), ("red finch", "red_finch")])
 def test_names_that_look_the_same_are_one_class(one: str, other: str) -> None:
-    with pytest.raises(LabelError, match="is there twice"):
+    with pytest.raises(LabelError, match="occurs twice"):
         LabelSet.of([one, other])
 
 
@@ -176,7 +176,7 @@ def test_csv_carries_everything(tmp_path: Path) -> None:
     ("file", "content", "sentence"),
     [
         ("empty.txt", "\n \n", "empty"),
-        ("twice.txt", "ant\nbee\n ant \n", "'ant' is there twice"),
+        ("twice.txt", "ant\nbee\n ant \n", "'ant' occurs twice"),
         ("bad.csv", "title\nant\n", "unknown column 'title'"),
         ("bad.json", '[{"name": "ant", "alias": []}]', "alias"),
         ("bad.json", '{"ant": 1}', "the file: Input should be a valid array. Write a list of names"),
@@ -203,7 +203,7 @@ def test_one_name_is_no_list() -> None:
 
 
 def test_an_alias_may_not_be_another_label() -> None:
-    with pytest.raises(LabelError, match="'bee' is there twice"):
+    with pytest.raises(LabelError, match="'bee' occurs twice"):
         LabelSet.of([Label(name="ant", aliases=("bee",)), "bee"])
 
 
@@ -378,7 +378,7 @@ def test_whatever_a_decoder_raises_is_the_error_of_that_image(
 def test_only_formats_on_the_list_are_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(subprocess, "Popen", lambda *args, **kwargs: pytest.fail("a decoder runs a program"))
     for kind in ("EPS", "SPIDER", "DDS", "ICNS", "ICO"):
-        with pytest.raises(ImageError, match="no image, or of an unknown format"):
+        with pytest.raises(ImageError, match="not an image, or has an unknown format"):
             load_image(encoded(kind) if kind != "SPIDER" else spider())
 
 
@@ -422,7 +422,7 @@ def test_an_image_that_is_read_a_second_time_takes_room_once(monkeypatch: pytest
 def test_a_file_that_is_too_large_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "large.png").write_bytes(encoded("PNG"))
     monkeypatch.setattr(images, "MAX_BYTES", 10)
-    with pytest.raises(ImageError, match="the most is 10"):
+    with pytest.raises(ImageError, match="the maximum is 10"):
         load_image(tmp_path / "large.png")
 
 
@@ -467,7 +467,7 @@ def special(tmp_path: Path) -> Iterator[list[Path]]:
 def test_special_files_are_refused(special: list[Path]) -> None:
     for path in special:
         for read in (load_image, unread_image, images.read_bytes):
-            with pytest.raises(ImageError, match=f"{path}.*(no regular file|a folder)"):
+            with pytest.raises(ImageError, match=f"{path}.*(not a regular file|a folder)"):
                 read(path)
 
 

@@ -98,7 +98,7 @@ def test_an_unreadable_image_is_a_row_among_many_and_an_error_alone() -> None:
     judge = FakeJudge()
     rows = cascade(stage(judge)).classify([b"junk", picture(RED), "nowhere.png"])
     assert names(rows) == [None, "red bird", None]
-    assert "is no image" in rows[0].error
+    assert "is not an image" in rows[0].error
     assert "nowhere.png" in rows[2].error
     assert rows[2].path == "nowhere.png"
     with pytest.raises(ImageError):
@@ -404,7 +404,7 @@ def test_a_policy_may_be_given_as_text() -> None:
     assert predictions[1].reasons[0].endswith("calls <= 1")
     with pytest.raises(PolicyError, match="column 1"):
         replace(given, policy="entrpy > 0.17")
-    with pytest.raises(PolicyError, match=r"A policy is not 0\.17"):
+    with pytest.raises(PolicyError, match=r"0\.17 is not a policy"):
         replace(given, policy=0.17)  # type: ignore[arg-type]
 
 
@@ -439,9 +439,9 @@ WRONG: dict[str, tuple[dict[str, object], str]] = {
     "ledger": ({"ledger": 5.0}, r"ledger must be a Ledger, not 5\.0"),
     "on_failure": ({"on_failure": "skip"}, "no on_failure 'skip'.*scorer, raise, abstain"),
     "batch_size": ({"batch_size": 0}, "batch_size is a number from 1 on, not 0"),
-    "labels of a table": ({"labels": pandas.DataFrame({"name": LABELS})}, "labels is of type 'DataFrame'"),
-    "labels of a file": ({"labels": Path("labels.txt")}, "labels is of type '.*Path', not a list.*LabelSet.read"),
-    "no labels": ({"labels": None}, "labels is of type 'NoneType'"),
+    "labels of a table": ({"labels": pandas.DataFrame({"name": LABELS})}, "labels has the type 'DataFrame'"),
+    "labels of a file": ({"labels": Path("labels.txt")}, "labels has the type '.*Path'; it must be a list.*LabelSet.read"),
+    "no labels": ({"labels": None}, "labels has the type 'NoneType'"),
     "labels of numbers": ({"labels": [1, 2]}, "a name or a Label, not 1"),
     "labels of pyarrow": ({"labels": pyarrow.array(LABELS)}, "a name or a Label, not <"),
 }
@@ -546,7 +546,7 @@ def test_a_bug_in_a_policy_or_scorer_is_not_swallowed() -> None:
     with pytest.raises(KeyError):
         cascade().classify([noise(1)])
     broken = Stage(judge=FakeJudge(), prompt=SELECT, policy=lambda scores: np.ones(99, dtype=bool))
-    with pytest.raises(InputError, match="Return 1 booleans"):
+    with pytest.raises(InputError, match="Return an array of 1 booleans"):
         cascade(broken).classify([picture(RED)])
 
 

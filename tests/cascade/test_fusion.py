@@ -266,7 +266,7 @@ def test_the_reason_tells_the_gain() -> None:
     asked = cascade(FakeJudge(), policy="gain > 0.1").classify(noise(1))
     scores = known().calibrated(FakeScorer().score([noise(1)], LABELS))
     gain = Asking(model=MODEL, candidates=TopK(), none_offered=False, word_final=False).gain(scores)[0]
-    assert asked.reasons == (f"gain {gain:.2f} (asks for gain > 0.1)",)
+    assert asked.reasons == (f"gain {gain:.2f} (rule: gain > 0.1)",)
 
 
 def test_a_budget_goes_where_the_gain_is() -> None:
@@ -490,7 +490,7 @@ def test_a_configuration_takes_what_was_learned(tmp_path: Path) -> None:
         ({"stage": [{"judge": "openai:gpt-4o"}]}, ConfigError, "is of judge 'hf_chat:aviary', not of 'openai:gpt-4o'"),
         ({"stage": [{"judge": "hf_chat:aviary", "prompt": "select_cot"}]}, ConfigError, "is of prompt 'select'"),
         ({"stage": [{"judge": "hf_chat:aviary", "offer_none": True}]}, ConfigError, "is of offer_none False"),
-        ({"stage": [{"judge": "hf_chat:aviary"}] * 2}, ConfigError, "is of 1 stages, the configuration has 2"),
+        ({"stage": [{"judge": "hf_chat:aviary"}] * 2}, ConfigError, "has 1 stages, but the configuration has 2"),
         ({"calibration": "nowhere.json"}, ConfigError, "cannot be read"),
         ({"calibration": None, "fusion": "bayes"}, InputError, "needs a calibration"),
         ({"fusion": "median"}, ConfigError, "fusion: "),

@@ -108,7 +108,7 @@ def test_a_run_decides_by_what_was_learned(birds: Path) -> None:
     command: list[str | Path] = ["classify", *images, "--labels", birds / "data", "--json"]
     lines = [json.loads(line) for line in run(*command, "--config", birds / "learned.toml").stdout.splitlines()]
     assert len(lines) == 4
-    assert all(line["reasons"][0].endswith("(asks for gain > 0.01)") for line in lines)
+    assert all(line["reasons"][0].endswith("(rule: gain > 0.01)") for line in lines)
     assert [line["decided_by"] for line in lines] == ["fusion" if line["verdict"] else "scorer" for line in lines]
     assert all(0 < line["probability"] <= 1 for line in lines)
 

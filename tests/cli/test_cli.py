@@ -124,8 +124,8 @@ def test_an_unreadable_file_is_one_failed_row(images: Path) -> None:
     [
         (["classify", "nowhere.png", "--scorer", "open_clip:aviary", "--labels", "LABELS"], "'nowhere.png' does not exist"),
         (["classify", "IMAGES"], "There is no scorer"),
-        (["classify", "IMAGES", "--scorer", "open_clip:aviary"], "There are no labels"),
-        (["classify", "IMAGES", "--scorer", "aviary", "--labels", "LABELS"], "'aviary' names no scorer"),
+        (["classify", "IMAGES", "--scorer", "open_clip:aviary"], "No labels are given"),
+        (["classify", "IMAGES", "--scorer", "aviary", "--labels", "LABELS"], "'aviary' is not the spec of a scorer"),
         (["classify", "IMAGES", "--scorer", "open_clop:x", "--labels", "LABELS"], "Did you mean 'open_clip'?"),
         (["classify", "IMAGES", "--config", "none.toml"], "'none.toml' cannot be read"),
     ],

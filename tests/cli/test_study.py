@@ -70,7 +70,7 @@ def test_studies_of_the_judge(birds: Path, arguments: list[str], variants: list[
     ("arguments", "sentence"),
     [
         (["candidates", "DATA", "--k", "1,some"], "--k takes numbers"),
-        (["candidates", "DATA", "--k", "0"], "a number from 1 on"),
+        (["candidates", "DATA", "--k", "0"], "a whole number of at least 1"),
         (["candidates", "DATA", "--k", "2", "-o", "OUT"], "holds a record already"),
         (["order", "DATA", "--split", "test"], "no split 'test'"),
         (["shots", "DATA", "--support", "DATA/nothing"], "no image of any label"),

@@ -44,24 +44,27 @@ def test_candidates_want_one_rule(candidates: JsonValue) -> None:
 
 @pytest.mark.parametrize("candidates", [{"k": 5, "minimum": 2}, {"k": "best", "maximum": 10}])
 def test_lists_of_one_length_have_no_bounds(candidates: JsonValue) -> None:
-    with pytest.raises(ConfigError, match=r"candidates with k have no (minimum|maximum)\. Bounds are for mass and coverage\."):
+    with pytest.raises(ConfigError, match=r"candidates with k cannot have (minimum|maximum)\. Remove it"):
         Config.parse(data(candidates=candidates)).build(LABELS)
 
 
 @pytest.mark.parametrize(
     ("wrong", "sentence"),
     [
-        ({"scorer": {"use": "x:y"}, "stages": []}, "There is no key 'stages'. Did you mean 'stage'?"),
-        ({"scorer": {"use": "x:y", "template": []}}, "There is no key 'scorer.template'. Did you mean 'templates'?"),
+        ({"scorer": {"use": "x:y"}, "stages": []}, "The key 'stages' is unknown. Did you mean 'stage'?"),
+        ({"scorer": {"use": "x:y", "template": []}}, "The key 'scorer.template' is unknown. Did you mean 'templates'?"),
         (data(polcy="always"), "Did you mean 'policy'?"),
         (data(candidates={"mas": 0.9}), "Did you mean 'mass'?"),
         (data(candidates="five"), "'five'"),
-        (data(candidates="beste"), "stage.0.candidates.k: a number from 1 on, or \"best\" (given: 'beste')."),
-        (data(candidates=0), 'stage.0.candidates.k: a number from 1 on, or "best" (given: 0).'),
-        (data(candidates=True), 'stage.0.candidates.k: a number from 1 on, or "best" (given: True).'),
-        (data(candidates={"k": 2.5}), 'a number from 1 on, or "best" (given: 2.5).'),
-        (data(support={"folder": "x", "shot": 1}), "There is no key 'stage.0.support.shot'. Did you mean 'shots'?"),
-        ({"scorer": {"use": "x:y"}, "budget": {"us": 3}}, "There is no key 'budget.us'. Did you mean 'usd'?"),
+        (
+            data(candidates="beste"),
+            "candidates.k: Input should be a whole number of at least 1, or \"best\" (given: 'beste').",
+        ),
+        (data(candidates=0), 'stage.0.candidates.k: Input should be a whole number of at least 1, or "best" (given: 0).'),
+        (data(candidates=True), 'stage.0.candidates.k: Input should be a whole number of at least 1, or "best" (given: True).'),
+        (data(candidates={"k": 2.5}), 'a whole number of at least 1, or "best" (given: 2.5).'),
+        (data(support={"folder": "x", "shot": 1}), "The key 'stage.0.support.shot' is unknown. Did you mean 'shots'?"),
+        ({"scorer": {"use": "x:y"}, "budget": {"us": 3}}, "The key 'budget.us' is unknown. Did you mean 'usd'?"),
         ({"stage": []}, "The key 'scorer' is missing."),
         ({"scorer": {}}, "The key 'scorer.use' is missing."),
     ],
@@ -74,22 +77,22 @@ def test_mistakes_name_the_key_and_the_fix(wrong: dict[str, JsonValue], sentence
 
 
 def test_labels_are_wanted() -> None:
-    with pytest.raises(ConfigError, match="There are no labels"):
+    with pytest.raises(ConfigError, match="No labels are given"):
         Config.parse(data()).build()
 
 
 @pytest.mark.parametrize(
     ("wrong", "sentence"),
     [
-        (data(policy="gain > 0.02"), "The policy 'gain > 0.02' needs a calibration. Make one"),
+        (data(policy="gain > 0.02"), "The policy 'gain > 0.02' needs a calibration. Make a calibration"),
         (data(widen=2), "widen = 2 needs the answer 'none of these'"),
         ({**data(), "routing": True}, "there must be two judges"),
         (
             {**data(), "routing": True, "stage": [{"judge": "hf_chat:aviary"}] * 2},
             "The policy 'always' cannot choose between judges",
         ),
-        (data(policy="~(calls <= 3)"), "A limit such as calls or deferral stands alone or behind &"),
-        (data(policy="calls <= 1e999"), "a whole number from 0 on, not inf"),
+        (data(policy="~(calls <= 3)"), "a limit must stand alone or after &"),
+        (data(policy="calls <= 1e999"), "a whole number of at least 0, not inf"),
     ],
 )
 def test_what_cannot_work_is_refused_before_anything_is_loaded(wrong: dict[str, JsonValue], sentence: str) -> None:
@@ -121,7 +124,7 @@ def test_unreadable_files(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be read"):
         read_toml(tmp_path / "none.toml")
     (tmp_path / "bad.toml").write_text("scorer = [")
-    with pytest.raises(ConfigError, match="is no TOML"):
+    with pytest.raises(ConfigError, match="is not valid TOML"):
         read_toml(tmp_path / "bad.toml")
 
 

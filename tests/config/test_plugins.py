@@ -84,7 +84,7 @@ def test_listed_with_its_package(environment: dict[str, str]) -> None:
         ("stage.0.judge='broken:any'", "cannot be imported"),
         ("scorer.options={scal=1}", "'colours' has no option 'scal'. Did you mean 'scale'?"),
         ("stage.0.policy='tie > 1'", "There is no policy 'tie'. Did you mean 'ties'?"),
-        ("stage.0.policy='ties > -1'", "ties takes a number from 0 on, not -1"),
+        ("stage.0.policy='ties > -1'", "ties must be a number of at least 0, not -1"),
     ],
 )
 def test_mistakes_are_one_sentence_with_the_fix(environment: dict[str, str], folder: Path, setting: str, sentence: str) -> None:

@@ -403,9 +403,9 @@ def test_a_support_set_is_found_by_the_words_of_its_folders(tmp_path: Path) -> N
 
 def test_a_line_that_is_too_deep_is_told_by_its_number(tmp_path: Path) -> None:
     (tmp_path / "table.jsonl").write_text('{"path": "x.png", "label": "ant"}\n' + "[" * 100_000)
-    with pytest.raises(DataError, match="line 2 is no JSON"):
+    with pytest.raises(DataError, match="line 2 is not valid JSON"):
         read_data(tmp_path / "table.jsonl", LABELS)
-    with pytest.raises(DataError, match="line 2 is no JSON"):
+    with pytest.raises(DataError, match="line 2 is not valid JSON"):
         list(Inputs(tmp_path / "table.jsonl"))
 
 

@@ -372,11 +372,11 @@ def test_where_others_rank_none_above_another_a_limit_ranks(other: str) -> None:
     ["~(calls <= 3)", "calls <= 3 | entropy > 0.8", "~(always & dollars <= 3)", "(entropy > 0.8 & calls <= 9) | margin < 0.1"],
 )
 def test_a_limit_stands_alone_or_behind_and(text: str) -> None:
-    with pytest.raises(PolicyError, match="A limit such as calls or deferral stands alone or behind &"):
+    with pytest.raises(PolicyError, match="a limit must stand alone or after &"):
         parse_policy(text)
-    with pytest.raises(PolicyError, match="stands alone or behind &, not as in '~"):
+    with pytest.raises(PolicyError, match=r"'~.* has a limit such as calls or deferral inside"):
         ~(Always() & WithinCalls(3))
-    with pytest.raises(PolicyError, match="stands alone or behind &"):
+    with pytest.raises(PolicyError, match="must stand alone or after &"):
         Always() | WithinCalls(3)
 
 
@@ -420,7 +420,7 @@ def test_a_function_is_a_policy() -> None:
     "wrong", [lambda scores: True, lambda scores: np.zeros(len(scores)), lambda scores: np.ones(3, dtype=bool)]
 )
 def test_a_function_of_the_wrong_shape_is_told_so(wrong: object) -> None:
-    with pytest.raises(PolicyError, match="Return 5 booleans"):
+    with pytest.raises(PolicyError, match="Return an array of 5 booleans"):
         as_policy(wrong).select(make_scores(1, 5, 3))  # type: ignore[arg-type]
 
 
@@ -449,31 +449,31 @@ def test_a_policy_says_itself_in_the_string_form(policy: Policy) -> None:
 @pytest.mark.parametrize(
     ("text", "column", "sentence"),
     [
-        ("entropy < 0.3", 9, "entropy is compared with '>', not '<'"),
+        ("entropy < 0.3", 9, "entropy needs the operator '>', not '<'"),
         ("margin < 0.1 & entropi > 0.3", 16, "no policy 'entropi'. Did you mean 'entropy'?"),
         ("entropy >", 10, "expected a number"),
         ("entropy > 0.3 && never", 16, "expected '(' or '~' or a policy"),
         ("(never", 7, "')'"),
-        ("margin", 1, "as in 'margin < 0.5'"),
-        ("random > 0.5", 1, "is not compared"),
+        ("margin", 1, "such as 'margin < 0.5'"),
+        ("random > 0.5", 1, "has no comparison"),
         ("random(2)", 1, "a number from 0 to 1, not 2"),
-        ("entropy > 1.5", 1, 'entropy takes a number from 0 to 1, not 1.5. In nats: "entropy > 1.5 nats".'),
-        ("entropy > -1 nats", 1, "entropy takes a number from 0 on, not -1"),
-        ("margin < -1", 1, "margin takes a number from 0 to 1, not -1"),
-        ("always & top_probability < 2", 10, "top_probability takes a number from 0 to 1, not 2"),
-        ("gain > 5", 1, "gain takes a number from -1 to 1, not 5"),
-        ("gain_per_dollar > 1e999", 1, "gain_per_dollar takes a number from 0 on, not inf"),
-        ("calls <= -3", 1, "calls takes a whole number from 0 on, not -3"),
-        ("calls <= 1e999", 1, "calls takes a whole number from 0 on, not inf"),
-        (f"calls <= {'9' * 5000}", 1, "calls takes a whole number from 0 on, not inf"),
-        ("dollars <= -3", 1, "dollars takes an amount from 0 on, not -3"),
-        ("deferral <= 1.5", 1, "deferral takes a share from 0 to 1, not 1.5"),
-        ("accuracy >= 90", 1, "accuracy takes a number from 0 to 1, not 90"),
-        ("accuracy > 0.9", 10, "accuracy is compared with '>=', not '>'"),
-        ("dollars <= 1e999", 1, "dollars takes an amount from 0 on, not inf"),
-        ("random(0.1, 1e999)", 1, "The seed of random takes a whole number from 0 on, not inf"),
+        ("entropy > 1.5", 1, 'must be a number from 0 to 1, not 1.5. For a threshold in nats, write "entropy > 1.5 nats".'),
+        ("entropy > -1 nats", 1, "entropy must be a number of at least 0, not -1"),
+        ("margin < -1", 1, "margin must be a number from 0 to 1, not -1"),
+        ("always & top_probability < 2", 10, "top_probability must be a number from 0 to 1, not 2"),
+        ("gain > 5", 1, "gain must be a number from -1 to 1, not 5"),
+        ("gain_per_dollar > 1e999", 1, "gain_per_dollar must be a number of at least 0, not inf"),
+        ("calls <= -3", 1, "calls must be a whole number of at least 0, not -3"),
+        ("calls <= 1e999", 1, "calls must be a whole number of at least 0, not inf"),
+        (f"calls <= {'9' * 5000}", 1, "calls must be a whole number of at least 0, not inf"),
+        ("dollars <= -3", 1, "dollars must be an amount of at least 0, not -3"),
+        ("deferral <= 1.5", 1, "deferral must be a share from 0 to 1, not 1.5"),
+        ("accuracy >= 90", 1, "accuracy must be a number from 0 to 1, not 90"),
+        ("accuracy > 0.9", 10, "accuracy"),
+        ("dollars <= 1e999", 1, "dollars must be an amount of at least 0, not inf"),
+        ("random(0.1, 1e999)", 1, "The seed of random must be a whole number of at least 0, not inf"),
         ("random(0.1, sed=3)", 1, "'sed'"),
-        ("top_fraction(0.5, measure=1)", 1, "is a function of scores, not 1"),
+        ("top_fraction(0.5, measure=1)", 1, "must be a function of scores, not 1"),
         ("calls <= 2.5", 1, "a whole number"),
         ("never; import os", 6, "expected"),
         ("", 1, "expected"),

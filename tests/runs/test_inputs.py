@@ -29,7 +29,7 @@ def table(folder: Path, columns: dict[str, Sequence[object]], *, rows_together: 
     [
         ("list.jsonl", '"x.png"\n\n["y.png"]\n', r"line 3 has no text in its column 'path': \['y.png'\]"),
         ("list.jsonl", '{"path": 5}\n', "line 1 has no text in its column 'path'"),
-        ("list.jsonl", '"x.png"\n"y.p', "line 2 is no JSON: Unterminated string"),
+        ("list.jsonl", '"x.png"\n"y.p', "line 2 is not valid JSON: Unterminated string"),
         ("list.csv", "id,path\n1,x.png\n2,\n", "line 3 has no text in its column 'path'"),
     ],
 )
@@ -42,7 +42,7 @@ def test_a_line_that_names_no_image_is_told_by_its_number(tmp_path: Path, name: 
 @pytest.mark.parametrize("column", [[1, 2], [[1, 2], [3]], [{"data": b"x"}, None]])
 def test_a_row_that_holds_no_image_is_told_by_its_number(tmp_path: Path, column: Sequence[object]) -> None:
     images = table(tmp_path, {"image": column})
-    with pytest.raises(DataError, match=r"row 0, counted from 0, holds in its column 'image' .*, which is no image"):
+    with pytest.raises(DataError, match=r"row 0, counted from 0, holds in its column 'image' .*, which is neither an image"):
         list(images)
 
 

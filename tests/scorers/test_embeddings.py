@@ -210,7 +210,7 @@ def test_a_full_disk_is_told_once(files: list[Path], tmp_path: Path, monkeypatch
         raise OSError("No space left on device")
 
     monkeypatch.setattr(EmbeddingStore, "_write", full)
-    with pytest.warns(RuntimeWarning, match="No more embeddings can be kept in .* No space left") as told:
+    with pytest.warns(RuntimeWarning, match="No more embeddings can be stored in .* No space left") as told:
         Cascade(CachedEmbeddings(TinyTowers(), tmp_path / "kept"), [], labels=LABELS, batch_size=4).classify(files)
     assert len(told) == 1
 

@@ -1,1 +1,1 @@
-"""The bundled demonstration: two tiny models trained by ``training/``, 48 images of species they never saw, and a config."""
+"""The bundled demonstration: two tiny models made by ``training/``, 48 images of species not used in training, and a config."""

@@ -1,4 +1,4 @@
-"""The contracts that every scorer and judge keeps, and what is particular to colours."""
+"""The contract tests for the scorer and the judge, and further tests for the plug-in."""
 
 from cascadevlm_colours import ColourJudge, ColourScorer, TiesAbove
 from PIL import Image
