@@ -46,7 +46,7 @@ def test_some_labels_among_many_images_measure_the_gain() -> None:
     result = adapt(scores, [*names(truths[:40]), *[""] * 260])
     assert result.gains
     assert result.measured == 40
-    with pytest.raises(DataError, match="19 different images with labels are too few to measure a gain; at least 20"):
+    with pytest.raises(DataError, match="19 different images with labels are too few to measure a gain: at least 20"):
         adapt(scores, [*names(truths[:19]), *[""] * 281])
 
 
