@@ -226,7 +226,8 @@ def unlabelled_figures(draw: Draw) -> dict[str, list[float]]:
 
 
 def _of_all(labelled: Labelled, draw: Draw) -> Taught:
-    return labelled.taught(transduced(labelled, draw.chunks).sums)
+    unlabelled = transduced(labelled, draw.chunks)
+    return labelled.taught(unlabelled.sums, unlabelled.fold)
 
 
 def few_shot_figures(images: Stored) -> dict[str, float]:

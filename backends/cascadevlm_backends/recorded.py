@@ -24,7 +24,7 @@ from cascadevlm.evaluation.record import read_record, read_verdicts
 from cascadevlm.evaluation.recording import NotingScorer, asked_of
 from cascadevlm.judges.base import Judge, WrapperJudge
 from cascadevlm.judges.cache import key_of
-from cascadevlm.scorers.base import Scorer, texts_part
+from cascadevlm.scorers.base import Scorer
 
 MOST_MISSING = 8
 """By how many the questions without an answer may outnumber the others: the record is of other questions then."""
@@ -99,7 +99,7 @@ class RecordedScorer(Scorer):
                 hint="Give the images and labels it was recorded with, in their order.",
             )
         row, fingerprint = self._rows[key]
-        if "|texts=" in fingerprint and texts_part(labels) not in fingerprint.split("|"):
+        if "|texts=" in fingerprint and labels.texts_part not in fingerprint.split("|"):
             raise BackendError(
                 f"Record {str(self.path)!r} has scores of these labels with other texts.",
                 hint="Give the labels with the texts it was recorded with.",

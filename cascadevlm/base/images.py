@@ -42,6 +42,9 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "DIB", "AVIF", "JPEG2000
 """The formats that are opened, by Pillow's names. Pillow's other decoders run programs (EPS), or read formats that no camera
 writes. TGA is last, because TGA files have no signature."""
 
+CHANNELS = (3, 4)
+"""Numbers of channels that an array of an image in colour may have, as its last dimension."""
+
 MAX_PIXELS = 178_956_970
 """Maximum number of pixels of an image. Pillow refuses a larger image as a decompression bomb: its limit is twice its
 ``MAX_IMAGE_PIXELS``. We use the same limit, and do not depend on Pillow's settings."""
@@ -144,14 +147,22 @@ def decoded(source: ImageSource) -> Iterator[Image.Image]:
         yield image
 
 
-def unread_image(source: str | Path | bytes) -> Image.Image:
-    """An image whose size is known, but whose pixels are not read and whose orientation is not applied.
+class WithoutPixels(Image.Image):
+    """An RGB image that has a size and no pixels."""
+
+    def __init__(self, size: tuple[int, int]) -> None:
+        super().__init__()
+        self._mode, self._size = "RGB", size  # what plug-ins of Pillow set
+
+
+def size_of(source: str | Path | bytes) -> tuple[int, int]:
+    """Width and height in pixels, without reading the pixels. The orientation that EXIF names is not applied.
 
     Raises:
-        ImageError: if the image is not found or cannot be opened.
+        ImageError: if the image does not exist or is no image.
     """
     with _naming_errors(source):
-        return _read(source, lambda image: image)
+        return _read(source, lambda image: image.size)
 
 
 def read_bytes(path: str | Path) -> bytes:
@@ -246,6 +257,8 @@ def _quiet() -> Iterator[None]:
 def _from_array(array: NDArray[np.uint8]) -> Image.Image:
     if array.dtype != np.uint8:
         raise ValueError(f"its dtype is {array.dtype}, not uint8")
+    if array.ndim != 2 and (array.ndim != 3 or array.shape[2] not in CHANNELS):
+        raise ValueError(f"its shape is {array.shape}, not (H, W), (H, W, 3) or (H, W, 4)")
     return Image.fromarray(array)
 
 

@@ -195,6 +195,11 @@ class LabelSet:
         return hashlib.sha256(json.dumps([*zip(self.names, self.texts, strict=True)]).encode()).hexdigest()
 
     @cached_property
+    def texts_part(self) -> str:
+        """The part of a scorer's fingerprint that names the texts."""
+        return f"texts={self.texts_digest[:12]}"
+
+    @cached_property
     def descriptions_digest(self) -> str:
         """The sha256 of the descriptions, in column order, in hexadecimal; "" if no label has a description."""
         descriptions = [one_line(label.description) for label in self.labels]

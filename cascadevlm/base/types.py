@@ -48,7 +48,13 @@ class Scores:
     def from_logits(
         cls, logits: NDArray[np.floating], labels: LabelSet, fingerprint: str, *, embeddings: NDArray[np.float16] | None = None
     ) -> "Scores":
-        """Scores from ``(N, C)`` logits, normalised by softmax. Logits of a per-class sigmoid are normalised by softmax, too."""
+        """Scores from ``(N, C)`` logits, normalised by softmax. Logits of a per-class sigmoid are normalised by softmax, too.
+
+        If a label has a text of its own, the fingerprint gets a part that names the texts, unless it has that part already. A
+        calibration that was made with other texts is then refused.
+        """
+        if any(label.text for label in labels) and labels.texts_part not in fingerprint.split("|"):
+            fingerprint = f"{fingerprint}|{labels.texts_part}"
         log_probs = log_softmax(np.asarray(logits, dtype=np.float64), axis=1).astype(np.float32)
         return cls(log_probs=log_probs, labels=labels, fingerprint=fingerprint, embeddings=embeddings)
 

@@ -1,4 +1,4 @@
-"""Which labels a judge is offered, and in which order."""
+"""Which labels a judge is shown, and in which order."""
 
 import hashlib
 from abc import ABC, abstractmethod
@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from cascadevlm.base.arrays import NOBODY, Columns
+from cascadevlm.base.bounds import Count, Mass, require_number
 from cascadevlm.base.errors import InputError
 from cascadevlm.base.images import pixel_digest
 from cascadevlm.base.types import Candidate, Scores
@@ -23,8 +24,8 @@ class CandidateRule(ABC):
     """Chooses the candidates of each image.
 
     Attributes:
-        order: best first as the scorer ranks them (CascadeVLM found that order to matter), reversed, or shuffled.
-        seed: of the shuffle; an image's order depends on the seed and the image alone.
+        order: order in the question: the scorer's best first (CascadeVLM found that the order matters), reversed, or shuffled.
+        seed: seed of the shuffle. The order for an image depends on the seed and the image alone.
     """
 
     order: Order = "ranked"
@@ -32,20 +33,21 @@ class CandidateRule(ABC):
 
     @abstractmethod
     def most(self) -> int:
-        """How many candidates an image may get."""
+        """Largest number of candidates of one image."""
 
     @abstractmethod
     def sizes(self, descending: NDArray[np.floating]) -> NDArray[np.intp]:
-        """How many candidates each of N images gets, given the probabilities of its best labels, N x K in descending order."""
+        """(N,) number of candidates of each image, from the `(N, K)` probabilities of its best labels in descending order."""
 
     def columns(self, scores: Scores) -> Columns:
-        """N x K columns of the score matrix, best first; of equals the first. `NOBODY` beyond an image's last candidate."""
+        """`(N, K)` columns of the score matrix, best first. Among equal scores, the first column comes first. `NOBODY` stands
+        after the last candidate of an image."""
         best = _best(scores.log_probs, min(self.most(), len(scores.labels)))
         sizes = self.sizes(np.take_along_axis(scores.probabilities, best, axis=1))
         return np.where(np.arange(best.shape[1]) < sizes[:, None], best, NOBODY)
 
     def choose(self, scores: Scores) -> list[tuple[Candidate, ...]]:
-        """The candidates of N images, best first."""
+        """The candidates of each of N images, best first."""
         columns = self.columns(scores)
         probabilities = np.take_along_axis(scores.probabilities, columns, axis=1)
         return [
@@ -58,7 +60,7 @@ class CandidateRule(ABC):
         ]
 
     def arrange(self, candidates: tuple[Candidate, ...], image: Image.Image) -> tuple[Candidate, ...]:
-        """The candidates of one image in the order to be shown."""
+        """The candidates of one image in the order in which the judge is shown them."""
         if self.order == "ranked":
             return candidates
         if self.order == "reversed":
@@ -70,13 +72,12 @@ class CandidateRule(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class TopK(CandidateRule):
-    """The ``k`` most probable labels (all, where there are fewer)."""
+    """The ``k`` most probable labels, or all labels if there are fewer."""
 
     k: int = 5
 
     def __post_init__(self) -> None:
-        if self.k < 1:
-            raise InputError(f"A judge needs at least 1 candidate, not {self.k}.")
+        require_number("k", self.k, Count)
 
     def most(self) -> int:
         return self.k
@@ -87,15 +88,14 @@ class TopK(CandidateRule):
 
 @dataclass(frozen=True, kw_only=True)
 class CumulativeMass(CandidateRule):
-    """The smallest set of most probable labels that together reach ``mass``, of at least ``minimum`` and at most ``maximum``."""
+    """The fewest most probable labels whose probabilities together reach ``mass``: at least ``minimum``, at most ``maximum``."""
 
     mass: float = 0.95
     minimum: int = 2
     maximum: int = 10
 
     def __post_init__(self) -> None:
-        if not 0 < self.mass <= 1:
-            raise InputError(f"mass is a probability above 0 and up to 1, not {self.mass!r}.")
+        require_number("mass", self.mass, Mass)
         _require_bounds(self.minimum, self.maximum)
 
     def most(self) -> int:
@@ -109,8 +109,11 @@ class CumulativeMass(CandidateRule):
 
 @dataclass(frozen=True, kw_only=True)
 class ConformalSet(CandidateRule):
-    """The most probable labels that hold the truth as often as a conformal ``rule`` promises, or those of every class if it has a
-    threshold for each: at least ``minimum`` and at most ``maximum``, beyond which it promises nothing."""
+    """The most probable labels that contain the truth as often as a conformal ``rule`` promises.
+
+    If the rule has a threshold per class, the promise holds for each class. There are at least ``minimum`` and at most
+    ``maximum`` labels; the promise does not hold for images that ``maximum`` cuts.
+    """
 
     rule: Conformal
     minimum: int = 2
@@ -141,19 +144,22 @@ class ConformalSet(CandidateRule):
 
 
 def as_scored(scores: Scores, candidate: Candidate) -> Candidate:
-    """With its probability and rank in 1 x C scores."""
+    """A copy of the candidate with its probability and rank taken from `(1, C)` scores."""
     (row,), column = scores.probabilities, scores.labels.columns[candidate.label.name]
     rank = 1 + int((row > row[column]).sum() + (row[:column] == row[column]).sum())
     return replace(candidate, probability=float(row[column]), rank=rank)
 
 
 def _require_bounds(minimum: int, maximum: int) -> None:
-    if not 1 <= minimum <= maximum:
-        raise InputError(f"minimum {minimum} and maximum {maximum} must be at least 1 and in order.")
+    require_number("minimum", minimum, Count)
+    require_number("maximum", maximum, Count)
+    if minimum > maximum:
+        raise InputError(f"minimum is {minimum} and maximum is {maximum}: the maximum must not be less than the minimum.")
 
 
 def _best(values: NDArray[np.floating], number: int) -> Columns:
-    """N x K columns of the highest of N x C values in descending order, of equals the first; without sorting all C."""
+    """`(N, K)` columns of the highest of `(N, C)` values in descending order. Among equal values, the first column comes first.
+    Not all C values are sorted."""
     last = np.partition(values, -number, axis=1)[:, [-number]]
     above, equal = values > last, values == last
     room = number - above.sum(axis=1, keepdims=True)

@@ -1,4 +1,4 @@
-"""The cascade: a scorer ranks every label, policies decide what is worth asking, judges choose among few candidates."""
+"""The cascade: a scorer ranks all labels, policies decide which images to escalate, judges choose among few candidates."""
 
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import aclosing
@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Self, TypedDict, TypeGuard, Unpack, cast, get_args, overload
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from cascadevlm.base import loop
+from cascadevlm.base.bounds import Count, Probability, require_number
 from cascadevlm.base.errors import ConfigError, ImageError, InputError
-from cascadevlm.base.images import ImageSource
+from cascadevlm.base.images import CHANNELS, ImageSource
 from cascadevlm.base.labels import Label, LabelSet
 from cascadevlm.base.portable import Portable
 from cascadevlm.base.types import Prediction
@@ -30,11 +32,11 @@ from cascadevlm.scorers.base import Scorer
 
 
 class Changes(TypedDict, total=False):
-    """What may be different in a copy of a cascade; the names are those of its attributes.
+    """Attributes of a cascade that may be different in a copy.
 
     Attributes:
-        reading: reads the images, from one of this number on, in the scorer's place.
-        calibration: what runs are held against to notice drift; the scorer stays as it is.
+        reading: called with the number of the first image; returns what reads the images instead of the scorer.
+        calibration: what runs are compared with to notice drift. The scorer does not change.
     """
 
     scorer: Scorer
@@ -53,24 +55,26 @@ class Cascade(Portable):
 
     Args:
         scorer: ranks all labels for every image.
-        stages: asked in order; none at all leaves the scorer alone.
+        stages: judges, asked in order. Default: none; the scorer decides alone.
         labels: the label set, or names.
-        on_failure: see `OnFailure`. "None of these" is an answer without a label: "raise" treats it as "scorer".
-        accept: the least probable label that is given; an image whose label is less probable is abstained from. Judges' answers
-            without a probability are given.
-        routing: whether an image may pass by a judge and go to a later one, where asking that is worth more, by the gain above
-            what the stages' policies want. Without, a later stage sees what its predecessor was asked about.
-        store: where valid verdicts are kept and looked up; None asks every time.
-        ledger: what may be spent, over all calls of this cascade; without a cap, unless given.
-        batch_size: images scored at once.
-        calibration: of the scorer and the judges. It makes the scorer's probabilities calibrated, and runs warn of images that
-            are no longer like those it was made with (`Drift`).
-        follow_shares: whether the scorer's probabilities follow the shares that the classes have in a run (`Following`).
+        on_failure: what the prediction is without an answer, see `OnFailure`. After the answer "none of these", "raise" gives
+            the scorer's label.
+        accept: least probability of a label that is given, from 0 to 1. A less probable label is left out of the prediction.
+            Answers of judges without a probability are always given. Default: 0.
+        routing: whether an image may skip a judge and go to a later judge whose answer is worth more: by the expected gain above
+            the gain that the policies want. Default: a later stage sees the images that the stage before was asked about.
+        store: keeps valid verdicts. Default: every question is asked.
+        ledger: what all calls of this cascade may spend. Default: no cap.
+        batch_size: number of images that are scored together.
+        calibration: calibration of the scorer and the judges. The scorer's probabilities become calibrated, and runs warn if
+            images no longer look like those of the calibration (`Drift`).
+        follow_shares: whether the scorer's probabilities follow the shares of the classes in a run (`Following`).
 
     Raises:
-        ConfigError: if shares are to be followed without a calibration.
-        InputError: if an argument is of another kind, such as a spec, or the stages do not go together, or cannot be routed
-            between.
+        ConfigError: if ``follow_shares`` is wanted without a calibration.
+        InputError: if an argument has another type, for example a spec, or is out of its bounds; if the stages do not fit
+            together.
+        PolicyError: if there is routing and a policy cannot choose between judges.
     """
 
     def __init__(
@@ -104,8 +108,8 @@ class Cascade(Portable):
             require_kind("ledger", ledger, Ledger, "Ledger(5.0)")
         if on_failure not in get_args(OnFailure):
             raise InputError(f"There is no on_failure {on_failure!r}.", hint=f"Known: {', '.join(get_args(OnFailure))}.")
-        if batch_size < 1:
-            raise InputError(f"batch_size is a number from 1 on, not {batch_size!r}.")
+        require_number("batch_size", batch_size, Count)
+        require_number("accept", accept, Probability)
         require_cascade(self.stages, routing=routing)
         self.scorer = CalibratedScorer(scorer, calibration) if calibration else scorer
         self.labels = LabelSet.of(labels)
@@ -120,7 +124,7 @@ class Cascade(Portable):
         self.reading: Callable[[int], ReadBatch] | None = None
 
     def __copy__(self) -> Self:
-        """Runs of both are runs of the same judges; those of a deep copy are not."""
+        """A copy shares the judges and their limits with the original. A deep copy does not."""
         same = object.__new__(type(self))
         vars(same).update(vars(self), _judges=self._judges)
         return same
@@ -130,7 +134,7 @@ class Cascade(Portable):
         return DependableJudges(self.store, self.ledger)
 
     def altered(self, **changes: Unpack[Changes]) -> Self:
-        """The same cascade with other values of some attributes. Its ledger and its judges stay the same."""
+        """A copy of the cascade with other values of some attributes. It shares the judges and their limits with the original."""
         altered = copy(self)
         vars(altered).update(changes)
         return altered
@@ -142,12 +146,14 @@ class Cascade(Portable):
     def classify(self, images: ImageSource | Iterable[ImageSource]) -> Prediction | list[Prediction]:
         """Classify one image, or many.
 
-        Of many, an image that cannot be read is one prediction with an error. An array of N x H x W x 3 is N images.
+        Args:
+            images: one image, or an iterable of images. `(N, H, W, 3)` uint8 is an array of N images. Among many images, an image
+                that cannot be read gives a prediction with an error.
 
         Raises:
-            InputError: if ``images`` is a table, or an array of anything but pixels.
+            InputError: if ``images`` is a table, or an array of another shape or dtype.
             ImageError: if a single image cannot be read.
-            JudgeError: if a judge cannot work at all, or failed and ``on_failure`` is "raise".
+            JudgeError: if a judge cannot work at all, or if a judge failed and ``on_failure`` is "raise".
         """
         return loop.run(self._classify(images))
 
@@ -156,7 +162,7 @@ class Cascade(Portable):
     @overload
     async def aclassify(self, images: Iterable[ImageSource]) -> list[Prediction]: ...
     async def aclassify(self, images: ImageSource | Iterable[ImageSource]) -> Prediction | list[Prediction]:
-        """`classify`, for asynchronous callers."""
+        """`classify` for asynchronous callers."""
         return await self._classify(images)
 
     async def _classify(self, images: ImageSource | Iterable[ImageSource]) -> Prediction | list[Prediction]:
@@ -168,15 +174,15 @@ class Cascade(Portable):
         return prediction
 
     def stream(self, images: Iterable[ImageSource]) -> Iterator[Prediction]:
-        """Predictions in input order, each as soon as it and all before it are known; later images are worked on meanwhile.
+        """Predictions in input order. Each comes as soon as it and all predictions before it are known.
 
         Raises:
-            InputError: if ``images`` is a single image, a table, or an array of anything but pixels.
+            InputError: if ``images`` is a single image, a table, or an array of another shape or dtype.
         """
         return loop.iterate(self.astream(images))
 
     async def astream(self, images: Iterable[ImageSource]) -> AsyncGenerator[Prediction, None]:
-        """`stream`, for asynchronous callers."""
+        """`stream` for asynchronous callers."""
         _require_many(images)
         total = len(images) if isinstance(images, Sized) else None
         async with aclosing(self.begin().predictions(images, total)) as predictions:
@@ -184,7 +190,12 @@ class Cascade(Portable):
                 yield prediction
 
     def begin(self, start: Checkpoint = BEGINNING, stopping: Callable[[], bool] = lambda: False) -> Run:
-        """A run not yet under way; it goes on where another one was left, and begins no further batch once it is to stop."""
+        """A run that has not begun yet.
+
+        Args:
+            start: where an earlier run stopped.
+            stopping: called before each batch. Once it returns true, no further batch is begun.
+        """
         if self._judges.store is not self.store or self._judges.ledger is not self.ledger:
             self._judges = DependableJudges(self.store, self.ledger)
         settings = Settings(
@@ -204,7 +215,7 @@ class Cascade(Portable):
 
 
 def _is_one(images: ImageSource | Iterable[ImageSource]) -> TypeGuard[ImageSource]:
-    """Whether it is a single image; an array of four dimensions is several."""
+    """Whether it is a single image. An array of four dimensions is several images."""
     if isinstance(images, np.ndarray):
         return images.dtype.kind in "biuf" and images.ndim != 4
     return isinstance(images, str | Path | bytes | Image.Image)
@@ -219,10 +230,8 @@ def _require_many(images: ImageSource | Iterable[ImageSource]) -> None:
     kind = type(images).__name__
     if _is_one(images):
         raise InputError(f"images is a single image ({kind}), not a list of images.", hint="Give a list, or use classify().")
-    if isinstance(images, np.ndarray) and images.ndim != 4:
-        raise InputError(
-            f"images is an array of dtype {images.dtype}, which holds no pixels.", hint="Give a list: images.tolist()."
-        )
+    if isinstance(images, np.ndarray):
+        _require_pixels(images)
     if isinstance(images, Mapping) or hasattr(images, "columns") or hasattr(images, "column_names"):
         raise InputError(
             f"images is a table ({kind}), not a list of images.",
@@ -231,3 +240,20 @@ def _require_many(images: ImageSource | Iterable[ImageSource]) -> None:
     is_tensor = hasattr(images, "__dlpack__") and not isinstance(images, np.ndarray)
     if is_tensor or isinstance(images, bytearray | memoryview | IOBase) or not isinstance(images, Iterable):
         raise InputError(f"images is of type {kind!r}, not a list of images.", hint="Give paths, bytes, PIL images or arrays.")
+
+
+def _require_pixels(images: NDArray[np.generic]) -> None:
+    """Refuse an array that is not `(N, H, W, 3)` or `(N, H, W, 4)` uint8.
+
+    Raises:
+        InputError: saying what to give instead.
+    """
+    if images.ndim != 4:
+        raise InputError(
+            f"images is an array of dtype {images.dtype}, which holds no pixels.", hint="Give a list: images.tolist()."
+        )
+    found = f"images is an array of dtype {images.dtype} and shape {images.shape}; it must be uint8 of shape (N, H, W, 3)."
+    if images.shape[3] not in CHANNELS:
+        raise InputError(found, hint="Move the channels to the end: images.transpose(0, 2, 3, 1).")
+    if images.dtype != np.uint8:
+        raise InputError(found, hint="Convert numbers from 0 to 1 first: (images * 255).round().astype('uint8').")

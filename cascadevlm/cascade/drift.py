@@ -1,11 +1,12 @@
-"""Whether a run still looks like the images that its scorer and judge were calibrated on.
+"""Whether the images of a run still look like the images of the calibration.
 
-Two numbers are watched, each over windows of `WINDOW` images that do not overlap: how sure the calibrated scorer is of its best
-label, against how sure it was of the images of the calibration; and how often the judge names that label, against how often its
-model expects it to, corrected by what the model was off on the images of the calibration. No prediction is changed, and only sums
-are kept.
+Two numbers are watched over windows of `WINDOW` images that do not overlap:
 
-Images that come sorted, class by class, are unlike those of the calibration window by window.
+- the mean probability of the scorer's best label, against the mean on the images of the calibration;
+- how often the judge names that label, against how often its model expects that, corrected by the model's error on the images of
+  the calibration.
+
+No prediction is changed, and only sums are kept. If the images come sorted by class, each window differs from the calibration.
 """
 
 import warnings
@@ -21,31 +22,31 @@ from cascadevlm.decision.calibration import Calibration, Reference
 from cascadevlm.decision.judge_model import Answers
 
 WINDOW = 500
-"""Images after which a number is looked at; then it begins anew."""
+"""Number of images in a window."""
 
 DEVIATIONS = 5.0
-"""How far a window may be off, in standard deviations. Chance goes beyond with probability 2 (1 - Φ(5)) = 5.7e-7: a million
-images, the judge asked about all, are 2 × 2,000 windows; a false alarm comes in at most 4,000 × 5.7e-7 = 0.23 % of such runs."""
+"""Largest difference of a window, in standard deviations. By chance, a window exceeds it with probability 2 (1 - Φ(5)) = 5.7e-7.
+A million images, all judged, are 2 × 2,000 windows, so at most 4,000 × 5.7e-7 = 0.23 % of such runs have a false alarm."""
 
 LEAST = 0.05
-"""How far it must be off at least: no model is exact."""
+"""Smallest difference that is reported, because no model is exact."""
 
 LEAST_PROBABILITY = float(np.finfo(np.float32).tiny)
-"""Of a candidate whose probability is 0 in single precision."""
+"""Stands for the probability of a candidate whose probability is 0 in single precision."""
 
 
 class Drift:
-    """Looks at one run, and warns once of each of the two numbers.
+    """Watches one run, and warns once of each of the two numbers.
 
-    A run that goes on where an earlier one was left begins its windows anew.
+    A run that continues an earlier run begins with new windows.
 
     Args:
-        calibration: what the run is held against. The scorer is watched where labels gave it a `Reference`.
-        stages: of the cascade. The judge is watched where it is the only one, and asked once about an image: otherwise a
-            prediction does not tell what the first question was, least of all where the answer was a surprise.
+        calibration: what the run is compared with. The scorer is watched if the calibration has a `Reference` for it.
+        stages: stages of the cascade. The judge is watched if it is the only judge and asks once about each image. In all other
+            cases, a prediction does not show what the first question was.
 
     Warns:
-        RuntimeWarning: if a number is off by more than `LEAST` and `DEVIATIONS`.
+        RuntimeWarning: if a number differs by more than `LEAST` and by more than `DEVIATIONS` standard deviations.
     """
 
     def __init__(self, calibration: Calibration, stages: Sequence[Stage]) -> None:
@@ -60,13 +61,13 @@ class Drift:
             self.agreement = _Windows(reference, "the share of the judge's answers that are the scorer's best label")
 
     def scored(self, scores: Scores) -> None:
-        """Look at the calibrated scores of the next images."""
+        """Add the calibrated scores of the next images."""
         if self.sureness is not None:
             for probability in scores.probabilities.max(axis=1).tolist():
                 self.sureness.add(probability)
 
     def predicted(self, prediction: Prediction) -> None:
-        """Look at what the judge said of the next image; errors and spent budgets say nothing."""
+        """Add the judge's verdict on the next image. Errors and spent budgets are not counted."""
         verdict, shown = prediction.verdict, prediction.candidates
         if self.agreement is None or verdict is None or verdict.outcome in ("failed", "skipped"):
             return
@@ -83,11 +84,11 @@ class Drift:
 
 
 class _Windows:
-    """Numbers held against what is expected of them, window by window.
+    """Numbers compared with what is expected, window by window.
 
     Args:
-        reference: what they were on the images of the calibration, less what was expected then.
-        mean: what their mean is called.
+        reference: the numbers on the images of the calibration, less what was expected there.
+        mean: the name of their mean, for the warning.
     """
 
     def __init__(self, reference: Reference, mean: str) -> None:
@@ -100,10 +101,12 @@ class _Windows:
         self.count, self.seen, self.expected, self.variance = 0, 0.0, 0.0, 0.0
 
     def add(self, seen: float, *, expected: float = 0.0, variance: float = 0.0) -> None:
-        """Take the next number, and warn if the window that it ends is off.
+        """Add the next number. Warn if it ends a window that differs too much.
 
         Args:
-            variance: that is expected; the reference's counts, where that is greater.
+            seen: the number.
+            expected: the expected number.
+            variance: the expected variance; the variance of the reference is taken if that is greater.
         """
         self.count += 1
         self.seen += seen
@@ -116,7 +119,7 @@ class _Windows:
 
     def _compare(self, seen: float, expected: float, variance: float) -> None:
         variance = max(variance, self.reference.deviation**2)
-        deviation = sqrt(variance * (1 / WINDOW + 1 / self.reference.images))  # the reference is a sample, too
+        deviation = sqrt(variance * (1 / WINDOW + 1 / self.reference.images))  # the reference is also a sample
         if abs(seen - expected) > max(LEAST, DEVIATIONS * deviation):
             self.warned = True
             warnings.warn(

@@ -1,8 +1,8 @@
-"""One run of a cascade: batches are scored while earlier images are judged, results come out in input order.
+"""One run of a cascade: batches are scored while earlier images are judged, and predictions come in input order.
 
-Memory is bounded by the questions in hand, not by the number of images: no batch is read while the judges have all they can
-take. Decisions are made in the order of the input whatever the latencies, so that a policy's budget falls on the same images
-in every run.
+Memory is bounded by the number of open questions, not by the number of images: no further batch is scored while the judges have
+as many questions as they can take. Decisions are made in input order, whatever the latencies, so a policy's budget falls on the
+same images in every run.
 """
 
 import asyncio
@@ -16,6 +16,7 @@ from itertools import chain, compress, islice
 from typing import TypeAlias, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from cascadevlm.base.errors import ImageError, JudgeError
 from cascadevlm.base.images import ImageSource, path_of
@@ -23,43 +24,44 @@ from cascadevlm.base.labels import LabelSet
 from cascadevlm.base.types import Prediction, Scores
 from cascadevlm.cascade.candidates import TopK
 from cascadevlm.cascade.drift import Drift
-from cascadevlm.cascade.item import Item, OnFailure, rank, stacked
+from cascadevlm.cascade.item import Item, OnFailure, current, rank
 from cascadevlm.cascade.running_stage import RunningStage
 from cascadevlm.cascade.stage import Stage
 from cascadevlm.decision.shares import Following, Seen, Shares
 from cascadevlm.judges.dependable import DependableJudges
 from cascadevlm.policies.base import START, Selection, Spending
-from cascadevlm.scorers.base import Prepared, Scorer, load_once, prepared_or_error, scored_or_errors
+from cascadevlm.scorers.base import Prepared, Scorer, load_once, prepare_in, score_together
 
 T = TypeVar("T")
 
 READ_AHEAD = 2
-"""How many batches wait, decoded and preprocessed, while an earlier one is scored and the next one is read."""
+"""Number of batches that wait, decoded and preprocessed, while an earlier batch is scored and the next one is read."""
 
 OUTPUT_LIMIT = 4096
-"""How many predictions may wait for an earlier image to be judged."""
+"""Number of predictions that may wait until an earlier image is judged."""
 
 
 @dataclass(frozen=True)
 class _Settled:
-    """What came of an image.
+    """The result of one image.
 
     Attributes:
-        belief: 1 x C, what is believed of it in the end; None if it could not be read, or the shares of classes are not followed.
+        belief: `(C,)` the probabilities believed in the end; None if the image cannot be read or the shares of the classes are
+            not followed.
     """
 
     prediction: Prediction
-    belief: Scores | None = None
+    belief: NDArray[np.float32] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """A place between two batches from which a run can go on as if it had not been left.
+    """A place between two batches where a run can continue as if it had not stopped.
 
     Attributes:
-        images: how many came before, readable or not.
-        spending: of every stage, where it stood then.
-        seen: what the shares of the classes were reckoned from, where they are followed.
+        images: number of images before, readable or not.
+        spending: the state of every stage's spending at this place.
+        seen: sums from which the shares of the classes were estimated; empty if the shares are not followed.
     """
 
     images: int = 0
@@ -70,22 +72,22 @@ class Checkpoint:
 BEGINNING = Checkpoint()
 
 Read: TypeAlias = tuple[str, Prepared | ImageError]
-"""The path of an image, or "", and the image or why it cannot be read."""
+"""The path of an image, "" if it is not a file; and the image, or why it cannot be read."""
 
 ReadBatch: TypeAlias = Callable[[Sequence[ImageSource]], Coroutine[None, None, list[Read]]]
-"""Reads the images that are scored together."""
+"""Reads the images of one batch."""
 
 
 class _Batch:
     """Images scored together, on their way through the stages.
 
     Attributes:
-        begin: how many images of the run come before.
-        end: how many there are up to its last one.
-        results: of all its images, in input order.
-        awaited: those of the images that are not settled.
-        turns: for every stage, set once it has decided on this batch: the next batch's turn.
-        spending: of every stage, after it decided on this batch.
+        begin: number of images of the run before this batch.
+        end: number of images of the run up to the last one of this batch.
+        results: the results of all images, in input order.
+        awaited: the results of the images that are not settled.
+        turns: one event per stage, set when the stage has decided on this batch and the next batch may be decided on.
+        spending: the state of every stage's spending after it decided on this batch.
     """
 
     def __init__(self, images: int, stages: int, *, begin: int) -> None:
@@ -102,10 +104,10 @@ class Settings:
     """What a run takes over from its `Cascade`.
 
     Attributes:
-        judges: of all runs of the cascade.
-        read: reads the images in the scorer's place.
-        drift: looks at scores and predictions.
-        shares: of the classes that the scores are calibrated for, if those of the run are to be followed.
+        judges: the judges of all runs of the cascade.
+        read: reads the images instead of the scorer; None if the scorer reads them.
+        drift: watches scores and predictions.
+        shares: shares of the classes for which the scores are calibrated; None if the shares of the run are not followed.
     """
 
     scorer: Scorer
@@ -125,12 +127,13 @@ class Run:
     """The state of one run.
 
     Args:
-        start: where an earlier run of the same cascade was left.
-        stopping: asked before each batch; once it says so, no further batch is begun.
+        settings: what the run takes over from its cascade.
+        start: where an earlier run of the same cascade stopped.
+        stopping: called before each batch. Once it returns true, no further batch is begun.
 
     Attributes:
-        checkpoint: the end of the last batch whose predictions were all taken.
-        stopped: whether batches were left out.
+        checkpoint: the end of the last batch whose predictions were all yielded.
+        stopped: whether the run ended early because of ``stopping``.
     """
 
     def __init__(self, settings: Settings, start: Checkpoint = BEGINNING, stopping: Callable[[], bool] = lambda: False) -> None:
@@ -147,14 +150,17 @@ class Run:
         self.room.set()
         self.output: asyncio.Queue[_Batch | None] = asyncio.Queue(max(1, OUTPUT_LIMIT // settings.batch_size))
         self.tasks: set[asyncio.Task[object]] = set()
-        self.workers = os.cpu_count() or 1
-        self.readers = ThreadPoolExecutor(self.workers, "reading")
+        self.readers = ThreadPoolExecutor(os.cpu_count(), "reading")
         self.scoring = ThreadPoolExecutor(1, "scoring")
-        self.taking = ThreadPoolExecutor(1, "taking")  # sources may wait, for whatever they want, and hold up no other run
+        self.taking = ThreadPoolExecutor(1, "taking")  # a source may block; that must not hold up another run
 
     async def predictions(self, sources: Iterable[ImageSource], total: int | None = None) -> AsyncGenerator[Prediction, None]:
-        """Classify and yield in input order. ``total`` is how many images the run has, those before its start too; policies that
-        keep to a budget want to know it."""
+        """Classify, and yield predictions in input order.
+
+        Args:
+            sources: the images from the start of this run on.
+            total: number of images of the whole run, for policies that keep to a budget; None if it is not known.
+        """
         self.total = total
         seen = Seen()
         async with AsyncExitStack() as stack:
@@ -179,7 +185,7 @@ class Run:
                 if self.following is not None:
                     await self.following.take(beliefs, batch.begin)
                     seen = self.following.seen
-                for turn in batch.turns:  # later stages have to decide on a batch of which nothing is left for them, too
+                for turn in batch.turns:  # a later stage decides on every batch, even if no image is left for it
                     await turn.wait()
                 self.checkpoint = Checkpoint(images=batch.end, spending=tuple(batch.spending), seen=seen)
             await producer
@@ -213,7 +219,7 @@ class Run:
                 await self.output.put(batch)
 
     async def _reading(self, sources: Iterable[ImageSource]) -> AsyncGenerator[list[Read], None]:
-        """Batches of images, read ahead. What stands before an error of the sources comes before it."""
+        """Batches of images, read ahead. If the sources raise an error, the batches before it come first."""
         ahead: asyncio.Queue[asyncio.Task[list[Read]] | None] = asyncio.Queue(READ_AHEAD)
         reader = self._begin(self._read_ahead(iter(sources), ahead))
         while (batch := await ahead.get()) is not None:
@@ -235,47 +241,31 @@ class Run:
                 batch = await take()
 
     async def _prepare_batch(self, batch: Sequence[ImageSource]) -> list[Read]:
-        size = -(-len(batch) // self.workers)
-        shares = [batch[start : start + size] for start in range(0, len(batch), size)]
-        loop = asyncio.get_running_loop()
-        prepared = await asyncio.gather(*(loop.run_in_executor(self.readers, self._prepare, share) for share in shares))
-        return list(chain.from_iterable(prepared))
-
-    def _prepare(self, sources: Sequence[ImageSource]) -> list[Read]:
-        return [(path_of(source), prepared_or_error(self.settings.scorer, source)) for source in sources]
+        reading = prepare_in(self.readers, self.settings.scorer, batch)
+        prepared = chain.from_iterable(await asyncio.gather(*map(asyncio.wrap_future, reading)))
+        return list(zip(map(path_of, batch), prepared, strict=True))
 
     async def _score(self, read: Sequence[Read], batch: _Batch) -> list[Item]:
-        """Score a batch; unreadable images get their result here and are left out."""
-        readable = []
-        for (path, prepared), result in zip(read, batch.results, strict=True):
-            if isinstance(prepared, ImageError):
-                result.set_result(_Settled(Prediction(path=path, error=str(prepared))))
+        """Score a batch. Images that cannot be read or scored get their result here and are left out."""
+        images = [prepared for _, prepared in read]
+        scorer, labels = self.settings.scorer, self.settings.labels
+        scored = await asyncio.get_running_loop().run_in_executor(self.scoring, score_together, scorer, images, labels)
+        left = []
+        for (path, _), error, result in zip(read, scored.errors, batch.results, strict=True):
+            if error is None:
+                left.append((path, result))
             else:
-                readable.append((path, prepared, result))
-        if not readable:
-            return []
-        scores, errors = await asyncio.get_running_loop().run_in_executor(
-            self.scoring,
-            scored_or_errors,
-            self.settings.scorer,
-            [prepared for _, prepared, _ in readable],
-            self.settings.labels,
-        )
-        for (path, _, result), error in zip(readable, errors, strict=True):
-            if error is not None:
                 result.set_result(_Settled(Prediction(path=path, error=str(error))))
-        readable = [each for each, error in zip(readable, errors, strict=True) if error is None]
-        if scores is None:
+        if (scores := scored.scores) is None:
             return []
         if self.settings.drift is not None:
             self.settings.drift.scored(scores)
         if self.following is not None:
             scores = await self.following.adjusted(scores, batch.begin)
-        self._take_in_hand([result for _, _, result in readable])
-        for row, (path, prepared, result) in enumerate(readable):
-            one = scores.rows(slice(row, row + 1))
+        self._take_in_hand([result for _, result in left])
+        for row, ((path, result), prepared) in enumerate(zip(left, scored.images, strict=True)):
             prepared.features = None
-            batch.awaited[Item(path=path, prepared=prepared, scores=one, belief=one)] = result
+            batch.awaited[Item(path=path, prepared=prepared, chunk=scores, row=row)] = result
         return list(batch.awaited)
 
     def _take_in_hand(self, results: Sequence[asyncio.Future[_Settled]]) -> None:
@@ -292,7 +282,7 @@ class Run:
             result.add_done_callback(settled)
 
     async def _escalate(self, items: list[Item], earlier: Sequence[asyncio.Event], batch: _Batch) -> None:
-        """Take a batch through the stages; every image is settled when no further stage asks about it."""
+        """Take a batch through the stages. An image is settled when no further stage asks about it."""
         try:
             if not self.stages:
                 rank(TopK(), items)
@@ -315,11 +305,16 @@ class Run:
                 turn.set()
 
     async def _decide(self, running: RunningStage, items: list[Item], end: int) -> tuple[list[Item], list[Item]]:
-        """Of the batch that ends with image ``end``, those that a stage's policy escalates, and those that it leaves to a later
-        stage."""
+        """The images that a stage's policy escalates, and the images that it leaves to a later stage.
+
+        Args:
+            running: the stage.
+            items: images of one batch.
+            end: number of images of the run up to the last one of the batch.
+        """
         if not items:
             return [], []
-        scores = stacked([item.current_scores() for item in items])
+        scores = current(items)
         prices = await running.prices(items)
         left = await self._better_later(running, items, scores, prices)
         remaining = self._remaining(running.spending.images + len(items), end)
@@ -328,7 +323,7 @@ class Run:
     async def _better_later(
         self, running: RunningStage, items: Sequence[Item], scores: Scores, prices: tuple[float, ...]
     ) -> Selection:
-        """N: whether asking the judge of a later stage is worth more, where that may be chosen."""
+        """Boolean mask (n,): a question to the judge of a later stage is worth more. All false without routing."""
         if not self.settings.routing:
             return np.zeros(len(scores), dtype=bool)
         own = running.surplus(scores, prices)
@@ -337,8 +332,12 @@ class Run:
         return left
 
     def _remaining(self, decided: int, end: int) -> float | None:
-        """Expected number of images that reach a stage after the ``decided`` ones of the first ``end`` images; None if the run's
-        length is not known."""
+        """Expected number of images that will still reach a stage; None if the number of images is unknown.
+
+        Args:
+            decided: number of images that have reached the stage.
+            end: number of images of the run up to the last one of these.
+        """
         return None if self.total is None else max(self.total - end, 0) * decided / end
 
     async def _ask(self, running: RunningStage, item: Item, batch: _Batch) -> None:
@@ -353,11 +352,11 @@ class Run:
         except JudgeError as exc:
             result.set_exception(exc)
         else:
-            result.set_result(_Settled(prediction, item.current_scores() if self.following is not None else None))
+            result.set_result(_Settled(prediction, item.probabilities() if self.following is not None else None))
 
 
 async def _together(works: Iterable[Coroutine[None, None, None]]) -> None:
-    """Do all at once; the first error ends the others, so that nothing goes on asking when nobody will hear the answer."""
+    """Do all at the same time. The first error ends the others: nobody would read the answers that they ask for."""
     try:
         async with asyncio.TaskGroup() as group:
             for work in works:
@@ -368,7 +367,7 @@ async def _together(works: Iterable[Coroutine[None, None, None]]) -> None:
 
 @asynccontextmanager
 async def _ending(queue: asyncio.Queue[T | None]) -> AsyncGenerator[None, None]:
-    """Tell who takes from a queue that nothing follows, for an error too; of a task that is cancelled, nobody takes."""
+    """Put the end mark into a queue when the block ends, also after an error. After a cancellation nobody reads the queue."""
     try:
         yield
     except Exception:
@@ -378,7 +377,7 @@ async def _ending(queue: asyncio.Queue[T | None]) -> AsyncGenerator[None, None]:
 
 
 def _seen(result: asyncio.Future[T]) -> None:
-    """Keep asyncio from complaining of an error that nobody asked for: another one came before it."""
+    """Keep asyncio from warning about an error that nobody fetched because another error came first."""
     if not result.cancelled():
         result.exception()
 

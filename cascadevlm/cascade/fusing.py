@@ -1,4 +1,4 @@
-"""The decision layer in a running cascade: calibrated scores, the gain from asking, and both opinions fused."""
+"""The decision layer in a running cascade: calibrated scores, the gain from a question, and both opinions fused."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -15,10 +15,14 @@ from cascadevlm.scorers.base import Scorer, WrapperScorer
 
 
 class CalibratedScorer(WrapperScorer):
-    """Scores as another scorer does, with calibrated probabilities.
+    """A scorer whose probabilities are calibrated.
+
+    Args:
+        wrapped: the scorer.
+        calibration: a calibration of this scorer.
 
     Raises:
-        ConfigError: when scoring, if the calibration is of another scorer or label set.
+        ConfigError: while scoring, if the calibration was made with another scorer or label set.
     """
 
     def __init__(self, wrapped: Scorer, calibration: Calibration) -> None:
@@ -31,12 +35,12 @@ class CalibratedScorer(WrapperScorer):
 
 @dataclass(frozen=True, kw_only=True)
 class Asking:
-    """What asking one stage's judge is worth, and what its answer means.
+    """What a question to one stage's judge is worth, and what the answer means.
 
     Attributes:
-        model: of the judge.
-        word_final: whether its answer is final.
-        candidates: what it is shown.
+        model: the model of the judge.
+        word_final: whether the judge's answer is final.
+        candidates: the rule for the candidates that the judge is shown.
         none_offered: whether "none of these" is one of the options.
     """
 
@@ -46,8 +50,8 @@ class Asking:
     word_final: bool
 
     def gain(self, scores: Scores) -> NDArray[np.floating]:
-        """N: how much more likely the final label is to be right, in expectation, once the judge has answered; less than 0 where
-        its word is final and the scorer knows better."""
+        """(N,) expected increase of the probability that the final label is right, if the judge is asked. The gain is negative
+        where the judge's word is final and the scorer knows better."""
         columns = self.candidates.columns(scores)
         if self.candidates.order == "reversed":
             columns = columns[:, ::-1]
@@ -56,7 +60,13 @@ class Asking:
         )
 
     def fuse(self, scores: Scores, shown: Sequence[Candidate], verdict: Verdict) -> Scores:
-        """1 x C: what to believe after a verdict, from what was believed before."""
+        """`(1, C)` what is believed after a verdict.
+
+        Args:
+            scores: `(1, C)` what was believed before.
+            shown: the candidates of the question.
+            verdict: the judge's verdict.
+        """
         column = scores.labels.columns
         said = NONE_CHOSEN if verdict.outcome == "none" else NOBODY if verdict.label is None else column[verdict.label]
         opinion = verdict.probabilities

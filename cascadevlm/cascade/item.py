@@ -1,10 +1,11 @@
-"""An image on its way through the stages: what is believed of it, what it was shown with, what judges said, what is concluded."""
+"""One image on its way through the stages: what is believed of it, its candidates, what judges said, and the conclusion."""
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.special import log_softmax
 
 from cascadevlm.base.errors import JudgeError
@@ -15,51 +16,78 @@ from cascadevlm.cascade.stage import Stage
 from cascadevlm.scorers.base import Prepared
 
 OnFailure = Literal["scorer", "raise", "abstain"]
-"""What a prediction is where no judge asked gave an answer: the scorer's label, an error, or no label."""
+"""What the prediction is if judges were asked and gave no answer: the scorer's label, an error, or no label."""
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, kw_only=True)
 class Item:
     """One image under way.
 
     Attributes:
-        scores: the scorer's, 1 x C.
-        belief: 1 x C, what candidates are chosen by: the scores, less what judges rejected, or fused with what they said.
-        fused: whether the belief is what the last judge that was heard said, too.
+        chunk: `(N, C)` the scorer's scores of all images that were scored together.
+        row: the row of this image in the chunk.
+        own: `(1, C)` what is believed of the image once a judge changed it: the scores without the labels that judges rejected,
+            or the scores fused with what judges said. None as long as the scorer's scores are believed.
+        fused: whether ``own`` includes what the last judge said.
     """
 
     path: str
     prepared: Prepared
-    scores: Scores
-    belief: Scores
+    chunk: Scores
+    row: int
+    own: Scores | None = None
     fused: bool = False
     candidates: tuple[Candidate, ...] = ()
     reasons: list[str] = field(default_factory=list)
     verdicts: list[Verdict] = field(default_factory=list)
 
-    def current_scores(self) -> Scores:
-        """1 x C: the last judge's opinion if it gave one that stands alone, else the belief."""
+    @property
+    def scores(self) -> Scores:
+        """`(1, C)` the scorer's scores."""
+        return self.chunk.rows(slice(self.row, self.row + 1))
+
+    @property
+    def belief(self) -> Scores:
+        """`(1, C)` the scores by which candidates are chosen."""
+        return self.scores if self.own is None else self.own
+
+    def opinion(self) -> Scores | None:
+        """`(1, C)` the last judge's answer if its word is final; in all other cases ``own``."""
         verdict = self.verdicts[-1] if self.verdicts else None
         if self.fused or verdict is None or verdict.label is None:
-            return self.belief
+            return self.own
         opinion = verdict.probabilities or {verdict.label: 1.0}
-        probabilities = np.array([[opinion.get(name, 0.0) for name in self.scores.labels.names]])
+        probabilities = np.array([[opinion.get(name, 0.0) for name in self.chunk.labels.names]])
         with np.errstate(divide="ignore"):
             return replace(self.scores, log_probs=np.log(probabilities).astype(np.float32))
 
+    def probabilities(self) -> NDArray[np.float32]:
+        """`(C,)` the probabilities that the policy of the next stage sees."""
+        opinion = self.opinion()
+        row: NDArray[np.float32] = self.chunk.probabilities[self.row] if opinion is None else opinion.probabilities[0]
+        return row
+
     def hear(self, stage: Stage, verdict: Verdict) -> None:
-        """Learn from what a judge said of the candidates; errors and spent budgets say nothing."""
+        """Learn from a judge's verdict on the candidates. Errors and spent budgets teach nothing."""
         if verdict.outcome in ("failed", "skipped"):
             return
         if stage.fusion != "judge" and stage.asking is not None:
-            self.belief, self.fused = stage.asking.fuse(self.belief, self.candidates, verdict), True
+            self.own, self.fused = stage.asking.fuse(self.belief, self.candidates, verdict), True
         elif verdict.label is not None:
             self.fused = False
         elif verdict.outcome == "none":
-            self.belief = _without(self.belief, {candidate.label.name for candidate in self.candidates})
+            self._reject({candidate.label.name for candidate in self.candidates})
+
+    def _reject(self, names: Collection[str]) -> None:
+        """Make labels impossible, unless no label would be left."""
+        scores = self.belief
+        impossible = np.isin(scores.labels.names, list(names)) | (scores.probabilities[0] == 0)
+        if not impossible.all():
+            log_probs = log_softmax(np.where(impossible, -np.inf, scores.log_probs.astype(np.float64)), axis=1)
+            self.own = replace(scores, log_probs=log_probs.astype(np.float32))
 
     def widen(self, rule: CandidateRule, seen: Collection[Label]) -> bool:
-        """Show further candidates; whether there are any that were not seen."""
+        """Choose the next candidates. Returns false, and changes nothing, if all of them were seen before."""
         shown = self.candidates
         rank(rule, [self])
         if all(candidate.label in seen for candidate in self.candidates):
@@ -68,10 +96,14 @@ class Item:
         return True
 
     def concluded(self, on_failure: OnFailure, accept: float) -> Prediction:
-        """What is to be said of the image after the verdicts, of which the last answer counts.
+        """The prediction after all verdicts. The last answer counts.
+
+        Args:
+            on_failure: what the prediction is if there is no answer.
+            accept: the least probability of a label that is given.
 
         Raises:
-            JudgeError: if there is none, and ``on_failure`` is "raise".
+            JudgeError: if there is no answer and ``on_failure`` is "raise".
         """
         answered = next((verdict for verdict in reversed(self.verdicts) if verdict.label is not None), None)
         asked = [verdict for verdict in self.verdicts if verdict.outcome != "skipped"]
@@ -98,44 +130,48 @@ class Item:
         return prediction
 
     def _opinion(self, answered: Verdict | None) -> tuple[str | None, float | None, DecidedBy]:
-        """The label, its probability and whose opinion that is; ``answered`` is the last verdict that names one."""
+        """The label, its probability, and who decided. ``answered`` is the last verdict with a label."""
         if answered is not None and not self.fused:
             probabilities = answered.probabilities or {}
             return answered.label, probabilities.get(answered.label or ""), "judge"
-        decisive = self.belief if self.fused else self.scores
-        best = int(decisive.log_probs[0].argmax())
-        return decisive.labels[best].name, float(decisive.probabilities[0, best]), "fusion" if self.fused else "scorer"
+        decisive, row = (self.chunk, self.row) if self.own is None or not self.fused else (self.own, 0)
+        best = int(decisive.log_probs[row].argmax())
+        return decisive.labels[best].name, float(decisive.probabilities[row, best]), "fusion" if self.fused else "scorer"
 
 
 def _abstained(prediction: Prediction, why: str) -> Prediction:
     return replace(prediction, label=None, probability=None, decided_by=None, error=why)
 
 
-def stacked(rows: Sequence[Scores]) -> Scores:
-    """N x C, of N images' 1 x C."""
-    return Scores.joined(rows)
+def believed(items: Sequence[Item]) -> Scores:
+    """`(n, C)` what is believed of n images of one chunk, which are in its order."""
+    return _with_changes(items, [item.own for item in items])
 
 
-def believed_candidates(rule: CandidateRule, items: Sequence[Item]) -> list[tuple[Candidate, ...]]:
-    """Each image's, by what is believed now."""
-    return rule.choose(stacked([item.belief for item in items]))
+def current(items: Sequence[Item]) -> Scores:
+    """`(n, C)` what the policy of the next stage sees of n images of one chunk, which are in its order."""
+    return _with_changes(items, [item.opinion() for item in items])
+
+
+def _with_changes(items: Sequence[Item], changed: Sequence[Scores | None]) -> Scores:
+    """`(n, C)` the scores of n images, with a `(1, C)` row in place of those that changed."""
+    chunk = items[0].chunk
+    scores = chunk if len(items) == len(chunk) else chunk.rows(np.array([item.row for item in items]))
+    if all(row is None for row in changed):
+        return scores
+    log_probs = scores.log_probs.copy()
+    for place, row in enumerate(changed):
+        if row is not None:
+            log_probs[place] = row.log_probs[0]
+    return replace(scores, log_probs=log_probs)
 
 
 def rank(rule: CandidateRule, items: Sequence[Item]) -> None:
-    """Give each image its candidates by what is believed now, without those that judges rejected; their probabilities and ranks
+    """Give each image its candidates by what is believed now, without those that judges rejected. Their probabilities and ranks
     are the scorer's."""
     if not items:
         return
-    for item, candidates in zip(items, believed_candidates(rule, items), strict=True):
-        if item.belief is not item.scores:
+    for item, candidates in zip(items, rule.choose(believed(items)), strict=True):
+        if item.own is not None:
             candidates = tuple(as_scored(item.scores, candidate) for candidate in candidates if candidate.probability > 0)
         item.candidates = candidates
-
-
-def _without(scores: Scores, rejected: Collection[str]) -> Scores:
-    """1 x C, some labels impossible; unchanged, where there would be none left."""
-    impossible = np.isin(scores.labels.names, list(rejected)) | (scores.probabilities[0] == 0)
-    if impossible.all():
-        return scores
-    log_probs = log_softmax(np.where(impossible, -np.inf, scores.log_probs.astype(np.float64)), axis=1)
-    return replace(scores, log_probs=log_probs.astype(np.float32))

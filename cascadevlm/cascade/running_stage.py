@@ -1,4 +1,4 @@
-"""A stage during one run: whom its policy escalates, what its judge says of them, and where its spending stands."""
+"""A stage during one run: which images its policy escalates, what its judge says of them, and what has been spent."""
 
 import asyncio
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from cascadevlm.base.errors import BudgetExhausted, FatalError, ImageError, Judg
 from cascadevlm.base.images import is_large
 from cascadevlm.base.labels import Label, LabelSet
 from cascadevlm.base.types import NANODOLLARS, Candidate, Scores, Verdict
-from cascadevlm.cascade.item import Item, believed_candidates, rank
+from cascadevlm.cascade.item import Item, believed, rank
 from cascadevlm.cascade.stage import Stage
 from cascadevlm.judges.base import Judge
 from cascadevlm.policies.base import Selection, Spending, as_budgeted
@@ -24,11 +24,12 @@ class RunningStage:
     """A stage during one run.
 
     Args:
-        number: its position.
-        judge: its judge, made dependable and ready.
-        labels: of the cascade.
-        readers: read images beside the event loop.
-        spending: where it stands.
+        number: position of the stage, from 0.
+        stage: the stage as the cascade has it.
+        judge: the stage's judge, dependable and prepared.
+        labels: the label set of the cascade.
+        readers: threads that read images beside the event loop.
+        spending: the state of the stage's spending at the start of the run.
     """
 
     def __init__(self, number: int, stage: Stage, judge: Judge, labels: LabelSet, readers: Executor, spending: Spending) -> None:
@@ -43,38 +44,40 @@ class RunningStage:
         self._fatal: FatalError | None = None
 
     async def prices(self, items: Sequence[Item]) -> tuple[float, ...]:
-        """Dollars that asking about each image is expected to cost; none, if the policy does not ask for prices."""
+        """(n,) expected dollars of a question about each image; empty if the policy does not need prices."""
         if not self.policy.by_price:
             return ()
 
         def told() -> tuple[float, ...]:
-            return tuple(map(self._price, items, believed_candidates(self.stage.candidates, items)))
+            return tuple(map(self._price, items, self.stage.candidates.choose(believed(items))))
 
-        return await asyncio.get_running_loop().run_in_executor(self.readers, told)  # it opens files
+        return await asyncio.get_running_loop().run_in_executor(self.readers, told)  # it may open files
 
     def _price(self, item: Item, candidates: tuple[Candidate, ...]) -> float:
-        """Nothing, if the image has gone since it was scored."""
+        """Expected dollars of a question; 0 if the image has disappeared since it was scored."""
         try:
-            question = Stage.question(self.stage, item.prepared.unread, candidates)  # not one to be kept as if it had been put
+            # a subclass of Stage may record its questions, and this question is not put
+            question = Stage.question(self.stage, item.prepared.unread, candidates)
         except ImageError:
             return 0.0
         return self.stage.by_votes(self.stage.judge).usual_case(question) / NANODOLLARS
 
     def surplus(self, scores: Scores, prices: tuple[float, ...]) -> NDArray[np.floating]:
-        """(N,) how far the expected gain is above what the policy wants; for stages between which images are routed."""
+        """(n,) expected gain less the gain that the policy wants. Only for stages between which images are routed."""
         assert isinstance(self.policy.policy, GainAbove)
         return self.policy.policy.surplus(Spending(prices=prices, gain=self.stage.gain(scores)))
 
     def decide(
         self, items: Sequence[Item], scores: Scores, prices: tuple[float, ...], *, left: Selection, remaining: float | None
     ) -> list[Item]:
-        """Those of the next images that the policy escalates; all get its reasons, those of the first stage its candidates too.
+        """The images that the policy escalates. All images get the policy's reasons, and all in the first stage get candidates.
 
         Args:
-            scores: N x C, of the images as they stand.
-            prices: of asking about each.
-            left: N, those that are left to a later stage.
-            remaining: how many images are expected after these; None if the number is not known.
+            items: the next n images.
+            scores: `(n, C)` what is believed of the images now.
+            prices: (n,) expected dollars of a question about each image, or empty.
+            left: boolean mask (n,) of the images that are left to a later stage.
+            remaining: expected number of images after these; None if the number is unknown.
         """
         spending = replace(self.spending, remaining=remaining, prices=prices, gain=self.stage.gain(scores))
         selected = self.policy.select(scores, spending) & ~left
@@ -93,7 +96,7 @@ class RunningStage:
         return list(compress(items, selected))
 
     async def ask(self, item: Item) -> None:
-        """Ask the judge about an image and, where it chose none of the candidates, about the next ones."""
+        """Ask the judge about an image. If it chooses none of the candidates, ask about the next candidates."""
         verdict = await self._verdict(item)
         item.hear(self.stage, verdict)
         seen: set[Label] = set()
@@ -112,7 +115,7 @@ class RunningStage:
         item.verdicts.append(verdict if verdict.stage == self.number else replace(verdict, stage=self.number))
 
     async def _verdict(self, item: Item) -> Verdict:
-        """What the judge says of an image, among its candidates; after a fatal error, that is all it says."""
+        """The judge's verdict on an image and its candidates. After a fatal error, every further question raises that error."""
         loop = asyncio.get_running_loop()
         async with self._places:
             try:
@@ -123,7 +126,7 @@ class RunningStage:
                 image = item.prepared.image
                 item.candidates = self.stage.candidates.arrange(item.candidates, image)
                 question = self.stage.question(image, item.candidates, self.labels)
-                if is_large(image):  # encode and hash it beside the event loop, once for all
+                if is_large(image):  # encode and hash the image beside the event loop, once
                     await loop.run_in_executor(self.readers, self.judge.image_digest, question)
                 return await self.judge.judge(question)
             except FatalError as exc:
@@ -131,5 +134,5 @@ class RunningStage:
                 raise
             except BudgetExhausted as exc:
                 return Verdict(outcome="skipped", error=str(exc), judge=self.judge.spec)
-            except (JudgeError, ImageError) as exc:  # the image may have gone since it was scored
+            except (JudgeError, ImageError) as exc:  # the image may have disappeared since it was scored
                 return Verdict(outcome="failed", error=str(exc), judge=self.judge.spec)

@@ -1,10 +1,11 @@
-"""A stage of a cascade: one judge, and when and how it is asked."""
+"""A stage of a cascade: one judge, and when and how the judge is asked."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from PIL import Image
 
+from cascadevlm.base.bounds import Count, Natural, require_number
 from cascadevlm.base.errors import InputError, PolicyError, PromptError
 from cascadevlm.base.labels import LabelSet
 from cascadevlm.base.portable import Portable
@@ -28,24 +29,34 @@ _MADE_BY: Mapping[str, tuple[type, str]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Stage(Portable):
-    """One judge of a cascade and when and how it is asked.
+    """One judge of a cascade, and when and how the judge is asked.
 
-    The policy of the first stage sees the scorer's scores. That of a later stage sees the images its predecessor was asked
-    about or, with routing, left to it, with the scores as they then stand: what both opinions say together, where they are
-    fused; else the judge's own probabilities, certainty where it answered without any, and the scorer's where it gave no answer.
+    The policy of the first stage sees the scorer's scores. The policy of a later stage sees only images that the stage before was
+    asked about or, with routing, left to this stage. The scores that it sees are:
+
+    - with fusion, what scorer and judge say together;
+    - without fusion, the judge's own probabilities, or certainty if its answer has no probabilities;
+    - if there was no answer, the scorer's scores.
+
     After "none of these", candidates are chosen among the other labels.
 
     Attributes:
+        judge: the judge.
+        prompt: the prompt of the questions.
+        policy: which images are escalated. Default: all.
+        candidates: the rule for the candidates. Default: the 5 most probable labels.
+        offer_none: whether "none of these" is one of the options.
+        support: reference images; the prompt must have a place for them.
         fusion: whose word is final: the judge's, or the more probable label by both.
-        model: of the judge; policies of gain and fusion want it.
-        votes: how often the judge is asked about an image, the candidates in another order each time (`Voting`).
-        widen: how many times more the judge is asked, about the next candidates, where it chose "none of these".
+        model: a model of the judge, needed for fusion and for policies that use the expected gain.
+        votes: number of questions about each image, with the candidates in another order each time (`Voting`).
+        widen: number of further questions, about the next candidates, after the answer "none of these".
 
     Raises:
-        InputError: if judge, prompt, candidates or support are something else, such as a spec; if opinions are to be fused and
-            there is no model; if the list is to widen after an answer that is not offered.
-        PromptError: if the prompt shows reference images and there is no support set, or the other way round.
-        PolicyError: if the policy goes by gain and there is no model.
+        InputError: if an argument has another type, for example a spec; if ``votes`` is not a number from 1 on, or ``widen``
+            not one from 0 on; if fusion is wanted without a model; if ``widen`` is given and "none of these" is not offered.
+        PromptError: if only one of prompt and stage has reference images.
+        PolicyError: if the policy uses the expected gain and there is no model.
     """
 
     judge: Judge
@@ -62,6 +73,8 @@ class Stage(Portable):
     def __post_init__(self) -> None:
         for name, (kind, fix) in _MADE_BY.items():
             require_kind(name, getattr(self, name), kind, fix)
+        require_number("votes", self.votes, Count)
+        require_number("widen", self.widen, Natural)
         if self.support is not None:
             require_kind("support", self.support, SupportSet, "SupportSet.read(Path(folder), labels)")
         if self.fusion != "judge" and self.model is None:
@@ -71,7 +84,7 @@ class Stage(Portable):
         if self.support is not None and not self.prompt.shows_references:
             raise PromptError(
                 f"Prompt {self.prompt.name!r} has no place for the support images.",
-                hint="Take one with $references, as select_fewshot, or no support.",
+                hint="Take a prompt with $references, for example select_fewshot, or give no support.",
             )
         if self.widen and not self.offer_none:
             raise InputError(f"widen = {self.widen} needs the answer 'none of these'.", hint="Offer it: offer_none = true.")
@@ -79,7 +92,7 @@ class Stage(Portable):
             raise uncalibrated(as_policy(self.policy))
 
     def question(self, image: Image.Image, candidates: tuple[Candidate, ...], label_set: LabelSet | None = None) -> Question:
-        """What the judge is asked about an image, the candidates, of the label set, in the order they are to be shown."""
+        """The question about an image. The candidates are from the label set, in the order in which they are shown."""
         return Question(
             image=image,
             candidates=candidates,
@@ -90,11 +103,11 @@ class Stage(Portable):
         )
 
     def by_votes(self, judge: Judge) -> Judge:
-        """The stage's judge, or what is around it, asked as often about an image as there are votes."""
+        """The judge, asked as many times about each image as there are votes."""
         return Voting(judge, self.votes) if self.votes > 1 else judge
 
     def gain(self, scores: Scores) -> tuple[float, ...] | None:
-        """`Spending.gain` for N images; None if the judge is not known, or if the policy does not look at the gain."""
+        """(N,) `Spending.gain`; None if the stage has no model of its judge or if the policy does not use the gain."""
         policy = as_budgeted(self.policy)
         if self.asking is None or not (policy.by_gain or policy.limits):
             return None
@@ -102,7 +115,7 @@ class Stage(Portable):
 
     @property
     def asking(self) -> Asking | None:
-        """What asking is worth, if the judge is known."""
+        """What a question is worth; None if the stage has no model of its judge."""
         if self.model is None:
             return None
         return Asking(
@@ -114,10 +127,16 @@ class Stage(Portable):
 
 
 def require_kind(name: str, value: object, kind: type, fix: str) -> None:
-    """Refuse an argument of another kind, such as a spec.
+    """Refuse an argument of another type, for example a spec.
+
+    Args:
+        name: of the argument.
+        value: of the argument.
+        kind: the class that the value must have.
+        fix: an expression that makes an object of this class.
 
     Raises:
-        InputError: saying how to make one.
+        InputError: with ``fix`` as the hint.
     """
     if not isinstance(value, kind):
         raise InputError(f"{name} must be a {kind.__name__}, not {value!r}.", hint=f"For example: {fix}.")
@@ -127,20 +146,20 @@ def require_cascade(stages: Sequence[Stage], *, routing: bool) -> None:
     """Refuse stages that make no cascade together.
 
     Raises:
-        InputError: if their fusion differs, or there is nothing to choose between in routing.
-        PolicyError: if a policy cannot choose between judges and is to.
+        InputError: if the stages differ in their fusion, or if there is routing with fewer than two stages.
+        PolicyError: if there is routing and a policy cannot choose between judges.
     """
     if len(fusions := sorted({stage.fusion for stage in stages})) > 1:
-        raise InputError(f"The stages differ in their fusion, {' and '.join(map(repr, fusions))}.", hint="Give all the same.")
+        raise InputError(
+            f"The stages have different fusions: {' and '.join(map(repr, fusions))}.", hint="Give all stages the same."
+        )
     if not routing:
         return
     if len(stages) < 2:
-        raise InputError(
-            "With routing, there must be two judges to choose between.", hint="Add a [[stage]], or leave routing out."
-        )
+        raise InputError("Routing needs two judges to choose between.", hint="Add a [[stage]], or leave routing out.")
     for stage in stages:
         if not isinstance(as_policy(stage.policy), GainAbove):
             raise PolicyError(
                 f"The policy '{as_policy(stage.policy)}' cannot choose between judges.",
-                hint='With routing, go by gain alone, as in "gain > 0.02"; what may be spent in all is [budget] usd.',
+                hint='With routing, give a policy of gain alone, for example "gain > 0.02", and limit all cost by [budget] usd.',
             )

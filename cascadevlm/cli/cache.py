@@ -2,9 +2,12 @@
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from cascadevlm.judges.cache import DiskStore
 
 app = typer.Typer(help="The cache of verdicts.", no_args_is_help=True)
 
@@ -12,12 +15,26 @@ Folder = Annotated[Path | None, typer.Option(exists=True, file_okay=False, help=
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object.")]
 
 
-@app.command()
-def info(folder: Folder = None, as_json: AsJson = False) -> None:
-    """Show where the cache is and how much is in it."""
+def _opened(folder: Path | None) -> "DiskStore":
+    """The cache in a folder.
+
+    Raises:
+        DataError: if there is no cache; looking for it must not make one.
+    """
+    from cascadevlm.base.errors import DataError
     from cascadevlm.judges.cache import DiskStore
 
     store = DiskStore(folder)
+    if not store.exists:
+        hint = "Give the folder of a cache (cache.folder of the configuration), or the folder 'verdicts' in that of a run."
+        raise DataError(f"{str(store.folder)!r} holds no cache of verdicts.", hint=hint)
+    return store
+
+
+@app.command()
+def info(folder: Folder = None, as_json: AsJson = False) -> None:
+    """Show where the cache is and how much is in it."""
+    store = _opened(folder)
     figures = {"folder": str(store.folder), "verdicts": len(store), "bytes": store.size()}
     typer.echo(json.dumps(figures) if as_json else "\n".join(f"{name}: {value}" for name, value in figures.items()))
 
@@ -29,9 +46,7 @@ def clear(
     as_json: AsJson = False,
 ) -> None:
     """Forget all verdicts; hosted ones were paid for."""
-    from cascadevlm.judges.cache import DiskStore
-
-    store = DiskStore(folder)
+    store = _opened(folder)
     if not yes:
         typer.confirm(f"Forget {len(store)} verdicts in {store.folder}?", abort=True)
     removed = store.clear()
@@ -41,9 +56,7 @@ def clear(
 @app.command()
 def verify(folder: Folder = None, as_json: AsJson = False) -> None:
     """Check that every verdict can be read and belongs to the question it is kept under."""
-    from cascadevlm.judges.cache import DiskStore
-
-    store = DiskStore(folder)
+    store = _opened(folder)
     damaged = list(store.damaged())
     if as_json:
         typer.echo(json.dumps({"verdicts": len(store), "damaged": damaged}))

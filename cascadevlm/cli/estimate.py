@@ -25,6 +25,7 @@ def estimate(
     from rich.console import Console
     from rich.table import Table
 
+    from cascadevlm.base.errors import InputError
     from cascadevlm.runs.estimate import estimate as estimated
     from cascadevlm.runs.inputs import LISTS, Inputs
 
@@ -35,6 +36,8 @@ def estimate(
     if len(paths) == 1 and (paths[0].is_dir() or paths[0].suffix.lower() in LISTS):
         images, total = Inputs(paths[0]).sample(sample)
     else:
+        if lists := [path for path in paths if path.suffix.lower() in LISTS]:
+            raise InputError(f"{str(lists[0])!r} is a list of images, and it is not the only path.", hint="Give the list alone.")
         images = options.image_files(paths)
         total = len(images)
     estimates = estimated(cascade, images, total=total, sample=sample)

@@ -14,8 +14,14 @@ from cascadevlm.runs.estimate import SAMPLE, estimate
 from cascadevlm.runs.inputs import Inputs
 
 
-def confirm(config: Config, cascade: Cascade, images: Sequence[ImageSource] | Inputs) -> None:
-    """Ask, where the run may cost more than the configuration lets pass.
+def confirm(config: Config, cascade: Cascade, images: Sequence[ImageSource] | Inputs, left: int | None = None) -> None:
+    """Ask the user if a run may cost more than the configuration allows without a question.
+
+    Args:
+        config: of the cascade.
+        cascade: what will classify.
+        images: all images of the run.
+        left: number of these images that have no prediction yet. Default: all.
 
     Raises:
         InputError: if there is nobody to ask.
@@ -26,10 +32,10 @@ def confirm(config: Config, cascade: Cascade, images: Sequence[ImageSource] | In
     for judge in paid:
         loop.run(judge.prepare())
         loop.run(judge.aclose())
-    if not paid or (cap is not None and cap <= limit):
+    if not paid or left == 0 or (cap is not None and cap <= limit):
         return
     sample, total = images.sample(SAMPLE) if isinstance(images, Inputs) else (images, len(images))
-    estimates = estimate(cascade, sample, total=total)
+    estimates = estimate(cascade, sample, total=total if left is None else left)
     usual, most = sum(each.dollars for each in estimates), sum(each.dollars_range[1] for each in estimates)
     most = most if cap is None else min(most, cap)
     if most <= limit:

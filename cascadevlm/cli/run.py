@@ -51,18 +51,19 @@ def run(
     from cascadevlm.runs import bulk
     from cascadevlm.runs import ray as cluster
     from cascadevlm.runs.inputs import Inputs
-    from cascadevlm.runs.run_folder import FAILURES, Tally
+    from cascadevlm.runs.run_folder import FAILURES, Tally, images_left
 
     parsed = given.parse()
     cascade, images = given.build(parsed, bulk=True), Inputs(inputs)
     options.tell(cascade.labels, [inputs])
     if workers and engine == "local":
         raise InputError("--workers are those of a cluster.", hint="Give --engine ray.")
-    if not yes:
-        confirm(parsed, cascade, images)
     total = len(images)
     if not total:
         raise DataError(f"{str(inputs)!r} holds no images.")
+    if not yes:
+        left = images_left(output, total, dollars=cascade.ledger.cap_dollars, retry_failed=retry_failed)
+        confirm(parsed, cascade, images, left)
     errors = Console(stderr=True)
     columns = BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.description}")
     with (

@@ -11,8 +11,9 @@ from typing import Annotated, Literal, Self, get_args
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, PlainValidator, ValidationError
 from pydantic_core import PydanticCustomError, to_jsonable_python
 
+from cascadevlm.base.bounds import Count, Mass, Natural, Probability, require_number
 from cascadevlm.base.entry_points import Option, nearest
-from cascadevlm.base.errors import ConfigError
+from cascadevlm.base.errors import ConfigError, InputError
 from cascadevlm.base.labels import LabelSet
 from cascadevlm.cascade.candidates import CandidateRule, ConformalSet, CumulativeMass, Order, TopK
 from cascadevlm.cascade.cascade import Cascade
@@ -117,9 +118,13 @@ def require_embeddings(scorer: Scorer, spec: str) -> EmbeddingScorer:
 
 
 def _size(value: JsonValue) -> JsonValue:
-    if value is None or value == "best" or (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
+    if value is None or value == "best":
         return value
-    raise PydanticCustomError("size", 'Input should be a whole number of at least 1, or "best"')
+    try:
+        require_number("k", value, Count)
+    except InputError as exc:
+        raise PydanticCustomError("size", 'Input should be a whole number of at least 1, or "best"') from exc
+    return value
 
 
 class CandidatesConfig(_Section):
@@ -136,10 +141,10 @@ class CandidatesConfig(_Section):
     """
 
     k: Annotated[int | Literal["best"] | None, PlainValidator(_size)] = None
-    mass: Annotated[float, Field(gt=0, le=1)] | None = None
+    mass: Mass | None = None
     coverage: Annotated[float, Field(gt=0, lt=1)] | None = None
-    minimum: int | None = None
-    maximum: int | None = None
+    minimum: Count | None = None
+    maximum: Count | None = None
     order: Order = "ranked"
     seed: int = 0
 
@@ -193,7 +198,7 @@ class SupportConfig(_Section):
     """
 
     folder: Annotated[Path, _BY_DIGEST]
-    shots: Annotated[int, Field(ge=1)] = 1
+    shots: Count = 1
 
     def read(self, labels: LabelSet) -> SupportSet:
         """Read the support set.
@@ -225,8 +230,8 @@ class StageConfig(_Section):
     prompt: str = "select"
     offer_none: bool = False
     support: SupportConfig | None = None
-    votes: Annotated[int, Field(ge=1)] = 1
-    widen: Annotated[int, Field(ge=0)] = 0
+    votes: Count = 1
+    widen: Natural = 0
     options: Annotated[Options, _BY_IDENTITY] = {}
 
     def build(self, labels: LabelSet, calibration: Calibration | None, number: int, fusion: FusionRule) -> Stage:
@@ -320,11 +325,11 @@ class Config(_Section):
     labels: Annotated[Path | tuple[str, ...] | None, MayChange("the manifest contains the labels")] = None
     calibration: Annotated[Path | None, _BY_DIGEST] = None
     fusion: FusionRule | None = None
-    accept: Annotated[float, Field(ge=0, le=1)] | None = None
+    accept: Probability | None = None
     routing: bool = False
     follow_shares: bool = False
     on_failure: OnFailure = "scorer"
-    batch_size: Annotated[int, Field(ge=1)] = 32
+    batch_size: Count = 32
     cache: Annotated[CacheConfig, MayChange("the folder of the cache does not change an answer")] = CacheConfig()
     budget: Annotated[BudgetConfig, MayChange("with a higher limit, skipped images are asked about")] = BudgetConfig()
 

@@ -79,8 +79,8 @@ class Learning:
             )
         self._sums = self.learned.sums
         self._entered = asyncio.Condition()
-        begin, taught = self.learned.images, labelled.taught(self.learned.sums)
-        began = taught if self.learned.before is self.learned.sums else labelled.taught(self.learned.before)
+        begin, taught = self.learned.images, self._teach(self.learned.sums)
+        began = taught if self.learned.before is self.learned.sums else self._teach(self.learned.before)
         self._taught = {begin: began, self._next(begin): taught}
 
     def period_of(self, begin: int) -> int:
@@ -129,17 +129,20 @@ class Learning:
 
     def again(self) -> Taught:
         """What all images so far teach: for a finished run, whose images are then decided on anew without a question."""
-        return self.labelled.taught(self._sums)
+        return self._teach(self._sums)
 
     async def _enter(self, period: int) -> None:
         """Begin a period: what was learned before it is what the next one is scored with."""
         earlier = self.learned.images
         self.learned = Learned(images=period, batch_size=self.learned.batch_size, before=self.learned.sums, sums=self._sums)
-        taught = await asyncio.to_thread(self.labelled.taught, self._sums)
+        taught = await asyncio.to_thread(self._teach, self._sums)
         async with self._entered:
             self._taught[self._next(period)] = taught
             del self._taught[earlier]
             self._entered.notify_all()
+
+    def _teach(self, sums: Sums) -> Taught:
+        return self.labelled.taught(sums, () if self.unlabelled is None else self.unlabelled.fold)
 
     def _next(self, period: int) -> int:
         """Number of images before the period that follows a period: whole batches."""

@@ -12,9 +12,11 @@ predecessor, whatever the judges' latencies. So a run has at most two periods un
 """
 
 import asyncio
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.special import log_softmax
 
 from cascadevlm.base.errors import InputError
@@ -96,8 +98,8 @@ class Following:
         log_probs = log_softmax(scores.log_probs + self._shifts[period], axis=1)
         return replace(scores, log_probs=log_probs.astype(np.float32))
 
-    async def take(self, beliefs: list[Scores], begin: int) -> None:
-        """Add what is believed of the images of a batch; batch by batch, in order."""
+    async def take(self, beliefs: Sequence[NDArray[np.float32]], begin: int) -> None:
+        """Add the `(C,)` probabilities that are believed of each image of a batch. Batches come in the order of the run."""
         period = begin // self.length
         if period > self.seen.period:
             nothing = (0.0,) * len(self.seen.current)
@@ -106,7 +108,7 @@ class Following:
                 self._shifts[period + 1] = self._shift(self._summed())
                 del self._shifts[period - 1]
                 self._entered.notify_all()
-        sums = np.sum([belief.probabilities[0] for belief in beliefs], axis=0, dtype=np.float64)
+        sums = np.sum(beliefs, axis=0, dtype=np.float64)
         self.seen = replace(self.seen, current=tuple(np.add(self.seen.current, sums).tolist()))
 
     def _summed(self) -> tuple[float, ...]:

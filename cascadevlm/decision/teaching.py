@@ -165,9 +165,15 @@ class Labelled:
         """P sums of no further image."""
         return Sums.zero(len(self.calibrations), len(self.fit.calibration.bias), self.embeddings.shape[1])
 
-    def taught(self, sums: Sums) -> Taught:
-        """What the labelled images and P sums of others teach."""
-        means = tuple((own + sums.opinion(number)).means() for number, own in enumerate(self.support))
+    def taught(self, sums: Sums, unlabelled: tuple[Sums, ...] = ()) -> Taught:
+        """What the labelled images and P sums of others teach.
+
+        Args:
+            sums: of the others.
+            unlabelled: P sums of labelled images as if they were not: `Transduced.fold`.
+        """
+        support = [own + other for own, other in zip(self.support, unlabelled, strict=True)] if unlabelled else self.support
+        means = tuple((own + sums.opinion(number)).means() for number, own in enumerate(support))
         evidence = np.zeros_like(self.fit.held_out)
         for fold in range(len(self.fit.without)):
             rows = fold_of(len(self.truths)) == fold
@@ -176,6 +182,12 @@ class Labelled:
         held_out = log_softmax(own * self.fit.held_out + strength * evidence, axis=1)
         return Taught(own=own, strength=strength, calibrations=self.calibrations, means=means, held_out=held_out)
 
+    def as_unlabelled(self, rule: Taught) -> tuple[Sums, ...]:
+        """P sums: of each fold, its images with what the rule believes of them without the fold's labels; last, of no image."""
+        beliefs, folds = np.exp(rule.held_out), fold_of(len(self.truths))
+        inside = [folds == fold for fold in range(len(self.fit.without))] + [np.zeros(len(self.truths), dtype=bool)]
+        return tuple(Sums.of(self.embeddings[rows], beliefs[rows], np.full(rows.sum(), UNJUDGED)) for rows in inside)
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Transduced:
@@ -183,10 +195,13 @@ class Transduced:
 
     Attributes:
         sums: P sums of these images.
+        fold: P sums of the labelled images of each fold, which are unlabelled images for what is learned without that fold. An
+            image that is in the sums confirms its own belief; scale and strength are fitted to images that do so, too.
         rule: what their responsibilities in these sums were computed with, so that an image can be taken out again.
     """
 
     sums: Sums
+    fold: tuple[Sums, ...]
     rule: Taught
 
 
@@ -207,9 +222,10 @@ def transduced(labelled: Labelled, chunks: Callable[[], Iterable[Scored]], *, ro
     )
     for remaining in reversed(range(rounds)):
         sums = reduce(Sums.__add__, (unjudged(rule, *chunk) for chunk in chunks()), labelled.nothing())
+        fold = labelled.as_unlabelled(rule)
         if remaining:
-            rule = labelled.taught(sums)
-    return Transduced(sums=sums, rule=rule)
+            rule = labelled.taught(sums, fold)
+    return Transduced(sums=sums, fold=fold, rule=rule)
 
 
 def unjudged(rule: Taught, log_probs: NDArray[np.floating], embeddings: NDArray[np.floating], weight: float = UNJUDGED) -> Sums:

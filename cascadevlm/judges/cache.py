@@ -193,6 +193,11 @@ class DiskStore(VerdictStore):
                 )
         return self._opened
 
+    @property
+    def exists(self) -> bool:
+        """Whether the folder holds verdicts. It is made when the first verdict is looked up."""
+        return (self.folder / "cache.db").exists()
+
     @asynccontextmanager
     async def asking(self, key: str) -> AsyncGenerator[None, None]:
         self._turns = self._turns or turns_in(self.folder)

@@ -11,7 +11,7 @@ from pathlib import Path
 from pydantic import JsonValue
 
 from cascadevlm.base import loop
-from cascadevlm.base.errors import DataError, RunError
+from cascadevlm.base.errors import RunError
 from cascadevlm.base.images import ImageSource
 from cascadevlm.base.labels import LabelSet
 from cascadevlm.base.types import Scores
@@ -19,7 +19,7 @@ from cascadevlm.cascade.cascade import Cascade
 from cascadevlm.cascade.engine import Run
 from cascadevlm.judges.base import Judge, WrapperJudge
 from cascadevlm.judges.cache import DiskStore
-from cascadevlm.runs.inputs import Named, after, names
+from cascadevlm.runs.inputs import Named, after
 from cascadevlm.runs.manifest import Manifest
 from cascadevlm.runs.run_folder import RunFolder, Tally
 from cascadevlm.scorers.base import Prepared, Scorer
@@ -95,7 +95,6 @@ def run(
     manifest = Manifest.of(cascade, inputs, config)
     dollars = cascade.ledger.cap_dollars
     with RunFolder.opened(folder, manifest, dollars=dollars, retry_failed=retry_failed) as opened:
-        _require_same_images(inputs, opened)
         if sentence := opened.outlook(len(inputs) if isinstance(inputs, Sized) else None):
             outlook(sentence)
         store = DiskStore(folder / "verdicts") if cascade.store is None else cascade.store
@@ -118,17 +117,6 @@ def run(
 def _full(folders: Sequence[Path]) -> list[Path]:
     """Those on a disk that is nearly full."""
     return [folder for folder in folders if folder.exists() and shutil.disk_usage(folder).free < LEAST_FREE]
-
-
-def _require_same_images(inputs: Iterable[Named], folder: RunFolder) -> None:
-    """Raises DataError, if the first images are not those that the folder has predictions of."""
-    known = names(inputs)
-    for number, path in enumerate(folder.paths()):
-        if (name := next(known, "")) != path:
-            raise DataError(
-                f"Image {number} of {str(folder.folder)!r} was {path!r} and is now {name or 'gone'!r}.",
-                hint="Images may be added after the last one only; for others, give another folder.",
-            )
 
 
 async def _classify(
@@ -160,7 +148,7 @@ async def _append(run: Run, inputs: Iterable[Named], folder: RunFolder, progress
     begun: deque[str] = deque()
 
     def sources() -> Iterator[ImageSource]:
-        for name, source in after(inputs, first):
+        for name, source in after(inputs, first, folder.paths()):
             begun.append(name)
             yield source
 

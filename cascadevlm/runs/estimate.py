@@ -1,11 +1,10 @@
-"""What a run will take, told before it begins: calls, dollars and minutes, from a sample of the images."""
+"""What a run will take: calls, dollars and minutes, estimated from a sample of the images before the run begins."""
 
 import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from functools import partial
-from itertools import compress
+from dataclasses import dataclass
+from itertools import chain, compress
 
 import numpy as np
 from scipy.stats import binomtest
@@ -14,15 +13,16 @@ from cascadevlm.base.errors import ImageError, InputError
 from cascadevlm.base.images import ImageSource
 from cascadevlm.base.types import NANODOLLARS, Question, Scores
 from cascadevlm.cascade.cascade import Cascade
+from cascadevlm.cascade.stage import Stage
 from cascadevlm.judges.base import Judge
-from cascadevlm.policies.base import Spending, as_budgeted
-from cascadevlm.scorers.base import Prepared, prepared_or_error, scored_or_errors
+from cascadevlm.policies.base import Selection, Spending, as_budgeted
+from cascadevlm.scorers.base import Prepared, joined, load_once, prepare_in, score_together
 
 SAMPLE = 200
-"""Images scored, unless asked otherwise: the share escalated is then known to about seven points."""
+"""Default number of images to score. The escalated share is then known to about 7 percentage points."""
 
 SECONDS_PER_CALL = 4.0
-"""What a hosted model takes over an image and a short answer, for want of a measurement."""
+"""Assumed seconds of a hosted model for an image and a short answer; not measured."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,15 +30,16 @@ class Estimate:
     """What one stage will take.
 
     Attributes:
-        judge: its spec.
-        images: that the run has.
-        sample: how many of them were looked at.
-        deferral_rate: the share that the policy escalates, within its limits; images that cannot be read are not.
-        deferral_range: its 95 % confidence interval (Wilson 1927), but for limits.
-        calls: how many questions that is; those already in the cache are not taken off.
-        dollars: what they usually cost, by the rules for images, four bytes of text a token and answers a third of their limit.
-        dollars_range: from the interval's lower end at that price to its upper end at the worst case of every question.
-        minutes: at the judge's concurrency and rate limits; 0 where the judge charges nothing, as nothing is known of its speed.
+        judge: spec of the judge.
+        images: number of images of the run.
+        sample: number of images that were scored for the estimate.
+        deferral_rate: share of images that the policy escalates, within its limits. Images that cannot be read are not escalated.
+        deferral_range: 95 % confidence interval of the escalated share (Wilson 1927), capped by the policy's limits.
+        calls: number of questions. Questions that are already in the cache are counted, too.
+        dollars: usual cost of the calls, from the provider's rules for images, four bytes of text per token, and answers of a
+            third of their limit.
+        dollars_range: from the lower end of the interval at the usual price to the upper end at the worst case of every question.
+        minutes: time at the judge's concurrency and rate limits; 0 if the judge charges nothing, because its speed is not known.
     """
 
     judge: str
@@ -52,89 +53,120 @@ class Estimate:
     minutes: float
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Sample:
+    """The images that were scored for an estimate.
+
+    Attributes:
+        size: number of images, readable or not.
+        total: number of images of the run.
+        readable: the n images that can be read.
+        scores: `(n, C)` their scores.
+    """
+
+    size: int
+    total: int
+    readable: Sequence[Prepared]
+    scores: Scores
+
+
 def estimate(
     cascade: Cascade, images: Sequence[ImageSource], *, total: int | None = None, sample: int = SAMPLE, seed: int = 0
 ) -> list[Estimate]:
-    """What every stage will take, by a random sample of the images; no judge is asked.
+    """What every stage will take, from a random sample of the images. No judge is asked.
 
-    ``total`` is how many images there will be, where these are themselves drawn at random from them.
+    Three assumptions: A later stage gets all images that the stage before was asked about or, with routing, all images. All of a
+    limit on calls or dollars is still left, and is spent at the mean price. The cache is empty, and no question is asked twice.
 
-    A later stage is taken to get all that its predecessor was asked about or, with routing, all images. Of limits on calls and
-    dollars all is taken to be left, and spent at the mean price. The cache, and answers that have to be asked for twice, are left
-    out of account.
+    Args:
+        cascade: the cascade.
+        images: the images, or a random sample of them.
+        total: number of images of the run. Default: the number of ``images``.
+        sample: number of images to score.
+        seed: of the random sample.
 
     Raises:
         InputError: if there are no images.
-        ImageError: if none of the sample can be read.
+        ImageError: if no image of the sample can be read.
         BackendError: if the price of a judge is unknown.
         PermanentError: if a question may take more tokens than the price is known for.
     """
     if not images:
         raise InputError("There are no images.")
-    total = len(images) if total is None else total
-    looked_at = np.sort(np.random.default_rng(seed).permutation(len(images))[:sample])
-    readable, scores = _scored(cascade, [images[index] for index in looked_at])
-    escalated, kept = np.ones(len(readable), dtype=bool), 1.0
+    chosen = np.sort(np.random.default_rng(seed).permutation(len(images))[:sample])
+    readable, scores = _scored(cascade, [images[index] for index in chosen])
+    scored = _Sample(size=len(chosen), total=len(images) if total is None else total, readable=readable, scores=scores)
+    reached, kept = np.ones(len(readable), dtype=bool), 1.0
     estimates = []
     for stage in cascade.stages:
-        judge, budgeted = stage.by_votes(stage.judge), as_budgeted(stage.policy)
-        questions = [
-            stage.question(prepared.unread, candidates)
-            for prepared, candidates in zip(readable, stage.candidates.choose(scores), strict=True)
-        ]
-        prices = _usual(judge, questions) if budgeted.policy.by_price else ()
-        selected = budgeted.policy.select(scores, Spending(prices=prices, gain=stage.gain(scores)))
-        escalated = selected & (escalated | cascade.routing)
-        priced = escalated if escalated.any() else ~escalated  # where none is asked about, all say what one would cost
-        usual, worst, tokens = _mean_price(judge, list(compress(questions, priced)))
-        rate = float(escalated.sum() / len(looked_at)) * kept
-        interval = binomtest(int(escalated.sum()), len(looked_at)).proportion_ci(method="wilson")
-        most = min((limit.most_calls(usual, total) / total for limit in budgeted.limits), default=1.0)
-        low, high = (min(float(end) * kept, most) for end in (interval.low, interval.high))
-        calls = round(min(rate, most) * total)
-        estimates.append(
-            Estimate(
-                judge=stage.judge.spec,
-                images=total,
-                sample=len(looked_at),
-                deferral_rate=min(rate, most),
-                deferral_range=(low, high),
-                calls=calls,
-                dollars=calls * usual,
-                dollars_range=(low * total * usual, math.ceil(high * total) * worst * (1 + stage.widen)),
-                minutes=_minutes(judge, calls, tokens) if worst else 0.0,
-            )
-        )
-        if rate > most and not cascade.routing:
-            kept *= most / rate
+        found, reached, rate = _of_stage(stage, scored, reached | cascade.routing, kept)
+        estimates.append(found)
+        if rate > found.deferral_rate and not cascade.routing:
+            kept *= found.deferral_rate / rate
     return estimates
 
 
+def _of_stage(stage: Stage, sample: _Sample, reached: Selection, kept: float) -> tuple[Estimate, Selection, float]:
+    """The estimate of a stage, which images of the sample its policy escalates, and their share without the policy's limits.
+
+    Args:
+        stage: the stage.
+        sample: n readable images and their scores.
+        reached: boolean mask (n,) of the images that reach the stage.
+        kept: share of these images that the limits of earlier stages let pass.
+    """
+    judge, budgeted = stage.by_votes(stage.judge), as_budgeted(stage.policy)
+    questions = [
+        stage.question(prepared.unread, candidates)
+        for prepared, candidates in zip(sample.readable, stage.candidates.choose(sample.scores), strict=True)
+    ]
+    prices = _usual(judge, questions) if budgeted.policy.by_price else ()
+    escalated = reached & budgeted.policy.select(sample.scores, Spending(prices=prices, gain=stage.gain(sample.scores)))
+    priced = escalated if escalated.any() else ~escalated  # if no image is escalated, all together say what a question costs
+    usual, worst, tokens = _mean_price(judge, list(compress(questions, priced)))
+    rate = float(escalated.sum() / sample.size) * kept
+    interval = binomtest(int(escalated.sum()), sample.size).proportion_ci(method="wilson")
+    most = min((limit.most_calls(usual, sample.total) / sample.total for limit in budgeted.limits), default=1.0)
+    low, high = (min(float(end) * kept, most) for end in (interval.low, interval.high))
+    calls = round(min(rate, most) * sample.total)
+    found = Estimate(
+        judge=stage.judge.spec,
+        images=sample.total,
+        sample=sample.size,
+        deferral_rate=min(rate, most),
+        deferral_range=(low, high),
+        calls=calls,
+        dollars=calls * usual,
+        dollars_range=(low * sample.total * usual, math.ceil(high * sample.total) * worst * (1 + stage.widen)),
+        minutes=_minutes(judge, calls, tokens) if worst else 0.0,
+    )
+    return found, escalated, rate
+
+
 def _scored(cascade: Cascade, images: Sequence[ImageSource]) -> tuple[list[Prepared], Scores]:
-    """Those that can be read, and their scores; no more of them decoded at once than the cascade would have."""
+    """The n images that can be read, and their `(n, C)` scores. One chunk of the cascade is decoded at a time."""
     readable: list[Prepared] = []
-    parts: list[Scores] = []
-    cascade.scorer.load()
+    chunks: list[Scores] = []
+    load_once(cascade.scorer)
     with ThreadPoolExecutor() as readers:
         for start in range(0, len(images), cascade.batch_size):
-            batch = images[start : start + cascade.batch_size]
-            read = list(readers.map(partial(prepared_or_error, cascade.scorer), batch))
-            if prepared := [each for each in read if isinstance(each, Prepared)]:
-                scores, errors = scored_or_errors(cascade.scorer, prepared, cascade.labels)
-                parts += [scores] if scores else []
-                readable += [Prepared(source=each.source) for each, error in zip(prepared, errors, strict=True) if error is None]
-    if not parts:
-        raise ImageError("None of the images sampled can be read.")
-    return readable, replace(parts[0], log_probs=np.concatenate([part.log_probs for part in parts]))
+            reading = prepare_in(readers, cascade.scorer, images[start : start + cascade.batch_size])
+            read = list(chain.from_iterable(share.result() for share in reading))
+            scored = score_together(cascade.scorer, read, cascade.labels)
+            readable += [Prepared(source=each.source, size=each.size) for each in scored.images]
+            chunks += [scored.scores] if scored.scores is not None else []
+    if (scores := joined(chunks)) is None:
+        raise ImageError("None of the images in the sample can be read.")
+    return readable, scores
 
 
 def _usual(judge: Judge, questions: Sequence[Question]) -> tuple[float, ...]:
-    """What each question usually costs, in dollars."""
+    """Usual dollars of each question."""
     return tuple(judge.usual_case(question) / NANODOLLARS for question in questions)
 
 
 def _mean_price(judge: Judge, questions: Sequence[Question]) -> tuple[float, float, float]:
-    """Of some questions: usual dollars, most dollars, most tokens."""
+    """Mean of the usual dollars, of the most dollars and of the most tokens of the questions."""
     worst = [(judge.worst_case(question) / NANODOLLARS, judge.worst_case_tokens(question)) for question in questions]
     dollars, tokens = (float(mean) for mean in np.mean(worst, axis=0))
     return float(np.mean(_usual(judge, questions))), dollars, tokens

@@ -1,10 +1,12 @@
 """Predictions of a run in the formats of other tools.
 
-They are read from ``predictions.jsonl`` line by line and written as they are read, so that memory does not grow with their
-number but for a byte each. Of a run that is still being written, what is there at the beginning is exported. Relative paths
-count from the working directory, as they did in the run. Images that the run could not read, or that are gone since, are in no
-format but CSV; images from which it abstained are unlabelled ones in every format. Images that stand in a table are read from
-there, but for the formats that can only name files.
+Lines of ``predictions.jsonl`` are written as they are read, so memory grows by only one byte per prediction. If the run is still
+being written, the predictions that are there at the beginning are exported. Relative paths count from the working directory, as
+in the run.
+
+- Images that the run could not read, or that have disappeared since, are only in CSV.
+- Images without a label because the cascade abstained are unlabelled images in every format.
+- Images in a table are read from the table. Formats that can only name files cannot export them.
 """
 
 import csv
@@ -26,17 +28,17 @@ from pydantic import BaseModel, JsonValue, ValidationError
 
 from cascadevlm.base.errors import DataError, ImageError, InputError
 from cascadevlm.base.files import valid_text
-from cascadevlm.base.images import unread_image
+from cascadevlm.base.images import size_of
 from cascadevlm.runs import lines
 from cascadevlm.runs.inputs import Inputs
 
 PREDICTIONS = "predictions.jsonl"
 
 COLUMNS = ("path", "label", "probability", "decided_by", "escalated", "outcome", "dollars", "error")
-"""What tables tell of an image."""
+"""The columns of tables."""
 
 FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")
-"""With what a text begins that a spreadsheet may take for a formula (OWASP, "CSV Injection")."""
+"""Beginnings of texts that a spreadsheet may take for a formula (OWASP, "CSV Injection")."""
 
 
 class _Named(BaseModel):
@@ -44,34 +46,34 @@ class _Named(BaseModel):
 
 
 class _Described(BaseModel):
-    """Of a run's description, what is exported, and what it was run over, where that is told."""
+    """The exported part of a run's description: the labels, and the path of the inputs, "" if it is not known."""
 
     labels: list[_Named]
     inputs: str = ""
 
 
 class Line(lines.Line):
-    """A line, and what is exported of it."""
+    """A line of the predictions, with what is exported."""
 
     @property
     def absolute(self) -> Path:
-        """The path of the image, links in it kept."""
+        """The absolute path of the image. Links are not resolved."""
         return Path(os.path.normpath(Path(self.path).absolute()))
 
     @property
     def columns(self) -> dict[str, JsonValue]:
-        """What `COLUMNS` names."""
+        """The values of `COLUMNS`."""
         return {name: getattr(self, name) for name in COLUMNS}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Predictions:
-    """The predictions of a file, one JSON object a line, read anew by every pass over them.
+    """The predictions of a file with one JSON object per line. Each iteration reads the file again.
 
     Attributes:
-        file: may grow meanwhile.
-        end: how many of its bytes are read.
-        table: in which the images stand, a row for every line; None where they are files.
+        file: the file; it may grow meanwhile.
+        end: number of bytes that are read.
+        table: the table that contains the images, one row per line; None if the images are files.
     """
 
     file: Path
@@ -79,7 +81,7 @@ class Predictions:
     table: Inputs | None
 
     def __iter__(self) -> Iterator[tuple[int, Line]]:
-        """The lines, with their numbers in the file, from 1.
+        """The lines with their numbers in the file, which begin at 1.
 
         Raises:
             DataError: if a line is no prediction.
@@ -87,10 +89,10 @@ class Predictions:
         return read_lines(self.file, self.end)
 
     def with_images(self) -> Iterator[tuple[int, Line, Path | bytes]]:
-        """The same, each with its image: the path or the bytes of its file.
+        """The lines with their numbers, and the path or the bytes of the image.
 
         Raises:
-            DataError: if the table has come to hold others.
+            DataError: if the table contains other images than in the run.
         """
         if self.table is None:
             yield from ((number, line, Path(line.path)) for number, line in self)
@@ -108,12 +110,13 @@ class Predictions:
 
 @dataclass(frozen=True, kw_only=True)
 class Chosen:
-    """The predictions that are to be exported.
+    """The predictions that are exported.
 
     Attributes:
-        name: of the run.
-        labels: the names of the label set.
-        wanted: for every line, whether it is exported.
+        name: name of the run.
+        labels: names of the label set.
+        predictions: all predictions of the run.
+        wanted: whether each line is exported.
     """
 
     name: str
@@ -122,22 +125,26 @@ class Chosen:
     wanted: Sequence[int]
 
     def __iter__(self) -> Iterator[tuple[int, Line]]:
-        """The lines, with their numbers in the file, from 1."""
+        """The lines with their numbers in the file, which begin at 1."""
         return compress(self.predictions, self.wanted)
 
     def with_images(self) -> Iterator[tuple[int, Line, Path | bytes]]:
-        """The same, each with the path or the bytes of its file."""
+        """The lines with their numbers, and the path or the bytes of the image."""
         return compress(self.predictions.with_images(), self.wanted)
 
 
 Images: TypeAlias = Literal["none", "any", "files"]
-"""What a format wants of images: nothing, to read them, or that they are files which it can name."""
+"""What a format needs of images: nothing, their content, or that they are files."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Format:
-    """A format: ``write`` is given the predictions and what to make, a file or a folder, and tells in one sentence how that is
-    loaded."""
+    """A format.
+
+    Attributes:
+        write: called with the predictions and the path of the new file or folder; returns one sentence that says how to load it.
+        images: what it needs of images.
+    """
 
     write: Callable[[Chosen, Path], str]
     images: Images
@@ -148,10 +155,10 @@ class Exported:
     """What was exported.
 
     Attributes:
-        images: how many.
-        labelled: how many of them have a label.
-        left_out: how many were not exported because they cannot be read.
-        how_to_load: one sentence.
+        images: number of images.
+        labelled: number of these that have a label.
+        left_out: number of images that were not exported because they cannot be read.
+        how_to_load: one sentence that says how to load the export.
     """
 
     images: int
@@ -161,19 +168,18 @@ class Exported:
 
 
 def export(run: str | Path, to: str, output: str | Path, *, review: bool = False) -> Exported:
-    """Write the predictions of a run in the format of another tool, whole or not at all.
+    """Write the predictions of a run in the format of another tool. After an error, nothing is left at ``output``.
 
     Args:
-        run: a folder that `cascadevlm run` or `cascadevlm evaluate` wrote, whose label set is then that of the run; or a file of
-            one JSON object a line, as `cascadevlm classify --json` prints them, whose label set is then what occurs in it,
-            sorted.
+        run: a folder that `cascadevlm run` or `cascadevlm evaluate` wrote, with the label set of the run; or a file with one JSON
+            object per line, as `cascadevlm classify --json` prints, whose label set is all labels that occur, sorted.
         to: one of `FORMATS`.
-        output: the file or folder to make.
-        review: only images from which the cascade abstained.
+        output: the new file or folder.
+        review: whether only images are exported from which the cascade abstained.
 
     Raises:
-        InputError: if the format is unknown or the output is there already or cannot be written.
-        DataError: if there are no predictions, a line is none, or none is of an image that can be read.
+        InputError: if the format is unknown, or if the output exists already or cannot be written.
+        DataError: if there are no predictions, if a line is not a prediction, or if no image can be read.
     """
     run, output = Path(run), Path(output)
     if to not in FORMATS:
@@ -236,7 +242,7 @@ def predictions_of(run: Path, table: Inputs | None) -> Predictions:
 
 
 def _whole_lines(file: Path) -> int:
-    """How many bytes there are up to the end of the last line that has one: another may be being written."""
+    """Number of bytes up to the last end of a line: a further line may be half written."""
     if not file.stat().st_size:
         return 0
     with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as content:
@@ -244,28 +250,28 @@ def _whole_lines(file: Path) -> int:
 
 
 def _description_of(run: Path) -> _Described:
-    """What a folder tells of itself; nothing, where it does not."""
+    """The description in a folder; empty if there is none."""
     found = next((file for file in (run / "manifest.json", run / "run.json") if file.is_file()), None)
     if found is None:
         return _Described(labels=[])
     try:
         return _Described.model_validate_json(found.read_bytes())
     except ValidationError as exc:
-        raise DataError(f"{str(found)!r} tells no label set: {exc.errors()[0]['msg']}.") from exc
+        raise DataError(f"{str(found)!r} does not contain a valid label set: {exc.errors()[0]['msg']}.") from exc
 
 
 def table_of(inputs: str) -> Inputs | None:
-    """The table that a run was made over, if the images stand in one and it is there."""
+    """The table that contains the images of a run; None if the images are files or the table does not exist any more."""
     path = Path(inputs)
     table = Inputs(path) if path.suffix and path.is_file() else None
     return table if table is not None and table.holds_images else None
 
 
 def _unreadable(file: Path, to: str, described: _Described) -> DataError:
-    """Why there is nothing that a format could show."""
+    """Why no image can be exported in a format."""
     if table_of(described.inputs) is not None and FORMATS[to].images == "files":
         others = ", ".join(name for name, form in FORMATS.items() if form.images != "files")
-        told = f"The images stand in {described.inputs!r}, and the format {to!r} can only name files."
+        told = f"The images are inside {described.inputs!r}, and the format {to!r} can only name files."
         return DataError(told, hint=f"Formats that need no files are {others}.")
     read = f"The run read them from {described.inputs!r}" if described.inputs else "Only files can be read again"
     hint = f"{read}, and relative paths count from the working directory: call export where the run was made."
@@ -273,10 +279,10 @@ def _unreadable(file: Path, to: str, described: _Described) -> DataError:
 
 
 def read_lines(file: Path, end: int) -> Iterator[tuple[int, Line]]:
-    """The predictions in so many bytes of a file, one JSON object a line, with their numbers from 1.
+    """The predictions in the first ``end`` bytes of a file with one JSON object per line. Numbers of lines begin at 1.
 
     Raises:
-        DataError: if a line is no prediction, as the last is where it was not written to its end.
+        DataError: if a line is not a prediction, for example because the last line was not written to its end.
     """
     line, number = b"", 0
     try:
@@ -292,14 +298,14 @@ def read_lines(file: Path, end: int) -> Iterator[tuple[int, Line]]:
         raise DataError(f"{str(file)!r}, line {number}, is no prediction: {where}: {first['msg']}.") from exc
     except json.JSONDecodeError as exc:
         if not line.endswith(b"\n"):
-            raise DataError(f"{str(file)!r} breaks off in line {number}.", hint="Make it anew.") from exc
+            raise DataError(f"{str(file)!r} ends in the middle of line {number}.", hint="Make the file again.") from exc
         raise DataError(f"{str(file)!r}, line {number}, is no JSON: {exc.msg}.") from exc
     except (OSError, ValueError, RecursionError) as exc:
         raise DataError(f"{str(file)!r} cannot be read: {exc}.") from exc
 
 
 def write_csv(chosen: Chosen, output: Path) -> str:
-    """A table with `COLUMNS`. A text that a spreadsheet would take for a formula has an apostrophe before it."""
+    """A table with `COLUMNS`. An apostrophe is put before a text that a spreadsheet would take for a formula."""
 
     def cell(value: JsonValue) -> JsonValue:
         return f"'{value}" if isinstance(value, str) and value.startswith(FORMULA) else value
@@ -312,9 +318,9 @@ def write_csv(chosen: Chosen, output: Path) -> str:
 
 
 def write_hf(chosen: Chosen, output: Path) -> str:
-    """A folder as ``save_to_disk`` of ``datasets`` writes it: the image files as they are, with `COLUMNS`.
+    """A folder as ``save_to_disk`` of ``datasets`` writes it: the unchanged image files, with `COLUMNS`.
 
-    While it is written, it takes twice its size on disk. ``datasets`` maps into memory what it has written; the rest of its
+    During the export, the folder needs twice its size on disk. ``datasets`` maps what it has written into memory; the rest of its
     memory does not grow.
 
     Raises:
@@ -345,12 +351,15 @@ def write_hf(chosen: Chosen, output: Path) -> str:
 
 
 def write_coco(chosen: Chosen, output: Path) -> str:
-    """One JSON file: ``images`` (their sizes as stored, before any EXIF rotation), ``categories`` and ``annotations``, which
-    have a category and a score but no box. Ids count from 1; those of images and annotations are lines of the predictions."""
+    """One JSON file with ``images``, ``categories`` and ``annotations``.
+
+    Sizes of images are those before an EXIF rotation. Annotations have a category and a score, and no box. Ids begin at 1; ids of
+    images and annotations are numbers of lines of the predictions.
+    """
     category = {name: number for number, name in enumerate(chosen.labels, start=1)}
 
     def image(number: int, line: Line, source: Path | bytes) -> dict[str, JsonValue]:
-        width, height = unread_image(source).size
+        width, height = size_of(source)
         return {"id": number, "file_name": line.path, "width": width, "height": height}
 
     with output.open("w", encoding="utf-8") as file:
@@ -370,11 +379,10 @@ def write_coco(chosen: Chosen, output: Path) -> str:
 
 
 def write_label_studio(chosen: Chosen, output: Path) -> str:
-    """A folder with ``tasks.json``, whose predictions carry the name of the run as ``model_version``, and with
-    ``label_config.xml``.
+    """A folder with ``tasks.json`` and ``label_config.xml``. The ``model_version`` of predictions is the name of the run.
 
-    Images are local files, named relative to the folder above the one that holds them all: Label Studio serves only what lies
-    in a local storage of the project, and that must lie below its document root.
+    Images are local files. Their paths are relative to the parent of the folder that contains all images: Label Studio serves
+    only files in a local storage of the project, and the storage must be inside the document root.
     """
     output.mkdir()
     folders = (line.absolute.parent for _, line in chosen)
@@ -406,8 +414,8 @@ def write_label_studio(chosen: Chosen, output: Path) -> str:
 
 
 def write_fiftyone(chosen: Chosen, output: Path) -> str:
-    """The ``labels.json`` of a ``FiftyOneImageClassificationDataset``: the classes, and by the absolute path of every image its
-    label, confidence and who decided, or null."""
+    """The ``labels.json`` of a ``FiftyOneImageClassificationDataset``: the classes, and for the absolute path of each image its
+    label, confidence and who decided. Unlabelled images have null."""
     number_of = {name: number for number, name in enumerate(chosen.labels)}
 
     def target(line: Line) -> JsonValue:
@@ -429,7 +437,7 @@ def _write_list(file: TextIO, items: Iterable[Mapping[str, JsonValue]]) -> None:
 
 
 def _write_joined(file: TextIO, opening: str, items: Iterable[str], closing: str) -> None:
-    """JSON texts, one a line, as they come."""
+    """Write JSON texts as they come, one per line."""
     file.write(opening)
     for number, item in enumerate(items):
         file.write(f",\n{item}" if number else f"\n{item}")
@@ -443,4 +451,4 @@ FORMATS: Mapping[str, Format] = {
     "label-studio": Format(write=write_label_studio, images="files"),
     "fiftyone": Format(write=write_fiftyone, images="files"),
 }
-"""By the names that `export` takes."""
+"""The formats by the names that `export` takes."""

@@ -1,17 +1,20 @@
-"""Images without labels, by the million: a folder, a list of files or a table, read one by one and never held as a whole."""
+"""Unlabelled images by the million: a folder, a list of files or a table, read one by one and never as a whole."""
 
 import csv
+import json
 import os
 import sys
+import weakref
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from itertools import islice
 from pathlib import Path
 from random import Random
-from typing import TYPE_CHECKING, TypeAlias
+from tempfile import mkstemp
+from typing import TYPE_CHECKING, ClassVar, TypeAlias
 
 from cascadevlm.base.errors import DataError
 from cascadevlm.base.images import SUFFIXES, ImageSource
+from cascadevlm.base.portable import Live, Portable
 from cascadevlm.base.tables import json_line, stored_image
 
 if TYPE_CHECKING:
@@ -19,50 +22,61 @@ if TYPE_CHECKING:
     import pyarrow.parquet
 
 Named: TypeAlias = tuple[str, ImageSource]
-"""An image and what it is called: its path, where it is a file. Like names of files, it need not be valid Unicode."""
+"""The name of an image and the image. The name of a file is its path, which need not be valid Unicode."""
 
 LISTS = (".txt", ".csv", ".jsonl", ".parquet")
-"""Suffixes of lists of images and of tables."""
+"""Suffixes of lists and tables of images."""
 
 ROWS_AT_ONCE = 64
-"""Rows of a Parquet file that are in memory at once, images and all."""
+"""Number of rows of a Parquet file that are in memory together, with their images."""
 
 BUFFER_BYTES = 1 << 20
-"""Of a Parquet file that are read at once; without a buffer, Arrow reads all images of a row group."""
+"""Number of bytes of a Parquet file that are read together. Without a buffer, Arrow reads all images of a row group."""
 
 
-class Inputs:
+class Inputs(Portable):
     """The images of a folder, a list or a table, in an order that does not change.
 
+    The first count writes the names of a folder's or a list's images to a temporary file. All that is done later with the same
+    object reads the names there: the folder is searched once, and images that are added meanwhile are not seen.
+
     Args:
-        path: a folder, searched to its depths, files by name; a text file with a path a line; a CSV file with a column ``path``;
-            JSON lines, each a path or an object with a ``path``; a Parquet file with a column ``path`` or one ``image`` of
-            encoded images (bytes, or as the package ``datasets`` writes them) or of paths. Paths are relative to the file they
-            stand in. Links are followed, but no folder is searched twice; a link to nothing is an image that cannot be read.
+        path: one of the following. Paths in a file are relative to the folder of that file.
+
+            - A folder. It is searched with all its subfolders, files by name. Links are followed, but no folder is searched
+              twice. A link to nothing is an image that cannot be read.
+            - A text file with one path per line.
+            - A CSV file with a column ``path``.
+            - JSON lines, each a path or an object with a ``path``.
+            - A Parquet file with a column ``path`` of paths, or with a column ``image`` of paths or encoded images (bytes, or as
+              the package ``datasets`` writes them).
 
     Raises:
-        DataError: if there is no such path or it is none of these; while reading, if it cannot be read or lacks its column.
+        DataError: if the path does not exist or is none of these; while reading, if it cannot be read or lacks its column.
     """
+
+    live: ClassVar[Live] = (("_listing", lambda: None),)
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        kinds: tuple[Callable[[Path], Iterator[Named]], ...] = (_of_list, _of_csv, _of_json_lines, _of_parquet)
+        kinds: tuple[Callable[[Path], Iterator[Named]], ...] = (_of_list, _of_csv, _of_json_lines, _of_table)
         readers = dict(zip(LISTS, kinds, strict=True))
         if not self.path.exists():
             raise DataError(f"{str(path)!r} does not exist.")
         if not self.path.is_dir() and not (self.path.is_file() and self.path.suffix.lower() in readers):
-            raise DataError(f"{str(path)!r} is no folder and no list of images.", hint=f"Lists are {', '.join(readers)}.")
+            raise DataError(f"{str(path)!r} is no folder and no list of images.", hint=f"Lists end in {', '.join(readers)}.")
         self._read = _of_folder if self.path.is_dir() else readers[self.path.suffix.lower()]
         self._count: int | None = None
+        self._listing: Path | None = None
 
     @property
     def is_table(self) -> bool:
         """Whether it is a Parquet file."""
-        return self._read is _of_parquet
+        return self._read is _of_table
 
     @property
     def holds_images(self) -> bool:
-        """Whether it is a Parquet file in which images stand."""
+        """Whether it is a Parquet file that contains images."""
         if not self.is_table:
             return False
         with self._told(), _opened(self.path) as file:
@@ -70,51 +84,88 @@ class Inputs:
 
     def __iter__(self) -> Iterator[Named]:
         with self._told():
-            yield from self._read(self.path)
+            yield from self._read(self.path) if self._listing is None else _of_listing(self._listing)
 
     def __len__(self) -> int:
-        """How many images there are: a table tells it, anything else is gone through, once."""
+        """Number of images. A table contains it; all others are walked once."""
         if self._count is None:
-            with self._told():
-                self._count = _count_of_parquet(self.path) if self.is_table else sum(1 for _ in self._read(self.path))
+            self._count = self._count_of_table() if self.is_table else self._list()
         return self._count
 
-    def names(self) -> Iterator[str]:
-        """What the images are called; those that stand in a table are not read."""
-        with self._told():
-            yield from _names_of_parquet(self.path) if self.is_table else (name for name, _ in self._read(self.path))
+    def _count_of_table(self) -> int:
+        with self._told(), _opened(self.path) as file:
+            return int(file.metadata.num_rows)
+
+    def _list(self) -> int:
+        """Write the names of all images to the temporary file, and count them."""
+        descriptor, name = mkstemp(prefix="cascadevlm-", suffix=".jsonl")
+        weakref.finalize(self, Path(name).unlink, missing_ok=True)
+        count = 0
+        with self._told(), os.fdopen(descriptor, "w", encoding="ascii") as listing:
+            for path, _ in self._read(self.path):
+                listing.write(json.dumps(path) + "\n")
+                count += 1
+        self._listing = Path(name)
+        return count
 
     def rows(self, wanted: Container[int]) -> Iterator[Named]:
-        """The images of some numbers, from 0, in order; of a table, only the row groups that hold one are read."""
+        """The images with these numbers, which begin at 0, in order. In a table, only row groups that contain one are read."""
+        if not self.is_table:
+            yield from (named for number, named in enumerate(self) if number in wanted)
+            return
         with self._told():
-            if self.is_table:
-                yield from _of_parquet(self.path, wanted)
-            else:
-                yield from (named for number, named in enumerate(self._read(self.path)) if number in wanted)
+            yield from _images_of_table(self.path, wanted)
+
+    def walk(self, first: int) -> Iterator[tuple[str, ImageSource | None]]:
+        """All images in order. In a table, only the names of the first ``first`` images are read; None stands for the image."""
+        if not self.is_table:
+            yield from self
+            return
+        with self._told():
+            yield from _rows_of_table(self.path, range(first, sys.maxsize))
 
     def sample(self, size: int, *, seed: int = 0) -> tuple[list[ImageSource], int]:
-        """That many images at random, every one as likely as any other, in their order, and how many there are."""
+        """A random sample of the images in their order, each image equally likely, and the number of all images."""
         total = len(self)
         chosen = set(Random(seed).sample(range(total), min(size, total)))
         return [source for _, source in self.rows(chosen)], total
 
     @contextmanager
     def _told(self) -> Iterator[None]:
-        """One of our errors for all that reading raises."""
+        """Raise DataError for every error while reading."""
         try:
             yield
         except (OSError, ValueError, csv.Error) as exc:  # Arrow's and JSON's errors are ValueErrors
             raise DataError(f"{str(self.path)!r} cannot be read: {str(exc).partition(chr(10))[0]}.") from exc
 
 
-def names(inputs: Iterable[Named]) -> Iterator[str]:
-    """What images are called, in order, without reading those that stand in a table."""
-    return inputs.names() if isinstance(inputs, Inputs) else (name for name, _ in inputs)
+def after(inputs: Iterable[Named], first: int, known: Iterable[str] = ()) -> Iterator[Named]:
+    """All images after the first ``first``, in order, in one walk. In a table, the images before are not read.
+
+    Args:
+        inputs: images by name.
+        first: number of images that are left out.
+        known: the names that the first images had in an earlier session.
+
+    Raises:
+        DataError: when an image comes that has another name than the known one, or when the images end before the known names.
+    """
+    names, number = iter(known), 0
+    for name, source in inputs.walk(first) if isinstance(inputs, Inputs) else inputs:
+        if (was := next(names, name)) != name:
+            raise _other_images(number, was, name)
+        if number >= first and source is not None:
+            yield name, source
+        number += 1
+    for was in names:
+        raise _other_images(number, was, "gone")
 
 
-def after(inputs: Iterable[Named], first: int) -> Iterator[Named]:
-    """All images but so many, in order, without reading what comes before in a table."""
-    return inputs.rows(range(first, sys.maxsize)) if isinstance(inputs, Inputs) else islice(inputs, first, None)
+def _other_images(number: int, was: str, name: str) -> DataError:
+    return DataError(
+        f"Image {number} was {was!r} when the run began and is now {name!r}.",
+        hint="Images may be added after the last one only; for others, give another folder.",
+    )
 
 
 def _of_folder(folder: Path) -> Iterator[Named]:
@@ -122,12 +173,12 @@ def _of_folder(folder: Path) -> Iterator[Named]:
 
 
 def _below(folder: Path, seen: set[tuple[int, int]]) -> Iterator[Named]:
-    """``seen`` are the folders that were searched, by device and inode: links may lead to them again."""
+    """``seen`` holds device and inode of every folder that was searched: links may lead to the same folder."""
     here = folder.stat()
     if (here.st_dev, here.st_ino) in seen:
         return
     seen.add((here.st_dev, here.st_ino))
-    folders, found = set(), []  # names, which take a third of the memory of entries
+    folders, found = set(), []  # names take a third of the memory of entries
     with os.scandir(folder) as entries:
         for entry in entries:
             if _is_folder(entry):
@@ -167,36 +218,59 @@ def _of_json_lines(path: Path) -> Iterator[Named]:
                 yield _named(path.parent / _path_of(json_line(line, number), f"line {number}"))
 
 
-def _of_parquet(path: Path, wanted: Container[int] | None = None) -> Iterator[Named]:
-    """The images, or those of some numbers."""
-    with _opened(path) as file:
-        columns = [name for name in ("path", "image") if name in file.schema_arrow.names]
-        for number, row in _rows(file, columns, wanted):
-            name = _name_of(path, row, number, apart="image" not in columns)
-            yield name, Path(name) if "image" not in columns else _image_of(path, row, number)
+def _of_listing(path: Path) -> Iterator[Named]:
+    """The images of a folder or list that was walked before."""
+    with path.open(encoding="ascii") as lines:
+        yield from (_named(Path(json.loads(line))) for line in lines)
 
 
-def _names_of_parquet(path: Path) -> Iterator[str]:
+def _of_table(path: Path) -> Iterator[Named]:
+    return _images_of_table(path, range(sys.maxsize))
+
+
+def _images_of_table(path: Path, wanted: Container[int]) -> Iterator[Named]:
+    """The images with these numbers. Row groups without any of them are not read."""
+    return ((name, source) for name, source in _rows_of_table(path, wanted, skip=True) if source is not None)
+
+
+def _rows_of_table(path: Path, wanted: Container[int], *, skip: bool = False) -> Iterator[tuple[str, ImageSource | None]]:
+    """All rows, a few at a time; of images that are not wanted, only names are read and None stands for the image.
+
+    Args:
+        path: a Parquet file.
+        wanted: numbers of images.
+        skip: whether row groups without any wanted image are left out.
+    """
     with _opened(path) as file:
         schema = file.schema_arrow
         apart = "image" not in schema.names
-        columns = [] if apart else _path_in(schema.field("image"))
-        columns += ["path"] if "path" in schema.names else []
-        yield from (_name_of(path, row, number, apart=apart) for number, row in _rows(file, columns))
+        paths = ["path"] if "path" in schema.names else []
+        named_by = paths if apart else [*paths, *_path_in(schema.field("image"))]
+        begin = 0
+        for group in range(file.num_row_groups):
+            numbers = range(begin, begin + file.metadata.row_group(group).num_rows)
+            begin = numbers.stop
+            read = any(number in wanted for number in numbers)
+            if skip and not read:
+                continue
+            columns = [*paths, *([] if apart else ["image"])] if read else named_by
+            batches = file.iter_batches(ROWS_AT_ONCE, row_groups=[group], columns=columns)
+            rows: Iterator[Mapping[str, object]] = (row for batch in batches for row in batch.to_pylist())
+            for number, row in zip(numbers, rows, strict=True):
+                if number in wanted:
+                    name = _name_of(path, row, number, apart=apart)
+                    yield name, Path(name) if apart else _image_of(path, row, number)
+                elif not skip:
+                    yield _name_of(path, row, number, apart=apart), None
 
 
 def _path_in(image: "pyarrow.Field") -> list[str]:
-    """What of a column of images is no image, as columns are named."""
+    """The names of those parts of an image column that contain no image."""
     import pyarrow.types
 
     if pyarrow.types.is_struct(image.type):
         return ["image.path"] if image.type.get_field_index("path") >= 0 else []
     return [] if pyarrow.types.is_binary(image.type) or pyarrow.types.is_large_binary(image.type) else ["image"]
-
-
-def _count_of_parquet(path: Path) -> int:
-    with _opened(path) as file:
-        return int(file.metadata.num_rows)
 
 
 def _opened(path: Path) -> "pyarrow.parquet.ParquetFile":
@@ -209,23 +283,13 @@ def _opened(path: Path) -> "pyarrow.parquet.ParquetFile":
     return file
 
 
-def _rows(
-    file: "pyarrow.parquet.ParquetFile", columns: list[str], wanted: Container[int] | None = None
-) -> Iterator[tuple[int, Mapping[str, object]]]:
-    """Rows by their numbers, a few at a time; row groups in which none is wanted are left out."""
-    begin = 0
-    for group in range(file.num_row_groups):
-        numbers = range(begin, begin + file.metadata.row_group(group).num_rows)
-        begin = numbers.stop
-        if wanted is None or any(number in wanted for number in numbers):
-            batches = file.iter_batches(ROWS_AT_ONCE, row_groups=[group], columns=columns)
-            found = zip(numbers, (row for batch in batches for row in batch.to_pylist()), strict=True)
-            yield from ((number, row) for number, row in found if wanted is None or number in wanted)
-
-
 def _name_of(table: Path, row: Mapping[str, object], number: int, *, apart: bool) -> str:
-    """The path, where images are files ``apart`` from the table. Else the row's path; or the image's own, made absolute, so that
-    the name is the same wherever the table is read from; or the row's number."""
+    """The name of an image in a table.
+
+    If images are files ``apart`` from the table, it is the file's path. If not, it is the first of these that the row has: its
+    path; the path that the image has in the table, made absolute, so that the name does not depend on the working directory; its
+    number.
+    """
     if apart:
         return str(table.parent / _path_of(row, _row(number)))
     if row.get("path"):

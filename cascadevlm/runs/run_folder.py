@@ -335,6 +335,28 @@ class RunFolder:
         self._finished = True
 
 
+def images_left(folder: Path, total: int, *, dollars: float | None, retry_failed: bool) -> int:
+    """Number of images that a run may ask judges about: all that have no usable prediction in its folder.
+
+    Args:
+        folder: of the run; it need not exist.
+        total: number of images of the run.
+        dollars: what all sessions of the run together may spend. If that is more than in the session before, images that were
+            skipped for want of money are left, too.
+        retry_failed: whether images that failed are left, too.
+    """
+    path = folder / "predictions.jsonl"
+    if not path.exists():
+        return total
+    raised = Manifest.read(folder).is_raised_by(dollars)
+    done = 0
+    with path.open("rb") as lines:
+        for line in lines:
+            read = _read(line)
+            done += read is not None and not (raised and read.skipped) and not (retry_failed and read.failed)
+    return max(0, total - done)
+
+
 def _with_checksum(body: bytes) -> bytes:
     """A line of a JSON object, for `_checked`."""
     return b"%b%b%d}\n" % (body[:-1], _CHECKSUM, zlib.crc32(body))

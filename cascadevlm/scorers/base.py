@@ -1,12 +1,14 @@
 """Scorers rank every label for every image. Write one by subclassing `Scorer` or, for two-tower models, `EmbeddingScorer`."""
 
 import hashlib
+import os
 import sys
 import threading
 import time
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, Future
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +20,7 @@ from PIL import Image
 
 from cascadevlm.base.arrays import Columns
 from cascadevlm.base.errors import BackendError, ImageError, InputError
-from cascadevlm.base.images import ImageSource, decoded, is_large, load_image, pixel_digest, unread_image
+from cascadevlm.base.images import ImageSource, WithoutPixels, decoded, is_large, load_image, pixel_digest, size_of
 from cascadevlm.base.labels import LabelSet
 from cascadevlm.base.portable import Portable
 from cascadevlm.base.types import Scores
@@ -44,12 +46,18 @@ class Prepared:
         features: what the scorer made of it beside the model; None where it makes nothing.
         pixels: the image, upright RGB; None where it is not in memory.
         file_digest: the sha256 of the file that it was read from; "" where it is not known.
+        size: width and height in pixels, found when the image was first read; None before. It is kept when the pixels are let go.
     """
 
     source: ImageSource
     features: NDArray[np.uint8 | np.float32] | None = None
     pixels: Image.Image | None = None
     file_digest: str = ""
+    size: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        if self.pixels is not None:
+            self.size = self.pixels.size
 
     @property
     def image(self) -> Image.Image:
@@ -60,6 +68,7 @@ class Prepared:
         """
         if self.pixels is None:
             self.pixels = load_image(self.source)
+            self.size = self.pixels.size
         return self.pixels
 
     @cached_property
@@ -73,12 +82,17 @@ class Prepared:
 
     @property
     def unread(self) -> Image.Image:
-        """The image or, where it is not in memory, one of its size whose pixels were not read.
+        """The image or, where it is not in memory, an image without pixels that has its size. A file is opened for that only if
+        its size is not known.
 
         Raises:
             ImageError: if it cannot be read.
         """
-        return unread_image(self.source) if isinstance(self.source, str | Path | bytes) and not self.decoded else self.image
+        if self.decoded or not isinstance(self.source, str | Path | bytes):
+            return self.image
+        if self.size is None:
+            self.size = size_of(self.source)
+        return WithoutPixels(self.size)
 
     @property
     def decoded(self) -> bool:
@@ -156,39 +170,83 @@ def load_once(scorer: Scorer) -> None:
             use.loaded = True
 
 
-def score_in_turn(scorer: Scorer, prepared: Sequence[Prepared], labels: LabelSet) -> Scores:
-    """`Scorer.score_prepared`, one call of a model at a time; from any thread."""
-    with _turn(scorer):
-        return scorer.score_prepared(prepared, labels)
+@dataclass(frozen=True, kw_only=True)
+class Scored:
+    """What scoring N images gave.
+
+    Attributes:
+        errors: for each of the N images, why it has no scores; None for the n images that have scores.
+        images: the n images.
+        scores: `(n, C)` their scores; None if n is 0.
+    """
+
+    errors: Sequence[ImageError | None]
+    images: Sequence[Prepared]
+    scores: Scores | None
 
 
-def texts_part(labels: LabelSet) -> str:
-    """The part of a fingerprint that names the texts of the labels."""
-    return f"texts={labels.texts_digest[:12]}"
+def prepare_in(readers: Executor, scorer: Scorer, sources: Sequence[ImageSource]) -> list[Future[list[Prepared | ImageError]]]:
+    """Begin to prepare N images in threads. The results in order, one after another, are what the scorer prepared of each image,
+    or why the image cannot be read.
+
+    Args:
+        readers: the threads.
+        scorer: prepares the images; loaded before.
+        sources: the images.
+    """
+    size = -(-len(sources) // (os.cpu_count() or 1))
+    shares = [sources[start : start + size] for start in range(0, len(sources), size)] if size else []
+    return [readers.submit(_prepare, scorer, share) for share in shares]
 
 
-def prepared_or_error(scorer: Scorer, source: ImageSource) -> Prepared | ImageError:
-    """What a scorer prepares of an image, or why it cannot be read."""
-    try:
-        return scorer.prepare(source)
-    except ImageError as exc:
-        return exc
+def _prepare(scorer: Scorer, sources: Sequence[ImageSource]) -> list[Prepared | ImageError]:
+    prepared: list[Prepared | ImageError] = []
+    for source in sources:
+        try:
+            prepared.append(scorer.prepare(source))
+        except ImageError as exc:
+            prepared.append(exc)
+    return prepared
 
 
-def scored_or_errors(
+def score_together(scorer: Scorer, read: Sequence[Prepared | ImageError], labels: LabelSet) -> Scored:
+    """Score the images of a chunk that can be read. May be called from any thread: the model gets one call at a time.
+
+    An image that the scorer cannot embed does not fail its neighbours: they are scored again in halves.
+
+    Args:
+        scorer: the scorer that prepared the images; loaded before.
+        read: N images, or why they cannot be read.
+        labels: the C labels.
+    """
+    images = [each for each in read if isinstance(each, Prepared)]
+    scores, errors = _scored_or_errors(scorer, images, labels) if images else (None, [])
+    left = iter(errors)
+    return Scored(
+        errors=[each if isinstance(each, ImageError) else next(left) for each in read],
+        images=[image for image, error in zip(images, errors, strict=True) if error is None],
+        scores=scores,
+    )
+
+
+def _scored_or_errors(
     scorer: Scorer, prepared: Sequence[Prepared], labels: LabelSet
 ) -> tuple[Scores | None, list[ImageError | None]]:
-    """Scores of the n images that have any, n x C (None, where n is 0), and for each of N images why it has none. What a scorer
-    cannot embed does not fail its neighbours: they are scored again in halves."""
+    """`(n, C)` scores of the n images that have scores, None if n is 0; and for each of N images why it has no scores."""
     try:
-        return score_in_turn(scorer, prepared, labels), [None] * len(prepared)
+        with _turn(scorer):
+            return scorer.score_prepared(prepared, labels), [None] * len(prepared)
     except ImageError as exc:
         if len(prepared) == 1:
             return None, [exc]
     half = len(prepared) // 2
-    parts = [scored_or_errors(scorer, some, labels) for some in (prepared[:half], prepared[half:])]
-    found = [scores for scores, _ in parts if scores is not None]
-    return Scores.joined(found) if found else None, [error for _, errors in parts for error in errors]
+    parts = [_scored_or_errors(scorer, some, labels) for some in (prepared[:half], prepared[half:])]
+    return joined([scores for scores, _ in parts if scores is not None]), [error for _, errors in parts for error in errors]
+
+
+def joined(chunks: Sequence[Scores]) -> Scores | None:
+    """`(N, C)` the scores of several chunks; None if there are no chunks."""
+    return Scores.joined(chunks) if chunks else None
 
 
 class WrapperScorer(Scorer):
@@ -274,7 +332,7 @@ class EmbeddingScorer(Scorer):
     def bare_fingerprint(self, labels: LabelSet) -> str:
         """The fingerprint without an adapter."""
         digest = hashlib.sha256("\0".join(self.templates).encode()).hexdigest()[:12]
-        return f"{self.model_fingerprint()}|templates={digest}|{texts_part(labels)}"
+        return f"{self.model_fingerprint()}|templates={digest}|{labels.texts_part}"
 
     def label_embeddings(self, labels: LabelSet) -> NDArray[np.float32]:
         """C x D, rows of length 1; computed at the first call with this label set, or read where they are kept.

@@ -214,7 +214,14 @@ class CachedEmbeddings(Scorer):
             prepared = self.wrapped.prepare(content)
         except ImageError:
             prepared = self.wrapped.prepare(source)  # raises the same error again, with the name of the file
-        return _Known(source=source, features=prepared.features, pixels=prepared.pixels, digest=digest, file_digest=of_file)
+        return _Known(
+            source=source,
+            features=prepared.features,
+            pixels=prepared.pixels,
+            size=prepared.size,
+            digest=digest,
+            file_digest=of_file,
+        )
 
     def score(self, images: Sequence[Image.Image], labels: LabelSet) -> Scores:
         return self.score_prepared([self.prepare(image) for image in images], labels)

@@ -22,7 +22,7 @@ from PIL import Image
 
 from cascadevlm.base import images
 from cascadevlm.base.errors import ImageError, LabelError
-from cascadevlm.base.images import ImageSource, decoded, load_image, pixel_digest, unread_image
+from cascadevlm.base.images import ImageSource, decoded, load_image, pixel_digest, size_of
 from cascadevlm.base.labels import NAME_COLUMNS, Label, LabelSet, fold
 from cascadevlm.testing import noise, picture
 
@@ -357,7 +357,7 @@ def test_a_bad_tag_beside_sound_pixels_is_no_reason_to_refuse_them(content: byte
     image = load_image(content)
     assert image.size == (20, 40)
     assert np.abs(np.asarray(image).astype(int) - (200, 30, 30)).max() < 8
-    assert sorted(unread_image(content).size) == [20, 40]
+    assert sorted(size_of(content)) == [20, 40]
 
 
 @pytest.mark.parametrize(
@@ -399,7 +399,7 @@ def test_damaged_files_raise_nothing_but_image_errors(kind: str) -> None:
         for _ in range(chance.randrange(1, 8)):
             place = chance.randrange(min(len(damaged), chance.choice([40, 200, len(whole)])))
             damaged[place : place + chance.randrange(3)] = chance.randbytes(chance.randrange(3))
-        for read in (load_image, unread_image):
+        for read in (load_image, size_of):
             with suppress(ImageError):
                 read(bytes(damaged))
 
@@ -466,7 +466,7 @@ def special(tmp_path: Path) -> Iterator[list[Path]]:
 
 def test_special_files_are_refused(special: list[Path]) -> None:
     for path in special:
-        for read in (load_image, unread_image, images.read_bytes):
+        for read in (load_image, size_of, images.read_bytes):
             with pytest.raises(ImageError, match=f"{path}.*(not a regular file|a folder)"):
                 read(path)
 

@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 
-from cascadevlm import Cascade, Prediction, Stage, TopK, load_prompt, parse_policy
+from cascadevlm import Cascade, CumulativeMass, Prediction, Stage, TopK, load_prompt, parse_policy
 from cascadevlm.base.errors import (
     FatalError,
     ImageError,
@@ -415,11 +415,27 @@ def test_a_policy_may_be_given_as_text() -> None:
         ({"prompt": "select"}, "prompt must be a Prompt, not 'select'"),
         ({"candidates": 5}, "candidates must be a CandidateRule, not 5"),
         ({"support": "photos"}, "support must be a SupportSet, not 'photos'"),
+        ({"votes": 0}, r"votes: Input should be greater than or equal to 1 \(given: 0\)"),
+        ({"votes": 1.5}, r"votes: Input should be a valid integer.* \(given: 1\.5\)"),
+        ({"widen": -1}, r"widen: Input should be greater than or equal to 0 \(given: -1\)"),
     ],
 )
 def test_specs_in_the_place_of_objects_are_refused(arguments: dict[str, object], sentence: str) -> None:
     with pytest.raises(InputError, match=sentence):
         replace(Stage(judge=FakeJudge(), prompt=SELECT), **arguments)  # type: ignore[arg-type]
+
+
+def test_lists_of_candidates_have_bounds() -> None:
+    for rule, sentence in (
+        (lambda: TopK(k=2.5), r"k: Input should be a valid integer.* \(given: 2\.5\)"),  # type: ignore[arg-type]
+        (lambda: TopK(k=0), r"k: Input should be greater than or equal to 1 \(given: 0\)"),
+        (lambda: CumulativeMass(mass=0), r"mass: Input should be greater than 0 \(given: 0\)"),
+        (lambda: CumulativeMass(minimum=0), "minimum: Input should be greater than or equal to 1"),
+        (lambda: CumulativeMass(minimum=4, maximum=3), "minimum is 4 and maximum is 3"),
+    ):
+        with pytest.raises(InputError, match=sentence):
+            rule()
+    assert TopK(k=np.arange(5)[3]).k == 3
 
 
 def test_a_cascade_is_made_of_a_scorer_and_a_list_of_stages() -> None:
@@ -438,7 +454,9 @@ WRONG: dict[str, tuple[dict[str, object], str]] = {
     "store": ({"store": Path("cache")}, "store must be a VerdictStore"),
     "ledger": ({"ledger": 5.0}, r"ledger must be a Ledger, not 5\.0"),
     "on_failure": ({"on_failure": "skip"}, "no on_failure 'skip'.*scorer, raise, abstain"),
-    "batch_size": ({"batch_size": 0}, "batch_size is a number from 1 on, not 0"),
+    "batch_size": ({"batch_size": 0}, r"batch_size: Input should be greater than or equal to 1 \(given: 0\)"),
+    "accept": ({"accept": 2}, r"accept: Input should be less than or equal to 1 \(given: 2\)"),
+    "no accept": ({"accept": None}, r"accept: Input should be a valid number \(given: None\)"),
     "labels of a table": ({"labels": pandas.DataFrame({"name": LABELS})}, "labels has the type 'DataFrame'"),
     "labels of a file": ({"labels": Path("labels.txt")}, "labels has the type '.*Path'; it must be a list.*LabelSet.read"),
     "no labels": ({"labels": None}, "labels has the type 'NoneType'"),
@@ -470,6 +488,11 @@ def test_arrays_of_pixels_are_images(images: Iterable[ImageSource]) -> None:
     assert names(cascade().classify(images)) == ["red bird", "blue bird"]
 
 
+def test_an_array_of_another_shape_is_no_image() -> None:
+    with pytest.raises(ImageError, match=r"its shape is \(3, 8, 8\), not \(H, W\), \(H, W, 3\) or \(H, W, 4\)"):
+        cascade().classify(np.zeros((3, 8, 8), dtype=np.uint8))
+
+
 def test_an_array_is_one_image_and_an_empty_one_none() -> None:
     assert cascade().classify(pixels(BLUE)[0]).label == "blue bird"
     assert cascade().classify(pixels(BLUE)[:0]) == []  # type: ignore[comparison-overlap]
@@ -485,6 +508,11 @@ REFUSED: dict[str, tuple[object, str]] = {
     "bytes": (np.array([b"a.png"]), "an array of dtype"),
     "0 dimensions": (np.array("a.png"), "an array of dtype <U5"),
     "dates": (np.array(["2020-01-01"], dtype="datetime64[D]"), "an array of dtype datetime64"),
+    "channels first": (
+        np.zeros((2, 3, 8, 8), dtype=np.uint8),
+        r"an array of dtype uint8 and shape \(2, 3, 8, 8\); it must be .*\(N, H, W, 3\)\. .*transpose",
+    ),
+    "fractions": (np.zeros((2, 8, 8, 3)), r"an array of dtype float64 and shape \(2, 8, 8, 3\); .*astype\('uint8'\)"),
     "tensor": (torch.zeros((2, 8, 8, 3), dtype=torch.uint8), "of type 'Tensor'"),
     "tensor of one image": (torch.zeros((3, 8, 8)), "of type 'Tensor'"),
     "column of pyarrow": (pyarrow.array(["a.png"]), "of type 'StringArray'"),
@@ -610,7 +638,7 @@ def test_reference_images_come_from_the_support_set(tmp_path: Path) -> None:
     judge = FakeJudge()
     cascade(stage(judge, support=support, prompt=load_prompt("select_fewshot"))).classify([picture(GREY)])
     assert [exemplar.label.name for exemplar in judge.questions[0].exemplars] == ["red bird", "blue bird"]
-    with pytest.raises(PromptError, match=r"Prompt 'select' has no place for the support images\. Take one with \$references"):
+    with pytest.raises(PromptError, match=r"'select' has no place for the support images\. Take a prompt with \$references"):
         stage(judge, support=support)
     with pytest.raises(InputError, match="no image of any label"):
         SupportSet.read(tmp_path, LabelSet.of(["owl"]))

@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from pydantic import JsonValue
 from scipy.special import expit, softmax
 
 from cascadevlm import Cascade, Prediction, Stage, TopK, load_prompt, parse_policy
+from cascadevlm.base import images as reading
 from cascadevlm.base.arrays import NOBODY
 from cascadevlm.base.errors import BudgetExhausted, ConfigError, InputError, PolicyError
 from cascadevlm.base.images import ImageSource
@@ -652,6 +654,31 @@ def test_a_large_image_has_to_be_worth_its_price(votes: int, asked: int) -> None
         assert [each.escalated for each in predictions] == [number < asked for number in range(3)]
 
 
+def test_a_file_is_not_opened_again_for_its_price(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A large image leaves the memory once it is preprocessed; the policy wants its price all the same."""
+    picture(INSECT, (1500, 1000)).save(tmp_path / "large.png")
+    opened: list[ImageSource] = []
+    open_image = reading._open
+
+    def noting(source: str | Path | bytes) -> Image.Image:
+        opened.append(source)
+        return open_image(source)
+
+    class Preprocessing(FakeScorer):
+        def prepare(self, source: ImageSource) -> Prepared:
+            prepared = super().prepare(source)
+            prepared.pixels = None
+            return prepared
+
+        def score_prepared(self, prepared: Sequence[Prepared], labels: LabelSet) -> Scores:
+            return IN_DOUBT.score([picture(INSECT) for _ in prepared], labels)
+
+    monkeypatch.setattr(reading, "_open", noting)
+    dear = replace(stage_of_expert("ant", "bee", policy="gain_per_dollar > 1e12"), judge=ByPixels(reply=says("ant")))
+    (prediction,) = Cascade(Preprocessing(), [dear], labels=LABELS).classify([tmp_path / "large.png"])
+    assert (prediction.escalated, opened) == (False, [tmp_path / "large.png"])
+
+
 def test_a_price_is_told_by_the_size_of_a_file_that_is_not_decoded(tmp_path: Path) -> None:
     files = [tmp_path / f"{number}.png" for number in range(3)]
     for file, size in zip(files, ((10, 10), (1000, 1000), (2000, 1000)), strict=True):
@@ -678,19 +705,19 @@ def test_a_price_is_told_by_the_size_of_a_file_that_is_not_decoded(tmp_path: Pat
 @pytest.mark.parametrize("also", ["", " & gain > 0.1", " & calls <= 5", " | never"])
 def test_routing_wants_policies_of_gain_alone(policies: tuple[str, str], also: str) -> None:
     stages = [stage_of_expert("ant", policy=policy + also) for policy in policies]
-    with pytest.raises(PolicyError, match=r"cannot choose between judges. With routing, go by gain alone"):
+    with pytest.raises(PolicyError, match=r"cannot choose between judges. With routing, give a policy of gain alone"):
         Cascade(IN_DOUBT, stages, labels=LABELS, routing=True)
 
 
 def test_routing_wants_judges_to_choose_between() -> None:
-    with pytest.raises(InputError, match="there must be two judges to choose between"):
+    with pytest.raises(InputError, match="Routing needs two judges to choose between"):
         Cascade(IN_DOUBT, [stage_of_expert("ant", policy="gain > 0.1")], labels=LABELS, routing=True)
 
 
 def test_stages_of_different_fusion_are_no_cascade() -> None:
     """The first judge's final word would be lost behind a second one that mumbles, and whose answer is fused."""
     fused = stage_of_expert("ant", policy="always")
-    with pytest.raises(InputError, match=r"The stages differ in their fusion, 'bayes' and 'judge'\."):
+    with pytest.raises(InputError, match=r"The stages have different fusions: 'bayes' and 'judge'\."):
         Cascade(IN_DOUBT, [replace(fused, fusion="judge"), fused], labels=LABELS)
 
 

@@ -160,6 +160,14 @@ def test_cache_is_filled_used_verified_and_cleared(images: Path, tmp_path: Path)
     assert json.loads(run("cache", "info", "--folder", folder, "--json").stdout)["verdicts"] == 0
 
 
+@pytest.mark.parametrize("command", ["info", "clear", "verify"])
+def test_looking_at_a_cache_makes_none(tmp_path: Path, command: str) -> None:
+    done = run("cache", command, "--folder", tmp_path, check=False)
+    assert done.returncode == 2
+    assert "holds no cache of verdicts" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_backends_are_listed() -> None:
     rows = {(row["kind"], row["name"]): row for row in json.loads(run("backends", "--json").stdout)}
     assert {("scorer", "open_clip"), ("scorer", "hf"), ("judge", "hf_chat"), ("policy", "entropy")} <= set(rows)

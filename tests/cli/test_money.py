@@ -84,6 +84,33 @@ def test_estimate_takes_what_run_takes(call: list[str | Path], tmp_path: Path, n
     assert "4 images" in run("estimate", tmp_path / name, *call[1:]).stdout
 
 
+def test_a_list_is_estimated_alone(call: list[str | Path], tmp_path: Path) -> None:
+    (tmp_path / "list.txt").write_text("0.png")
+    done = run("estimate", tmp_path / "list.txt", *call, check=False)
+    assert done.returncode == 2
+    assert "list.txt' is a list of images, and it is not the only path" in done.stderr
+
+
+def test_a_run_that_goes_on_is_asked_about_what_is_left(call: list[str | Path], tmp_path: Path) -> None:
+    """At a dollar each, two images are answered, two more are skipped for want of money, and then the cap is raised."""
+    images = tmp_path / "some"
+    images.mkdir()
+
+    def add(*seeds: int) -> None:
+        for seed in seeds:
+            noise(seed, (60, 60)).save(images / f"{seed}.png")
+
+    into = ["run", images, "--output", tmp_path / "run", *call[1:], "--json", "--set"]
+    add(0, 1)
+    run(*into, "budget.usd=100", "--yes")
+    assert "Nothing is left" in run(*into, "budget.usd=100").stderr
+    add(2, 3)
+    assert "About 2 questions" in run(*into, "budget.usd=100", check=False).stderr
+    assert json.loads(run(*into, "budget.usd=2.2", "--yes").stdout)["counts"] == {"answered": 2, "skipped": 2}
+    assert run(*into, "budget.usd=2.2").returncode == 0
+    assert "About 2 questions" in run(*into, "budget.usd=50", check=False).stderr
+
+
 def test_batch_costs_half(call: list[str | Path], server: JudgeServer) -> None:
     before = len(server.requests)
     halved = "{ input = 1000, output = 1000, batch_discount = 0.5 }"

@@ -68,7 +68,7 @@ def followed(log_probs: Floats, calibrated: Shares, batch: int) -> tuple[Floats,
         for begin in range(0, len(log_probs), batch):
             scores = Scores.from_logits(log_probs[begin : begin + batch], LABELS, "made up")
             adjusted = await following.adjusted(scores, begin)
-            await following.take([adjusted.rows(slice(row, row + 1)) for row in range(len(adjusted))], begin)
+            await following.take(list(adjusted.probabilities), begin)
             found.append(adjusted.log_probs)
         return np.concatenate(found).astype(np.float64), following.seen
 

@@ -137,7 +137,7 @@ def test_unreadable_images_are_not_escalated() -> None:
     images: list[ImageSource] = [*mixture(5, 5), *[b"junk"] * 10]
     one = estimated(hosted(), images)
     assert (one.sample, one.deferral_rate, one.calls) == (20, 0.25, 5)
-    with pytest.raises(ImageError, match="None of the images sampled can be read"):
+    with pytest.raises(ImageError, match="None of the images in the sample can be read"):
         estimated(hosted(), [b"junk", "nowhere.png"])
 
 

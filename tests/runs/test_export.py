@@ -282,7 +282,7 @@ def test_a_line_that_is_being_written_is_not_exported_yet(run: Path, tmp_path: P
 def test_a_printed_file_that_breaks_off_is_told(run: Path, tmp_path: Path) -> None:
     good = json.dumps(predictions(run / "images")[0].to_dict())
     (tmp_path / "printed").write_text(f"{good}\n{good[:40]}")
-    with pytest.raises(DataError, match=r"breaks off in line 2\."):
+    with pytest.raises(DataError, match=r"ends in the middle of line 2\."):
         export(tmp_path / "printed", "csv", tmp_path / "out")
     (tmp_path / "printed").write_text(f"{good}\n{good}")
     assert export(tmp_path / "printed", "csv", tmp_path / "out").images == 2
@@ -356,7 +356,7 @@ def test_a_table_may_be_named_from_anywhere(tmp_path: Path, monkeypatch: pytest.
 def test_what_can_only_name_files_says_so_of_images_in_a_table(table_run: Path, tmp_path: Path, to: str) -> None:
     (tmp_path / "file.png").unlink()
     with pytest.raises(
-        DataError, match=rf"stand in .*images.parquet', and the format '{to}' can only name files\. .* csv, hf, coco"
+        DataError, match=rf"are inside .*images.parquet', and the format '{to}' can only name files\. .* csv, hf, coco"
     ):
         export(table_run, to, tmp_path / "out")
 
@@ -397,7 +397,7 @@ def test_what_is_missing_or_there_already_is_one_sentence(run: Path, tmp_path: P
     with pytest.raises(InputError, match=r"cannot be written: .*No such file"):
         export(run, "csv", tmp_path / "no" / "out")
     (run / "manifest.json").write_text("{}")
-    with pytest.raises(DataError, match="tells no label set"):
+    with pytest.raises(DataError, match="does not contain a valid label set"):
         export(run, "csv", tmp_path / "out")
 
 

@@ -23,7 +23,7 @@ from cascadevlm.base.labels import Label, LabelSet
 from cascadevlm.base.types import Scores
 from cascadevlm.scorers import adapters
 from cascadevlm.scorers.adapters import HEADER, Adapter, CacheAdapter, LinearAdapter, Made, read_adapter
-from cascadevlm.scorers.base import DEFAULT_TEMPLATES, scored_or_errors
+from cascadevlm.scorers.base import DEFAULT_TEMPLATES, score_together
 from cascadevlm.scorers.kept import CachedEmbeddings
 from cascadevlm.testing import noise
 from tests.evaluation.calibrating.test_calibration import learned
@@ -104,8 +104,9 @@ def test_scores_carry_embeddings_through_rows_joins_and_halves() -> None:
 def test_images_scored_in_halves_keep_their_own_embeddings() -> None:
     scorer = Unsteady()
     images = [*IMAGES[:3], IMAGES[0].point(lambda _: 0), *IMAGES[3:]]
-    scores, errors = scored_or_errors(scorer, [scorer.prepare(image) for image in images], LABELS)
-    assert [error is not None for error in errors] == [False, False, False, True, False, False]
+    scored = score_together(scorer, [scorer.prepare(image) for image in images], LABELS)
+    scores = scored.scores
+    assert [error is not None for error in scored.errors] == [False, False, False, True, False, False]
     assert scores is not None
     assert scores.embeddings is not None
     np.testing.assert_array_equal(scores.embeddings, TinyTowers().embed_images(IMAGES).astype(np.float16))

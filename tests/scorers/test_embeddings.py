@@ -230,6 +230,9 @@ def test_what_is_prepared_tells_whether_it_is_in_memory(files: list[Path], tmp_p
     assert known.image is known.pixels
     unread = Prepared(source=files[0])
     assert (unread.decoded, unread.unread.size, unread.decoded) == (False, known.image.size, False)
+    files[0].rename(tmp_path / "away.png")
+    assert unread.unread.size == known.image.size
+    (tmp_path / "away.png").rename(files[0])
     assert unread.image.tobytes() == known.image.tobytes()
     assert unread.decoded
 

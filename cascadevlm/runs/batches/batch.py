@@ -1,7 +1,8 @@
-"""Providers' batch APIs: escalated questions go out in bulk, at a discount, and come back within a day.
+"""Batch APIs of providers: escalated questions are submitted together, at a discount, and are answered within a day.
 
-Stage by stage, the cascade is run until no question is left that has not been answered: every run collects what is new, which is
-then submitted and waited for (`cascadevlm.runs.batches.batch_judge`). One run at a time may use a folder.
+The cascade is run again and again, stage by stage, until no question is left without an answer. Each run collects the new
+questions, which are then submitted and waited for (`cascadevlm.runs.batches.batch_judge`). Only one run at a time may use a
+folder.
 """
 
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -23,7 +24,7 @@ POLL_SECONDS = 30.0
 
 
 class _Collecting(VerdictStore):
-    """Keeps nothing that came from a batch: what that cost is told by the run that ends with it."""
+    """A store that keeps no answers of batches: the last run reports what they cost."""
 
     def __init__(self, store: VerdictStore) -> None:
         self.store = store
@@ -37,7 +38,7 @@ class _Collecting(VerdictStore):
 
 
 def _in_batches(stages: Sequence[Stage], folder: Path, ledger: Ledger) -> list[Stage]:
-    """The stages, with hosted judges in batches; each has a folder, by what it is and how many like it went before."""
+    """The stages, with hosted judges in batches. Each of these judges has a folder, named by its identity and a number."""
     replaced: list[Stage] = []
     names: list[str] = []
     for stage in stages:
@@ -58,50 +59,29 @@ async def stream_in_batches(
     poll_seconds: float = POLL_SECONDS,
     progress: Callable[[str], None] = lambda line: None,
 ) -> AsyncIterator[Prediction]:
-    """As `Cascade.astream`, with the questions to hosted judges in their providers' batches: half the price, up to a day.
+    """`Cascade.astream`, with the questions to hosted judges in batches of their providers: half the price, up to a day.
 
-    Other judges are asked once; by the time predictions are made, their answers come from the store.
+    Other judges are asked once. When predictions are made, their answers come from the store.
 
     Args:
-        folder: where the state of batches is kept; beside the user's cache, unless given. The same again resumes.
-        poll_seconds: how often to ask whether a batch is done.
-        progress: told what goes on, a line at a time.
+        cascade: the cascade.
+        images: the images.
+        folder: for the state of the batches; the same folder resumes. Default: a folder beside the user's cache.
+        poll_seconds: time between two requests whether a batch is done.
+        progress: called with a line of text for each step.
 
     Raises:
-        InputError: if what is asked depends on answers about other images, which come a day later.
+        InputError: if questions depend on answers about other images, which come a day later.
         BackendError: if no judge of the cascade has a batch API.
         FatalError: if a provider refuses a batch.
     """
-    for name, wanted in (("routing", cascade.routing), ("follow_shares", cascade.follow_shares)):
-        if wanted:
-            raise InputError(
-                f"In batches, there is no {name}: judges are asked one after another, about all images.", hint="Leave it out."
-            )
+    _require_independent_images(cascade)
     stages = _in_batches(cascade.stages, folder or default_cache_folder() / "batches", cascade.ledger)
     judges = [stage.judge for stage in stages if isinstance(stage.judge, BatchJudge)]
     if not judges:
-        raise BackendError("No judge of this cascade has a batch API.", hint="openai: and anthropic: have.")
+        raise BackendError("No judge of this cascade has a batch API.", hint="Take a judge of openai: or anthropic:.")
     store = MemoryStore() if cascade.store is None else cascade.store
-
-    async def collect(stages: Sequence[Stage], judge: BatchJudge) -> None:
-        """Until all questions to the judge, the last stage's, have come back and no more fit into the budget."""
-        while True:
-            escalated = skipped = 0
-            judge.freed = False
-            collecting = cascade.altered(
-                stages=stages, store=_Collecting(store), on_failure="scorer", calibration=None, follow_shares=False
-            )
-            async for prediction in collecting.astream(images):
-                escalated += prediction.escalated
-                skipped += any(verdict.outcome == "skipped" for verdict in prediction.verdicts)
-            judge.release_unasked()
-            await judge.submit()
-            if judge.in_flight:
-                progress(f"{escalated} of {len(images)} images escalated; {judge.in_flight} questions wait for their batches.")
-                await judge.wait(poll_seconds)
-            elif not (skipped and judge.freed):
-                return
-
+    collecting = cascade.altered(store=_Collecting(store), on_failure="scorer", calibration=None, follow_shares=False)
     async with AsyncExitStack() as stack:
         for judge in judges:  # connected from beginning to end, not only while a run lasts
             stack.push_async_callback(judge.aclose)
@@ -110,16 +90,52 @@ async def stream_in_batches(
             await judge.take_up()
         for depth, stage in enumerate(stages, start=1):
             if isinstance(stage.judge, BatchJudge):
-                await collect(stages[:depth], stage.judge)
+                await _collect(collecting.altered(stages=stages[:depth]), stage.judge, images, poll_seconds, progress)
                 stage.judge.closed = True
         for judge in judges:
             judge.conclude()
         try:
             async for prediction in cascade.altered(stages=stages, store=store).astream(images):
                 yield prediction
-        except JudgeError:  # the run has ended in a failure, which the next is not to find again
+        except JudgeError:  # the run has ended in a failure, which the next run must not find again
             for judge in judges:
                 judge.finish(store)
             raise
         for judge in judges:
             judge.finish(store)
+
+
+def _require_independent_images(cascade: Cascade) -> None:
+    """Raises InputError if questions depend on answers about other images."""
+    for name, wanted in (("routing", cascade.routing), ("follow_shares", cascade.follow_shares)):
+        if wanted:
+            raise InputError(
+                f"In batches, there is no {name}: judges are asked one after another, about all images.", hint="Leave it out."
+            )
+
+
+async def _collect(
+    cascade: Cascade, judge: BatchJudge, images: Sequence[ImageSource], poll_seconds: float, progress: Callable[[str], None]
+) -> None:
+    """Run until all questions to the judge are answered and no further question fits into the budget.
+
+    Args:
+        cascade: ends with the stage of the judge.
+        judge: collects the questions.
+        images: of the run.
+        poll_seconds: time between two requests whether a batch is done.
+        progress: called with a line of text for each batch.
+    """
+    while True:
+        escalated = skipped = 0
+        judge.freed = False
+        async for prediction in cascade.astream(images):
+            escalated += prediction.escalated
+            skipped += any(verdict.outcome == "skipped" for verdict in prediction.verdicts)
+        judge.release_unasked()
+        await judge.submit()
+        if judge.in_flight:
+            progress(f"{escalated} of {len(images)} images escalated; {judge.in_flight} questions wait for their batches.")
+            await judge.wait(poll_seconds)
+        elif not (skipped and judge.freed):
+            return

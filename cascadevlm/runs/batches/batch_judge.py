@@ -1,16 +1,17 @@
-"""A judge that asks through its provider's batch API: what is collected, submitted, waited for and read, and its state on disk.
+"""A judge that asks through its provider's batch API. Questions are collected, submitted, waited for and read.
 
-What was submitted is kept, so that a run cut off anywhere goes on where it was and nothing is paid for twice.
+The state of what was submitted is kept on disk, so a run that stops anywhere can continue, and nothing is paid for twice.
 """
 
+import asyncio
 import json
 import uuid
-from asyncio import sleep
-from collections.abc import Mapping
+from collections.abc import Awaitable, Mapping
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
+from typing import TypeVar
 
 from pydantic import BaseModel, JsonValue
 
@@ -23,21 +24,31 @@ from cascadevlm.judges.cache import VerdictStore, at_no_cost, key_of, question_p
 from cascadevlm.judges.hosted.base import HostedJudge
 from cascadevlm.judges.retry import patient
 
+T = TypeVar("T")
+
 MOST_ATTEMPTS = 3
-"""In how many batches a question may be before what came of it counts."""
+"""Number of batches that a question may be in. The result of the last one counts, whatever it is."""
+
+TRANSFER_SECONDS = 1800.0
+"""Longest time for one request to a batch API in seconds. A full batch of 256 MB then needs 150 kB per second."""
 
 CLOCK_SKEW = timedelta(minutes=5)
-"""How far this machine's clock may be ahead of the provider's."""
+"""Largest lead of this machine's clock over the provider's clock."""
 
 
 class Waiting(JudgeError):
-    """The question is in a batch that has not come back."""
+    """The question is in a batch without results yet."""
 
 
 class Chunk(BaseModel):
-    """One batch: its questions by key, with what each may cost in nanodollars, and, once known, its id and what came back.
+    """One batch.
 
-    ``token`` is how the provider's list is searched for a batch whose id got lost.
+    Attributes:
+        name: name of its files.
+        token: sent with the batch; a batch whose id was lost is found by it in the provider's list.
+        batch_id: the provider's id; None before it is known.
+        worst_cases: nanodollars that each question may cost, by the key of the question.
+        results: results by the key of the question; None before they are known.
     """
 
     name: str
@@ -48,22 +59,22 @@ class Chunk(BaseModel):
 
 
 class BatchJudge(WrapperJudge):
-    """Puts questions into batches, and answers those that have come back.
+    """Puts questions into batches, and answers the questions whose batches have results.
 
     Args:
         wrapped: the judge whose provider has the batch API.
-        folder: where the state of its batches is kept.
+        folder: for the state of its batches.
         ledger: what may be spent.
 
     Attributes:
-        closed: whether no more questions are taken.
-        concluding: whether answers come with their bills; until then, what they cost stays reserved.
-        freed: whether money has come back since this was last set to False.
+        closed: whether no more questions are collected.
+        concluding: whether answers come with their costs. Before that, their costs stay reserved.
+        freed: whether reserved money was released since this was last set to False.
     """
 
     def __init__(self, wrapped: HostedJudge, folder: Path, ledger: Ledger) -> None:
         super().__init__(wrapped)
-        self.requests_per_minute = self.tokens_per_minute = None  # limits of the other API
+        self.requests_per_minute = self.tokens_per_minute = None  # these are limits of the direct API
         self.hosted = wrapped
         self.folder = folder
         self.ledger = ledger
@@ -79,13 +90,13 @@ class BatchJudge(WrapperJudge):
         self._told: set[str] = set()
 
     def worst_case(self, question: Question) -> int:
-        return 0  # reserved when a question is put into a batch
+        return 0  # the worst case is reserved when a question is put into a batch
 
     def usual_case(self, question: Question) -> int:
         return round(self.hosted.usual_case(question) * (Decimal(1) - self.hosted.price.batch_discount))
 
     async def take_up(self) -> None:
-        """Take up the batches of an earlier run; what it had not submitted is collected again."""
+        """Load the batches of an earlier run. Questions that it had not submitted are collected again."""
         self.folder.mkdir(parents=True, exist_ok=True)
         states = [Chunk.model_validate_json(path.read_bytes()) for path in self.folder.glob("*.json")]
         self.chunks = sorted(states, key=lambda chunk: chunk.token)
@@ -110,7 +121,7 @@ class BatchJudge(WrapperJudge):
         if asked:
             results = asked[-1].results
             if results is None:
-                raise Waiting("The batch has not come back.")
+                raise Waiting("The batch has no results yet.")
             try:
                 return self._conclude(key, self._read(results.get(key), question))
             except JudgeError as exc:
@@ -122,26 +133,26 @@ class BatchJudge(WrapperJudge):
 
     def _read(self, row: JsonValue, question: Question) -> Verdict:
         if row is None:
-            raise TransientError("The batch came back without an answer to the question.")
+            raise TransientError("The batch has no answer to the question.")
         try:
             return self.hosted.read_row(row, question)
         except JudgeError:
             raise
-        except Exception as exc:  # whatever an SDK's object of what it was sent raises
+        except Exception as exc:  # the SDK's own objects may raise anything on a bad row
             raise PermanentError(f"The answer in the batch cannot be read: {exc}", may_be_billed=True) from exc
 
     def _conclude(self, key: str, verdict: Verdict) -> Verdict:
         if not self.concluding:
             self._owe(key, round(verdict.usage.dollars * NANODOLLARS))
             return replace(verdict, usage=Usage())
-        self._release(key)  # the bill counts as spent from now on
+        self._release(key)  # from now on, the cost counts as spent
         if key in self._told:
             return at_no_cost(verdict)
         self._told.add(key)
         return verdict
 
     def _give_up(self, key: str, bill: int) -> None:
-        """No answer will come; where one may be billed all the same, it is counted as the worst case."""
+        """End a question without an answer. If an answer may be billed nevertheless, its worst case counts as spent."""
         if self.concluding or not bill:
             self._release(key, spent=0 if key in self._told else bill)
         if self.concluding:
@@ -152,10 +163,10 @@ class BatchJudge(WrapperJudge):
         row = json.dumps(self.hosted.batch_row(key, question)).encode() + b"\n"
         limits = self.hosted.batch_limits
         if len(row) > limits.bytes:
-            raise PermanentError(f"The question takes {len(row)} bytes, more than a whole batch may.")
+            raise PermanentError(f"The question has {len(row)} bytes; a whole batch may have {limits.bytes}.")
         if self.closed:
-            raise BudgetExhausted("The budget had too little left for this question when the batches were filled.")
-        for owed, nanodollars in self._short.copy().items():  # what was submitted before has a prior claim
+            raise BudgetExhausted("The budget was too small for this question when the batches were filled.")
+        for owed, nanodollars in self._short.copy().items():  # questions that were submitted before come first
             self._reserve(owed, nanodollars)
         self._reserve(key, worst_case)
         chunk = self._open
@@ -169,7 +180,7 @@ class BatchJudge(WrapperJudge):
         self._open_bytes += len(row)
 
     async def submit(self) -> None:
-        """Submit what has been collected, if anything."""
+        """Submit all collected questions."""
         self._open = None
         for chunk in self.chunks:
             if chunk.batch_id is None:
@@ -181,7 +192,7 @@ class BatchJudge(WrapperJudge):
                 self._rows(chunk).unlink()
 
     async def _submit(self, chunk: Chunk) -> str:
-        """Submit a chunk; an attempt that broke off may have submitted it already."""
+        """Submit a chunk. An earlier attempt that was interrupted may have submitted it already."""
         attempted = False
 
         async def once() -> str:
@@ -189,24 +200,36 @@ class BatchJudge(WrapperJudge):
             if attempted and (earlier := await self._find(chunk)) is not None:
                 return earlier
             attempted = True
-            return await self.hosted.call(self.hosted.submit_batch(self._rows(chunk), chunk.token))
+            return await self._call(self.hosted.submit_batch(self._rows(chunk), chunk.token))
 
         return await patient()(once)
 
+    async def _call(self, request: Awaitable[T]) -> T:
+        """The result of a request to the batch API.
+
+        Raises:
+            TransientError: if the request takes longer than `TRANSFER_SECONDS`, upload and download included.
+        """
+        try:
+            async with asyncio.timeout(TRANSFER_SECONDS):
+                return await self.hosted.call(request)
+        except TimeoutError:
+            raise TransientError(f"The batch API of {self.spec!r} took longer than {TRANSFER_SECONDS:g} seconds.") from None
+
     async def _find(self, chunk: Chunk) -> str | None:
-        """The id of a chunk that was submitted, if it was."""
-        found = await self.hosted.call(self.hosted.find_batch(chunk.token))
+        """The provider's id of a chunk; None if the chunk was not submitted."""
+        found = await self._call(self.hosted.find_batch(chunk.token))
         return None if any(found == other.batch_id for other in self.chunks) else found
 
     async def wait(self, poll_seconds: float) -> None:
-        """Wait until all that was asked has come back.
+        """Wait until all questions of this run have results.
 
         Raises:
-            FatalError: if the provider refused a batch as a whole, or does not give it out.
+            FatalError: if the provider refused a batch as a whole, or does not return its results.
         """
         for chunk in self._awaited():
             while (results := await self._results(chunk)) is None:
-                await sleep(poll_seconds)
+                await asyncio.sleep(poll_seconds)
             chunk.results = dict(results)
             self._save(chunk)
 
@@ -215,7 +238,7 @@ class BatchJudge(WrapperJudge):
         batch_id = chunk.batch_id
 
         async def once() -> Mapping[str, JsonValue] | None:
-            return await self.hosted.call(self.hosted.batch_results(batch_id))
+            return await self._call(self.hosted.batch_results(batch_id))
 
         try:
             return await patient()(once)
@@ -223,23 +246,23 @@ class BatchJudge(WrapperJudge):
             self._forget(chunk)
             raise FatalError(str(exc)) from exc
         except FatalError as exc:
-            hint = f"Use the key it was submitted with, or delete {self._state(chunk)} to ask its questions again."
+            hint = f"Use the key with which it was submitted, or delete {self._state(chunk)} to ask its questions again."
             raise FatalError(f"Batch {batch_id} cannot be fetched: {exc}", hint=hint) from exc
 
     def _awaited(self) -> list[Chunk]:
-        """The chunks with questions of this run that have not come back."""
+        """The chunks without results that contain questions of this run."""
         return [chunk for chunk in self.chunks if chunk.results is None and not self._asked.isdisjoint(chunk.worst_cases)]
 
     @property
     def in_flight(self) -> int:
-        """How many questions have not come back."""
+        """Number of this run's questions without results."""
         return sum(len(self._asked.intersection(chunk.worst_cases)) for chunk in self._awaited())
 
     def _reserve(self, key: str, nanodollars: int) -> None:
-        """Change what is reserved for a question.
+        """Change the sum that is reserved for a question.
 
         Raises:
-            BudgetExhausted: if there is not so much.
+            BudgetExhausted: if the budget has less left.
         """
         before = self._reserved.get(key, 0)
         if nanodollars > before:
@@ -251,7 +274,7 @@ class BatchJudge(WrapperJudge):
         self._short.pop(key, None)
 
     def _owe(self, key: str, nanodollars: int) -> None:
-        """Reserve what will have to be paid; what the budget has not is remembered."""
+        """Reserve a sum that will have to be paid. If the budget is too small, remember the sum."""
         try:
             self._reserve(key, nanodollars)
         except BudgetExhausted:
@@ -264,24 +287,24 @@ class BatchJudge(WrapperJudge):
         self._short.pop(key, None)
 
     def release_unasked(self) -> None:
-        """Let go of what is reserved for an earlier run's questions that this one has not asked."""
+        """Release what is reserved for questions of an earlier run that this run has not asked."""
         for key in {*self._reserved, *self._short} - self._asked:
             self._release(key)
 
     def release(self) -> None:
-        """Let go of all that is reserved."""
+        """Release all that is reserved."""
         for key in list(self._reserved):
             self._release(key)
 
     def conclude(self) -> None:
-        """From now on, answers come with their bills."""
+        """From now on, answers come with their costs."""
         self.closed = self.concluding = True
         self._asked.clear()
-        if self._short:  # bills above what is promised for them would wait for each other
+        if self._short:  # costs above the reserved sums would wait for each other
             self.release()
 
     def finish(self, store: VerdictStore) -> None:
-        """Forget what has been answered, now or in the store. Answers to questions of another run are kept for it."""
+        """Delete the state of questions that are answered now or in the store. Answers to questions of another run stay."""
         for chunk in self.chunks:
             left = {key for key in chunk.worst_cases if key not in self._asked and store.get(key) is None}
             if not left:

@@ -1,17 +1,17 @@
 """``cascadevlm run --engine ray``: images are read, scored and judged by the machines of a Ray cluster.
 
-Ray Data lists the images, a batch a row, and hands the batches to scoring workers; their log-probabilities come back in the
-order of the input. They are those of one process to the last bit where ``OMP_NUM_THREADS`` is the same, and else to a few units
-in the last place of a float32: with other threads, numerical libraries add up in another order. Judges answer in workers too.
-All that has an order or costs money stays in the process that runs the command: decisions, ledger, rate limits, retries, the
-answers that are kept and the folder of the run are those of the local engine. What a question may cost is reserved here before
-it is sent to a worker, so the cap holds whatever becomes of the worker.
+Ray Data lists the images, one batch per row, and gives the batches to scoring workers. Their scores come back in input order.
+With the same ``OMP_NUM_THREADS``, scores are those of one process to the last bit. With another number of threads, numerical
+libraries add in another order, and scores differ by a few units in the last place of a float32.
+
+Judges answer in workers, too. Everything that has an order or costs money stays in the process that runs the command: decisions,
+ledger, rate limits, retries, kept answers and the folder of the run are those of the local engine. The worst case of a question
+is reserved in this process before the question is sent to a worker, so the cap holds whatever happens to the worker.
 """
 
 import asyncio
 import logging
 import os
-import pickle
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,9 +22,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
-from numpy.typing import NDArray
 
-from cascadevlm.base.errors import BackendError, CascadeError, DataError, RunError
+from cascadevlm.base.errors import BackendError, CascadeError, DataError, ImageError, RunError
 from cascadevlm.base.images import ImageSource, path_of
 from cascadevlm.base.labels import LabelSet
 from cascadevlm.base.types import Scores
@@ -35,35 +34,38 @@ from cascadevlm.config.config import Config, StageConfig
 from cascadevlm.judges.base import LocalJudge
 from cascadevlm.runs.inputs import Named
 from cascadevlm.runs.ray.judging import SILENT_SECONDS, RemoteJudge, Worker
-from cascadevlm.runs.ray.workers import SAME_FILES, JudgingWorker, ScoredBatch, ScoringWorker, Workplace, list_images
+from cascadevlm.runs.ray.workers import SAME_FILES, JudgingWorker, ScoredBatch, ScoringWorker, Workplace, list_images, unpacked
 from cascadevlm.scorers.base import Prepared, WrapperScorer
 
 if TYPE_CHECKING:
     from ray.actor import ActorHandle
 
 CPU_SHARE = 0.5
-"""Of a core, and of all cores, what scoring workers ask for at most: where they hold every core there is none left to list the
-images, and Ray waits for ever."""
+"""Largest share of a core that a scoring worker requests, and of all cores that all of them request. If they held every core,
+no core would be left to list the images, and Ray would wait for ever."""
 
 LISTING_CPUS = 0.01
 
 CALLS_AT_ONCE = 2
-"""Batches that a scoring worker has in work: one is read while another one is scored."""
+"""Number of batches that a scoring worker works on: one is read while another is scored."""
 
 CALLS_AHEAD = 4
-"""Batches that a scoring worker has been given."""
+"""Number of batches that a scoring worker has received and not finished."""
 
 
 @contextmanager
 def on_ray(cascade: Cascade, config: Config, inputs: Iterable[Named], *, workers: int | None = None) -> Iterator[Cascade]:
-    """The cascade, to be run over these inputs by a cluster: the one that ``$RAY_ADDRESS`` names or this machine is part of, else
-    one of this machine alone, which ends with the context.
+    """A copy of the cascade that a cluster runs over these inputs.
+
+    The cluster is the one that ``$RAY_ADDRESS`` names, or the one that this machine is part of. If there is none, a cluster of
+    this machine alone is started, and ends with the context.
 
     Args:
-        cascade: as the configuration built it.
+        cascade: the cascade that the configuration built.
         config: builds the scorer and the judges in the workers.
-        inputs: what the cascade will be run over, from some image to the end.
-        workers: that score, and as many for every judge with a model; one a GPU or, without any, one a machine, unless given.
+        inputs: the images of the run.
+        workers: number of scoring workers, and number of workers of each judge with a model. Default: one per GPU; without GPUs,
+            one per machine.
 
     Raises:
         BackendError: if Ray is not installed or does not begin.
@@ -82,26 +84,26 @@ def on_ray(cascade: Cascade, config: Config, inputs: Iterable[Named], *, workers
             stack.callback(ray.shutdown)
             try:
                 ray.init(log_to_driver=False, logging_level=logging.ERROR)
-            except Exception as exc:  # it raises that very class, where its processes do not come up in time
-                hint = "On a busy machine, try again; a cluster that is elsewhere is named by $RAY_ADDRESS."
+            except Exception as exc:  # Ray raises Exception itself if its processes do not start in time
+                hint = "On a busy machine, try again; for a cluster on other machines, set $RAY_ADDRESS."
                 raise BackendError(f"Ray does not begin: {str(exc).strip().partition(chr(10))[0]}", hint=hint) from exc
         cluster = _Cluster.of(cascade, config, inputs, workers)
         judges = [cluster.judge(stage, of_config) for stage, of_config in zip(cascade.stages, config.stage, strict=True)]
         yield cascade.altered(
             scorer=_ScoredElsewhere(cascade.scorer),
             stages=[replace(stage, judge=judge) for stage, judge in zip(cascade.stages, judges, strict=True)],
-            reading=lambda first: stack.enter_context(closing(Arriving(cluster.scored(first), cascade.labels))),
+            reading=lambda first: stack.enter_context(closing(Arriving(cluster.scored(first)))),
         )
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Cluster:
-    """What the workers are, and what they are given.
+    """The workers and what they are given.
 
     Attributes:
-        workers: that score, and of every judge whose model runs in them; other judges have one on every machine.
-        gpus: what each worker with a model asks for: a GPU for all those of a cascade.
-        cpus: what each scoring worker asks for.
+        workers: number of scoring workers, and of workers of each judge with a model. Other judges have one worker per machine.
+        gpus: number of GPUs that each worker with a model requests; all models of a cascade share one GPU.
+        cpus: number of cores that each scoring worker requests.
     """
 
     config: Config
@@ -135,7 +137,7 @@ class _Cluster:
         )
 
     def scored(self, first: int) -> Iterator[ScoredBatch | CascadeError]:
-        """The batches from an image on, in order."""
+        """The scored batches from image ``first`` on, in order."""
         import ray.data
 
         listing = partial(list_images, images=self.inputs, batch_size=self.config.batch_size, place=self.place)
@@ -156,13 +158,13 @@ class _Cluster:
                 num_gpus=self.gpus,
             )
         )
-        dataset.context.target_max_block_size = 1  # a row a block: batches are handed on one by one
+        dataset.context.target_max_block_size = 1  # one row per block: batches are handed on one by one
         dataset.context.execution_options.preserve_order = True
         dataset.context.enable_progress_bars = False
-        return (pickle.loads(row["scored"]) for row in dataset.iter_rows())
+        return (unpacked(row["scored"], self.labels) for row in dataset.iter_rows())
 
     def judge(self, stage: Stage, config: StageConfig) -> RemoteJudge:
-        """A stage's judge, in workers."""
+        """The judge of a stage, in workers."""
         import ray
 
         with_model = isinstance(stage.judge, LocalJudge)
@@ -183,40 +185,41 @@ class _Cluster:
 
 @dataclass(kw_only=True, eq=False)
 class _Arrived(Prepared):
-    """An image that a worker scored; read here, should a judge be asked about it.
+    """An image that a worker scored. It is read in this process only if a judge is asked about it.
 
     Attributes:
-        scores: 1 x C.
+        chunk: `(n, C)` the scores of the images that were scored together.
+        row: the row of this image.
     """
 
-    scores: Scores
+    chunk: Scores
+    row: int
 
 
 class _ScoredElsewhere(WrapperScorer):
-    """Has the scores that came with the images, and loads nothing."""
+    """Returns the scores that came with the images, and loads nothing."""
 
     def load(self) -> None:
         pass
 
     def score_prepared(self, prepared: Sequence[Prepared], labels: LabelSet) -> Scores:
-        scores = [each.scores for each in prepared if isinstance(each, _Arrived)]
-        return replace(scores[0], log_probs=np.concatenate([each.log_probs for each in scores]))
+        arrived = [each for each in prepared if isinstance(each, _Arrived)]
+        return arrived[0].chunk.rows(np.array([each.row for each in arrived]))
 
 
 class Arriving:
-    """Gives every batch of images as it comes back from the workers; to be called for one after another, in order.
+    """Returns the batches of images that come back from the workers. It is called once per batch, in order.
 
     Warns:
-        RuntimeWarning: if the workers give nothing for long: Ray waits for lost machines without a word.
+        RuntimeWarning: if the workers return nothing for a long time: Ray waits for lost machines without a message.
     """
 
-    def __init__(self, batches: Iterator[ScoredBatch | CascadeError], labels: LabelSet) -> None:
+    def __init__(self, batches: Iterator[ScoredBatch | CascadeError]) -> None:
         self.batches = batches
-        self.labels = labels
         self.thread = ThreadPoolExecutor(1, "arriving")
 
     def close(self) -> None:
-        """Wait for no batch any more."""
+        """Stop waiting for batches."""
         self.thread.shutdown(wait=False, cancel_futures=True)
 
     async def __call__(self, sources: Sequence[ImageSource]) -> list[Read]:
@@ -225,9 +228,8 @@ class Arriving:
         try:
             coming = asyncio.get_running_loop().run_in_executor(self.thread, next, self.batches, None)
             if not (await asyncio.wait({coming}, timeout=SILENT_SECONDS))[0]:
-                told = (
-                    f"The cluster has given nothing for {SILENT_SECONDS:.0f} s. 'ray status' tells whether its workers are there."
-                )
+                silent = f"The cluster has returned nothing for {SILENT_SECONDS:.0f} s."
+                told = f"{silent} 'ray status' shows whether its workers are there."
                 warnings.warn(told, RuntimeWarning, stacklevel=2)
             batch = await coming
         except RayError as exc:
@@ -238,12 +240,17 @@ class Arriving:
         paths = [path_of(source) for source in sources]
         if batch is None or batch.paths != paths:
             raise DataError("The workers find other images than this machine does.", hint=SAME_FILES)
-        rows, digests = iter(batch.log_probs if batch.log_probs is not None else ()), iter(batch.digests)
+        return list(zip(paths, _arrived(batch, sources), strict=True))
 
-        def arrived(source: ImageSource) -> _Arrived:
-            return _Arrived(source=source, file_digest=next(digests), scores=self._scores(next(rows), batch.fingerprint))
 
-        return [(path, error or arrived(source)) for path, error, source in zip(paths, batch.errors, sources, strict=True)]
-
-    def _scores(self, log_probs: NDArray[np.float32], fingerprint: str) -> Scores:
-        return Scores(log_probs=log_probs[np.newaxis], labels=self.labels, fingerprint=fingerprint)
+def _arrived(batch: ScoredBatch, sources: Sequence[ImageSource]) -> list[Prepared | ImageError]:
+    """The images of a batch, or why they have no scores."""
+    images: list[_Arrived] = []
+    if batch.scores is not None:
+        scored = [source for source, error in zip(sources, batch.errors, strict=True) if error is None]
+        images = [
+            _Arrived(source=source, file_digest=digest, size=size, chunk=batch.scores, row=row)
+            for row, (source, digest, size) in enumerate(zip(scored, batch.digests, batch.sizes, strict=True))
+        ]
+    left = iter(images)
+    return [error or next(left) for error in batch.errors]

@@ -19,10 +19,10 @@ from cascadevlm.judges.base import Judge, LocalJudge, WrapperJudge, before_sendi
 T_co = TypeVar("T_co", covariant=True)
 
 ASK_AGAIN_SECONDS = 1.0
-"""How often a worker that was lost is asked whether it is back."""
+"""Seconds between two attempts to reach a worker that was lost."""
 
 SILENT_SECONDS = 120.0
-"""How long a worker may take to be ready before that is told: Ray waits for lost machines without a word."""
+"""Seconds after which a worker that is not ready causes a warning: Ray waits for lost machines without a message."""
 
 
 class _Remote(Protocol[T_co]):
@@ -32,7 +32,7 @@ class _Remote(Protocol[T_co]):
 
 
 class Worker(Protocol):
-    """A `JudgingWorker`, seen from here."""
+    """A `JudgingWorker` as this process sees it."""
 
     @property
     def identity(self) -> _Remote[Mapping[str, JsonValue] | CascadeError]: ...
@@ -41,17 +41,17 @@ class Worker(Protocol):
 
 
 class RemoteJudge(WrapperJudge):
-    """Puts every question to one of several workers, each of which has at most as many in hand as the judge takes at once.
+    """Puts each question to one of several workers. A worker has at most as many open questions as the judge takes together.
 
-    A worker that is lost gets no question until it is back, and none if it cannot work any more, as where a key or a model is
-    missing now; what it was asked fails, and may have been billed. Once no worker is left, every question is a fatal error.
+    A lost worker gets no questions until it is back. It gets none at all if it cannot work any more, for example because a key or
+    a model is missing. Its open questions fail, and may have been billed. If no worker is left, every question is a fatal error.
 
     Args:
-        wrapped: the judge as it is built in this process; knows prices and limits, and is never asked.
-        workers: how many there are. Local judges take so many times more questions at once; other judges' limits hold for all
+        wrapped: the judge in this process. It knows prices and limits, and is never asked.
+        workers: number of workers. The concurrency of a local judge is multiplied by it. The limits of other judges hold for all
             workers together.
-        begin: makes a worker.
-        end: ends one.
+        begin: starts a worker.
+        end: ends a worker.
     """
 
     def __init__(self, wrapped: Judge, workers: int, begin: Callable[[], Worker], end: Callable[[Worker], None]) -> None:
@@ -72,8 +72,13 @@ class RemoteJudge(WrapperJudge):
         return self._told or self.wrapped.identity()
 
     async def prepare(self) -> None:
-        """Raises BackendError, too, if hosted judges are not the same ones in the workers: their prices are those known here."""
-        self.costs_money  # noqa: B018  # raises where the price is unknown
+        """Start the workers.
+
+        Raises:
+            CascadeError: if a judge cannot work in a worker.
+            BackendError: if a hosted judge has another identity there: this process would reserve wrong prices.
+        """
+        self.costs_money  # noqa: B018  # raises if the price is unknown
         self._workers = [self._begin() for _ in range(self._number)]
         with self._told_if_late():
             identities = await asyncio.gather(*map(_identity, self._workers))
@@ -107,7 +112,7 @@ class RemoteJudge(WrapperJudge):
             worker = await self._places.get()
         if isinstance(worker, CascadeError):
             self._places.put_nowait(worker)  # for the next question
-            raise FatalError(f"No worker is left in which {self.spec!r} could be asked: {worker}") from worker
+            raise FatalError(f"No worker with the judge {self.spec!r} is left: {worker}") from worker
         lost = False
         try:
             said = await worker.judge.remote(_packed(question))
@@ -116,7 +121,7 @@ class RemoteJudge(WrapperJudge):
         except RayError as exc:
             lost = True
             self._lose(worker)
-            raise TransientError(f"The worker in which {self.spec!r} was asked is lost.", may_be_billed=True) from exc
+            raise TransientError(f"The worker with the judge {self.spec!r} was lost.", may_be_billed=True) from exc
         finally:
             if not lost:
                 self._places.put_nowait(worker)
@@ -125,7 +130,7 @@ class RemoteJudge(WrapperJudge):
         return said
 
     def _lose(self, worker: Worker) -> None:
-        """Leave out one of a worker's places until the worker is back."""
+        """Withhold one place of a worker until the worker is back."""
         self._lost[worker] += 1
         if self._lost[worker] == 1:
             task = asyncio.create_task(self._await(worker))
@@ -133,7 +138,7 @@ class RemoteJudge(WrapperJudge):
             task.add_done_callback(self._returns.discard)
 
     async def _await(self, worker: Worker) -> None:
-        """Give a worker its places again once it is back and can work."""
+        """Return the places of a worker when it is back and can work."""
         from ray.exceptions import RayError
 
         with self._told_if_late():
@@ -156,7 +161,7 @@ class RemoteJudge(WrapperJudge):
 
     @contextmanager
     def _told_if_late(self) -> Iterator[None]:
-        """Warn, should workers not be ready in time."""
+        """Warn if workers are not ready in time."""
         late = (
             f"A worker in which {self.spec!r} is asked has not been ready since {datetime.now():%H:%M:%S}: it loads its model, "
             "is lost, or finds no place. 'ray status' tells more."
@@ -169,7 +174,7 @@ class RemoteJudge(WrapperJudge):
 
 
 async def _identity(worker: Worker) -> Mapping[str, JsonValue] | CascadeError:
-    """What the judge of a worker is, or why it cannot work.
+    """The identity of the judge in a worker, or why the judge cannot work.
 
     Raises:
         ray.exceptions.RayError: if the worker is lost.
@@ -183,10 +188,10 @@ async def _identity(worker: Worker) -> Mapping[str, JsonValue] | CascadeError:
 
 
 def _packed(question: Question) -> Question:
-    """Without the pixels of images that the judge has encoded, which is then all it sends of them.
+    """A copy of the question without the pixels of images that the judge has encoded already.
 
-    In their places are images of one pixel, each an object of its own: by that, and by nothing else, `HostedJudge.sent` tells
-    the images of a question apart.
+    Each of these images is replaced by an image of one pixel, an object of its own: `HostedJudge.sent` distinguishes the images
+    of a question by their identity as objects.
     """
 
     def without_pixels(shown: Question | Exemplar) -> Image.Image:

@@ -1,31 +1,30 @@
-"""What runs in the workers of a cluster: reading and scoring, in batches; judging, question by question.
+"""What runs in the workers of a cluster: batches are read and scored, questions are judged one by one.
 
-Errors of ours travel as values: Ray would make long texts of them, or ask again.
+Our errors are sent as values. Raised errors would become long texts in Ray, or Ray would try again.
 """
 
 import asyncio
+import io
 import os
 import pickle
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property, partial
-from itertools import islice
+from functools import cached_property
+from itertools import chain, islice
 from threading import Lock
 
-import numpy as np
-from numpy.typing import NDArray
 from pydantic import JsonValue
 
 from cascadevlm.base.errors import BackendError, CascadeError, ImageError
 from cascadevlm.base.images import ImageSource, path_of
 from cascadevlm.base.labels import LabelSet
-from cascadevlm.base.types import Question, Verdict
+from cascadevlm.base.types import Question, Scores, Verdict
 from cascadevlm.config.config import Config, Options
 from cascadevlm.config.loading import load_judge
 from cascadevlm.judges.base import Judge
 from cascadevlm.runs.inputs import Named, after
-from cascadevlm.scorers.base import Prepared, Scorer, prepared_or_error, scored_or_errors
+from cascadevlm.scorers.base import Scorer, prepare_in, score_together
 from cascadevlm.scorers.kept import Digesting
 
 SAME_FILES = "Every machine of the cluster needs the working directory and the images under the same paths."
@@ -37,17 +36,17 @@ class Workplace:
 
     Attributes:
         folder: the working directory.
-        threads: of numerical libraries, as ``OMP_NUM_THREADS`` says it.
+        threads: number of threads for numerical libraries, as the text of ``OMP_NUM_THREADS``.
     """
 
     folder: str
     threads: str
 
     def enter(self) -> None:
-        """Called in a worker before it loads anything.
+        """Prepare a worker. Called before the worker loads anything.
 
         Raises:
-            BackendError: if it has no such directory.
+            BackendError: if the worker's machine has no such directory.
         """
         os.environ["OMP_NUM_THREADS"] = self.threads
         try:
@@ -58,27 +57,56 @@ class Workplace:
 
 @dataclass(frozen=True, kw_only=True)
 class ScoredBatch:
-    """A batch of N images as a worker read and scored it.
+    """A batch of N images that a worker read and scored.
 
     Attributes:
-        paths: N; "" of images that are no files.
-        errors: N; None of the n that could be read.
-        digests: n, of their files; "" of images that are no files.
-        log_probs: n x C; None where n is 0.
-        fingerprint: the scorer's.
+        paths: N paths; "" for an image that is not a file.
+        errors: for each of the N images, why it has no scores; None for the n images that have scores.
+        digests: n sha256 digests of the files; "" for an image that is not a file.
+        sizes: n widths and heights in pixels; None where the image was not decoded.
+        scores: `(n, C)`; None if n is 0.
     """
 
     paths: Sequence[str]
     errors: Sequence[ImageError | None]
     digests: Sequence[str]
-    log_probs: NDArray[np.float32] | None
-    fingerprint: str
+    sizes: Sequence[tuple[int, int] | None]
+    scores: Scores | None
+
+
+class _Packer(pickle.Pickler):
+    """Leaves out the label set, which both sides have."""
+
+    def persistent_id(self, value: object) -> str | None:
+        return "labels" if isinstance(value, LabelSet) else None
+
+
+class _Unpacker(pickle.Unpickler):
+    def __init__(self, content: bytes, labels: LabelSet) -> None:
+        super().__init__(io.BytesIO(content))
+        self.labels = labels
+
+    def persistent_load(self, name: str) -> LabelSet:
+        return self.labels
+
+
+def packed(batch: ScoredBatch | CascadeError) -> bytes:
+    """What a worker sends: a batch without its label set, or an error."""
+    content = io.BytesIO()
+    _Packer(content).dump(batch)
+    return content.getvalue()
+
+
+def unpacked(content: bytes, labels: LabelSet) -> ScoredBatch | CascadeError:
+    """What a worker sent, with its label set."""
+    batch: ScoredBatch | CascadeError = _Unpacker(content, labels).load()
+    return batch
 
 
 def list_images(
     rows: Mapping[str, Sequence[int]], images: Iterable[Named], batch_size: int, place: Workplace
 ) -> Iterator[dict[str, list[bytes]]]:
-    """The images from a given one on, a batch a row."""
+    """The images from the one in ``rows`` on, one batch per row."""
     try:
         place.enter()
         sources = (source for _, source in after(images, int(rows["item"][0])))
@@ -89,7 +117,7 @@ def list_images(
 
 
 class ScoringWorker:
-    """Reads and scores batches. May be called from several threads: a batch is read while another one is scored."""
+    """Reads and scores batches. May be called from several threads: one batch is read while another is scored."""
 
     def __init__(self, config: Mapping[str, JsonValue], labels: LabelSet, place: Workplace) -> None:
         self.config = config
@@ -97,31 +125,27 @@ class ScoringWorker:
         self.place = place
         self.readers = ThreadPoolExecutor(os.cpu_count())
         self.loading = Lock()
-        self.scoring = Lock()
 
     def __call__(self, rows: Mapping[str, Sequence[bytes]]) -> dict[str, list[bytes]]:
         try:
             scored: ScoredBatch | CascadeError = self._scored(pickle.loads(rows["images"][0]))
         except CascadeError as exc:
             scored = exc
-        return {"scored": [pickle.dumps(scored)]}
+        return {"scored": [packed(scored)]}
 
     def _scored(self, sources: list[ImageSource] | CascadeError) -> ScoredBatch:
         if isinstance(sources, CascadeError):
             raise sources
         with self.loading:
             self.scorer  # noqa: B018  # loads it
-        read = list(self.readers.map(partial(prepared_or_error, self.scorer), sources))
-        prepared = [each for each in read if isinstance(each, Prepared)]
-        with self.scoring:
-            scores, errors = scored_or_errors(self.scorer, prepared, self.labels) if prepared else (None, [])
-        unscored = iter(errors)
+        read = list(chain.from_iterable(share.result() for share in prepare_in(self.readers, self.scorer, sources)))
+        scored = score_together(self.scorer, read, self.labels)
         return ScoredBatch(
             paths=[path_of(source) for source in sources],
-            errors=[each if isinstance(each, ImageError) else next(unscored) for each in read],
-            digests=[each.file_digest for each, error in zip(prepared, errors, strict=True) if error is None],
-            log_probs=scores.log_probs if scores else None,
-            fingerprint=scores.fingerprint if scores else "",
+            errors=scored.errors,
+            digests=[each.file_digest for each in scored.images],
+            sizes=[each.size for each in scored.images],
+            scores=scored.scores,
         )
 
     @cached_property
@@ -133,7 +157,7 @@ class ScoringWorker:
 
 
 class JudgingWorker:
-    """A judge, made ready by the first call: a worker that was lost begins anew without being told."""
+    """A judge that the first call prepares: Ray restarts a lost worker without a call to the new one."""
 
     def __init__(self, spec: str, options: Options, place: Workplace) -> None:
         self.spec = spec
@@ -143,14 +167,14 @@ class JudgingWorker:
         self.ready: Judge | None = None
 
     async def identity(self) -> Mapping[str, JsonValue] | CascadeError:
-        """The judge's `Judge.identity`, once it is ready."""
+        """The identity of the prepared judge (`Judge.identity`), or why the judge cannot work."""
         try:
             return dict((await self._prepared()).identity())
         except CascadeError as exc:
             return exc
 
     async def judge(self, question: Question) -> Verdict | CascadeError:
-        """What the judge says."""
+        """The verdict, or why there is none."""
         try:
             return await (await self._prepared()).judge(question)
         except CascadeError as exc:

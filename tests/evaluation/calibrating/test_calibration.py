@@ -23,7 +23,7 @@ from cascadevlm.base.labels import LabelSet
 from cascadevlm.base.types import Scores, Verdict
 from cascadevlm.cascade.candidates import TopK
 from cascadevlm.cascade.fusing import Asking
-from cascadevlm.cascade.item import Item, stacked
+from cascadevlm.cascade.item import Item, believed, current
 from cascadevlm.cli.show import calibration_rows
 from cascadevlm.config.config import CandidatesConfig, Config
 from cascadevlm.decision.calibration import Calibration, FusionRule, read_calibration
@@ -42,8 +42,10 @@ from cascadevlm.policies.language import parse_policy
 from cascadevlm.policies.limits import WithinCalls
 from cascadevlm.policies.measures import entropy, margin, top_probability
 from cascadevlm.policies.rules import Always, EntropyAbove, GainAbove
+from cascadevlm.runs.ray.workers import ScoredBatch, packed, unpacked
+from cascadevlm.scorers import base as scorers
 from cascadevlm.scorers.base import Prepared
-from cascadevlm.testing import FakeJudge, noise
+from cascadevlm.testing import FakeJudge, FakeScorer, noise
 from tests.calibrations import some_calibration
 
 seeds = st.integers(0, 10_000)
@@ -168,6 +170,17 @@ def test_a_calibration_is_refused_where_the_labels_have_other_texts() -> None:
         Cascade(scorer, [], labels=drawn, calibration=calibration).classify(noise(1))
 
 
+def test_texts_of_labels_are_in_the_fingerprint_of_any_scorer() -> None:
+    names = LabelSet.of(["ant", "bee"])
+    drawn, painted = (LabelSet.of(Label(name=name, text=f"a {kind} of a {name}") for name in names.names) for kind in ("a", "b"))
+    plain, *others = (FakeScorer().score([noise(1)], labels).fingerprint for labels in (names, drawn, painted))
+    assert plain == "fake:fake"
+    assert others == [f"fake:fake|{labels.texts_part}" for labels in (drawn, painted)]
+    assert drawn.texts_part != painted.texts_part
+    known = "model|templates=1|" + drawn.texts_part
+    assert Scores.from_logits(np.zeros((1, 2)), drawn, known).fingerprint == known
+
+
 @dataclass(frozen=True, kw_only=True)
 class NotedScores(Scores):
     """Scores with one field more, as later versions have."""
@@ -179,20 +192,26 @@ def test_no_field_of_scores_is_lost_on_their_way() -> None:
     labels = record().labels
     noted = NotedScores(log_probs=record().scores.log_probs[:1], labels=labels, fingerprint=learned().fingerprint, note="kept")
     candidates = TopK(k=2).choose(noted)[0]
-    item = Item(path="", prepared=Prepared(source=""), scores=noted, belief=noted, candidates=candidates)
+    item = Item(path="", prepared=Prepared(source=""), chunk=noted.rows(np.array([0, 0])), row=1, candidates=candidates)
     item.hear(Stage(judge=FakeJudge(), prompt=load_prompt("select")), Verdict(outcome="none"))
     asking = Asking(model=JudgeModel.prior(len(labels)), candidates=TopK(), none_offered=False, word_final=False)
     answered = Verdict(outcome="answered", label=candidates[1].label.name)
+    batch = ScoredBatch(paths=["a"], errors=[None], digests=[""], sizes=[None], scores=noted)
+    sent = unpacked(packed(batch), labels)
+    assert isinstance(sent, ScoredBatch)
     on_its_way = [
         noted.rows(slice(1)),
         learned().calibrated(noted),
-        stacked([noted, noted]),
+        believed([item]),
+        believed([item, item]),
+        sent.scores,
+        scorers.joined([noted, noted]),
         item.belief,
         asking.fuse(noted, candidates, answered),
         asyncio.run(Following(learned().shares, Seen(), 32).adjusted(noted, 0)),
     ]
     item.verdicts.append(answered)
-    on_its_way.append(item.current_scores())
+    on_its_way += [current([item]), item.scores]
     assert [each.note for each in on_its_way if isinstance(each, NotedScores)] == ["kept"] * len(on_its_way)
 
 

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime
+from itertools import count
 from pathlib import Path
 from typing import Literal
 
@@ -178,7 +179,7 @@ async def test_chunks_keep_to_the_limits(provider: Provider, tmp_path: Path, mon
         monkeypatch.setattr(type(judge), "batch_limits", BatchLimits(requests=1000, bytes=100))
         refused = await one.run(one.cascade(ALL), IMAGES[:2])
         assert outcomes(refused) == {"failed": 2}
-        assert "more than a whole batch may" in refused[0].verdicts[0].error
+        assert "bytes; a whole batch may have" in refused[0].verdicts[0].error
         one.assert_settled(refused)
 
 
@@ -266,6 +267,29 @@ async def test_a_connection_lost_while_submitting(
         kill_in(monkeypatch, type(hosted(one.server, provider)), "submit_batch", after=after, times=2, error=TransientError)
         one.assert_settled(await one.run())
         assert len(one.rows) == 30
+
+
+@both
+@pytest.mark.parametrize("method", ["submit_batch", "batch_results"])
+async def test_a_transfer_that_never_ends_is_given_up_and_tried_again(
+    provider: Provider, method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first request reaches the provider, and its answer never comes."""
+    async with bench(provider, tmp_path) as one:
+        monkeypatch.setattr("cascadevlm.judges.retry._BACKOFF", lambda state: 0.0)
+        monkeypatch.setattr("cascadevlm.runs.batches.batch_judge.TRANSFER_SECONDS", 2.0)
+        owner, calls = type(hosted(one.server, provider)), count()
+        original = getattr(owner, method)
+
+        async def hanging(self: HostedJudge, *given: object) -> object:
+            result = await original(self, *given)
+            if next(calls) == 0:
+                await asyncio.sleep(60)
+            return result
+
+        monkeypatch.setattr(owner, method, hanging)
+        one.assert_settled(await one.run())
+        assert (len(one.server.batches), len(one.rows)) == (1, 30)
 
 
 @both
@@ -689,7 +713,7 @@ async def test_a_submission_refused_stops_the_run_and_not_the_next(
 
 async def test_local_judges_have_no_batches(tmp_path: Path) -> None:
     cascade = Cascade(FakeScorer(), [Stage(judge=FakeJudge(), prompt=SELECT)], labels=LABELS)
-    with pytest.raises(BackendError, match=r"No judge of this cascade has a batch API. openai: and anthropic: have"):
+    with pytest.raises(BackendError, match=r"No judge of this cascade has a batch API. Take a judge of openai: or anthropic:"):
         async for _ in stream_in_batches(cascade, IMAGES, folder=tmp_path):
             pass
 

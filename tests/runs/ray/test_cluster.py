@@ -17,7 +17,6 @@ import pytest
 
 from benchmarks.kills import predictions as lines
 from cascadevlm.base.errors import BackendError, DataError, ImageError
-from cascadevlm.base.labels import LabelSet
 from cascadevlm.config.config import Config
 from cascadevlm.runs import bulk
 from cascadevlm.runs import ray as cluster
@@ -221,14 +220,13 @@ def test_workers_that_die_and_ctrl_c_cost_no_result(plugin: Path, images: Inputs
 
 
 async def test_other_images_in_the_workers_are_an_error() -> None:
-    labels = LabelSet.of(["finch", "owl"])
-    batch = ScoredBatch(paths=["b.png"], errors=[ImageError("gone")], digests=[], log_probs=None, fingerprint="")
+    batch = ScoredBatch(paths=["b.png"], errors=[ImageError("gone")], digests=[], sizes=[], scores=None)
     for batches in (iter([batch]), iter([])):
         with pytest.raises(DataError, match="find other images than this machine does"):
-            await Arriving(batches, labels)([Path("a.png")])
+            await Arriving(batches)([Path("a.png")])
     with pytest.raises(BackendError, match="no such model"):
-        await Arriving(iter([BackendError("no such model")]), labels)([Path("a.png")])
-    assert await Arriving(iter([batch]), labels)([Path("b.png")]) == [("b.png", batch.errors[0])]
+        await Arriving(iter([BackendError("no such model")]))([Path("a.png")])
+    assert await Arriving(iter([batch]))([Path("b.png")]) == [("b.png", batch.errors[0])]
 
 
 def test_without_ray_there_is_a_command(images: Inputs, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -254,7 +252,7 @@ def test_a_ray_that_does_not_begin_is_one_sentence(images: Inputs, monkeypatch: 
 
 
 async def test_arriving_batches_are_waited_for_no_more_once_closed() -> None:
-    arriving = Arriving(iter([]), LabelSet.of(["ant"]))
+    arriving = Arriving(iter([]))
     arriving.close()
     with pytest.raises(RuntimeError, match="after shutdown"):
         await arriving([Path("a.png")])
@@ -266,9 +264,9 @@ async def test_a_silent_cluster_is_told(monkeypatch: pytest.MonkeyPatch) -> None
 
     def batches() -> Iterator[ScoredBatch]:
         given.wait(10)
-        yield ScoredBatch(paths=["a.png"], errors=[ImageError("torn")], digests=[], log_probs=None, fingerprint="")
+        yield ScoredBatch(paths=["a.png"], errors=[ImageError("torn")], digests=[], sizes=[], scores=None)
 
     threading.Timer(0.3, given.set).start()
     with pytest.warns(RuntimeWarning, match="'ray status' tells whether its workers are there"):
-        (read,) = await Arriving(batches(), LabelSet.of(["ant"]))([Path("a.png")])
+        (read,) = await Arriving(batches())([Path("a.png")])
     assert read[0] == "a.png"

@@ -90,7 +90,7 @@ async def test_no_worker_that_can_work_is_a_fatal_error_for_all_who_wait() -> No
     with pytest.warns(RuntimeWarning, match="lost is back, but 'fake:fake' cannot be asked in it: The key is missing"):
         said = await asyncio.wait_for(asyncio.gather(*_ask(remote, 5), return_exceptions=True), 10)
     assert [type(each) for each in said] == [TransientError] * 2 + [FatalError] * 3
-    assert "No worker is left in which 'fake:fake' could be asked: The key is missing." in str(said[-1])
+    assert "No worker with the judge 'fake:fake' is left: The key is missing." in str(said[-1])
     await remote.aclose()
 
 
