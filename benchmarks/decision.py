@@ -35,6 +35,7 @@ from cascadevlm.cascade.candidates import ConformalSet, TopK
 from cascadevlm.decision.calibration import Calibration, FusionRule
 from cascadevlm.decision.scorer_calibration import Floats
 from cascadevlm.evaluation.calibrating.fitting import fit_calibration
+from cascadevlm.evaluation.calibrating.recipe import Recipe
 from cascadevlm.evaluation.deciding import answers_of, decided
 from cascadevlm.evaluation.metrics import expected_calibration_error
 from cascadevlm.evaluation.record import Record
@@ -119,7 +120,7 @@ def on_recorded(record: Record, seeds: int) -> dict[str, dict[str, float]]:
         order = np.random.default_rng(seed).permutation(len(record))
         for name, size, labelled, fusion in CALIBRATED_ON:
             own, rest = (record.take(np.sort(rows)) for rows in (order[:size], order[size:]))
-            found.setdefault(name, []).append(worth(rest, fit_calibration(own, labelled=labelled, fusion=fusion)))
+            found.setdefault(name, []).append(worth(rest, fit_calibration(own, Recipe(labelled=labelled, fusion=fusion))))
             if name == "200 labels":
                 entropy = next(curve.area for curve in sweep(rest).curves if curve.name == "entropy")
                 judge = float((rest.predicted == rest.truths).mean())
@@ -139,7 +140,7 @@ def of_lists(record: Record, seeds: int, *, coverage: float = 0.9) -> dict[str, 
         for seed in range(seeds):
             order = np.random.default_rng(seed).permutation(len(record))
             own, rows = np.sort(order[:800]), np.sort(order[800:])
-            calibration = fit_calibration(record.take(own), coverage=coverage, class_conditional=class_conditional)
+            calibration = fit_calibration(record.take(own), Recipe(coverage=coverage, class_conditional=class_conditional))
             rule, rest = ConformalSet(rule=calibration.conformal_for(coverage)), record.take(rows)
             columns = rule.columns(calibration.calibrated(rest.scores))
             inside[seed, rows] = (columns == rest.truths[:, None]).any(axis=1)
@@ -157,7 +158,7 @@ def on_made_up(classes: int, shown: int, seeds: int) -> dict[str, float]:
         record = made_up(seed, 2200, classes, shown)
         own, rest = record.take(np.arange(200)), record.take(np.arange(200, 2200))
         began = time.perf_counter()
-        calibration = fit_calibration(own)
+        calibration = fit_calibration(own, Recipe())
         fitted = time.perf_counter()
         thousand = rest.take(np.arange(1000))
         log_probs = calibration.calibrated(thousand.scores).log_probs.astype(np.float64)
@@ -183,7 +184,7 @@ def on_own_probabilities(sharpness: float | None, seeds: int) -> dict[str, float
             blind = np.random.default_rng(seed).dirichlet(np.full(10, 0.5), len(record))
             record = replace(record, stages=(replace(record.judged, probabilities=blind),))
         own, rest = record.take(np.arange(200)), record.take(np.arange(200, 2200))
-        calibration = fit_calibration(own)
+        calibration = fit_calibration(own, Recipe())
         (judge,) = calibration.judges
         before, answers = calibration.calibrated(rest.scores).log_probs.astype(np.float64), answers_of(rest.judged)
         found = {"weight": judge.model.probability_weight}

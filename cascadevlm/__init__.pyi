@@ -23,7 +23,10 @@ from .cascade.cascade import Cascade
 from .cascade.stage import Stage
 from .config.loading import load_judge, load_prompt, load_scorer
 from .decision.adapting import fit_adapter
-from .judges.base import Judge, LocalJudge
+from .evaluation.calibrating.calibrate import calibrate
+from .evaluation.calibrating.recipe import Recipe
+from .evaluation.calibrating.targets import Target
+from .judges.base import Judge, LocalJudge, Quote
 from .policies.base import Policy, Spending
 from .policies.language import parse_policy
 from .scorers.adapters import Adapter, read_adapter
@@ -58,16 +61,20 @@ __all__ = [
     "Prompt",
     "PromptError",
     "Question",
+    "Quote",
     "RateLimited",
+    "Recipe",
     "RunError",
     "Scorer",
     "Scores",
     "Spending",
     "Stage",
+    "Target",
     "TopK",
     "TransientError",
     "Usage",
     "Verdict",
+    "calibrate",
     "fit_adapter",
     "load_judge",
     "load_prompt",

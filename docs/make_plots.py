@@ -16,6 +16,7 @@ from benchmarks.sweep import pairs
 from cascadevlm.decision.calibration import Calibration, read_calibration
 from cascadevlm.evaluation import plots
 from cascadevlm.evaluation.calibrating.fitting import fit_calibration
+from cascadevlm.evaluation.calibrating.recipe import Recipe
 from cascadevlm.evaluation.deciding import decided, held_out
 from cascadevlm.evaluation.record import Record, read_record
 
@@ -55,7 +56,7 @@ def main(
     if recorded:
         record = pairs(recorded)[PAIR]
         drawn = np.sort(np.random.default_rng(0).permutation(len(record))[:200])
-        known["artdl"] = record, fit_calibration(record.take(drawn))
+        known["artdl"] = record, fit_calibration(record.take(drawn), Recipe())
     for name, (record, learned) in known.items():
         record = record.take(np.flatnonzero(record.readable))
         for what, draw in (("accuracy", plots.decision_layer), ("reliability", reliability)):

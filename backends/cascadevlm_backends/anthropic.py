@@ -1,7 +1,7 @@
 """``anthropic:``: Claude as a judge, through the Messages API.
 
-The answer is held to the candidates by a JSON schema or, with ``structured="tool"``, by a tool that must be called. The fixed
-part of a question (reference images, the wording before them) can be kept in the provider's prompt cache.
+A JSON schema restricts the answer to the candidates. With ``structured="tool"``, a forced tool call does that. The provider's
+prompt cache can keep the part that many questions have in common: the reference images and the text before them.
 """
 
 import json
@@ -16,19 +16,10 @@ from cascadevlm.base.encoding import ImageLimits
 from cascadevlm.base.errors import FatalError, JudgeError, PermanentError, TransientError
 from cascadevlm.base.secrets import without_login
 from cascadevlm.base.types import Question, Verdict
-from cascadevlm.judges.hosted.base import (
-    HAS_AIOHTTP,
-    BatchLimits,
-    Form,
-    HostedJudge,
-    PriceOption,
-    Reply,
-    answer_schema,
-    believed_usage,
-    reported,
-    texts_of,
-)
+from cascadevlm.judges.hosted.base import BatchLimits, Form, HostedJudge, PriceOption
+from cascadevlm.judges.hosted.connection import HAS_AIOHTTP
 from cascadevlm.judges.hosted.errors import ErrorResponse
+from cascadevlm.judges.hosted.replies import Reply, answer_schema, believed_usage, reported, texts_of
 from cascadevlm.judges.hosted.transport import time_limits
 from cascadevlm.judges.prompt import Message, Part, render
 
@@ -40,7 +31,7 @@ if TYPE_CHECKING:
     from anthropic.types.messages.batch_create_params import Request
 
 Structured = Literal["schema", "tool", "none"]
-Thinking = Literal["adaptive", "disabled", "between_tools"]
+Thinking = Literal["adaptive", "disabled"]
 Effort = Literal["low", "medium", "high", "xhigh", "max"]
 
 TOOL = "answer"
@@ -50,22 +41,25 @@ class AnthropicJudge(HostedJudge):
     """A model behind Anthropic's API.
 
     Args:
-        model: as Anthropic names it.
-        structured: hold the answer to the candidates by a ``"schema"`` (left out where the model refuses one), by a forced
-            ``"tool"`` (which models that always think refuse), or not at all.
-        thinking: as the model takes it, or a number of tokens, for models that take a budget; the model's default, unless given.
-        effort: how much the model thinks; the model's default, unless given.
-        cache_prompt: mark the reference images for the provider's prompt cache: worth it where many questions show the same.
-        base_url: of another server; ``api_key_env`` names the variable with its key.
-        headers: sent with every request, and kept nowhere.
-        client: your own `anthropic.AsyncAnthropic`; its retries should be off. It follows no redirects either.
-        temperature: the endpoint's default, unless given; models that think accept no other.
-        max_tokens: of an answer, thoughts included; the prompt's, and room for thoughts where a model has them, unless given.
-        price: see `PriceOption`.
+        model: name of the model at Anthropic.
+        structured: how the answer is restricted to the candidates. ``"schema"``: by a JSON schema, which is left out if the model
+            rejects it. ``"tool"``: by a forced tool call, which models that always think reject. ``"none"``: not at all.
+        thinking: ``"adaptive"``, ``"disabled"``, or a number of tokens for models with a thinking budget. Default: that of the
+            model.
+        effort: how much the model thinks. Default: that of the model.
+        cache_prompt: mark the reference images for the provider's prompt cache. Use it if many questions show the same images.
+        base_url: address of the server. Default: Anthropic's own.
+        api_key_env: name of the environment variable that holds the key.
+        headers: extra headers of every request. They are not kept in any file.
+        client: your own `anthropic.AsyncAnthropic`. Turn its retries off. Its redirects are turned off. Default: a new client.
+        temperature: sampling temperature. Default: that of the endpoint. Models that think accept only the default.
+        max_tokens: the most tokens of an answer, thoughts included. Default: the limit of the prompt, and extra tokens for models
+            that think.
+        price: dollars per million tokens, see `PriceOption`. Default: the price of the table.
         concurrency: the most requests in flight.
-        requests_per_minute: the most requests to begin in a minute.
-        tokens_per_minute: the most tokens, by worst case, in a minute.
-        timeout: seconds that a request may take in all.
+        requests_per_minute: the most requests per minute. Default: no limit.
+        tokens_per_minute: the most tokens per minute, counted by their worst case. Default: no limit.
+        timeout: the most seconds that one request may take in all.
     """
 
     provider: ClassVar[str] = "anthropic"
@@ -76,23 +70,7 @@ class AnthropicJudge(HostedJudge):
         "AnthropicError": FatalError,
         "APIError": TransientError,
         "APIStatusError": PermanentError,
-        "APIConnectionError": TransientError,
-        "APITimeoutError": TransientError,
-        "APIResponseValidationError": TransientError,
-        "APIWebhookValidationError": PermanentError,
-        "CredentialsError": FatalError,
-        "IdentityTokenFileError": FatalError,
-        "RetryableError": TransientError,
-        **dict.fromkeys(
-            (  # of what no judge uses: other ways in, streams, tools
-                "MissingDependencyError",
-                "MutuallyExclusiveAuthError",
-                "StreamAlreadyConsumed",
-                "ToolsetUsageError",
-                "WorkloadIdentityError",
-            ),
-            FatalError,
-        ),
+        "RetryableError": TransientError,  # raised by the middleware of a client of the user's own
     }
 
     def __init__(
@@ -117,8 +95,11 @@ class AnthropicJudge(HostedJudge):
     ) -> None:
         super().__init__(
             model,
-            base_url=str(client.base_url) if client else base_url,
+            base_url=base_url,
             api_key_env=api_key_env,
+            headers=headers,
+            client=client,
+            timeout=timeout,
             price=price,
             concurrency=concurrency,
             requests_per_minute=requests_per_minute,
@@ -129,10 +110,7 @@ class AnthropicJudge(HostedJudge):
         self.thinking: Thinking | int | None = thinking
         self.effort: Effort | None = effort
         self.cache_prompt = cache_prompt
-        self.headers = headers
-        self.client: anthropic.AsyncAnthropic | None = client
         self.temperature = temperature
-        self.timeout = timeout
 
     def identity(self) -> Mapping[str, JsonValue]:
         return {
@@ -185,7 +163,7 @@ class AnthropicJudge(HostedJudge):
 
     @property
     def _sampling(self) -> dict[str, JsonValue]:
-        """What the SDK has no parameter for any more, and older models still take."""
+        """Parameters of older models for which the SDK has no argument any more."""
         return {} if self.temperature is None else {"temperature": self.temperature}
 
     def _params(self, question: Question, form: Form) -> "MessageParams":
@@ -209,8 +187,6 @@ class AnthropicJudge(HostedJudge):
                 params["thinking"] = {"type": "adaptive"}
             case "disabled":
                 params["thinking"] = {"type": "disabled"}
-            case "between_tools":
-                params["thinking"] = {"type": "between_tools"}
         return params
 
     def _message(self, message: Message, question: Question) -> "UserMessageParam | AssistantMessageParam":
@@ -238,7 +214,8 @@ class AnthropicJudge(HostedJudge):
         return (await self._client.messages.batches.create(requests=requests)).id
 
     async def find_batch(self, token: str) -> str | None:
-        """Anthropic's batches carry nothing of ours, so the token's time and number of requests must do; the newest counts."""
+        """The newest batch with the number of requests in the token, not older than the time in the token. Batches at Anthropic
+        have no field for the token itself."""
         began, count, _ = token.split("/")
         async for batch in self._client.messages.batches.list():
             if batch.created_at < datetime.fromisoformat(began):
@@ -266,11 +243,11 @@ class AnthropicJudge(HostedJudge):
             case "succeeded":
                 message = row["message"]
                 assert isinstance(message, dict)
-                return _of_message(AnthropicMessage.construct(None, **message))  # as the SDK does, which does not validate
+                return _of_message(AnthropicMessage.construct(None, **message))  # the SDK does not validate either
             case "errored":
                 raise ErrorResponse(row["error"])
             case kind:
-                raise TransientError(f"The batch has no answer: {row.get('error') or kind}")
+                raise TransientError(f"The batch has no answer to the question: {row.get('error') or kind}")
 
 
 def _of_message(message: "AnthropicMessage") -> Reply:

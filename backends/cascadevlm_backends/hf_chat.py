@@ -1,7 +1,7 @@
-"""``hf_chat:``: chat models of transformers that see images, as judges: LLaVA, Qwen-VL, SmolVLM, InternVL, Gemma …
+"""``hf_chat:``: vision-language chat models of transformers as judges: LLaVA, Qwen-VL, SmolVLM, InternVL, Gemma and others.
 
-The model is an id on the Hugging Face hub, a folder, or ``aviary`` for the bundled one. Chat template and image processing are
-the model's own.
+The model is an id on the Hugging Face hub, a folder, or ``aviary`` for the bundled model. The chat template and the image
+processing are those of the model.
 """
 
 import asyncio
@@ -23,8 +23,9 @@ from scipy.special import softmax
 
 from cascadevlm.base.errors import BackendError, CascadeError, PermanentError
 from cascadevlm.base.types import Question, Usage, Verdict
+from cascadevlm.judges.answers import after_thoughts
 from cascadevlm.judges.base import LocalJudge, verdict_from_text
-from cascadevlm.judges.prompt import Message, after_thoughts, answer_format, options, render
+from cascadevlm.judges.prompt import Message, answer_format, options, render
 from cascadevlm_backends._torch import DtypeName, choose_device, choose_dtype, directory_digest, hide_progress_in_logs
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 Mode = Literal["generate", "likelihood"]
 
 LAST_TOKENS = 16
-"""How many tokens at the end of a prompt are looked at for a tag that begins the thoughts."""
+"""Number of tokens at the end of a prompt that are searched for an opening tag of thoughts."""
 
 AVIARY = Path(__file__).parent / "aviary" / "judge"
 
@@ -49,7 +50,7 @@ class _Read(Protocol):
 
 
 class _ChatModel(Protocol):
-    """What the image-text-to-text classes of transformers have in common."""
+    """The common interface of the image-text-to-text classes of transformers."""
 
     generation_config: "GenerationConfig"
 
@@ -82,11 +83,11 @@ class _Loaded:
         return self.processor.tokenizer
 
     def plain(self, text: str) -> str:
-        """The text with its control tokens broken by a space, which the comparison of names overlooks: text is data."""
+        """The text with a space inside each control token, so that it is only data. The comparison of names ignores spaces."""
         return self.control_tokens.sub(r"\1 ", text)
 
     def inputs(self, questions: Sequence[Question]) -> "BatchFeature":
-        """What the model is given for the questions, a left-padded row each."""
+        """The model's inputs: one left-padded row per question."""
         conversations = [render(question) for question in questions]
         texts = [
             self.processor.apply_chat_template([self._turn(message) for message in conversation], add_generation_prompt=True)
@@ -96,7 +97,7 @@ class _Loaded:
             [part for message in conversation for part in message.parts if not isinstance(part, str)]
             for conversation in conversations
         ]
-        # A template that writes the token a text begins with must not get it a second time.
+        # If the template writes the BOS token, the processor must not add a second one.
         bos = self.tokenizer.bos_token
         begun = {"add_special_tokens": False} if bos and texts[0].startswith(bos) else {}
         inputs = self.processor(text=texts, images=images, padding=True, return_tensors="pt", **begun)
@@ -109,8 +110,10 @@ class _Loaded:
         return {"role": message.role, "content": content}
 
     def text(self, tokens: Sequence[int], question: Question, *, asked: Sequence[int]) -> str:
-        """The text of an answer. Special tokens are left out, unless there are tags of thoughts among them. Where the chat
-        template begins the thoughts, at the end of what was asked, its tag is put before the answer."""
+        """The text of an answer without special tokens. If tags of thoughts are among the special tokens, all of them are kept.
+
+        If the chat template opens the thoughts at the end of the prompt, this opening tag is put before the answer.
+        """
         last_line = self._decoded(asked[-LAST_TOKENS:], skip_special_tokens=False).strip().rpartition("\n")[2]
         begun = last_line if after_thoughts(last_line, question) is None else ""
         whole = begun + self._decoded(tokens, skip_special_tokens=False)
@@ -123,7 +126,7 @@ class _Loaded:
         return text
 
     def tokens(self, text: str) -> list[int]:
-        """The tokens of a text within a conversation."""
+        """The tokens of a text inside a conversation, without special tokens."""
         tokens: list[int] = self.tokenizer(text, add_special_tokens=False).input_ids
         return tokens
 
@@ -131,28 +134,28 @@ class _Loaded:
 class HfChatJudge(LocalJudge):
     """A chat model of transformers.
 
-    In mode ``"generate"`` the model writes its answer. In mode ``"likelihood"`` nothing is written: every option is scored by the
-    mean log-probability of the tokens of its name behind "ANSWER:", and the softmax over the candidates gives probabilities;
-    such a verdict has no rationale, whatever the prompt asks for.
+    In mode ``"generate"``, the model writes its answer. In mode ``"likelihood"``, the model writes nothing. The score of an
+    option is the mean log-probability of the tokens of its name after "ANSWER:". The softmax of the scores over the candidates
+    gives their probabilities. Such a verdict has no rationale, even if the prompt asks for reasoning.
 
-    Greedy answers of a batch are those of its questions alone, up to the rounding of the precision. At a ``temperature`` above 0
-    they are drawn from torch's global generator.
+    With greedy decoding, an answer does not depend on the other questions of its batch, except for rounding errors. With a
+    ``temperature`` above 0, answers are sampled with torch's global generator.
 
-    Usage counts every token that the model reads or writes, images included and padding not; a batch's time is divided evenly
-    among its questions.
+    Usage counts all tokens that the model reads or writes. Image tokens count, padding does not. The seconds of a batch are
+    divided evenly among its questions.
 
     Args:
         model: an id on the hub, a folder, or ``"aviary"``.
-        mode: see above.
-        device: ``"cuda"``, ``"mps"``, ``"cpu"`` …; the best there is, unless given.
-        dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"``; what suits the device, unless given.
-        revision: a commit, branch or tag of the hub; the main branch, unless given.
-        batch_size: the most rows the model is given at once: questions, or a question's options in mode ``"likelihood"``.
-        temperature: of sampling, from as many of the best tokens as the model's own configuration says; 0 is greedy.
-        max_tokens: how long an answer may be; what the prompt says, unless given.
+        mode: ``"generate"`` or ``"likelihood"``, see above.
+        device: ``"cuda"``, ``"mps"``, ``"cpu"`` or another device of torch. Default: the fastest one available.
+        dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"``. Default: the one that suits the device.
+        revision: a commit, branch or tag of the hub. Default: the main branch.
+        batch_size: the most rows in one call of the model. A row is a question or, in mode ``"likelihood"``, an option.
+        temperature: sampling temperature. 0 is greedy decoding. Top-k and top-p are those of the model's configuration.
+        max_tokens: the most tokens of an answer. Default: the limit of the prompt.
 
     Raises:
-        BackendError: at first use, if the model cannot be loaded, has no chat template or cannot work in this mode.
+        BackendError: at first use, if the model cannot be loaded, has no chat template, or does not support the mode.
     """
 
     def __init__(
@@ -195,10 +198,10 @@ class HfChatJudge(LocalJudge):
         except CascadeError:
             raise
         except torch.cuda.OutOfMemoryError:
-            pass  # raised below, free of the traceback that would keep the batch's tensors while it is asked one by one
-        except Exception as exc:  # processors and models raise whatever their code happens upon
-            raise PermanentError(f"{self.model!r} cannot take the question: {_reason(exc)}") from exc
-        raise PermanentError(f"{self.model!r} ran out of memory.", hint="Lower batch_size, or take a smaller model or dtype.")
+            pass  # raised below without the traceback, which would keep the batch's tensors in memory
+        except Exception as exc:  # processors and models raise all kinds of exceptions
+            raise PermanentError(f"{self.model!r} cannot process the question: {_reason(exc)}") from exc
+        raise PermanentError(f"{self.model!r} ran out of memory.", hint="Use a lower batch_size, a smaller model or dtype.")
 
     def _write(self, questions: Sequence[Question], loaded: _Loaded) -> list[Verdict]:
         started = time.perf_counter()
@@ -208,7 +211,7 @@ class HfChatJudge(LocalJudge):
             **inputs,
             **({"do_sample": True, "temperature": self.temperature} if self.temperature else {"do_sample": False}),
             max_new_tokens=max(limits),
-            # A model's own penalty would punish naming what the prompt lists, and count the padding.
+            # The model's own penalty would lower the probability of names in the prompt, and would count the padding.
             repetition_penalty=1.0,
             pad_token_id=loaded.tokenizer.pad_token_id,
             return_dict_in_generate=True,
@@ -237,8 +240,8 @@ class HfChatJudge(LocalJudge):
             pad_token_id=loaded.tokenizer.pad_token_id,
             return_dict_in_generate=True,
         ).past_key_values
-        # The answer is tokenized apart from the prompt, whose tokens thus are those an answer would be written behind. What
-        # differs from the tokens of the bare "ANSWER:" is the name, with the space or the punctuation merged into it.
+        # The answer is tokenized separately, so that the prompt has the same tokens as before a written answer. The tokens of
+        # the name are those that differ from the tokens of "ANSWER:". A space or punctuation may be merged into them.
         lead = loaded.tokens("ANSWER:")
         answers = [loaded.tokens(f"ANSWER: {loaded.plain(name)}") for name in names]
         scores: list[float] = []
@@ -278,7 +281,7 @@ class HfChatJudge(LocalJudge):
 
     @cached_property
     def _commit(self) -> str | None:
-        """The commit that the revision stands for; None for a folder."""
+        """The commit of the revision. None for a folder."""
         from transformers.utils.hub import cached_file, extract_commit_hash
 
         return extract_commit_hash(cached_file(self._source, "config.json", revision=self.revision), None)
@@ -286,7 +289,7 @@ class HfChatJudge(LocalJudge):
     @cached_property
     def _loaded(self) -> _Loaded:
         if self.mode not in get_args(Mode):
-            raise BackendError(f"There is no mode {self.mode!r}.", hint=f"Write one of: {', '.join(get_args(Mode))}.")
+            raise BackendError(f"There is no mode {self.mode!r}.", hint=f"Use one of: {', '.join(get_args(Mode))}.")
         device = choose_device(self.device)
         dtype = choose_dtype(device, self.dtype)
         with _explained(self.model):
@@ -301,13 +304,13 @@ class HfChatJudge(LocalJudge):
         if getattr(processor, "chat_template", None) is None:
             raise BackendError(
                 f"{self.model!r} has no chat template.",
-                hint="Take the model's version for chat, often named '-Instruct' or '-it'.",
+                hint="Use the chat version of the model. Its name often ends with '-Instruct' or '-it'.",
             )
         model = AutoModelForImageTextToText.from_pretrained(self._source, dtype=dtype, **where)
         if model.config.is_encoder_decoder:
-            raise BackendError(f"{self.model!r} is an encoder-decoder model.", hint="Take a decoder-only model.")
-        if self.mode == "likelihood" and model.config.model_type == "mllama":  # wants a mask over the image for every token
-            raise BackendError(f"{self.model!r} cannot work in mode 'likelihood'.", hint="Take mode 'generate'.")
+            raise BackendError(f"{self.model!r} is an encoder-decoder model.", hint="Use a decoder-only model.")
+        if self.mode == "likelihood" and model.config.model_type == "mllama":  # it needs an image mask for every token
+            raise BackendError(f"{self.model!r} does not support mode 'likelihood'.", hint="Use mode 'generate'.")
         tokenizer = processor.tokenizer
         tokenizer.padding_side = "left"
         if tokenizer.pad_token is None:
@@ -323,17 +326,17 @@ class HfChatJudge(LocalJudge):
 
 @contextmanager
 def _explained(model: str) -> Iterator[None]:
-    """Whatever is wrong with a model, in one sentence."""
+    """Raises BackendError in place of every exception of loading a model."""
     try:
         yield
     except CascadeError:
         raise
     except ImportError as exc:
-        raise BackendError(f"{model!r} lacks a package: {_reason(exc)}", hint="Install it with pip.") from exc
-    except Exception as exc:  # checkpoints are read by the code of many hands
+        raise BackendError(f"{model!r} needs a package: {_reason(exc)}", hint="Install the package with pip.") from exc
+    except Exception as exc:  # the code that reads checkpoints raises all kinds of exceptions
         raise BackendError(
             f"transformers cannot load {model!r}: {_reason(exc)}",
-            hint="Is the id right and the hub in reach, or the folder complete?",
+            hint="Check the id and the connection to the hub, or whether the folder is complete.",
         ) from exc
 
 
@@ -344,7 +347,7 @@ def _reason(exc: Exception) -> str:
 
 
 def _control_tokens(processor: _Processor) -> re.Pattern[str]:
-    """Matches the first character of everything that chat template, processor or tokenizer would take for more than text."""
+    """Matches the first character of every text that chat template, processor or tokenizer read as a control token."""
     added = processor.tokenizer.added_tokens_decoder.values()
     tokens = {token.content for token in added if token.special or token.content in str(processor.chat_template)}
     tokens |= {getattr(processor, f"{kind}_token", None) or "" for kind in ("image", "video", "audio")}
@@ -352,18 +355,18 @@ def _control_tokens(processor: _Processor) -> re.Pattern[str]:
 
 
 def _until(ends: int | list[int] | None, tokens: list[int]) -> list[int]:
-    """The tokens up to and including the first that ends an answer; padding may follow it."""
+    """The tokens up to the first end token, which is included. Padding may follow it."""
     stops = {ends} if isinstance(ends, int) else set(ends or ())
     return tokens[: next((length for length, token in enumerate(tokens, start=1) if token in stops), len(tokens))]
 
 
 def _mean_log_probs(loaded: _Loaded, prompt: "Cache", lead: list[int], answers: Sequence[list[int]]) -> list[float]:
-    """Of every answer behind the prompt, the mean over the tokens in which it differs from the lead."""
+    """The score of each answer after the prompt: the mean log-probability of the tokens in which it differs from the lead."""
     import torch
 
-    prompt.reorder_cache(torch.LongTensor([0] * len(answers)))  # its one row once for each answer
+    prompt.reorder_cache(torch.LongTensor([0] * len(answers)))  # one copy of its row per answer
     rows = torch.nn.utils.rnn.pad_sequence([torch.tensor(answer) for answer in answers], batch_first=True).to(loaded.device)
-    # No attention mask: the padding stands behind all that counts, and attention is causal.
+    # No attention mask is needed: the padding is at the end, and attention is causal.
     named = "cache" if "cache" in inspect.signature(loaded.model.forward).parameters else "past_key_values"  # before 5.24
     logits = loaded.model(input_ids=rows, **{named: prompt}).logits
     log_probs = logits[:, :-1].float().log_softmax(-1).gather(2, rows[:, 1:, None]).squeeze(2)

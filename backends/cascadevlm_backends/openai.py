@@ -1,7 +1,7 @@
-"""``openai:``: OpenAI's models, and every server that speaks its protocol, as judges.
+"""``openai:``: judges behind OpenAI's API, and behind every server with the same protocol.
 
-vLLM, Ollama, LM Studio, OpenRouter, Azure and ``transformers serve`` are reached through ``base_url``. Where the endpoint can
-hold an answer to a schema it is asked to; where it cannot, the lettered prompt alone does, found out with the first question.
+``base_url`` reaches vLLM, Ollama, LM Studio, OpenRouter, Azure and ``transformers serve``. Requests have a JSON schema for the
+answer. If the endpoint does not accept a schema, the first question finds that out, and the following requests have no schema.
 """
 
 import json
@@ -19,23 +19,13 @@ from cascadevlm.base.encoding import ImageLimits
 from cascadevlm.base.errors import BackendError, FatalError, JudgeError, PermanentError, RateLimited, TransientError
 from cascadevlm.base.secrets import without_login
 from cascadevlm.base.types import Question, Usage, Verdict
-from cascadevlm.judges.hosted.base import (
-    HAS_AIOHTTP,
-    BatchLimits,
-    Form,
-    HostedJudge,
-    PriceOption,
-    Reply,
-    answer_schema,
-    believed_usage,
-    choices,
-    normalised,
-    reported,
-    texts_of,
-)
+from cascadevlm.judges.answers import after_thoughts, read_answer
+from cascadevlm.judges.hosted.base import BatchLimits, Form, HostedJudge, PriceOption
+from cascadevlm.judges.hosted.connection import HAS_AIOHTTP
 from cascadevlm.judges.hosted.errors import ErrorResponse
+from cascadevlm.judges.hosted.replies import Reply, answer_schema, believed_usage, choices, normalised, reported, texts_of
 from cascadevlm.judges.hosted.transport import time_limits
-from cascadevlm.judges.prompt import Message, Part, after_thoughts, options, read_answer, render
+from cascadevlm.judges.prompt import Message, Part, options, render
 
 if TYPE_CHECKING:
     import openai
@@ -61,32 +51,34 @@ LIMIT_NOT_TAKEN = re.compile(
     r".*(not support|unsupported|not permitted|not allowed|unrecogni[sz]ed|unknown|unexpected|instead|deprecated|requires?)",
     re.IGNORECASE | re.DOTALL,
 )
-"""How an error tells that the limit of tokens has another name."""
+"""Matches errors which say that the limit of tokens has another name."""
+
 FILTERED = "The provider's content filter stopped the answer."
 
 
 class OpenAIJudge(HostedJudge):
-    """A model behind OpenAI's API or one like it.
+    """A model behind OpenAI's API or an API with the same protocol.
 
     Args:
-        model: as the endpoint names it.
-        mode: ``"answer"`` reads an answer; ``"decision"`` asks the decisions endpoint for a choice with probabilities.
-        api: Chat Completions, which every server speaks, or Responses.
-        structured: whether to ask for JSON by a schema; None finds out.
-        logprobs: ask for token probabilities and make probabilities of the candidates of them (Chat Completions).
-        base_url: of another server; ``api_key_env`` names the variable with its key.
-        organization: as OpenAI calls it.
-        headers: sent with every request, and kept nowhere.
-        client: your own `openai.AsyncOpenAI`; its retries should be off. It follows no redirects either.
-        detail: how closely the model looks at images.
-        temperature: the endpoint's default, unless given; models that reason accept no other.
-        max_tokens: of an answer, thoughts included; the prompt's, and room for thoughts where a model has them, unless given.
-        reasoning_effort: for models that reason.
-        price: see `PriceOption`.
+        model: name of the model at the endpoint.
+        mode: ``"answer"`` reads a text; ``"decision"`` asks the decisions endpoint for a choice with probabilities.
+        api: ``"chat"`` for Chat Completions, which every server has, or ``"responses"``.
+        structured: whether requests have a JSON schema. Default: they have one if the endpoint accepts it.
+        logprobs: request token probabilities and compute probabilities of the candidates from them. For Chat Completions only.
+        base_url: address of the server. Default: OpenAI's own.
+        api_key_env: name of the environment variable that holds the key.
+        headers: extra headers of every request. They are not kept in any file.
+        client: your own `openai.AsyncOpenAI`. Turn its retries off. Its redirects are turned off. Default: a new client.
+        detail: the image detail that the model uses.
+        temperature: sampling temperature. Default: that of the endpoint. Models that think accept only the default.
+        max_tokens: the most tokens of an answer, thoughts included. Default: the limit of the prompt, and extra tokens for models
+            that think.
+        reasoning_effort: how much the model thinks. For models that think only. Default: that of the endpoint.
+        price: dollars per million tokens, see `PriceOption`. Default: the price of the table.
         concurrency: the most requests in flight.
-        requests_per_minute: the most requests to begin in a minute.
-        tokens_per_minute: the most tokens, by worst case, in a minute.
-        timeout: seconds that a request may take in all.
+        requests_per_minute: the most requests per minute. Default: no limit.
+        tokens_per_minute: the most tokens per minute, counted by their worst case. Default: no limit.
+        timeout: the most seconds that one request may take in all.
     """
 
     provider: ClassVar[str] = "openai"
@@ -97,29 +89,6 @@ class OpenAIJudge(HostedJudge):
         "OpenAIError": FatalError,
         "APIError": TransientError,
         "APIStatusError": PermanentError,
-        "APIConnectionError": TransientError,
-        "APITimeoutError": TransientError,
-        "APIResponseValidationError": TransientError,
-        "ContentFilterFinishReasonError": PermanentError,
-        "InvalidWebhookSignatureError": PermanentError,
-        "LengthFinishReasonError": PermanentError,
-        "WebSocketConnectionClosedError": TransientError,
-        "WebSocketQueueFullError": TransientError,
-        **dict.fromkeys(
-            (  # of what no judge uses: other clients, streams, agents
-                "APIRemovedInV1",
-                "AgentFilePreparationError",
-                "AgentFileStagingError",
-                "AgentOutputParseError",
-                "AgentTurnResultError",
-                "MissingDependencyError",
-                "MutuallyExclusiveAuthError",
-                "StreamAlreadyConsumed",
-                "SubjectTokenProviderError",
-                "_AmbiguousModuleClientUsageError",
-            ),
-            FatalError,
-        ),
     }
 
     def __init__(
@@ -132,7 +101,6 @@ class OpenAIJudge(HostedJudge):
         logprobs: bool = False,
         base_url: str | None = None,
         api_key_env: str = "OPENAI_API_KEY",
-        organization: str | None = None,
         headers: Mapping[str, str] | None = None,
         client: "openai.AsyncOpenAI | None" = None,
         detail: Detail = "auto",
@@ -147,8 +115,11 @@ class OpenAIJudge(HostedJudge):
     ) -> None:
         super().__init__(
             model,
-            base_url=str(client.base_url) if client else base_url,
+            base_url=base_url,
             api_key_env=api_key_env,
+            headers=headers,
+            client=client,
+            timeout=timeout,
             price=price,
             concurrency=concurrency,
             requests_per_minute=requests_per_minute,
@@ -159,13 +130,9 @@ class OpenAIJudge(HostedJudge):
         self.api: Api = api
         self.structured = structured
         self.logprobs = logprobs
-        self.organization = organization
-        self.headers = headers
-        self.client: openai.AsyncOpenAI | None = client
         self.detail: Detail = detail
         self.temperature = temperature
         self.reasoning_effort: Effort | None = reasoning_effort
-        self.timeout = timeout
 
     def identity(self) -> Mapping[str, JsonValue]:
         return {
@@ -195,7 +162,6 @@ class OpenAIJudge(HostedJudge):
         return openai.AsyncOpenAI(
             api_key=self.api_key(),
             base_url=without_login(self.endpoint) if self.endpoint else None,
-            organization=self.organization,
             default_headers=self.headers,
             max_retries=0,
             timeout=time_limits(self.timeout),
@@ -219,7 +185,7 @@ class OpenAIJudge(HostedJudge):
         if self.api == "chat" and not isinstance(error, RateLimited) and LIMIT_NOT_TAKEN.search(str(error)):
             return replace(form, completion_tokens=not form.completion_tokens)
         if isinstance(error, PermanentError) and self.schema_is_optional and not self._schema_works:
-            return replace(form, schema=False)  # many servers do not say what they do not take
+            return replace(form, schema=False)  # many servers do not say which part they reject
         return super().other_form(form, error)
 
     async def reply(self, question: Question, form: Form) -> Reply:
@@ -238,7 +204,7 @@ class OpenAIJudge(HostedJudge):
         if form.completion_tokens:
             params["max_completion_tokens"] = self.output_limit(question)
         else:
-            params["max_tokens"] = self.output_limit(question)  # what most other servers understand
+            params["max_tokens"] = self.output_limit(question)  # the name that most other servers know
         if form.schema:
             schema = answer_schema(question, by_key=self.logprobs)
             params["response_format"] = {
@@ -261,7 +227,7 @@ class OpenAIJudge(HostedJudge):
             raise ErrorResponse({"error": error} if error else completion)
         text, thoughts = texts_of(choice.message.content)
         probabilities = None
-        with suppress(AttributeError, TypeError, OverflowError):  # where they are not as they should be, the answer counts alone
+        with suppress(AttributeError, TypeError, OverflowError):  # the answer counts without malformed probabilities
             probabilities = _probabilities(choice.logprobs, text, question) if choice.logprobs else None
         extra = choice.message.model_extra or {}
         thoughts = thoughts or texts_of(extra.get("reasoning_content") or extra.get("reasoning"))[0]
@@ -298,7 +264,7 @@ class OpenAIJudge(HostedJudge):
         return params
 
     async def _choose(self, question: Question) -> Reply:
-        """The decisions endpoint: one choice question about the conversation."""
+        """Ask the decisions endpoint one choice question about the conversation."""
         names = choices(question, by_key=False)
         decision = await self._client.decisions.create(
             model=self.model,
@@ -329,7 +295,7 @@ class OpenAIJudge(HostedJudge):
         if isinstance(part, str):
             return {"type": "text", "text": part}
         image: ImageURL = {"url": self.sent(part, question).data_url}
-        if self.detail != "auto":  # the default, which some servers do not know
+        if self.detail != "auto":  # some servers do not know the default
             image["detail"] = self.detail
         return {"type": "image_url", "image_url": image}
 
@@ -349,13 +315,13 @@ class OpenAIJudge(HostedJudge):
 
     def _image_tokens(self, size: tuple[int, int]) -> int:
         rule = self.price.image
-        if rule is None or self.detail != "low" or self.mode == "decision":  # which has no detail
+        if rule is None or self.detail != "low" or self.mode == "decision":  # decisions have no detail
             return super()._image_tokens(size)
         return rule.tokens_in_low_detail(*size)
 
     def batch_row(self, key: str, question: Question) -> JsonValue:
         if self.mode == "decision":
-            raise BackendError(f"{self.spec!r} has no batches of decisions.", hint='Use mode = "answer".')
+            raise BackendError(f"{self.spec!r} has no batch API in mode 'decision'.", hint='Use mode = "answer".')
         if self.api == "responses":
             url, body = "/v1/responses", cast(JsonValue, self._response_params(question, self.form))
         else:
@@ -399,7 +365,7 @@ class OpenAIJudge(HostedJudge):
         assert isinstance(row, dict)
         response = row.get("response")
         if not isinstance(response, dict) or row.get("error"):
-            raise TransientError(f"The batch has no answer: {row.get('error') or 'no reason given'}")
+            raise TransientError(f"The batch has no answer to the question: {row.get('error') or 'no reason given'}")
         status, body = response.get("status_code"), response.get("body")
         if status != 200 or not isinstance(body, dict):
             raise ErrorResponse(body, status=int(str(status)))
@@ -434,7 +400,7 @@ def _of_response(response: "Response") -> Reply:
 
 
 def _usage(body: object, into: str = "input", out: str = "output") -> Usage | None:
-    """What a response says was used; Chat Completions has other names for the input and the output."""
+    """The usage that a response reports. Chat Completions uses other names for input and output."""
     return believed_usage(
         input_tokens=reported(body, "usage", f"{into}_tokens"),
         output_tokens=reported(body, "usage", f"{out}_tokens"),
@@ -444,15 +410,17 @@ def _usage(body: object, into: str = "input", out: str = "output") -> Usage | No
 
 
 def _probabilities(logprobs: "ChoiceLogprobs", text: str, question: Question) -> Mapping[str, float] | None:
-    """Probabilities of the candidates from the alternatives to the token that is the answer's key. None if no token is exactly
-    the key of the answer that was read; and None with keys of several letters, which may be more than one token."""
+    """Probabilities of the candidates, from the alternatives to the token that is the key of the answer.
+
+    None if no token is exactly this key. None also if keys have several letters, because such a key may be several tokens.
+    """
     offered = options(question)
     answer = read_answer(text, question)
     if answer is None or max(map(len, offered)) > 1:
         return None
     chosen = question.labels.index(answer.label) if answer.label else len(question.labels)
     tokens = logprobs.content or []
-    written = "".join(token.token for token in tokens)  # where the text is without its thoughts, the tokens are not
+    written = "".join(token.token for token in tokens)  # the tokens include thoughts, the text may not
     said = after_thoughts(written, question) or ""
     start = written.rfind(said) + (said.lower().rfind("answer") + len("answer") if "answer" in said.lower() else 0)
     end = 0

@@ -24,7 +24,6 @@ def one_line(text: str) -> str:
 
 
 @lru_cache(100_000)
-@lru_cache(10_000)
 def fold(text: str) -> str:
     """The form in which names are compared: without case, accents and punctuation, and with single spaces.
 

@@ -9,7 +9,7 @@ from itertools import compress
 import numpy as np
 from numpy.typing import NDArray
 
-from cascadevlm.base.errors import BudgetExhausted, FatalError, ImageError, JudgeError
+from cascadevlm.base.errors import BudgetExhausted, FatalError, ImageError, JudgeError, PermanentError
 from cascadevlm.base.images import is_large
 from cascadevlm.base.labels import Label, LabelSet
 from cascadevlm.base.types import NANODOLLARS, Candidate, Scores, Verdict
@@ -54,13 +54,13 @@ class RunningStage:
         return await asyncio.get_running_loop().run_in_executor(self.readers, told)  # it may open files
 
     def _price(self, item: Item, candidates: tuple[Candidate, ...]) -> float:
-        """Expected dollars of a question; 0 if the image has disappeared since it was scored."""
+        """Expected dollars of a question; 0 for one that fails unsent: its image has gone, or its length has no price."""
         try:
             # a subclass of Stage may record its questions, and this question is not put
             question = Stage.question(self.stage, item.prepared.unread, candidates)
-        except ImageError:
+            return self.stage.by_votes(self.stage.judge).quote(question).usual_case / NANODOLLARS
+        except (ImageError, PermanentError):
             return 0.0
-        return self.stage.by_votes(self.stage.judge).usual_case(question) / NANODOLLARS
 
     def surplus(self, scores: Scores, prices: tuple[float, ...]) -> NDArray[np.floating]:
         """(n,) expected gain less the gain that the policy wants. Only for stages between which images are routed."""

@@ -1,4 +1,4 @@
-"""The command line. Commands import what they need when they run, so that ``--help`` is quick."""
+"""The command line. Each command imports what it needs when it runs, so that ``--help`` is fast."""
 
 import sys
 from typing import Annotated
@@ -33,7 +33,8 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
-    help="Fine-grained image classification: a CLIP scorer ranks, a policy decides, a vision-language model judges.",
+    help="Fine-grained image classification. A CLIP scorer ranks the classes, a policy decides which images to escalate, "
+    "and a vision-language model judges the escalated images.",
 )
 
 
@@ -45,8 +46,10 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def options(
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the Python traceback of an error.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
 ) -> None:
     """Options of all commands."""
 
@@ -68,8 +71,8 @@ app.add_typer(cache.app, name="cache")
 
 
 def main() -> None:
-    """The ``cascadevlm`` program: of an error of ours it shows one sentence."""
-    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]  # wherever it stands
+    """The ``cascadevlm`` program. An error of cascadevlm is shown as a message, without a traceback."""
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]  # allowed at any position
     try:
         app(arguments)
     except CascadeError as exc:

@@ -6,8 +6,8 @@ from typing import Annotated
 import typer
 
 
-def backends(as_json: Annotated[bool, typer.Option("--json", help="One JSON array.")] = False) -> None:
-    """List what is installed: scorers, judges, policies and prompts, from which package, and what each needs."""
+def backends(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON array.")] = False) -> None:
+    """List the installed scorers, judges, policies and prompts, with their packages and requirements."""
     from typing import get_args
 
     from rich.console import Console

@@ -1,99 +1,137 @@
 """``cascadevlm calibrate``."""
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from cascadevlm.cli import options
 
-DEFAULT_SHARE = 0.5
+if TYPE_CHECKING:
+    from cascadevlm.evaluation.calibrating.recipe import Recipe
 
 
-def calibrate(
-    run: Annotated[Path, typer.Argument(help="The folder of a record made by: evaluate --judge-all -o FOLDER.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help='The file to write, for calibration = "FILE".')],
+@dataclass(frozen=True, kw_only=True)
+class RecipeOptions:
+    """The options that say what to calibrate for."""
+
     size: Annotated[
-        int | None, typer.Option(min=1, help="Calibrate on so many images, measure on the others. [default: half]")
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Which images these are.")] = 0,
+        int | None,
+        typer.Option(
+            min=1,
+            help="Number of images to calibrate on. The other images measure the result.",
+            show_default="half of the images",
+        ),
+    ] = None
+    seed: Annotated[int, typer.Option(help="Seed of the random draw of these images.")] = 0
     without_labels: Annotated[
-        bool, typer.Option("--without-labels", help="Do not look at their labels: take the judge for an annotator who errs.")
-    ] = False,
+        bool,
+        typer.Option("--without-labels", help="Do not use the labels. The judge is treated as an annotator who makes errors."),
+    ] = False
     fusion: Annotated[
-        str, typer.Option(help="Who decides after a question: bayes (both opinions) or judge (its answer).")
-    ] = "bayes",
-    measure: Annotated[str, typer.Option(help="What the policy goes by: gain, entropy, margin or top_probability.")] = "gain",
+        Literal["bayes", "judge"],
+        typer.Option(help="Who decides after a question. bayes: scorer and judge together. judge: the judge alone."),
+    ] = "bayes"
+    measure: Annotated[
+        Literal["gain", "entropy", "margin", "top_probability"],
+        typer.Option(help="What the policy for a target compares with its threshold."),
+    ] = "gain"
     coverage: Annotated[
-        float, typer.Option(help="How often conformal lists, candidates = { coverage = … }, shall hold the truth.")
-    ] = 0.95,
+        float,
+        typer.Option(help="Probability that a conformal list, candidates = { coverage = … }, contains the true class."),
+    ] = 0.95
     class_conditional: Annotated[
-        bool, typer.Option("--class-conditional", help="Conformal lists shall do so for every class, not only on average.")
-    ] = False,
+        bool,
+        typer.Option("--class-conditional", help="Make conformal lists reach the coverage for each class, not only on average."),
+    ] = False
     shares: Annotated[
-        Path | None, typer.Option(help="Shares of the classes, a JSON object by name, that the scorer may be matched to. [even]")
-    ] = None,
-    deferral_rate: Annotated[float | None, typer.Option(help="Target: escalate this share of the images.")] = None,
-    dollars_per_thousand: Annotated[float | None, typer.Option(help="Target: spend this on a thousand images.")] = None,
-    accuracy: Annotated[float | None, typer.Option(help="Target: this accuracy, with the fewest questions.")] = None,
+        Path | None,
+        typer.Option(
+            help="JSON file with the expected share of each class by name. The scorer may be matched to these shares.",
+            show_default="equal shares",
+        ),
+    ] = None
+    deferral_rate: Annotated[
+        float | None, typer.Option(help="Target: escalate at most this share of the images. Choose one target at most.")
+    ] = None
+    dollars_per_thousand: Annotated[
+        float | None, typer.Option(help="Target: spend at most this number of US dollars per 1,000 images.")
+    ] = None
+    accuracy: Annotated[
+        float | None, typer.Option(help="Target: reach at least this accuracy, with as few questions as possible.")
+    ] = None
     judge_share: Annotated[
-        float | None, typer.Option(help="Target: this share of the accuracy of asking about everything.")
-    ] = None,
+        float | None,
+        typer.Option(help="Target: reach at least this share of the accuracy of asking the judge about every image."),
+    ] = None
     target_error: Annotated[
         float | None,
-        typer.Option(help="Guarantee: at most this share of accepted answers is wrong; abstain from the others."),
-    ] = None,
-    confidence: Annotated[float, typer.Option(help="With this probability.")] = 0.95,
+        typer.Option(help="Guarantee: at most this share of the accepted answers is wrong. Other images get no label."),
+    ] = None
+    confidence: Annotated[float, typer.Option(help="Probability that the guarantee holds.")] = 0.95
+
+    def parse(self) -> "Recipe":
+        """The recipe that the options describe.
+
+        Raises:
+            InputError: if an option is out of its range, or two options contradict each other.
+        """
+        from cascadevlm.base.errors import InputError
+        from cascadevlm.evaluation.calibrating.recipe import Recipe, read_shares
+        from cascadevlm.evaluation.calibrating.targets import Target, TargetKind
+
+        values: dict[TargetKind, float | None] = {
+            "deferral_rate": self.deferral_rate,
+            "dollars_per_thousand": self.dollars_per_thousand,
+            "accuracy": self.accuracy,
+            "judge_share": self.judge_share,
+        }
+        targets = [Target(kind=kind, value=value) for kind, value in values.items() if value is not None]
+        if len(targets) > 1:
+            named = " and ".join(f"--{target.kind.replace('_', '-')}" for target in targets)
+            raise InputError(f"A policy is chosen for one target, not for {named}.", hint="Remove all but one.")
+        return Recipe(
+            size=self.size,
+            seed=self.seed,
+            labelled=not self.without_labels,
+            fusion=self.fusion,
+            measure=self.measure,
+            target=targets[0] if targets else None,
+            target_error=self.target_error,
+            confidence=self.confidence,
+            coverage=self.coverage,
+            class_conditional=self.class_conditional,
+            shares=read_shares(self.shares) if self.shares else None,
+        )
+
+
+@options.grouped()
+def calibrate(
+    run: Annotated[Path, typer.Argument(help="Folder of a record from: cascadevlm evaluate --judge-all -o FOLDER.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help='File for the calibration. A configuration uses it with: calibration = "FILE".')
+    ],
+    given: RecipeOptions,
     as_json: options.AsJson = False,
 ) -> None:
-    """Learn how far to trust scorer and judge, choose a threshold for a target, and write both to a file."""
+    """Learn how far to trust the scorer and the judge, and write that to a file.
+
+    A target also chooses the threshold of the policy. A guarantee also chooses which answers are accepted.
+    """
     import json
 
     from rich.console import Console
 
-    from cascadevlm.base.errors import InputError
     from cascadevlm.cli.show import calibration_rows, print_summary
-    from cascadevlm.decision.calibration import FUSION_RULES
     from cascadevlm.evaluation.calibrating.calibrate import calibrate as calibrated
-    from cascadevlm.evaluation.calibrating.calibrate import read_prior
-    from cascadevlm.evaluation.calibrating.targets import Target, TargetKind
     from cascadevlm.evaluation.record import read_record
-    from cascadevlm.evaluation.sweep import MEASURES
 
-    if fusion not in FUSION_RULES:
-        raise InputError(f"There is no fusion {fusion!r}.", hint=f"Known: {', '.join(FUSION_RULES)}.")
-    if measure not in (known := ["gain", *MEASURES]):
-        raise InputError(f"There is no measure {measure!r}.", hint=f"Known: {', '.join(known)}.")
-    targets: dict[TargetKind, float | None] = {
-        "deferral_rate": deferral_rate,
-        "dollars_per_thousand": dollars_per_thousand,
-        "accuracy": accuracy,
-        "judge_share": judge_share,
-    }
-    given = [Target(kind=kind, value=value) for kind, value in targets.items() if value is not None]
-    if len(given) > 1:
-        raise InputError("A policy is chosen for one target.", hint="Give one of them.")
-    if class_conditional and without_labels:
-        raise InputError("Without labels, there are no conformal lists.", hint="Leave --class-conditional out.")
-    if shares and without_labels:
-        raise InputError("Without labels, shares are not matched.", hint="Leave --shares out.")
-    record = read_record(run)
-    result = calibrated(
-        record,
-        size=round(DEFAULT_SHARE * len(record)) if size is None else size,
-        seed=seed,
-        labelled=not without_labels,
-        fusion=FUSION_RULES[fusion],
-        measure=measure,
-        target=given[0] if given else None,
-        target_error=target_error,
-        confidence=confidence,
-        coverage=coverage,
-        class_conditional=class_conditional,
-        prior=read_prior(shares, record.labels) if shares else None,
-    )
+    recipe = given.parse()
+    result = calibrated(read_record(run), recipe)
     result.calibration.write(output)
     if as_json:
         typer.echo(json.dumps(result.calibration.figures | {"policy": result.calibration.policy}))
         return
-    print_summary(Console(highlight=False), f"Calibration, on images it was not fitted on ({output})", calibration_rows(result))
+    title = f"Calibration, measured on images that it was not fitted on ({output})"
+    print_summary(Console(highlight=False), title, calibration_rows(result))

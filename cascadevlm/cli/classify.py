@@ -19,11 +19,16 @@ if TYPE_CHECKING:
 def classify(
     paths: options.Paths,
     given: options.CascadeOptions,
-    batch: Annotated[bool, typer.Option("--batch", help="Ask hosted judges through their batch APIs: cheaper, hours.")] = False,
+    batch: Annotated[
+        bool, typer.Option("--batch", help="Use the batch APIs of hosted judges: cheaper, but answers may take hours.")
+    ] = False,
     yes: options.Yes = False,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per line.")] = False,
 ) -> None:
-    """Classify images. Fails (exit code 1) if an image cannot be read or no question gets an answer."""
+    """Classify images.
+
+    The exit code is 1 if an image cannot be read, or if no question gets an answer.
+    """
     from rich.console import Console
 
     from cascadevlm.base.types import Usage

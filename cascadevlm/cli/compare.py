@@ -1,7 +1,7 @@
 """``cascadevlm compare``."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -15,25 +15,35 @@ from cascadevlm.cli import options
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from cascadevlm.cascade.cascade import Cascade
+    from cascadevlm.config.config import Config
     from cascadevlm.evaluation.compare import Comparison
+    from cascadevlm.evaluation.data import Data
 
 MOST_SHOWN = 20
-"""Images on which not all agree; the rest are counted, and in the JSON."""
+"""Number of images with disagreement that the terminal shows. ``--json`` shows all of them."""
 
 
 @options.grouped()
 def compare(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN…", help="Two or more: folders of records, or configurations.")],
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN…", help="Two or more folders of records, or configuration files.")],
     part: options.DataOptions,
-    data: Annotated[Path | None, typer.Option(help="Labelled images to run the configurations over, as for evaluate.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Labelled images for the configurations, in the form that evaluate reads.")
+    ] = None,
     labels: options.Labels = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="A folder for the records of the configurations; none, unless given.")
+        Path | None,
+        typer.Option(
+            "--output", "-o", help="Folder for the records of the configurations.", show_default="the records are not kept"
+        ),
     ] = None,
     yes: options.Yes = False,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object, with all the images on which they disagree.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object. It contains all images on which the runs disagree.")
+    ] = False,
 ) -> None:
-    """Compare runs over the same images. No judge is asked twice what several configurations want to know."""
+    """Compare runs over the same images. A question that several configurations have in common is asked once."""
     from rich.console import Console
     from rich.progress import Progress
 
@@ -49,17 +59,10 @@ def compare(
     configs = {
         name: Config.parse(read_toml(path), name=str(path)) for name, path in zip(names, runs, strict=True) if name not in records
     }
-    if configs and data is None:
-        raise InputError(f"There are no images to run {next(iter(configs))!r} over.", hint="Give --data.")
     if not configs and (data or labels or part.split or part.limit or output):
-        hint = "Leave out --data, --labels, --split, --limit and --output, or give a configuration."
-        raise InputError("There is nothing to run: all that is to be compared are records.", hint=hint)
-    cascades, given = {}, {}
-    for name, config in configs.items():
-        assert data is not None
-        cascades[name], given[name] = part.build(config, data, labels)
-    if cascades and data is not None:
-        options.tell(next(iter(cascades.values())).labels, [data])
+        hint = "Remove --data, --labels, --split, --limit and --output, or add a configuration."
+        raise InputError("These options are for configurations, and all given runs are records.", hint=hint)
+    cascades, given = _built(configs, part, data, labels)
     of_records = {name: labelled(record) for name, record in records.items()}
     require_same(of_records | {name: (cascades[name].labels, each.names, each.truths) for name, each in given.items()})
     cascades = sharing(cascades, configs)
@@ -73,21 +76,37 @@ def compare(
     if as_json:
         typer.echo(json.dumps(comparison.to_dict()))
         return
-    console = Console(highlight=False, markup=False)  # names may have brackets
-    console.print(f"{comparison.images} images ({comparison.unreadable} more could not be read in every run).\n")
+    console = Console(highlight=False, markup=False)  # names may contain brackets
+    console.print(
+        f"{comparison.images} images that every run could read ({comparison.unreadable} more could not be read in every run).\n"
+    )
     for table in (_runs(comparison), _pairs(comparison), _agreement(comparison)):
         console.print(table, "")
     console.print(*_disagreements(comparison), sep="\n", soft_wrap=True)
 
 
+def _built(
+    configs: "Mapping[str, Config]", part: options.DataOptions, data: Path | None, labels: Path | None
+) -> "tuple[dict[str, Cascade], dict[str, Data]]":
+    """The cascade of each configuration, and its images."""
+    cascades, given = {}, {}
+    for name, config in configs.items():
+        if data is None:
+            raise InputError(f"The configuration {name!r} needs images.", hint="Add --data.")
+        cascades[name], given[name] = part.build(config, data, labels)
+    if cascades and data is not None:
+        options.tell(next(iter(cascades.values())).labels, [data])
+    return cascades, given
+
+
 def _names(runs: Sequence[Path]) -> list[str]:
-    """Folders by their name, configurations by theirs without its ending.
+    """The names of the folders, and of the configuration files without their suffix.
 
     Raises:
-        InputError: unless there are two or more, with names of their own.
+        InputError: if there are fewer than two runs, or two runs have the same name.
     """
     if len(runs) < 2:
-        raise InputError("There is nothing to compare with.", hint="Give two records or configurations, or more.")
+        raise InputError("A comparison needs at least two runs.", hint="Give two or more records or configurations.")
     names = [path.resolve().name if path.is_dir() else path.stem for path in runs]
     for (name, path), (other, its_path) in combinations(zip(names, runs, strict=True), 2):
         if name == other:
@@ -98,7 +117,9 @@ def _names(runs: Sequence[Path]) -> list[str]:
 def _runs(comparison: "Comparison") -> "Table":
     from rich.table import Table
 
-    table = Table("", "right", "95 %", "escalated", "$ a thousand", "paid", "s, p50", "s, p95", box=None, header_style="bold")
+    table = Table(
+        "", "accuracy", "95 % interval", "escalated", "$ per 1,000", "paid", "s, median", "s, p95", box=None, header_style="bold"
+    )
     for name, run in comparison.runs.items():
         seconds = ["-" if each is None else f"{each:.3f}" for each in (run.latency_p50, run.latency_p95)]
         table.add_row(
@@ -118,7 +139,9 @@ def _pairs(comparison: "Comparison") -> "Table":
 
     several = len(comparison.pairs) > 1
     adjusted = ["p (Holm)"] * several
-    table = Table("", "", "gain", "95 %", "p", *adjusted, "only right", "judges agree", box=None, header_style="bold")
+    table = Table(
+        "", "", "difference", "95 % interval", "p", *adjusted, "only one right", "judges agree", box=None, header_style="bold"
+    )
     for pair in comparison.pairs:
         judges = "-" if pair.judges is None else f"{pair.judges.agreement:.1%} of {pair.judges.images}"
         table.add_row(
@@ -144,14 +167,14 @@ def _agreement(comparison: "Comparison") -> "Table":
 
 
 def _disagreements(comparison: "Comparison") -> list[str]:
-    """Lines of text: each image with its truth, and below what each run says of it."""
+    """Lines of text: each image with its truth, followed by the prediction of each run."""
     width = max(map(len, comparison.runs))
-    lines = [f"{len(comparison.disagreements)} images on which not all say the same"]
+    lines = [f"{len(comparison.disagreements)} images on which the runs disagree"]
     for each in comparison.disagreements[:MOST_SHOWN]:
         lines.append(visible(f"  {each.name}: {each.truth}"))
         lines += [visible(f"    {name:{width}}  {label or '-'}") for name, label in each.labels.items()]
     rest = len(comparison.disagreements) - MOST_SHOWN
-    return lines + [f"  and {rest} more, with --json"] * (rest > 0)
+    return lines + [f"  and {rest} more; use --json to see them"] * (rest > 0)
 
 
 def _in_percent(interval: tuple[float, float] | None, sign: str = "") -> str:

@@ -2,16 +2,20 @@
 
 import json
 import time
-from typing import Annotated
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+if TYPE_CHECKING:
+    from cascadevlm.base.types import Prediction
+
 
 def demo(
-    images: Annotated[int | None, typer.Option(min=1, help="How many of the bundled images; all, unless given.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="End with one JSON object and show nothing else.")] = False,
+    images: Annotated[int | None, typer.Option(min=1, help="Number of bundled images to classify.", show_default="all")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
 ) -> None:
-    """Run the bundled cascade on the bundled images: drawn birds of species its models were never trained on."""
+    """Classify the bundled images of drawn birds with the bundled models, which were not trained on these species."""
     from importlib import resources
     from pathlib import Path
 
@@ -38,18 +42,7 @@ def demo(
             console.print(prediction_block(prediction, title=f"{number}/{len(paths)} {path.name}", truth=path.stem))
         seconds = time.perf_counter() - began
 
-    truths = [path.stem for path in paths]
-    ranked = [[c.label.name for c in sorted(p.candidates, key=lambda c: c.rank)] for p in predictions]
-    count = len(paths)
-    figures = {
-        "n": count,
-        "scorer_top1": sum(truth == names[0] for truth, names in zip(truths, ranked, strict=True)) / count,
-        "scorer_top5": sum(truth in names[:5] for truth, names in zip(truths, ranked, strict=True)) / count,
-        "cascade_accuracy": sum(truth == p.label for truth, p in zip(truths, predictions, strict=True)) / count,
-        "escalated": sum(p.escalated for p in predictions) / count,
-        "judge_calls": sum(p.cost.requests for p in predictions),
-        "seconds": round(seconds, 2),
-    }
+    figures = _figures(predictions, [path.stem for path in paths]) | {"seconds": round(seconds, 2)}
     if as_json:
         typer.echo(json.dumps(figures))
         return
@@ -57,7 +50,7 @@ def demo(
         console,
         "Summary",
         {
-            "images": str(count),
+            "images": str(len(paths)),
             "scorer alone, right": f"{figures['scorer_top1']:.0%}",
             "truth among the scorer's five best": f"{figures['scorer_top5']:.0%}",
             "cascade, right": f"{figures['cascade_accuracy']:.0%}",
@@ -66,3 +59,16 @@ def demo(
             "seconds": f"{seconds:.1f}",
         },
     )
+
+
+def _figures(predictions: "Sequence[Prediction]", truths: Sequence[str]) -> dict[str, float]:
+    ranked = [[c.label.name for c in sorted(p.candidates, key=lambda c: c.rank)] for p in predictions]
+    count = len(truths)
+    return {
+        "n": count,
+        "scorer_top1": sum(truth == names[0] for truth, names in zip(truths, ranked, strict=True)) / count,
+        "scorer_top5": sum(truth in names[:5] for truth, names in zip(truths, ranked, strict=True)) / count,
+        "cascade_accuracy": sum(truth == p.label for truth, p in zip(truths, predictions, strict=True)) / count,
+        "escalated": sum(p.escalated for p in predictions) / count,
+        "judge_calls": sum(p.cost.requests for p in predictions),
+    }

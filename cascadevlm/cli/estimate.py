@@ -16,12 +16,14 @@ if TYPE_CHECKING:
 
 @options.grouped()
 def estimate(
-    paths: Annotated[list[Path], typer.Argument(metavar="PATH…", help="Image files and folders of them, or what run takes.")],
+    paths: Annotated[
+        list[Path], typer.Argument(metavar="PATH…", help="Image files, folders with images, or one list of images as for run.")
+    ],
     given: options.CascadeOptions,
-    sample: Annotated[int, typer.Option(min=1, help="How many images to score for it.")] = 200,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON array, an object for each stage.")] = False,
+    sample: Annotated[int, typer.Option(min=1, help="Number of images to score for the estimate.")] = 200,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON array with one object per stage.")] = False,
 ) -> None:
-    """Say what classifying images would take: calls, dollars and minutes. No judge is asked."""
+    """Estimate the number of questions, the cost and the time of classifying images. No judge is asked."""
     from rich.console import Console
     from rich.table import Table
 
@@ -44,7 +46,7 @@ def estimate(
     if as_json:
         typer.echo(json.dumps([asdict(each) for each in estimates]))
         return
-    table = Table("judge", "escalated", "calls", "dollars", "minutes", box=None, header_style="bold")
+    table = Table("judge", "escalated", "questions", "dollars", "minutes", box=None, header_style="bold")
     for each in estimates:
         low, high = each.deferral_range
         cheap, dear = each.dollars_range
@@ -53,8 +55,8 @@ def estimate(
             f"{each.deferral_rate:.0%} ({low:.0%} to {high:.0%})",
             str(each.calls),
             f"{each.dollars:.2f} ({cheap:.2f} to {dear:.2f})",
-            f"{each.minutes:.0f}" if each.minutes else "as fast as this machine",
+            f"{each.minutes:.0f}" if each.minutes else "depends on this machine",
         )
     console = Console(highlight=False)
-    console.print(f"{total} images, by a sample of {sample} of them at most.")
+    console.print(f"{total} images. The estimate uses a random sample of at most {sample} of them.")
     console.print(table)

@@ -3,11 +3,14 @@
 import json
 import tempfile
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from cascadevlm.cli import options
+
+if TYPE_CHECKING:
+    from cascadevlm.evaluation.record import Record
 
 
 @options.grouped()
@@ -16,20 +19,26 @@ def evaluate(
     given: options.CascadeOptions,
     part: options.DataOptions,
     judge_all: Annotated[
-        bool, typer.Option("--judge-all", help="Ask the judge about everything, for sweep to work with; report the policy.")
+        bool,
+        typer.Option(
+            "--judge-all",
+            help="Ask the judge about every image, as sweep and calibrate need. The figures are those of the policy.",
+        ),
     ] = False,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="The folder for the record; none, unless given.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder for the record.", show_default="the record is not kept")
+    ] = None,
     yes: options.Yes = False,
     as_json: options.AsJson = False,
 ) -> None:
-    """Measure a cascade on labelled images: accuracy, deferral, rescues and harms, calibration, dollars.
+    """Measure a cascade on labelled images: accuracy, share of escalated images, errors corrected and made by the judge,
+    calibration and cost.
 
-    Fails (exit code 1) if no question gets an answer.
+    The exit code is 1 if no question gets an answer.
     """
     from rich.console import Console
     from rich.progress import Progress
 
-    from cascadevlm.base.errors import RunError
     from cascadevlm.cli.money import confirm
     from cascadevlm.cli.show import evaluation_rows, print_summary
     from cascadevlm.evaluation.evaluate import asking_everything, can_replay, evaluate_replayed, record_run
@@ -47,7 +56,11 @@ def evaluate(
         record = record_run(asking, labelled, output or Path(scratch), config=frozen, progress=lambda _: progress.advance(task))
     replays = judge_all and can_replay(record)
     if judge_all and not replays:
-        typer.echo("These are the figures of asking everything: a policy is replayed if one judge was asked about all.", err=True)
+        typer.echo(
+            "These figures are those of asking about every image. "
+            "Figures of the policy need a record with one judge that was asked about every image.",
+            err=True,
+        )
     evaluation = evaluate_replayed(record, cascade.stages[0].policy) if replays else evaluated(record)
     if output:
         (output / "summary.json").write_text(json.dumps(evaluation.to_dict(), indent=2) + "\n", encoding="utf-8")
@@ -56,9 +69,15 @@ def evaluate(
     else:
         rows = evaluation_rows(evaluation)
         if replays and evaluation.judge_accuracy is not None:
-            rows["judge, on everything"] = f"{evaluation.judge_accuracy:.1%}"
+            rows["judge, on every image"] = f"{evaluation.judge_accuracy:.1%}"
         print_summary(Console(highlight=False), "Evaluation", rows)
+    _require_an_answer(record)
+
+
+def _require_an_answer(record: "Record") -> None:
+    from cascadevlm.base.errors import RunError
+
     asked = [outcome for stage in record.stages for outcome in stage.outcomes if outcome not in ("", "skipped")]
     if asked and not {"answered", "none"} & set(asked):
-        hint = "To see why, classify one of the images: cascadevlm classify IMAGE."
+        hint = "To see the reason, classify one of the images: cascadevlm classify IMAGE."
         raise RunError(f"None of {len(asked)} questions got an answer.", hint=hint)

@@ -11,18 +11,21 @@ from cascadevlm.cli import options
 
 
 def export(
-    run: Annotated[Path, typer.Argument(help="The folder of a run or a record, or a file of what classify --json printed.")],
-    to: Annotated[str, typer.Option(metavar="FORMAT", help="csv, hf, coco, label-studio or fiftyone.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The file (csv, coco, fiftyone) or folder to make.")],
+    run: Annotated[Path, typer.Argument(help="Folder of a run or a record, or a file with the output of classify --json.")],
+    to: Annotated[str, typer.Option(metavar="FORMAT", help="Format: csv, hf, coco, label-studio or fiftyone.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="File (csv, coco, fiftyone) or folder (hf, label-studio) to write.")
+    ],
     review: Annotated[
-        bool, typer.Option("--review", help="Only images from which the cascade abstained, for a person to label.")
+        bool,
+        typer.Option("--review", help="Write only the images from which the cascade abstained, so that a person can label them."),
     ] = False,
     as_json: options.AsJson = False,
 ) -> None:
     """Write the predictions of a run in the format of another tool.
 
-    hf is a saved Hugging Face dataset, coco a COCO-style JSON of classes, label-studio has pre-annotations and their labelling
-    configuration, and fiftyone is the labels.json of a FiftyOneImageClassificationDataset.
+    hf: a saved Hugging Face dataset. coco: a JSON file in COCO style, with one class per image. label-studio: pre-annotations,
+    and the labelling configuration for them. fiftyone: the labels.json of a FiftyOneImageClassificationDataset.
     """
     from cascadevlm.runs.export import export as exported
 
@@ -30,5 +33,5 @@ def export(
     if as_json:
         typer.echo(json.dumps({"output": str(output), "format": to, **asdict(done)}))
         return
-    left_out = f", {done.left_out:,} left out because they cannot be read" if done.left_out else ""
+    left_out = f", {done.left_out:,} left out because they could not be read" if done.left_out else ""
     typer.echo(f"{output}: {done.images:,} images, {done.labelled:,} with a label{left_out}.\n{done.how_to_load}")

@@ -1,4 +1,4 @@
-"""Asking before money is spent."""
+"""Asks the user before money is spent."""
 
 import sys
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from cascadevlm.runs.inputs import Inputs
 
 
 def confirm(config: Config, cascade: Cascade, images: Sequence[ImageSource] | Inputs, left: int | None = None) -> None:
-    """Ask the user if a run may cost more than the configuration allows without a question.
+    """Ask the user, if the run may cost more than the configuration's ``budget.ask_above_usd``.
 
     Args:
         config: of the cascade.
@@ -24,8 +24,8 @@ def confirm(config: Config, cascade: Cascade, images: Sequence[ImageSource] | In
         left: number of these images that have no prediction yet. Default: all.
 
     Raises:
-        InputError: if there is nobody to ask.
-        BackendError: if a judge cannot work at all, before anything is read.
+        InputError: if the user would have to be asked, and the input is not a terminal.
+        BackendError: if a judge with a price cannot work, for example without an API key. This is checked first.
     """
     limit, cap = config.budget.ask_above_usd, config.budget.usd
     paid = [stage.judge for stage in cascade.stages if stage.judge.costs_money]
@@ -41,7 +41,7 @@ def confirm(config: Config, cascade: Cascade, images: Sequence[ImageSource] | In
     if most <= limit:
         return
     calls = sum(each.calls for each in estimates)
-    message = f"About {calls} questions to hosted judges, ${usual:.2f}, up to about ${most:.2f}."
+    message = f"This run asks hosted judges about {calls} questions, for about ${usual:.2f}, and at most about ${most:.2f}."
     if not sys.stdin.isatty():
-        raise InputError(message, hint=f"Give --yes to go on, or a cap that needs no question: --set budget.usd={limit:g}.")
-    typer.confirm(f"{message} Go on?", abort=True, err=True)
+        raise InputError(message, hint=f"Add --yes to continue, or a cap that needs no confirmation: --set budget.usd={limit:g}.")
+    typer.confirm(f"{message} Continue?", abort=True, err=True)

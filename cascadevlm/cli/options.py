@@ -1,4 +1,4 @@
-"""The options that say what to run, shared by the commands that run a cascade."""
+"""Options that several commands share."""
 
 import inspect
 from collections import Counter
@@ -20,35 +20,51 @@ if TYPE_CHECKING:
 
 DEFAULT_POLICY = "entropy > 0.35"
 
-Paths = Annotated[list[Path], typer.Argument(metavar="PATH…", help="Image files, or folders of them.")]
-Labels = Annotated[Path | None, typer.Option(help="Class names: a text, CSV or JSON file, or a folder of folders.")]
-LabelledData = Annotated[
-    Path, typer.Argument(help="Labelled images: a folder of folders, a table with path and label, a saved dataset.")
+Paths = Annotated[list[Path], typer.Argument(metavar="PATH…", help="Image files, or folders with images.")]
+Labels = Annotated[
+    Path | None, typer.Option(help="Class names: a text, CSV or JSON file, or a folder with one subfolder per class.")
 ]
-Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask before spending money.")]
-AsJson = Annotated[bool, typer.Option("--json", help="One JSON object.")]
+LabelledData = Annotated[
+    Path,
+    typer.Argument(
+        help="Labelled images: a folder with one subfolder per class, a table with columns path and label, or a saved dataset."
+    ),
+]
+Yes = Annotated[bool, typer.Option("--yes", "-y", help="Spend money without asking first.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
 @dataclass(frozen=True, kw_only=True)
 class CascadeOptions:
-    """The options that say what to run."""
+    """The options that describe a cascade."""
 
     labels: Labels = None
-    config: Annotated[Path | None, typer.Option(help="A TOML file; the options below override it.")] = None
-    scorer: Annotated[str | None, typer.Option(help="backend:model, as in open_clip:ViT-B-16-SigLIP2/webli.")] = None
-    judge: Annotated[str | None, typer.Option(help="backend:model of the first stage, as in hf_chat:aviary.")] = None
-    policy: Annotated[str | None, typer.Option(help=f"When to ask, as in 'margin < 0.2'. [default: {DEFAULT_POLICY}]")] = None
-    candidates: Annotated[int | None, typer.Option(min=1, help="Number of candidates for the judge. [default: 5]")] = None
-    prompt: Annotated[str | None, typer.Option(help="A prompt's name or file. [default: select]")] = None
+    config: Annotated[
+        Path | None, typer.Option(help="TOML file with the configuration. The options below override its values.")
+    ] = None
+    scorer: Annotated[str | None, typer.Option(help="Scorer as backend:model, for example open_clip:ViT-B-16-SigLIP2/webli.")] = (
+        None
+    )
+    judge: Annotated[str | None, typer.Option(help="Judge of the first stage as backend:model, for example hf_chat:aviary.")] = (
+        None
+    )
+    policy: Annotated[
+        str | None, typer.Option(help="Which images to escalate, for example 'margin < 0.2'.", show_default=DEFAULT_POLICY)
+    ] = None
+    candidates: Annotated[int | None, typer.Option(min=1, help="Number of candidates that the judge sees.", show_default="5")] = (
+        None
+    )
+    prompt: Annotated[str | None, typer.Option(help="Name of a prompt, or a prompt file.", show_default="select")] = None
     settings: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any other key, as in on_failure=abstain.")
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Any key of the configuration, for example on_failure=abstain."),
     ] = None
 
     def parse(self) -> "Config":
-        """The configuration that the options make.
+        """The configuration that the options describe.
 
         Raises:
-            InputError: if something in them is wrong.
+            InputError: if an option is wrong, or the configuration is not valid.
         """
         from cascadevlm.config.config import Config, override, read_toml, toml_value
 
@@ -66,14 +82,14 @@ class CascadeOptions:
         for setting in self.settings or ():
             key, equals, text = setting.partition("=")
             if not equals:
-                raise InputError(f"--set {setting!r} sets nothing.", hint="Write KEY=VALUE.")
+                raise InputError(f"--set {setting!r} has no '='.", hint="Write KEY=VALUE.")
             override(data, key.strip(), toml_value(text))
         if "scorer" not in data:
-            raise InputError("There is no scorer.", hint="Give --scorer or --config, for example --scorer open_clip:aviary.")
+            raise InputError("No scorer is given.", hint="Add --scorer or --config, for example --scorer open_clip:aviary.")
         return Config.parse(data, name=str(self.config or "options"))
 
     def build(self, config: "Config", *, bulk: bool = False) -> "Cascade":
-        """The cascade of the configuration, with the labels of the file if one is given."""
+        """The cascade that the configuration describes. The labels of ``--labels`` replace those of the configuration."""
         from cascadevlm.base.labels import LabelSet
 
         return config.build(LabelSet.read(self.labels) if self.labels else None, bulk=bulk)
@@ -81,19 +97,21 @@ class CascadeOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class DataOptions:
-    """The options that choose among labelled images."""
+    """The options that select labelled images."""
 
-    split: Annotated[str | None, typer.Option(help="Only this split of the data.")] = None
+    split: Annotated[str | None, typer.Option(help="Use only this split of the data.")] = None
     limit: Annotated[
-        int | None, typer.Option(min=1, help="Only this number of images, drawn at random with the share of every class.")
+        int | None, typer.Option(min=1, help="Use only this number of images, drawn at random with the class shares of the data.")
     ] = None
 
     def build(self, config: "Config", data: Path, labels: Path | None, *, bulk: bool = False) -> "tuple[Cascade, Data]":
-        """The cascade of a configuration, and labelled images for it. Without labels, a folder of data names them. In ``bulk``,
-        the embeddings of images are kept.
+        """The cascade that a configuration describes, and labelled images for it.
+
+        Without labels in the configuration, the subfolders of the data folder name the labels. With ``bulk``,
+        the embeddings of images are kept on disk.
 
         Raises:
-            DataError: if the data is not as it should be.
+            DataError: if the data cannot be read, or does not fit the labels.
         """
         from cascadevlm.evaluation.data import read_data
 
@@ -105,9 +123,12 @@ class DataOptions:
 
 
 def grouped(*without: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command the options of each group that it takes as a parameter, without those named.
+    """A decorator that replaces each parameter with a group of options by these options.
 
-    A group is a dataclass of options. The command gets it with the values of the options.
+    A group is a dataclass with one field per option. The command gets the group with the values of the options.
+
+    Args:
+        without: names of options that the command does not have.
     """
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
@@ -134,7 +155,7 @@ def grouped(*without: str) -> Callable[[Callable[..., None]], Callable[..., None
 def _expanded(
     signature: inspect.Signature, groups: Mapping[str, type], names: Mapping[str, Sequence[str]]
 ) -> Iterator[inspect.Parameter]:
-    """The parameters of a command, with the options of a group in its place."""
+    """The parameters of a command. Each group is replaced by its options."""
     for name, parameter in signature.parameters.items():
         if name not in groups:
             yield parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
@@ -146,29 +167,32 @@ def _expanded(
 
 
 def tell(labels: "LabelSet", images: list[Path]) -> None:
-    """Say, on stderr and in a line each, which names are shown as words, and what is left out of the folders of images."""
+    """Print on stderr which labels are shown with spaces in place of underscores, and which files are not read."""
     renamed = [label for label in labels if "_" in label.name]
     if renamed:
         first = f"{renamed[0].words!r} for {renamed[0].name!r}"
-        typer.echo(f"{len(renamed)} names have underscores. Scorer and judge are shown words, as {first}.", err=True)
+        typer.echo(
+            f"{len(renamed)} names contain underscores. The scorer and the judge get words instead, for example {first}.",
+            err=True,
+        )
     if line := left_out(images):
         typer.echo(line, err=True)
 
 
 def left_out(images: list[Path]) -> str:
-    """How many files in folders of images look like images and are not read, in one sentence; "" where there are none."""
+    """A sentence that counts the files in folders that look like images and are not read; empty if there are none."""
     from cascadevlm.base.images import images_left_out
 
     found = sum(map(images_left_out, filter(Path.is_dir, images)), Counter())
     kinds = ", ".join(f"{count} {suffix}" for suffix, count in sorted(found.items()))
-    return f"Files that look like images and are left out: {found.total()} ({kinds})." if found else ""
+    return f"{found.total()} files that look like images are not read ({kinds})." if found else ""
 
 
 def image_files(paths: list[Path]) -> list[Path]:
-    """The files, and those below the folders.
+    """The given image files, and all image files in the given folders and their subfolders.
 
     Raises:
-        InputError: if a path does not exist or a folder holds no image.
+        InputError: if a path does not exist, or a folder contains no images.
     """
     from cascadevlm.runs.inputs import Inputs
 
@@ -178,6 +202,6 @@ def image_files(paths: list[Path]) -> list[Path]:
             raise InputError(f"{str(path)!r} does not exist.")
         found = [Path(name) for name, _ in Inputs(path)] if path.is_dir() else [path]
         if not found:
-            raise InputError(f"Folder {str(path)!r} holds no images.", hint=left_out([path]))
+            raise InputError(f"The folder {str(path)!r} contains no images.", hint=left_out([path]))
         files += found
     return files

@@ -11,13 +11,14 @@ from cascadevlm.base.errors import InputError
 
 
 def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN…", help="Folders that evaluate -o or run -o made.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The HTML file; one that is there is overwritten.")],
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN…", help="Folders from evaluate -o, or folders from run -o.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="HTML file to write. An existing file is overwritten.")],
 ) -> None:
-    """Write runs as one HTML page: figures, plots, studies and cases, in a file that needs nothing beside itself.
+    """Write one HTML page about one or more runs. The file contains all images and needs no other file.
 
-    Of a run over images without labels, made by run -o, the page shows what was decided, by whom and how surely, and the
-    images, the doubtful first.
+    For folders from evaluate -o, the page shows figures, plots, studies and single images. For folders from run -o, whose images
+    have no labels, the page shows the decisions, who made them, their probabilities, and the images with the lowest probability
+    first.
     """
     from cascadevlm.evaluation.report import is_bulk_run, read_bulk_run, read_run, render, render_bulk
 
@@ -25,7 +26,7 @@ def report(
     unlabelled = [run for run in runs if is_bulk_run(run)]
     if unlabelled and len(unlabelled) < len(runs):
         raise InputError(
-            f"{str(unlabelled[0])!r} is a run without labels, others have labels.", hint="Make a report of each kind."
+            f"{str(unlabelled[0])!r} is a run without labels, and other runs have labels.", hint="Make one report for each kind."
         )
     if unlabelled:
         page = render_bulk({name: read_bulk_run(run) for name, run in named.items()})
@@ -39,10 +40,10 @@ def report(
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
-    """The folders' own names.
+    """The names of the folders.
 
     Raises:
-        InputError: if two have the same.
+        InputError: if two folders have the same name.
     """
     names = [folder.resolve().name for folder in folders]
     for name, count in Counter(names).items():

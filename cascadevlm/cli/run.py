@@ -3,87 +3,93 @@
 import json
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from cascadevlm.cli import options
 
-Engine = Literal["local", "ray"]
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from cascadevlm.runs.run_folder import Tally
+
+Output = Annotated[
+    Path, typer.Option("--output", "-o", help="Folder of the run. If it contains an unfinished run, that run continues.")
+]
+Engine = Annotated[
+    Literal["local", "ray"],
+    typer.Option(help="local: this process. ray: the Ray cluster at $RAY_ADDRESS, or a new cluster if this variable is not set."),
+]
+Workers = Annotated[
+    int | None,
+    typer.Option(
+        min=1, help="Number of scoring workers of the cluster.", show_default="one per GPU; without GPUs, one per machine"
+    ),
+]
+RetryFailed = Annotated[
+    bool,
+    typer.Option(
+        "--retry-failed",
+        help="Classify failed images again. Images after the first failed one are decided again from the answers on disk.",
+    ),
+]
 
 SIGNALLED = 128
-"""With the number of the signal that ended it, the exit code of a program: 130 after Ctrl-C."""
+"""Added to the number of the signal that ended a program, this is the exit code of the program: 130 after Ctrl-C."""
 
-SHOWN_A_SECOND = 10
-"""How often the bar is moved."""
+SHOWN_PER_SECOND = 10
+"""How often the progress bar is redrawn."""
 
 LOG_SECONDS = 10
-"""How often a log, which shows no bar, is told where the run stands."""
+"""Seconds between lines in a log, where no progress bar is shown."""
 
 
 @options.grouped()
 def run(
-    inputs: Annotated[Path, typer.Argument(help="A folder of images, or a list of them: text, CSV, JSON lines, Parquet.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The folder of the run; goes on with what is in it.")],
+    inputs: Annotated[Path, typer.Argument(help="Folder of images, or a list of images: text, CSV, JSON lines or Parquet.")],
+    output: Output,
     given: options.CascadeOptions,
-    engine: Annotated[Engine, typer.Option(help="This process, or a Ray cluster: $RAY_ADDRESS, or one begun here.")] = "local",
-    workers: Annotated[int | None, typer.Option(min=1, help="Of the cluster. [default: one a GPU, or one a machine]")] = None,
-    retry_failed: Annotated[
-        bool, typer.Option("--retry-failed", help="Do anew what failed, and all after it, with the answers that are kept.")
-    ] = False,
+    engine: Engine = "local",
+    workers: Workers = None,
+    retry_failed: RetryFailed = False,
     yes: options.Yes = False,
     as_json: options.AsJson = False,
 ) -> None:
-    """Classify any number of images into a folder. Killed or interrupted, the same command goes on where it stood.
+    """Classify any number of images into a folder. If the run is interrupted, the same command continues it.
 
-    Where no image could be read, or no question asked got an answer, the exit code is 1.
+    The exit code is 1 if no image could be read, or if no question got an answer.
     """
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
     from cascadevlm.base.errors import DataError, InputError, RunError
     from cascadevlm.cli.money import confirm
-    from cascadevlm.cli.show import print_summary, tally_rows
     from cascadevlm.runs import bulk
     from cascadevlm.runs import ray as cluster
     from cascadevlm.runs.inputs import Inputs
-    from cascadevlm.runs.run_folder import FAILURES, Tally, images_left
+    from cascadevlm.runs.run_folder import FAILURES, images_left
 
     parsed = given.parse()
     cascade, images = given.build(parsed, bulk=True), Inputs(inputs)
     options.tell(cascade.labels, [inputs])
     if workers and engine == "local":
-        raise InputError("--workers are those of a cluster.", hint="Give --engine ray.")
+        raise InputError("--workers is an option of the cluster.", hint="Add --engine ray, or remove --workers.")
     total = len(images)
     if not total:
-        raise DataError(f"{str(inputs)!r} holds no images.")
+        raise DataError(f"{str(inputs)!r} contains no images.")
     if not yes:
         left = images_left(output, total, dollars=cascade.ledger.cap_dollars, retry_failed=retry_failed)
         confirm(parsed, cascade, images, left)
-    errors = Console(stderr=True)
-    columns = BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.description}")
+    console = Console(stderr=True)
     with (
         cluster.on_ray(cascade, parsed, images, workers=workers) if engine == "ray" else nullcontext(cascade) as running,
-        Progress(*columns, console=errors, transient=True) as progress,
+        _progress(console, total) as progress,
         _stopping_in_order() as stopping,
     ):
-        task = progress.add_task("", total=total)
-        told_at = time.monotonic()
-
-        def told(tally: Tally) -> None:
-            nonlocal told_at
-            if time.monotonic() - told_at < (1 / SHOWN_A_SECOND if errors.is_terminal else LOG_SECONDS):
-                return
-            told_at = time.monotonic()
-            if errors.is_terminal:
-                progress.update(task, completed=tally.images, description=f"${tally.spent_dollars:.2f}")
-            else:
-                typer.echo(f"{tally.images} of {total} images, ${tally.spent_dollars:.2f} spent.", err=True)
-
         tally = bulk.run(
             running,
             images,
@@ -91,29 +97,69 @@ def run(
             config=parsed.frozen(cascade).model_dump(mode="json"),
             retry_failed=retry_failed,
             stopping=lambda: bool(stopping),
-            progress=told,
-            outlook=lambda sentence: errors.print(sentence, markup=False, soft_wrap=True),
+            progress=progress,
+            outlook=lambda sentence: console.print(sentence, markup=False, soft_wrap=True),
         )
+    _show(tally, output, as_json=as_json)
+    if stopping and tally.images < total:
+        without = ", without --retry-failed," if retry_failed else ""
+        typer.echo(f"The run was stopped. The same command{without} continues it.", err=True)
+        raise typer.Exit(SIGNALLED + stopping[0])
+    if tally.in_vain:
+        what = "No image could be read" if tally.images == tally.counts["unreadable"] else "No question got an answer"
+        raise RunError(
+            f"{what}: {output / FAILURES} lists the reasons.",
+            hint="Correct the cause, and run the same command with --retry-failed.",
+        )
+
+
+def _show(tally: "Tally", output: Path, *, as_json: bool) -> None:
+    from rich.console import Console
+
+    from cascadevlm.cli.show import print_summary, tally_rows
+    from cascadevlm.runs.run_folder import FAILURES
+
     if as_json:
         typer.echo(json.dumps(tally.to_dict()))
     else:
         failures = {"failures": f"{tally.failures}, in {FAILURES}"} if tally.failures else {}
         print_summary(Console(highlight=False), f"Run in {output}", tally_rows(tally) | failures)
     if skipped := tally.counts["skipped"]:
-        hint = "The same command with a higher budget, --set budget.usd=DOLLARS, asks about them."
-        typer.echo(f"{skipped} images were skipped for want of money. {hint}", err=True)
-    if stopping and tally.images < total:
-        without = ", without --retry-failed," if retry_failed else ""
-        typer.echo(f"Stopped in order. The same command{without} goes on from here.", err=True)
-        raise typer.Exit(SIGNALLED + stopping[0])
-    if tally.in_vain:
-        raise RunError(f"Nothing came of it: {output / FAILURES} tells why.", hint="Once that is mended, add --retry-failed.")
+        hint = "To ask about them, run the same command with a higher budget: --set budget.usd=DOLLARS."
+        typer.echo(f"{skipped} images were escalated but not asked about, because the budget was used up. {hint}", err=True)
+
+
+@contextmanager
+def _progress(console: "Console", total: int) -> Iterator[Callable[["Tally"], None]]:
+    """A function that shows how far a run is: as a bar on a terminal, as lines in a log."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    columns = BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.description}")
+    pause = 1 / SHOWN_PER_SECOND if console.is_terminal else LOG_SECONDS
+    shown_at = time.monotonic()
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("", total=total)
+
+        def show(tally: "Tally") -> None:
+            nonlocal shown_at
+            if time.monotonic() - shown_at < pause:
+                return
+            shown_at = time.monotonic()
+            if console.is_terminal:
+                bar.update(task, completed=tally.images, description=f"${tally.spent_dollars:.2f}")
+            else:
+                typer.echo(f"{tally.images} of {total} images, ${tally.spent_dollars:.2f} spent.", err=True)
+
+        yield show
 
 
 @contextmanager
 def _stopping_in_order() -> Iterator[list[int]]:
-    """The signals received: the first Ctrl-C, or SIGTERM, as clusters send it, lets what is in flight finish; the second ends at
-    once."""
+    """A list of the numbers of the signals received.
+
+    After the first Ctrl-C or SIGTERM (clusters send SIGTERM), questions under way are finished. A second signal ends the program
+    at once.
+    """
     received: list[int] = []
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
@@ -121,7 +167,7 @@ def _stopping_in_order() -> Iterator[list[int]]:
         received.append(number)
         for each in before:
             signal.signal(each, signal.default_int_handler)
-        typer.echo("Finishing what is in flight; Ctrl-C again ends at once.", err=True)
+        typer.echo("The run stops after the questions under way. Press Ctrl-C again to stop at once.", err=True)
 
     for number in before:
         signal.signal(number, handle)

@@ -1,4 +1,4 @@
-"""What the terminal shows of predictions."""
+"""Prints predictions and figures on a terminal."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -24,7 +24,7 @@ _share = partial(share, unknown="unknown")
 
 
 def prediction_block(prediction: Prediction, *, title: str, truth: str | None = None) -> RenderableType:
-    """One image: the candidates with bars, why it was escalated or kept, what each judge said, and the outcome."""
+    """One image: its candidates with bars, the reason why it was escalated or kept, the verdicts, and the result."""
     if not prediction.candidates:
         return Group(Text(visible(title), style="bold"), _indented(Text(visible(prediction.error), style="red")), "")
     lines: list[RenderableType] = [Text(visible(title), style="bold"), _candidates(prediction, truth)]
@@ -64,27 +64,27 @@ def _outcome(prediction: Prediction, truth: str | None) -> Text:
     style = "bold" if truth is None else "bold green" if prediction.label == truth else "bold red"
     line.append(visible(prediction.label), style=style).append(f"  by {prediction.decided_by}", style="dim")
     if truth is not None and prediction.label != truth:
-        line.append(f"  (is: {visible(truth)})", style="dim")
+        line.append(f"  (truth: {visible(truth)})", style="dim")
     return line
 
 
 def spending_rows(total: Usage, *, spent: float, asked: int, images: int) -> dict[str, str]:
-    """What was spent, what the cache saved, and what asking the judge about everything would have cost, at the mean price."""
+    """Dollars spent and saved, and the estimated cost of asking about every image at the mean price of a question."""
     everything = (total.dollars + total.saved_dollars) / asked * images if asked else None
     return {
         "spent": f"${spent:.4f}",
         "saved by the cache": f"${total.saved_dollars:.4f}",
-        "with the judge on everything": "unknown" if everything is None else f"${everything:.4f}",
+        "estimate for every image": "unknown" if everything is None else f"${everything:.4f}",
     }
 
 
 def outcome_rows(counts: Mapping[str, int]) -> dict[str, str]:
-    """How many images were kept, came to each outcome, and could not be read, where there are any."""
+    """Numbers of images that were kept, that had each outcome of a question, and that could not be read; without zeros."""
     return {name: str(counts[name]) for name in ("kept", *get_args(Outcome), "unreadable") if counts.get(name)}
 
 
 def tally_rows(tally: "Tally") -> dict[str, str]:
-    """What a bulk run has done."""
+    """The headline figures of a bulk run."""
     rows = {"images": str(tally.images), "judge calls": str(tally.requests)} | outcome_rows(tally.counts)
     if tally.abstained:
         rows["without a label"] = str(tally.abstained)
@@ -97,55 +97,55 @@ def evaluation_rows(evaluation: "Evaluation") -> dict[str, str]:
     before, after = evaluation.scorer_calibration_error, evaluation.calibration_error
     return {
         "images": f"{evaluation.images} ({evaluation.unreadable} unreadable)",
-        "scorer, right": _share(evaluation.scorer_accuracy, evaluation.scorer_accuracy_interval),
-        "cascade, right": _share(evaluation.cascade_accuracy, evaluation.cascade_accuracy_interval),
-        "cascade, mean over classes": _share(evaluation.macro_accuracy, evaluation.macro_accuracy_interval),
-        "truth among the scorer's best": ", ".join(f"{k}: {_share(x)}" for k, x in evaluation.top_k_recall.items()),
+        "scorer, accuracy": _share(evaluation.scorer_accuracy, evaluation.scorer_accuracy_interval),
+        "cascade, accuracy": _share(evaluation.cascade_accuracy, evaluation.cascade_accuracy_interval),
+        "cascade, mean accuracy of the classes": _share(evaluation.macro_accuracy, evaluation.macro_accuracy_interval),
+        "truth among the scorer's k best": ", ".join(f"k = {k}: {_share(x)}" for k, x in evaluation.top_k_recall.items()),
         "truth among the candidates": _share(evaluation.coverage),
         "escalated": _share(evaluation.deferral_rate),
-        "scorer, on kept and escalated": f"{_share(kept)}, {_share(escalated)}",
-        "judge, on escalated": _share(evaluation.judge_accuracy_escalated),
+        "scorer, accuracy on kept and escalated": f"{_share(kept)}, {_share(escalated)}",
+        "judge, accuracy on escalated": _share(evaluation.judge_accuracy_escalated),
         "rescued, harmed, abstained": f"{evaluation.rescued}, {evaluation.harmed}, {evaluation.abstained}",
-        "calibration error, scorer and final": f"{_number(before)}, {_number(after)}",
+        "calibration error, scorer and cascade": f"{_number(before)}, {_number(after)}",
         "outcomes": ", ".join(f"{outcome} {count}" for outcome, count in evaluation.outcomes.items() if count) or "none",
-        "dollars, a thousand images": f"${evaluation.dollars:.4f}, ${evaluation.dollars_per_thousand or 0:.4f}",
+        "dollars, in total and per 1,000 images": f"${evaluation.dollars:.4f}, ${evaluation.dollars_per_thousand or 0:.4f}",
         "paid in this run": f"${evaluation.paid_dollars:.4f}",
-        "seconds a question, p50 and p95": f"{_number(evaluation.latency_p50)}, {_number(evaluation.latency_p95)}",
+        "seconds per question, median and p95": f"{_number(evaluation.latency_p50)}, {_number(evaluation.latency_p95)}",
     }
 
 
 def calibration_rows(result: "Calibrated") -> dict[str, str]:
-    """What a calibration is worth, on images that it was not fitted on."""
+    """The figures of a calibration, on images that it was not fitted on."""
     if result.before and result.after:
         rows = {
             name: f"{what.format(result.before[key])} → {what.format(result.after[key])}"
             for name, key, what in (
-                ("scorer, right", "accuracy", "{:.1%}"),
+                ("scorer, accuracy", "accuracy", "{:.1%}"),
                 ("scorer, log-likelihood in nats", "log_likelihood", "{:.3f}"),
                 ("scorer, calibration error", "calibration_error", "{:.3f}"),
             )
         }
     else:
-        rows = {"the judge says what the scorer finds likeliest": _share(result.agreement)}
+        rows = {"judge agrees with the scorer's best label": _share(result.agreement)}
     if result.areas:
-        rows["area, entropy and judge's word → gain and fusion"] = f"{result.areas[0]:.3f} → {result.areas[1]:.3f}"
+        rows["area, entropy and judge's answer → gain and fusion"] = f"{result.areas[0]:.3f} → {result.areas[1]:.3f}"
     if (fused := result.calibration.judges[-1].log_likelihood) is not None:
-        rows["both opinions, log-likelihood by cross-validation"] = f"{fused:.3f}"
+        rows["fused, cross-validated log-likelihood in nats"] = f"{fused:.3f}"
     if (conformal := result.calibration.conformal) and conformal.class_thresholds is not None:
         own = int((conformal.class_thresholds != conformal.threshold).sum())
-        rows["classes with a conformal threshold of their own"] = f"{own} of {len(conformal.class_thresholds)}"
+        rows["classes with their own conformal threshold"] = f"{own} of {len(conformal.class_thresholds)}"
     for judge in result.calibration.judges:
-        rows[f"candidates for {judge.judge}, best by the model"] = str(judge.best_size)
+        rows[f"best number of candidates, {judge.judge}"] = str(judge.best_size)
     if (policy := result.calibration.policy) and (found := result.outcome):
         rows |= {
             "policy": policy,
             "escalated": _share(found.deferral_rate),
-            "dollars, a thousand images": f"${found.dollars_per_thousand:.4f}",
-            "right": _share(found.accuracy, found.accuracy_interval),
-            "with nobody asked, with everything asked": f"{_share(found.scorer_accuracy)}, {_share(found.judge_accuracy)}",
+            "dollars per 1,000 images": f"${found.dollars_per_thousand:.4f}",
+            "accuracy": _share(found.accuracy, found.accuracy_interval),
+            "scorer alone, judge on every image": f"{_share(found.scorer_accuracy)}, {_share(found.judge_accuracy)}",
         }
     if result.acceptance:
-        rows["accepted"] = result.acceptance.describe()
+        rows["guarantee"] = result.acceptance.describe()
     return rows
 
 
@@ -154,7 +154,7 @@ def _number(value: float | None) -> str:
 
 
 def print_summary(console: Console, title: str, rows: dict[str, str]) -> None:
-    """A two-column table of headline figures."""
+    """Print a table with one figure per line."""
     table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2))
     for name, value in rows.items():
         table.add_row(Text(visible(name)), Text(visible(value), justify="right"))

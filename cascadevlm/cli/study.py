@@ -15,16 +15,23 @@ if TYPE_CHECKING:
     from cascadevlm.cascade.cascade import Cascade
     from cascadevlm.evaluation.results import Study
 
-app = typer.Typer(help="The studies of the CascadeVLM paper, on your data and models.", no_args_is_help=True)
+app = typer.Typer(help="Repeat the studies of the CascadeVLM paper with your data and models.", no_args_is_help=True)
 
-Run = Annotated[Path, typer.Argument(help="The folder of a record made by: evaluate --judge-all -o FOLDER.")]
-AnyRun = Annotated[Path, typer.Argument(help="The folder of a record made by: evaluate -o FOLDER.")]
+Run = Annotated[Path, typer.Argument(help="Folder of a record from: cascadevlm evaluate --judge-all -o FOLDER.")]
+AnyRun = Annotated[Path, typer.Argument(help="Folder of a record from: cascadevlm evaluate -o FOLDER.")]
 Output = Annotated[
     Path | None,
-    typer.Option("--output", "-o", file_okay=False, help="A folder for study-NAME.json and the records; none, unless given."),
+    typer.Option(
+        "--output",
+        "-o",
+        file_okay=False,
+        help="Folder for study-NAME.json and the records.",
+        show_default="nothing is written",
+    ),
 ]
 Result = Annotated[
-    Path | None, typer.Option("--output", "-o", file_okay=False, help="A folder for study-NAME.json; none, unless given.")
+    Path | None,
+    typer.Option("--output", "-o", file_okay=False, help="Folder for study-NAME.json.", show_default="nothing is written"),
 ]
 
 Number = TypeVar("Number", int, float)
@@ -58,7 +65,7 @@ def order(
     yes: options.Yes = False,
     as_json: options.AsJson = False,
 ) -> None:
-    """Study the effect of the order of the candidates: ranked, reversed, shuffled; and the judge's position bias."""
+    """Study the effect of the order of the candidates (ranked, reversed, shuffled), and the judge's position bias."""
     from cascadevlm.evaluation.study import study_order
 
     _study(study_order, given, part, data, output, yes=yes, as_json=as_json)
@@ -74,7 +81,7 @@ def reasoning(
     yes: options.Yes = False,
     as_json: options.AsJson = False,
 ) -> None:
-    """Study the effect of chain-of-thought: the prompt select_cot against select."""
+    """Study the effect of chain-of-thought: compare the prompts select_cot and select."""
     from cascadevlm.evaluation.study import study_reasoning
 
     _study(study_reasoning, given, part, data, output, yes=yes, as_json=as_json)
@@ -84,7 +91,7 @@ def reasoning(
 @options.grouped("prompt")
 def shots(
     data: options.LabelledData,
-    support: Annotated[Path, typer.Option(help="A folder of exemplars, a sub-folder for every class.")],
+    support: Annotated[Path, typer.Option(help="Folder of exemplars, with one subfolder per class.")],
     given: options.CascadeOptions,
     part: options.DataOptions,
     shots: Annotated[str, typer.Option(help="Numbers of exemplars per class, for example 0,1,2.")] = "0,1,2",
@@ -92,7 +99,7 @@ def shots(
     yes: options.Yes = False,
     as_json: options.AsJson = False,
 ) -> None:
-    """Study the effect of exemplars: the prompt select_fewshot against select_cot, which shows none."""
+    """Study the effect of exemplars: compare the prompt select_fewshot with select_cot, which shows no exemplars."""
     from cascadevlm.evaluation.study import study_shots
 
     studied = partial(study_shots, support=support, shots=_numbers("--shots", shots, int))
@@ -103,12 +110,16 @@ def shots(
 def threshold(
     run: Run,
     thresholds: Annotated[
-        str | None, typer.Option(help="As in 0.1,0.2; those that ask about 0, 5, … 100 %, unless given.")
+        str | None,
+        typer.Option(
+            help="Thresholds of the entropy, for example 0.1,0.2.",
+            show_default="thresholds that escalate 0, 5, …, 100 % of the images",
+        ),
     ] = None,
     output: Result = None,
     as_json: options.AsJson = False,
 ) -> None:
-    """Study the effect of the entropy threshold, on a record, asking nobody."""
+    """Study the effect of the entropy threshold on a record. No judge is asked."""
     from cascadevlm.evaluation.record import read_record
     from cascadevlm.evaluation.study import study_threshold
 
@@ -118,7 +129,7 @@ def threshold(
 
 @app.command()
 def errors(run: AnyRun, output: Result = None, as_json: options.AsJson = False) -> None:
-    """Split the errors of a record, under its policy, by their causes, asking nobody."""
+    """Count the errors of a record by their causes, under its policy. No judge is asked."""
     from cascadevlm.evaluation.evaluate import as_configured, read_decided
     from cascadevlm.evaluation.study import study_errors
 
@@ -129,7 +140,7 @@ def _numbers(option: str, text: str, number: Callable[[str], Number]) -> list[Nu
     try:
         return [number(part) for part in text.split(",")]
     except ValueError as exc:
-        raise InputError(f"{option} takes numbers with commas between them, not {text!r}.") from exc
+        raise InputError(f"{option} must be numbers separated by commas, and is {text!r}.") from exc
 
 
 def _study(
@@ -149,8 +160,8 @@ def _study(
 
     parsed = given.parse()
     if parsed.calibration is not None:
-        hint = "A study changes what the calibration holds for."
-        raise InputError("A study takes no calibration.", hint=hint)
+        hint = "Remove the calibration: a study changes the settings that a calibration was made for."
+        raise InputError("A study cannot use a calibration.", hint=hint)
     cascade, labelled = part.build(parsed, data, given.labels)
     options.tell(cascade.labels, [data])
     progress = Progress(console=Console(stderr=True), transient=True)
@@ -170,7 +181,7 @@ def _study(
 
 
 def _finish(study: "Study", output: Path | None, *, as_json: bool) -> None:
-    """Write the study to the folder, if there is one, and show it."""
+    """Write the study to the output folder, if it is given, and print the study."""
     if output:
         output.mkdir(parents=True, exist_ok=True)
         (output / f"study-{study.study}.json").write_text(json.dumps(study.to_dict(), indent=2) + "\n", encoding="utf-8")

@@ -10,14 +10,19 @@ import typer
 def sweep(
     runs: Annotated[
         list[Path],
-        typer.Argument(metavar="RUN…", help="Folders of records made by: evaluate --judge-all -o FOLDER; of the same images."),
+        typer.Argument(
+            metavar="RUN…", help="Folders of records of the same images, from: cascadevlm evaluate --judge-all -o FOLDER."
+        ),
     ],
     calibration: Annotated[
-        Path | None, typer.Option(help="A file made by calibrate: show what it gains on the images it was not fitted on.")
+        Path | None,
+        typer.Option(
+            help="File from calibrate. Only the images that it was not fitted on are used; curves with and without it are shown."
+        ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object, with all the points of all the curves.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object with all points of all curves.")] = False,
 ) -> None:
-    """Try every policy at every threshold on a record, or on several against each other, asking nobody."""
+    """Show the accuracy and cost of every policy at every threshold, on one or several records. No judge is asked."""
     from rich.console import Console
     from rich.table import Table
 
@@ -36,14 +41,14 @@ def sweep(
         typer.echo(json.dumps(result.to_dict()))
         return
     shares = (0.1, 0.2, 0.3, 0.5)
-    table = Table(*("ranking", "area", *(f"{share:.0%} asked" for share in shares)), box=None, header_style="bold")
+    table = Table(*("ranking", "area", *(f"{share:.0%} escalated" for share in shares)), box=None, header_style="bold")
     for curve in result.curves:
         points = [f"{curve.at(share):.1%}" for share in shares]
         table.add_row(curve.name, f"{curve.area:.4f}", *points)
     console = Console(highlight=False)
-    best = f"scorer alone {result.scorer_accuracy:.1%}, judge on everything {result.judge_accuracy:.1%}"
+    best = f"scorer alone {result.scorer_accuracy:.1%}, judge on every image {result.judge_accuracy:.1%}"
     console.print(f"{'Best accuracy' if len(records) > 1 else 'Accuracy'}: {best}.\n")
     console.print(table)
-    console.print("\nNone is better and cheaper:")
+    console.print("\nNo other point is both cheaper and more accurate than these:")
     for name, rate, accuracy, dollars in result.pareto:
-        console.print(f"  {name}, asking about {rate:.0%}: {accuracy:.1%} for ${dollars:.2f} a thousand images")
+        console.print(f"  {name}, {rate:.0%} escalated: accuracy {accuracy:.1%}, ${dollars:.2f} per 1,000 images")

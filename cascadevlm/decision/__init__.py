@@ -1,4 +1,4 @@
-"""The decision layer: how far to trust the scorer, how far the judge, what asking is worth, how long the list must be.
+"""The decision layer: how far to trust the scorer and the judge, what a question is worth, and how many candidates to show.
 
-Plain mathematics over recorded scores and verdicts; `docs/decisions.md` explains it in words.
+All of it is mathematics on arrays of recorded scores and verdicts. `docs/deciding/understand.md` explains it in words.
 """

@@ -1,4 +1,7 @@
-"""What was learned of a scorer and its judges from a record, in one readable JSON file that other models are refused with."""
+"""A calibration: what was learned about a scorer and its judges from a record. It is one readable JSON file.
+
+A calibration is refused for another scorer, judge, prompt or label set.
+"""
 
 import hashlib
 from collections.abc import Mapping
@@ -24,21 +27,21 @@ FusionRule = Literal["judge", "bayes"]
 by Bayes' rule with the model of the judge."""
 
 FUSION_RULES: dict[str, FusionRule] = {rule: rule for rule in get_args(FusionRule)}
-"""By name."""
+"""The fusion rules by their names."""
 
 SETTINGS = ("judge", "prompt", "offer_none", "support", "votes", "options")
-"""Of a stage's configuration: what changes the judge's answers, beside the candidates."""
+"""Keys of a stage's configuration that change the judge's answers, apart from the candidates."""
 
 
 WORDING = {"templates": "templates", "texts": "texts for the labels", "adapter": "settings of the adapter"}
-"""Parts of a scorer's fingerprint that do not name its model, in words."""
+"""Parts of a scorer's fingerprint that do not stand for its model, and their names in messages."""
 
-SAME_WORDING = "Give those that it was made with, or make one for these: cascadevlm calibrate."
+SAME_WORDING = "Use what the calibration was made with, or calibrate again: cascadevlm calibrate."
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reference:
-    """A number over the ``images`` of a calibration, to hold other images against: its mean and standard deviation."""
+    """Mean and standard deviation of a number over the ``images`` of a calibration. Drift compares other images with them."""
 
     images: int
     mean: float
@@ -46,22 +49,22 @@ class Reference:
 
     @classmethod
     def of(cls, values: Floats) -> "Reference":
-        """Of N images."""
+        """The reference of ``(N,)`` numbers, one per image."""
         return cls(images=len(values), mean=float(values.mean()), deviation=float(values.std()))
 
 
 @dataclass(frozen=True, kw_only=True)
 class CalibratedJudge:
-    """A judge's model and what the judge was.
+    """The model of a judge, and the judge's settings.
 
     Attributes:
-        judge: its spec.
-        settings: of its stage, as far as they change its answers (`SETTINGS`); empty for records made of arrays.
-        model: how it chooses.
-        log_likelihood: mean cross-validated log-likelihood of the truth after its answers, in nats; None without labels.
-        best_size: how many candidates to show that the expected accuracy is highest, of `SIZES`, by the model.
-        reference: whether it named the likeliest candidate, 1 or 0, less the model's probability of that: a model that shrinks
-            what it learns can be some points off on average.
+        judge: the judge as ``backend:model``.
+        settings: the settings of the stage that change the judge's answers (`SETTINGS`); empty for records made of arrays.
+        model: how the judge chooses.
+        log_likelihood: mean cross-validated log-likelihood of the truth after the judge's answers, in nats; None without labels.
+        best_size: the number of candidates with the highest expected accuracy, by the model.
+        reference: for each answer, 1 if it is the most probable candidate and 0 if not, minus the model's probability of that.
+            The mean is not exactly 0, because the priors shrink the model.
     """
 
     judge: str
@@ -74,28 +77,29 @@ class CalibratedJudge:
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """The decision layer's knowledge.
+    """What was learned about a scorer and its judges.
 
     Attributes:
         labels: names of the C labels, in column order.
-        fingerprint: of the scorer that it holds for.
-        scorer: makes that scorer's log-probabilities calibrated.
-        judges: of every stage.
-        images: how many it was fitted on.
-        labelled: whether their truths were known; if not, the judge was taken for a noisy annotator.
-        fitted_on: digests of these images (names, where a record has none), so that they can be left out where the outcome is
-            measured.
-        conformal: how long lists of candidates must be for a coverage; None without labels.
-        reference: the scorer's probability of its best label, calibrated on the other images each time; None without labels.
-        shares: of the classes among its images, as the calibrated scorer has them.
-        descriptions: digest of the labels' descriptions, which the judges were shown; empty where there were none.
-        policy: when to ask, if it was chosen for a target.
-        fusion: whose word is final.
-        accept: the least probable label that is not abstained from, if an error was to be guaranteed.
-        promised_with: what the guarantee holds with: policy, fusion, whether shares are followed and, of the stage, what decides
-            who is asked about what.
-        figures: what was measured when it was fitted: before and after calibration, and on held-out images.
-        made: when.
+        fingerprint: the fingerprint of the scorer that the calibration is for.
+        scorer: the calibration of this scorer's log-probabilities.
+        judges: one calibrated judge per stage.
+        images: number of images that the models were fitted on.
+        labelled: whether the labels of the images were used. If not, the judge was treated as an annotator who makes errors.
+        fitted_on: digests of all images that were used, or their names if the record has no digests. These images are left out
+            when the result is measured.
+        conformal: the rule for lists of candidates with a coverage; None without labels.
+        reference: the scorer's probability of its best label, by calibrations fitted on the other folds; None without labels.
+        shares: estimated shares of the classes among the images.
+        descriptions: digest of the labels' descriptions, which the judges saw; empty if there were none.
+        policy: the policy that was chosen for a target; None without a target.
+        fusion: who decides after a question.
+        accept: the lowest probability of an accepted label, if there is a guarantee. The cascade abstains below it.
+        promised_with: the settings that the guarantee holds for: policy, fusion, ``follow_shares``, and the settings of the stage
+            that decide about candidates.
+        figures: figures of the scorer and the cascade with and without calibration, on images that nothing was fitted on.
+        made: time of the calibration.
+        format: version of the file format.
     """
 
     labels: tuple[str, ...]
@@ -119,20 +123,20 @@ class Calibration:
 
     @cached_property
     def calibrated_fingerprint(self) -> str:
-        """What calibrated scores have instead of the scorer's own."""
+        """The fingerprint of calibrated scores."""
         digest = hashlib.sha256(TypeAdapter(ScorerCalibration).dump_json(self.scorer)).hexdigest()[:12]
         return f"{self.fingerprint}|calibrated={digest}"
 
     def calibrated(self, scores: Scores) -> Scores:
-        """The scores with calibrated probabilities; themselves, if they are.
+        """The scores with calibrated probabilities. Scores that this calibration made are returned unchanged.
 
         Raises:
-            ConfigError: if they are of another scorer or label set, or of labels that are described otherwise.
+            ConfigError: if the scores have another scorer, label set or descriptions of the labels.
         """
         if scores.labels.names != self.labels:
             raise ConfigError(
-                f"The calibration is of {len(self.labels)} other labels, or of these in another order.",
-                hint="Make one for this label set: cascadevlm calibrate.",
+                f"The calibration was made for {len(self.labels)} labels that differ from these in their names or order.",
+                hint="Make a calibration for this label set: cascadevlm calibrate.",
             )
         if scores.labels.descriptions_digest != self.descriptions:
             raise ConfigError("The calibration was made with other descriptions of the labels.", hint=SAME_WORDING)
@@ -144,55 +148,60 @@ class Calibration:
         return replace(scores, log_probs=log_probs, fingerprint=self.calibrated_fingerprint)
 
     def judge_of(self, stage: int, settings: Mapping[str, JsonValue]) -> CalibratedJudge:
-        """A stage's judge.
+        """The calibrated judge of a stage.
 
         Args:
-            stage: its number, from 0 on.
-            settings: of the stage, as its configuration has them.
+            stage: number of the stage, from 0.
+            settings: the stage's settings from the configuration.
 
         Raises:
-            ConfigError: if there is none, or it is of another judge, prompt or options.
+            ConfigError: if the calibration has no such stage, or was made with another judge, prompt or other settings.
         """
-        hint = "Make one for this judge: cascadevlm calibrate."
+        hint = "Make a calibration for this judge: cascadevlm calibrate."
         if stage >= len(self.judges):
-            raise ConfigError(f"The calibration knows {len(self.judges)} judges, not {stage + 1}.", hint=hint)
+            raise ConfigError(
+                f"The calibration has {len(self.judges)} judges, and the configuration has a stage {stage + 1}.", hint=hint
+            )
         known, shown = self.judges[stage], without_secrets(settings)
         for name, value in known.settings.items():
             if (given := shown.get(name)) != value:
-                raise ConfigError(f"The calibration is of {name} {value!r}, not of {given!r}.", hint=hint)
+                raise ConfigError(
+                    f"The calibration was made with {name} = {value!r}, and the configuration has {given!r}.", hint=hint
+                )
         return known
 
     def require_promised(self, given: Mapping[str, JsonValue]) -> None:
-        """Refuse what the guarantee was not fitted with.
+        """Refuse settings that the guarantee was not made for.
 
         Raises:
-            ConfigError: naming the first difference.
+            ConfigError: if a setting differs. The message names the first one.
         """
         for name, value in self.promised_with.items():
             if given[name] != value:
                 raise ConfigError(
-                    f"The guarantee is for {name} {value!r}, not for {given[name]!r}.",
-                    hint="Take that, calibrate again, or set accept yourself, without a guarantee.",
+                    f"The guarantee was made for {name} = {value!r}, and the configuration has {given[name]!r}.",
+                    hint="Change the setting, calibrate again, or set accept yourself, without a guarantee.",
                 )
 
     def conformal_for(self, coverage: float) -> Conformal:
-        """The rule for a coverage.
+        """The rule for lists with a coverage.
 
         Raises:
-            ConfigError: if there is none, or it is for another.
+            ConfigError: if the calibration has no rule, or a rule for another coverage.
         """
         if self.conformal is None or self.conformal.coverage != coverage:
             known = "no coverage" if self.conformal is None else f"a coverage of {self.conformal.coverage:g}"
             raise ConfigError(
-                f"The calibration is for {known}, not for {coverage:g}.", hint=f"cascadevlm calibrate RUN --coverage {coverage:g}"
+                f"The calibration was made for {known}, and the configuration has a coverage of {coverage:g}.",
+                hint=f"Calibrate with labels: cascadevlm calibrate RUN --coverage {coverage:g}.",
             )
         return self.conformal
 
     def write(self, path: Path) -> None:
-        """Write the file.
+        """Write the calibration as JSON.
 
         Raises:
-            DataError: if it cannot be written.
+            DataError: if the file cannot be written.
         """
         try:
             path.write_bytes(_ADAPTER.dump_json(self, indent=2) + b"\n")
@@ -201,13 +210,14 @@ class Calibration:
 
 
 def _of_another_scorer(known: str, given: str) -> ConfigError:
-    """What to raise where fingerprints differ; a difference in wording alone is named."""
+    """The error for different fingerprints. If only the texts of the scorer differ, the message says so."""
     parts = {part.partition("=")[0] for part in {*known.split("|")} ^ {*given.split("|")}}
     if parts <= WORDING.keys():
         wording = " and ".join(words for part, words in WORDING.items() if part in parts)
         return ConfigError(f"The calibration was made with other {wording}.", hint=SAME_WORDING)
     return ConfigError(
-        f"The calibration is of the scorer {known!r}, not of {given!r}.", hint="Make one for this scorer: cascadevlm calibrate."
+        f"The calibration was made for the scorer {known!r}, and this scorer is {given!r}.",
+        hint="Make a calibration for this scorer: cascadevlm calibrate.",
     )
 
 
@@ -215,16 +225,16 @@ _ADAPTER = TypeAdapter(Calibration)
 
 
 def read_calibration(path: Path) -> Calibration:
-    """Read the file.
+    """Read a calibration from its JSON file.
 
     Raises:
-        ConfigError: if it is none.
+        ConfigError: if the file cannot be read, or is not a calibration.
     """
     try:
         return _ADAPTER.validate_json(path.read_bytes())
     except OSError as exc:
-        raise ConfigError(f"Calibration {str(path)!r} cannot be read: {exc.strerror}.") from exc
+        raise ConfigError(f"The calibration {str(path)!r} cannot be read: {exc.strerror}.") from exc
     except ValidationError as exc:
         first = exc.errors()[0]
         where = ".".join(map(str, first["loc"]))
-        raise ConfigError(f"{str(path)!r} is no calibration: {where}: {first['msg']}.") from exc
+        raise ConfigError(f"{str(path)!r} is not a calibration: {where}: {first['msg']}.") from exc

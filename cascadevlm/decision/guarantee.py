@@ -1,16 +1,18 @@
-"""Targets with guarantees: how sure an answer must be to be accepted, that few enough of the accepted ones are wrong.
+"""Guarantees: the lowest probability from which answers are accepted, such that few accepted answers are wrong.
 
-Learn then test (Angelopoulos, Bates, Candès, Jordan and Lei, "Learn then Test: Calibrating Predictive Algorithms to Achieve
-Risk Control", 2021), for selective prediction. Of every threshold of a grid it is tested, on labelled images that nothing was
-fitted on, whether more than the target of the answers accepted there are wrong. Among n accepted images the number of wrong
-ones is binomial; the p-value is the probability of as few or fewer at the target. The tests are in a fixed sequence, from
-the strictest threshold on, and end with the first that fails, so every one may be at the full level (fixed-sequence testing).
+The method is learn then test, applied to selective prediction (Angelopoulos, Bates, Candès, Jordan and Lei, "Learn then Test:
+Calibrating Predictive Algorithms to Achieve Risk Control", 2021). It needs labelled images that nothing was fitted on.
 
-The grid is fixed beforehand and the order too: the best of many thresholds tried on these images would be chosen for being
-lucky. The sequence begins where enough images are accepted that the test could be passed, and a quarter of all: one
-wrong answer among the very surest would end it. That looks at how many are accepted, not at how many of them are wrong, and
-is exact where the share of wrong answers among the accepted never falls as the threshold is lowered, which is what a
-confidence is for.
+Each threshold of a grid is tested: the hypothesis is that more than the target share of the answers accepted at this threshold
+are wrong. The number of wrong answers among n accepted images is binomial. The p-value is the probability of at most the
+observed number of wrong answers if their true share is the target. The tests start at the strictest threshold and end at the
+first test that fails. Because this order is fixed, each test can use the full level (fixed-sequence testing).
+
+The grid and the order are fixed before the images are seen. The best of many thresholds on the same images would be partly luck.
+The sequence starts at the first threshold that accepts a quarter of the images, and enough images to pass the test. With fewer
+accepted images, one wrong answer among the most probable ones would end the sequence. The start depends only on the number of
+accepted images, and not on the number of wrong ones. The guarantee is exact if the share of wrong answers among the accepted
+never falls when the threshold is lowered. Calibrated probabilities are meant to have this property.
 """
 
 import math
@@ -24,25 +26,26 @@ from cascadevlm.base.errors import InputError
 from cascadevlm.decision.judge_model import Bools
 
 GRID = np.append(expit(np.arange(140, -70, -1) / 10), 0.0)
-"""Thresholds, strictest first: steps of 0.1 in the log-odds, from 1 - 8e-7 to 0.001, and last 0, which accepts all."""
+"""Thresholds, strictest first: from 1 - 8e-7 to 0.001 in steps of 0.1 of the log-odds, and 0, which accepts all images."""
 
 LEAST_SHARE = 0.25
-"""Of the images, to be accepted at the first threshold that is tested."""
+"""Smallest share of the images that the first tested threshold accepts."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Acceptance:
-    """Which answers are accepted; from the others the cascade abstains.
+    """Which answers are accepted. The cascade abstains from the others.
 
     Attributes:
         target_error: the largest share of accepted answers that may be wrong.
-        confidence: how probable, at least, it is over draws of the labelled images that no more are.
-        images: how many labelled images there were.
-        threshold: the lowest confidence that is accepted; None where the images support no threshold. Of thresholds that
-            accept the same of the images, the strictest.
-        accepted: the share of the images that is accepted.
-        error: the share of these that is wrong; None where there are none.
-        bound: the upper limit of the true share, one-sided, at ``confidence`` (Clopper and Pearson 1934); None as well.
+        confidence: probability, over draws of the labelled images, that at most this share is wrong.
+        images: number of labelled images.
+        threshold: the lowest probability that is accepted; None if the images support no threshold. If several thresholds accept
+            the same images, this is the strictest.
+        accepted: share of the images that is accepted.
+        error: share of the accepted images that is wrong; None without a threshold.
+        bound: one-sided upper limit of the true share of wrong answers at ``confidence`` (Clopper and Pearson 1934); None without
+            a threshold.
     """
 
     target_error: float
@@ -54,45 +57,57 @@ class Acceptance:
     bound: float | None = None
 
     def accepts(self, confidences: NDArray[np.floating]) -> Bools:
-        """N booleans; NaN, where there is no answer, is never accepted."""
+        """``(N,)`` booleans: the answer is accepted. A probability of NaN means no answer, which is never accepted."""
         return confidences >= (math.inf if self.threshold is None else self.threshold)
 
     def describe(self) -> str:
-        """In one sentence."""
-        promise = f"{self.target_error:.3g} wrong with confidence {self.confidence:.3g}"
+        """The guarantee in words, or the reason why there is none."""
+        wrong, sure = 100 * self.target_error, 100 * self.confidence
+        promise = f"at most {wrong:.4g} % of the accepted answers are wrong, with {sure:.4g} % confidence"
         if self.threshold is None:
             least = least_images(self.target_error, self.confidence)
             return (
-                f"The {self.images} labelled images do not support at most {promise} at any threshold; "
-                f"that takes at least {least} accepted images if all are right, and more if not."
+                f"No threshold guarantees on {self.images} labelled images that {promise}. "
+                f"That needs at least {least} accepted images if all of them are right, and more otherwise."
             )
         return (
-            f"At most {promise}: accept from {self.threshold:.3g} on. That is {self.accepted:.1%} of {self.images} labelled "
-            f"images, {self.error:.1%} of them wrong; the true share is up to {self.bound:.1%}."
+            f"Answers with a probability of at least {self.threshold:.3g} are accepted: {promise}. These are "
+            f"{self.accepted:.1%} of {self.images} labelled images; {self.error:.1%} of them are wrong, and the upper limit of "
+            f"the true share is {self.bound:.1%}."
         )
 
 
+def require_probability(name: str, value: float) -> None:
+    """Refuse a value that is not strictly between 0 and 1.
+
+    Raises:
+        InputError: if the value is out of this range.
+    """
+    if not 0 < value < 1:
+        raise InputError(f"{name} must be between 0 and 1, and is {value!r}.")
+
+
 def least_images(target_error: float, confidence: float) -> int:
-    """How many accepted images, all of them right, it takes to support a target: (1 - target)^n <= 1 - confidence."""
+    """Smallest number of accepted images, all of them right, that supports a target: (1 - target)^n <= 1 - confidence."""
     return math.ceil(math.log(1 - confidence) / math.log(1 - target_error))
 
 
 def fit_acceptance(
     confidences: NDArray[np.floating], right: Bools, *, target_error: float, confidence: float = 0.95
 ) -> Acceptance:
-    """The lowest threshold that the error among accepted answers is at most the target at, with so much confidence.
+    """The lowest threshold at which the error among accepted answers is at most the target, with the given confidence.
 
     Args:
-        confidences: N, of the final answers, from 0 to 1, of labelled images that nothing was fitted on; NaN where there is
-            no answer.
-        right: N, whether the answer is the truth.
+        confidences: ``(N,)`` probabilities of the final answers to labelled images that nothing was fitted on; NaN for no answer.
+        right: ``(N,)`` booleans: the answer is the truth.
+        target_error: the largest share of accepted answers that may be wrong, between 0 and 1.
+        confidence: probability that the guarantee holds, between 0 and 1.
 
     Raises:
-        InputError: if target or confidence is not between 0 and 1.
+        InputError: if the target or the confidence is not between 0 and 1.
     """
-    for name, value in (("target_error", target_error), ("confidence", confidence)):
-        if not 0 < value < 1:
-            raise InputError(f"{name} is a share between 0 and 1, not {value!r}.")
+    require_probability("target_error", target_error)
+    require_probability("confidence", confidence)
     strictest = np.searchsorted(-GRID, -confidences)
     accepted, wrong = (
         np.bincount(strictest[counted], minlength=len(GRID) + 1)[: len(GRID)].cumsum()

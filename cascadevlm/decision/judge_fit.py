@@ -1,6 +1,6 @@
-"""Fitting the model of a judge to what it said: values of the highest posterior probability.
+"""Fits the model of a judge to its answers. The result has the highest posterior probability.
 
-Every number has a normal prior. The strength of that of classes and positions is chosen by cross-validated log-likelihood.
+Every number has a normal prior. Cross-validated log-likelihood chooses the strength of the prior of classes and positions.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ from cascadevlm.decision.judge_model import Answers, JudgeModel, among, at, weig
 from cascadevlm.decision.scorer_calibration import FOLDS, Floats
 
 PRECISIONS = (100.0, 10.0, 3.0, 1.0)
-"""Of the priors, around 0, of what is particular to a class or a position, in nats."""
+"""Precisions of the normal priors, with mean 0, of the numbers per class and per position, in nats."""
 
 CONSTANTS = {
     "ability": 0.1,
@@ -25,37 +25,41 @@ CONSTANTS = {
     "silence": 0.1,
     "silence_ability": 1.0,
 }
-"""Precisions of the priors of the other numbers, around those of `JudgeModel.prior`: give or take 3 nats; 0.5, so that following
-the scorer stays between not at all and as the scorer itself would choose; and 1, so that silence means little until it shows that
-it does."""
+"""Precisions of the normal priors of the other numbers, whose means are those of `JudgeModel.prior`.
+
+0.1 is a standard deviation of about 3 nats. 4 is a standard deviation of 0.5, so that ``following`` stays near 0 to 1. 1 is a
+standard deviation of 1 nat: a missing answer changes beliefs only if many answers show that it should.
+"""
 
 WORD_PRECISION = 1.0
-"""Of the normal prior, around 0, of the logarithm of the weight of a judge's own probabilities: 1 takes them at their word, as
-if all candidates had been alike before."""
+"""Precision of the normal prior, with mean 0, of the logarithm of the weight of a judge's own probabilities.
+
+With a weight of 1, their ratios are used as likelihood ratios."""
 
 LOG_WEIGHTS = (-4.0, 4.0)
-"""Between which it is looked for."""
+"""Lowest and highest logarithm of the weight that are tried."""
 
 ITERATIONS = 40
-"""The most of each fit."""
+"""Largest number of iterations of each fit."""
 
 FARTHEST, FOLLOWING_RANGE = 20.0, (-1.0, 2.0)
-"""Where values are looked for, in nats: an optimiser's steps may be wide, and exponentials overflow."""
+"""Limits of the values that are tried, in nats. Without them, wide steps of the optimiser would overflow."""
 
 
 def fit_judge(log_probs: Floats, responsibilities: Floats, answers: Answers) -> tuple[JudgeModel, Floats]:
-    """The model of the highest posterior probability, the strength of its prior by cross-validated log-likelihood.
+    """The model with the highest posterior probability. Cross-validated log-likelihood chooses the strength of the prior.
 
-    The judge's own probabilities get a weight if they are better than its answers by more than a standard error of the
-    cross-validated log-likelihood of the truth.
+    The judge's own probabilities get a weight only if they are better than its answers: the mean cross-validated log-likelihood
+    of the truth must be higher by more than one standard error.
 
     Args:
-        log_probs: N x C, the scorer's, calibrated without looking at these images' labels (the second of what `fit_scorer`
-            returns): otherwise the judge seems to follow a scorer that is always right.
-        responsibilities: N x C, rows sum to 1: one-hot where the truth is known.
+        log_probs: ``(N, C)`` held-out log-probabilities of the scorer, the second result of `fit_scorer`. With log-probabilities
+            fitted to these labels, the judge would seem to follow a scorer that is nearly always right.
+        responsibilities: ``(N, C)`` probabilities that each label is the truth; rows sum to 1, one-hot for known truths.
+        answers: the N candidate lists and answers.
 
     Returns:
-        the model, and the N x C log-probabilities after the answers as models fitted on the other folds give them.
+        The model, and ``(N, C)`` held-out log-probabilities after the answers: each image uses a model fitted to the other folds.
     """
     fold_of, scores = folds(len(answers)), np.zeros(len(PRECISIONS))
     models: list[list[JudgeModel]] = []
@@ -84,14 +88,18 @@ def fit_judge(log_probs: Floats, responsibilities: Floats, answers: Answers) -> 
 
 
 def folds(images: int) -> NDArray[np.int64]:
-    """N: the fold of cross-validation that each image is in."""
+    """``(N,)`` numbers of the cross-validation folds of the images."""
     return np.random.default_rng(1).permutation(images) % FOLDS
 
 
 def _probability_weight(
     log_probs: Floats, responsibilities: Floats, answers: Answers, parts: Sequence[tuple[NDArray[np.intp], JudgeModel]]
 ) -> float:
-    """The weight of a judge's own probabilities among the candidates, by models that do not know the rows beside them."""
+    """The weight of a judge's own probabilities among the candidates.
+
+    Args:
+        parts: for each fold, its rows and a model that was fitted without these rows.
+    """
     evidence, answered = np.full(answers.candidates.shape, np.nan), np.zeros(answers.candidates.shape)
     for rows, part in parts:
         some = answers.rows(rows)
@@ -102,7 +110,7 @@ def _probability_weight(
     by_answer = np.where(known, among(np.where(known, answered, np.nan)), 0.0)
 
     def gained(weight: float) -> Floats:
-        """N: nats that the truth has more than by the answer."""
+        """``(N,)`` log-probabilities of the truth with this weight, minus those by the answer, in nats."""
         inside = np.where(known, among(before + weight * evidence), 0.0)
         gains: Floats = (truth * (inside - by_answer)).sum(axis=1)
         return gains
@@ -116,7 +124,10 @@ def _probability_weight(
 
 
 class JudgeFitting:
-    """The likelihood of some answers, as a function of one vector: `CONSTANTS`, then C abilities, C biases and K positions."""
+    """The likelihood of answers as a function of one vector.
+
+    The vector contains the numbers of `CONSTANTS`, C abilities, C class biases and K position biases, in this order.
+    """
 
     def __init__(self, log_probs: Floats, responsibilities: Floats, answers: Answers) -> None:
         self.answers = answers
@@ -126,7 +137,7 @@ class JudgeFitting:
         self.slots, self.rows = answers.slots, np.arange(len(answers))
 
     def start(self) -> Floats:
-        """The values of the prior: of a judge of which nothing is known."""
+        """The vector of an unknown judge, the mean of the prior."""
         prior = JudgeModel.prior(self.classes)
         constants = [getattr(prior, name) for name in CONSTANTS]
         return np.concatenate([constants, prior.abilities, prior.class_bias, prior.positions(self.width)])
@@ -147,11 +158,12 @@ class JudgeFitting:
         )
 
     def fit(self, values: Floats, precision: float, *, held: Mapping[str, float] | None = None) -> Floats:
-        """The values of the highest posterior probability, from these on.
+        """The vector with the highest posterior probability.
 
         Args:
-            precision: of the prior of what is particular to a class or a position.
-            held: other precisions for some of `CONSTANTS`.
+            values: the vector at which the search starts.
+            precision: precision of the prior of the numbers per class and per position.
+            held: precisions that replace some of `CONSTANTS`.
         """
         constants = [*(CONSTANTS | dict(held or {})).values()]
         precisions = np.concatenate([constants, np.full(2 * self.classes + self.width, precision)])
@@ -171,13 +183,13 @@ class JudgeFitting:
         return self._likelihood(values)[0]
 
     def _likelihood(self, values: Floats) -> tuple[float, Floats]:
-        """Of the answers, in expectation over the truth; and its gradient."""
+        """The expected log-likelihood of the answers over the responsibilities of the truth, and its gradient."""
         model, answers, width = self.model(values), self.answers, self.width
         weights = weights_of(model, self.log_probs, answers)
         columns, chosen = np.maximum(answers.candidates, 0), self.slots < width
         none, silent = self.slots == width, self.slots > width
-        truth = np.where(silent[:, np.newaxis], 0.0, self.truth)  # of those that answered
-        right = np.zeros_like(truth)  # the truth, where it was chosen
+        truth = np.where(silent[:, np.newaxis], 0.0, self.truth)  # only images with an answer
+        right = np.zeros_like(truth)  # responsibilities of the chosen options
         right[self.rows[~silent], self.slots[~silent]] = truth[self.rows[~silent], self.slots[~silent]]
         with np.errstate(divide="ignore"):
             utilities = np.log(weights.shown)

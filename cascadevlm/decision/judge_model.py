@@ -1,24 +1,31 @@
-"""A model of what a judge says, given the truth and what the scorer thinks: what its answer is worth, and what asking is worth.
+"""A model of a judge: the probability of each answer, given the truth and the scorer's log-probabilities.
 
-Among the options shown, the judge is taken to choose by a conditional logit (McFadden, "Conditional logit analysis of
-qualitative choice behavior", 1974). An option's utility is
+From this model follow how far to trust an answer, and how much accuracy a question is expected to gain.
 
-- for a candidate: how much the judge follows the scorer, times the scorer's calibrated log-probability of it; a bias of the
-  class; a bias of the position it is shown at; and, if it is the truth, the judge's ability, with a deviation for the class;
-- for "none of these", where it is offered: a constant, and more where the truth is not among the candidates.
+The judge chooses one of the options shown by a conditional logit (McFadden, "Conditional logit analysis of qualitative choice
+behavior", 1974). The utility of a candidate is the sum of
 
-So a judge errs towards what the scorer finds likely too, and more often on images that are hard for both, which a table of
-confusions cannot say; there are 2 C + K + 6 numbers rather than C x C, every one shrunk by a normal prior; and what the model
-says of longer or shorter lists follows from the same numbers.
+- ``following`` times the scorer's calibrated log-probability of the candidate,
+- a bias of the class,
+- a bias of the position in the list, and
+- only if the candidate is the truth: the judge's ability, with a deviation for the class.
 
-That nothing comes of asking (a refusal, an unreadable answer) is decided before: its log-odds are a constant, and more or less
-where the truth is not among the candidates. Where that makes no difference, silence changes no belief.
+The utility of "none of these", if it is offered, is a constant. If the truth is not among the candidates, a second constant is
+added.
 
-A judge that tells its own probabilities of the candidates says more than its answer, which is the greatest of them. Were their
-logarithms the utilities with normal noise, the log-likelihood ratio of two candidates would be the difference of (logarithm less
-utility if not the truth), times one weight: ability by the variance of the noise (the discriminant of normal distributions;
-Fisher, "The use of multiple measurements in taxonomic problems", 1936). This takes the place of the answer among the candidates,
-if it is better on held-out images; labels that were not shown keep what the answer left them.
+By this model, a judge's errors are mostly labels that the scorer finds likely, and are more frequent on images that are difficult
+for both. A table of confusions cannot express that. The model has 2 C + K + 6 numbers instead of C x C, all of them shrunk by
+normal priors. The same numbers hold for longer and shorter lists.
+
+A question can end without an answer: a refusal, or text that cannot be read. The log-odds of that are a constant. If the truth is
+not among the candidates, a second constant is added. If the second constant is 0, a missing answer changes no belief.
+
+Some judges give their own probabilities of the candidates, which contain more information than the answer, the candidate with
+the highest probability. Suppose that the logarithms of these probabilities are the utilities plus normal noise. Then the
+log-likelihood ratio of two candidates is one weight times the difference of their (logarithm minus utility as a wrong candidate).
+The weight is the ability divided by the variance of the noise (the discriminant of normal distributions; Fisher, "The use of
+multiple measurements in taxonomic problems", 1936). If this is better than the answer on held-out images, it replaces the answer
+for the candidates. Labels that were not shown keep the probability that the answer gives them.
 """
 
 from dataclasses import dataclass
@@ -32,35 +39,36 @@ from cascadevlm.base.arrays import NOBODY, Columns
 from cascadevlm.decision.scorer_calibration import FLOOR, Floats, StoredFloats
 
 NONE_CHOSEN = -2
-"""In an array of answers: "none of these"."""
+"""In an array of answers: the judge chose "none of these"."""
 
 ABILITY = 3.0
-"""Of a judge that nothing is known of: right in 8 to 9 of 10 cases where two or three candidates are plausible."""
+"""Ability of an unknown judge: right in 8 to 9 of 10 cases with two or three plausible candidates."""
 
 FOLLOWING = 0.5
-"""Of a judge that nothing is known of: between not at all and as the scorer itself would choose."""
+"""How much an unknown judge follows the scorer. 0: not at all; 1: like a judge that draws from the scorer's probabilities."""
 
 NONE_BIAS, NONE_ABILITY, SILENCE = -1.0, 2.0, -4.0
-"""Constants of a judge that nothing is known of."""
+"""Utility of "none of these", its second constant, and log-odds of no answer, for an unknown judge, in nats."""
 
 LEAST_PROBABILITY = 1e-3
-"""A candidate that a judge gives less is taken to have so much: those that an endpoint does not list have none."""
+"""Smaller probabilities of a judge are raised to this value. Candidates that an endpoint does not list have none."""
 
 LEAST_TOTAL = 1e-200
-"""Where nothing is shown: less than every sum of exponentials, and divided by without an overflow."""
+"""Divisor for images without candidates: smaller than every sum of exponentials, and large enough not to overflow."""
 
 Bools: TypeAlias = NDArray[np.bool_]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Answers:
-    """What a judge was shown and said of N images.
+    """The candidates that a judge saw for N images, and its answers.
 
     Attributes:
-        candidates: N x K columns of the score matrix in the order shown, `NOBODY` beyond the last.
-        answers: N columns, each one of the candidates; `NONE_CHOSEN` or, for no answer, `NOBODY`.
+        candidates: ``(N, K)`` columns of the score matrix in the order shown; `NOBODY` after the last candidate of an image.
+        answers: ``(N,)`` columns, each one of the candidates; `NONE_CHOSEN` for "none of these", `NOBODY` for no answer.
         none_offered: whether "none of these" was an option.
-        probabilities: N x K, the judge's own of the candidates, NaN where it gave none; None if it never did.
+        probabilities: ``(N, K)`` probabilities of the candidates from the judge, NaN for those it did not give; None if the judge
+            never gave any.
     """
 
     candidates: Columns
@@ -72,7 +80,7 @@ class Answers:
         return len(self.answers)
 
     def rows(self, index: Bools | NDArray[np.intp]) -> "Answers":
-        """Those of some of the images."""
+        """The candidates and answers of some of the images."""
         return Answers(
             candidates=self.candidates[index],
             answers=self.answers[index],
@@ -82,13 +90,13 @@ class Answers:
 
     @property
     def shown(self) -> Bools:
-        """N x K: whether there is a candidate."""
+        """``(N, K)``: whether this position of the list has a candidate."""
         shown: Bools = self.candidates != NOBODY
         return shown
 
     @property
     def opinions(self) -> Floats:
-        """N x K: logarithms of the judge's own probabilities, NaN where it gave none."""
+        """``(N, K)`` logarithms of the judge's own probabilities; NaN where the judge gave none."""
         if self.probabilities is None:
             return np.full(self.candidates.shape, np.nan)
         opinions: Floats = np.log(np.maximum(self.probabilities, LEAST_PROBABILITY))
@@ -96,16 +104,16 @@ class Answers:
 
     @property
     def slots(self) -> Columns:
-        """N: the position of the answer among the candidates; K for "none of these", where it is offered; K + 1 for no answer."""
+        """``(N,)`` positions of the answers in the lists; K for "none of these" if it was offered; K + 1 for no answer."""
         width = self.candidates.shape[1]
         special = np.where((self.answers == NONE_CHOSEN) & self.none_offered, width, width + 1)
         matches = self.candidates == self.answers[:, None]
-        position = (matches * np.arange(width)).sum(axis=1)  # of lists without a place, too, where nobody was asked
+        position = (matches * np.arange(width)).sum(axis=1)  # also works for K = 0, if no image was escalated
         slots: Columns = np.where((self.answers >= 0) & matches.any(axis=1), position, special)
         return slots
 
     def spread(self, responsibilities: Floats) -> Floats:
-        """N x (K + 1): of N x C responsibilities, those of the candidates, and the rest."""
+        """``(N, K + 1)``: the responsibilities ``(N, C)`` of the candidates, and the sum of all others in the last column."""
         inside = np.where(self.shown, at(responsibilities, self.candidates), 0.0)
         rest = np.maximum(1 - inside.sum(axis=1, keepdims=True), 0)
         return np.concatenate([inside, rest], axis=1)
@@ -113,20 +121,19 @@ class Answers:
 
 @dataclass(frozen=True, kw_only=True)
 class JudgeModel:
-    """How a judge chooses; utilities in nats.
+    """How a judge chooses. All utilities are in nats.
 
     Attributes:
-        ability: what the truth is chosen for.
-        abilities: C deviations from it.
-        following: how much of the scorer's log-probability counts.
-        class_bias: C.
-        position_bias: of the first, second, … position; 0 beyond those seen.
-        none_bias: of "none of these".
-        none_ability: what "none of these" gains where the truth is not among the candidates.
+        ability: utility that a candidate has because it is the truth.
+        abilities: ``(C,)`` deviations from the ability per class.
+        following: factor of the scorer's log-probability in the utility.
+        class_bias: ``(C,)`` utilities per class.
+        position_bias: utilities of the first, second, … position of a list. Positions that were not seen have 0.
+        none_bias: utility of "none of these".
+        none_ability: utility that is added to "none of these" if the truth is not among the candidates.
         silence: log-odds of no answer.
-        silence_ability: what these gain where the truth is not among the candidates.
-        probability_weight: of the judge's own probabilities, which count instead of its answer where it gives any; 0 if the
-            answer says more.
+        silence_ability: number that is added to these log-odds if the truth is not among the candidates.
+        probability_weight: weight of the judge's own probabilities, which replace its answer; 0 if the answer is better.
     """
 
     ability: float
@@ -142,7 +149,7 @@ class JudgeModel:
 
     @classmethod
     def prior(cls, classes: int, positions: int = 0) -> "JudgeModel":
-        """What is believed of a judge that nothing is known of."""
+        """The model of an unknown judge."""
         return cls(
             ability=ABILITY,
             abilities=np.zeros(classes),
@@ -152,10 +159,11 @@ class JudgeModel:
         )
 
     def log_likelihoods(self, log_probs: Floats, answers: Answers) -> Floats:
-        """N x C: how likely each answer would be, were the column's label the truth, up to a constant of each image.
+        """``(N, C)`` log-likelihoods of the answers if the column's label is the truth, up to a constant per image.
 
         Args:
-            log_probs: N x C, the scorer's, calibrated.
+            log_probs: ``(N, C)`` calibrated log-probabilities of the scorer.
+            answers: the N candidate lists and answers.
         """
         weights = self._weights(log_probs, answers)
         width, slots, rows = answers.candidates.shape[1], answers.slots, np.arange(len(answers))
@@ -170,10 +178,13 @@ class JudgeModel:
         return found
 
     def posterior(self, log_probs: Floats, answers: Answers) -> Floats:
-        """N x C log-probabilities after the answers, or the judge's own probabilities, by Bayes' rule.
+        """``(N, C)`` log-probabilities after the answers, by Bayes' rule.
+
+        If ``probability_weight`` is not 0, the judge's own probabilities are used for the candidates in place of the answers.
 
         Args:
-            log_probs: N x C, before: the scorer's, calibrated.
+            log_probs: ``(N, C)`` log-probabilities before the answers, for example the calibrated ones of the scorer.
+            answers: the N candidate lists and answers.
         """
         after: Floats = log_softmax(log_probs + self.log_likelihoods(log_probs, answers), axis=1)
         if not self.probability_weight:
@@ -187,28 +198,31 @@ class JudgeModel:
         return after
 
     def evidence(self, log_probs: Floats, answers: Answers) -> Floats:
-        """N x K: the logarithms of the judge's own probabilities, less what the candidates get where they are not the truth; NaN
-        where there are none.
+        """``(N, K)`` logarithms of the judge's own probabilities, minus the utility of the candidate if it is not the truth.
+
+        The value is NaN where the judge gave no probability.
 
         Args:
-            log_probs: N x C, before: the scorer's, calibrated.
+            log_probs: ``(N, C)`` log-probabilities before the answers, for example the calibrated ones of the scorer.
+            answers: the N candidate lists and answers.
         """
         utilities = _utilities(self, at(log_probs, answers.candidates), answers)
         evidence: Floats = np.where(answers.shown, answers.opinions - utilities, np.nan)
         return evidence
 
     def gain(self, log_probs: Floats, candidates: Columns, *, none_offered: bool = False, word_final: bool = False) -> Floats:
-        """The expected gain in accuracy from asking: N numbers up to 1.
+        """``(N,)`` expected gains in accuracy from a question, each at most 1.
 
-        The expected probability that the final label is right, over all answers by how likely they are, less that of the best
-        label now: the value of information of decision theory (Howard, "Information value theory", 1966) where being right is
-        worth 1.
+        The gain is the expected probability that the final label is right, over all possible answers, minus the probability of
+        the best label without a question. In decision theory this is the value of information (Howard, "Information value
+        theory", 1966) if a right label is worth 1.
 
         Args:
-            log_probs: N x C, the scorer's, calibrated.
-            candidates: N x K columns, as they would be shown.
-            word_final: whether the judge's answer is final, and the scorer's best label stands where it gives none: asking can
-                then lose, and the gain be less than 0. Else the best label after the answer is taken.
+            log_probs: ``(N, C)`` calibrated log-probabilities of the scorer.
+            candidates: ``(N, K)`` columns, in the order in which they would be shown.
+            none_offered: whether "none of these" is an option.
+            word_final: whether the judge's answer is the final label. If the judge gives no answer, the scorer's best label is
+                final. A gain can then be negative. If False, the most probable label after the answer is final.
         """
         nobody = np.full(len(log_probs), NOBODY)
         answers = Answers(candidates=candidates, answers=nobody, none_offered=none_offered)
@@ -216,7 +230,7 @@ class JudgeModel:
         others = np.exp(log_probs)
         others[where[0], candidates[where]] = 0.0
         shown_now = np.where(answers.shown, np.exp(at(log_probs, candidates)), 0.0)
-        now = np.column_stack([shown_now, others.max(axis=1)])  # of labels that are not shown, only the best can win
+        now = np.column_stack([shown_now, others.max(axis=1)])  # of the labels not shown, only the best one can win
         silent, spoke = now * weights.silent, now * (1 - weights.silent) / weights.totals
         inside, outside, none_ability = spoke[:, :-1], spoke[:, -1:], np.exp(self.none_ability)
         if_named = inside * np.exp(weights.abilities)
@@ -235,10 +249,11 @@ class JudgeModel:
         return gained
 
     def agreement(self, log_probs: Floats, answers: Answers) -> tuple[Bools, Floats]:
-        """N and N: whether each answer is the likeliest of the candidates, and how likely that was before it was known.
+        """``(N,)`` booleans: the answer is the most probable candidate. ``(N,)`` probabilities of that, by the model.
 
         Args:
-            log_probs: N x C, before: the scorer's, calibrated. Those of labels that are not shown do not matter.
+            log_probs: ``(N, C)`` log-probabilities before the answers. Only those of the candidates are used.
+            answers: the N candidate lists and answers.
         """
         weights, truths = self._weights(log_probs, answers), answers.spread(np.exp(log_probs))
         shares = truths * (1 - weights.silent) / weights.totals
@@ -250,21 +265,23 @@ class JudgeModel:
         return weights_of(self, at(log_probs, answers.candidates), answers)
 
     def positions(self, width: int) -> Floats:
-        """The biases of so many positions."""
+        """``(width,)`` biases of the first positions of a list."""
         known = self.position_bias[:width]
         return np.concatenate([known, np.zeros(width - len(known))])
 
 
 @dataclass(frozen=True, kw_only=True)
 class Weights:
-    """Exponentials of utilities.
+    """Exponentials of utilities for N images with K candidates.
+
+    A last dimension of K + 1 stands for the truth: column k if candidate k is the truth, column K if no candidate is the truth.
 
     Attributes:
-        shown: N x K, of the candidates where they are not the truth; 0 where there is none.
-        abilities: N x K nats that each would have more if it were.
-        none: of "none of these" where the truth is among the candidates; 0 if it is not offered.
-        totals: N x (K + 1), over all options, if the truth is each candidate or, last, none of them.
-        silence: K + 1, the log-odds of no answer, likewise.
+        shown: ``(N, K)`` exponentials of the candidates' utilities if they are not the truth; 0 without a candidate.
+        abilities: ``(N, K)`` utilities in nats that are added if the candidate is the truth.
+        none: exponential of the utility of "none of these" if the truth is among the candidates; 0 if it is not offered.
+        totals: ``(N, K + 1)`` sums over all options.
+        silence: ``(K + 1,)`` log-odds of no answer.
     """
 
     shown: Floats
@@ -275,13 +292,13 @@ class Weights:
 
     @property
     def silent(self) -> Floats:
-        """K + 1: how likely no answer is, if the truth is each candidate or, last, none of them."""
+        """``(K + 1,)`` probabilities of no answer."""
         silent: Floats = expit(self.silence)
         return silent
 
 
 def weights_of(model: JudgeModel, log_probs: Floats, answers: Answers) -> Weights:
-    """Of N x K log-probabilities of the candidates."""
+    """The weights for ``(N, K)`` log-probabilities of the candidates."""
     columns = np.maximum(answers.candidates, 0)
     shown = np.where(answers.shown, np.exp(_utilities(model, log_probs, answers)), 0.0)
     abilities = np.where(answers.shown, model.ability + model.abilities[columns], 0.0)
@@ -293,17 +310,17 @@ def weights_of(model: JudgeModel, log_probs: Floats, answers: Answers) -> Weight
 
 
 def _utilities(model: JudgeModel, log_probs: Floats, answers: Answers) -> Floats:
-    """N x K: of the candidates where they are not the truth, from their log-probabilities."""
+    """``(N, K)`` utilities of the candidates if they are not the truth, from their ``(N, K)`` log-probabilities."""
     columns = np.maximum(answers.candidates, 0)
     return model.following * np.maximum(log_probs, FLOOR) + model.class_bias[columns] + model.positions(columns.shape[1])
 
 
 def among(logits: Floats) -> Floats:
-    """N x K log-probabilities among the candidates that have a number."""
+    """``(N, K)`` log-probabilities, normalised over the candidates of an image whose logit is not NaN."""
     normalised: Floats = logits - logsumexp(np.where(np.isnan(logits), -np.inf, logits), axis=1, keepdims=True)
     return normalised
 
 
 def at(values: Floats, candidates: Columns) -> Floats:
-    """N x K: the values of N x C at the candidates; anything where there is none."""
+    """``(N, K)`` values of an ``(N, C)`` array at the candidates. Positions without a candidate have an arbitrary value."""
     return np.take_along_axis(values, np.maximum(candidates, 0), axis=1)

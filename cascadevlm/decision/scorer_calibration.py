@@ -1,12 +1,16 @@
-"""Calibration of a scorer: probabilities that are as often right as they say, fitted on few labelled images.
+"""Calibrates a scorer on few labelled images: of the labels with a probability of 80 %, about 80 % are right.
 
-With log-probabilities l of one image (less their mean), the calibrated ones are log softmax(l (s I + W) + b): a temperature
-1/s (Guo et al., "On Calibration of Modern Neural Networks", ICML 2017), a bias of every class (Alexandari, Kundaje and
-Shrikumar, "Maximum Likelihood with Bias-Corrected Calibration is Hard-To-Beat at Label Shift Adaptation", ICML 2020) and,
-where there are few classes, how scores of one class speak for another (Kull et al., "Beyond temperature scaling", NeurIPS
-2019, who also shrink W). Bias and W have normal priors, whose strengths are chosen by cross-validated log-likelihood.
+Let l be the log-probabilities of one image, minus their mean. The calibrated log-probabilities are log softmax(l (s I + W) + b).
 
-Responsibilities are N x C, rows sum to 1: how likely each label is to be the truth. One-hot where it is known.
+- s is a scale, the inverse of a temperature (Guo et al., "On Calibration of Modern Neural Networks", ICML 2017).
+- b has one bias per class (Alexandari, Kundaje and Shrikumar, "Maximum Likelihood with Bias-Corrected Calibration is
+  Hard-To-Beat at Label Shift Adaptation", ICML 2020).
+- W is a matrix: a high score of one class can change the probability of another class (Kull et al., "Beyond temperature
+  scaling", NeurIPS 2019, who also shrink W). W is used only with few classes.
+
+b and W have normal priors. Cross-validated log-likelihood chooses the strengths of these priors.
+
+Responsibilities are ``(N, C)`` probabilities that each label is the truth. Rows sum to 1, and are one-hot for known truths.
 """
 
 from collections.abc import Sequence
@@ -27,46 +31,48 @@ def _floats(value: ArrayLike) -> Floats:
 
 
 StoredFloats = Annotated[Floats, PlainValidator(_floats), PlainSerializer(np.ndarray.tolist)]
-"""An array that pydantic writes and reads as lists."""
+"""An array that pydantic reads and writes as nested lists."""
 
 CalibrationMethod = Literal["none", "temperature", "matched prior", "bias", "matrix"]
 
 FOLDS = 5
+"""Number of folds of a cross-validation."""
+
 FLOOR = -50.0
-"""Of a probability of 0, unless another one of the image is less: a scorer that rounds says nothing about how improbable."""
+"""Log-probability that replaces minus infinity, or the image's smallest finite log-probability if that is lower."""
 
 BIAS_PRECISIONS = (100.0, 10.0, 3.0, 1.0, 0.3)
-"""Of the normal prior of a class's bias, in nats; from the strongest on, each fit begins where the last ended."""
+"""Precisions of the normal prior of each class bias in nats, strongest first. Each fit starts at the previous result."""
 
 MIXING_PRECISIONS = (30.0, 10.0, 3.0, 1.0)
-"""Of the normal prior of each element of W, for scores of standard deviation 1."""
+"""Precisions of the normal prior of each element of W, for scores with a standard deviation of 1."""
 
 MOST_CLASSES_MIXED = 50
-"""Beyond, W has too many elements for the labels that anybody has."""
+"""Largest number of classes for which W is tried. W has one element per pair of classes."""
 
 MATCHING_PRECISION = 3.0
-"""Of the normal prior of a class's bias where it is to match marginals: of a few images, these are known roughly."""
+"""Precision of the normal prior of each class bias in `match_prior`. Few images show class shares only roughly."""
 
 SCALE_PRECISION = 0.1
-"""Of the normal prior of log s around 0."""
+"""Precision of the normal prior of log s, with mean 0."""
 
 FARTHEST = 12.0
-"""How far log s is looked for: an optimiser's steps may be wide, and exponentials overflow."""
+"""Largest absolute value of log s that is tried. Without this limit, wide steps of the optimiser would overflow."""
 
 ITERATIONS = 60
-"""The most of each fit: a prior makes them converge sooner."""
+"""Largest number of iterations of each fit. The priors make most fits converge earlier."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScorerCalibration:
-    """What makes a scorer's log-probabilities calibrated ones.
+    """A function from a scorer's log-probabilities to calibrated log-probabilities.
 
     Attributes:
-        method: the richest part of it; "none" leaves the scores as they are.
+        method: the method with the most parameters that is part of the calibration; "none" leaves the scores unchanged.
         scale: s, the inverse of the temperature.
-        bias: b, C numbers in nats.
-        mixing: W, C x C; None without.
-        log_likelihoods: mean cross-validated log-likelihood of the truth in nats by what was tried.
+        bias: b, ``(C,)``, in nats.
+        mixing: W, ``(C, C)``; None if it is not used.
+        log_likelihoods: mean cross-validated log-likelihood of the truth in nats, by the name of each method tried.
     """
 
     method: CalibrationMethod
@@ -77,11 +83,11 @@ class ScorerCalibration:
 
     @classmethod
     def identity(cls, classes: int) -> "ScorerCalibration":
-        """The one that changes nothing."""
+        """A calibration that changes nothing."""
         return cls(method="none", scale=1.0, bias=np.zeros(classes))
 
     def __call__(self, log_probs: NDArray[np.floating]) -> Floats:
-        """N x C log-probabilities, from the scorer's."""
+        """``(N, C)`` calibrated log-probabilities from the scorer's ``(N, C)``."""
         centred = centre(log_probs)
         logits = self.scale * centred + self.bias
         calibrated: Floats = log_softmax(logits if self.mixing is None else logits + centred @ self.mixing, axis=1)
@@ -89,7 +95,7 @@ class ScorerCalibration:
 
 
 def floored(log_probs: NDArray[np.floating]) -> Floats:
-    """N x C, without infinities."""
+    """``(N, C)`` log-probabilities with minus infinity replaced by a finite value, see `FLOOR`."""
     values = np.asarray(log_probs, dtype=np.float64)
     impossible = np.isneginf(values)
     least = np.where(impossible, 0.0, values).min(axis=1, keepdims=True)
@@ -97,18 +103,22 @@ def floored(log_probs: NDArray[np.floating]) -> Floats:
 
 
 def centre(log_probs: NDArray[np.floating]) -> Floats:
-    """N x C, every row less its mean."""
+    """``(N, C)`` log-probabilities. The mean of each row is subtracted from the row."""
     values = floored(log_probs)
     centred: Floats = values - values.mean(axis=1, keepdims=True)
     return centred
 
 
 def match_prior(log_probs: NDArray[np.floating], prior: Floats | None = None) -> Floats:
-    """C biases by which the mean of the N calibrated distributions comes near the ``prior`` over classes (uniform, unless given).
+    """``(C,)`` biases in nats that bring the mean predicted distribution near to the class shares ``prior``.
 
-    Needs no labels. They are those of the highest posterior probability under a normal prior of `MATCHING_PRECISION`, which pulls
-    them back where there are few images; without it, the mean would be the prior exactly. Source: the marginal constraint of
-    Menon et al., "Long-tail learning via logit adjustment", ICLR 2021.
+    No labels are needed. The biases have a normal prior with the precision `MATCHING_PRECISION`, and the result has the highest
+    posterior probability. With few images, the normal prior keeps the biases small. Without it, the mean would be exactly
+    ``prior``. Source: the marginal constraint of Menon et al., "Long-tail learning via logit adjustment", ICLR 2021.
+
+    Args:
+        log_probs: ``(N, C)`` log-probabilities of the scorer.
+        prior: ``(C,)`` class shares. Default: equal shares.
     """
     images, classes = log_probs.shape
     wanted = images * (np.full(classes, 1 / classes) if prior is None else prior)
@@ -126,8 +136,14 @@ def match_prior(log_probs: NDArray[np.floating], prior: Floats | None = None) ->
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """What is fitted: a scale, its logarithm with a prior of this precision; from biases that match a prior on, if ``matched``;
-    and, where their priors have a precision, bias and mixing."""
+    """Which parts of a calibration are fitted.
+
+    Attributes:
+        scale: precision of the prior of the logarithm of the scale.
+        matched: whether the biases of `match_prior` are added to the scores before the fit.
+        bias: precision of the prior of the class biases; None if they are not fitted.
+        mixing: precision of the prior of W; None if W is not fitted.
+    """
 
     scale: float = SCALE_PRECISION
     matched: bool = False
@@ -215,7 +231,7 @@ def cross_fit_scorer(
 
 @dataclass(frozen=True, kw_only=True)
 class _Tried:
-    """What cross-validation gave.
+    """The result of a cross-validation.
 
     Attributes:
         shape: of what was fitted; None of nothing.
@@ -236,20 +252,22 @@ class _Tried:
         return cls(shape=shape, held_out=held_out, likelihoods=(held_out * responsibilities).sum(axis=1), without=without)
 
     def unless_surely_better(self, richer: "_Tried") -> "_Tried":
-        """The richer one, if it is better by more than a standard error (Breiman et al., "Classification and Regression Trees",
-        1984, section 3.4.3)."""
+        """The richer result if its mean log-likelihood is higher by more than one standard error, else this result.
+
+        Source: Breiman et al., "Classification and Regression Trees", 1984, section 3.4.3.
+        """
         gained = richer.likelihoods - self.likelihoods
         return richer if gained.mean() > gained.std() / np.sqrt(len(gained)) else self
 
     def mean(self) -> float:
-        """Of the likelihoods."""
+        """Mean log-likelihood of the truth in nats."""
         return float(self.likelihoods.mean())
 
 
 def fit_shapes(
     log_probs: NDArray[np.floating], responsibilities: Floats, shapes: Sequence[Shape], prior: Floats | None = None
 ) -> list[ScorerCalibration]:
-    """A fit of every shape, all with the same parts; each begins at the one before."""
+    """One fit per shape. All shapes fit the same parts, and each fit starts at the result of the previous fit."""
     classes, first = log_probs.shape[1], shapes[0]
     matched = match_prior(log_probs, prior) if first.matched else np.zeros(classes)
     centred = centre(log_probs) + matched

@@ -1,14 +1,16 @@
-"""The shares of the classes, followed in a run: images to come need not have those of the images of the calibration.
+"""Follows the shares of the classes in a run, which can differ from their shares among the images of the calibration.
 
-A classifier that is calibrated where a class has one share is calibrated where it has another, if its probability of the class
-is multiplied by the ratio of the two and all are normalised; and the new share is the mean of the probabilities that result
-(Saerens, Latinne and Decaestecker, "Adjusting the outputs of a classifier to new a priori probabilities: a simple procedure",
-Neural Computation 14, 2002). Here the mean is of what is believed after the judges' verdicts, over the images seen so far, older
-ones counting less and less, and those of the calibration. It supposes that the classes look as they did; `Drift` is for other
-changes.
+Suppose that a classifier is calibrated for one share of a class, and the images have another share. Multiply its probability of
+the class by the ratio of the new share to the old share, and normalise: then it is calibrated for the new share. The new share is
+the mean of the resulting probabilities (Saerens, Latinne and Decaestecker, "Adjusting the outputs of a classifier to new a priori
+probabilities: a simple procedure", Neural Computation 14, 2002).
 
-Verdicts come in any order, predictions do not: a period of so many images goes by the predictions of those before its
-predecessor, whatever the judges' latencies. So a run has at most two periods under way.
+Here the mean is over the probabilities after the judges' verdicts. It includes the images of the calibration and the images of
+the run so far; older images of the run count less. The method assumes that the images of each class still look the same. `Drift`
+detects other changes.
+
+A run is divided into periods, blocks of consecutive images. Each period uses shares estimated from all periods except the one
+directly before it. So the predictions do not depend on the order in which verdicts arrive, and at most two periods are under way.
 """
 
 import asyncio
@@ -24,36 +26,41 @@ from cascadevlm.base.types import Scores
 from cascadevlm.decision.scorer_calibration import Floats, StoredFloats
 
 PERIOD = 256
-"""Images, or a batch if it is larger."""
+"""Number of images of a period. If a batch is larger, a period is one batch."""
 
 MEMORY = 4096
-"""Images after which an image counts for 1/e: the share of a class of a tenth is then known to half a point."""
+"""After this number of images, an image counts 1/e. The share of a class with 10 % is then known to about 0.5 points."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shares:
-    """What part of the images of a calibration each of C classes is believed to be, and how many these were."""
+    """Estimated shares of the classes among the images of a calibration.
+
+    Attributes:
+        images: number of images of the calibration.
+        shares: ``(C,)`` shares with sum 1.
+    """
 
     images: int
     shares: StoredFloats
 
     @classmethod
     def of(cls, probabilities: Floats) -> "Shares":
-        """Of N x C probabilities of the images; no class is impossible, as if one image more had been all classes alike."""
+        """The mean of ``(N, C)`` probabilities of the images and one more row of equal probabilities, so that no share is 0."""
         images, classes = probabilities.shape
         return cls(images=images, shares=(probabilities.sum(axis=0) + 1 / classes) / (images + 1))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Seen:
-    """Sums of C beliefs over the images of a run.
+    """Sums of class probabilities over the images of a run. Each sum has C numbers, or none before the first image.
 
     Attributes:
-        length: images of a period; 0 before there were images.
-        period: that the last image was in, from 0 on.
-        earlier: sum over the periods before the previous one, faded; nothing, before there were images.
-        previous: over the previous period.
-        current: over this one, so far.
+        length: number of images of a period; 0 before the first image.
+        period: number of the period of the last image, from 0.
+        earlier: sum over the periods before the previous period; older periods count less.
+        previous: sum over the previous period.
+        current: sum over the images of the current period so far.
     """
 
     length: int = 0
@@ -64,15 +71,15 @@ class Seen:
 
 
 class Following:
-    """The shares of a run under way.
+    """Follows the shares of the classes while a run is under way.
 
     Args:
-        calibrated: those that its scores are calibrated for.
-        seen: what was seen of the run before.
-        batch_size: of the run.
+        calibrated: the shares for which the scores are calibrated.
+        seen: the sums over the images of the run so far.
+        batch_size: number of images of a batch.
 
     Raises:
-        InputError: if the run was begun with batches of another size, above `PERIOD`, as its periods are longer or shorter then.
+        InputError: if the run was started with another length of periods, because of another batch size above `PERIOD`.
     """
 
     def __init__(self, calibrated: Shares, seen: Seen, batch_size: int) -> None:
@@ -82,16 +89,21 @@ class Following:
         self.seen = seen if seen.length else Seen(length=self.length, earlier=nothing, previous=nothing, current=nothing)
         if self.seen.length != self.length:
             raise InputError(
-                f"The shares of classes were followed in batches of {self.seen.length} images so far, not of {batch_size}.",
-                hint="Go on with the batch_size that the run was begun with.",
+                f"This run follows the class shares in periods of {self.seen.length} images, and batch_size = {batch_size} "
+                f"makes periods of {self.length}.",
+                hint="Continue with the batch_size that the run was started with.",
             )
         self._entered = asyncio.Condition()
         period = self.seen.period
         self._shifts = {period: self._shift(self.seen.earlier), period + 1: self._shift(self._summed())}
 
     async def adjusted(self, scores: Scores, begin: int) -> Scores:
-        """The scores of a batch that begins with an image of this number, by the shares that hold there; waits until these are
-        known."""
+        """The scores of a batch, adjusted to the class shares of its period. Waits until these shares are known.
+
+        Args:
+            scores: the scores of the batch.
+            begin: number of the first image of the batch in the run.
+        """
         period = begin // self.length
         async with self._entered:
             await self._entered.wait_for(lambda: period in self._shifts)
@@ -99,7 +111,12 @@ class Following:
         return replace(scores, log_probs=log_probs.astype(np.float32))
 
     async def take(self, beliefs: Sequence[NDArray[np.float32]], begin: int) -> None:
-        """Add the `(C,)` probabilities that are believed of each image of a batch. Batches come in the order of the run."""
+        """Add the class probabilities after the verdicts of a batch. Batches are added in order.
+
+        Args:
+            beliefs: one row `(C,)` of probabilities per image.
+            begin: number of the first image of the batch in the run.
+        """
         period = begin // self.length
         if period > self.seen.period:
             nothing = (0.0,) * len(self.seen.current)
@@ -112,11 +129,11 @@ class Following:
         self.seen = replace(self.seen, current=tuple(np.add(self.seen.current, sums).tolist()))
 
     def _summed(self) -> tuple[float, ...]:
-        """C: over the periods before the current one, what will be the earlier ones in the next."""
+        """``(C,)`` sums over all periods before the current one; they are ``earlier`` in the next period."""
         return tuple((np.exp(-self.length / MEMORY) * np.array(self.seen.earlier) + self.seen.previous).tolist())
 
     def _shift(self, earlier: tuple[float, ...]) -> Floats:
-        """C nats, by which log-probabilities are higher."""
+        """``(C,)`` numbers in nats to add to the log-probabilities."""
         now = self.calibrated.images * self.calibrated.shares + earlier
         shift: Floats = np.log(now / now.sum() / self.calibrated.shares)
         return shift

@@ -1,12 +1,14 @@
-"""Calibration without labels: the judge's own answers on a sample, the judge taken for an annotator who errs.
+"""Calibrates without labels. The judge is treated as an annotator who makes errors.
 
-Expectation and maximisation in turns (Dawid and Skene, "Maximum likelihood estimation of observer error-rates using the EM
-algorithm", 1979; with a classifier as here, Raykar et al., "Learning from crowds", JMLR 2010): how likely each label is to be
-the truth of each image, given scorer and judge; then the scorer's and the judge's parameters that fit best to that. What is
-particular to classes is held back by stronger priors than where truths are known: both opinions can agree on an error. A judge
-who is less able and follows the scorer more gives the same answers, so how much it follows is not fitted at all, and its ability
-does not go far. The turns end before they have converged: further ones only move responsibilities towards whom the model believes
-already.
+The method is expectation maximisation (Dawid and Skene, "Maximum likelihood estimation of observer error-rates using the EM
+algorithm", 1979; with a classifier, as here, Raykar et al., "Learning from crowds", JMLR 2010). The first step computes the
+probability that each label is the truth, given the scorer and the judge. The second step fits the parameters of the scorer and
+the judge to these probabilities. The two steps alternate.
+
+Scorer and judge can agree on a wrong label. So the numbers per class have stronger priors than with labels. A less able judge who
+follows the scorer more gives the same answers as a more able one who follows it less. So ``following`` is not fitted, and the
+ability stays near its prior. The rounds stop before they converge: more rounds only increase the probabilities of labels that
+the model finds probable already.
 """
 
 import numpy as np
@@ -17,21 +19,23 @@ from cascadevlm.decision.judge_model import Answers, JudgeModel
 from cascadevlm.decision.scorer_calibration import Floats, ScorerCalibration, Shape, fit_shapes
 
 ROUNDS = 10
+"""Largest number of rounds."""
+
 CONVERGED = 0.01
-"""Mean change of a responsibility in a round below which it is over."""
+"""The rounds end when the responsibilities of an image change by less than this in total, averaged over the images."""
 
 SHAPE = Shape(scale=1.0, bias=1.0)
-"""Of the scorer's calibration."""
+"""What the scorer's calibration fits, with which precisions."""
 
 JUDGE_PRECISION = 100.0
-"""Of what is particular to a class or a position in the judge's model."""
+"""Precision of the prior of the numbers per class and per position in the judge's model."""
 
 HELD = {"ability": 3.0, "following": 1e6}
-"""Precisions of the judge's ability, and of how much it follows the scorer, which stays what it is taken to be beforehand."""
+"""Precisions of the priors of the ability and of ``following``, which in effect stays at its prior mean."""
 
 
 def fit_without_labels(log_probs: NDArray[np.floating], answers: Answers) -> tuple[ScorerCalibration, JudgeModel]:
-    """Calibration of the scorer and model of the judge, from N x C log-probabilities and N answers."""
+    """The scorer's calibration and the judge's model, from ``(N, C)`` log-probabilities of the scorer and N answers."""
     calibration = _at_least_as_sure(log_probs, answers)
     model = JudgeModel.prior(log_probs.shape[1], answers.candidates.shape[1])
     before: Floats = np.zeros(log_probs.shape)
@@ -47,7 +51,10 @@ def fit_without_labels(log_probs: NDArray[np.floating], answers: Answers) -> tup
 
 
 def _at_least_as_sure(log_probs: NDArray[np.floating], answers: Answers) -> ScorerCalibration:
-    """Where to begin: the temperature by which the scorer foretells the judge best, if that makes it surer."""
+    """The calibration to start with: the temperature that predicts the judge's answers best, if it raises the best probabilities.
+
+    Otherwise the start leaves the scores unchanged.
+    """
     classes, answered = log_probs.shape[1], answers.answers >= 0
     (sharpened,) = fit_shapes(log_probs[answered], np.eye(classes)[answers.answers[answered]], [Shape()])
     return sharpened if sharpened.scale > 1 else ScorerCalibration.identity(classes)

@@ -1,4 +1,4 @@
-"""Records of the same images beside each other: what the one got right and the other wrong, and whether that may be chance."""
+"""Compares records of the same images: which images each run got right, and whether the difference can be chance."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -17,24 +17,24 @@ from cascadevlm.evaluation.metrics import Bools, Interval, interval, latency_per
 from cascadevlm.evaluation.record import Record
 
 Labelled: TypeAlias = tuple[LabelSet, Sequence[str], Sequence[str]]
-"""A label set, the names of N images, and those of their true labels."""
+"""A label set, the names of N images, and the names of their N true labels."""
 
 Names: TypeAlias = NDArray[np.str_]
-"""Of labels; "" where there is none."""
+"""Names of labels; "" for no label."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunFigures:
-    """Of one record, on the images compared.
+    """Figures of one record on the images compared.
 
     Attributes:
-        accuracy: of the predictions; an abstention is wrong.
-        accuracy_interval: 95 % bootstrap, as all intervals; None of a single image.
-        deferral_rate: share of the images escalated.
-        dollars_per_thousand: what a thousand images cost, answers from the cache at what they cost when they were asked.
-        paid_dollars: what this very run cost.
-        latency_p50: median seconds of the questions that were asked in this run, not answered from the cache; None if none was.
-        latency_p95: their 95th percentile.
+        accuracy: share of right predictions, from 0 to 1. An abstention is wrong.
+        accuracy_interval: 95 % bootstrap interval; None for a single image.
+        deferral_rate: share of the images that were escalated, from 0 to 1.
+        dollars_per_thousand: US dollars per 1,000 images. An answer from the cache counts what it cost when it was asked.
+        paid_dollars: US dollars paid in this run. Answers from the cache count 0.
+        latency_p50: median seconds of the questions asked in this run, without answers from the cache; None if there are none.
+        latency_p95: 95th percentile of these seconds.
     """
 
     accuracy: float
@@ -48,13 +48,13 @@ class RunFigures:
 
 @dataclass(frozen=True, kw_only=True)
 class JudgePair:
-    """The last stage's judges of two records, on the ``images`` that both were asked about.
+    """Figures of the last stages' judges of two records, on the images that both judges were asked about.
 
     Attributes:
-        images: how many.
-        agreement: share of them with the same answer; no answer agrees with no answer.
-        first_accuracy: of the first's answers; none is wrong.
-        second_accuracy: of the second's.
+        images: number of these images.
+        agreement: share of them with the same answer. Two missing answers agree.
+        first_accuracy: share of right answers of the first judge. A missing answer is wrong.
+        second_accuracy: share of right answers of the second judge.
     """
 
     images: int
@@ -65,20 +65,20 @@ class JudgePair:
 
 @dataclass(frozen=True, kw_only=True)
 class Pair:
-    """Two records, image by image.
+    """The difference between two records of the same images.
 
     Attributes:
-        first: its name.
-        second: its name.
-        difference: the second's accuracy less the first's.
-        difference_interval: of it, the images being resampled in pairs.
-        only_first: images that only the first got right.
-        only_second: images that only the second got right.
-        p_value: how likely it is that these two counts are so far apart by chance, by McNemar's exact test.
-        p_value_holm: the same, adjusted for the number of pairs.
-        agreement: share of the images with the same prediction; an abstention agrees with an abstention.
-        kappa: Cohen's, the agreement beyond chance; None where both say one and the same of everything.
-        judges: None unless both judges were asked about some of the same images.
+        first: name of the first record.
+        second: name of the second record.
+        difference: accuracy of the second record minus accuracy of the first.
+        difference_interval: 95 % bootstrap interval of the difference, with paired images; None for a single image.
+        only_first: number of images that only the first record got right.
+        only_second: number of images that only the second record got right.
+        p_value: p-value of McNemar's exact test, that these two numbers differ only by chance.
+        p_value_holm: the p-value, adjusted for the number of pairs by Holm's method.
+        agreement: share of the images with the same prediction. Two abstentions agree.
+        kappa: Cohen's kappa, the agreement beyond chance; None if both records give one and the same label to every image.
+        judges: figures of the judges; None if no image was judged in both records.
     """
 
     first: str
@@ -96,7 +96,13 @@ class Pair:
 
 @dataclass(frozen=True, kw_only=True)
 class Disagreement:
-    """An image of which not all say the same: its truth, and by the name of the record each one's label, None for none."""
+    """An image on which the records disagree.
+
+    Attributes:
+        name: name of the image.
+        truth: its true label.
+        labels: predicted label by the name of the record; None for an abstention.
+    """
 
     name: str
     truth: str
@@ -105,15 +111,15 @@ class Disagreement:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """What R records of the same images tell beside each other.
+    """The comparison of R records of the same images.
 
     Attributes:
-        images: how many were compared.
-        unreadable: how many were left out, since not every run could read them.
-        runs: by the name of the record.
-        pairs: every two of them, in the order of the records.
-        agreement: R x R shares of the images with the same prediction, in the order of the records.
-        disagreements: in the order of the first record's images.
+        images: number of images compared.
+        unreadable: number of images left out, because not every run could read them.
+        runs: figures of each record, by its name.
+        pairs: all pairs of records, in the order of the records.
+        agreement: ``(R, R)`` shares of the images with the same prediction, in the order of the records.
+        disagreements: the images on which the records disagree, in the order of the first record.
     """
 
     images: int
@@ -129,35 +135,61 @@ class Comparison:
 
 
 def compare(records: Mapping[str, Record], *, seed: int = 0) -> Comparison:
-    """Compare runs over the same images, which need not be in the same order.
+    """Compare records of the same images. The images may be in any order.
 
     Args:
-        records: by name.
-        seed: of the resampling.
+        records: the records by name.
+        seed: seed of the bootstrap intervals.
 
     Raises:
-        DataError: if there are fewer than two, they are not of the same images, truths and label set, or no image could be read
-            in all of them.
+        DataError: if there are fewer than two records; if they differ in images, truths or label set; or if no image could be
+            read in all of them.
     """
     if len(records) < 2:
-        raise DataError("There is nothing to compare with.", hint="Give two records or more.")
+        raise DataError("A comparison needs at least two records.", hint="Give two or more records.")
     require_same({name: labelled(record) for name, record in records.items()})
     first, *_ = records.values()
     rows = {name: _aligned(record.names, first.names) for name, record in records.items()}
     readable = np.all([record.readable[rows[name]] for name, record in records.items()], axis=0)
     if not readable.any():
-        raise DataError("No image could be read in all of the runs.")
+        raise DataError("No image could be read in all of the runs.", hint="Compare runs over the same readable images.")
     rows = {name: each[readable] for name, each in rows.items()}
     own = np.flatnonzero(readable)
     truths = _named(first.labels, first.truths[own])
     said = np.array([_named(record.labels, record.predicted[rows[name]]) for name, record in records.items()])
     right = said == truths
-    agreement = (said[:, None] == said).mean(axis=2)
+    return Comparison(
+        images=len(own),
+        unreadable=len(first) - len(own),
+        runs={name: _figures(record, rows[name], right[number], seed) for number, (name, record) in enumerate(records.items())},
+        pairs=_pairs(records, rows, said, truths, seed),
+        agreement=tuple(map(tuple, (said[:, None] == said).mean(axis=2).tolist())),
+        disagreements=tuple(
+            Disagreement(
+                name=first.names[own[image]],
+                truth=str(truths[image]),
+                labels={name: str(label) or None for name, label in zip(records, said[:, image], strict=True)},
+            )
+            for image in np.flatnonzero((said != said[0]).any(axis=0))
+        ),
+    )
+
+
+def _pairs(
+    records: Mapping[str, Record], rows: Mapping[str, NDArray[np.intp]], said: Names, truths: Names, seed: int
+) -> tuple[Pair, ...]:
+    """All pairs of R records.
+
+    Args:
+        rows: the rows of the N images in each record.
+        said: ``(R, N)`` predictions.
+        truths: ``(N,)``.
+    """
+    names, right = [*records], said == truths
     two = list(combinations(range(len(records)), 2))
     counts = [(int((right[i] & ~right[j]).sum()), int((right[j] & ~right[i]).sum())) for i, j in two]
     p_values = [mcnemar(*each) for each in counts]
-    names = [*records]
-    pairs = tuple(
+    return tuple(
         Pair(
             first=names[i],
             second=names[j],
@@ -167,64 +199,53 @@ def compare(records: Mapping[str, Record], *, seed: int = 0) -> Comparison:
             only_second=only_second,
             p_value=p_value,
             p_value_holm=p_value_holm,
-            agreement=float(agreement[i, j]),
+            agreement=float((said[i] == said[j]).mean()),
             kappa=_kappa(said[i], said[j]),
             judges=_judges([(records[name], rows[name]) for name in (names[i], names[j])], truths),
         )
         for (i, j), (only_first, only_second), p_value, p_value_holm in zip(two, counts, p_values, holm(p_values), strict=True)
     )
-    return Comparison(
-        images=len(own),
-        unreadable=len(first) - len(own),
-        runs={name: _figures(record, rows[name], right[number], seed) for number, (name, record) in enumerate(records.items())},
-        pairs=pairs,
-        agreement=tuple(map(tuple, agreement.tolist())),
-        disagreements=tuple(
-            Disagreement(
-                name=first.names[own[image]],
-                truth=str(truths[image]),
-                labels={name: str(label) or None for name, label in zip(names, said[:, image], strict=True)},
-            )
-            for image in np.flatnonzero((said != said[0]).any(axis=0))
-        ),
-    )
 
 
 def labelled(record: Record) -> Labelled:
-    """What a record is of."""
+    """The label set, image names and truths of a record."""
     return record.labels, record.names, _named(record.labels, record.truths).tolist()
 
 
 def require_same(runs: Mapping[str, Labelled]) -> None:
-    """Refuse to compare what is not of the same images, truths and label set, in whatever order.
+    """Refuse runs that differ in their images, truths or labels. The order does not matter.
 
     Args:
-        runs: what each is of, by name.
+        runs: label set, image names and truths of each run, by its name.
 
     Raises:
-        DataError: naming the first that differs from the one before all others, in what, and of how many images.
+        DataError: if a run differs from the first run. The message names the run, the difference and the counts.
     """
     (name, (labels, images, truths)), *others = runs.items()
     for other, (its_labels, its_images, its_truths) in others:
         for what, mine, its in (
-            ("label set", labels.names, its_labels.names),
+            ("labels", labels.names, its_labels.names),
             ("images", images, its_images),
             ("truths", [*zip(images, truths, strict=True)], [*zip(its_images, its_truths, strict=True)]),
         ):
             missing, added = Counter(mine) - Counter(its), Counter(its) - Counter(mine)
             if missing or added:
                 raise DataError(
-                    f"{other!r} and {name!r} differ in their {what}: {missing.total()} of {len(mine)} are only in {name!r}, "
-                    f"{added.total()} of {len(its)} only in {other!r} (among them {next(iter(missing | added))!r}).",
+                    f"{other!r} and {name!r} have different {what}: {missing.total()} of {len(mine)} are only in {name!r}, "
+                    f"and {added.total()} of {len(its)} are only in {other!r}, for example {next(iter(missing | added))!r}.",
                     hint="Run both over the same data.",
                 )
 
 
 def mcnemar(only_first: int, only_second: int) -> float:
-    """The two-sided p-value of McNemar's exact test, from how many images only the one and only the other got right.
+    """The two-sided p-value of McNemar's exact test.
 
     Source: McNemar, "Note on the sampling error of the difference between correlated proportions or percentages",
-    Psychometrika 12, 1947; exact by the binomial distribution that it approximates.
+    Psychometrika 12, 1947. The test is exact: it uses the binomial distribution, which McNemar approximates.
+
+    Args:
+        only_first: number of images that only the first run got right.
+        only_second: number of images that only the second run got right.
     """
     from scipy.stats import binomtest
 
@@ -232,7 +253,9 @@ def mcnemar(only_first: int, only_second: int) -> float:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """P-values adjusted for there being P of them: the smallest times P, the next times P - 1, never falling, at most 1.
+    """P-values adjusted for their number P.
+
+    The smallest is multiplied by P, the next by P - 1, and so on. No result is smaller than the one before it, or larger than 1.
 
     Source: Holm, "A Simple Sequentially Rejective Multiple Test Procedure", Scandinavian Journal of Statistics 6, 1979.
     """
@@ -243,14 +266,14 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def _aligned(names: Sequence[str], order: Sequence[str]) -> NDArray[np.intp]:
-    """For each of N names in the order that is wanted, its row."""
+    """``(N,)`` rows in ``names`` of the names in ``order``."""
     rows = np.empty(len(names), dtype=np.intp)
     rows[sorted(range(len(order)), key=order.__getitem__)] = sorted(range(len(names)), key=names.__getitem__)
     return rows
 
 
 def _named(labels: LabelSet, columns: Columns) -> Names:
-    return np.array([*labels.names, ""])[columns]  # `NOBODY` is the last
+    return np.array([*labels.names, ""])[columns]  # `NOBODY` is -1, the last element
 
 
 def _figures(record: Record, rows: NDArray[np.intp], right: Bools, seed: int) -> RunFigures:

@@ -1,4 +1,4 @@
-"""Labelled data: images with what they truly show, from folders, tables and data sets of other libraries."""
+"""Labelled images from folders, tables and datasets of other libraries."""
 
 import csv
 from collections import Counter
@@ -17,15 +17,15 @@ from cascadevlm.base.labels import LabelSet, words
 from cascadevlm.base.tables import json_line, stored_image
 
 MOST_SHOWN = 5
-"""How many of each kind of problem are named; the rest are counted."""
+"""Number of cases of each problem that a message names. Further cases are only counted."""
 
 LONGEST_SHOWN = 80
-"""How much of a name is shown, in characters."""
+"""Largest number of characters of a name in a message."""
 
 
 @runtime_checkable
 class ImageDataset(Protocol):
-    """A dataset as torchvision has them: images with the number of their class, whose names are ``classes``."""
+    """A dataset in the form of torchvision: items are an image and its class number, and ``classes`` has the class names."""
 
     @property
     def classes(self) -> Sequence[str]: ...
@@ -37,7 +37,7 @@ class ImageDataset(Protocol):
 
 @runtime_checkable
 class HubDataset(Protocol):
-    """A ``datasets.Dataset`` with a column of images and one of classes."""
+    """A ``datasets.Dataset`` with a column of images and a column of classes."""
 
     @property
     def features(self) -> Mapping[str, object]: ...
@@ -47,7 +47,7 @@ class HubDataset(Protocol):
     def __getitem__(self, index: int, /) -> Mapping[str, object]: ...
 
     def cast_column(self, column: str, feature: object, /) -> "HubDataset":
-        """The same with a column read otherwise."""
+        """The same dataset; the column is read with another feature."""
 
 
 Source: TypeAlias = Path | ImageDataset | HubDataset | Mapping[str, HubDataset]
@@ -58,10 +58,10 @@ class Data:
     """N images with their true labels.
 
     Attributes:
-        images: read one at a time, when they are used.
-        names: of the images: paths where they are files.
-        truths: the name of the true label of each.
-        splits: which part of the data each belongs to; "" where the source does not say.
+        images: the N images. Each is read when it is used.
+        names: N names of the images; the paths of files.
+        truths: N names of the true labels.
+        splits: N names of the splits that the images belong to; "" if the source has no splits.
     """
 
     images: Sequence[ImageSource]
@@ -73,7 +73,7 @@ class Data:
         return len(self.truths)
 
     def take(self, rows: NDArray[np.intp]) -> "Data":
-        """Some of the images, in the order of the rows."""
+        """The images of these rows, in the order of the rows."""
         chosen = rows.tolist()
         names, truths, splits = (tuple(column[row] for row in chosen) for column in (self.names, self.truths, self.splits))
         return Data(images=_Read(self.images.__getitem__, chosen), names=names, truths=truths, splits=splits)
@@ -82,38 +82,39 @@ class Data:
         """The images of one split.
 
         Raises:
-            DataError: if there is none of that name.
+            DataError: if the data has no split with this name.
         """
         if name not in self.splits:
             known = sorted(set(self.splits) - {""})
-            raise DataError(f"There is no split {name!r} in the data.", hint=f"There are: {_few(known) or 'none'}.")
+            raise DataError(f"The data has no split {name!r}.", hint=f"Splits of the data: {_few(known) or 'none'}.")
         return self.take(np.flatnonzero(np.array(self.splits) == name))
 
     def subset(self, size: int, *, seed: int = 0) -> "Data":
-        """``size`` images at random, every class in its share, in the order of the data; all of them, where there are fewer."""
+        """``size`` random images with the class shares of the data, in the order of the data; all images if there are fewer."""
         return self if size >= len(self) else self.take(np.flatnonzero(stratified(self.truths, size, seed=seed)))
 
     def divide(self, share: float, *, seed: int = 0) -> "tuple[Data, Data]":
-        """A random share of the images, and the rest: every class in its share, in the order of the data.
+        """A random share of the images, and all other images. Both have the class shares and the order of the data.
 
         Raises:
             DataError: if the share is not between 0 and 1.
         """
         if not 0 <= share <= 1:
-            raise DataError(f"A share of the data is between 0 and 1, not {share!r}.")
+            raise DataError(f"A share of the data must be between 0 and 1, and is {share!r}.")
         first = stratified(self.truths, round(share * len(self)), seed=seed)
         return self.take(np.flatnonzero(first)), self.take(np.flatnonzero(~first))
 
 
 def stratified(truths: Sequence[str], size: int, *, seed: int) -> NDArray[np.bool_]:
-    """N booleans, ``size`` of them true, drawn at random from every class by its share (the method of largest remainders, equal
-    ones at random).
+    """``(N,)`` booleans, ``size`` of them true, drawn at random with the class shares of the truths.
+
+    The method of largest remainders gives the number per class. Equal remainders are ordered at random.
 
     Raises:
         DataError: if ``size`` is not between 0 and N.
     """
     if not 0 <= size <= len(truths):
-        raise DataError(f"Of {len(truths)} images, {size} cannot be drawn.")
+        raise DataError(f"{size} images cannot be drawn from {len(truths)}.")
     rng = np.random.default_rng(seed)
     kinds, of_kind, counts = np.unique(np.array(truths, dtype=str), return_inverse=True, return_counts=True)
     quotas, remainders = np.divmod(counts * size, max(len(truths), 1))
@@ -125,17 +126,22 @@ def stratified(truths: Sequence[str], size: int, *, seed: int) -> NDArray[np.boo
 
 
 def read_data(source: Source | str, labels: LabelSet) -> Data:
-    """Labelled data, checked as a whole.
+    """Read labelled images, and check all of them.
 
     Args:
-        source: a folder with a sub-folder for every class; a table (CSV, JSON lines or Parquet) with the columns ``path``
-            (relative to the table), ``label`` and, optionally, ``split``; a folder written by ``save_to_disk`` of ``datasets``;
-            a ``datasets.Dataset``, or several by the names of their splits; or a dataset as torchvision has them.
-        labels: the label set; truths may be given by name or alias.
+        source: one of these:
+
+            - a folder with one subfolder per class;
+            - a table (CSV, JSON lines or Parquet) with the columns ``path`` (relative to the table), ``label`` and, optionally,
+              ``split``;
+            - a folder written by ``save_to_disk`` of ``datasets``;
+            - a ``datasets.Dataset``, or a mapping of several by the names of their splits;
+            - a dataset in the form of torchvision.
+        labels: the label set. Truths may be names or aliases.
 
     Raises:
-        DataError: if that is no labelled data; naming, together, labels that are not in the label set, files that are missing
-            and images that are there twice.
+        DataError: if the source is not labelled data. One message names labels that are not in the label set, missing files, and
+            images that occur more than once.
     """
     if isinstance(source, str):
         source = Path(source)
@@ -146,8 +152,8 @@ def read_data(source: Source | str, labels: LabelSet) -> Data:
     elif isinstance(source, HubDataset | Mapping):
         data = _of_hub(source)
     else:
-        hint = "Give a folder, a table, a datasets.Dataset, or an object with classes, a length and (image, class number) items."
-        raise DataError(f"A {type(source).__name__} is no labelled data.", hint=hint)
+        hint = "Use a folder, a table, a datasets.Dataset, or an object with classes, a length and (image, class number) items."
+        raise DataError(f"An object of type {type(source).__name__} is not labelled data.", hint=hint)
     return _checked(data, labels)
 
 
@@ -175,14 +181,14 @@ def _of_files(files: Sequence[Path], truths: Sequence[str], splits: Sequence[str
 def _of_table(path: Path) -> Data:
     readers = {".csv": _csv_columns, ".jsonl": _jsonl_columns, ".parquet": _parquet_columns}
     if not path.is_file() or path.suffix.lower() not in readers:
-        raise DataError(f"{str(path)!r} is no table.", hint=f"Known are {', '.join(readers)}.")
+        raise DataError(f"{str(path)!r} is not a folder and not a table.", hint=f"Known tables: {', '.join(readers)}.")
     try:
         columns = readers[path.suffix.lower()](path)
-    except (OSError, ValueError, csv.Error) as exc:  # Arrow's and JSON's errors are ValueErrors
+    except (OSError, ValueError, csv.Error) as exc:  # errors of Arrow and JSON are ValueErrors
         raise DataError(f"{str(path)!r} cannot be read: {_shortened(str(exc).partition(chr(10))[0])}.") from exc
     for column in ("path", "label"):
         if column not in columns:
-            raise DataError(f"{str(path)!r} lacks the column {column!r}.", hint=f"It has: {_few([*columns]) or 'none'}.")
+            raise DataError(f"{str(path)!r} has no column {column!r}.", hint=f"Its columns: {_few([*columns]) or 'none'}.")
     files, truths = ([_text(value) for value in columns[name]] for name in ("path", "label"))
     splits = [_text(value) for value in columns.get("split", [None] * len(files))]
     return _of_files([path.parent / file for file in files], truths, splits)
@@ -204,7 +210,7 @@ def _jsonl_columns(path: Path) -> dict[str, list[object]]:
 def _json_object(line: str, number: int) -> dict[str, object]:
     row = json_line(line, number)
     if not isinstance(row, dict):
-        raise ValueError(f"line {number} is no JSON object")
+        raise ValueError(f"line {number} is not a JSON object")
     return row
 
 
@@ -213,7 +219,7 @@ def _parquet_columns(path: Path) -> dict[str, list[object]]:
 
     with pyarrow.parquet.ParquetFile(path) as file:
         columns: dict[str, list[object]] = {name: [] for name in file.schema_arrow.names}
-        wanted = [name for name in ("path", "label", "split") if name in columns]  # there may be images in the others
+        wanted = [name for name in ("path", "label", "split") if name in columns]  # other columns may contain images
         columns.update(file.read(columns=wanted).to_pydict())
         return columns
 
@@ -223,7 +229,7 @@ def _text(value: object) -> str:
 
 
 def _of_image_dataset(source: ImageDataset) -> Data:
-    samples = getattr(source, "samples", None)  # an ImageFolder's files: unlike its items, unreadable ones are no exceptions
+    samples = getattr(source, "samples", None)  # of an ImageFolder; its items raise for unreadable files
     if samples is not None:
         truths = [source.classes[number] for _, number in samples]
         return _of_files([Path(file) for file, _ in samples], truths, [""] * len(truths))
@@ -231,7 +237,7 @@ def _of_image_dataset(source: ImageDataset) -> Data:
     targets = getattr(source, "targets", None)  # the classes, without reading the images
     numbers = targets if targets is not None else [source[row][1] for row in rows]
     if rows and not isinstance(first := source[0][0], str | Path | bytes | Image.Image | np.ndarray):
-        raise DataError(f"The dataset's images are of the type {type(first).__name__}.", hint="Leave out its transform.")
+        raise DataError(f"The images of the dataset have the type {type(first).__name__}.", hint="Remove its transform.")
     return Data(
         images=_Read(lambda row: source[row][0], rows),
         names=tuple(f"#{row}" for row in rows),
@@ -244,7 +250,7 @@ def _of_hub(source: HubDataset | Mapping[str, HubDataset]) -> Data:
     if isinstance(source, HubDataset):
         return _of_hub_dataset(source, str(getattr(source, "split", None) or ""))
     if not all(isinstance(part, HubDataset) for part in source.values()):
-        raise DataError("The splits are no datasets of the package 'datasets'.")
+        raise DataError("The splits are not datasets of the package 'datasets'.")
     parts = [_of_hub_dataset(part, split) for split, part in source.items()]
     images = [(part.images, row) for part in parts for row in range(len(part))]
     return Data(
@@ -260,11 +266,13 @@ def _of_hub_dataset(source: HubDataset, split: str) -> Data:
     image = next((name for name, kind in kinds.items() if kind == "Image"), None)
     label = next((name for name, kind in kinds.items() if kind == "ClassLabel"), "label" if "label" in kinds else None)
     if image is None or label is None:
-        raise DataError("The dataset has no column of images or none of classes.", hint=f"It has: {_few([*kinds])}.")
+        raise DataError("The dataset has no column of images or no column of classes.", hint=f"Its columns: {_few([*kinds])}.")
     names = getattr(source.features[label], "names", None)
-    column = cast(Mapping[str, Sequence[object]], source)[label]  # a column is read without the images
+    column = cast(Mapping[str, Sequence[object]], source)[label]  # reads this column only
     truths = (names[value] if names and isinstance(value, int) and value >= 0 else _text(value) for value in column)
-    as_stored = cast(Callable[..., object], type(source.features[image]))(decode=False)  # unreadable ones are no exceptions
+    as_stored = cast(Callable[..., object], type(source.features[image]))(
+        decode=False
+    )  # decoding would raise for unreadable images
     stored = source.cast_column(image, as_stored)
     return Data(
         images=_Read(lambda row: stored_image(stored[row][image]), range(len(source))),
@@ -282,23 +290,23 @@ def _load_saved(path: Path) -> HubDataset | Mapping[str, HubDataset]:
     try:
         return cast(HubDataset, datasets.load_from_disk(str(path)))
     except (OSError, ValueError, KeyError, TypeError) as exc:
-        raise DataError(f"{str(path)!r} is no saved dataset: {_shortened(str(exc).partition(chr(10))[0])}.") from exc
+        raise DataError(f"{str(path)!r} is not a saved dataset: {_shortened(str(exc).partition(chr(10))[0])}.") from exc
 
 
 def _checked(data: Data, labels: LabelSet) -> Data:
-    """The data with truths by their names in the label set."""
+    """The data. Truths are replaced by their names in the label set."""
     if not len(data):
-        raise DataError("The data holds no images.", hint="A folder of data has a sub-folder for every class.")
+        raise DataError("The data contains no images.", hint="A folder of labelled images needs one subfolder per class.")
     known = {words(name): label.name for label in labels for name in (label.name, *label.aliases)}
     files = () if isinstance(data.images, _Read) else cast(Sequence[Path], data.images)
     problems = {
         "labels are not in the label set": sorted(truth for truth in set(data.truths) if words(truth) not in known),
         "files do not exist": [str(file) for file in dict.fromkeys(files) if not _is_file(file)],
-        "images are there more than once": [name for name, count in Counter(data.names).items() if count > 1],
+        "images occur more than once": [name for name, count in Counter(data.names).items() if count > 1],
     }
     found = [f"{len(cases)} {what} ({_few(cases)})" for what, cases in problems.items() if cases]
     if found:
-        raise DataError(f"The data does not hold together: {'; '.join(found)}.")
+        raise DataError(f"The labelled data has errors: {'; '.join(found)}.")
     truths = tuple(known[words(truth)] for truth in data.truths)
     return Data(images=data.images, names=data.names, truths=truths, splits=data.splits)
 
@@ -306,7 +314,7 @@ def _checked(data: Data, labels: LabelSet) -> Data:
 def _is_file(path: Path) -> bool:
     try:
         return path.is_file()
-    except OSError:  # a name longer than any file's
+    except OSError:  # a name that is too long for a file
         return False
 
 
@@ -321,7 +329,7 @@ def _shortened(text: str) -> str:
 
 
 class _Read(Sequence[ImageSource]):
-    """Images that are read when they are used, from the rows of another sequence."""
+    """Images from rows of another sequence. Each is read when it is used."""
 
     def __init__(self, read: Callable[[int], ImageSource], rows: Sequence[int]) -> None:
         self.read, self.rows = read, rows

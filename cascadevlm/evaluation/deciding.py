@@ -1,4 +1,4 @@
-"""A record as a calibration sees it: calibrated scores, and what scorer and judges say together."""
+"""Applies a calibration to a record: calibrated scores, and labels decided by scorer and judges together."""
 
 from collections.abc import Collection
 from dataclasses import replace
@@ -17,21 +17,21 @@ from cascadevlm.decision.judge_model import NONE_CHOSEN, Answers
 from cascadevlm.evaluation.record import Fused, Judged, Record
 
 BESIDE = "calibration.json"
-"""What the file is called in the folder of a record."""
+"""Name of the calibration's file in the folder of a record."""
 
 
 def calibration_beside(folder: Path) -> Calibration | None:
-    """The calibration that lies in a record's folder.
+    """The calibration in the folder of a record; None if there is none.
 
     Raises:
-        ConfigError: if there is a file of its name that is none.
+        ConfigError: if the file is not a calibration.
     """
     path = folder / BESIDE
     return read_calibration(path) if path.exists() else None
 
 
 def answers_of(judged: Judged) -> Answers:
-    """What a record's stage was shown and said, as a model of the judge takes it."""
+    """The candidates and answers of a stage of a record, in the form for a model of the judge."""
     answers = np.where(np.array(judged.outcomes, dtype=str) == "none", NONE_CHOSEN, judged.answers)
     return Answers(
         candidates=judged.candidates,
@@ -42,22 +42,25 @@ def answers_of(judged: Judged) -> Answers:
 
 
 def heard(judged: Judged) -> NDArray[np.bool_]:
-    """N: whether the judge was asked and what came of it says something; errors and spent budgets do not."""
+    """``(N,)`` booleans: the judge was asked, and the outcome is not an error and not a used-up budget."""
     return judged.asked & np.isin(judged.outcomes, ["answered", "none", "refused", "unparsed"])
 
 
 def decided(record: Record, calibration: Calibration) -> Record:
-    """The record as the decision layer sees it: calibrated scores, and what scorer and judges say together.
+    """The record with calibrated scores, and with labels decided by scorer and judges together.
 
-    Its measures are then those of calibrated probabilities; policies of gain can be tried on it. The candidates are those that
-    were shown, though a calibrated scorer might have shown others; of images that the judge was not asked about, those that are
-    likeliest, as many as in the longest list.
+    Measures of this record use calibrated probabilities, and gain policies can be applied to it. The candidates are those that
+    were shown, although a calibrated scorer might have shown others. For images without a question, the candidates are the most
+    probable labels, as many as in the longest list.
 
     Raises:
-        ConfigError: if the calibration is of another scorer, label set, number of stages, judge or prompt.
+        ConfigError: if the calibration was made for another scorer, label set, number of stages, judge or prompt.
     """
     if len(record.stages) != len(calibration.judges):
-        raise ConfigError(f"The calibration is of {len(calibration.judges)} judges, the record of {len(record.stages)}.")
+        raise ConfigError(
+            f"The calibration has {len(calibration.judges)} judges, and the record has {len(record.stages)}.",
+            hint="Use the calibration of this cascade.",
+        )
     scores = calibration.calibrated(record.scores)
     before = belief = scores.log_probs.astype(np.float64)
     for number, (judge, judged) in enumerate(zip(calibration.judges, record.stages, strict=True)):
@@ -85,31 +88,31 @@ def decided(record: Record, calibration: Calibration) -> Record:
 
 
 def held_out(record: Record, calibration: Calibration) -> Record:
-    """The record of the images that the calibration was not fitted on.
+    """The part of the record with the images that the calibration was not fitted on.
 
     Raises:
-        DataError: if there are none.
+        DataError: if the calibration was fitted on all images of the record.
     """
     rows = np.flatnonzero(~np.isin(images_of(record), calibration.fitted_on))
     if not len(rows):
-        raise DataError("The calibration was fitted on every image of the record.", hint="Evaluate on others.")
+        raise DataError("The calibration was fitted on every image of the record.", hint="Use a record of other images.")
     return record.take(rows)
 
 
 def images_of(record: Record) -> tuple[str, ...]:
-    """What tells the images of a record from others: digests, or their names in a record made of arrays."""
+    """Identifiers of the images of a record: their digests, or their names in a record made of arrays."""
     return record.digests or record.names
 
 
 def settings_of(record: Record, stage: int, names: Collection[str]) -> dict[str, JsonValue]:
-    """Some of a stage's settings, as the record's configuration has them; none of a record made of arrays."""
+    """The named settings of a stage from the record's configuration; empty for a record made of arrays."""
     stages = record.info.config.get("stage") if record.info else None
     settings = stages[stage] if isinstance(stages, list) else None
     return {name: settings[name] for name in names if name in settings} if isinstance(settings, dict) else {}
 
 
 def _shown_if_asked(shown: Columns, scores: Scores) -> Columns:
-    """N x K: what was shown; where nothing was, the likeliest labels."""
+    """``(N, K)`` columns of the candidates shown. Images without candidates get the most probable labels."""
     if not shown.shape[1]:
         return TopK().columns(scores)
     likeliest = TopK(k=shown.shape[1]).columns(scores)

@@ -1,8 +1,7 @@
-"""Metrics: how good a cascade, its scorer and its judge were, and what they took. Pure functions of arrays and of a `Record`.
+"""Metrics: accuracy, cost and time of a cascade, its scorer and its judge. Pure functions of arrays and of a `Record`.
 
-Columns are columns of the score matrix, as in `cascadevlm.evaluation.record`: a prediction of `NOBODY` is an abstention and
-never right.
-A figure that no image tells anything about is None, or NaN within an array; never 0.
+Columns are columns of the score matrix, as in `cascadevlm.evaluation.record`. A prediction of `NOBODY` is an abstention, which is
+never right. A figure without images to compute it from is None, or NaN in an array, but never 0.
 """
 
 from collections import Counter
@@ -19,13 +18,13 @@ from cascadevlm.base.types import Outcome
 from cascadevlm.evaluation.record import Judged, Record
 
 DEPTHS = (1, 2, 3, 5, 10, 20)
-"""The k of top-k recall that `evaluate` reports, as far as there are as many labels."""
+"""The values of k for which `evaluate` reports top-k recall. Values above the number of labels are left out."""
 
 BINS = 15
-"""Of the expected calibration error, as Guo et al. 2017 have it."""
+"""Number of bins of the expected calibration error, as in Guo et al. 2017."""
 
 BATCH_VALUES = 4_000_000
-"""How many resampled values are held at a time; more is slower and takes more memory."""
+"""Number of resampled values in memory at a time. A larger number is slower and takes more memory."""
 
 Bools: TypeAlias = NDArray[np.bool_]
 Values: TypeAlias = NDArray[np.floating] | NDArray[np.bool_]
@@ -35,17 +34,17 @@ Interval: TypeAlias = tuple[float, float]
 
 
 def mean(values: Values) -> float | None:
-    """Of N numbers or booleans; None if there are none."""
+    """The mean of N numbers or booleans; None if N is 0."""
     return float(values.mean()) if values.size else None
 
 
 def accuracy(predicted: Columns, truths: Columns) -> float | None:
-    """Share of N predictions that are the truth, from 0 to 1; abstentions are wrong."""
+    """Share of N predictions that are the truth, from 0 to 1. Abstentions are wrong. None if N is 0."""
     return mean(predicted == truths)
 
 
 def per_class_accuracy(predicted: Columns, truths: Columns, classes: int) -> NDArray[np.float64]:
-    """The recall of each class: C numbers from 0 to 1, NaN for a class that none of the N images is of."""
+    """``(C,)`` recalls of the classes, from 0 to 1; NaN for a class without images."""
     images = np.bincount(truths, minlength=classes)
     right = np.bincount(truths[predicted == truths], minlength=classes)
     shares: NDArray[np.float64] = np.divide(right, images, out=np.full(classes, np.nan), where=images > 0)
@@ -53,22 +52,23 @@ def per_class_accuracy(predicted: Columns, truths: Columns, classes: int) -> NDA
 
 
 def macro_average(per_class: NDArray[np.float64]) -> float | None:
-    """The unweighted mean over the classes that have a figure; of per-class accuracy, this is balanced accuracy."""
+    """The unweighted mean over the classes, without NaN. The macro average of the per-class accuracy is the balanced accuracy."""
     return mean(per_class[~np.isnan(per_class)])
 
 
 def top_k_recall(scores: NDArray[np.floating], truths: Columns, ks: Sequence[int]) -> dict[int, float | None]:
-    """How often the truth is among the k labels of the highest score: the ceiling of any cascade with k candidates.
+    """Share of the images whose truth is among the k labels with the highest scores, for several k.
 
-    Of equal scores the one in the earlier column ranks higher, as it does where candidates are chosen.
+    No cascade with k candidates can have a higher accuracy, if the judge chooses among these candidates. If scores are equal, the
+    earlier column ranks higher, as in the choice of candidates.
 
     Args:
-        scores: N x C, the higher the better.
-        truths: N columns.
-        ks: each from 1 to C.
+        scores: ``(N, C)`` scores; higher is better.
+        truths: ``(N,)`` columns.
+        ks: values of k, each from 1 to C.
 
     Returns:
-        for every k a share of the N images, from 0 to 1.
+        For every k, a share of the N images from 0 to 1; None if N is 0.
 
     Raises:
         ValueError: if a k is not from 1 to C.
@@ -83,29 +83,36 @@ def top_k_recall(scores: NDArray[np.floating], truths: Columns, ks: Sequence[int
 
 
 def coverage(candidates: Columns, truths: Columns) -> float | None:
-    """How often the truth is among the candidates: N x K columns, `NOBODY` beyond the last. A share of N, from 0 to 1."""
+    """Share of the images whose truth is among the candidates, from 0 to 1; None if N is 0.
+
+    Args:
+        candidates: ``(N, K)`` columns; `NOBODY` after the last candidate of an image.
+        truths: ``(N,)`` columns.
+    """
     return mean(covered_by(candidates, truths))
 
 
 def covered_by(candidates: Columns, truths: Columns) -> Bools:
-    """N: whether the truth is among the candidates."""
+    """``(N,)`` booleans: the truth is among the candidates."""
     covered: Bools = (candidates == truths[:, None]).any(axis=1)
     return covered
 
 
 def expected_calibration_error(confidences: NDArray[np.floating], right: Bools, *, bins: int = BINS) -> float | None:
-    """How far confidence is from accuracy: |mean confidence - accuracy| of every bin, weighted by its share of the images.
+    """The absolute difference of mean confidence and accuracy in a bin, averaged over bins by their numbers of images.
 
-    The bins are of equal width, each with its upper end and without its lower, except that the first holds 0 as well
-    (Naeini, Cooper and Hauskrecht, "Obtaining Well Calibrated Probabilities Using Bayesian Binning", AAAI 2015;
-    Guo, Pleiss, Sun and Weinberger, "On Calibration of Modern Neural Networks", ICML 2017, equations 2 to 5).
+    The bins have equal width. Each bin contains its upper end and not its lower end; the first bin also contains 0.
+
+    Sources: Naeini, Cooper and Hauskrecht, "Obtaining Well Calibrated Probabilities Using Bayesian Binning", AAAI 2015;
+    Guo, Pleiss, Sun and Weinberger, "On Calibration of Modern Neural Networks", ICML 2017, equations 2 to 5.
 
     Args:
-        confidences: N probabilities of the predicted labels, from 0 to 1.
-        right: N, whether the predicted label is the truth.
+        confidences: ``(N,)`` probabilities of the predicted labels, from 0 to 1.
+        right: ``(N,)`` booleans: the predicted label is the truth.
+        bins: number of bins.
 
     Returns:
-        a number from 0 (calibrated) to 1.
+        A number from 0 (calibrated) to 1; None if N is 0.
     """
     if not confidences.size:
         return None
@@ -115,19 +122,22 @@ def expected_calibration_error(confidences: NDArray[np.floating], right: Bools, 
 
 
 def latency_percentile(seconds: NDArray[np.float64], percent: float) -> float | None:
-    """A percentile (0 to 100, linearly interpolated) of the seconds that questions took; zeros, from the cache, do not count."""
+    """A percentile (0 to 100, linearly interpolated) of the seconds of questions.
+
+    Zeros are left out: they are answers from the cache. None if nothing remains.
+    """
     taken = seconds[seconds > 0]
     return float(np.percentile(taken, percent)) if taken.size else None
 
 
 def interval(values: Values, *, seed: int = 0, resamples: int = 1000) -> Interval | None:
-    """A 95 % confidence interval of the mean of N values, one an image: the bootstrap's percentile interval.
+    """A 95 % confidence interval of the mean of N values, one per image: the percentile interval of the bootstrap.
 
-    Memory is bounded whatever N is. From fewer than two values there is none.
+    The memory used does not grow with N. The result is None for fewer than two values.
 
     Source: Efron and Tibshirani, "An Introduction to the Bootstrap", 1993, chapter 13.
     """
-    from scipy import stats  # takes longer to import than a small record to evaluate
+    from scipy import stats  # the import takes longer than evaluating a small record
 
     if len(values) < 2:
         return None
@@ -138,16 +148,16 @@ def interval(values: Values, *, seed: int = 0, resamples: int = 1000) -> Interva
         batch=max(1, BATCH_VALUES // len(values)),
         vectorized=True,
         method="percentile",
-        random_state=np.random.default_rng(seed),  # called rng from scipy 1.15 on, which takes both
+        random_state=np.random.default_rng(seed),  # scipy from 1.15 calls it rng, and accepts both
     ).confidence_interval
     return float(found.low), float(found.high)
 
 
 def macro_interval(right: Bools, truths: Columns, *, seed: int = 0, resamples: int = 1000) -> Interval | None:
-    """As `interval`, of the macro average over classes; a class that a resample has no image of is left out of its average.
+    """A 95 % bootstrap interval of the macro average over classes; None for fewer than two images.
 
-    Images drawn with replacement differ only in their class and in being right or wrong, so that their counts are
-    multinomial: they are drawn directly, in 2 C numbers a resample instead of N.
+    A class without images in a resample is left out of the average of this resample. Resampled images differ only in their class
+    and in being right or wrong. So their counts are multinomial, and are drawn directly: 2 C numbers per resample instead of N.
     """
     if len(truths) < 2:
         return None
@@ -164,7 +174,7 @@ def macro_interval(right: Bools, truths: Columns, *, seed: int = 0, resamples: i
 
 
 def _macro_averages(cells: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Of R x 2 C counts of the wrong and the right of each class."""
+    """``(R,)`` macro averages, from ``(R, 2 C)`` counts: wrong and right images of each class in turn."""
     wrong, right = cells[:, ::2], cells[:, 1::2]
     images = wrong + right
     averages: NDArray[np.float64] = (right / np.maximum(images, 1)).sum(axis=1) / (images > 0).sum(axis=1)
@@ -173,7 +183,7 @@ def _macro_averages(cells: NDArray[np.int64]) -> NDArray[np.float64]:
 
 @dataclass(frozen=True, kw_only=True)
 class ClassEvaluation:
-    """Of the ``images`` of one class that could be read: the shares that scorer and cascade got right; None without images."""
+    """Accuracies on the readable images of one class; None without images."""
 
     images: int
     scorer_accuracy: float | None
@@ -182,43 +192,43 @@ class ClassEvaluation:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """What a record tells of a cascade.
+    """The figures of a cascade on the labelled images of a record.
 
-    All shares are from 0 to 1 and of the images that could be read. The judge's answer is the last label that any stage's
-    judge named; where it was asked and named none, it is wrong. Money and tokens are of the questions that were put, be it
-    to a judge or to the cache.
+    All shares are from 0 to 1, and of the images that could be read. The judge's answer is the last label that the judge of any
+    stage named. A judge that was asked and named no label is wrong. All intervals are 95 % bootstrap intervals. A figure is None
+    without images to compute it from.
 
     Attributes:
-        images: how many there are, with those that could not be read.
-        unreadable: how many could not be read.
-        scorer_accuracy: of the scorer's best label.
-        scorer_accuracy_interval: 95 % bootstrap, as all intervals.
-        cascade_accuracy: of the prediction; an abstention is wrong.
-        cascade_accuracy_interval: of it.
-        macro_accuracy: the cascade's accuracy, every class counted the same (balanced accuracy).
-        macro_accuracy_interval: of it.
-        top_k_recall: of the scorer, for every k: how often the truth is among its best k.
-        coverage: share of the images a judge was asked about whose truth was among the candidates it was last shown.
-        deferral_rate: share of the images escalated, whether the judge was then asked or the budget was spent.
-        scorer_accuracy_kept: on the images not escalated.
-        scorer_accuracy_escalated: on those escalated.
-        judge_accuracy_kept: on the images not escalated, if it is known from elsewhere what the judge says of them.
-        judge_accuracy_escalated: on those escalated that the judge was asked about.
-        judge_accuracy: on all that the judge is known to have been asked about, escalated or kept.
-        rescued: images that the cascade got right and the scorer wrong.
-        harmed: images that the scorer got right and the cascade wrong, be it by abstaining.
-        abstained: images read and left without a label.
+        images: number of images, including those that could not be read.
+        unreadable: number of images that could not be read.
+        scorer_accuracy: accuracy of the scorer's best label.
+        scorer_accuracy_interval: its interval.
+        cascade_accuracy: accuracy of the predictions. An abstention is wrong.
+        cascade_accuracy_interval: its interval.
+        macro_accuracy: mean accuracy of the classes with the cascade (balanced accuracy).
+        macro_accuracy_interval: its interval.
+        top_k_recall: for every k, the share of the images whose truth is among the scorer's k best labels.
+        coverage: share of the images with a question whose truth was among the candidates shown last.
+        deferral_rate: share of the images that were escalated. This includes images not asked about because of the budget.
+        scorer_accuracy_kept: accuracy of the scorer on images that were not escalated.
+        scorer_accuracy_escalated: accuracy of the scorer on escalated images.
+        judge_accuracy_kept: accuracy of the judge on images that were not escalated, if its answers are known from another run.
+        judge_accuracy_escalated: accuracy of the judge on escalated images that it was asked about.
+        judge_accuracy: accuracy of the judge on all images with a known answer, escalated or not.
+        rescued: number of images that the cascade got right and the scorer wrong.
+        harmed: number of images that the scorer got right and the cascade wrong. This includes abstentions.
+        abstained: number of readable images without a label.
         scorer_calibration_error: expected calibration error of the scorer's best label.
-        calibration_error: the same of the predictions that have a probability.
-        dollars: what the questions cost, answers from the cache at what they cost when they were asked.
-        dollars_per_thousand: the same for a thousand images.
-        paid_dollars: what this very run cost.
-        input_tokens: of the questions that were asked in this run; answers from the cache take none.
-        output_tokens: of the same.
-        latency_p50: median seconds of the questions that were asked in this run, not answered from the cache.
-        latency_p95: their 95th percentile.
-        outcomes: how many questions ended with each outcome; several to an image if there are several stages.
-        per_class: by the name of the class.
+        calibration_error: expected calibration error of the predictions that have a probability.
+        dollars: US dollars for all questions. An answer from the cache counts what it cost when it was asked.
+        dollars_per_thousand: these dollars per 1,000 readable images.
+        paid_dollars: US dollars paid in this run. Answers from the cache count 0.
+        input_tokens: tokens of the questions asked in this run. Answers from the cache count 0.
+        output_tokens: tokens of the answers in this run, in the same way.
+        latency_p50: median seconds of the questions asked in this run, without answers from the cache.
+        latency_p95: 95th percentile of these seconds.
+        outcomes: number of questions with each outcome. With several stages, an image can have several questions.
+        per_class: figures of each class by its name.
     """
 
     images: int
@@ -253,20 +263,20 @@ class Evaluation:
     per_class: dict[str, ClassEvaluation]
 
     def to_dict(self) -> dict[str, JsonValue]:
-        """The evaluation as JSON-serialisable data, as it reads back: intervals are lists, the k of recall are texts."""
+        """The evaluation as JSON-serialisable data. Intervals are lists, and the keys of ``top_k_recall`` are strings."""
         values = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
         recall: dict[str, JsonValue] = {str(k): share for k, share in self.top_k_recall.items()}
         return cast(dict[str, JsonValue], values) | {"top_k_recall": recall}
 
 
 def evaluate(record: Record, *, seed: int = 0, everything: Judged | None = None) -> Evaluation:
-    """Evaluate a run.
+    """Evaluate a record.
 
     Args:
-        record: of N images; without stages, of the scorer alone.
-        seed: of the resampling.
-        everything: what the judge said of images that were kept too, where it was asked about them in another run
-            (``--judge-all``), in the order of the record.
+        record: N labelled images. A record without stages has figures of the scorer alone.
+        seed: seed of the bootstrap intervals.
+        everything: the judge's answers in a run that asked about every image (``--judge-all``), in the order of the record.
+            Default: the judge's accuracy on kept images is not known.
     """
     readable = record.readable
     truths, scored, predicted = record.truths[readable], record.scored[readable], record.predicted[readable]
@@ -319,8 +329,8 @@ def evaluate(record: Record, *, seed: int = 0, everything: Judged | None = None)
 
 
 def _last_asked(record: Record) -> tuple[Bools, Bools, Columns, Bools]:
-    """Of the readable images, over all stages: whether escalated, whether a judge was asked, the last answer (as the cascade
-    concludes from it), and whether the candidates that were shown last held the truth."""
+    """Four ``(N,)`` arrays over the N readable images: escalated; a judge was asked; the last label that a judge named; the truth
+    was among the candidates shown last."""
     readable = record.readable
     truths = record.truths[readable]
     escalated, asked, covered = np.zeros((3, len(truths)), dtype=bool)

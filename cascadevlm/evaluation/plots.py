@@ -1,7 +1,7 @@
-"""Plots of records: each a function that gives a ``matplotlib.figure.Figure``, for its ``savefig`` to write as PNG or SVG.
+"""Plots of records. Each function returns a ``matplotlib.figure.Figure``; its ``savefig`` writes PNG or SVG.
 
-Nothing of pyplot is used, so that no figure is kept and no window opened. Colours are those of Okabe and Ito, "Color Universal
-Design", 2008, told apart with any colour vision; lines differ in their dashes as well.
+The plots do not use pyplot, so no figure stays in memory and no window opens. The colours are those of Okabe and Ito, "Color
+Universal Design", 2008, which readers with any colour vision can distinguish. Lines also differ in their dashes.
 """
 
 import textwrap
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FOREGROUND = "#23272f"
-"""Of axes and texts."""
+"""Colour of axes and texts."""
 
 BLUE, ORANGE, GREEN, PURPLE = "#0072b2", "#d55e00", "#009e73", "#cc79a7"
 
@@ -39,23 +39,23 @@ CURVES = {
     "gain": (FOREGROUND, "-"),
     "random": (FOREGROUND, (0, (1, 2))),
 }
-"""Colour and dashes of what `sweep` knows."""
+"""Colour and dashes of each ranking of `sweep`."""
 
 WIDTH = 4.8
-"""Of all figures, in inches."""
+"""Width of all figures, in inches."""
 
 MOST_CONFUSED = 12
-"""How many classes `confusion` shows."""
+"""Largest number of classes that `confusion` shows."""
 
 HISTOGRAM_BINS = 25
 
 
 def accuracy_deferral(record: Record) -> "Figure":
-    """Accuracy against the share of images escalated: every ranking of `sweep` and the run's own point.
+    """Accuracy against the share of escalated images, for every ranking of `sweep` and for the run.
 
-    Where the judge was not asked about everything, only the scorer alone and the run are known.
+    If the judge was not asked about every image, only the points of the scorer alone and of the run are shown.
     """
-    figure, axes = _figure("share of images escalated (%)", "accuracy (%)")
+    figure, axes = _figure("share of escalated images (%)", "accuracy (%)")
     swept, own = _swept(record), evaluate(as_configured(record))
     for curve in swept.curves if swept else ():
         _line(axes, curve.name, 100 * curve.deferral_rates, 100 * curve.accuracies, f" (area {curve.area:.3f})")
@@ -66,18 +66,18 @@ def accuracy_deferral(record: Record) -> "Figure":
 
 
 def decision_layer(record: Record, calibration: Calibration) -> "Figure":
-    """Accuracy against the share of images escalated, with a calibration and without, on the images it was not fitted on.
+    """Accuracy against the share of escalated images, with and without a calibration, on images that it was not fitted on.
 
     Raises:
-        DataError: if it was fitted on all of them, or the judge was not asked about everything.
+        DataError: if the calibration was fitted on all images, or the judge was not asked about every image.
     """
-    figure, axes = _figure("share of images escalated (%)", "accuracy (%)")
+    figure, axes = _figure("share of escalated images (%)", "accuracy (%)")
     rest = held_out(record, calibration)
     fused = sweep(decided(rest, calibration))
     for name, curve, what in (
-        ("entropy", sweep(rest).curve("entropy"), "entropy, the judge's word is final"),
-        ("gain", fused.curve("gain"), "gain, both opinions fused"),
-        ("oracle", fused.curve("oracle"), "oracle, both opinions fused"),
+        ("entropy", sweep(rest).curve("entropy"), "entropy, judge decides"),
+        ("gain", fused.curve("gain"), "gain, scorer and judge decide"),
+        ("oracle", fused.curve("oracle"), "oracle, scorer and judge decide"),
     ):
         colour, dashes = CURVES[name]
         label = f"{what} (area {curve.area:.3f})"
@@ -88,8 +88,8 @@ def decision_layer(record: Record, calibration: Calibration) -> "Figure":
 
 
 def accuracy_dollars(record: Record) -> "Figure":
-    """Accuracy against US dollars per thousand images; otherwise as `accuracy_deferral`."""
-    figure, axes = _figure("US dollars per thousand images", "accuracy (%)")
+    """Accuracy against US dollars per 1,000 images. In all else like `accuracy_deferral`."""
+    figure, axes = _figure("US dollars per 1,000 images", "accuracy (%)")
     swept, own = _swept(record), evaluate(as_configured(record))
     for curve in swept.curves if swept else ():
         _line(axes, curve.name, curve.dollars, 100 * curve.accuracies)
@@ -100,7 +100,7 @@ def accuracy_dollars(record: Record) -> "Figure":
 
 
 def _swept(record: Record) -> Sweep | None:
-    """The sweep of the record, where the judge was asked about everything."""
+    """The sweep of the record; None if the judge was not asked about every image."""
     known = record.stages and record.readable.any() and record.asked_everything
     return sweep(record) if known else None
 
@@ -119,11 +119,11 @@ def _points(
     *,
     scale: float = 100,
 ) -> None:
-    """The scorer alone, the judge on everything and the run, as far as they are known."""
+    """Points of the scorer alone, the judge on every image, and the run. Unknown points are left out."""
     scorer, own = accuracies
     points = [
         ("scorer alone", 0.0, scorer, "o"),
-        ("judge on everything", everything_cost, swept.judge_accuracy if swept else None, "s"),
+        ("judge on every image", everything_cost, swept.judge_accuracy if swept else None, "s"),
         ("this run", own_cost, own, "D"),
     ]
     for name, cost, accuracy, marker in points:
@@ -134,10 +134,13 @@ def _points(
 
 
 def runs(records: Mapping[str, Record]) -> "Figure":
-    """Several runs by name: accuracy with its 95 % interval against dollars, or, if all are free, against the share escalated."""
+    """Accuracy of several runs with 95 % intervals, against dollars per 1,000 images.
+
+    If no run cost anything, the accuracy is shown against the share of escalated images.
+    """
     evaluations = {name: evaluate(as_configured(record)) for name, record in records.items()}
     paid = any(each.dollars for each in evaluations.values())
-    figure, axes = _figure("US dollars per thousand images" if paid else "share of images escalated (%)", "accuracy (%)")
+    figure, axes = _figure("US dollars per 1,000 images" if paid else "share of escalated images (%)", "accuracy (%)")
     markers = "oDs^vP"
     for number, (name, each) in enumerate(evaluations.items()):
         cost = each.dollars_per_thousand if paid else 100 * (each.deferral_rate or 0)
@@ -154,12 +157,13 @@ def _interval(axes: "Axes", across: float, accuracy: float, ends: Interval | Non
     axes.plot([across, across], [100 * low, 100 * high], color=colour, linewidth=1.7)
     axes.plot(
         [across], [100 * accuracy], marker, color=colour, markersize=7, label=_plain(name.lstrip("_"), 60)
-    )  # matplotlib hides what begins so
+    )  # matplotlib hides labels that begin with "_"
 
 
 def reliability(record: Record) -> "Figure":
-    """Reliability diagram: accuracy against confidence, in bins sized by their images, of the scorer and of the final predictions
-    that have a probability.
+    """Reliability diagram: accuracy against confidence, for the scorer and for the final predictions that have a probability.
+
+    Each mark is a bin of confidences; its size shows the number of images.
 
     Source: Guo, Pleiss, Sun and Weinberger, "On Calibration of Modern Neural Networks", ICML 2017.
     """
@@ -194,7 +198,7 @@ def _reliability(
 
 
 def entropy_histogram(record: Record) -> "Figure":
-    """How sure the scorer was where it was right and where it was wrong, with the policies' thresholds on entropy."""
+    """Histogram of the entropy, for images that the scorer got right and wrong, with the policies' entropy thresholds."""
     from matplotlib.ticker import MaxNLocator
 
     figure, axes = _figure("entropy of the scorer's probabilities (0 certain, 1 uniform)", "images")
@@ -218,8 +222,11 @@ def entropy_histogram(record: Record) -> "Figure":
 
 
 def confidence(counts: Mapping[str, NDArray[np.int64]]) -> "Figure":
-    """How probable the labels of a run are: by who decided, how many images there are in each of `HISTOGRAM_BINS` equal parts of
-    0 to 1."""
+    """Histogram of the probabilities of the labels of a run, by who decided.
+
+    Args:
+        counts: by who decided, the number of images in each of `HISTOGRAM_BINS` equal parts of 0 to 1.
+    """
     from matplotlib.ticker import MaxNLocator
 
     figure, axes = _figure("probability of the label", "images")
@@ -237,7 +244,7 @@ def confidence(counts: Mapping[str, NDArray[np.int64]]) -> "Figure":
 
 
 def _thresholds(policy: Policy, classes: int) -> list[float]:
-    """Those on normalised entropy that a policy holds."""
+    """All thresholds of a policy on normalised entropy."""
     match policy:
         case EntropyAbove(threshold=threshold, unit="nats"):
             return [threshold / float(np.log(max(classes, 2)))]
@@ -247,7 +254,7 @@ def _thresholds(policy: Policy, classes: int) -> list[float]:
 
 
 def confused_classes(truths: Columns, predicted: Columns, most: int = MOST_CONFUSED) -> list[int]:
-    """The columns of the classes that are most often taken for one another: whole pairs, the most frequent first."""
+    """The columns of the classes that are confused most often, most frequent pair first. Both classes of a pair are included."""
     wrong = (predicted != truths) & (predicted != NOBODY)
     pairs = np.sort(np.stack([truths[wrong], predicted[wrong]], axis=1), axis=1)
     found, counts = np.unique(pairs, axis=0, return_counts=True)
@@ -260,7 +267,7 @@ def confused_classes(truths: Columns, predicted: Columns, most: int = MOST_CONFU
 
 
 def confusion(record: Record) -> "Figure":
-    """Counts of the final labels by truth, for the classes most often taken for one another; rows are truths."""
+    """Confusion matrix of the classes that are confused most often. Rows are truths, and columns are final labels."""
     from matplotlib.patches import Rectangle
 
     final = as_configured(record)
@@ -275,7 +282,7 @@ def confusion(record: Record) -> "Figure":
         axes.add_patch(Rectangle((column - 0.46, row - 0.46), 0.92, 0.92, facecolor=colour, alpha=alpha, linewidth=0))
         axes.text(column, row, f"{count:,}", ha="center", va="center", fontsize=8.5, color=FOREGROUND)
     if not size:
-        axes.text(0.5, 0.5, "No label was taken for another.", ha="center", color=FOREGROUND, transform=axes.transAxes)
+        axes.text(0.5, 0.5, "No class was confused with another.", ha="center", color=FOREGROUND, transform=axes.transAxes)
     names = [_plain(f"{number} {record.labels.names[column]}", 28, lines=2) for number, column in enumerate(classes, start=1)]
     axes.set_yticks(range(size), names, parse_math=False, fontsize=8)
     axes.set_xticks(range(size), [str(number) for number in range(1, size + 1)])
@@ -287,7 +294,7 @@ def confusion(record: Record) -> "Figure":
 
 
 def study(variants: Sequence[str], accuracies: Sequence[float], intervals: Sequence[Interval | None]) -> "Figure":
-    """The accuracy of each variant of a study with its 95 % interval, the first on top."""
+    """Accuracy of each variant of a study with its 95 % interval. The first variant is at the top."""
     figure, axes = _figure("accuracy (%)", "", height=1 + 0.27 * max(len(variants), 2))
     for row, (accuracy, ends) in enumerate(zip(accuracies, intervals, strict=True)):
         low, high = ends or (accuracy, accuracy)
@@ -315,7 +322,7 @@ def _figure(across: str, up: str, *, height: float = 3.7) -> "tuple[Figure, Axes
 
 
 def _legend(figure: "Figure", *, columns: int = 2) -> None:
-    """Below the axes, where it hides nothing."""
+    """Put the legend below the axes, where it covers nothing."""
     handles, labels = figure.axes[0].get_legend_handles_labels()
     legend = figure.legend(handles, labels, loc="outside lower left", ncols=columns, frameon=False, fontsize=8.5, columnspacing=1)
     for text in legend.get_texts():
@@ -324,5 +331,5 @@ def _legend(figure: "Figure", *, columns: int = 2) -> None:
 
 
 def _plain(text: str, width: int, *, lines: int = 1) -> str:
-    """Short enough to stand in a plot, in one or more lines."""
+    """The text, shortened to ``lines`` lines of ``width`` characters."""
     return "\n".join(textwrap.wrap(text, width, max_lines=lines, placeholder=" …"))

@@ -1,4 +1,4 @@
-"""What came of a study: its rows, their table for a terminal or a page, and its file."""
+"""The result of a study: its rows, its table for a terminal or a page, and its file."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,16 +11,18 @@ from cascadevlm.evaluation.metrics import Interval
 
 
 class Row(BaseModel):
-    """One variant of a study. Further figures stand beside the fields, by name; None if no image says anything about one.
+    """One variant of a study.
+
+    Further figures are extra fields. A figure is None if there are no images to compute it from.
 
     Attributes:
-        variant: its name.
+        variant: name of the variant.
         accuracy: share of right predictions among the images that could be read.
         interval: 95 % bootstrap interval of the accuracy.
         calls: number of questions that the policy asks.
-        dollars: their cost; an answer from the cache counts what it cost when it was asked.
-        seconds: the time that the judge took for them, one after the other; an answer from the cache counts as the mean of the
-            others. None if all answers came from the cache.
+        dollars: US dollars for these questions. An answer from the cache counts what it cost when it was asked.
+        seconds: sum of the judge's seconds for these questions. An answer from the cache counts as the mean of the other answers.
+            None if all answers came from the cache.
     """
 
     model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
@@ -35,7 +37,7 @@ class Row(BaseModel):
 
     @property
     def figures(self) -> Mapping[str, float | None]:
-        """The further figures."""
+        """The further figures by name."""
         return self.__pydantic_extra__
 
     def with_figures(self, **figures: float | None) -> "Row":
@@ -59,7 +61,10 @@ class Study(BaseModel):
 
     @property
     def table(self) -> list[list[str]]:
-        """Lines of cells; the first line and the first cell of each line are headings. The longer side goes down."""
+        """Lines of cells. The first line and the first cell of each line are headings.
+
+        Variants are lines or columns, so that the table has more lines than columns.
+        """
         known = ("accuracy", "interval", "calls", "dollars", "seconds")
         further = dict.fromkeys(name for row in self.rows for name in row.figures)
         columns = [
@@ -71,7 +76,7 @@ class Study(BaseModel):
 
 
 def read_studies(folder: Path) -> tuple[Study, ...]:
-    """The studies whose results are in a folder.
+    """The studies in a folder, from its files ``study-NAME.json``.
 
     Raises:
         DataError: if a result cannot be read.
@@ -82,7 +87,9 @@ def read_studies(folder: Path) -> tuple[Study, ...]:
             studies.append(Study.model_validate_json(file.read_bytes()))
         except (OSError, ValidationError) as exc:
             why = exc.errors()[0]["msg"] if isinstance(exc, ValidationError) else exc.strerror
-            raise DataError(f"{str(file)!r} is no result of a study: {why}.", hint="Make it again: cascadevlm study.") from exc
+            raise DataError(
+                f"{str(file)!r} is not the result of a study: {why}.", hint="Repeat the study: cascadevlm study."
+            ) from exc
     return tuple(studies)
 
 
@@ -91,7 +98,7 @@ def _heading(name: str) -> str:
 
 
 def _cell(name: str, value: float | Interval | None) -> str:
-    """A figure of a study as text, by the last word of its name. The default is a share. Empty if the figure is not known."""
+    """A figure of a study as text. The last word of its name decides the format; the default is percent. None gives ""."""
     if value is None:
         return ""
     if isinstance(value, tuple):

@@ -1,4 +1,4 @@
-"""Several cascades over the same labelled images: models are loaded once, images scored once, and no question is put twice."""
+"""Runs several cascades over the same labelled images. Models, scores and answers are shared."""
 
 import tempfile
 from collections.abc import Callable, Mapping
@@ -21,7 +21,10 @@ from cascadevlm.scorers.base import Scorer
 
 
 def sharing(cascades: Mapping[str, Cascade], configs: Mapping[str, Config]) -> dict[str, Cascade]:
-    """The cascades with equal models loaded once, and one store of verdicts: that of the first cascade, or one in memory."""
+    """The cascades with shared models and one shared store of verdicts.
+
+    The store is the one of the first cascade, or a store in memory if the first cascade has none.
+    """
     first = next(iter(cascades.values()), None)
     store = MemoryStore() if first is None or first.store is None else first.store
     scorers: dict[str, Scorer] = {}
@@ -49,22 +52,22 @@ def record_runs(
 ) -> dict[str, Record]:
     """Run every cascade over its labelled images.
 
-    Cascades with the same scorer and labels score the images once; the others replay the scores. A record of more than 1,000
-    labels does not hold all scores; then every cascade scores.
+    If several cascades have the same scorer and labels, only the first scores the images. The others use the recorded scores. A
+    record with more than 1,000 labels does not contain all scores, so every cascade scores the images then.
 
     Args:
-        cascades: by name; `sharing` makes them share models.
-        data: the images of each.
-        configs: what each cascade was built from, to be kept in its record.
-        folder: for the records, each in a folder of its name. None: the records are not kept.
-        progress: told every prediction.
+        cascades: the cascades by name. `sharing` makes them share models.
+        data: the images of each cascade, by its name.
+        configs: the configuration of each cascade, by its name. It is written to the record.
+        folder: folder for the records, one subfolder per name. None: the records are not kept.
+        progress: called with every prediction.
 
     Raises:
-        DataError: before anything is run, if the folder holds one of the records already.
+        DataError: if the folder contains one of the records already. This is checked before anything is run.
     """
     for name in cascades:
         if folder and (folder / name / "run.json").exists():
-            raise DataError(f"{str(folder / name)!r} holds a record already.", hint="Give another folder.")
+            raise DataError(f"{str(folder / name)!r} contains a record already.", hint="Choose another folder.")
     scored: dict[tuple[int, LabelSet], Path] = {}
     records = {}
     with nullcontext(folder) if folder else tempfile.TemporaryDirectory() as kept:

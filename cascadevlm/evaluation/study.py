@@ -1,13 +1,13 @@
-"""Studies: those of the CascadeVLM paper (Wei, Findings of EMNLP 2024, arXiv 2405.11301), on any labelled data and any models.
+"""The studies of the CascadeVLM paper (Wei, Findings of EMNLP 2024, arXiv 2405.11301), on any labelled data and any models.
 
-A study over images compares variants of the configuration of a cascade with one judge. The judge is asked about all images in
-every variant, so that the cascade with its policy and the judge on everything are figures of the same answers. Images are scored
-once and no question is put twice. Studies of a record ask nobody.
+A study over images compares variants of the configuration of a cascade with one judge. In every variant, the judge is asked about
+all images. So the figures of the cascade with its policy and those of the judge on every image use the same answers. Images are
+scored once, and each question is asked once. Studies of a record ask no judge.
 
 Raises:
-    InputError: if the cascade does not have one stage.
-    DataError: if a folder holds a record already, or no image can be read.
-    BudgetExhausted: if the budget does not suffice.
+    InputError: if the cascade does not have exactly one stage.
+    DataError: if a folder contains a record already, or no image can be read.
+    BudgetExhausted: if the budget is used up before all questions are asked.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -38,23 +38,23 @@ from cascadevlm.policies.base import PolicyLike
 from cascadevlm.policies.rules import Always, EntropyAbove
 
 KS = (1, 2, 3, 5, 10)
-"""How many candidates `study_candidates` tries, unless told otherwise."""
+"""Default numbers of candidates in `study_candidates`."""
 
 SHOTS = (0, 1, 2)
-"""How many exemplars a class `study_shots` tries, unless told otherwise."""
+"""Default numbers of exemplars per class in `study_shots`."""
 
 ORDERS: tuple[Order, ...] = ("ranked", "reversed", "shuffled")
 
 
 @dataclass(frozen=True, kw_only=True)
 class PositionBias:
-    """Where the judge's answers stood among the candidates, over the questions that it answered.
+    """Positions of the judge's answers in the lists of candidates, over the questions that it answered.
 
     Attributes:
-        chosen: K counts of the answers that stood first, second, …
-        true: K counts of the truths that stood there; where the truth was no candidate, it stood nowhere.
-        p_value: how probable counts at least as uneven are, were every position as likely (Pearson's chi-square test). It
-            tells of the judge only where the candidates were shuffled. None without answers, or with a single position.
+        chosen: ``(K,)`` numbers of answers at the first, second, … position.
+        true: ``(K,)`` numbers of truths at these positions. Truths that were not candidates are not counted.
+        p_value: probability of counts at least this uneven, if every position is equally probable (Pearson's chi-square test).
+            It shows a bias of the judge only if the candidates were shuffled. None without answers, or with one position.
     """
 
     chosen: NDArray[np.int64]
@@ -63,7 +63,7 @@ class PositionBias:
 
 
 def position_bias(record: Record) -> PositionBias:
-    """The position bias of a record's last judge."""
+    """The position bias of the last stage's judge in a record."""
     from scipy.stats import chisquare
 
     judged = record.judged
@@ -84,12 +84,12 @@ Progress = Callable[[Prediction], None]
 
 
 class Asking(TypedDict, total=False):
-    """How a study over images is run.
+    """Options of a study over images.
 
     Attributes:
-        folder: for the records, each in a folder of its variant's name. Default: the records are not kept.
-        begin: told, before anybody is asked, a cascade whose stages put all questions of the study.
-        progress: told every prediction.
+        folder: folder for the records, one subfolder per variant. Default: the records are not kept.
+        begin: called once before the first question, with a cascade whose stages ask all questions of the study.
+        progress: called with every prediction.
     """
 
     folder: Path | None
@@ -98,23 +98,26 @@ class Asking(TypedDict, total=False):
 
 
 Variants = Mapping[str, Mapping[str, JsonValue]]
-"""By name, what each variant changes in the configuration of the stage."""
+"""The changes of each variant in the configuration of the stage, by the name of the variant."""
 
 
 def study_candidates(cascade: Cascade, data: Data, *, config: Config, ks: Sequence[int] = KS, **asking: Unpack[Asking]) -> Study:
-    """The effect of k, the number of candidates; a k above the number of labels takes all labels."""
+    """The effect of k, the number of candidates. If k is larger than the number of labels, all labels are candidates."""
     rule = _stage_of(cascade).candidates
     numbers = sorted({min(k, len(cascade.labels)) for k in ks})
     variants: Variants = {f"k={k}": {"candidates": {"k": k, "order": rule.order, "seed": rule.seed}} for k in numbers}
     return Study(
         study="candidates",
-        question="How many candidates should the judge be offered?",
+        question="How many candidates should the judge see?",
         rows=_rows(_ask(variants, cascade, data, config, **asking), cascade.stages[0].policy),
     )
 
 
 def study_order(cascade: Cascade, data: Data, *, config: Config, **asking: Unpack[Asking]) -> Study:
-    """The effect of the order of the candidates, and the judge's position bias; shuffled with the seed of the candidates."""
+    """The effect of the order of the candidates, and the judge's position bias.
+
+    The seed of the candidates' configuration shuffles them.
+    """
     variants: Variants = {order: {"candidates.order": order} for order in ORDERS}
     records = _ask(variants, cascade, data, config, **asking)
     rows = [
@@ -123,17 +126,17 @@ def study_order(cascade: Cascade, data: Data, *, config: Config, **asking: Unpac
     ]
     return Study(
         study="order",
-        question="Does the order of the candidates matter, and does the judge favour a position?",
+        question="Does the order of the candidates matter, and does the judge prefer a position?",
         rows=tuple(rows),
         notes=(
-            "chosen_1 and true_1 are the shares of answers and of truths that stood first among the candidates, and so on.",
-            "p_value is the probability of positions chosen as unevenly by a judge without position bias (chi-square test).",
+            "chosen_1 is the share of answers that are the first candidate; true_1 is the share of truths there; and so on.",
+            "p_value is the probability that a judge without position bias chooses positions this unevenly (chi-square test).",
         ),
     )
 
 
 def study_reasoning(cascade: Cascade, data: Data, *, config: Config, **asking: Unpack[Asking]) -> Study:
-    """The effect of chain-of-thought: the prompt ``select_cot`` against ``select``."""
+    """The effect of chain-of-thought: compares the prompts ``select_cot`` and ``select``."""
     variants: Variants = {prompt: {"prompt": prompt, "support": None} for prompt in ("select", "select_cot")}
     return Study(
         study="reasoning",
@@ -151,13 +154,17 @@ def study_shots(
     shots: Sequence[int] = SHOTS,
     **asking: Unpack[Asking],
 ) -> Study:
-    """The effect of exemplars: the prompt ``select_fewshot`` with images of the folder ``support`` against ``select_cot``.
+    """The effect of exemplars: compares the prompt ``select_fewshot`` with ``select_cot``, which shows no exemplars.
+
+    Args:
+        support: folder of exemplars, with one subfolder per class.
+        shots: numbers of exemplars per class.
 
     Raises:
-        InputError: also if a number of exemplars is below 0, or the folder has no image of any label.
+        InputError: if a number of exemplars is negative, or the folder has no image of any label.
     """
     if min(shots) < 0:
-        raise InputError(f"A class cannot have {min(shots)} exemplars.", hint="Give numbers from 0 on.")
+        raise InputError(f"A class cannot have {min(shots)} exemplars.", hint="Use numbers of at least 0.")
     variants: Variants = {
         f"shots={number}": {"prompt": "select_fewshot", "support": {"folder": str(support), "shots": number}}
         if number
@@ -170,31 +177,34 @@ def study_shots(
     common = sum(digest in exemplars for digest in next(iter(records.values())).digests)
     return Study(
         study="shots",
-        question="Is the judge better if it is shown exemplars of the candidates?",
+        question="Is the judge better if it sees exemplars of the candidates?",
         rows=_rows(records, cascade.stages[0].policy),
-        notes=(f"{common} of the images are exemplars too, which flatters the judge.",) if common else (),
+        notes=(f"{common} of the images are also exemplars, which makes the judge look better than it is.",) if common else (),
     )
 
 
 def study_threshold(record: Record, *, thresholds: Sequence[float] | None = None) -> Study:
-    """The effect of the threshold of CascadeVLM's entropy gate, from a record where the judge was asked about everything.
+    """The effect of the threshold of CascadeVLM's entropy policy.
 
     Args:
-        thresholds: from 0 to 1; those that escalate 0, 5, … 100 % of the images, unless given.
+        record: a record with one judge that was asked about every image.
+        thresholds: thresholds from 0 to 1. Default: the thresholds that escalate 0, 5, …, 100 % of the images.
 
     Raises:
-        DataError: if it was not, or the record is not of one judge.
+        DataError: if the judge was not asked about every image, or the record does not have exactly one judge.
     """
     if thresholds is None:
         curve = sweep(record).curve("entropy")
         assert curve.thresholds is not None
         thresholds = np.unique(curve.thresholds[~np.isnan(curve.thresholds)].clip(0, 1)).tolist()
     rows = [_row(f"entropy > {t:.3g}", record, EntropyAbove(t), {"threshold": t}) for t in sorted(thresholds)]
-    return Study(study="threshold", question="From which entropy on should the judge be asked?", rows=tuple(rows))
+    return Study(study="threshold", question="Above which entropy should the judge be asked?", rows=tuple(rows))
 
 
 def study_errors(record: Record) -> Study:
-    """The split of the errors of the predictions, as `split_errors` has it; accuracies are without the errors of the row.
+    """The errors of the predictions by their causes, see `split_errors`.
+
+    The accuracy of a row is the accuracy if the errors of this row did not happen.
 
     Raises:
         DataError: if no image could be read.
@@ -218,20 +228,24 @@ def study_errors(record: Record) -> Study:
         )
     return Study(
         study="errors",
-        question="What are the errors of the cascade due to?",
+        question="What causes the errors of the cascade?",
         rows=tuple(rows),
         notes=(
             f"{errors} of {int(readable.sum())} predictions are wrong.",
-            "Accuracies are those without the errors of the row; calls and dollars are those spent on them.",
+            "The accuracy of a row is the accuracy without its errors. Calls and dollars are sums over these images.",
         ),
     )
 
 
 def split_errors(record: Record) -> dict[str, Bools]:
-    """Which of N predictions are wrong, by the first cause that holds; an image that could not be read is in none.
+    """``(N,)`` booleans per cause: the prediction is wrong for this cause. The first cause in this list that applies counts.
 
-    ``not escalated``: no judge was to be asked. ``truth not among the candidates``: of the last stage that it came to. ``no
-    answer``: of no judge, be it for none of these, a refusal, a failure or the budget. ``judge wrong``: what remains.
+    - ``not escalated``: the policy of no stage escalated the image.
+    - ``truth not among the candidates``: the candidates of the image's last stage did not contain the truth.
+    - ``no answer``: no judge named a label, for example because of a refusal, a failure or the budget.
+    - ``judge wrong``: all other errors.
+
+    Images that could not be read are in no group.
     """
     escalated, covered, answered = np.zeros((3, len(record)), dtype=bool)
     for stage in record.stages:
@@ -250,7 +264,9 @@ def split_errors(record: Record) -> dict[str, Bools]:
 
 def _stage_of(cascade: Cascade) -> Stage:
     if len(cascade.stages) != 1:
-        raise InputError(f"A study is of one judge; the cascade has {len(cascade.stages)}.", hint="Give it one [[stage]].")
+        raise InputError(
+            f"A study needs a cascade with one stage; this cascade has {len(cascade.stages)}.", hint="Configure one [[stage]]."
+        )
     return cascade.stages[0]
 
 
@@ -264,7 +280,7 @@ def _ask(
     begin: Begin = lambda cascade: None,
     progress: Progress = lambda prediction: None,
 ) -> dict[str, Record]:
-    """A record of each variant, its judge asked about everything."""
+    """The record of each variant. Its judge is asked about every image."""
     stage = _stage_of(cascade)
     configs = {
         name: config.altered({f"stage.0.{key}": value for key, value in changes.items()}) for name, changes in variants.items()
@@ -280,16 +296,20 @@ def _ask(
     for name, record in records.items():
         if lacking := int((record.readable & ~record.judged.asked).sum()):
             raise BudgetExhausted(
-                f"The budget is spent, and the judge was not asked about {lacking} images with {name}.",
-                hint="Raise budget.usd, or take fewer images with --limit; answers in the cache are not asked for again.",
+                f"The budget is used up, and the judge was not asked about {lacking} images in the variant {name}.",
+                hint="Raise budget.usd, or use fewer images with --limit. Answers in the cache are not paid for again.",
             )
     return records
 
 
 def _rows(records: Mapping[str, Record], policy: PolicyLike) -> tuple[Row, ...]:
-    """Of records where the judge was asked about everything: the cascade with its policy; as further figures, how often the truth
-    was among the candidates, how often the judge answered and how often its answer was right where it could be; and the cascade
-    that asks about everything, with the paired difference of its accuracy to the first record's."""
+    """One row per record, in which the judge was asked about every image.
+
+    The fields are figures of the cascade with its policy. Further figures are the shares of images whose truth was among the
+    candidates (``coverage``) and that the judge answered (``answered``), and its accuracy if the truth was among the candidates
+    (``judge_accuracy_covered``). Figures with ``judge_all`` are those of asking about every image. ``judge_all_difference`` is
+    this accuracy minus that of the first record on the same images.
+    """
     first = next(iter(records.values()))
     rows = []
     for name, record in records.items():
@@ -317,9 +337,9 @@ def _rows(records: Mapping[str, Record], policy: PolicyLike) -> tuple[Row, ...]:
 
 
 def _row(variant: str, record: Record, policy: PolicyLike, figures: Mapping[str, float | None]) -> Row:
-    """A policy on a record where the judge was asked about everything."""
+    """The row of a policy on a record in which the judge was asked about every image."""
     if len(record.stages) != 1:
-        raise DataError(f"A study is of one judge; the record has {len(record.stages)}.")
+        raise DataError(f"A study needs a record with one judge; this record has {len(record.stages)}.")
     _require_images(record)
     live = under(record, policy)
     asked, right = live.judged.asked, (live.predicted == record.truths)[record.readable]
@@ -335,11 +355,11 @@ def _row(variant: str, record: Record, policy: PolicyLike, figures: Mapping[str,
 
 def _require_images(record: Record) -> None:
     if not record.readable.any():
-        raise DataError("None of the images could be read.")
+        raise DataError("No image could be read.")
 
 
 def _total(values: NDArray[np.float64] | NDArray[np.int64], asked: Bools) -> float | None:
-    """The sum over the questions asked; those from the cache, which are zero, count as the mean of the others."""
+    """The sum over the questions asked. Zeros are answers from the cache, and count as the mean of the other values."""
     known = values[asked & (values > 0)]
     if known.size:
         return float(known.mean() * asked.sum())

@@ -1,6 +1,7 @@
-"""Policies tried on a record: what each would have got right, and what it would have cost, at every share of images escalated.
+"""Applies policies to a record: the accuracy and cost that each policy would have had, at every share of escalated images.
 
-Nothing is asked: a record that holds the judge's answer for every image (``evaluate --judge-all``) holds those of every policy.
+No judge is asked. A record with the judge's answer for every image (``evaluate --judge-all``) contains the answers that any
+policy needs.
 """
 
 from collections.abc import Mapping
@@ -17,30 +18,30 @@ from cascadevlm.policies import measures
 from cascadevlm.policies.base import PolicyLike, Spending, as_policy
 
 STEP = 0.05
-"""Between the shares of images escalated at which curves are given."""
+"""Distance between two points of a curve, as a share of escalated images."""
 
 MEASURES: Mapping[str, tuple[measures.Measure, int]] = {
     "entropy": (measures.entropy, 1),
     "margin": (measures.margin, -1),
     "top_probability": (measures.top_probability, -1),
 }
-"""By the name that policies call them; 1 where the judge is asked above the threshold, -1 where it is asked below."""
+"""Measures by their names in policies. 1: images above the threshold are escalated; -1: images below it."""
 
 Values = NDArray[np.float64]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Curve:
-    """One way of ranking images, from asking about none to asking about all.
+    """The accuracy and cost of one ranking of the images, at P shares of escalated images from 0 to 1.
 
     Attributes:
-        name: of the measure.
-        deferral_rates: P shares of images escalated, from 0 to 1.
-        accuracies: P.
-        dollars: P, per thousand images.
-        thresholds: P values of the measure that escalate so many, infinite at the ends, NaN where equal images cannot be told
-            apart; None where the ranking has none.
-        area: under accuracy against deferral rate, as the mean over the points.
+        name: name of the measure that ranks the images.
+        deferral_rates: ``(P,)`` shares of escalated images, from 0 to 1.
+        accuracies: ``(P,)`` accuracies, from 0 to 1.
+        dollars: ``(P,)`` US dollars per 1,000 images.
+        thresholds: ``(P,)`` thresholds of the measure that escalate these shares. They are infinite at the ends, and NaN if equal
+            values on both sides allow no threshold. None for rankings without a threshold.
+        area: area under accuracy against deferral rate, computed as the mean over the points.
     """
 
     name: str
@@ -51,7 +52,7 @@ class Curve:
     area: float
 
     def at(self, deferral_rate: float) -> float:
-        """The accuracy at a share of images escalated, between the points."""
+        """The accuracy at a share of escalated images, interpolated between the points."""
         return float(np.interp(deferral_rate, self.deferral_rates, self.accuracies))
 
     def to_dict(self) -> dict[str, JsonValue]:
@@ -60,7 +61,7 @@ class Curve:
 
 
 def _as_json(value: JsonValue | Values) -> JsonValue:
-    """Numbers that JSON does not know are null."""
+    """Lists in place of arrays. NaN and infinity, which JSON does not have, become null."""
     if not isinstance(value, np.ndarray):
         return value
     return [number if np.isfinite(number) else None for number in value.tolist()]
@@ -68,14 +69,16 @@ def _as_json(value: JsonValue | Values) -> JsonValue:
 
 @dataclass(frozen=True, kw_only=True)
 class Sweep:
-    """The curves of a record, with random escalation and an oracle that knows where the judge is right for comparison.
+    """The curves of one or several records.
+
+    For comparison there are two more curves per record: random escalation, and an oracle that knows when a question helps.
 
     Attributes:
-        scorer_accuracy: with nobody asked; of several records, the best one's.
-        judge_accuracy: with everything asked; of several records, the best one's.
-        curves: the oracle's, of each record, then the others by area, best first.
-        pareto: of all points of all curves but the oracle's, those that no other beats in both accuracy and dollars: name of the
-            curve, deferral rate, accuracy and dollars per thousand images, from the cheapest on.
+        scorer_accuracy: accuracy without any question. For several records, the best of them.
+        judge_accuracy: accuracy after a question about every image. For several records, the best of them.
+        curves: the oracles of all records first, then all other curves with decreasing area.
+        pareto: points of all curves except the oracles to which no other point is superior, cheapest first. Each has the name of
+            the curve, the deferral rate, the accuracy, and US dollars per 1,000 images.
     """
 
     scorer_accuracy: float
@@ -84,7 +87,7 @@ class Sweep:
     pareto: tuple[tuple[str, float, float, float], ...]
 
     def curve(self, name: str) -> Curve:
-        """The one of a name, in the sweep of one record."""
+        """The curve with this name, in the sweep of one record."""
         return next(curve for curve in self.curves if curve.name == name)
 
     def to_dict(self) -> dict[str, JsonValue]:
@@ -98,9 +101,10 @@ class Sweep:
 
 
 def final_answers(record: Record) -> Columns:
-    """N columns: what is concluded where the judge is asked.
+    """``(N,)`` columns of the final labels if the judge is asked about every image.
 
-    Its answer where it gave one, else the scorer's, or none in a record of a cascade that abstains; of fused opinions, theirs.
+    This is the judge's answer, or the fused label in a record with a calibration. If the judge gave no answer, it is the scorer's
+    label or the fused label; or no label, if the cascade abstains on failure.
     """
     answers = record.judged.answers
     otherwise = record.scored if record.fused is None else record.fused.labels
@@ -110,12 +114,12 @@ def final_answers(record: Record) -> Columns:
 
 
 def under(record: Record, policy: PolicyLike) -> Record:
-    """The record as it would be, had its last stage had this policy: questions that it would not have asked are left out.
+    """The record that this policy in the last stage would have made. Questions that the policy does not ask are left out.
 
-    A policy that depends on batches or keeps to a budget sees all images as one batch, and a call at its mean price.
+    A policy that depends on batches sees all images as one batch. A policy with a budget sees the mean price for every question.
 
     Raises:
-        DataError: if it would have asked what was not asked.
+        DataError: if the policy asks about images that the judge was not asked about.
     """
     judged = record.judged
     price = float(judged.dollars.sum() / max(judged.asked.sum(), 1))
@@ -125,7 +129,8 @@ def under(record: Record, policy: PolicyLike) -> Record:
     wanted[record.readable] = as_policy(policy).select(readable, Spending(prices=(price,) * len(readable), gain=gain))
     if lacking := int((wanted & ~judged.asked).sum()):
         raise DataError(
-            f"The policy {policy} asks about {lacking} images that the judge was not asked about.", hint="Use --judge-all."
+            f"The policy {policy} asks about {lacking} images that the judge was not asked about.",
+            hint="Make the record with: evaluate --judge-all.",
         )
     answers = np.where(wanted, judged.answers, NOBODY)
     predicted = np.where(wanted, final_answers(record), record.scored)
@@ -162,16 +167,16 @@ def _where(wanted: NDArray[np.bool_], texts: tuple[str, ...]) -> tuple[str, ...]
 
 
 def sweep(record: Record | Mapping[str, Record], *, steps: int = round(1 / STEP)) -> Sweep:
-    """Every measure over all its thresholds.
+    """The curves of every measure over all its thresholds.
 
     Args:
-        record: or several by name, of the same images: other candidates, prompts or judges; their curves are then called
-            "measure (name)".
-        steps: how many points a curve has beside its beginning.
+        record: a record, or several records of the same images by name, for example with other prompts or judges. With several
+            records, a curve is named "measure (name)".
+        steps: number of steps of a curve; it has one point more.
 
     Raises:
-        DataError: if a judge was not asked about every image that could be read, there is none, or several records are not of the
-            same images.
+        DataError: if a judge was not asked about every readable image, no image could be read, a record has no judge, or several
+            records have different images.
     """
     records = {"": record} if isinstance(record, Record) else record
     _require_same_images(records)
@@ -195,12 +200,12 @@ def _require_same_images(records: Mapping[str, Record]) -> None:
     for name, record in others:
         if record.names != reference.names or not np.array_equal(np.array(record.labels.names)[record.truths], truths):
             raise DataError(
-                f"The records {first!r} and {name!r} are not of the same images.", hint="Evaluate both on the same data."
+                f"The records {first!r} and {name!r} have different images or truths.", hint="Evaluate both on the same data."
             )
 
 
 def _curves(record: Record, steps: int) -> list[Curve]:
-    """The oracle's, the measures', and that of random escalation."""
+    """The curves of the oracle, of all measures, and of random escalation, in this order."""
     if not record.asked_everything:
         raise DataError("The judge was not asked about every image.", hint="Make the record with: evaluate --judge-all.")
     rows = np.flatnonzero(record.readable)

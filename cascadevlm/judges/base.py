@@ -1,11 +1,15 @@
-"""Judges look at an image and choose among candidates. Write one by subclassing `Judge` or, for models that run in this
-process, `LocalJudge`. What every judge wants (a cache, retries, repair) is a wrapper around the one method."""
+"""Judges look at an image and choose one of the candidates.
+
+A backend subclasses `Judge`. A backend whose model runs in this process subclasses `LocalJudge`. The features that all judges
+share, such as cache, retries and repair questions, are wrappers around `Judge.judge`.
+"""
 
 import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar
 
@@ -14,20 +18,42 @@ from pydantic import JsonValue
 from cascadevlm.base.errors import FatalError
 from cascadevlm.base.portable import Live, Portable
 from cascadevlm.base.types import Question, Usage, Verdict
-from cascadevlm.judges.prompt import after_thoughts, read_answer
+from cascadevlm.judges.answers import after_thoughts, read_answer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quote:
+    """The price of one question, before the question is asked.
+
+    Attributes:
+        worst_case: the most that one request can cost, in nanodollars.
+        usual_case: the expected cost of one request, in nanodollars; for estimates.
+        tokens: the most tokens, input and output together, that one request can take.
+    """
+
+    worst_case: int = 0
+    usual_case: int = 0
+    tokens: int = 0
+
+    def __add__(self, other: "Quote") -> "Quote":
+        return Quote(
+            worst_case=self.worst_case + other.worst_case,
+            usual_case=self.usual_case + other.usual_case,
+            tokens=self.tokens + other.tokens,
+        )
 
 
 class Judge(Portable, ABC):
-    """Answers questions. Constructors store parameters; models, clients and keys are looked up at first use.
+    """Answers questions. The constructor only stores parameters. Models, clients and keys are loaded at first use.
 
     Attributes:
-        spec: the spec string that names this judge, as in ``"hf_chat:aviary"``.
-        requires: distributions a backend needs beyond cascadevlm itself, as pip names them.
-        concurrency: how many questions it can well have in hand at once.
-        requests_per_minute: how many requests it may begin in a minute.
-        tokens_per_minute: how many tokens, in and out, they may take.
-        replays: whether it only gives again what was said before, at once and at no cost: its answers are not cached, and what
-            fails is not tried again. Not taken over by judges around it, which may ask others.
+        spec: the spec string that names this judge, for example ``"hf_chat:aviary"``.
+        requires: the distributions that the backend needs in addition to cascadevlm, by their names on PyPI.
+        concurrency: the number of questions that the judge can answer at the same time.
+        requests_per_minute: the most requests per minute. None: no limit.
+        tokens_per_minute: the most tokens per minute, input and output together. None: no limit.
+        replays: whether the judge only repeats recorded answers, immediately and without cost. Its answers are not cached, and
+            its errors are not retried. A wrapper does not copy this attribute, because a wrapper may ask other judges.
     """
 
     spec: str
@@ -39,7 +65,7 @@ class Judge(Portable, ABC):
 
     @property
     def costs_money(self) -> bool:
-        """Whether its answers are paid for.
+        """Whether answers cost money.
 
         Raises:
             BackendError: if the price is unknown.
@@ -51,43 +77,44 @@ class Judge(Portable, ABC):
         """Answer one question.
 
         Raises:
-            JudgeError: as `cascadevlm.base.errors` sorts them; never anything a caller could retry under another name.
+            JudgeError: if there is no answer. `cascadevlm.base.errors` defines which subclass applies.
         """
 
     def identity(self) -> Mapping[str, JsonValue]:
-        """All that changes an answer beside the question: spec, model revision, endpoint, decoding parameters."""
+        """Everything except the question that changes an answer: spec, model revision, endpoint, decoding parameters."""
         return {"judge": self.spec}
 
     def image_digest(self, question: Question) -> str:
-        """The digest of the image as this judge is sent it."""
+        """The digest of the image in the form in which this judge receives it."""
         return question.image_digest
 
-    def worst_case(self, question: Question) -> int:
-        """The most that one request for this question can cost, in nanodollars; nothing for local judges."""
-        return 0
+    def quote(self, question: Question) -> Quote:
+        """The price of one request for this question. A judge that charges nothing has only zeros in its quote.
 
-    def usual_case(self, question: Question) -> int:
-        """What one request for this question is expected to cost, in nanodollars; for estimates."""
-        return 0
-
-    def worst_case_tokens(self, question: Question) -> int:
-        """The most tokens, in and out, that one request for this question can take; counted against rate limits."""
-        return 0
+        Raises:
+            BackendError: if the price is unknown.
+            PermanentError: if the price is not known for a question of this length.
+        """
+        return Quote()
 
     async def prepare(self) -> None:
-        """Fail now if the judge cannot work at all: a missing key, a model that does not load. Once at the beginning of a run."""
+        """Get ready for a run. Called once at the beginning of a run.
+
+        Raises:
+            BackendError: if the judge cannot work at all, for example without a key or a model.
+        """
 
     async def aclose(self) -> None:
-        """Let go of connections; once at the end of a run."""
+        """Close connections. Called once at the end of a run."""
 
 
 _not_sent: "set[asyncio.Task[object] | None]" = set()
-"""The tasks that wait in `before_sending`."""
+"""The tasks that are inside `before_sending`."""
 
 
 @contextmanager
 def before_sending() -> Iterator[None]:
-    """Around all that a judge waits for before it sends a question: given up there, the question costs nothing."""
+    """A judge enters this context while it waits and has not sent the question yet. A question cancelled there costs nothing."""
     task = asyncio.current_task()
     _not_sent.add(task)
     try:
@@ -97,7 +124,7 @@ def before_sending() -> Iterator[None]:
 
 
 def is_sent(asking: "asyncio.Task[Verdict]") -> bool:
-    """Whether the question that a task asks may have been sent."""
+    """Whether a task may have sent its question."""
     return asking not in _not_sent
 
 
@@ -105,7 +132,7 @@ _Waiting = list[tuple[Question, "asyncio.Future[Verdict]"]]
 
 
 class LocalJudge(Judge):
-    """A judge whose model runs in this process: concurrent questions are gathered into batches, answered one after another.
+    """A judge whose model runs in this process. Concurrent questions form batches. One batch is answered at a time.
 
     Attributes:
         batch_size: the most questions in one batch.
@@ -121,16 +148,19 @@ class LocalJudge(Judge):
 
     @abstractmethod
     def judge_batch(self, questions: Sequence[Question]) -> list[Verdict]:
-        """Answer up to ``batch_size`` questions; each verdict is what the question alone would have got."""
+        """Answer up to ``batch_size`` questions: one verdict per question, in the same order.
+
+        A verdict must not depend on the other questions of the batch.
+        """
 
     @cached_property
     def _thread(self) -> ThreadPoolExecutor:
-        """Where the model runs, for every event loop: one batch at a time."""
+        """The thread of the model. All event loops share it, so that only one batch runs at a time."""
         return ThreadPoolExecutor(1, "judging")
 
     async def judge(self, question: Question) -> Verdict:
         loop = asyncio.get_running_loop()
-        if loop not in self._waiting:  # questions of two loops share no batch: neither could wake the other's
+        if loop not in self._waiting:  # one loop cannot wake the questions of another loop
             self._waiting[loop] = []
             worker = loop.create_task(self._work(loop))
             self._workers.add(worker)
@@ -148,7 +178,7 @@ class LocalJudge(Judge):
                 del waiting[: self.batch_size]
                 if wanted := [(question, answer) for question, answer in batch if not answer.done()]:
                     await self._answer(wanted)
-        except Exception as exc:  # a subclass that overrides what is ours: nobody may wait for ever
+        except Exception as exc:  # a subclass may override private methods; no question may wait for ever
             for _, answer in [*wanted, *waiting]:
                 if not answer.done():
                     answer.set_exception(exc)
@@ -160,10 +190,10 @@ class LocalJudge(Judge):
         try:
             verdicts = await asyncio.get_running_loop().run_in_executor(self._thread, self.judge_batch, questions)
             if len(verdicts) != len(questions):
-                told = f"{self.spec!r} has {len(verdicts)} verdicts on {len(questions)} questions."
-                raise FatalError(told, hint="Return one for each from judge_batch.")
+                message = f"judge_batch of {self.spec!r} returned {len(verdicts)} verdicts for {len(questions)} questions."
+                raise FatalError(message, hint="Return one verdict per question.")
         except Exception as exc:
-            if len(batch) > 1 and not isinstance(exc, FatalError):  # one bad question must not fail its neighbours
+            if len(batch) > 1 and not isinstance(exc, FatalError):  # one bad question must not fail the others
                 for single in batch:
                     await self._answer([single])
                 return
@@ -179,7 +209,7 @@ class LocalJudge(Judge):
 def verdict_from_text(
     text: str, question: Question, *, judge: str, usage: Usage, probabilities: Mapping[str, float] | None = None
 ) -> Verdict:
-    """The verdict that a judge's text is: ``answered``, ``none`` or ``unparsed``."""
+    """The verdict for a judge's text. Its outcome is ``"answered"``, ``"none"`` or ``"unparsed"``."""
     answer = read_answer(text, question)
     if answer is None:
         if not text.strip():
@@ -201,7 +231,7 @@ def verdict_from_text(
 
 
 class WrapperJudge(Judge):
-    """A judge around a judge; passes everything on. Subclasses override `judge`."""
+    """A judge that calls another judge for everything. Subclasses override `judge`."""
 
     def __init__(self, wrapped: Judge) -> None:
         self.wrapped = wrapped
@@ -223,14 +253,8 @@ class WrapperJudge(Judge):
     def image_digest(self, question: Question) -> str:
         return self.wrapped.image_digest(question)
 
-    def worst_case(self, question: Question) -> int:
-        return self.wrapped.worst_case(question)
-
-    def usual_case(self, question: Question) -> int:
-        return self.wrapped.usual_case(question)
-
-    def worst_case_tokens(self, question: Question) -> int:
-        return self.wrapped.worst_case_tokens(question)
+    def quote(self, question: Question) -> Quote:
+        return self.wrapped.quote(question)
 
     async def prepare(self) -> None:
         await self.wrapped.prepare()

@@ -1,6 +1,6 @@
-"""Money: a ledger that cannot be overdrawn, and the wrapper that asks it before every request.
+"""Money: a ledger that cannot be overdrawn, and a wrapper that reserves money in the ledger before every request.
 
-Amounts are whole nanodollars, so that sums are exact: a dollar per million tokens is 1,000 nanodollars a token.
+Amounts are whole numbers of nanodollars, so that sums are exact. One dollar per million tokens is 1,000 nanodollars per token.
 """
 
 import asyncio
@@ -21,17 +21,18 @@ from cascadevlm.base.types import NANODOLLARS, Question, Verdict
 from cascadevlm.judges.base import Judge, WrapperJudge, is_sent
 
 LAST_WORD = 0.5
-"""Seconds that a request has to end once its question is given up: after a wrong key, all others in flight fail too, unbilled."""
+"""Seconds that a sent request may still take after its question was cancelled. After a wrong key, for example, the other requests
+in flight fail as well, and this time shows that they are not billed."""
 
 
 class Ledger(Portable):
-    """What a run may spend, has spent, and has promised. Safe across tasks and threads.
+    """The cap of a run, the money spent, and the money reserved for requests in flight. Safe across tasks and threads.
 
-    A deep copy is the ledger itself, so that copies of a cascade spend the same money. A pickled ledger cannot be shared: what is
-    read from it may spend what was left when it was pickled.
+    ``copy.deepcopy`` returns the ledger itself, so that copies of a cascade spend the same money. A pickled ledger is a separate
+    ledger: it may spend the money that was left at the time of pickling.
 
     Args:
-        dollars: the cap; None for no cap.
+        dollars: the cap. None: no cap.
     """
 
     live: ClassVar[Live] = (("_lock", threading.Lock), ("_reserved", int), ("_standing", int), ("_waiting", list))
@@ -57,28 +58,34 @@ class Ledger(Portable):
 
     @property
     def reserved_dollars(self) -> float:
-        """Promised: to requests in flight, and standing."""
+        """Dollars reserved for requests in flight and for batches."""
         return self._reserved / NANODOLLARS
 
     async def reserve(self, nanodollars: int) -> None:
-        """Promise an amount, waiting while only promises to requests in flight stand in its way.
+        """Reserve an amount. If only requests in flight are in the way, wait until they end.
 
         Raises:
-            BudgetExhausted: if it would not fit even if all those came back unspent.
+            BudgetExhausted: if the amount would not fit even if all requests in flight cost nothing.
         """
         while (waiter := self._try_to_reserve(nanodollars, asyncio.get_running_loop())) is not None:
             await waiter
 
     def reserve_now(self, nanodollars: int) -> None:
-        """Promise an amount that stands until somebody else is done, so that nobody waits for it: to be settled as ``standing``.
+        """Reserve an amount for a batch, without waiting. Settle it with ``standing=True``.
+
+        Requests do not wait for the end of such a reservation, because a batch may take a day.
 
         Raises:
-            BudgetExhausted: if it does not fit beside what is promised already.
+            BudgetExhausted: if the amount does not fit now.
         """
         self._try_to_reserve(nanodollars, None)
 
     def _try_to_reserve(self, nanodollars: int, loop: asyncio.AbstractEventLoop | None) -> "asyncio.Future[None] | None":
-        """Promise an amount, or give a future of the loop that is done when money has come back."""
+        """Reserve an amount and return None; or return a future of the loop that is done when money was released.
+
+        Args:
+            loop: the event loop of a request. None: a standing reservation.
+        """
         with self._lock:
             if nanodollars == 0 or self.cap is None or self._spent + self._reserved + nanodollars <= self.cap:
                 self._change(reserved=nanodollars)
@@ -93,17 +100,17 @@ class Ledger(Portable):
             return self._waiting[-1][1]
 
     def settle(self, reserved: int, spent: int, *, standing: bool = False) -> None:
-        """Turn a promise into what it really cost, and let those who waited for it try again."""
+        """Replace a reservation by the real cost, and wake everyone who waits for money."""
         with self._lock:
             self._change(reserved=-reserved, spent=spent)
             self._standing -= reserved if standing else 0
             waiting, self._waiting = self._waiting, []
         for loop, waiter in waiting:
-            with suppress(RuntimeError):  # who waited gave up, and its loop is closed
+            with suppress(RuntimeError):  # the loop of a cancelled question may be closed
                 loop.call_soon_threadsafe(_wake, waiter)
 
     def _change(self, *, reserved: int, spent: int = 0) -> None:
-        """All that ever changes a ledger, in nanodollars; called with the lock held."""
+        """Change the ledger, in nanodollars. The only place that does; the caller holds the lock."""
         self._reserved += reserved
         self._spent += spent
 
@@ -114,24 +121,24 @@ def _wake(waiter: "asyncio.Future[None]") -> None:
 
 
 class _Change(BaseModel, strict=True):
-    """A line of a `DurableLedger`, in nanodollars."""
+    """One line of the file of a `DurableLedger`, in nanodollars."""
 
     reserved: int
     spent: NonNegativeInt
 
 
 class DurableLedger(Ledger):
-    """A ledger that writes down every promise and payment, and goes on from what is written.
+    """A ledger that writes every reservation and payment to a file, and continues from an existing file.
 
-    A promise that a killed process did not settle counts as spent: the question may have been answered and billed.
+    A reservation that a killed process did not settle counts as spent, because its request may have been answered and billed.
 
     Args:
-        dollars: the cap over all sessions; None for no cap.
-        path: of its file.
+        dollars: the cap over all sessions. None: no cap.
+        path: path of the file.
 
     Raises:
         DataError: if a line of the file is damaged.
-        RunError: if it cannot be written, now or later.
+        RunError: if the file cannot be written. Later calls raise it too.
     """
 
     def __init__(self, dollars: float | None, path: Path) -> None:
@@ -143,11 +150,11 @@ class DurableLedger(Ledger):
             self._file = path.open("a", encoding="utf-8")
 
     def sync(self) -> None:
-        """Make sure that what was written outlasts the machine."""
+        """Flush the file to the disk, so that a crash of the machine loses nothing."""
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """Write no more."""
+        """Close the file."""
         self._file.close()
 
     def _change(self, *, reserved: int, spent: int = 0) -> None:
@@ -159,22 +166,22 @@ class DurableLedger(Ledger):
 
 
 def line_of_ledger(*, reserved: int = 0, spent: int) -> str:
-    """A line of the file of a `DurableLedger`, in nanodollars, with its end."""
+    """One line of the file of a `DurableLedger`, in nanodollars, with its line break."""
     return json.dumps({"reserved": reserved, "spent": spent}) + "\n"
 
 
 def _sum(path: Path) -> int:
-    """What a ledger's file says is spent or promised."""
+    """Nanodollars that a ledger's file says are spent or reserved."""
     spent = reserved = 0
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
-            if not line.endswith(b"\n"):  # what is not ended did not happen
+            if not line.endswith(b"\n"):  # a line without an end was not written completely
                 break
             try:
                 change = _Change.model_validate_json(line)
                 spent, reserved = spent + change.spent, reserved + change.reserved
                 if reserved < 0:
-                    raise ValueError("more is settled than was promised")
+                    raise ValueError("more is settled than was reserved")
             except ValueError as exc:
                 hint = "Write into it what the provider billed, in nanodollars, as the other lines do, or take it out."
                 raise DataError(f"{str(path)!r}, line {number}, is damaged: what was spent is not known.", hint=hint) from exc
@@ -182,10 +189,10 @@ def _sum(path: Path) -> int:
 
 
 class Metered(WrapperJudge):
-    """Reserves the worst case before every request and settles with the bill after it.
+    """Reserves the worst case before every request, and settles with the bill after the request.
 
-    A request that broke off may have been served and billed all the same; it is counted as the worst case. A question that is
-    given up before its request was sent costs nothing.
+    A request that broke off counts as the worst case, because it may have been answered and billed. A question that is cancelled
+    before its request was sent costs nothing.
     """
 
     def __init__(self, wrapped: Judge, ledger: Ledger) -> None:
@@ -193,7 +200,7 @@ class Metered(WrapperJudge):
         self.ledger = ledger
 
     async def judge(self, question: Question) -> Verdict:
-        worst = self.wrapped.worst_case(question)
+        worst = self.wrapped.quote(question).worst_case
         await self.ledger.reserve(worst)
         asking = asyncio.create_task(self.wrapped.judge(question))
         sent = True
@@ -207,12 +214,12 @@ class Metered(WrapperJudge):
             await asyncio.wait({asking})
             raise
         finally:
-            asking.cancel()  # where the wait for its end was cancelled too
+            asking.cancel()  # the wait for its end may have been cancelled too
             self.ledger.settle(worst, _bill(asking, worst) if sent else 0)
 
 
 def _bill(asking: "asyncio.Task[Verdict]", worst: int) -> int:
-    """What a request cost, in nanodollars: the worst case where nobody knows."""
+    """Cost of a request in nanodollars. The worst case, if the cost is not known."""
     if not asking.done() or asking.cancelled():
         return worst
     exc = asking.exception()

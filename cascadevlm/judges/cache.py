@@ -1,4 +1,4 @@
-"""Answers that were paid for are kept: a store on disk, its keys, and the wrappers that use it."""
+"""The cache of answers: its keys, its stores in memory and on disk, and the wrappers that use a store."""
 
 import asyncio
 import hashlib
@@ -32,7 +32,7 @@ from cascadevlm.judges.prompt import answer_format, options, render
 SCHEMA_VERSION = 1
 
 ASKED_ELSEWHERE_SECONDS = 0.05
-"""How often is looked whether a question that another process asks is answered."""
+"""Seconds between two looks whether another process has answered a question."""
 
 if sys.platform != "win32":
     import fcntl
@@ -40,19 +40,19 @@ if sys.platform != "win32":
 Payload = dict[str, JsonValue]
 
 _LARGEST_ROW = 2**30
-"""Bytes; SQLite takes no larger ones. What is larger diskcache would keep in files."""
+"""Size of the largest row of SQLite in bytes. diskcache writes larger values to files."""
 
 _VERDICT = TypeAdapter(Verdict)
 _DAMAGE = (KeyError, TypeError, ValueError, OSError, RecursionError, zlib.error, sqlite3.DatabaseError)
 
 
 def default_cache_folder() -> Path:
-    """The platform's user cache directory, or ``$CASCADEVLM_CACHE_DIR``."""
+    """``$CASCADEVLM_CACHE_DIR``. Default: the user cache directory of the platform."""
     return Path(os.environ.get("CASCADEVLM_CACHE_DIR") or platformdirs.user_cache_dir("cascadevlm"))
 
 
 def question_payload(judge: Judge, question: Question) -> Payload:
-    """All that decides the answer to a question and nothing else."""
+    """Everything that determines the answer to a question, and nothing else."""
     messages: list[JsonValue] = [
         {"role": message.role, "parts": ["<image>" if isinstance(part, Image.Image) else part for part in message.parts]}
         for message in render(question)
@@ -72,35 +72,40 @@ def question_payload(judge: Judge, question: Question) -> Payload:
 
 
 def key_of(payload: Mapping[str, JsonValue]) -> str:
-    """sha256 of the canonical JSON, in hexadecimal."""
+    """sha256 of the payload's canonical JSON, in hexadecimal."""
     canonical = json.dumps(payload, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
 class VerdictStore(Portable, ABC):
-    """Keeps valid verdicts by the key of their question."""
+    """Keeps valid verdicts under the keys of their questions."""
 
     @abstractmethod
     def get(self, key: str) -> Verdict | None:
-        """The verdict stored under a key, if any."""
+        """The verdict stored under a key. None if there is none."""
 
     @asynccontextmanager
     async def asking(self, key: str) -> AsyncGenerator[None, None]:
-        """Around a question whose answer is not here: meanwhile, nobody else who shares the store asks it."""
+        """A context for asking a question that is not in the store. Everyone else who shares the store waits to ask it."""
         yield
 
     @abstractmethod
     def put(self, key: str, payload: Payload, verdict: Verdict) -> None:
-        """Store a verdict under its payload's key, see `key_of`.
+        """Store a verdict.
+
+        Args:
+            key: key of the question, see `key_of`.
+            payload: payload of the question, see `question_payload`.
+            verdict: the verdict.
 
         Raises:
-            ValueError: if it is not valid.
+            ValueError: if the verdict is not valid.
         """
 
 
 class _JSONRows(diskcache.JSONDisk):  # type: ignore[misc]
-    """Reads nothing but JSON that stands in a row. diskcache would also unpickle keys and values, and read and delete the file
-    that a row names."""
+    """Reads only JSON that is in the row itself. `diskcache.JSONDisk` would also unpickle keys and values, and would read and
+    delete the file that a row names."""
 
     def get(self, key: object, raw: int) -> object:
         if not raw:
@@ -117,8 +122,10 @@ class _JSONRows(diskcache.JSONDisk):  # type: ignore[misc]
 
 
 class Turns:
-    """Who asks which question, of the processes and event loops that share a folder: the locked bytes of a file. The operating
-    system frees those of a process that ends. Without such locks (on Windows, on some network file systems) all may ask at once.
+    """Decides which of the processes and event loops that share a folder asks a question: the one that locks a byte of a file.
+
+    The operating system releases the locks of a process that ends. Without such locks (on Windows and on some network file
+    systems), several processes may ask the same question.
     """
 
     def __init__(self, path: Path) -> None:
@@ -129,7 +136,7 @@ class Turns:
         self._taken: dict[str, object] = {}
 
     def take(self, key: str) -> bool:
-        """Whether the question is ours to ask."""
+        """Try to take the turn for a question. True if this caller has it now."""
         mine = object()
         if self._taken.setdefault(key, mine) is not mine:
             return False
@@ -139,12 +146,12 @@ class Turns:
             except (BlockingIOError, PermissionError):
                 del self._taken[key]
                 return False
-            except (OSError, ValueError):  # no such locks here, or no such file
+            except (OSError, ValueError):  # no locks on this file system, or no file
                 pass
         return True
 
     def give_back(self, key: str) -> None:
-        """Let others ask."""
+        """Release the turn for a question."""
         if sys.platform != "win32":
             with suppress(OSError, ValueError):
                 fcntl.lockf(self._file, fcntl.LOCK_UN, 1, _byte(key))
@@ -160,8 +167,8 @@ _looking_up_turns = threading.Lock()
 
 
 def turns_in(folder: Path) -> Turns:
-    """The turns of a folder, the same ones for every store in this process: the locks do not hold between threads, and a process
-    that closes the file once loses all of them."""
+    """The turns of a folder. All stores of this process share one object per folder, because the locks do not work between
+    threads, and because a process that closes the file loses all its locks."""
     path = folder.resolve() / "asking.lock"
     with _looking_up_turns:
         turns = _turns.get(path) or Turns(path)
@@ -170,10 +177,14 @@ def turns_in(folder: Path) -> Turns:
 
 
 class DiskStore(VerdictStore):
-    """A store in a folder: SQLite through diskcache, JSON only, nothing ever evicted. Safe across threads and processes.
+    """A store in a folder, in SQLite through diskcache. Its rows are JSON, and it never evicts a row. Safe across threads and
+    processes.
+
+    Args:
+        folder: the folder. Default: `default_cache_folder`.
 
     Warns:
-        RuntimeWarning: once, if something in it is damaged.
+        RuntimeWarning: at the first damaged row.
     """
 
     live: ClassVar[Live] = (("_opened", lambda: None), ("_turns", lambda: None))
@@ -210,7 +221,7 @@ class DiskStore(VerdictStore):
 
     @contextmanager
     def _usable(self) -> Iterator[None]:
-        """Raises BackendError, if the folder cannot be used or its tables are not as diskcache makes them."""
+        """Raises BackendError if the folder cannot be used, or if its tables are not those of diskcache."""
         try:
             yield
         except (*_DAMAGE, AttributeError, diskcache.Timeout) as exc:
@@ -218,7 +229,7 @@ class DiskStore(VerdictStore):
             raise BackendError(f"The cache folder {str(self.folder)!r} cannot be used: {exc}.", hint=hint) from exc
 
     def get(self, key: str) -> Verdict | None:
-        """The verdict stored under a key, if any; a damaged entry is none, to be overwritten."""
+        """The verdict stored under a key. None if there is none, or if it is damaged: the next `put` replaces it."""
         cache = self._cache
         try:
             entry = cache.get(key, retry=True)
@@ -227,8 +238,8 @@ class DiskStore(VerdictStore):
             if not self._warned:
                 self._warned = True
                 why = str(exc).partition("\n")[0]
-                told = f"The cache {str(self.folder)!r} is damaged ({why}): what cannot be read is asked again."
-                warnings.warn(f"{told} 'cascadevlm cache verify' lists it.", RuntimeWarning, stacklevel=2)
+                told = f"The cache {str(self.folder)!r} is damaged ({why}). Answers that cannot be read are asked again."
+                warnings.warn(f"{told} 'cascadevlm cache verify' lists them.", RuntimeWarning, stacklevel=2)
             return None
 
     def put(self, key: str, payload: Payload, verdict: Verdict) -> None:
@@ -241,23 +252,25 @@ class DiskStore(VerdictStore):
             return len(cache)
 
     def size(self) -> int:
-        """Bytes on disk."""
+        """Size on disk in bytes."""
         cache = self._cache
         with self._usable():
             return int(cache.volume())
 
     def clear(self) -> int:
-        """Forget everything; returns how many verdicts that were."""
+        """Delete all verdicts. Returns their number."""
         cache = self._cache
         with self._usable():
             return int(cache.clear())
 
     def damaged(self) -> Iterator[str]:
-        """The keys of entries that cannot be read, are no valid verdict or belong to another question; the number of the row,
-        where the key cannot be read. Last, what is wrong with the database itself."""
+        """The keys of damaged rows. Such a row cannot be read, holds no valid verdict, or belongs to another question.
+
+        If the key itself cannot be read, the number of the row stands for it. The last item describes the damage of the database.
+        """
         disk = self._cache.disk
         with closing(sqlite3.connect(self.folder / "cache.db")) as database:
-            database.text_factory = bytes  # texts need not be valid Unicode
+            database.text_factory = bytes  # damaged texts may not be valid Unicode
             try:
                 for number, key, raw, *stored in database.execute("SELECT rowid, key, raw, mode, filename, value FROM Cache"):
                     name = f"row {number}"
@@ -274,10 +287,10 @@ class DiskStore(VerdictStore):
 
 
 def _verdict_in(entry: dict[str, Payload], key: str) -> Verdict:
-    """The verdict of an entry.
+    """The verdict of a row.
 
     Raises:
-        KeyError, TypeError, ValueError, RecursionError: if it is no valid one, or belongs to another question.
+        KeyError, TypeError, ValueError, RecursionError: if the row holds no valid verdict, or belongs to another question.
     """
     verdict = _VERDICT.validate_python(entry["verdict"])
     if not verdict.valid or key_of(entry["payload"]) != key:
@@ -286,7 +299,7 @@ def _verdict_in(entry: dict[str, Payload], key: str) -> Verdict:
 
 
 class MemoryStore(VerdictStore):
-    """A store that ends with the process."""
+    """A store in memory."""
 
     def __init__(self) -> None:
         self.verdicts: dict[str, Verdict] = {}
@@ -305,7 +318,7 @@ def _require_valid(verdict: Verdict) -> None:
 
 
 class SingleFlight(WrapperJudge):
-    """Asks identical concurrent questions once. Who gives up waiting does not lose the answer for the others."""
+    """Asks identical concurrent questions once. If one caller is cancelled, the other callers still get the answer."""
 
     def __init__(self, wrapped: Judge) -> None:
         super().__init__(wrapped)
@@ -324,10 +337,10 @@ class SingleFlight(WrapperJudge):
     def _landed(self, key: str, task: asyncio.Task[Verdict]) -> None:
         self._in_flight.pop(key, None)
         if not task.cancelled():
-            task.exception()  # marks it as seen: whoever asked may have given up
+            task.exception()  # marks the exception as seen: all callers may be cancelled
 
     async def aclose(self) -> None:
-        """Give up what nobody waits for any more: it would be asked again and again after the run."""
+        """Cancel the questions in flight, so that their retries do not go on after the run."""
         tasks = list(self._in_flight.values())
         for task in tasks:
             task.cancel()
@@ -339,7 +352,8 @@ class SingleFlight(WrapperJudge):
 
 
 class Cached(SingleFlight):
-    """Looks into a store before asking and keeps valid answers there. What comes from it cost nothing and says what it saved."""
+    """Looks for the answer in a store before asking, and keeps valid answers there. An answer from the store costs nothing; its
+    usage holds the cost saved."""
 
     def __init__(self, wrapped: Judge, store: VerdictStore) -> None:
         super().__init__(wrapped)
@@ -349,18 +363,18 @@ class Cached(SingleFlight):
         if (stored := self.store.get(key)) is not None:
             return at_no_cost(stored)
         async with self.store.asking(key):
-            if (stored := self.store.get(key)) is not None:  # somebody else was asking it
+            if (stored := self.store.get(key)) is not None:  # somebody else asked it meanwhile
                 return at_no_cost(stored)
             verdict = await super()._ask(key, payload, question)
             if verdict.valid:
                 try:
                     self.store.put(key, payload, verdict)
-                except (OSError, sqlite3.Error, zlib.error) as exc:  # a full disk: the answer is paid for and counts all the same
+                except (OSError, sqlite3.Error, zlib.error) as exc:  # with a full disk, the answer is still valid and paid
                     warnings.warn(f"An answer could not be kept in the cache: {exc}", RuntimeWarning, stacklevel=2)
             return verdict
 
 
 def at_no_cost(verdict: Verdict) -> Verdict:
-    """A verdict given again: it costs nothing and says what it saved."""
+    """A repeated verdict: its usage has no cost and holds the cost saved."""
     spent = verdict.usage
     return replace(verdict, usage=Usage(cached=True, saved_dollars=spent.dollars + spent.saved_dollars))

@@ -1,5 +1,5 @@
-"""Judges made dependable, for as long as a cascade lives: what runs at the same time or one after another ask of the same judge
-keeps to one rate, and is asked once."""
+"""Dependable judges: a judge inside all wrappers. The runs of one cascade share them, so that all runs together keep one rate
+and ask an identical question once."""
 
 import asyncio
 from contextlib import AbstractAsyncContextManager
@@ -15,8 +15,15 @@ from cascadevlm.judges.voting import Repairing
 
 
 def dependable(judge: Judge, store: VerdictStore | None, ledger: Ledger) -> Judge:
-    """A judge that keeps to the budget and its rates, retries, stops in an outage, repairs, asks identical concurrent questions
-    once and, with a store, no question twice. One that replays is left as it is."""
+    """A judge inside all wrappers: budget, rates, retries, outage, repair questions and single flight.
+
+    A judge that replays is returned unchanged.
+
+    Args:
+        judge: the judge of a backend.
+        store: keeps answers, so that no question is asked twice. None: answers are not kept.
+        ledger: the budget.
+    """
     if judge.replays:
         return judge
     patient = Repairing(Reachable(Retrying(Paced(Metered(judge, ledger)))))
@@ -24,7 +31,7 @@ def dependable(judge: Judge, store: VerdictStore | None, ledger: Ledger) -> Judg
 
 
 class DependableJudges:
-    """Every judge, made dependable once for all runs in an event loop. Event loops share none: a rate then holds in each."""
+    """The dependable judges of a cascade: one per judge and event loop. Each event loop keeps the rates on its own."""
 
     def __init__(self, store: VerdictStore | None, ledger: Ledger) -> None:
         self.store = store
@@ -32,7 +39,7 @@ class DependableJudges:
         self._shared: PerLoop[dict[int, SharedJudge]] = PerLoop(dict)
 
     def of(self, judge: Judge) -> "SharedJudge":
-        """The judge, to be entered: dependable, and shared by all runs of the event loop that is running."""
+        """The dependable judge that all runs in the current event loop share. Enter it before use."""
         of_loop = self._shared.get()
         if id(judge) not in of_loop:
             of_loop[id(judge)] = SharedJudge(dependable(judge, self.store, self.ledger))
@@ -40,7 +47,7 @@ class DependableJudges:
 
 
 class SharedJudge(AbstractAsyncContextManager[Judge]):
-    """A dependable judge, made ready by the first that enters it and let go of by the last that leaves."""
+    """A dependable judge. The first run that enters prepares it, and the last run that leaves closes it."""
 
     def __init__(self, judge: Judge) -> None:
         self.judge = judge

@@ -1,4 +1,4 @@
-"""A judge that does not answer any more stops the run: failures by the thousand would look like a run that is done."""
+"""An outage of a judge stops the run, because a run with thousands of failures would look complete."""
 
 import asyncio
 
@@ -7,20 +7,19 @@ from cascadevlm.base.types import Question, Verdict
 from cascadevlm.judges.base import Judge, WrapperJudge
 
 FEWEST, MOST = 8, 20
-"""How many failures in a row are an outage: as many as are in flight, within these bounds. With fewer, a few images that a judge
-cannot cope with would stop every run over them."""
-
+"""Bounds of the number of consecutive failures that count as an outage. Within them, it is the number of questions in flight. A
+lower number would let a few difficult images stop a run."""
 
 PATIENCE = 0.5
-"""Seconds for which a question that failed is held where no other is under way: the next ones may just be on their way."""
+"""Seconds that a failed question waits if no other question is in flight. The next questions may arrive within this time."""
 
 
 class Reachable(WrapperJudge):
-    """Fails for good when question after question failed, in spite of retries, for a reason that should have passed.
+    """Raises FatalError after a series of consecutive failures, each in spite of retries, for reasons that should pass.
 
-    A question that failed is held until another one is answered, or for a while none is under way that could be: in an outage, no
-    image gets a failure for a verdict that only had to wait. Where fewer than `FEWEST` are in flight at once, those before the
-    last of so many do: they cannot be told from images that a judge cannot cope with.
+    A failed question waits until another question is answered, or until no other question has been in flight for `PATIENCE`.
+    So an outage does not turn images into failures that could be answered later. If fewer than `FEWEST` questions are in flight,
+    the first failures of the series do become failures of their images, because they may be caused by these images.
     """
 
     def __init__(self, wrapped: Judge) -> None:
@@ -44,9 +43,9 @@ class Reachable(WrapperJudge):
             await self._hold()
             if self._in_a_row >= self.most:
                 raise FatalError(
-                    f"The judge {self.spec!r} does not answer: the last {self._in_a_row} questions failed in spite of retries, "
-                    f"as in: {exc}",
-                    hint="What was answered is kept: once the judge is back, the same command goes on.",
+                    f"The judge {self.spec!r} does not answer. The last {self._in_a_row} questions failed in spite of retries. "
+                    f"The last error: {exc}",
+                    hint="The answers so far are kept. Run the same command again when the judge is back.",
                 ) from exc
             raise
         else:
@@ -57,7 +56,7 @@ class Reachable(WrapperJudge):
             self._watch()
 
     def _heard(self, word: Verdict | JudgeError) -> None:
-        """The judge is there, whatever it said; a question that was not asked for want of money says nothing."""
+        """Note that the judge responded. A question that was not sent because of the budget proves nothing."""
         if not isinstance(word, BudgetExhausted):
             self._in_a_row = 0
             self._let_go()
@@ -75,7 +74,7 @@ class Reachable(WrapperJudge):
             self._held.discard(waiting)
 
     def _watch(self) -> None:
-        """Have patience, from now on, if no question is under way but those that are held."""
+        """Start the timer if all questions in flight are held."""
         if self._patience is not None:
             self._patience.cancel()
         if 0 < len(self._held) == self._under_way:

@@ -1,4 +1,4 @@
-"""How many requests are in flight, and how many a minute."""
+"""Rates: the number of requests in flight, and requests and tokens per minute."""
 
 import asyncio
 import time
@@ -10,13 +10,15 @@ from cascadevlm.base.types import Question, Verdict
 from cascadevlm.judges.base import Judge, WrapperJudge
 
 TOKEN_BURST = 1 / 10
-"""The share of a minute's tokens that may be taken at once."""
+"""Share of the tokens per minute that may be used at once."""
 
 
 class Paced(WrapperJudge):
-    """Keeps between 1 and the judge's ``concurrency`` requests in flight: halved when the provider says it is too many, one more
-    for every round of successes (additive increase, multiplicative decrease; Chiu and Jain 1989). Keeps to the judge's requests
-    and tokens a minute, tokens by worst case."""
+    """Keeps between 1 and ``concurrency`` requests in flight, and keeps the judge's requests and tokens per minute.
+
+    The number in flight is halved when the provider reports too many requests, and grows by one after each round of successes
+    (additive increase, multiplicative decrease; Chiu and Jain 1989). Tokens are counted by their worst case.
+    """
 
     def __init__(self, wrapped: Judge) -> None:
         super().__init__(wrapped)
@@ -32,7 +34,7 @@ class Paced(WrapperJudge):
         if self._requests:
             await self._requests.acquire()
         if self._tokens:
-            wanted = float(self.wrapped.worst_case_tokens(question))
+            wanted = float(self.wrapped.quote(question).tokens)
             while wanted > 0:
                 share = min(wanted, self._tokens.max_rate)
                 await self._tokens.acquire(share)
@@ -46,7 +48,7 @@ class Paced(WrapperJudge):
             self.limit = min(self.concurrency, self.limit + 1 / self.limit)
             return verdict
         except RateLimited:
-            if began > self._decreased:  # the requests of one burst fail together and count once
+            if began > self._decreased:  # requests sent at the same time fail together and count once
                 self.limit = max(1.0, self.limit / 2)
                 self._decreased = time.monotonic()
             raise

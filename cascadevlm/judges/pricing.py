@@ -1,4 +1,4 @@
-"""What hosted models charge: the table in ``prices.toml``, and how images are counted in tokens."""
+"""Prices of hosted models: the table ``prices.toml``, and the rules that count images in tokens."""
 
 import math
 import re
@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 from cascadevlm.base.types import Usage
 
 NANODOLLARS_PER_TOKEN = 1_000
-"""At a dollar per million tokens."""
+"""Nanodollars per token at one dollar per million tokens."""
 
 
 class _Row(BaseModel):
@@ -22,25 +22,37 @@ class _Row(BaseModel):
 
 
 class Tiles(_Row):
-    """OpenAI's older rule: the image is fitted into 2048 x 2048, then to 768 on its shorter side, and cut into tiles of 512."""
+    """OpenAI's older rule. The image is shrunk to fit into 2048 x 2048. Then it is shrunk until its shorter side has 768 pixels.
+    Then it is cut into tiles of 512 x 512.
+
+    Attributes:
+        base: tokens per image.
+        tile: tokens per tile.
+    """
 
     rule: Literal["tiles"]
     base: int
     tile: int
 
     def tokens(self, width: int, height: int) -> int:
-        """Tokens of an image of so many pixels."""
+        """Tokens of an image of this size in pixels."""
         scale = min(1, 2048 / max(width, height))
         scale = min(scale, 768 / min(width, height))
         return self.base + self.tile * math.ceil(width * scale / 512) * math.ceil(height * scale / 512)
 
     def tokens_in_low_detail(self, width: int, height: int) -> int:
-        """Tokens of the image as a small copy of it, whatever its size."""
+        """Tokens of an image in low detail. They do not depend on the size."""
         return self.base
 
 
 class Patches(_Row):
-    """The rule of newer models: so many tokens a patch; a larger image is shrunk until it has no more than ``most``."""
+    """The rule of newer models. The image is cut into square patches. An image with too many patches is shrunk first.
+
+    Attributes:
+        size: side of a patch in pixels.
+        multiplier: tokens per patch.
+        most: the most patches of an image.
+    """
 
     rule: Literal["patches"]
     size: int
@@ -48,12 +60,12 @@ class Patches(_Row):
     most: int
 
     def tokens(self, width: int, height: int) -> int:
-        """Tokens of an image of so many pixels."""
+        """Tokens of an image of this size in pixels."""
         patches = math.ceil(width / self.size) * math.ceil(height / self.size)
         return math.ceil(min(patches, self.most) * self.multiplier)
 
     def tokens_in_low_detail(self, width: int, height: int) -> int:
-        """The most tokens of the image as a copy within 512 x 512."""
+        """The most tokens of an image in low detail. The image is shrunk to fit into 512 x 512."""
         return min(self.tokens(width, height), self.tokens(512, 512))
 
 
@@ -61,15 +73,17 @@ Dollars = Annotated[Decimal, Field(ge=0)]
 
 
 class Price(_Row):
-    """US dollars per million tokens.
+    """Price of a model.
 
     Attributes:
-        cached_input: of input read from the provider's prompt cache; as ``input``, unless given.
-        cache_write: of input written to it; as ``input``, unless given.
-        batch_discount: the share taken off in the provider's batch API.
-        image: how images are counted; None where no rule is published.
-        reasons: whether the model's own thoughts come on top of its answers.
-        input_limit: the most input tokens of a request for which the price holds.
+        input: US dollars per million input tokens.
+        output: US dollars per million output tokens.
+        cached_input: US dollars per million input tokens that are read from the provider's prompt cache. None: as ``input``.
+        cache_write: US dollars per million input tokens that are written to the provider's prompt cache. None: as ``input``.
+        batch_discount: discount of the provider's batch API, between 0 and 1.
+        image: the rule that counts images in tokens. None: no rule is published.
+        reasons: whether the model writes thoughts in addition to its answer.
+        input_limit: the price holds for requests with at most this number of input tokens. None: for all requests.
     """
 
     input: Dollars
@@ -82,7 +96,7 @@ class Price(_Row):
     input_limit: int | None = None
 
     def nanodollars(self, usage: Usage, *, batch: bool = False) -> int:
-        """The bill for these tokens, rounded up."""
+        """The cost of these tokens in nanodollars, rounded up."""
         fresh = usage.input_tokens - usage.cached_input_tokens - usage.cache_write_tokens
         return self._rounded_up(
             fresh * self.input
@@ -93,7 +107,7 @@ class Price(_Row):
         )
 
     def worst_case(self, input_tokens: int, output_tokens: int, *, batch: bool = False) -> int:
-        """The bill if all of the input is charged at the dearest of its prices."""
+        """The cost in nanodollars if all input tokens have the highest of the input prices, rounded up."""
         dearest = max(self.input, self.cached_input or self.input, self.cache_write or self.input)
         return self._rounded_up(input_tokens * dearest + output_tokens * self.output, batch)
 
@@ -105,7 +119,7 @@ FREE = Price(input=Decimal(0), output=Decimal(0))
 
 
 class PricedModel(_Row):
-    """A row of the table: what was read, when and where."""
+    """A row of the price table, with the date and the source of the price."""
 
     provider: str
     name: str
@@ -116,12 +130,15 @@ class PricedModel(_Row):
 
 @cache
 def price_table() -> tuple[PricedModel, ...]:
-    """All rows."""
+    """All rows of the price table."""
     text = (resources.files("cascadevlm.judges") / "prices.toml").read_text(encoding="utf-8")
     return TypeAdapter(tuple[PricedModel, ...]).validate_python(tomllib.loads(text, parse_float=Decimal)["model"])
 
 
 def find_price(provider: str, model: str) -> Price | None:
-    """The price of a model, or of the one that a dated snapshot (``gpt-4o-2024-08-06``) is of; None if the table has none."""
+    """The price of a model from the table. None if the table does not have the model.
+
+    A dated snapshot such as ``gpt-4o-2024-08-06`` has the price of its model.
+    """
     name = re.sub(r"-(\d{4}-\d{2}-\d{2}|\d{8})$", "", model)
     return next((row.price for row in price_table() if row.provider == provider and row.name == name), None)

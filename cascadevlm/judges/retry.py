@@ -1,4 +1,4 @@
-"""The one owner of waiting: the backend says what kind an error is, this says when to ask again."""
+"""Retries, in one place: a backend decides which kind an error is, and this module decides when to ask again."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -17,7 +17,7 @@ _BACKOFF = wait_random_exponential(multiplier=1, max=60)
 
 
 def wait_as_told(state: RetryCallState) -> float:
-    """Seconds to wait: what this very response said, else exponential with full jitter (Brooker 2015, AWS)."""
+    """Seconds to wait: the time that the response names. Default: exponential backoff with full jitter (Brooker 2015, AWS)."""
     error = state.outcome.exception() if state.outcome else None
     if isinstance(error, RateLimited) and error.retry_after is not None:
         return error.retry_after
@@ -25,7 +25,7 @@ def wait_as_told(state: RetryCallState) -> float:
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:
-    """Seconds to wait by a response's headers: ``retry-after-ms``, or ``retry-after``, seconds or a date (RFC 9110, 10.2.3)."""
+    """Seconds to wait according to the headers ``retry-after-ms`` and ``retry-after`` (RFC 9110, 10.2.3). None without them."""
     for name, units_per_second in (("retry-after-ms", 1000), ("retry-after", 1)):
         with suppress(KeyError, ValueError):
             if isfinite(seconds := float(headers[name]) / units_per_second):
@@ -36,8 +36,14 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
 
 
 def patient(*, attempts: int = 6, seconds: float = 300, wait: Callable[[RetryCallState], float] = wait_as_told) -> AsyncRetrying:
-    """Calls again after retryable errors, at most ``attempts`` times; between them, less than ``seconds`` go by in all. What a
-    call itself waits for, a turn or money, does not count: under a slow rate, no error would be worth a second attempt."""
+    """Repeats a call after retryable errors.
+
+    Args:
+        attempts: the most calls.
+        seconds: the most seconds between the calls, added up. The time inside a call does not count: a call may wait long for its
+            rate or its budget.
+        wait: decides the seconds before the next call.
+    """
     return AsyncRetrying(
         retry=retry_if_exception(lambda exc: isinstance(exc, CascadeError) and exc.retryable),
         stop=lambda state: state.attempt_number >= attempts or state.idle_for + state.upcoming_sleep >= seconds,
@@ -47,8 +53,10 @@ def patient(*, attempts: int = 6, seconds: float = 300, wait: Callable[[RetryCal
 
 
 class Retrying(WrapperJudge):
-    """Asks again after retryable errors: see `patient`. A provider that wants to be left alone for longer than ``seconds`` stops
-    the run: every further question would fail as this one did."""
+    """Asks again after retryable errors, see `patient`.
+
+    If the provider wants a pause of more than ``seconds``, the run stops, because all further questions would fail too.
+    """
 
     def __init__(
         self, wrapped: Judge, *, attempts: int = 6, seconds: float = 300, wait: Callable[[RetryCallState], float] = wait_as_told
@@ -60,19 +68,18 @@ class Retrying(WrapperJudge):
 
     async def judge(self, question: Question) -> Verdict:
         try:
-            return await self.wrapped.judge(question)  # without tenacity, which takes a tenth of a millisecond to begin
+            return await self.wrapped.judge(question)  # most succeed, and tenacity takes longer to begin than all other wrappers
         except CascadeError as exc:
-            failed = [exc]
-
-        async def ask() -> Verdict:
-            if failed:
-                raise failed.pop()
-            return await self.wrapped.judge(question)
-
+            first = exc
         try:
-            return await patient(attempts=self.attempts, seconds=self.seconds, wait=self.wait)(ask)
+            async for attempt in patient(attempts=self.attempts, seconds=self.seconds, wait=self.wait):
+                with attempt:
+                    if attempt.retry_state.attempt_number == 1:
+                        raise first
+                    return await self.wrapped.judge(question)
+            raise AssertionError("the last attempt returns or raises")
         except RateLimited as exc:
             if exc.retry_after is None or exc.retry_after < self.seconds:
                 raise
-            hint = "Answers so far are in the cache: run it again then."
-            raise FatalError(f"The provider wants no request for {exc.retry_after:.0f} seconds: {exc}", hint=hint) from exc
+            hint = "Run the same command after that time. The answers so far are in the cache."
+            raise FatalError(f"The provider accepts no request for {exc.retry_after:.0f} seconds: {exc}", hint=hint) from exc

@@ -1,4 +1,4 @@
-"""Support sets: a few labelled images a class, shown to a judge as exemplars."""
+"""Support sets: a few labelled images per class that a judge sees as exemplars."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -12,16 +12,21 @@ from cascadevlm.base.types import Candidate, Exemplar
 
 @dataclass(frozen=True)
 class SupportSet:
-    """Exemplars by the name of their label."""
+    """The exemplars of each label, by the label's name."""
 
     exemplars: Mapping[str, tuple[Exemplar, ...]]
 
     @classmethod
     def read(cls, folder: str | Path, labels: LabelSet, *, shots: int = 1) -> "SupportSet":
-        """The first ``shots`` images of every label that has a sub-folder of its name.
+        """A support set from a folder that has one sub-folder of images per label. The sub-folder has the name of the label.
+
+        Args:
+            folder: the folder.
+            labels: the label set. A label without a sub-folder has no exemplar.
+            shots: the most exemplars per label. The first images in the order of their names count.
 
         Raises:
-            InputError: if no label has any.
+            InputError: if no label has an image.
             ImageError: if one of the images cannot be read.
         """
         folder = Path(folder)
@@ -34,11 +39,11 @@ class SupportSet:
         }
         if not exemplars:
             raise InputError(
-                f"Support folder {str(folder)!r} has no image of any label.",
-                hint="Give it a sub-folder of images for each class, named as the class.",
+                f"The support folder {str(folder)!r} has no image of any label.",
+                hint="Put the images of each class into a sub-folder with the name of the class.",
             )
         return cls(exemplars)
 
     def of(self, candidates: Iterable[Candidate]) -> tuple[Exemplar, ...]:
-        """The exemplars of the candidates, in their order; a class without images has none."""
+        """The exemplars of the candidates, in the order of the candidates."""
         return tuple(exemplar for candidate in candidates for exemplar in self.exemplars.get(candidate.label.name, ()))

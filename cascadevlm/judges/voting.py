@@ -1,4 +1,4 @@
-"""Judges that ask more than once: a repair question after an unreadable answer, and votes over orders of the candidates."""
+"""Judges that ask more than once: repair questions after unreadable answers, and votes over orders of the candidates."""
 
 import asyncio
 from collections.abc import Sequence
@@ -6,14 +6,14 @@ from dataclasses import replace
 
 from cascadevlm.base.errors import BudgetExhausted, FatalError, JudgeError
 from cascadevlm.base.types import Question, Usage, Verdict
-from cascadevlm.judges.base import Judge, WrapperJudge
+from cascadevlm.judges.base import Judge, Quote, WrapperJudge
 
 MOST_REJECTED_TEXT = 4_000
-"""How much of a rejected answer, from its end, a judge is shown again, in characters."""
+"""The most characters of a rejected answer that a repair question shows. They are taken from the end of the answer."""
 
 
 class Repairing(WrapperJudge):
-    """Asks once more where an answer named no candidate, showing the judge its own words."""
+    """Asks a repair question if an answer names no candidate. The repair question shows the judge its own answer."""
 
     async def judge(self, question: Question) -> Verdict:
         first = await self.wrapped.judge(question)
@@ -30,16 +30,17 @@ class Repairing(WrapperJudge):
 
 
 class Voting(WrapperJudge):
-    """Asks several times, the candidates in another order each time, and takes the mean of what was said.
+    """Asks several times, each time with another order of the candidates, and takes the mean of the answers.
 
-    The orders are rotations, evenly spread, so that with as many votes as candidates each is shown at every place once: what a
-    judge has for a place averages out. The judge's own probabilities are averaged, or the shares of its answers; of equal
-    candidates the first shown wins. Votes that fail do not count, unless all do; where one is not asked for want of money, the
-    question is not answered: fewer orders than meant would say what a judge has for a place. What an image costs and how many can
-    be had at once is counted with all its votes.
+    The orders are evenly spaced rotations. With as many votes as candidates, each candidate is shown once at each position, so
+    that the judge's preference for a list position cancels out. The mean is over the judge's probabilities; without them, over
+    its answers. If two candidates are equal, the one shown first wins. A vote that fails does not count, unless all votes fail.
+    If the budget does not cover all votes, the question is not answered, because the preference for a position would not cancel
+    out. The quote, the concurrency and the rates are those of all votes together.
 
     Args:
-        votes: how often; at most once for every candidate.
+        wrapped: the judge.
+        votes: the number of votes; at most the number of candidates.
     """
 
     def __init__(self, wrapped: Judge, votes: int) -> None:
@@ -48,14 +49,8 @@ class Voting(WrapperJudge):
         self.concurrency = -(-wrapped.concurrency // votes)
         self.requests_per_minute = wrapped.requests_per_minute and wrapped.requests_per_minute / votes
 
-    def worst_case(self, question: Question) -> int:
-        return sum(map(self.wrapped.worst_case, self._orders(question)))
-
-    def usual_case(self, question: Question) -> int:
-        return sum(map(self.wrapped.usual_case, self._orders(question)))
-
-    def worst_case_tokens(self, question: Question) -> int:
-        return sum(map(self.wrapped.worst_case_tokens, self._orders(question)))
+    def quote(self, question: Question) -> Quote:
+        return sum(map(self.wrapped.quote, self._orders(question)), Quote())
 
     def _orders(self, question: Question) -> list[Question]:
         shown = question.candidates
@@ -76,8 +71,11 @@ class Voting(WrapperJudge):
 
 
 def _mean_verdict(names: Sequence[str], verdicts: Sequence[Verdict]) -> Verdict:
-    """The mean of several verdicts about the same candidates: "none of these" if more votes chose it than chose a candidate; else
-    the candidate with the highest mean probability; a verdict without an answer only if no vote holds one."""
+    """The mean of several verdicts on the same candidates.
+
+    The verdict is the candidate with the highest mean probability. It is "none of these" if more votes chose that than chose a
+    candidate. It is the first verdict if no vote has an answer.
+    """
     usage = sum((verdict.usage for verdict in verdicts), Usage())
     answered = [verdict for verdict in verdicts if verdict.outcome == "answered"]
     none = [verdict for verdict in verdicts if verdict.outcome == "none"]

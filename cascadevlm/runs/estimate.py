@@ -11,10 +11,10 @@ from scipy.stats import binomtest
 
 from cascadevlm.base.errors import ImageError, InputError
 from cascadevlm.base.images import ImageSource
-from cascadevlm.base.types import NANODOLLARS, Question, Scores
+from cascadevlm.base.types import NANODOLLARS, Scores
 from cascadevlm.cascade.cascade import Cascade
 from cascadevlm.cascade.stage import Stage
-from cascadevlm.judges.base import Judge
+from cascadevlm.judges.base import Judge, Quote
 from cascadevlm.policies.base import Selection, Spending, as_budgeted
 from cascadevlm.scorers.base import Prepared, joined, load_once, prepare_in, score_together
 
@@ -120,10 +120,11 @@ def _of_stage(stage: Stage, sample: _Sample, reached: Selection, kept: float) ->
         stage.question(prepared.unread, candidates)
         for prepared, candidates in zip(sample.readable, stage.candidates.choose(sample.scores), strict=True)
     ]
-    prices = _usual(judge, questions) if budgeted.policy.by_price else ()
+    quotes = [judge.quote(question) for question in questions]
+    prices = tuple(quote.usual_case / NANODOLLARS for quote in quotes) if budgeted.policy.by_price else ()
     escalated = reached & budgeted.policy.select(sample.scores, Spending(prices=prices, gain=stage.gain(sample.scores)))
     priced = escalated if escalated.any() else ~escalated  # if no image is escalated, all together say what a question costs
-    usual, worst, tokens = _mean_price(judge, list(compress(questions, priced)))
+    usual, worst, tokens = _means(list(compress(quotes, priced)))
     rate = float(escalated.sum() / sample.size) * kept
     interval = binomtest(int(escalated.sum()), sample.size).proportion_ci(method="wilson")
     most = min((limit.most_calls(usual, sample.total) / sample.total for limit in budgeted.limits), default=1.0)
@@ -160,16 +161,11 @@ def _scored(cascade: Cascade, images: Sequence[ImageSource]) -> tuple[list[Prepa
     return readable, scores
 
 
-def _usual(judge: Judge, questions: Sequence[Question]) -> tuple[float, ...]:
-    """Usual dollars of each question."""
-    return tuple(judge.usual_case(question) / NANODOLLARS for question in questions)
-
-
-def _mean_price(judge: Judge, questions: Sequence[Question]) -> tuple[float, float, float]:
-    """Mean of the usual dollars, of the most dollars and of the most tokens of the questions."""
-    worst = [(judge.worst_case(question) / NANODOLLARS, judge.worst_case_tokens(question)) for question in questions]
-    dollars, tokens = (float(mean) for mean in np.mean(worst, axis=0))
-    return float(np.mean(_usual(judge, questions))), dollars, tokens
+def _means(quotes: Sequence[Quote]) -> tuple[float, float, float]:
+    """The means of usual dollars, worst-case dollars and tokens."""
+    figures = [(quote.usual_case / NANODOLLARS, quote.worst_case / NANODOLLARS, quote.tokens) for quote in quotes]
+    usual, worst, tokens = (float(mean) for mean in np.mean(figures, axis=0))
+    return usual, worst, tokens
 
 
 def _minutes(judge: Judge, calls: int, tokens: float) -> float:

@@ -482,7 +482,7 @@ async def test_aviary_is_the_bundled_model(tiny: str, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("model", ["no/such-model", "/no/such/folder"])
 async def test_unknown_model_fails_early(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(BackendError, match=f"'{model}'.* Is the id right"):
+    with pytest.raises(BackendError, match=f"'{model}'.* Check the id"):
         await HfChatJudge(model, device="cpu").prepare()
 
 

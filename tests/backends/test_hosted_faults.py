@@ -81,7 +81,7 @@ async def test_what_comes_of_a_fault(kind: FaultKind, once: bool, make: Make, mo
             assert (prediction.decided_by == "judge") == (ends_as == "answered")
             assert bool(verdict.error) == (ends_as != "answered")
             stage = Stage(judge=judge, prompt=load_prompt("select"))
-            worst = judge.worst_case(stage.question(noise(1), prediction.candidates))
+            worst = judge.quote(stage.question(noise(1), prediction.candidates)).worst_case
             assert worst > BILL
             assert ledger._spent == sum(worst if amount == WORST else int(amount) for amount in counted)
             assert verdict.usage.dollars == pytest.approx(counted.count(BILL) * BILL / NANODOLLARS)
@@ -138,7 +138,7 @@ def test_nothing_is_asked_after_the_run(make: Make) -> None:
 @pytest.mark.parametrize(
     ("fault", "words"),
     [
-        (Fault("body", body="<html><title>Sign in</title></html>"), r"no JSON: 'Sign in'\. Is base_url right\?"),
+        (Fault("body", body="<html><title>Sign in</title></html>"), r"not JSON: 'Sign in'\. Check base_url\."),
         (Fault("body", body={"error": {"message": "Upstream is overloaded", "code": 502}}), "Upstream is overloaded"),
         (Fault("body", body={"error": "boom"}), "boom"),
     ],
@@ -146,7 +146,7 @@ def test_nothing_is_asked_after_the_run(make: Make) -> None:
 def test_an_endpoint_that_gives_no_answers_stops_the_run(fault: Fault, words: str, make: Make) -> None:
     """After the usual number of failures, in its own words; what it does not bill is not booked."""
     ledger = Ledger()
-    with JudgeServer(faults=always(fault)) as server, pytest.raises(FatalError, match=f"does not answer: .*{words}"):
+    with JudgeServer(faults=always(fault)) as server, pytest.raises(FatalError, match=f"does not answer\\. .*{words}"):
         cascade(make(server, concurrency=8), ledger=ledger).classify(images(30))
     assert len(server.requests) <= 8 * 6 + 6
     assert ledger._spent == 0
@@ -189,7 +189,7 @@ def test_a_malformed_key_is_told_at_once(key: str, make: Make, monkeypatch: pyte
         monkeypatch.setenv(name, key)
     with (
         JudgeServer() as server,
-        pytest.raises(BackendError, match=r"The key of .* holds .*_API_KEY without spaces around it") as caught,
+        pytest.raises(BackendError, match=r"The key of .* has .*_API_KEY without line breaks") as caught,
     ):
         cascade(make(server)).classify(images(3))
     assert server.requests == []

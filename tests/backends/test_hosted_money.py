@@ -85,7 +85,7 @@ def till() -> Iterator[Till]:
 @given(st.data())
 def test_no_report_lets_the_ledger_fall_or_pass_the_cap(till: Till, make: Make, data: st.DataObject) -> None:
     judge = till.judge(make)
-    worst = judge.worst_case(QUESTION)
+    worst = judge.quote(QUESTION).worst_case
     ledger = Ledger(data.draw(st.integers(1, 4)) * worst / NANODOLLARS)
     assert ledger.cap is not None
     for usage in data.draw(st.lists(usages(make), min_size=1, max_size=4)):
@@ -138,7 +138,7 @@ def test_what_cannot_be_true_counts_as_the_worst_case(till: Till, make: Make, ki
     till.server.altered, ledger = reporting(UNTRUE[kind](make)), Ledger()
     judge = till.judge(make)
     assert till.run(Metered(judge, ledger).judge(QUESTION)).outcome == "answered"
-    assert ledger._spent == judge.worst_case(QUESTION)
+    assert ledger._spent == judge.quote(QUESTION).worst_case
     free = till.run(Metered(till.judge(make, price=0), ledger).judge(QUESTION))
     assert (free.outcome, free.usage.dollars) == ("answered", 0)
     assert 0 <= free.usage.input_tokens < 1_000_000
@@ -190,7 +190,7 @@ async def test_a_wrong_key_leaves_the_money_for_the_right_one(make: Make) -> Non
     wrong = True
     async with JudgeServer(usage=USAGE, faults=lambda _: Fault("unauthorized") if wrong else None) as server:
         judge = make(server)
-        ledger = Ledger(12 * judge.worst_case(QUESTION) / NANODOLLARS)
+        ledger = Ledger(12 * judge.quote(QUESTION).worst_case / NANODOLLARS)
         for _ in range(3):
             with pytest.raises(FatalError):
                 await cascade(judge, ledger=ledger).aclassify(images(12))

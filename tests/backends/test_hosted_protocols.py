@@ -16,6 +16,7 @@ from cascadevlm import load_prompt
 from cascadevlm.base.encoding import encode_image, size_within
 from cascadevlm.base.errors import FatalError, JudgeError, PermanentError, RateLimited, TransientError
 from cascadevlm.base.types import Exemplar, Question, Verdict
+from cascadevlm.judges import prompt
 from cascadevlm.judges.base import Judge
 from cascadevlm.judges.budget import Ledger
 from cascadevlm.judges.cache import MemoryStore, key_of, question_payload
@@ -208,11 +209,22 @@ async def test_what_is_sent_is_what_the_key_is_of(make: Make) -> None:
 
 @EITHER
 @pytest.mark.usefixtures("no_waiting")
-async def test_an_image_is_encoded_and_hashed_once(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However often it is asked about: retries, repair, the key, the worst case."""
+async def test_an_image_is_encoded_and_hashed_once_and_a_question_rendered_once(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The key, the quote, every request and the check of its usage share them. A repair question is a question of its own."""
     import hashlib
 
-    counts = {"encoded": 0, "hashed": 0}
+    counts = {"encoded": 0, "hashed": 0, "filled": 0, "lettered": 0}
+    fill, schemes = prompt._fill, prompt._key_schemes
+
+    def filled(*args: object) -> object:
+        counts["filled"] += 1
+        return fill(*args)  # type: ignore[arg-type]
+
+    def lettered(length: int) -> object:
+        counts["lettered"] += 1
+        return schemes(length)
 
     def encode(*args: object) -> object:
         counts["encoded"] += 1
@@ -222,6 +234,8 @@ async def test_an_image_is_encoded_and_hashed_once(make: Make, monkeypatch: pyte
         counts["hashed"] += 1
         return hashlib.sha256(data)
 
+    monkeypatch.setattr(prompt, "_fill", filled)
+    monkeypatch.setattr(prompt, "_key_schemes", lettered)
     monkeypatch.setattr("cascadevlm.judges.hosted.base.encode_image", encode)
     monkeypatch.setattr("cascadevlm.base.encoding.hashlib", SimpleNamespace(sha256=sha256))
     faults = [Fault("server_error"), Fault("reset"), Fault("wrong_label"), Fault("unavailable")]
@@ -233,7 +247,7 @@ async def test_an_image_is_encoded_and_hashed_once(make: Make, monkeypatch: pyte
         await judge.aclose()
     assert len(server.requests) == 5
     assert (first.outcome, again.usage.cached) == ("answered", True)
-    assert counts == {"encoded": 1, "hashed": 1}
+    assert counts == {"encoded": 1, "hashed": 1, "filled": 3, "lettered": 2}  # the repair shows the question again
 
 
 def sizes() -> Iterator[tuple[Image.Image, str, tuple[int, int]]]:
@@ -271,7 +285,8 @@ def test_a_usual_price_is_told_by_the_size_alone() -> None:
     small, large = (question(image=picture(size=size)) for size in ((200, 200), (3000, 3000)))
     tokens = judge.price.image and judge.price.image.tokens(2048, 2048) - judge.price.image.tokens(200, 200)
     assert tokens
-    assert judge.usual_case(large) - judge.usual_case(small) == pytest.approx(tokens * judge.price.input * 1000, abs=1)
+    more = judge.quote(large).usual_case - judge.quote(small).usual_case
+    assert more == pytest.approx(tokens * judge.price.input * 1000, abs=1)
     assert small.encoded == large.encoded == {}
 
 
@@ -285,7 +300,7 @@ def test_bytes_are_limited_too() -> None:
 
 async def test_what_is_asked_of_chat_completions() -> None:
     headers = {"x-project": "birds"}
-    options = {"detail": "low", "temperature": 0.25, "max_tokens": 77, "reasoning_effort": "high", "organization": "org-1"}
+    options = {"detail": "low", "temperature": 0.25, "max_tokens": 77, "reasoning_effort": "high"}
     async with JudgeServer() as server:
         judge = chat(server, headers=headers, **options)
         await judge.judge(question())
@@ -294,7 +309,7 @@ async def test_what_is_asked_of_chat_completions() -> None:
     wanted = {"temperature": 0.25, "max_tokens": 77, "reasoning_effort": "high", "model": "gpt-4o"}
     assert {name: body.get(name) for name in wanted} == wanted
     assert "'detail': 'low'" in str(body)
-    assert (received["x-project"], received["openai-organization"]) == ("birds", "org-1")
+    assert received["x-project"] == "birds"
     assert body["response_format"]["json_schema"]["strict"] is True  # type: ignore[index,call-overload]
 
 
@@ -315,7 +330,6 @@ async def test_what_is_asked_of_responses() -> None:
         (2048, {"type": "enabled", "budget_tokens": 2048}, 2048),
         ("adaptive", {"type": "adaptive"}, 0),
         ("disabled", {"type": "disabled"}, 0),
-        ("between_tools", {"type": "between_tools"}, 0),
         (None, None, 0),
     ],
 )
@@ -739,7 +753,7 @@ async def test_reasoning_items_of_responses_are_no_answer() -> None:
             verdict = await judge.judge(question())
             await judge.disconnect()
         assert verdict.label == label
-        assert label or "nothing but thoughts" in verdict.error
+        assert label or "only thoughts" in verdict.error
 
 
 async def test_a_decision_that_is_an_error_is_judged_by_it() -> None:

@@ -16,7 +16,8 @@ from cascadevlm.base.errors import BackendError, FatalError, PermanentError
 from cascadevlm.base.images import ImageSource
 from cascadevlm.base.types import NANODOLLARS, Usage
 from cascadevlm.judges.budget import Ledger
-from cascadevlm.judges.hosted.base import LOCAL_ONLY, HostedJudge
+from cascadevlm.judges.hosted.base import HostedJudge
+from cascadevlm.judges.hosted.connection import LOCAL_ONLY
 from cascadevlm.judges.pricing import FREE, find_price
 from cascadevlm.testing import noise, question
 from cascadevlm_backends.anthropic import AnthropicJudge
@@ -68,7 +69,7 @@ def test_a_constructor_opens_nothing_and_needs_no_key(spec: str, trap: Trap, mon
     judge = load(spec)
     assert judge.spec == spec
     assert dict(judge.identity())["judge"] == spec
-    assert judge.worst_case(question()) > 0
+    assert judge.quote(question()).worst_case > 0
     assert trap.tried == []
 
 
@@ -148,7 +149,7 @@ def test_this_machine_is_free_and_needs_no_key(spec: str, url: str, monkeypatch:
     monkeypatch.delenv(KEYS[spec.partition(":")[0]], raising=False)
     judge = load(spec, base_url=url)
     assert judge.price is FREE
-    assert judge.worst_case(question()) == 0
+    assert judge.quote(question()).worst_case == 0
     assert judge.api_key()
 
 
@@ -175,14 +176,14 @@ async def test_the_bill_follows_the_price(make: Make) -> None:
 async def test_money_that_is_gone_stops_requests(make: Make) -> None:
     async with JudgeServer(usage=USAGE) as server:
         judge = make(server, concurrency=3)
-        ledger = Ledger(5 * judge.worst_case(question()) / NANODOLLARS)
+        ledger = Ledger(5 * judge.quote(question()).worst_case / NANODOLLARS)
         predictions = await cascade(judge, ledger=ledger).aclassify(images(40))
     outcomes = [prediction.verdict.outcome for prediction in predictions if prediction.verdict]
     assert set(outcomes) == {"answered", "skipped"}
     assert outcomes.count("answered") == len(server.requests) > 5
     assert ledger.cap is not None
     assert ledger._spent == len(server.requests) * BILL <= ledger.cap
-    assert ledger.cap - ledger._spent < 2 * judge.worst_case(question())  # no more was left unused than a question may cost
+    assert ledger.cap - ledger._spent < 2 * judge.quote(question()).worst_case  # no more was left unused than a question may cost
 
 
 def own_clients() -> list[HostedJudge]:

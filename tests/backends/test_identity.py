@@ -60,10 +60,7 @@ HOSTED_UNCHANGED: Mapping[str, tuple[object, str]] = {
     "timeout": (2, PACE),
 }
 UNCHANGED: Mapping[type[Judge], Mapping[str, tuple[object, str]]] = {
-    OpenAIJudge: {
-        **HOSTED_UNCHANGED,
-        "organization": ("mine", "changes who pays"),
-    },
+    OpenAIJudge: HOSTED_UNCHANGED,
     AnthropicJudge: {
         **HOSTED_UNCHANGED,
         "cache_prompt": (True, "changes what is billed"),

@@ -40,7 +40,7 @@ from cascadevlm.base.images import ImageSource
 from cascadevlm.base.labels import LabelSet
 from cascadevlm.base.types import Question, Scores, Usage, Verdict
 from cascadevlm.cascade.engine import READ_AHEAD
-from cascadevlm.judges.base import Judge, verdict_from_text
+from cascadevlm.judges.base import Judge, Quote, verdict_from_text
 from cascadevlm.judges.budget import Ledger
 from cascadevlm.judges.cache import MemoryStore
 from cascadevlm.judges.support import SupportSet
@@ -655,8 +655,8 @@ def test_equal_questions_are_asked_once_and_never_again_with_a_store() -> None:
 
 
 class Priced(FakeJudge):
-    def worst_case(self, question: Question) -> int:
-        return 100_000_000
+    def quote(self, question: Question) -> Quote:
+        return Quote(worst_case=100_000_000)
 
 
 def test_when_the_money_is_gone_the_scorer_answers_and_it_is_said() -> None:

@@ -24,6 +24,7 @@ from cascadevlm.config.config import Config
 from cascadevlm.decision.calibration import Calibration, Reference
 from cascadevlm.decision.judge_model import Answers, JudgeModel
 from cascadevlm.evaluation.calibrating.fitting import fit_calibration
+from cascadevlm.evaluation.calibrating.recipe import Recipe
 from cascadevlm.evaluation.data import Data
 from cascadevlm.evaluation.deciding import answers_of
 from cascadevlm.evaluation.evaluate import record_run
@@ -223,7 +224,7 @@ def test_a_configuration_watches_by_its_calibration(tmp_path: Path) -> None:
 
 def test_what_is_expected_is_what_was_seen_when_calibrating() -> None:
     record = made_up(2, 300, 10, 4)
-    learned = fit_calibration(record)
+    learned = fit_calibration(record, Recipe())
     (judge,) = learned.judges
     assert learned.reference is not None
     assert judge.reference is not None
@@ -232,7 +233,7 @@ def test_what_is_expected_is_what_was_seen_when_calibrating() -> None:
     agreed, likely = judge.model.agreement(scores.log_probs.astype(np.float64), answers)
     assert likely.mean() + judge.reference.mean == pytest.approx(agreed.mean(), abs=0.03)
     assert scores.probabilities.max(axis=1).mean() == pytest.approx(learned.reference.mean, abs=0.03)
-    unlabelled = fit_calibration(record, labelled=False)
+    unlabelled = fit_calibration(record, Recipe(labelled=False))
     assert unlabelled.reference is None
     assert unlabelled.judges[0].reference is not None
 
@@ -240,7 +241,7 @@ def test_what_is_expected_is_what_was_seen_when_calibrating() -> None:
 def test_over_many_images_of_the_same_kind_there_is_no_warning() -> None:
     record = made_up(3, 20_600, 10, 4)
     own, rest = record.take(np.arange(600)), record.take(np.arange(600, 20_600))
-    learned = fit_calibration(own)
+    learned = fit_calibration(own, Recipe())
     stage = Stage(judge=FakeJudge(), prompt=SELECT, model=learned.judges[0].model)
     drift = Drift(learned, [stage])
     scores, judged = learned.calibrated(rest.scores), rest.judged

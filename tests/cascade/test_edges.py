@@ -15,7 +15,8 @@ from cascadevlm.base.errors import BackendError, BudgetExhausted, FatalError, Ju
 from cascadevlm.base.types import Exemplar, Question, Verdict
 from cascadevlm.judges.budget import Ledger
 from cascadevlm.judges.cache import MemoryStore, Payload
-from cascadevlm.judges.hosted.base import HostedJudge, Reply
+from cascadevlm.judges.hosted.base import HostedJudge
+from cascadevlm.judges.hosted.replies import Reply
 from cascadevlm.judges.support import SupportSet
 from cascadevlm.judges.voting import Repairing
 from cascadevlm.policies.rules import Always
@@ -96,7 +97,8 @@ async def test_a_paid_endpoint_that_tells_no_usage_is_billed_the_worst_case() ->
     asked = question()
     judge = load_judge("openai:x", base_url="http://localhost:9", price={"input": 1, "output": 2})
     assert isinstance(judge, HostedJudge)
-    assert judge.read(Reply(text="ANSWER: A", usage=None), asked).usage.dollars * 1e9 == pytest.approx(judge.worst_case(asked))
+    dollars = judge.read(Reply(text="ANSWER: A", usage=None), asked).usage.dollars
+    assert dollars * 1e9 == pytest.approx(judge.quote(asked).worst_case)
     free = load_judge("openai:x", base_url="http://localhost:9")
     assert isinstance(free, HostedJudge)
     assert free.read(Reply(text="ANSWER: A", usage=None), asked).usage.dollars == 0
@@ -154,7 +156,7 @@ def test_options_are_checked_before_anything_runs(spec: str, options: dict[str, 
 
 def test_an_address_without_a_scheme_is_refused() -> None:
     judge = load_judge("openai:llava", base_url="localhost:8000/v1")
-    with pytest.raises(BackendError, match="no address"):
+    with pytest.raises(BackendError, match="not an address"):
         asyncio.run(judge.prepare())
 
 

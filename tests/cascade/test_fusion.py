@@ -18,7 +18,7 @@ from scipy.special import expit, softmax
 from cascadevlm import Cascade, Prediction, Stage, TopK, load_prompt, parse_policy
 from cascadevlm.base import images as reading
 from cascadevlm.base.arrays import NOBODY
-from cascadevlm.base.errors import BudgetExhausted, ConfigError, InputError, PolicyError
+from cascadevlm.base.errors import BudgetExhausted, ConfigError, InputError, PermanentError, PolicyError
 from cascadevlm.base.images import ImageSource
 from cascadevlm.base.labels import LabelSet
 from cascadevlm.base.types import NANODOLLARS, Question, Scores, Verdict
@@ -29,13 +29,14 @@ from cascadevlm.decision.calibration import Calibration, FusionRule
 from cascadevlm.decision.judge_model import JudgeModel
 from cascadevlm.decision.scorer_calibration import ScorerCalibration
 from cascadevlm.evaluation.calibrating.fitting import fit_calibration
+from cascadevlm.evaluation.calibrating.recipe import Recipe
 from cascadevlm.evaluation.data import Data
 from cascadevlm.evaluation.deciding import decided
 from cascadevlm.evaluation.evaluate import asking_everything, record_run
 from cascadevlm.evaluation.record import Record, read_record
 from cascadevlm.evaluation.recording import KeepingScorer, KeepingStage, write_record
 from cascadevlm.evaluation.sweep import under
-from cascadevlm.judges.base import Judge
+from cascadevlm.judges.base import Judge, Quote
 from cascadevlm.judges.budget import Ledger
 from cascadevlm.judges.cache import MemoryStore
 from cascadevlm.judges.prompt import NONE_OF_THESE, options
@@ -285,8 +286,8 @@ def test_where_asking_costs_more_the_gain_must_be_greater() -> None:
     assert sum(p.escalated for p in free) == 20
 
     class Priced(FakeJudge):
-        def usual_case(self, question: Question) -> int:
-            return 20_000_000  # nanodollars
+        def quote(self, question: Question) -> Quote:
+            return Quote(usual_case=20_000_000)  # nanodollars
 
     scores = known().calibrated(FakeScorer().score(images, LABELS))
     worth = Asking(model=MODEL, candidates=TopK(), none_offered=False, word_final=False).gain(scores) > 10 * 0.02
@@ -369,8 +370,8 @@ def test_a_list_widens_as_often_as_it_may(fusion: FusionRule, widen: int) -> Non
 class Metered(FakeJudge):
     """Every question costs a dollar, and is known to."""
 
-    def worst_case(self, question: Question) -> int:
-        return 1_000_000_000
+    def quote(self, question: Question) -> Quote:
+        return Quote(worst_case=1_000_000_000)
 
 
 @pytest.mark.parametrize("fusion", ["judge", "bayes"])
@@ -489,9 +490,9 @@ def test_a_configuration_takes_what_was_learned(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changed", "error", "sentence"),
     [
-        ({"stage": [{"judge": "openai:gpt-4o"}]}, ConfigError, "is of judge 'hf_chat:aviary', not of 'openai:gpt-4o'"),
-        ({"stage": [{"judge": "hf_chat:aviary", "prompt": "select_cot"}]}, ConfigError, "is of prompt 'select'"),
-        ({"stage": [{"judge": "hf_chat:aviary", "offer_none": True}]}, ConfigError, "is of offer_none False"),
+        ({"stage": [{"judge": "openai:gpt-4o"}]}, ConfigError, "with judge = 'hf_chat:aviary', and"),
+        ({"stage": [{"judge": "hf_chat:aviary", "prompt": "select_cot"}]}, ConfigError, "with prompt = 'select'"),
+        ({"stage": [{"judge": "hf_chat:aviary", "offer_none": True}]}, ConfigError, "with offer_none = False"),
         ({"stage": [{"judge": "hf_chat:aviary"}] * 2}, ConfigError, "has 1 stages, but the configuration has 2"),
         ({"calibration": "nowhere.json"}, ConfigError, "cannot be read"),
         ({"calibration": None, "fusion": "bayes"}, InputError, "needs a calibration"),
@@ -510,7 +511,7 @@ def test_a_configuration_that_does_not_fit_is_refused(
 
 def test_another_scorer_is_refused_at_the_first_image() -> None:
     other = Cascade(CalibratedScorer(FakeScorer("another"), known()), [], labels=LABELS)
-    with pytest.raises(ConfigError, match="'fake:fake', not of 'fake:another'"):
+    with pytest.raises(ConfigError, match="'fake:fake', and this scorer is 'fake:another'"):
         other.classify([picture(RED)])
 
 
@@ -540,7 +541,7 @@ def test_the_bundled_models_decide_as_their_record_says(tmp_path: Path, mode: st
     record = record_run(asking.build(labels), data, tmp_path / "run", config=asking)
     assert record.judged.probabilities is not None
     assert np.isnan(record.judged.probabilities).all() == (mode == "generate")
-    calibration = replace(fit_calibration(three_times(record)), policy="gain > 0.01")
+    calibration = replace(fit_calibration(three_times(record), Recipe()), policy="gain > 0.01")
     calibration.write(tmp_path / "calibration.json")
     deciding = configured(calibration=str(tmp_path / "calibration.json"), fusion=fusion)
     live = deciding.build(labels).classify(data.images)
@@ -620,8 +621,8 @@ def test_an_answer_from_the_cache_is_of_the_stage_that_asks() -> None:
 @pytest.mark.parametrize(("dollars", "judge"), [(0.01, "dear"), (0.5, "cheap")])
 def test_with_routing_a_dear_judge_has_to_be_worth_its_price(dollars: float, judge: str) -> None:
     class Priced(FakeJudge):
-        def usual_case(self, question: Question) -> int:
-            return int((dollars if self.spec == "fake:dear" else 0.01) * NANODOLLARS)
+        def quote(self, question: Question) -> Quote:
+            return Quote(usual_case=int((dollars if self.spec == "fake:dear" else 0.01) * NANODOLLARS))
 
     cheap, dear = (
         replace(stage_of_expert("ant", "bee", policy="gain_per_dollar > 1"), judge=Priced(name, reply=says("ant")))
@@ -634,11 +635,12 @@ def test_with_routing_a_dear_judge_has_to_be_worth_its_price(dollars: float, jud
 
 
 class ByPixels(FakeJudge):
-    """A judge that is paid by the pixel; its price is not told in the event loop, as files are opened for it."""
+    """A judge that is paid by the pixel. Before a question is asked, its price is made beside the event loop."""
 
-    def usual_case(self, question: Question) -> int:
-        assert threading.current_thread().name.startswith("reading")
-        return question.image.width * question.image.height
+    def quote(self, question: Question) -> Quote:
+        is_asked = question.label_set is not None
+        assert is_asked or threading.current_thread().name.startswith("reading")
+        return Quote(usual_case=question.image.width * question.image.height)
 
 
 @pytest.mark.parametrize(("votes", "asked"), [(1, 2), (3, 1)])
@@ -677,6 +679,24 @@ def test_a_file_is_not_opened_again_for_its_price(tmp_path: Path, monkeypatch: p
     dear = replace(stage_of_expert("ant", "bee", policy="gain_per_dollar > 1e12"), judge=ByPixels(reply=says("ant")))
     (prediction,) = Cascade(Preprocessing(), [dear], labels=LABELS).classify([tmp_path / "large.png"])
     assert (prediction.escalated, opened) == (False, [tmp_path / "large.png"])
+
+
+def test_a_question_whose_price_is_not_known_fails_alone() -> None:
+    """Its length is beyond what the price is known for. It costs nothing, as it is not sent."""
+
+    class KnownUpTo500Pixels(FakeJudge):
+        def quote(self, question: Question) -> Quote:
+            if question.image.width > 500:
+                raise PermanentError("The question is too long.")
+            return Quote(usual_case=1000)
+
+    images = [picture(INSECT, size) for size in ((10, 10), (1000, 1000))]
+    judge = KnownUpTo500Pixels(reply=says("ant"))
+    stage = replace(stage_of_expert("ant", "bee", policy="gain_per_dollar > 20000"), judge=judge)
+    short, long = Cascade(IN_DOUBT, [stage], labels=LABELS).classify(images)
+    assert [verdict.outcome for verdict in short.verdicts] == ["answered"]
+    assert [verdict.error for verdict in long.verdicts] == ["The question is too long."]
+    assert len(judge.questions) == 1
 
 
 def test_a_price_is_told_by_the_size_of_a_file_that_is_not_decoded(tmp_path: Path) -> None:

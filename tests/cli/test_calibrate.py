@@ -9,6 +9,8 @@ from pathlib import Path
 import pyarrow.parquet
 import pytest
 
+from cascadevlm.cli.calibrate import RecipeOptions
+from cascadevlm.evaluation.calibrating.recipe import Recipe
 from tests.cli.test_cli import run
 
 CONFIG = Path(str(resources.files("cascadevlm_backends") / "aviary" / "cascade.toml"))
@@ -39,7 +41,7 @@ def test_what_was_learned_is_written_and_shown(birds: Path) -> None:
     assert first["figures"] | {"policy": first["policy"]} == printed
     assert first | {"made": None} == second | {"made": None}
     (judge,) = first["judges"]
-    assert re.search(rf"best by the model +{judge['best_size']}\s", shown)
+    assert re.search(rf"best number of candidates, hf_chat:aviary +{judge['best_size']}\s", shown)
     assert printed["area_gain_fused"] > 0
     assert first["labelled"]
     assert first["judges"][0]["settings"]["prompt"] == "select_cot"
@@ -84,11 +86,12 @@ def test_shares_of_the_classes_are_matched(birds: Path) -> None:
 @pytest.mark.parametrize(
     ("shares", "told"),
     [
-        ('{"owl": 1}', "is missing"),
-        ("[1, 2]", "no JSON object of shares by name"),
+        ('{"owl": 1}', "has no share"),
+        ("[1, 2]", "does not contain shares of classes"),
+        ('{"owl": -1}', "does not contain shares of classes"),
         (None, "cannot be read"),
-        ("zeros", "all shares are 0"),
-        ("more", "'zebra' is no label of the record"),
+        ("zeros", "their sum must be positive"),
+        ("more", "'zebra' is not a label of the record"),
     ],
 )
 def test_shares_that_do_not_fit_are_refused(birds: Path, shares: str | None, told: str) -> None:
@@ -142,7 +145,7 @@ def test_lists_by_class_share_a_threshold_where_images_are_few(birds: Path) -> N
     """Of classes of one image each."""
     by_class = ("--size", "20", "--coverage", "0.9", "--class-conditional")
     shown = run("calibrate", birds / "run", "-o", birds / "by-class.json", *by_class).stdout
-    assert re.search(r"threshold of their own +0 of 24\s", shown)
+    assert re.search(r"own conformal threshold +0 of 24\s", shown)
     run("calibrate", birds / "run", "-o", birds / "plain.json", *by_class[:-1])
     image = sorted((birds / "data").glob("*/0.jpg"))[0]
     command = ("classify", image, "--labels", birds / "data", "--config", CONFIG, "--json")
@@ -163,8 +166,8 @@ def test_a_sweep_shows_what_is_gained(birds: Path) -> None:
     ("setting", "sentence"),
     [
         ("scorer.templates=['a drawing of a {label}.']", "The calibration was made with other templates."),
-        ("stage.0.prompt=select", "The calibration is of prompt 'select_cot', not of 'select'"),
-        ("stage.0.offer_none=true", "The calibration is of offer_none"),
+        ("stage.0.prompt=select", "The calibration was made with prompt = 'select_cot', and the configuration has 'select'"),
+        ("stage.0.offer_none=true", "The calibration was made with offer_none"),
     ],
 )
 def test_other_models_are_refused(birds: Path, setting: str, sentence: str) -> None:
@@ -178,23 +181,27 @@ def test_other_models_are_refused(birds: Path, setting: str, sentence: str) -> N
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--fusion", "median"], "There is no fusion 'median'. Known: judge, bayes."),
-        (["--class-conditional", "--without-labels"], "Without labels, there are no conformal lists"),
-        (["--accuracy", "0.5", "--without-labels"], "Without labels, there is no target and no guarantee"),
-        (["--target-error", "0.1", "--without-labels"], "Without labels, there is no target and no guarantee"),
-        (["--measure", "doubt"], "There is no measure 'doubt'. Known: gain, entropy, margin, top_probability."),
-        (["--accuracy", "0.5", "--deferral-rate", "0.5"], "one target"),
-        (["--accuracy", "0.5"], "answered about 11 images, too few"),
-        (["--size", "24"], "leave none to measure on"),
-        (["--size", "10"], "too few"),
+        (["--fusion", "median"], "'median' is not one of 'bayes', 'judge'"),
+        (["--class-conditional", "--without-labels"], "Conformal lists need labels. Remove class_conditional."),
+        (["--accuracy", "0.5", "--without-labels"], "Targets and guarantees need labels"),
+        (["--target-error", "0.1", "--without-labels"], "Targets and guarantees need labels"),
+        (["--measure", "doubt"], "'doubt' is not one of 'gain', 'entropy', 'margin'"),
+        (["--accuracy", "0.5", "--deferral-rate", "0.5"], "one target, not for --deferral-rate and --accuracy"),
+        (["--accuracy", "0.5"], "answered only 11 images; a calibration needs at least 20"),
+        (["--size", "24"], "leaves none of the 24 readable images for measuring"),
+        (["--size", "10"], "answered only 10 images"),
     ],
 )
 def test_wrong_calls_are_one_sentence(birds: Path, arguments: list[str], sentence: str) -> None:
     size = [] if "--size" in arguments else ["--size", "22"]
     done = run("calibrate", birds / "run", "-o", birds / "none.json", *size, *arguments, check=False)
     assert done.returncode == 2
-    assert sentence in done.stderr.replace("\n", " ")
+    assert sentence in " ".join(re.sub("[│\n]", " ", done.stderr).split())
     assert not (birds / "none.json").exists()
+
+
+def test_the_options_have_the_defaults_of_the_recipe() -> None:
+    assert RecipeOptions().parse() == Recipe()
 
 
 def test_other_labels_are_refused(birds: Path) -> None:
@@ -202,7 +209,7 @@ def test_other_labels_are_refused(birds: Path) -> None:
     image = next((birds / "data").glob("*/0.jpg"))
     done = run("classify", image, "--config", birds / "learned.toml", "--labels", birds / "labels.txt", check=False)
     assert done.returncode == 2
-    assert "The calibration is of 24 other labels" in done.stderr
+    assert "The calibration was made for 24 labels that differ" in done.stderr
 
 
 def test_a_folder_without_a_record_is_refused(birds: Path) -> None:

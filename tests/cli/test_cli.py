@@ -123,7 +123,7 @@ def test_an_unreadable_file_is_one_failed_row(images: Path) -> None:
     ("arguments", "sentence"),
     [
         (["classify", "nowhere.png", "--scorer", "open_clip:aviary", "--labels", "LABELS"], "'nowhere.png' does not exist"),
-        (["classify", "IMAGES"], "There is no scorer"),
+        (["classify", "IMAGES"], "No scorer is given"),
         (["classify", "IMAGES", "--scorer", "open_clip:aviary"], "No labels are given"),
         (["classify", "IMAGES", "--scorer", "aviary", "--labels", "LABELS"], "'aviary' is not the spec of a scorer"),
         (["classify", "IMAGES", "--scorer", "open_clop:x", "--labels", "LABELS"], "Did you mean 'open_clip'?"),
@@ -209,7 +209,7 @@ def test_what_looks_like_an_image_and_is_left_out_is_counted_in_one_line(images:
     (images / "gone.png").symlink_to("nothing.png")  # is an image that cannot be read
     (images / "notes.txt").write_text("x")
     done = run(*classify(images), check=False)
-    told = "left out: 4 (2 .heic, 1 .png, 1 .svg)"
+    told = "4 files that look like images are not read (2 .heic, 1 .png, 1 .svg)."
     assert "gone.png' does not exist" in done.stdout
     assert (len(done.stdout.splitlines()), done.stderr.count(told)) == (9, 1)
     done = run("run", images, "-o", tmp_path / "out", *classify(images)[2:])

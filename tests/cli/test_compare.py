@@ -65,10 +65,10 @@ def test_records_and_configurations_beside_each_other(birds: Path) -> None:
 
 def test_records_alone_ask_nobody(birds: Path) -> None:
     shown = run("compare", birds / "runs" / "gated", birds / "runs" / "always").stdout
-    assert "8 images (0 more" in shown
+    assert "8 images that every run could read (0 more" in shown
     assert "p (Holm)" not in shown
     found = json.loads(run("compare", birds / "runs" / "gated", birds / "runs" / "always", "--json").stdout)
-    assert f"{len(found['disagreements'])} images on which not all say the same" in shown
+    assert f"{len(found['disagreements'])} images on which the runs disagree" in shown
     (pair,) = found["pairs"]
     assert pair["judges"]["agreement"] == 1
     assert pair["difference"] == found["runs"]["always"]["accuracy"] - found["runs"]["gated"]["accuracy"]
@@ -91,14 +91,14 @@ def test_the_first_cache_is_everybodys(birds: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["gated.toml"], "nothing to compare with"),
-        (["gated.toml", "always.toml"], "Give --data"),
-        (["runs/gated", "runs/always", "--data", "data"], "nothing to run"),
+        (["gated.toml"], "A comparison needs at least two runs"),
+        (["gated.toml", "always.toml"], "Add --data"),
+        (["runs/gated", "runs/always", "--data", "data"], "These options are for configurations"),
         (["gated.toml", "runs/gated", "--data", "data"], "are both named 'gated'"),
         (["gated.toml", "none.toml", "--data", "data"], "cannot be read"),
         (["runs/gated", "data"], "holds no whole record"),
         (["runs/gated", "direct.toml", "--data", "data", "--limit", "3"], "5 of 8 are only in 'gated'"),
-        (["gated.toml", "direct.toml", "--data", "data", "-o", "runs"], "holds a record already"),
+        (["gated.toml", "direct.toml", "--data", "data", "-o", "runs"], "contains a record already"),
     ],
 )
 def test_wrong_calls_are_one_sentence(birds: Path, arguments: list[str], sentence: str) -> None:
@@ -117,7 +117,7 @@ def test_money_is_not_spent_unasked_and_not_twice(birds: Path) -> None:
         runs[2].write_text(hosted.replace("entropy > 0.17", "always"))
         done = run(*compare, check=False)
         assert done.returncode == 2
-        assert "Give --yes" in done.stderr
+        assert "Add --yes" in done.stderr
         assert not (birds / "paid").exists()
         before = len(server.requests)
         found = json.loads(run(*compare, "--yes", "--json").stdout)

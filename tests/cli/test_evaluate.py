@@ -52,14 +52,14 @@ def test_what_is_reported_of_everything_judged_is_the_policy(birds: Path) -> Non
 
 def test_the_accuracy_of_the_judge_alone_is_shown(birds: Path) -> None:
     shown = run("evaluate", birds / "data", "--config", CONFIG, "--limit", "3", "--judge-all").stdout
-    assert "judge, on everything" in shown
+    assert "judge, on every image" in shown
 
 
 def test_of_several_stages_the_run_is_reported_as_it_was(birds: Path) -> None:
     second = ("--set", "stage.1.judge=hf_chat:aviary", "--set", "stage.1.policy=never")
     done = run("evaluate", birds / "data", "--config", CONFIG, "--limit", "3", *second, "--judge-all", "--json")
     assert len(done.stderr.strip().splitlines()) == 1
-    assert "figures of asking everything" in done.stderr
+    assert "figures are those of asking about every image" in done.stderr
     assert json.loads(done.stdout)["deferral_rate"] == 1
 
 

@@ -38,7 +38,7 @@ def test_a_run_that_may_cost_more_than_a_dollar_is_asked_about(call: list[str | 
     before = len(server.requests)
     done = run("classify", *call, check=False)
     assert done.returncode == 2
-    assert "About 4 questions" in done.stderr
+    assert "about 4 questions" in done.stderr
     assert "--yes" in done.stderr
     assert len(server.requests) == before
 

@@ -32,13 +32,13 @@ def test_a_real_run_is_a_page_with_its_images(birds: Path) -> None:
     found = json.loads((birds / "run" / "summary.json").read_text())
     assert f"<strong>{found['cascade_accuracy']:.1%}</strong> of 8 images" in page
     assert page.count("data:image/webp") == 8
-    assert "From which entropy on should the judge be asked?" in page
+    assert "Above which entropy should the judge be asked?" in page
 
 
 def test_several_runs_are_one_page(birds: Path) -> None:
     run("evaluate", birds / "data", "--config", CONFIG, "-o", birds / "gated", "--json")
     run("report", birds / "run", birds / "gated", "-o", birds / "both.html")
-    assert "The runs beside each other" in (birds / "both.html").read_text(encoding="utf-8")
+    assert "Comparison of the runs" in (birds / "both.html").read_text(encoding="utf-8")
 
 
 def test_a_bulk_run_is_a_page_and_no_record(birds: Path) -> None:
@@ -47,13 +47,13 @@ def test_a_bulk_run_is_a_page_and_no_record(birds: Path) -> None:
     run("run", birds / "data", "-o", birds / "bulk", "--config", CONFIG, "--labels", labels)
     run("report", birds / "bulk", "-o", birds / "bulk.html")
     page = (birds / "bulk.html").read_text(encoding="utf-8")
-    assert "The run holds 8 images, without labels to compare with." in page
+    assert "The run contains 8 images, whose true labels are not known." in page
     assert page.count("data:image/webp") == 8
     for options in ([], ["-o", str(birds / "output")]):
         done = run("calibrate" if options else "sweep", birds / "bulk", *options, check=False)
         assert (done.returncode, "is a run without labels: it holds no record." in done.stderr) == (2, True)
     done = run("report", birds / "bulk", birds / "run", "-o", birds / "both.html", check=False)
-    assert (done.returncode, "is a run without labels, others have labels." in done.stderr) == (2, True)
+    assert (done.returncode, "is a run without labels, and other runs have labels." in done.stderr) == (2, True)
 
 
 @pytest.mark.parametrize(

@@ -56,8 +56,8 @@ def test_an_interrupt_ends_in_order_and_the_same_command_goes_on(
     process.send_signal(number)
     output, errors = process.communicate()
     assert process.returncode == code
-    assert "Finishing what is in flight" in errors
-    assert "The same command goes on from here" in errors
+    assert "The run stops after the questions under way" in errors
+    assert "The same command continues it" in errors
     assert "spent" in output
     served = len(server.requests)
     predictions = tmp_path / "run" / "predictions.jsonl"
@@ -75,12 +75,12 @@ def test_a_second_interrupt_ends_at_once(call: list[str | Path], server: JudgeSe
     time.sleep(0.5)
     process.send_signal(signal.SIGINT)
     assert process.stderr is not None
-    while "Ctrl-C again ends at once" not in process.stderr.readline():
+    while "Press Ctrl-C again to stop at once" not in process.stderr.readline():
         assert process.poll() is None
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=10)
     assert process.returncode == 130
-    assert "Stopped in order" not in errors
+    assert "The run was stopped" not in errors
     server.latency = 0
     assert json.loads(run(*call, "--json").stdout)["images"] == 12
 
@@ -93,7 +93,7 @@ def test_what_ends_in_nothing_says_so_and_can_be_tried_again(call: list[str | Pa
     done = run(*call, check=False)
     assert done.returncode == 1
     assert "12, in failures.jsonl" in done.stdout
-    assert "failures.jsonl tells why. Once that is mended, add --retry-failed." in done.stderr
+    assert "failures.jsonl lists the reasons. Correct the cause, and run the same command with --retry-failed." in done.stderr
     for image, content in zip(images, contents, strict=True):
         image.write_bytes(content)
     assert run(*call, check=False).returncode == 1
@@ -106,7 +106,7 @@ def test_wrong_calls_say_so(call: list[str | Path], tmp_path: Path) -> None:
     empty.mkdir()
     done = run("run", empty, *call[2:], check=False)
     assert done.returncode == 2
-    assert "holds no images" in done.stderr
+    assert "contains no images" in done.stderr
     done = run("run", tmp_path / "gone", *call[2:], check=False)
     assert "does not exist" in done.stderr
     assert not list(empty.iterdir())
@@ -116,8 +116,8 @@ def test_an_interrupt_in_the_last_batch_ends_as_any_run(call: list[str | Path], 
     process = begin([*call, "--set", "batch_size=12"], server)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate()
-    assert "Finishing what is in flight" in errors
-    assert "goes on from here" not in errors
+    assert "The run stops after the questions under way" in errors
+    assert "continues it" not in errors
     assert process.returncode == 0
     assert (tmp_path / "run" / "summary.json").exists()
     again = run(*call, "--set", "batch_size=12")
@@ -129,7 +129,7 @@ def test_where_no_question_gets_an_answer_the_work_failed(call: list[str | Path]
     done = run(*call, check=False)
     assert done.returncode == 1
     assert "unparsed" in done.stdout
-    assert "failures.jsonl tells why" in done.stderr
+    assert "failures.jsonl lists the reasons" in done.stderr
     assert run("classify", tmp_path / "images", *call[4:], check=False).returncode == 1
     names = (AVIARY / "labels.txt").read_text().splitlines()
     rows = [f"images/{image.name},{names[0]}\n" for image in sorted((tmp_path / "images").iterdir())[:3]]
@@ -145,7 +145,7 @@ def test_a_higher_budget_asks_about_what_was_skipped(call: list[str | Path], ser
     first = run(*call, "--set", "budget.usd=0.02")
     skipped = json.loads((tmp_path / "run" / "summary.json").read_text())["counts"]["skipped"]
     assert 0 < skipped < 12
-    assert f"{skipped} images were skipped for want of money. The same command with a higher budget" in first.stderr
+    assert f"{skipped} images were escalated but not asked about, because the budget was used up" in first.stderr
     served = len(server.requests)
     second = run(*call, "--set", "budget.usd=5", "--json")
     assert "The budget was raised from $0.02" in second.stderr
@@ -166,5 +166,5 @@ def test_money_is_asked_about_by_a_sample(call: list[str | Path], server: JudgeS
     priced = "stage.0.options.price={ input = 1000, output = 1000 }"
     done = run(*(argument for argument in call if argument != "--yes"), "--set", priced, check=False)
     assert done.returncode == 2
-    assert "About 12 questions" in done.stderr
+    assert "about 12 questions" in done.stderr
     assert not server.requests

@@ -69,9 +69,9 @@ def test_studies_of_the_judge(birds: Path, arguments: list[str], variants: list[
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["candidates", "DATA", "--k", "1,some"], "--k takes numbers"),
+        (["candidates", "DATA", "--k", "1,some"], "--k must be numbers"),
         (["candidates", "DATA", "--k", "0"], "a whole number of at least 1"),
-        (["candidates", "DATA", "--k", "2", "-o", "OUT"], "holds a record already"),
+        (["candidates", "DATA", "--k", "2", "-o", "OUT"], "contains a record already"),
         (["order", "DATA", "--split", "test"], "no split 'test'"),
         (["shots", "DATA", "--support", "DATA/nothing"], "no image of any label"),
     ],
@@ -88,4 +88,4 @@ def test_the_price_of_all_variants_is_one_sum(birds: Path) -> None:
     hosted = ["--judge", "openai:priced", "--set", options]
     done = run("study", "order", birds / "data", "--config", CONFIG, *hosted, check=False)
     assert done.returncode == 2
-    assert "About 18 questions to hosted judges" in done.stderr
+    assert "about 18 questions" in done.stderr

@@ -94,7 +94,7 @@ def test_too_few_images_promise_nothing(coverage: float, enough: int) -> None:
     of_truth = probabilities[np.arange(enough), truths]
     before = np.where(probabilities > of_truth[:, None], probabilities, 0).sum(axis=1)
     assert Conformal.fit(probabilities, truths, coverage=coverage).threshold == pytest.approx(before.max())
-    with pytest.raises(InputError, match=f"^{enough - 1} labelled images .* at least {enough},"):
+    with pytest.raises(InputError, match=f"^{enough - 1} labelled images .* at least {enough} images,"):
         Conformal.fit(probabilities[1:], truths[1:], coverage=coverage)
 
 

@@ -167,8 +167,9 @@ def test_too_few_images_support_nothing_even_if_all_are_right(target: float, con
     few = fit_acceptance(np.full(least - 1, 0.9), np.ones(least - 1, dtype=bool), target_error=target, confidence=confidence)
     assert few.threshold is None
     assert few.describe() == (
-        f"The {least - 1} labelled images do not support at most {target} wrong with confidence {confidence} at any threshold; "
-        f"that takes at least {least} accepted images if all are right, and more if not."
+        f"No threshold guarantees on {least - 1} labelled images that at most {100 * target:.4g} % of the accepted answers are "
+        f"wrong, with {100 * confidence:.4g} % confidence. That needs at least {least} accepted images if all of them are right, "
+        "and more otherwise."
     )
 
 

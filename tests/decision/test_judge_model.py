@@ -20,6 +20,7 @@ from cascadevlm.decision.judge_fit import CONSTANTS, PRECISIONS, JudgeFitting, f
 from cascadevlm.decision.judge_model import ABILITY, LEAST_PROBABILITY, NONE_BIAS, NONE_CHOSEN, Answers, JudgeModel
 from cascadevlm.decision.scorer_calibration import Floats
 from cascadevlm.evaluation.calibrating.fitting import fit_calibration
+from cascadevlm.evaluation.calibrating.recipe import Recipe
 from cascadevlm.evaluation.deciding import answers_of, decided
 from cascadevlm.evaluation.metrics import expected_calibration_error
 from cascadevlm.evaluation.sweep import sweep
@@ -370,10 +371,10 @@ def test_own_probabilities_say_more_than_answers(sharpness: float) -> None:
     """Of judges timid, right and overconfident, by the generative model of `benchmarks.decision.made_up`."""
     record = made_up(1, 1200, 10, 10, sharpness=sharpness)
     own, rest = record.take(np.arange(200)), record.take(np.arange(200, 1200))
-    calibration = fit_calibration(own)
+    calibration = fit_calibration(own, Recipe())
     (judge,) = calibration.judges
     assert judge.model.probability_weight > 0
-    alone = fit_calibration(replace(own, stages=(replace(own.judged, probabilities=None),))).judges[0].model
+    alone = fit_calibration(replace(own, stages=(replace(own.judged, probabilities=None),)), Recipe()).judges[0].model
     assert alone.probability_weight == 0
     before = calibration.calibrated(rest.scores).log_probs.astype(float)
     with_own, by_answers = (model.posterior(before, answers_of(rest.judged)) for model in (judge.model, alone))
@@ -393,7 +394,7 @@ def test_probabilities_that_say_nothing_more_have_no_weight(known: str) -> None:
         "the answer": np.where(np.arange(5) == slots[:, None], 0.96, 0.01),
     }[known]
     told = replace(record, stages=(replace(record.judged, probabilities=probabilities),))
-    one, other = (fit_calibration(each) for each in (told, record))
+    one, other = (fit_calibration(each, Recipe()) for each in (told, record))
     if known == "the answer":
         labels, others = (decided(record, each).fused for each in (one, other))
         assert labels is not None
@@ -412,7 +413,7 @@ def fused_beyond_better(classes: int, shown: int) -> tuple[Floats, Floats]:
     for seed in range(3):
         record = made_up(seed, 1700, classes, shown)
         own, rest = record.take(np.arange(200)), record.take(np.arange(200, 1700))
-        found = worth(rest, fit_calibration(own))
+        found = worth(rest, fit_calibration(own, Recipe()))
         alone = max(float((rest.scored == rest.truths).mean()), float((rest.predicted == rest.truths).mean()))
         beyond.append(found["fused"] - alone)
         errors.append(found["calibration_error"])
@@ -437,7 +438,7 @@ def test_without_labels_is_better_than_raw_scores_and_entropy() -> None:
     for seed in range(5):
         record = made_up(seed, 1200, 10, 10)
         own, rest = record.take(np.arange(200)), record.take(np.arange(200, 1200))
-        calibration = fit_calibration(own, labelled=False)
+        calibration = fit_calibration(own, Recipe(labelled=False))
         assert not calibration.labelled
         found = worth(rest, calibration)
         areas.append(found["area"])
@@ -451,7 +452,7 @@ def test_without_labels_is_better_than_raw_scores_and_entropy() -> None:
 def test_without_labels_no_truth_is_looked_at() -> None:
     record = made_up(1, 200, 10, 10)
     wrong = replace(record, truths=record.truths[::-1].copy())
-    one, other = (fit_calibration(each, labelled=False) for each in (record, wrong))
+    one, other = (fit_calibration(each, Recipe(labelled=False)) for each in (record, wrong))
     adapter = TypeAdapter(Calibration)
     assert adapter.dump_python(one) | {"made": None} == adapter.dump_python(other) | {"made": None}
 
@@ -464,7 +465,7 @@ def test_without_labels_nobody_is_believed_too_much(judge_noise: float, unit: fl
         record = made_up(seed, 1200, 10, 10, judge_noise=judge_noise)
         scores = Scores.from_logits(unit * record.scores.log_probs, record.labels, record.scores.fingerprint)
         own, rest = (replace(record, scores=scores).take(rows) for rows in (np.arange(200), np.arange(200, 1200)))
-        found = worth(rest, fit_calibration(own, labelled=False))
+        found = worth(rest, fit_calibration(own, Recipe(labelled=False)))
         behind.append(max((rest.scored == rest.truths).mean(), (rest.predicted == rest.truths).mean()) - found["fused"])
         errors.append(found["calibration_error"])
     assert np.mean(behind) < 0.01
@@ -478,7 +479,7 @@ def test_silence_says_nothing_where_it_is_the_same_whatever_the_truth() -> None:
     answers = np.where(silent, NOBODY, record.judged.answers)
     outcomes = tuple(np.where(silent, "refused", record.judged.outcomes).tolist())
     record = replace(record, stages=(replace(record.judged, answers=answers, outcomes=outcomes),))
-    calibration = fit_calibration(record.take(np.arange(200)))
+    calibration = fit_calibration(record.take(np.arange(200)), Recipe())
     fused = decided(record.take(np.flatnonzero(silent)), calibration)
     assert fused.fused is not None
     np.testing.assert_allclose(fused.fused.probabilities, fused.scores.probabilities.max(axis=1), atol=1e-6)
@@ -510,7 +511,7 @@ def test_none_of_these_that_was_not_offered_is_no_answer() -> None:
 def test_silent_judges_teach_nothing_and_break_nothing() -> None:
     record = made_up(2, 100, 10, 5)
     silent = replace(record, stages=(replace(record.judged, answers=np.full(100, NOBODY), outcomes=("refused",) * 100),))
-    calibration = fit_calibration(silent)
+    calibration = fit_calibration(silent, Recipe())
     fused = decided(silent, calibration)
     assert fused.fused is not None
     assert (fused.fused.labels == fused.scored).mean() > 0.95

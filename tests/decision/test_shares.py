@@ -20,6 +20,7 @@ from cascadevlm.decision import shares
 from cascadevlm.decision.judge_model import JudgeModel
 from cascadevlm.decision.scorer_calibration import Floats
 from cascadevlm.decision.shares import MEMORY, PERIOD, Following, Seen, Shares
+from cascadevlm.judges.base import Quote
 from cascadevlm.runs import bulk
 from cascadevlm.runs.inputs import Named
 from cascadevlm.testing import FakeJudge, FakeScorer, noise
@@ -132,7 +133,7 @@ def test_a_run_goes_on_with_batches_of_the_size_it_began_with(tmp_path: Path) ->
     images = [(str(number), noise(number, (8, 8))) for number in range(2 * (PERIOD + 1))]
     stop = (number >= 1 for number in range(1000))
     bulk.run(cascade(batch_size=PERIOD + 1), images, tmp_path, config={}, stopping=partial(next, stop))
-    with pytest.raises(InputError, match=f"batches of {PERIOD + 1} images so far, not of 4"):
+    with pytest.raises(InputError, match=f"periods of {PERIOD + 1} images, and batch_size = 4 makes periods of {PERIOD}"):
         bulk.run(cascade(batch_size=4), images, tmp_path, config={})
     assert bulk.run(cascade(batch_size=PERIOD + 1), images, tmp_path, config={}).images == len(images)
 
@@ -154,17 +155,17 @@ def test_a_calibration_is_applied_to_scores_as_they_come_and_refuses_others() ->
     biased = replace(CALIBRATION, scorer=replace(CALIBRATION.scorer, bias=np.array([0.0, 0.0, 9.0, 0.0])))
     for scorer in (FakeScorer(), CalibratedScorer(FakeScorer(), biased)):
         assert {each.label for each in Cascade(scorer, [], labels=LABELS, calibration=biased).classify(images)} == {"cicada"}
-    with pytest.raises(ConfigError, match="of the scorer 'fake:fake', not of 'fake:other'"):
+    with pytest.raises(ConfigError, match="for the scorer 'fake:fake', and this scorer is 'fake:other'"):
         Cascade(FakeScorer("other"), [], labels=LABELS, calibration=CALIBRATION, follow_shares=True).classify(images)
-    with pytest.raises(ConfigError, match="of 4 other labels"):
+    with pytest.raises(ConfigError, match="for 4 labels that differ"):
         Cascade(FakeScorer(), [], labels=NAMES[::-1], calibration=CALIBRATION, follow_shares=True).classify(images)
 
 
 class Paid(Jittery):
     """A judge that is paid."""
 
-    def usual_case(self, question: Question) -> int:
-        return NANODOLLARS // 100
+    def quote(self, question: Question) -> Quote:
+        return Quote(usual_case=NANODOLLARS // 100)
 
 
 @pytest.mark.parametrize(

@@ -272,11 +272,11 @@ def test_the_seed_is_that_of_the_resampling() -> None:
 @pytest.mark.parametrize(
     ("other", "sentence"),
     [
-        (record([ANT], [ANT]), "'b' and 'a' differ in their images: 1 of 2 are only in 'a', 0 of 1 only in 'b'"),
-        (record([ANT, ANT], [ANT, ANT]), "differ in their truths: 1 of 2 are only in 'a'"),
+        (record([ANT], [ANT]), "'b' and 'a' have different images: 1 of 2 are only in 'a', and 0 of 1 are only in 'b'"),
+        (record([ANT, ANT], [ANT, ANT]), "have different truths: 1 of 2 are only in 'a'"),
         (
             record([ANT, BEE], [ANT, BEE], labels=LabelSet.of(["ant", "bee", "cicada"])),
-            "differ in their label set: 1 of 4 are only in 'a', 0 of 3 only in 'b' .among them 'dragonfly'",
+            "have different labels: 1 of 4 are only in 'a', and 0 of 3 are only in 'b', for example 'dragonfly'",
         ),
     ],
 )
@@ -287,7 +287,7 @@ def test_runs_over_something_else_are_refused(other: Record, sentence: str) -> N
 
 def test_one_run_and_runs_that_read_nothing_are_refused() -> None:
     records = draw(6, 5)
-    with pytest.raises(DataError, match="nothing to compare with"):
+    with pytest.raises(DataError, match="at least two records"):
         compare({"a": records["run 0"]})
     records["run 1"] = replace(records["run 1"], readable=np.zeros(5, dtype=bool))
     with pytest.raises(DataError, match="No image could be read"):

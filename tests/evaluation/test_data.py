@@ -112,7 +112,7 @@ def test_a_table(folder: Path, name: str) -> None:
     test = data.split("test")
     assert test.truths == ("007", "ant", "bee")
     assert pixels(test) == expected()[::2]
-    with pytest.raises(DataError, match=r"no split 'val' in the data\. There are: 'test', 'train'\."):
+    with pytest.raises(DataError, match=r"no split 'val'\. Splits of the data: 'test', 'train'\."):
         data.split("val")
 
 
@@ -124,7 +124,7 @@ def test_a_table_needs_no_splits_and_takes_absolute_paths(folder: Path, name: st
     data = read_data(path, LABELS)
     assert data.splits == ("",) * 6
     assert pixels(data) == expected()
-    with pytest.raises(DataError, match="There are: none"):
+    with pytest.raises(DataError, match="Splits of the data: none"):
         data.split("test")
 
 
@@ -252,7 +252,7 @@ def test_images_are_read_lazily_from_a_hub_dataset(folder: Path, monkeypatch: py
 
 
 def test_a_transform_that_leaves_no_image_is_said() -> None:
-    with pytest.raises(DataError, match=r"images are of the type Tensor\. Leave out its transform"):
+    with pytest.raises(DataError, match=r"have the type Tensor\. Remove its transform"):
         read_data(Drawn(lambda index: torchvision.transforms.functional.to_tensor(noise(index))), LABELS)
 
 
@@ -266,7 +266,7 @@ def test_all_problems_are_told_together(folder: Path) -> None:
     assert "2 labels are not in the label set ('hornet', 'wasp')" in told
     assert "1 files do not exist" in told
     assert "gone.png" in told
-    assert "3 images are there more than once" in told
+    assert "3 images occur more than once" in told
     assert told.count(".\n") == told.count("\n") == 0
 
 
@@ -282,18 +282,18 @@ def test_what_is_told_is_bounded(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "told"),
     [
-        ("data.csv", "file,label\nx,ant\n", r"lacks the column 'path'\. It has: 'file', 'label'\."),
-        ("data.csv", "path,class\nx,ant\n", r"lacks the column 'label'"),
-        ("data.csv", "", r"lacks the column 'path'\. It has: none\."),
-        ("data.csv", "path,label\n", "holds no images"),
+        ("data.csv", "file,label\nx,ant\n", r"has no column 'path'\. Its columns: 'file', 'label'\."),
+        ("data.csv", "path,class\nx,ant\n", r"has no column 'label'"),
+        ("data.csv", "", r"has no column 'path'\. Its columns: none\."),
+        ("data.csv", "path,label\n", "contains no images"),
         ("data.csv", b"path,label\n\xff,ant\n", "cannot be read"),
         ("data.csv", "path,label\nx\n", r"1 labels are not in the label set \(''\)"),
         ("data.csv", "path,label\n,ant\n", "1 files do not exist"),
         ("data.jsonl", '{"path": 1\n', "cannot be read"),
-        ("data.jsonl", "\n[1, 2]\n", "line 2 is no JSON object"),
-        ("data.jsonl", '{"image": "x"}\n', "lacks the column 'path'"),
+        ("data.jsonl", "\n[1, 2]\n", "line 2 is not a JSON object"),
+        ("data.jsonl", '{"image": "x"}\n', "has no column 'path'"),
         ("data.parquet", "no parquet", "cannot be read"),
-        ("data.xlsx", "", r"is no table\. Known are \.csv, \.jsonl, \.parquet\."),
+        ("data.xlsx", "", r"is not a folder and not a table\. Known tables: \.csv, \.jsonl, \.parquet\."),
     ],
 )
 def test_what_is_no_table(tmp_path: Path, name: str, content: str | bytes, told: str) -> None:
@@ -305,7 +305,7 @@ def test_what_is_no_table(tmp_path: Path, name: str, content: str | bytes, told:
 
 def test_a_parquet_table_without_the_columns(tmp_path: Path) -> None:
     pyarrow.parquet.write_table(pyarrow.table({"path": ["x"], **{f"c{n}": [n] for n in range(100)}}), tmp_path / "data.parquet")
-    with pytest.raises(DataError, match=r"lacks the column 'label'\. It has: 'path', 'c0', 'c1', 'c2', 'c3', …\."):
+    with pytest.raises(DataError, match=r"has no column 'label'\. Its columns: 'path', 'c0', 'c1', 'c2', 'c3', …\."):
         read_data(tmp_path / "data.parquet", LABELS)
 
 
@@ -316,12 +316,12 @@ def test_what_is_no_data(tmp_path: Path, folder: Path) -> None:
     no_classes = datasets.Dataset.from_dict({"text": ["x"]})
     for source, told in [
         (tmp_path / "nowhere", "does not exist"),
-        (tmp_path / "empty", r"holds no images\. A folder of data has a sub-folder for every class"),
-        (tmp_path / "broken", "is no saved dataset"),
-        (no_classes, r"no column of images or none of classes\. It has: 'text'"),
-        ({"train": 1}, "no datasets"),
-        (hub(folder).to_iterable_dataset(), "A IterableDataset is no labelled data"),
-        (SimpleNamespace(), "A SimpleNamespace is no labelled data"),
+        (tmp_path / "empty", r"contains no images\. A folder of labelled images needs one subfolder per class"),
+        (tmp_path / "broken", "is not a saved dataset"),
+        (no_classes, r"no column of images or no column of classes\. Its columns: 'text'"),
+        ({"train": 1}, "are not datasets"),
+        (hub(folder).to_iterable_dataset(), "type IterableDataset is not labelled data"),
+        (SimpleNamespace(), "type SimpleNamespace is not labelled data"),
     ]:
         with pytest.raises(DataError, match=told):
             read_data(source, LABELS)
@@ -383,7 +383,7 @@ def test_a_draw_that_cannot_be() -> None:
     for share in (-0.1, 1.1, float("nan")):
         with pytest.raises(DataError, match="between 0 and 1"):
             data.divide(share)
-    with pytest.raises(DataError, match="-1 cannot be drawn"):
+    with pytest.raises(DataError, match="-1 images cannot be drawn"):
         data.subset(-1)
 
 
@@ -411,5 +411,5 @@ def test_a_line_that_is_too_deep_is_told_by_its_number(tmp_path: Path) -> None:
 
 def test_a_pipe_is_no_table(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "table.csv")
-    with pytest.raises(DataError, match="is no table"):
+    with pytest.raises(DataError, match="is not a folder and not a table"):
         read_data(tmp_path / "table.csv", LABELS)

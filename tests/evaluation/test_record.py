@@ -28,7 +28,7 @@ from cascadevlm.evaluation.metrics import evaluate, top_k_recall
 from cascadevlm.evaluation.record import Record, read_record, read_verdicts
 from cascadevlm.evaluation.recording import KeepingScorer, KeepingStage, write_record
 from cascadevlm.evaluation.sweep import sweep, under
-from cascadevlm.judges.base import Judge
+from cascadevlm.judges.base import Judge, Quote
 from cascadevlm.judges.budget import Ledger
 from cascadevlm.judges.cache import MemoryStore, VerdictStore
 from cascadevlm.policies.measures import entropy
@@ -63,8 +63,8 @@ def data(tmp_path: Path) -> Data:
 class Priced(FakeJudge):
     """Costs a cent a question, and says so before."""
 
-    def worst_case(self, question: Question) -> int:
-        return 10_000_000
+    def quote(self, question: Question) -> Quote:
+        return Quote(worst_case=10_000_000)
 
 
 class Opinionated(Judge):

@@ -32,6 +32,7 @@ from cascadevlm.evaluation.study import (
     study_shots,
     study_threshold,
 )
+from cascadevlm.judges.base import Quote
 from cascadevlm.judges.budget import Ledger
 from cascadevlm.judges.cache import DiskStore, MemoryStore, key_of, question_payload
 from cascadevlm.policies.measures import entropy
@@ -220,9 +221,9 @@ def test_unless_given_thresholds_go_from_all_images_to_none() -> None:
 def test_thresholds_want_every_answer_of_one_judge() -> None:
     with pytest.raises(DataError, match="--judge-all"):
         study_threshold(record(0))
-    with pytest.raises(DataError, match="the record has 2"):
+    with pytest.raises(DataError, match="this record has 2"):
         study_threshold(record(0, stages=2), thresholds=[0.5])
-    with pytest.raises(DataError, match="None of the images"):
+    with pytest.raises(DataError, match="No image could be read"):
         study_errors(replace(record(0), readable=np.zeros(60, dtype=bool)))
 
 
@@ -385,22 +386,22 @@ def test_exemplars_are_shown_as_many_as_said(data: Data, tmp_path: Path) -> None
 
 def test_a_study_is_of_one_judge(data: Data) -> None:
     cascade = cascade_of(FakeJudge())
-    with pytest.raises(InputError, match="the cascade has 0"):
+    with pytest.raises(InputError, match="this cascade has 0"):
         study_order(cascade.altered(stages=[]), data, config=CONFIG)
-    with pytest.raises(InputError, match="the cascade has 2"):
+    with pytest.raises(InputError, match="this cascade has 2"):
         study_reasoning(cascade.altered(stages=[*cascade.stages] * 2), data, config=CONFIG)
 
 
 class Priced(FakeJudge):
     """Costs a cent a question, and says so before."""
 
-    def worst_case(self, question: Question) -> int:
-        return 10_000_000
+    def quote(self, question: Question) -> Quote:
+        return Quote(worst_case=10_000_000)
 
 
 def test_a_study_that_the_budget_does_not_suffice_for_has_no_figures(data: Data) -> None:
     judge = Priced(dollars=0.01)
-    with pytest.raises(BudgetExhausted, match="not asked about 3 images with reversed"):
+    with pytest.raises(BudgetExhausted, match="not asked about 3 images in the variant reversed"):
         study_order(cascade_of(judge, ledger=Ledger(0.195)), data, config=CONFIG)
     assert len(judge.questions) == 19
 

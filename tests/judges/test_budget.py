@@ -24,7 +24,7 @@ from cascadevlm.base.errors import (
     TransientError,
 )
 from cascadevlm.base.types import NANODOLLARS, Question, Usage, Verdict
-from cascadevlm.judges.base import Judge, before_sending, verdict_from_text
+from cascadevlm.judges.base import Judge, Quote, before_sending, verdict_from_text
 from cascadevlm.judges.budget import DurableLedger, Ledger, Metered
 from cascadevlm.judges.retry import Retrying
 from cascadevlm.judges.voting import Repairing
@@ -73,8 +73,8 @@ class Gambler(Judge):
         self.rng = rng
         self.pause = pause
 
-    def worst_case(self, question: Question) -> int:
-        return self.worst
+    def quote(self, question: Question) -> Quote:
+        return Quote(worst_case=self.worst)
 
     async def judge(self, question: Question) -> Verdict:
         roll = self.rng.random
@@ -111,8 +111,8 @@ class Priced(FakeJudge):
         super().__init__(reply=reply, dollars=100 / NANODOLLARS, seconds=seconds)
         self.worst = worst
 
-    def worst_case(self, question: Question) -> int:
-        return self.worst
+    def quote(self, question: Question) -> Quote:
+        return Quote(worst_case=self.worst)
 
 
 def careful(judge: Judge, ledger: Ledger) -> Judge:

@@ -10,7 +10,7 @@ import pytest
 from cascadevlm import Cascade, Prediction, Stage, load_prompt
 from cascadevlm.base.errors import BackendError
 from cascadevlm.base.types import NANODOLLARS, Question, Verdict
-from cascadevlm.judges.base import Judge, WrapperJudge
+from cascadevlm.judges.base import Judge, Quote, WrapperJudge
 from cascadevlm.judges.budget import Ledger
 from cascadevlm.judges.cache import MemoryStore
 from cascadevlm.testing import FakeJudge, FakeScorer, noise
@@ -150,8 +150,8 @@ class AskingElsewhere(WrapperJudge):
         super().__init__(wrapped)
         self.paid = FakeJudge(dollars=0.01)
 
-    def worst_case(self, question: Question) -> int:
-        return NANODOLLARS // 100
+    def quote(self, question: Question) -> Quote:
+        return Quote(worst_case=NANODOLLARS // 100)
 
     async def judge(self, question: Question) -> Verdict:
         return await self.paid.judge(question)

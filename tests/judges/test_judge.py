@@ -14,7 +14,7 @@ from tenacity import wait_none
 
 from cascadevlm.base.errors import BudgetExhausted, FatalError, PermanentError, RateLimited, TransientError
 from cascadevlm.base.types import Question, Usage, Verdict
-from cascadevlm.judges.base import Judge, LocalJudge, verdict_from_text
+from cascadevlm.judges.base import Judge, LocalJudge, Quote, verdict_from_text
 from cascadevlm.judges.prompt import NONE_OF_THESE
 from cascadevlm.judges.retry import Retrying, retry_after, wait_as_told
 from cascadevlm.judges.voting import Repairing, Voting
@@ -112,7 +112,7 @@ async def test_verdicts_that_are_missing_are_told_to_all(missing: int) -> None:
     judge = Short(batch_size=4)
     answers = asyncio.gather(*(judge.judge(question()) for _ in range(4)), return_exceptions=True)
     for outcome in await asyncio.wait_for(answers, 30):
-        with pytest.raises(FatalError, match=f"'local:test' has {4 - missing} verdicts on 4 questions"):
+        with pytest.raises(FatalError, match=f"'local:test' returned {4 - missing} verdicts for 4 questions"):
             raise outcome  # type: ignore[misc]
 
 
@@ -293,19 +293,12 @@ class TestLocalJudge(JudgeContract):
 @given(st.integers(2, 9), st.integers(1, 6))
 def test_the_price_of_votes_is_that_of_the_questions_asked(votes: int, candidates: int) -> None:
     class Priced(FakeJudge):
-        def usual_case(self, question: Question) -> int:
-            return 10
-
-        def worst_case(self, question: Question) -> int:
-            return 30
-
-        def worst_case_tokens(self, question: Question) -> int:
-            return 100
+        def quote(self, question: Question) -> Quote:
+            return Quote(worst_case=30, usual_case=10, tokens=100)
 
     judge, asked = Priced(), question([f"bird {number}" for number in range(candidates)])
     voting = Voting(judge, votes)
     asyncio.run(voting.judge(asked))
     times = len(judge.questions)
     assert times == min(votes, candidates)
-    assert (voting.usual_case(asked), voting.worst_case(asked)) == (10 * times, 30 * times)
-    assert voting.worst_case_tokens(asked) == 100 * times
+    assert voting.quote(asked) == Quote(worst_case=30 * times, usual_case=10 * times, tokens=100 * times)

@@ -38,7 +38,7 @@ async def test_so_many_failures_in_a_row_are_an_outage(concurrency: int, most: i
         with pytest.raises(TransientError):
             await judge.judge(question())
         assert len(judge.wrapped.questions) == number  # type: ignore[attr-defined]
-    with pytest.raises(FatalError, match=rf"does not answer: the last {most} questions failed .* refused\. What was answered"):
+    with pytest.raises(FatalError, match=rf"does not answer\. The last {most} questions failed .* refused\. The answers so far"):
         await judge.judge(question())
 
 
@@ -103,7 +103,7 @@ async def test_an_outage_is_seen_while_the_money_runs_out() -> None:
 
 def test_an_outage_leaves_images_without_a_line_and_the_run_goes_on_after_it(tmp_path: Path) -> None:
     judge = FakeJudge(reply=["ANSWER: A"] * 6 + [RateLimited("The server is down.", retry_after=0)] * 10_000)
-    with pytest.raises(FatalError, match=r"'fake:fake' does not answer.* the same command goes on"):
+    with pytest.raises(FatalError, match=r"'fake:fake' does not answer.* Run the same command again"):
         bulk.run(cascade(judge, "always"), Pictures(60), tmp_path, config={})
     assert {line["label"] for line in lines(tmp_path)} <= {None, *["finch", "owl", "wren", "stork"]}
     assert len(lines(tmp_path)) <= 6

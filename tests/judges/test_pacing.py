@@ -10,7 +10,7 @@ from tenacity import RetryCallState, wait_none
 
 from cascadevlm.base.errors import PermanentError, RateLimited, TransientError
 from cascadevlm.base.types import Question, Verdict
-from cascadevlm.judges.base import Judge
+from cascadevlm.judges.base import Judge, Quote
 from cascadevlm.judges.pacing import Paced
 from cascadevlm.judges.retry import Retrying, retry_after, wait_as_told
 from cascadevlm.testing import FakeJudge, question
@@ -54,8 +54,8 @@ class Timed(FakeJudge):
         self.tokens = tokens
         self.asked: list[float] = []
 
-    def worst_case_tokens(self, question: Question) -> int:
-        return self.tokens
+    def quote(self, question: Question) -> Quote:
+        return Quote(tokens=self.tokens)
 
     async def judge(self, question: Question) -> Verdict:
         self.asked.append(self.clock.now)

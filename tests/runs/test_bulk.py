@@ -35,6 +35,7 @@ from cascadevlm.cascade.engine import BEGINNING
 from cascadevlm.config.config import Config
 from cascadevlm.decision.judge_model import JudgeModel
 from cascadevlm.decision.scorer_calibration import ScorerCalibration
+from cascadevlm.judges.base import Quote
 from cascadevlm.judges.budget import DurableLedger, Ledger
 from cascadevlm.judges.cache import DiskStore
 from cascadevlm.judges.support import SupportSet
@@ -400,8 +401,8 @@ class PaidJudge(FakeJudge):
     def __init__(self) -> None:
         super().__init__(reply=second, dollars=0.25)
 
-    def worst_case(self, question: Question) -> int:
-        return 250_000_000
+    def quote(self, question: Question) -> Quote:
+        return Quote(worst_case=250_000_000)
 
 
 def test_the_cap_holds_over_all_sessions(tmp_path: Path) -> None:

@@ -14,8 +14,8 @@ from cascadevlm.base.images import ImageSource, load_image
 from cascadevlm.base.labels import LabelSet
 from cascadevlm.base.types import NANODOLLARS, Exemplar, Question, Scores
 from cascadevlm.decision.judge_model import JudgeModel
-from cascadevlm.judges.base import Judge
-from cascadevlm.judges.hosted.base import HostedJudge
+from cascadevlm.judges.base import Judge, Quote
+from cascadevlm.judges.hosted.base import HostedJudge, input_bytes
 from cascadevlm.judges.support import SupportSet
 from cascadevlm.policies.base import PolicyLike, Selection
 from cascadevlm.runs.estimate import Estimate, estimate
@@ -74,7 +74,7 @@ def test_dollars_by_hand() -> None:
     (one,) = estimate(cascade, mixture(10, 10))
     scores = SCORER.score([picture(UNSURE)], LABELS)
     question = cascade.stages[0].question(picture(UNSURE), cascade.stages[0].candidates.choose(scores)[0])
-    letters = judge._input_bytes(question)
+    letters = input_bytes(question)
     image = 3 * 2  # 48 x 32 pixels
     usual = (letters // 4 + image) * 1e-6 + 10 * 1e-3
     most = (letters + image + 600) * 1e-6 + 30 * 1e-3
@@ -171,11 +171,9 @@ def test_minutes_go_by_the_slowest_limit() -> None:
 class Cents(FakeJudge):
     """A hundredth of a dollar for a small image, ten times as much for a large one."""
 
-    def usual_case(self, question: Question) -> int:
-        return NANODOLLARS // (100 if question.image.width < 100 else 10)
-
-    def worst_case(self, question: Question) -> int:
-        return 3 * self.usual_case(question)
+    def quote(self, question: Question) -> Quote:
+        usual = NANODOLLARS // (100 if question.image.width < 100 else 10)
+        return Quote(worst_case=3 * usual, usual_case=usual)
 
 
 def test_a_limit_on_calls_bounds_the_whole_not_the_sample() -> None:

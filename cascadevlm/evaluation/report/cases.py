@@ -1,4 +1,4 @@
-"""The cases of a report: a sample of each run's images with all that was said of them, as data for its page."""
+"""The cases of a report: a sample of each run's images with their candidates, verdicts and labels, as data for the page."""
 
 import base64
 import io
@@ -19,20 +19,23 @@ from cascadevlm.evaluation.record import Record
 from cascadevlm.policies import measures
 
 MOST_CASES = 1000
-"""Of one run."""
+"""Largest number of cases of one run."""
 
 MOST_IN_ALL = 2000
-"""Of all runs of a page together."""
+"""Largest number of cases of all runs of a page together."""
 
 THUMBNAIL = 128
-"""The longer side, in pixels."""
+"""Length of the longer side of a thumbnail, in pixels."""
 
 UNASKED = 5
-"""How many of the scorer's best are shown where no judge saw candidates."""
+"""Number of the scorer's best labels that are shown if no judge saw candidates."""
 
 
 def kinds_of(record: Record) -> dict[str, Bools]:
-    """N booleans for each kind of case, as `cascadevlm.evaluation.metrics.evaluate` counts them; an image may be of several."""
+    """``(N,)`` booleans for each kind of case, as `cascadevlm.evaluation.metrics.evaluate` counts them.
+
+    An image can be of several kinds.
+    """
     readable = record.readable
     scorer_right, right = record.scored == record.truths, record.predicted == record.truths
     outcomes = np.array([stage.outcomes for stage in record.stages], dtype=str).reshape(-1, len(record))
@@ -46,8 +49,11 @@ def kinds_of(record: Record) -> dict[str, Bools]:
 
 
 def sample(kinds: Mapping[str, Bools], most: int, *, seed: int = 0) -> NDArray[np.intp]:
-    """Rows, ascending: all, or ``most`` at random, as many of each kind as there are of the others, as far as it has so many; so
-    that rare kinds are there as a whole. An image of several kinds is of the rarest of them here, one of none is of the rest."""
+    """Rows of at most ``most`` images in ascending order. If there are more images, the rows are drawn at random.
+
+    The same number of images is drawn from each kind. A kind with fewer images is included as a whole, and the others share the
+    remaining places. An image of several kinds counts for the rarest one. Images of no kind are a group of their own.
+    """
     size = len(next(iter(kinds.values())))
     by_rarity = sorted(kinds.values(), key=lambda of_kind: int(of_kind.sum()))
     first = np.select(by_rarity, range(len(by_rarity)), len(by_rarity))
@@ -62,11 +68,11 @@ def sample(kinds: Mapping[str, Bools], most: int, *, seed: int = 0) -> NDArray[n
 
 
 def cases(runs: Mapping[str, tuple[Record, Record]], *, seed: int = 0) -> dict[str, JsonValue]:
-    """The cases of all runs as JSON-serialisable data: labels and thumbnails are given by number, from 0 on; -1 is none.
+    """The cases of all runs as JSON-serialisable data. Labels and thumbnails are numbers from 0; -1 stands for none.
 
     Args:
-        runs: by name, each as it was run and as its policy makes it, in the same order.
-        seed: of the choice of cases.
+        runs: by name, the record as it was made, and the record under its policy, with the images in the same order.
+        seed: seed of the random choice of cases.
     """
     numbers: dict[tuple[str, str], int] = {}
     told: list[JsonValue] = []
@@ -116,7 +122,7 @@ def _case(record: Record, final: Record, row: int) -> dict[str, JsonValue]:
 
 
 def _candidates(record: Record, row: int) -> list[int]:
-    """In the order last shown, or the scorer's best; none of an image that could not be read."""
+    """The columns of the candidates shown last, or of the scorer's best labels; empty if the image could not be read."""
     shown = [stage.candidates[row] for stage in record.stages if stage.asked[row]]
     if shown:
         return [int(column) for column in shown[-1] if column != NOBODY]
@@ -130,8 +136,11 @@ def _thumbnails(images: Iterable[tuple[str, str]]) -> Iterable[str]:
 
 
 def _thumbnail(image: tuple[str, str]) -> str:
-    """A WebP image as a data URI, from a name and the digest of the pixels, "" if that is unknown; "" where the name is no file's
-    or that of another image."""
+    """A thumbnail as a data URI; "" if the file cannot be read, or now contains another image.
+
+    Args:
+        image: name of the file, and digest of its pixels. A digest of "" is not checked.
+    """
     name, digest = image
     try:
         loaded = load_image(Path(name))
@@ -143,7 +152,7 @@ def _thumbnail(image: tuple[str, str]) -> str:
 
 
 def drawn(image: Image.Image) -> str:
-    """An image as the data URI of a thumbnail in WebP."""
+    """The thumbnail of an image in WebP format, as a data URI."""
     image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
     file = io.BytesIO()
     image.save(file, "WEBP", quality=70)

@@ -1,4 +1,4 @@
-"""The page: headline figures, plots, studies and cases of runs, rendered from ``cascadevlm/templates``."""
+"""The page about runs over labelled images: figures, plots, studies and cases, made from ``templates``."""
 
 import base64
 import hashlib
@@ -33,21 +33,21 @@ COLOURS = {
     plots.GREEN: "var(--green)",
     plots.PURPLE: "var(--purple)",
 }
-"""What the page calls the colours of the plots, so that they suit light and dark."""
+"""The CSS names of the plots' colours, so that the page can choose them for a light or dark background."""
 
 _share = partial(share, unknown="–")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """What the page tells of one run.
+    """What the page shows about one run.
 
     Attributes:
-        record: as it was run.
-        final: under its policy, where the judge was asked about everything.
-        evaluation: of ``final``, with what the judge said of the images kept; ``paid_dollars`` are those of the whole run.
-        studies: that lie beside it.
-        calibration: that lies beside it, if it was fitted on a part of it.
+        record: the record as it was made.
+        final: the record under its policy. It differs from ``record`` if the judge was asked about every image.
+        evaluation: figures of ``final``, including the judge's answers about kept images. ``paid_dollars`` is that of ``record``.
+        studies: the studies in the folder of the record.
+        calibration: the calibration in the folder, if it was fitted on images of this record.
     """
 
     record: Record
@@ -58,7 +58,7 @@ class Run:
 
     @classmethod
     def of(cls, record: Record, studies: Sequence[Study] = (), calibration: Calibration | None = None) -> "Run":
-        """What there is to tell of a record."""
+        """The run of a record."""
         final = as_configured(record)
         evaluation = evaluate_part(final, record)
         return cls(record=record, final=final, evaluation=evaluation, studies=tuple(studies), calibration=calibration)
@@ -68,7 +68,7 @@ def read_run(folder: Path) -> Run:
     """The record, the studies and the calibration in a folder.
 
     Raises:
-        DataError: if there is no whole record, or a study cannot be read.
+        DataError: if the folder has no complete record, or a study cannot be read.
     """
     record, calibration = read_decided(folder), calibration_beside(folder)
     fitted_here = calibration is not None and record.scores.fingerprint == calibration.fingerprint
@@ -76,11 +76,11 @@ def read_run(folder: Path) -> Run:
 
 
 def render(runs: Mapping[str, Run], *, seed: int = 0) -> str:
-    """The page, as HTML that asks the network for nothing.
+    """The page as HTML. It loads nothing from the network.
 
     Args:
-        runs: by name.
-        seed: of the choice of cases, where there are more than a page holds.
+        runs: the runs by name.
+        seed: seed of the random choice of cases, if there are more than a page can contain.
     """
     draw = Drawing()
     return rendered(
@@ -97,7 +97,7 @@ def render(runs: Mapping[str, Run], *, seed: int = 0) -> str:
 
 
 def rendered(template: str, **given: object) -> str:
-    """A page, with the style and the script of all of them."""
+    """A page with the style and the script that all pages share."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
 
@@ -117,7 +117,7 @@ def rendered(template: str, **given: object) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Plot:
-    """A plot with its heading and what it shows, in a sentence."""
+    """A plot, its title, and a sentence about what it shows."""
 
     title: str
     text: str
@@ -125,40 +125,45 @@ class Plot:
 
 
 def _plots(run: Run, draw: "Drawing") -> list[Plot]:
-    """Those that have something to show."""
+    """The plots of a run. Plots without data are left out."""
     found = run.evaluation
     judged, read = bool(run.record.stages), found.images > found.unreadable
     swept = not judged or run.record.asked_everything
-    everything = "" if swept else " The judge was not asked about everything: no curves."
+    everything = "" if swept else " There are no curves, because the judge was not asked about every image."
     known: list[tuple[bool, str, str, Callable[[Record], Figure]]] = [
         (
             judged and read,
             "Accuracy against questions",
-            "What each way of choosing the images for the judge would get right." + everything,
+            "Accuracy of each way to choose the images for the judge." + everything,
             plots.accuracy_deferral,
         ),
         (
             judged and read and found.dollars > 0,
             "Accuracy against dollars",
-            "The same by what the questions cost." + everything,
+            "Accuracy against the cost of the questions." + everything,
             plots.accuracy_dollars,
         ),
-        (read, "Entropy", "How sure the scorer is where it is right and where it is wrong.", plots.entropy_histogram),
+        (
+            read,
+            "Entropy",
+            "Entropy of the scorer's probabilities, for images that the scorer got right and wrong.",
+            plots.entropy_histogram,
+        ),
         (
             read,
             "Reliability",
-            "How often predictions of a confidence are right; larger marks stand for more images.",
+            "Share of right predictions for each level of confidence. Larger marks stand for more images.",
             plots.reliability,
         ),
         (
             read and found.cascade_accuracy != 1,
             "Confusion",
-            "The classes most often taken for one another; rows are truths.",
+            "The classes that are confused most often. Rows are truths, columns are final labels.",
             plots.confusion,
         ),
     ]
     if run.calibration is not None and swept:
-        text = "What the calibration beside the run gains on the images that it was not fitted on."
+        text = "Accuracy with and without the calibration in the run's folder, on images that it was not fitted on."
         decision = partial(plots.decision_layer, calibration=run.calibration)
         known.insert(2, (True, "Decision layer", text, decision))
     return [Plot(title=title, text=text, svg=draw(plot(run.record), title)) for shown, title, text, plot in known if shown]
@@ -171,7 +176,7 @@ def _study(study: Study, draw: "Drawing") -> "Markup":
 
 
 class Drawing:
-    """Makes figures SVG for one page: text stays text, colours are the page's, and no id is there twice."""
+    """Turns figures into SVG for one page. Text stays text, colours are CSS variables, and every id is unique on the page."""
 
     def __init__(self) -> None:
         self.drawn = 0
@@ -184,7 +189,7 @@ class Drawing:
         file = io.StringIO()
         nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         with warnings.catch_warnings(), matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "cascadevlm"}):
-            warnings.filterwarnings("ignore", "Glyph")  # the reader's browser has other fonts
+            warnings.filterwarnings("ignore", "Glyph")  # missing glyphs do not matter: the browser has its own fonts
             figure.savefig(file, format="svg", transparent=True, metadata=nothing)
         svg = file.getvalue()
         svg = svg[svg.index("<svg") :]
@@ -200,27 +205,27 @@ def _number(value: float | None, digits: int = 3) -> str:
 
 
 def _figures(found: Evaluation) -> dict[str, str]:
-    """All figures by name, as texts."""
-    recall = ", ".join(f"{k}: {_share(share)}" for k, share in found.top_k_recall.items())
+    """All figures as text, by name."""
+    recall = ", ".join(f"k = {k}: {_share(share)}" for k, share in found.top_k_recall.items())
     return {
         "Images (unreadable)": f"{found.images:,} ({found.unreadable:,})",
-        "Cascade, right": _share(found.cascade_accuracy, found.cascade_accuracy_interval),
-        "Cascade, mean over classes": _share(found.macro_accuracy, found.macro_accuracy_interval),
-        "Scorer alone, right": _share(found.scorer_accuracy, found.scorer_accuracy_interval),
-        "Scorer, on kept images": _share(found.scorer_accuracy_kept),
-        "Scorer, on escalated images": _share(found.scorer_accuracy_escalated),
-        "Judge's own answers, right": _share(found.judge_accuracy),
-        "Judge, on kept images": _share(found.judge_accuracy_kept),
-        "Judge, on escalated images": _share(found.judge_accuracy_escalated),
+        "Cascade, accuracy": _share(found.cascade_accuracy, found.cascade_accuracy_interval),
+        "Cascade, mean accuracy of the classes": _share(found.macro_accuracy, found.macro_accuracy_interval),
+        "Scorer alone, accuracy": _share(found.scorer_accuracy, found.scorer_accuracy_interval),
+        "Scorer, accuracy on kept images": _share(found.scorer_accuracy_kept),
+        "Scorer, accuracy on escalated images": _share(found.scorer_accuracy_escalated),
+        "Judge, accuracy of its answers": _share(found.judge_accuracy),
+        "Judge, accuracy on kept images": _share(found.judge_accuracy_kept),
+        "Judge, accuracy on escalated images": _share(found.judge_accuracy_escalated),
         "Escalated": _share(found.deferral_rate),
         "Rescued, harmed, abstained": f"{found.rescued:,}, {found.harmed:,}, {found.abstained:,}",
-        "Truth among the scorer's best": recall,
+        "Truth among the scorer's k best": recall,
         "Truth among the candidates": _share(found.coverage),
         "Calibration error, scorer": _number(found.scorer_calibration_error),
-        "Calibration error, final": _number(found.calibration_error),
-        "Dollars per thousand images": "–" if found.dollars_per_thousand is None else f"${found.dollars_per_thousand:,.4f}",
+        "Calibration error, cascade": _number(found.calibration_error),
+        "Dollars per 1,000 images": "–" if found.dollars_per_thousand is None else f"${found.dollars_per_thousand:,.4f}",
         "Paid in this run": f"${found.paid_dollars:,.4f}",
         "Tokens in, out": f"{found.input_tokens:,}, {found.output_tokens:,}",
-        "Seconds a question, p50, p95": f"{_number(found.latency_p50)}, {_number(found.latency_p95)}",
+        "Seconds per question, median, p95": f"{_number(found.latency_p50)}, {_number(found.latency_p95)}",
         "Outcomes of questions": ", ".join(f"{name} {count:,}" for name, count in found.outcomes.items() if count) or "–",
     }

@@ -1,5 +1,5 @@
-"""The page of bulk runs, which have no labels to compare with: what was decided, by whom, how surely and for how much, and the
-images, the doubtful first."""
+"""The page about bulk runs, whose images have no labels: the decisions, who made them, their probabilities and costs, and the
+images with the lowest probability first."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -24,23 +24,23 @@ from cascadevlm.runs.manifest import NAME, Manifest
 from cascadevlm.runs.run_folder import Tally
 
 SURE = 0.9
-"""From which probability on a label counts as sure."""
+"""Labels with at least this probability count as sure."""
 
 KINDS = ("abstained", "unanswered", "skipped", "overruled", "escalated", "kept", "unreadable")
-"""Kinds of images; one may be of several."""
+"""Kinds of images. An image can be of several kinds."""
 
 Numbered = tuple[int, Line]
-"""A line, and the number of its image, from 0."""
+"""The number of an image, from 0, and its line."""
 
 
 @dataclass(kw_only=True)
 class Given:
-    """What is known of the images that were given one label.
+    """Totals of the images that got one label.
 
     Attributes:
-        images: how many there are.
-        decided: how many, by who decided.
-        probability: the sum of theirs.
+        images: number of images.
+        decided: number of images by who decided.
+        probability: sum of the probabilities of the label.
     """
 
     images: int = 0
@@ -50,15 +50,18 @@ class Given:
 
 @dataclass(kw_only=True)
 class BulkRun:
-    """What the page tells of one run.
+    """What the page shows about one run.
 
     Attributes:
+        folder: folder of the run.
+        manifest: settings of the run.
         finished: whether all images have a prediction.
-        kinds: how many images there are of each kind.
-        labels: what was given, by label.
-        sure: how many labels have a probability of at least `SURE`.
-        probabilities: by who decided, the number of labels in each of equal parts of 0 to 1.
-        doubtful: the images that are worth a look, the most doubtful first.
+        tally: totals of the run.
+        kinds: number of images of each kind.
+        labels: totals of each label that was given.
+        sure: number of labels with a probability of at least `SURE`.
+        probabilities: by who decided, the number of labels in equal parts of the probabilities from 0 to 1.
+        doubtful: the images with the lowest probabilities, lowest first.
     """
 
     folder: Path
@@ -79,26 +82,26 @@ class BulkRun:
 
     @property
     def labelled(self) -> int:
-        """How many images have a label."""
+        """Number of images with a label."""
         return sum(given.images for given in self.labels.values())
 
     @property
     def decided(self) -> dict[str, int]:
-        """How many labels are whose."""
+        """Number of labels by who decided."""
         return {by: int(parts.sum()) for by, parts in self.probabilities.items() if parts.any()}
 
     @property
     def by_label(self) -> list[tuple[str, Given]]:
-        """The most frequent label first."""
+        """The labels and their totals, most frequent label first."""
         return sorted(self.labels.items(), key=lambda each: (-each[1].images, each[0]))
 
     @property
     def never_given(self) -> list[str]:
-        """The classes that no image was given."""
+        """The labels that no image got."""
         return [label.name for label in self.manifest.labels if label.name not in self.labels]
 
     def add(self, line: Line) -> None:
-        """Count one more prediction."""
+        """Add one prediction to the totals."""
         self.tally.add(line)
         self.tally.spent_dollars += line.cost.dollars
         self.kinds.update(_kinds(line))
@@ -119,19 +122,19 @@ class _Summary(BaseModel):
 
 
 def is_bulk_run(folder: Path) -> bool:
-    """Whether a folder is one that ``cascadevlm run`` wrote."""
+    """Whether ``cascadevlm run`` wrote this folder."""
     return (folder / NAME).is_file()
 
 
 def read_bulk_run(folder: Path) -> BulkRun:
-    """The run in a folder, finished or not. What is kept in memory does not grow with the number of images.
+    """Read the run in a folder, finished or not. The memory used does not grow with the number of images.
 
     Raises:
-        DataError: if its manifest or a prediction cannot be read.
+        DataError: if the manifest or a prediction cannot be read.
     """
     try:
         summary = _Summary.model_validate_json((folder / "summary.json").read_bytes())
-    except (OSError, ValidationError):  # it is written last
+    except (OSError, ValidationError):  # the summary is written last
         summary = None
     run = BulkRun(folder=folder, manifest=Manifest.read(folder), finished=summary is not None)
 
@@ -147,10 +150,10 @@ def read_bulk_run(folder: Path) -> BulkRun:
 
 
 def render_bulk(runs: Mapping[str, BulkRun]) -> str:
-    """The page, as HTML that asks the network for nothing.
+    """The page as HTML. It loads nothing from the network.
 
     Args:
-        runs: by name.
+        runs: the runs by name.
     """
     draw = Drawing()
     drawings = {
@@ -183,23 +186,21 @@ def _kinds(line: Line) -> list[str]:
 
 
 def _probability(line: Line) -> float:
-    """Of the label; the scorer's, where who decided gives none."""
+    """The probability of the label. If the judge decided and gave no probability, this is the scorer's probability."""
     if line.probability is not None:
         return line.probability
     return next((candidate.probability for candidate in line.candidates if candidate.label == line.label), 0.0)
 
 
 def _certainty(line: Line) -> float:
-    """What images are ordered by: those without a label come first; those that could not be read, of which there is nothing to
-    see, last."""
+    """The sort key of an image. Images without a label are first, and images that could not be read are last."""
     if not line.candidates:
         return 2.0
     return -1.0 if line.label is None else _probability(line)
 
 
 def _cases(runs: Mapping[str, BulkRun]) -> tuple[dict[str, JsonValue], int]:
-    """The cases of all runs, as `report.cases.cases` tells them, and how many have no picture although they could be
-    read."""
+    """The cases of all runs in the form of `report.cases.cases`, and the number of readable images without a picture."""
     told: list[JsonValue] = []
     thumbnails: list[JsonValue] = []
     missing = 0
@@ -214,11 +215,11 @@ def _cases(runs: Mapping[str, BulkRun]) -> tuple[dict[str, JsonValue], int]:
             thumbnails.append(pictures.get(number, ""))
         totals: dict[str, JsonValue] = {"all": run.tally.images, **{kind: run.kinds[kind] for kind in KINDS}}
         told.append({"name": name, "labels": [*labels], "totals": totals, "cases": shown})
-    return {"runs": told, "thumbnails": thumbnails, "kinds": ["all", *KINDS], "chosen": "the most doubtful"}, missing
+    return {"runs": told, "thumbnails": thumbnails, "kinds": ["all", *KINDS], "chosen": "with the lowest probability"}, missing
 
 
 def _case(line: Line, labels: dict[str, int]) -> dict[str, JsonValue]:
-    """What is shown of an image; labels are given by their numbers, new ones are numbered here."""
+    """The data of one image. Labels are numbers; a label without a number gets the next one in ``labels``."""
 
     def numbered(label: str | None) -> int:
         return -1 if label is None else labels.setdefault(label, len(labels))
@@ -249,7 +250,7 @@ def _case(line: Line, labels: dict[str, int]) -> dict[str, JsonValue]:
 
 
 def _thumbnails(run: BulkRun, rows: list[Numbered]) -> dict[int, str]:
-    """By the numbers of their images; none of an image that is gone or that another one has taken the place of."""
+    """Thumbnails by the number of the image. Images that were removed or replaced have none."""
     names = {number: line.path for number, line in rows if line.candidates}
     table = table_of(run.manifest.inputs)
     images: Iterator[tuple[int, tuple[str, ImageSource]]]
@@ -268,22 +269,22 @@ def _thumbnail(source: ImageSource) -> str:
 
 
 def _figures(run: BulkRun) -> dict[str, str]:
-    """All figures by name, as texts."""
+    """All figures as text, by name."""
     tally = run.tally
     outcomes = ", ".join(f"{outcome} {tally.counts[outcome]:,}" for outcome in get_args(Outcome) if tally.counts[outcome])
     return {
         "Images (unreadable)": f"{tally.images:,} ({tally.counts['unreadable']:,})",
-        "Labels given, of all classes": f"{len(run.labels):,} of {len(run.manifest.labels):,}",
+        "Labels given, of all labels": f"{len(run.labels):,} of {len(run.manifest.labels):,}",
         **{f"Decided by the {by}": f"{run.decided.get(by, 0):,}" for by in get_args(DecidedBy)},
         "Without a label": f"{tally.abstained:,}",
         "Kept, escalated": f"{run.kinds['kept']:,}, {run.kinds['escalated']:,}",
-        "Overruled: not the scorer's best": f"{run.kinds['overruled']:,}",
+        "Overruled: final label is not the scorer's best": f"{run.kinds['overruled']:,}",
         f"Probability of {SURE} or more": f"{run.sure:,}",
         "Outcomes of questions": outcomes or "–",
         "Requests to judges": f"{tally.requests:,}",
         "Spent": f"${tally.spent_dollars:,.4f}",
         "Saved by the cache": f"${tally.saved_dollars:,.4f}",
-        "Dollars per thousand images": f"${1000 * (tally.spent_dollars + tally.saved_dollars) / tally.images:,.4f}"
+        "Dollars per 1,000 images": f"${1000 * (tally.spent_dollars + tally.saved_dollars) / tally.images:,.4f}"
         if tally.images
         else "–",
     }

@@ -1,8 +1,6 @@
-"""What all hosted judges share: answers held to a schema, prices, the worst case, the key, batches."""
+"""Base class of judges behind an API that charges by the token: prices, requests, answers, batches."""
 
 import asyncio
-import importlib.util
-import os
 import re
 import time
 from abc import abstractmethod
@@ -10,143 +8,46 @@ from collections.abc import Awaitable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Protocol, TypeAlias, TypeVar, cast
-from urllib.parse import urlsplit
+from typing import ClassVar, TypeAlias
 
 from PIL import Image
-from pydantic import BaseModel, JsonValue, ValidationError
+from pydantic import JsonValue, ValidationError
 
 from cascadevlm.base.encoding import EncodedImage, ImageLimits, encode_image, size_within
-from cascadevlm.base.errors import (
-    BackendError,
-    CascadeError,
-    FatalError,
-    JudgeError,
-    PermanentError,
-    RateLimited,
-    Refused,
-    TransientError,
-)
-from cascadevlm.base.loop import PerLoop
+from cascadevlm.base.errors import BackendError, FatalError, JudgeError, PermanentError, RateLimited, Refused, TransientError
 from cascadevlm.base.portable import Live
-from cascadevlm.base.secrets import credentials_of, is_address, login_of, scrubbed, shown_address
+from cascadevlm.base.secrets import is_address
 from cascadevlm.base.types import NANODOLLARS, Exemplar, Question, Usage, Verdict
-from cascadevlm.judges.base import Judge, before_sending, verdict_from_text
+from cascadevlm.judges.answers import concluding_answer, is_json_answer
+from cascadevlm.judges.base import Quote, before_sending, verdict_from_text
+from cascadevlm.judges.hosted.connection import Client, ConnectedJudge
 from cascadevlm.judges.hosted.errors import ErrorResponse, translate
-from cascadevlm.judges.hosted.transport import guard
+from cascadevlm.judges.hosted.replies import Reply
 from cascadevlm.judges.pricing import FREE, Price, find_price
-from cascadevlm.judges.prompt import answer_format, concluding_answer, is_json_answer, options, render
-
-if TYPE_CHECKING:
-    import httpx2
-
-HAS_AIOHTTP = importlib.util.find_spec("aiohttp") is not None
-"""Whether the SDKs' faster transport can be used."""
-
-LOCAL_ONLY = "CASCADEVLM_LOCAL_ONLY"
-"""The environment variable that keeps judges from paid endpoints, whatever the configuration says."""
-
-NO_KEY = "no-key-needed"
-"""What servers on this machine are sent in place of a key."""
+from cascadevlm.judges.prompt import answer_format, once_per_question, options, render
 
 FIXED_TOKENS = 600
-"""More than any provider adds for roles, separators, a schema's fixed part and the instructions of a forced tool."""
+"""More tokens than any provider adds for roles, separators, the fixed part of a schema and the instructions of a forced tool."""
 
 REASONING_TOKENS = 4096
-"""Room for the thoughts of models that have them, so that an answer is not cut off before it begins."""
-
-MOST_TOKENS = 100_000_000
-"""More than any model takes or gives in one request."""
+"""Extra tokens for models that think before they answer, so that the thoughts do not use up the limit of the answer."""
 
 USUAL_BYTES_PER_TOKEN = 4
+"""Bytes of English text per token. Only estimates use this figure."""
+
 USUAL_SHARE_OF_LIMIT = 1 / 3
-"""How long English text is in tokens, and how much of its limit an answer takes: for estimates alone."""
+"""Length of a usual answer as a share of its limit. Only estimates use this figure."""
 
 UNKNOWN_IMAGE_PIXELS_PER_TOKEN = 14 * 14
-"""For models without a published rule: one token per patch of the smallest size in use."""
+"""Pixels per image token for models without a published rule: one token per patch of the smallest size in use."""
 
 UNKNOWN_SMALL_IMAGE_TOKENS = 5 * 576
-"""The most that a model without a published rule takes for a small image, in the worst case: LLaVA-NeXT makes five tiles of 576
-tokens of it."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Reply:
-    """What came back from a provider, before it is read: the text, why there is none, and what is billed, if it says; and the
-    thoughts that the provider tells apart from the text."""
-
-    text: str
-    usage: Usage | None
-    thoughts: str = ""
-    refusal: str | None = None
-    cut_off: bool = False
-    probabilities: Mapping[str, float] | None = None
-
-
-def reported(source: object, *path: str) -> object:
-    """What an object of an SDK holds under a path; None where it holds nothing: SDKs do not validate what they are sent."""
-    for name in path:
-        source = getattr(source, name, None)
-    return source
-
-
-def believed_usage(
-    *, input_tokens: object, output_tokens: object, cached: object, written: object, apart: bool = False
-) -> Usage | None:
-    """What a provider says was used; None where the counts cannot be true. It may leave out what its prompt cache gave and took.
-
-    Args:
-        apart: whether ``cached`` and ``written`` are counted beside ``input_tokens``, not among them.
-    """
-    counts = (input_tokens, output_tokens, 0 if cached is None else cached, 0 if written is None else written)
-    if not all(type(count) is int and 0 <= count <= MOST_TOKENS for count in counts):
-        return None
-    into, out, read, kept = cast(tuple[int, int, int, int], counts)
-    into += read + kept if apart else 0
-    if into == 0 or read + kept > into:
-        return None
-    return Usage(input_tokens=into, output_tokens=out, cached_input_tokens=read, cache_write_tokens=kept)
-
-
-def choices(question: Question, *, by_key: bool) -> list[str]:
-    """What an answer held to a schema may be: the names offered, or their keys."""
-    offered = options(question)
-    names = list(offered.values())
-    return list(offered) if by_key or len(set(names)) < len(names) else names
-
-
-def answer_schema(question: Question, *, by_key: bool = False) -> dict[str, object]:
-    """The JSON schema of an answer, the reasoning before it where the prompt asks for any."""
-    answer = {"type": "string", "enum": choices(question, by_key=by_key)}
-    reasoning = {"reasoning": {"type": "string"}} if answer_format(question).reasoning else {}
-    properties = {**reasoning, "answer": answer}
-    return {"type": "object", "properties": properties, "required": list(properties), "additionalProperties": False}
-
-
-def texts_of(content: object) -> tuple[str, str]:
-    """The text of an answer and the thoughts told apart from it; the content is one text or a list of parts."""
-    if isinstance(content, str):
-        return content, ""
-    texts: list[str] = []
-    thoughts: list[str] = []
-    for part in content if isinstance(content, list) else ():
-        match part.model_dump(warnings=False) if isinstance(part, BaseModel) else part:
-            case str(text) | {"type": "text" | "output_text", "text": str(text)}:
-                texts.append(text)
-            case {"thinking": thought} | {"reasoning": thought} | {"summary": thought} | {"text": thought}:
-                thoughts.append(texts_of(thought)[0])
-    return "\n".join(texts), "\n".join(thoughts)
-
-
-def normalised(masses: Mapping[str, float]) -> Mapping[str, float] | None:
-    """The same masses, summing to 1; None where there is none."""
-    total = sum(masses.values())
-    return {name: mass / total for name, mass in masses.items()} if total > 0 else None
+"""The worst case of a small image for models without a published rule: LLaVA-NeXT cuts it into five tiles of 576 tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BatchLimits:
-    """What a provider takes in one batch: so many requests, and so many bytes of them."""
+    """The most requests and the most bytes that a provider accepts in one batch."""
 
     requests: int
     bytes: int
@@ -154,7 +55,12 @@ class BatchLimits:
 
 @dataclass(frozen=True, kw_only=True)
 class Form:
-    """What not every endpoint takes of a request: a schema for the answer; the limit of tokens under its newer name."""
+    """The parts of a request that not every endpoint accepts.
+
+    Attributes:
+        schema: whether the request has a schema for the answer.
+        completion_tokens: whether the limit of tokens has its newer name, ``max_completion_tokens``.
+    """
 
     schema: bool
     completion_tokens: bool = False
@@ -163,65 +69,37 @@ class Form:
 NAMES_SCHEMA = re.compile(
     r"response.?format|output.?(config|format)|text\.format|schema|structured|grammar|requested parameters", re.IGNORECASE
 )
-"""How an error tells that it is about the schema."""
+"""Matches errors that concern the schema."""
 
 FIRST_ALONE_SECONDS = 5.0
-"""How long the first question may keep others waiting while it finds out what the endpoint takes."""
-
-
-T = TypeVar("T")
+"""The most seconds that other questions wait while the first question finds out which form the endpoint accepts."""
 
 PriceOption: TypeAlias = Mapping[str, JsonValue] | float | None
-"""Dollars per million tokens, as in `Price`; 0 for nothing; None for what the table says."""
+"""A price in dollars per million tokens, with the keys of `Price`. 0: the model is free. None: the price of the table."""
 
 
-class Client(Protocol):
-    """A client of an SDK."""
-
-    _client: "httpx2.AsyncClient"
-
-    async def close(self) -> None: ...
-
-
-@dataclass(kw_only=True)
-class _Connection:
-    """What a judge has in one event loop: a client, and how many runs use it."""
-
-    client: Client | None = None
-    runs: int = 0
+@once_per_question
+def input_bytes(question: Question) -> int:
+    """Bytes of the text of a question, and of the names in its schema."""
+    text = sum(len(part.encode()) for message in render(question) for part in message.parts if isinstance(part, str))
+    return text + 3 * sum(len(name.encode()) for name in options(question).values())
 
 
-class HostedJudge(Judge):
+class HostedJudge(ConnectedJudge):
     """A judge behind an API that charges by the token.
 
     Attributes:
-        provider: whose prices hold, at its own ``hosts``.
-        limits: what the provider accepts.
-        batch_limits: what its batch API accepts.
-        errors: ours for every exception of its SDK, by name; those that come with a status are judged by that.
-        model: as the provider names it.
-        base_url: another endpoint than the provider's.
-        api_key_env: the environment variable that holds the key.
-        client: the user's own, if any.
-        headers: sent with every request; secret.
-        timeout: seconds that a request may take in all.
+        limits: the image sizes that the provider accepts.
+        batch_limits: the batches that the provider accepts.
+        model: name of the model at the provider.
+        given_price: the price from the configuration.
+        max_tokens: the most tokens of an answer. None: see `output_limit`.
     """
 
     live: ClassVar[Live] = (("_first", lambda: None),)
 
-    client: "Client | None" = None
-    headers: Mapping[str, str] | None = None
-    timeout: float | None = None
-    _reached = False  # whether the endpoint was ever connected to
-    _form: Form | None = None  # once found out
-    _schema_works = False
-    _first: "asyncio.Future[FatalError | None] | None" = None  # done when no question waits for the first any more
-    _found_out = False
-    provider: ClassVar[str]
-    hosts: ClassVar[tuple[str, ...]]
     limits: ClassVar[ImageLimits]
     batch_limits: ClassVar[BatchLimits]
-    errors: ClassVar[Mapping[str, type[JudgeError]]]
 
     def __init__(
         self,
@@ -229,60 +107,41 @@ class HostedJudge(Judge):
         *,
         base_url: str | None,
         api_key_env: str,
+        headers: Mapping[str, str] | None,
+        client: Client | None,
+        timeout: float | None,
         price: PriceOption,
         concurrency: int,
         requests_per_minute: float | None,
         tokens_per_minute: float | None,
         max_tokens: int | None,
     ) -> None:
+        super().__init__(base_url=base_url, api_key_env=api_key_env, headers=headers, client=client, timeout=timeout)
         self.spec = f"{self.provider}:{model}"
         self.model = model
-        self.base_url = base_url
-        self.api_key_env = api_key_env
         self.given_price = price
         self.concurrency = concurrency
         self.requests_per_minute = requests_per_minute
         self.tokens_per_minute = tokens_per_minute
         self.max_tokens = max_tokens
-        self._connections: PerLoop[_Connection] = PerLoop(_Connection)
-
-    @property
-    def endpoint(self) -> str | None:
-        """Where the model is: ``base_url``, or what the SDK takes from the environment; None for the provider's own."""
-        return self.base_url or os.environ.get(f"{self.provider.upper()}_BASE_URL") or None
-
-    @property
-    def address(self) -> str | None:
-        """The endpoint without credentials: what is told, and kept."""
-        return shown_address(self.endpoint) if self.endpoint else None
-
-    @property
-    def host(self) -> str | None:
-        """Of the endpoint; None for the provider's own."""
-        return urlsplit(self.endpoint).hostname if self.endpoint else None
-
-    @property
-    def is_own_endpoint(self) -> bool:
-        """Whether the endpoint is the provider's own."""
-        return self.host in (None, *self.hosts)
-
-    @property
-    def is_local(self) -> bool:
-        """Whether the endpoint is on this machine, and so free and without a key."""
-        return self.host in ("localhost", "127.0.0.1", "::1")
+        self._form: Form | None = None  # None until the endpoint accepted one
+        self._schema_works = False
+        self._first: asyncio.Future[FatalError | None] | None = None  # done when no question waits for the first one any more
+        self._found_out = False
 
     @cached_property
     def price(self) -> Price:
-        """What the model charges: as given, on top of what the table says of the provider's own models; nothing on this machine.
+        """The price of the model.
+
+        The given price replaces values of the price table. The table is valid only for the provider's own endpoint. A model on
+        this machine is free if no price is given.
 
         Raises:
             BackendError: if the price is unknown or wrong.
         """
         if self.endpoint and not is_address(self.endpoint):
-            hint = "Write http://host:port/v1 or https://…, and in a password %2F for '/', %23 for '#', %3F for '?'."
-            raise BackendError(
-                f"The base_url of {self.spec!r} is no address.", hint=hint
-            )  # untold: nobody knows what in it is secret
+            hint = "Write http://host:port/v1 or https://…. In a password, write %2F for '/', %23 for '#' and %3F for '?'."
+            raise BackendError(f"The base_url of {self.spec!r} is not an address.", hint=hint)  # not shown: it may be secret
         if self.given_price is None and self.is_local:
             return FREE
         known = find_price(self.provider, self.model) if self.is_own_endpoint else None
@@ -308,93 +167,20 @@ class HostedJudge(Judge):
     def costs_money(self) -> bool:
         return self.price != FREE
 
-    def api_key(self) -> str:
-        """The key from the environment; any text does on this machine.
-
-        Raises:
-            BackendError: naming the variable, if it is not set or holds what no key does.
-        """
-        key = os.environ.get(self.api_key_env) or (NO_KEY if self.is_local else None)
-        if key is None:
-            raise BackendError(f"{self.spec!r} needs a key.", hint=f"Set the environment variable {self.api_key_env}.")
-        if stray := re.search(r"^\s|[^ -~]|\s$", key):
-            raise BackendError(
-                f"The key of {self.spec!r} holds {stray[0]!r} at position {stray.start() + 1} of {len(key)}, which no key does.",
-                hint=f"Set {self.api_key_env} without spaces around it, line breaks and typographic quotes.",
-            )
-        return key
-
-    def __getstate__(self) -> dict[str, object]:
-        if self.client is not None:
-            raise BackendError(
-                f"{self.spec!r} has a client of its own, which cannot be copied.", hint="Give base_url and headers instead."
-            )
-        return super().__getstate__()
-
-    async def prepare(self) -> None:
-        self._connections.get().runs += 1
-        self.price  # noqa: B018  # raises where it is unknown
-        self.connected()
-
-    async def aclose(self) -> None:
-        """Close the client when the last run in this event loop has ended."""
-        connection = self._connections.get()
-        connection.runs -= 1
-        if connection.runs <= 0:
-            await self.disconnect()
-
-    @abstractmethod
-    def _new_client(self) -> Client:
-        """A client of the SDK.
-
-        Raises:
-            BackendError: if there is no key.
-        """
-
-    def connected(self) -> Client:
-        """The user's own client or, in every event loop, one of ours; made at the first call.
-
-        Raises:
-            BackendError: if there is no key, or if ``$CASCADEVLM_LOCAL_ONLY`` is set and the endpoint is elsewhere.
-        """
-        connection = self._connections.get()
-        if connection.client is None:
-            self.require_allowed()
-            connection.client = self.client or self._new_client()
-            guard(connection.client._client)
-            if self.client is None and self.endpoint and (login := login_of(self.endpoint)):
-                connection.client._client.auth = login
-        return connection.client
-
-    async def disconnect(self) -> None:
-        """Let go of the client of this event loop; close it, unless it is the user's own."""
-        connection = self._connections.pop()
-        if self.client is None and connection is not None and connection.client is not None:
-            await connection.client.close()
-
     def encoded(self, shown: Question | Exemplar) -> EncodedImage:
-        """The image of a question or exemplar as it is sent; encoded at the first call."""
+        """The encoded image of a question or exemplar. The first call encodes it."""
         if self.limits not in shown.encoded:
             shown.encoded[self.limits] = encode_image(shown.image, self.limits)
         return shown.encoded[self.limits]
 
     def sent(self, image: Image.Image, question: Question) -> EncodedImage:
-        """A rendered image of a question, its own or an exemplar's, as it is sent."""
+        """The encoded form of an image in the rendered question: the image of the question or of an exemplar."""
         if image is question.image:
             return self.encoded(question)
         return next(self.encoded(exemplar) for exemplar in question.exemplars if exemplar.image is image)
 
     def image_digest(self, question: Question) -> str:
         return self.encoded(question).digest
-
-    def require_allowed(self) -> None:
-        """Refuse to be connected where only this machine may be asked, as in tests.
-
-        Raises:
-            BackendError: if ``$CASCADEVLM_LOCAL_ONLY`` is set and the endpoint is elsewhere.
-        """
-        if os.environ.get(LOCAL_ONLY) and not self.is_local:
-            raise BackendError(f"{self.spec!r} is not on this machine, and {LOCAL_ONLY} is set.")
 
     @property
     @abstractmethod
@@ -404,52 +190,22 @@ class HostedJudge(Judge):
     @property
     @abstractmethod
     def schema_is_optional(self) -> bool:
-        """Whether the judge may ask without a schema where the endpoint does not take one."""
+        """Whether the judge may ask without a schema if the endpoint does not accept one."""
 
     @property
     def form(self) -> Form:
-        """The form of requests, as far as it is known what the endpoint takes."""
+        """The form of the next request: the form that the endpoint accepted, or the first form."""
         return self._form or self.first_form
 
     @abstractmethod
     async def reply(self, question: Question, form: Form) -> Reply:
-        """What the model replies to a question."""
-
-    @property
-    @abstractmethod
-    def secret(self) -> str:
-        """The key in use, to be kept out of messages."""
-
-    @property
-    def secrets(self) -> list[str]:
-        """All that must be kept out of messages: the key, the values of headers, the credentials of the address."""
-        headers = [text for value in (self.headers or {}).values() for text in (value, value.rpartition(" ")[2])]
-        return [self.secret, *headers, *(credentials_of(self.endpoint) if self.endpoint else ())]
-
-    async def call(self, request: Awaitable[T]) -> T:
-        """The result of a request to the provider.
-
-        Raises:
-            JudgeError: in place of whatever the SDK raises, by `translate`.
-        """
-        try:
-            result = await request
-        except Exception as exc:
-            known = exc if isinstance(exc, CascadeError) else exc.__cause__  # an SDK may wrap ours
-            if isinstance(known, CascadeError):
-                error = known
-            else:
-                error = translate(exc, self.errors, secret=self.secret, reached=self._reached)
-                self._reached = self._reached or not isinstance(error, FatalError)
-            error.args = tuple(scrubbed(str(text), self.secrets) for text in error.args)
-            shows_secret = error is known or scrubbed(str(exc), self.secrets) != str(exc)
-            raise error from (None if shows_secret else exc)
-        self._reached = True
-        return result
+        """Send one request for a question, and return the reply."""
 
     async def ask_as_taken(self, question: Question) -> Verdict:
-        """The verdict on a question, asked in a form that the endpoint takes. The first question finds the form out; for
-        `FIRST_ALONE_SECONDS` at most, others wait for it."""
+        """The verdict on a question, asked in a form that the endpoint accepts.
+
+        The first question finds this form. The other questions wait for it, at most `FIRST_ALONE_SECONDS`.
+        """
         loop = asyncio.get_running_loop()
         first = self._first
         if first is None and not self._found_out:
@@ -457,7 +213,7 @@ class HostedJudge(Judge):
         if first is not None and first.get_loop() is loop:
             with before_sending():
                 await asyncio.wait([first])
-            if fatal := first.result():  # what stopped the first question would stop this one
+            if fatal := first.result():  # the same error would stop this question
                 raise fatal
         return await self._adapt(question)
 
@@ -486,7 +242,7 @@ class HostedJudge(Judge):
             try:
                 verdict = await self.ask(self.reply(question, form), question)
             except JudgeError as exc:
-                other = None if exc.may_be_billed else self.other_form(form, exc)  # all requests go by one reservation
+                other = None if exc.may_be_billed else self.other_form(form, exc)  # one reservation covers all requests
                 if other is None or other in tried:
                     raise
                 form = other
@@ -495,13 +251,16 @@ class HostedJudge(Judge):
                 return verdict
 
     def other_form(self, form: Form, error: JudgeError) -> Form | None:
-        """The form to ask in after an error that was not billed; None where another form would not help."""
+        """The form to try after an error that was not billed. None if another form would not help."""
         names_schema = not isinstance(error, RateLimited) and NAMES_SCHEMA.search(str(error))
         return replace(form, schema=False) if names_schema and self.schema_is_optional else None
 
     def _learn(self, form: Form, verdict: Verdict) -> None:
-        """Keep to a form that got an answer. An endpoint that answers with something else than JSON takes no notice of a schema;
-        an answer that is empty, refused or cut off does not tell. A schema that worked once is only left out where it must be."""
+        """Remember a form that got an answer.
+
+        An endpoint that answers a schema with other text than JSON ignores the schema. An empty, refused or cut-off answer proves
+        nothing. After a schema worked once, requests keep the schema.
+        """
         if form.schema and verdict.outcome not in ("refused", "failed") and verdict.text.strip():
             self._schema_works = self._schema_works or is_json_answer(verdict.text)
             form = replace(form, schema=self._schema_works or not self.schema_is_optional)
@@ -509,7 +268,7 @@ class HostedJudge(Judge):
             self._form = form
 
     async def ask(self, request: Awaitable[Reply], question: Question) -> Verdict:
-        """The verdict of one request, timed."""
+        """The verdict of one request. Its usage holds the seconds that the request took."""
         began = time.perf_counter()
         try:
             async with asyncio.timeout(self.timeout):
@@ -522,10 +281,10 @@ class HostedJudge(Judge):
         return replace(verdict, usage=replace(verdict.usage, seconds=time.perf_counter() - began))
 
     def read_row(self, row: JsonValue, question: Question) -> Verdict:
-        """The verdict of a row of a batch's results.
+        """The verdict for a row of a batch's results.
 
         Raises:
-            JudgeError: what the row says instead of an answer.
+            JudgeError: if the row holds an error in place of an answer.
         """
         try:
             return self.read(self.of_batch_row(row, question), question, batch=True)
@@ -536,26 +295,29 @@ class HostedJudge(Judge):
             raise error from None
 
     def _refused(self, error: Refused) -> Verdict:
-        """The verdict that an error response amounts to which concerns one image; such a response is not billed."""
+        """The verdict for an error response that concerns one image. Such a response is not billed."""
         return Verdict(outcome="refused", error=str(error), judge=self.spec, usage=Usage(requests=1))
 
     def read(self, reply: Reply, question: Question, *, batch: bool = False) -> Verdict:
-        """The verdict a reply amounts to; refusals and answers cut off are no reason to ask again."""
+        """The verdict for a reply. Refusals and cut-off answers become verdicts, because asking again would not help."""
         used, bill = self._bill(reply.usage, question, batch=batch)
         usage = replace(used, dollars=bill / NANODOLLARS, requests=1)
         if reply.refusal is not None:
             return Verdict(outcome="refused", text=reply.text, error=reply.refusal, judge=self.spec, usage=usage)
         if reply.cut_off:
-            error = f"The answer was cut off at {self.output_limit(question)} tokens; raise max_tokens."
+            error = f"The answer was cut off at {self.output_limit(question)} tokens. Raise max_tokens."
             return Verdict(outcome="failed", text=reply.text, error=error, judge=self.spec, usage=usage)
         text = reply.text if reply.text.strip() else concluding_answer(reply.thoughts)
         if not text.strip() and reply.thoughts.strip():
-            error = "The answer is empty: the endpoint gave nothing but thoughts, which do not end in an answer."
+            error = "The answer is empty: the response holds only thoughts, and they do not end in an answer."
             return Verdict(outcome="unparsed", error=error, judge=self.spec, usage=usage)
         return verdict_from_text(text, question, judge=self.spec, usage=usage, probabilities=reply.probabilities)
 
     def _bill(self, usage: Usage | None, question: Question, *, batch: bool) -> tuple[Usage, int]:
-        """What a request used, and its bill in nanodollars: as the endpoint says, at most the worst case."""
+        """The usage of a request and its cost in nanodollars.
+
+        The usage that the endpoint reports counts if its cost is at most the worst case. If not, the worst case counts.
+        """
         input_tokens, output_tokens = self.most_tokens(question)
         worst = self.price.worst_case(input_tokens, output_tokens, batch=batch)
         if usage is not None and (bill := self.price.nanodollars(usage, batch=batch)) <= worst:
@@ -563,41 +325,53 @@ class HostedJudge(Judge):
         return Usage(input_tokens=input_tokens, output_tokens=output_tokens) if self.costs_money else Usage(), worst
 
     def output_limit(self, question: Question) -> int:
-        """The most tokens an answer may have: the prompt's, the longest name's and, for models that have any, its thoughts."""
+        """The most tokens of an answer: ``max_tokens``. Default: the tokens of the prompt's answer and of the longest name, and
+        `REASONING_TOKENS` for models that think."""
         if self.max_tokens is not None:
             return self.max_tokens
         name = max(len(name.encode()) for name in options(question).values()) // USUAL_BYTES_PER_TOKEN
         return answer_format(question).max_tokens + name + (REASONING_TOKENS if self.price.reasons else 0)
 
-    def _input_bytes(self, question: Question) -> int:
-        """Of the text, and of a schema's names."""
-        text = sum(len(part.encode()) for message in render(question) for part in message.parts if isinstance(part, str))
-        return text + 3 * sum(len(name.encode()) for name in options(question).values())
-
     def _sent_sizes(self, question: Question) -> list[tuple[int, int]]:
-        """Of all images, as they are sent or, if they were not encoded yet, as they are within the limits: their bytes may make
-        them shrink further, but not grow."""
+        """Width and height of all images as they are sent, in pixels.
+
+        For an image that is not encoded yet, it is the size within the limits. Encoding may shrink the image further, but cannot
+        enlarge it.
+        """
         shown: tuple[Question | Exemplar, ...] = (question, *question.exemplars)
         return [self._sent_size(each) for each in shown]
 
     def _sent_size(self, shown: Question | Exemplar) -> tuple[int, int]:
-        """In a worker of a cluster only what was encoded tells the size: the pixels stay behind."""
+        # A worker of a cluster gets encoded images without their pixels.
         encoded = shown.encoded.get(self.limits)
         return (encoded.width, encoded.height) if encoded else size_within(shown.image.size, self.limits)
 
     def most_tokens(self, question: Question) -> tuple[int, int]:
-        """The most tokens that a request can take, in and out. No tokenizer makes more tokens of a text than it has bytes."""
+        """The most input tokens and the most output tokens of a request. A text never has more tokens than bytes."""
         least = UNKNOWN_SMALL_IMAGE_TOKENS if self.price.image is None else 0
         images = sum(max(self._image_tokens(size), least) for size in self._sent_sizes(question))
-        return self._input_bytes(question) + images + FIXED_TOKENS, self.output_limit(question)
+        return input_bytes(question) + images + FIXED_TOKENS, self.output_limit(question)
 
-    def usual_case(self, question: Question) -> int:
-        text = self._input_bytes(question) // USUAL_BYTES_PER_TOKEN
-        usage = Usage(
-            input_tokens=text + sum(map(self._image_tokens, self._sent_sizes(question))),
-            output_tokens=int(self.output_limit(question) * USUAL_SHARE_OF_LIMIT),
+    def quote(self, question: Question, *, batch: bool = False) -> Quote:
+        """The price of one request for this question.
+
+        Args:
+            batch: whether the question is asked in the provider's batch API.
+        """
+        input_tokens, output_tokens = self.most_tokens(question)
+        limit = self.price.input_limit
+        if limit is not None and input_tokens > limit:
+            raise PermanentError(f"The question may take {input_tokens} tokens, but the price is known up to {limit} tokens.")
+        usual = Usage(
+            input_tokens=input_bytes(question) // USUAL_BYTES_PER_TOKEN
+            + sum(map(self._image_tokens, self._sent_sizes(question))),
+            output_tokens=int(output_tokens * USUAL_SHARE_OF_LIMIT),
         )
-        return self.price.nanodollars(usage)
+        return Quote(
+            worst_case=self.price.worst_case(input_tokens, output_tokens, batch=batch),
+            usual_case=self.price.nanodollars(usual, batch=batch),
+            tokens=input_tokens + output_tokens,
+        )
 
     def _image_tokens(self, size: tuple[int, int]) -> int:
         width, height = size
@@ -605,48 +379,31 @@ class HostedJudge(Judge):
             return width * height // UNKNOWN_IMAGE_PIXELS_PER_TOKEN + 1
         return self.price.image.tokens(width, height)
 
-    def worst_case(self, question: Question) -> int:
-        return self._worst_case(question, batch=False)
-
-    def batch_worst_case(self, question: Question) -> int:
-        """`worst_case`, in the batch API."""
-        return self._worst_case(question, batch=True)
-
-    def _worst_case(self, question: Question, *, batch: bool) -> int:
-        input_tokens, output_tokens = self.most_tokens(question)
-        limit = self.price.input_limit
-        if limit is not None and input_tokens > limit:
-            raise PermanentError(f"The question may take {input_tokens} tokens, and the price is known up to {limit}.")
-        return self.price.worst_case(input_tokens, output_tokens, batch=batch)
-
-    def worst_case_tokens(self, question: Question) -> int:
-        return sum(self.most_tokens(question))
-
     @abstractmethod
     def batch_row(self, key: str, question: Question) -> JsonValue:
-        """A question as the batch API takes it, under ``key``."""
+        """The row of a question in a batch. The result of the question has the same ``key``."""
 
     @abstractmethod
     async def submit_batch(self, rows: Path, token: str) -> str:
-        """Submit a file of rows, one JSON object a line; returns the batch's id. ``token`` is how `find_batch` will know it."""
+        """Submit a file of rows, one JSON object per line, and return the id of the batch. `find_batch` finds it by ``token``."""
 
     @abstractmethod
     async def find_batch(self, token: str) -> str | None:
-        """The id of a batch that was submitted before, if it was."""
+        """The id of the batch that was submitted with this token. None if there is none."""
 
     @abstractmethod
     async def batch_results(self, batch_id: str) -> Mapping[str, JsonValue] | None:
-        """What came back, by key; None while the batch runs. Rows without an answer may be missing.
+        """The rows of a batch's results by their keys. None while the batch runs. Rows without an answer may be missing.
 
         Raises:
-            PermanentError: if the provider refused the batch as a whole.
+            PermanentError: if the provider refused the whole batch.
         """
 
     @abstractmethod
     def of_batch_row(self, row: JsonValue, question: Question) -> Reply:
-        """A row of results, read.
+        """The reply in a row of results.
 
         Raises:
-            ErrorResponse: what it says instead of an answer.
-            JudgeError: if it says nothing.
+            ErrorResponse: if the row holds an error response.
+            JudgeError: if the row holds no response.
         """

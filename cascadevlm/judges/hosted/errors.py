@@ -1,5 +1,7 @@
-"""What came from a provider in place of an answer, as one of our errors, which say whether to ask again and whether it may be
-billed. `RULES` is the one table of statuses, codes and words."""
+"""Translation of a provider's errors into ours, which say whether to ask again and whether the request may be billed.
+
+`RULES` is the only table of statuses, codes and words.
+"""
 
 import json
 import os
@@ -18,18 +20,18 @@ NEVER_CONNECTED = frozenset({"ConnectError", "ConnectTimeout", "PoolTimeout"})
 NEVER_SENT = frozenset({"UnicodeEncodeError", "LocalProtocolError", "UnsupportedProtocol", "InvalidURL"})
 MOST_OF_A_MESSAGE = 500
 
-EXHAUSTED = "The account's quota or spending limit is exhausted: once it is raised, the same command goes on."
-CHECK_KEY = "Check the key and what it has access to; then the same command goes on."
-CHECK_MODEL = "Check model and base_url; then the same command goes on."
+EXHAUSTED = "The account's quota or spending limit is exhausted. Raise it, then run the same command again to continue."
+CHECK_KEY = "Check the key and its access rights, then run the same command again to continue."
+CHECK_MODEL = "Check model and base_url, then run the same command again to continue."
 NO_CONNECTION = "Is the server running, and is base_url right?"
 
 
 class ErrorResponse(Exception):
-    """A response that holds something else than an answer, as a backend met with it.
+    """A response without an answer.
 
     Attributes:
-        status: of the response, or of the row of a batch.
-        body: as JSON or as the SDK read it; text if it is no JSON.
+        status: HTTP status of the response, or of the row of a batch.
+        body: the body as JSON or as an object of the SDK. A text if it is not JSON.
     """
 
     def __init__(self, body: object, *, status: int = 200) -> None:
@@ -50,7 +52,15 @@ def _words(pattern: str) -> re.Pattern[str]:
 
 @dataclass(frozen=True, kw_only=True)
 class Rule:
-    """A response is of a kind if it has one of the codes, or one of the statuses and, where there are any, one of the words."""
+    """A rule for one kind of error. It holds for a response with one of the codes, or with one of the statuses and the words.
+
+    Attributes:
+        kind: our error.
+        codes: codes of the body, as `_code` writes them.
+        statuses: HTTP statuses.
+        words: pattern of the server's words. Default: any words.
+        hint: the hint of the error.
+    """
 
     kind: type[JudgeError]
     codes: frozenset[str] = frozenset()
@@ -59,12 +69,12 @@ class Rule:
     hint: str = ""
 
     def holds(self, status: int, codes: frozenset[str], words: str) -> bool:
-        """Whether a response is of this kind."""
+        """Whether the rule holds for a response."""
         return bool(self.codes & codes) or (status in self.statuses and bool(self.words.search(words)))
 
 
 OK = 200
-"""The status of bodies whose error comes without a status of its own."""
+"""The status of a response whose body holds an error."""
 
 RULES: tuple[Rule, ...] = (
     Rule(
@@ -105,11 +115,11 @@ RULES: tuple[Rule, ...] = (
         statuses={402},
         hint=EXHAUSTED,
     ),
-    Rule(  # before the words for money: a message about a rate may name the page of the account where it is raised
+    Rule(  # before the words for money: a message about a rate may mention the account
         kind=RateLimited,
         statuses={429, 503, 529},
         words=_words(
-            r"rate.?limit(?!error)|per.(second|minute|min|hour|day)|\b[rt]p[smd]\b"  # proxies call all of 429 a RateLimitError
+            r"rate.?limit(?!error)|per.(second|minute|min|hour|day)|\b[rt]p[smd]\b"  # proxies use RateLimitError for every 429
             r"|(retry|again) (in|after) \S*\d|too many|concurren"
         ),
     ),
@@ -187,22 +197,22 @@ RULES: tuple[Rule, ...] = (
         statuses=range(400, 500),
     ),
 )
-"""Which responses are of which kind; the first rule that holds decides. What concerns one image is refused, what concerns all
-is fatal."""
+"""The first rule that holds for a response decides its kind. An error that concerns one image is Refused. An error that concerns
+all images is a FatalError."""
 
 
 def error_of_response(status: int, body: object, *, wait: float | None = None, secret: str = "") -> JudgeError:
-    """The error that a response amounts to, with the server's own words. Only a body without any word of an error may be billed.
+    """Our error for a response, with the server's own words. Only a response without any sign of an error may be billed.
 
     Args:
-        status: of the response. With 200, the code in the body decides; without one, it may pass.
-        body: as JSON, or as text where it is none.
-        wait: seconds to wait before the next request, where the response says so.
-        secret: the key, which must not get into a message.
+        status: HTTP status of the response. With 200, the code in the body decides. Without a code, the error is transient.
+        body: the body as JSON, or as text if it is not JSON.
+        wait: seconds to wait before the next request, if the response says so.
+        secret: the key. Messages must not contain it.
     """
     if status == OK and isinstance(body, str):
         text = _readable(body).replace(secret or "\0", "***")[:MOST_OF_A_MESSAGE]
-        return TransientError(f"The endpoint answered with no JSON: {text!r}.", hint="Is base_url right?")
+        return TransientError(f"The response of the endpoint is not JSON: {text!r}.", hint="Check base_url.")
     codes = frozenset(_codes(body))
     if status == OK:
         status = next((int(code) for code in codes if re.fullmatch("[45][0-9][0-9]", code)), OK)
@@ -220,11 +230,12 @@ def error_of_response(status: int, body: object, *, wait: float | None = None, s
 
 
 def _code(text: str) -> str:
+    """A code in lower case, with underscores in place of other characters."""
     return re.sub(r"\W+", "_", text).lower()
 
 
 def _codes(body: object) -> Iterator[str]:
-    """Every code and type in a body, in lower case and with underscores."""
+    """All codes and types in a body, as `_code` writes them."""
     if isinstance(body, Mapping):
         for name, value in body.items():
             if name in ("code", "type", "__type", "status", "error_code", "errorCode", "param") and isinstance(value, str | int):
@@ -251,11 +262,11 @@ _SAYING = (
     "base_resp",
     "status_msg",
 )
-"""The fields that hold a server's words, however it nests them."""
+"""The fields that hold a server's words, at any depth."""
 
 
 def _told(body: object) -> Iterator[str]:
-    """A server's words."""
+    """The server's words in a body."""
     if isinstance(body, str):
         if body.strip():
             yield _readable(body)
@@ -263,13 +274,13 @@ def _told(body: object) -> Iterator[str]:
         for item in body:
             yield from _told(item)
     elif isinstance(body, Mapping):
-        where = body.get("loc")  # as pydantic names what is wrong
+        where = body.get("loc")  # pydantic's name for the wrong field
         place = ".".join(map(str, where)) + ": " if isinstance(where, list) else ""
         yield from (place + words for name in _SAYING for words in _told(body.get(name)))
 
 
 def _readable(text: str) -> str:
-    """A text on one line; of a page in HTML its title or, without one, its words."""
+    """The text on one line. A page of HTML is replaced by its title; without a title, by its words."""
     if "<html" in text[:1000].lower():
         title = re.search(r"<title[^>]*>(.*?)</title>", text, re.IGNORECASE | re.DOTALL)
         text = title[1] if title and title[1].strip() else re.sub(r"<[^>]*>", " ", text)
@@ -277,13 +288,17 @@ def _readable(text: str) -> str:
 
 
 def translate(exc: Exception, errors: Mapping[str, type[JudgeError]], *, secret: str, reached: bool = True) -> JudgeError:
-    """One of ours for whatever came out of an SDK: by its response where it has one, else by the name of its class or the nearest
-    of its bases. A request that broke off after it was sent may have been answered, and so billed.
+    """Our error for an exception of an SDK.
+
+    The response decides if the exception has one. Without a response, the name of its class or of the nearest base class decides.
+    A request that broke off after it was sent may have been answered and billed.
 
     Args:
-        errors: ours by the names of the SDK's classes.
-        secret: the key, which must not get into a message.
-        reached: whether the endpoint was ever connected to; if not, a refused connection concerns all questions.
+        exc: the exception.
+        errors: our error class for each exception class of the SDK, by class name.
+        secret: the key. Messages must not contain it.
+        reached: whether the endpoint was ever connected to. If not, a refused connection is fatal, because it concerns all
+            questions.
     """
     if isinstance(exc, ErrorResponse):
         return error_of_response(exc.status, exc.body, secret=secret)
@@ -294,12 +309,12 @@ def translate(exc: Exception, errors: Mapping[str, type[JudgeError]], *, secret:
     causes = _causes(exc)
     message = " ".join(f"{type(each).__name__}: {each}" for each in dict.fromkeys((exc, causes[-1])))
     message = one_line(message).replace(secret or "\0", "***")[:MOST_OF_A_MESSAGE]
-    if _never_sent(causes):  # whose words may hold the key
-        return FatalError("No request can be sent: the key, a header or base_url holds a character that must not be there.")
+    if _never_sent(causes):  # the exception's text may contain the key
+        return FatalError("No request can be sent: the key, a header or base_url has a character that is not allowed.")
     if refusal := _refused_connection(causes):
         message = f"No connection to {_server(exc)}: {refusal}."
         return TransientError(message) if reached else FatalError(message, hint=NO_CONNECTION)
-    no_answer = isinstance(exc, ValueError) or _from_aiohttp(causes)  # a body that is no JSON, a server that speaks no HTTP
+    no_answer = isinstance(exc, ValueError) or _from_aiohttp(causes)  # the body is not JSON, or the server does not speak HTTP
     unknown = TransientError if no_answer else PermanentError
     if _never_connected(causes):
         return TransientError(f"No connection to {_server(exc)} was made in time.", hint=NO_CONNECTION)
@@ -308,10 +323,10 @@ def translate(exc: Exception, errors: Mapping[str, type[JudgeError]], *, secret:
 
 
 def _body(exc: Exception) -> object:
-    """The body of a response with an error status: whole, where the SDK's exception may hold a part of it."""
+    """The whole body of an error response. The SDK's exception may have only a part of it."""
     try:
         return json.loads(exc.response.text)  # type: ignore[attr-defined]
-    except (AttributeError, ValueError, RuntimeError):  # no response, no JSON, not read
+    except (AttributeError, ValueError, RuntimeError):  # no response, not JSON, or not read
         return getattr(exc, "body", None) or str(exc)
 
 
@@ -320,7 +335,7 @@ def _class_names(exc: BaseException) -> list[str]:
 
 
 def _causes(exc: BaseException) -> list[BaseException]:
-    """The exception and what it came of, down to the first cause."""
+    """The exception, its cause, the cause of the cause, and so on."""
     causes = []
     cause: BaseException | None = exc
     while cause is not None:
@@ -330,13 +345,15 @@ def _causes(exc: BaseException) -> list[BaseException]:
 
 
 def _from_aiohttp(causes: list[BaseException]) -> list[BaseException]:
-    """Through aiohttp only its own word counts: the transport tells a connection closed after the request as one that was never
-    made, and a refused one as a time-out."""
+    """The exceptions of aiohttp among the causes. If there are any, only these count: the transport translates them wrongly.
+
+    The transport reports a connection closed after the request as never made, and a refused connection as a time-out.
+    """
     return [cause for cause in causes if type(cause).__module__.partition(".")[0] == "aiohttp"]
 
 
 def _never_sent(causes: list[BaseException]) -> bool:
-    """Whether the request is wrong in itself, as with a line break in a header, of which aiohttp says so in words alone."""
+    """Whether the request itself is wrong, for example by a line break in a header. aiohttp reports that only in words."""
     return any(type(cause).__name__ in NEVER_SENT or (type(cause) is ValueError and "header" in str(cause)) for cause in causes)
 
 
@@ -348,17 +365,17 @@ def _never_connected(causes: list[BaseException]) -> bool:
 
 
 def _refused_connection(causes: list[BaseException]) -> str:
-    """Why no connection was made, in the system's words; "" if one was, or if it took too long."""
+    """Why the connection was refused, in the words of the operating system. "" if it was made, or took too long."""
     decisive = _from_aiohttp(causes) or causes
     if not any({"ClientConnectorError", "ConnectError"} & {*_class_names(cause)} for cause in decisive):
         return ""
     for cause in reversed(causes):
-        if isinstance(cause, OSError) and cause.errno is not None and not isinstance(cause, SSLError):  # whose number is no errno
+        if isinstance(cause, OSError) and cause.errno is not None and not isinstance(cause, SSLError):  # not an errno
             return os.strerror(cause.errno) if cause.errno > 0 else str(cause.strerror)
     return one_line(str(causes[-1]))
 
 
 def _server(exc: Exception) -> str:
-    """Where a request went, without what an address may hold beside the host."""
+    """Scheme and host of a request, without credentials."""
     url = getattr(getattr(exc, "request", None), "url", None)
     return f"{url.scheme}://{url.netloc.decode()}" if url is not None else "the endpoint"

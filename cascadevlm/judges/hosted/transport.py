@@ -1,5 +1,5 @@
-"""What holds for every connection to a provider: no redirect is followed, no response is endless, no connection is waited for
-for long."""
+"""Rules for every connection to a provider: redirects are not followed, and the size of responses and the time to connect are
+limited."""
 
 import zlib
 from collections.abc import AsyncIterator
@@ -11,32 +11,36 @@ if TYPE_CHECKING:
     import httpx2
 
 MOST_BYTES = {"POST": 32 << 20, "GET": 1 << 30}
-"""Of a response, decompressed: an answer is some thousand bytes; the results of a batch, which are fetched, may be many."""
+"""The most bytes of a decompressed response, by the method of the request. An answer has some thousand bytes. The results of a
+batch may be large."""
 
 ENCODINGS = {"gzip": 16 + zlib.MAX_WBITS, "deflate": zlib.MAX_WBITS}
 
 CONNECT_SECONDS = 10.0
-"""How long it may take to connect."""
+"""The most seconds to connect."""
 
 
 def time_limits(seconds: float | None) -> "httpx2.Timeout":
-    """The limits of a request that may take so many seconds. A connection must be made in half of them: then it is known that a
-    server which is not there was sent nothing."""
+    """The time limits of a request that may take this number of seconds in all.
+
+    Connecting may take at most half of the seconds. So a missing server is noticed before the total limit ends, and it is certain
+    that the request was not sent.
+    """
     import httpx2
 
     return httpx2.Timeout(seconds, connect=CONNECT_SECONDS if seconds is None else min(CONNECT_SECONDS, seconds / 2))
 
 
 def guard(client: "httpx2.AsyncClient") -> None:
-    """Have a client follow no redirect, which would carry headers and images elsewhere, and read no more than `MOST_BYTES`."""
-    client.headers["accept-encoding"] = "gzip"  # of deflate there are two kinds
+    """Make a client refuse redirects and responses above `MOST_BYTES`. A redirect would send headers and images elsewhere."""
+    client.headers["accept-encoding"] = "gzip"  # servers disagree on the format of deflate
     hooks = client.event_hooks
     if _check not in hooks["response"]:
         client.event_hooks = {**hooks, "response": [_check, *hooks["response"]]}
 
 
 async def _check(response: "httpx2.Response") -> None:
-    """Called with every response, before its body is read."""
+    """Check a response. httpx calls this hook before it reads the body."""
     import httpx2
 
     host = response.request.url.host
@@ -44,11 +48,11 @@ async def _check(response: "httpx2.Response") -> None:
         elsewhere = response.request.url.join(response.headers["location"]).host
         raise FatalError(
             f"The server {host!r} redirects to {elsewhere!r}, and redirects are not followed.",
-            hint="Give the address that answers itself as base_url.",
+            hint="Give the final address as base_url.",
         )
     encoding = response.headers.pop("content-encoding", "identity").strip().lower()
     if encoding not in ("identity", *ENCODINGS):
-        raise TransientError(f"The server {host!r} answers in the encoding {encoding!r}, not asked for.", may_be_billed=True)
+        raise TransientError(f"The server {host!r} answers in the encoding {encoding!r}, not in gzip.", may_be_billed=True)
 
     stream = response.stream
     assert isinstance(stream, httpx2.AsyncByteStream)
@@ -56,7 +60,7 @@ async def _check(response: "httpx2.Response") -> None:
 
 
 def _bounded(stream: "httpx2.AsyncByteStream", encoding: str, left: int, host: str) -> "httpx2.AsyncByteStream":
-    """The stream decompressed; it raises TransientError where there are more bytes than ``left``."""
+    """The decompressed stream. It raises TransientError after ``left`` bytes."""
     import httpx2
 
     class Bounded(httpx2.AsyncByteStream):
@@ -67,11 +71,11 @@ def _bounded(stream: "httpx2.AsyncByteStream", encoding: str, left: int, host: s
                 try:
                     data = unzip.decompress(chunk, room + 1) if unzip else chunk
                 except zlib.error as exc:
-                    told = f"The response of the server {host!r} is not in the encoding {encoding!r}, as it says."
-                    raise TransientError(told, may_be_billed=True) from exc
+                    message = f"The response of the server {host!r} is not in its declared encoding {encoding!r}."
+                    raise TransientError(message, may_be_billed=True) from exc
                 room -= len(data)
                 if room < 0:
-                    raise TransientError(f"The response of the server {host!r} has no end.", may_be_billed=True)
+                    raise TransientError(f"The response of the server {host!r} is longer than {left} bytes.", may_be_billed=True)
                 yield data
 
         async def aclose(self) -> None:

@@ -9,7 +9,6 @@ import uuid
 from collections.abc import Awaitable, Mapping
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
-from decimal import Decimal
 from pathlib import Path
 from typing import TypeVar
 
@@ -18,7 +17,7 @@ from pydantic import BaseModel, JsonValue
 from cascadevlm.base.errors import BudgetExhausted, FatalError, JudgeError, PermanentError, TransientError
 from cascadevlm.base.files import write_whole
 from cascadevlm.base.types import NANODOLLARS, Question, Usage, Verdict
-from cascadevlm.judges.base import WrapperJudge
+from cascadevlm.judges.base import Quote, WrapperJudge
 from cascadevlm.judges.budget import Ledger
 from cascadevlm.judges.cache import VerdictStore, at_no_cost, key_of, question_payload
 from cascadevlm.judges.hosted.base import HostedJudge
@@ -89,11 +88,9 @@ class BatchJudge(WrapperJudge):
         self._asked: set[str] = set()
         self._told: set[str] = set()
 
-    def worst_case(self, question: Question) -> int:
-        return 0  # the worst case is reserved when a question is put into a batch
-
-    def usual_case(self, question: Question) -> int:
-        return round(self.hosted.usual_case(question) * (Decimal(1) - self.hosted.price.batch_discount))
+    def quote(self, question: Question) -> Quote:
+        """The batch price. The worst case is 0 here, because a question reserves money when it is put into a batch."""
+        return replace(self.hosted.quote(question, batch=True), worst_case=0)
 
     async def take_up(self) -> None:
         """Load the batches of an earlier run. Questions that it had not submitted are collected again."""
@@ -159,7 +156,7 @@ class BatchJudge(WrapperJudge):
             self._told.add(key)
 
     def _collect(self, key: str, question: Question) -> None:
-        worst_case = self.hosted.batch_worst_case(question)
+        worst_case = self.hosted.quote(question, batch=True).worst_case
         row = json.dumps(self.hosted.batch_row(key, question)).encode() + b"\n"
         limits = self.hosted.batch_limits
         if len(row) > limits.bytes:

@@ -36,6 +36,7 @@ from cascadevlm.evaluation.report.cases import MOST_CASES, MOST_IN_ALL, UNASKED,
 from cascadevlm.evaluation.report.unlabelled import SURE
 from cascadevlm.evaluation.results import read_studies
 from cascadevlm.evaluation.sweep import under
+from cascadevlm.judges.base import Quote
 from cascadevlm.judges.budget import Ledger
 from cascadevlm.policies.rules import EntropyAbove
 from cascadevlm.runs import bulk
@@ -288,7 +289,7 @@ def test_studies_beside_a_record_are_tables_and_plots(tmp_path: Path) -> None:
 )
 def test_a_study_that_cannot_be_read_is_one_sentence(tmp_path: Path, text: str, sentence: str) -> None:
     (tmp_path / "study-candidates.json").write_text(text)
-    with pytest.raises(DataError, match=f"study-candidates.json' is no result of a study: {sentence}"):
+    with pytest.raises(DataError, match=f"study-candidates.json' is not the result of a study: {sentence}"):
         read_studies(tmp_path)
 
 
@@ -363,11 +364,11 @@ def test_the_headline_figures_are_those_of_the_metrics(visit: Visit, report: tup
     tiles = dict(
         zip(visit.page.locator(".tile dt").all_inner_texts(), visit.page.locator(".tile strong").all_inner_texts(), strict=True)
     )
-    assert tiles["Cascade, right"] == f"{found.cascade_accuracy:.1%}"
-    assert tiles["Scorer alone, right"] == f"{found.scorer_accuracy:.1%}"
+    assert tiles["Cascade, accuracy"] == f"{found.cascade_accuracy:.1%}"
+    assert tiles["Scorer alone, accuracy"] == f"{found.scorer_accuracy:.1%}"
     assert tiles["Escalated to the judge"] == f"{found.deferral_rate:.1%}"
     assert tiles["Rescued, harmed"] == f"{found.rescued}, {found.harmed}"
-    assert tiles["Per thousand images"] == f"${found.dollars_per_thousand:.2f}"
+    assert tiles["Per 1,000 images"] == f"${found.dollars_per_thousand:.2f}"
     assert found.cascade_accuracy_interval is not None
     low, high = found.cascade_accuracy_interval
     assert visit.page.locator(".tile").first.locator("span").inner_text() == f"{100 * low:.1f} to {high:.1%}"
@@ -568,7 +569,7 @@ def test_ten_thousand_images_are_a_page_under_20_mb(browser: Browser, tmp_path: 
     visit = Visit(page, file)
     ready = page.evaluate("performance.getEntriesByType('navigation')[0].domContentLoadedEventEnd")
     print(f"{file.stat().st_size / 1e6:.1f} MB, ready after {ready:.0f} ms")
-    assert f"This page holds 1,000 of {size:,}" in page.locator(".status").inner_text()
+    assert f"This page contains 1,000 of {size:,}" in page.locator(".status").inner_text()
     visit.press("Harmed")
     assert visit.page.locator(".case").count() == 24
     assert visit.said == []
@@ -589,8 +590,8 @@ class Paid(FakeJudge):
     def __init__(self) -> None:
         super().__init__(reply=reply, dollars=0.25)
 
-    def worst_case(self, question: Question) -> int:
-        return 250_000_000
+    def quote(self, question: Question) -> Quote:
+        return Quote(worst_case=250_000_000)
 
 
 def run_bulk(folder: Path, inputs: Inputs, *, count: int = 99, on_failure: OnFailure = "abstain") -> list[dict[str, Any]]:
@@ -709,16 +710,16 @@ def test_images_of_a_table_are_shown_and_others_in_their_place_are_not(tmp_path:
     pyarrow.parquet.write_table(pyarrow.table(stored), tmp_path / "table.parquet", row_group_size=3)
     text = render_bulk({"run": read_bulk_run(tmp_path / "run")})
     assert data_of(text)["thumbnails"].count("") == 2
-    assert "2 of the images shown were not found again" in text
+    assert "2 of these images were not found" in text
 
 
 def test_a_run_that_is_not_finished_or_has_nothing_says_so(tmp_path: Path, images: tuple[str, ...]) -> None:
     (tmp_path / "list.txt").write_text("\n".join(images[:60]))
     lines = run_bulk(tmp_path / "run", Inputs(tmp_path / "list.txt"), count=3)
     page = render_bulk({"run": read_bulk_run(tmp_path / "run")})
-    assert f"The run is not finished. So far it holds {len(lines)} images" in page
+    assert f"The run is not finished. So far it contains {len(lines)} images" in page
     run_bulk(tmp_path / "nothing", Inputs(tmp_path / "list.txt"), count=0)
-    assert "So far it holds 0 images" in render_bulk({"nothing": read_bulk_run(tmp_path / "nothing")})
+    assert "So far it contains 0 images" in render_bulk({"nothing": read_bulk_run(tmp_path / "nothing")})
 
 
 def test_of_many_images_the_page_holds_the_most_doubtful(
@@ -730,4 +731,4 @@ def test_of_many_images_the_page_holds_the_most_doubtful(
     page = data_of(render_bulk({"run": read_bulk_run(tmp_path / "run")}))
     expected = [Path(line["path"]).name for line in sorted(lines, key=certainty)[:5]]
     assert [case["name"] for case in page["runs"][0]["cases"]] == expected
-    assert (page["runs"][0]["totals"]["all"], page["chosen"]) == (20, "the most doubtful")
+    assert (page["runs"][0]["totals"]["all"], page["chosen"]) == (20, "with the lowest probability")

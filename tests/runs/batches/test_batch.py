@@ -22,7 +22,7 @@ from cascadevlm.base.errors import BackendError, FatalError, InputError, JudgeEr
 from cascadevlm.base.images import pixel_digest
 from cascadevlm.base.types import NANODOLLARS, Question
 from cascadevlm.cascade.item import OnFailure
-from cascadevlm.judges.base import Judge
+from cascadevlm.judges.base import Judge, Quote
 from cascadevlm.judges.budget import Ledger
 from cascadevlm.judges.cache import DiskStore, MemoryStore, VerdictStore
 from cascadevlm.judges.hosted.base import BatchLimits, HostedJudge
@@ -545,7 +545,7 @@ def worst(one: Bench) -> int:
 
     class Asking(FakeJudge):
         async def judge(self, question):  # type: ignore[no-untyped-def]
-            seen.append(hosted(one.server, one.provider).batch_worst_case(question))
+            seen.append(hosted(one.server, one.provider).quote(question, batch=True).worst_case)
             return await super().judge(question)
 
     one.cascade(ALL, judge=Asking()).classify(IMAGES)
@@ -612,8 +612,8 @@ async def test_a_paid_judge_without_batches_does_not_wait_for_bills(batched_firs
     bill = BILL // 2
 
     class Paid(FakeJudge):
-        def worst_case(self, question: Question) -> int:
-            return bill
+        def quote(self, question: Question) -> Quote:
+            return Quote(worst_case=bill)
 
     images = [noise(seed, (8, 8)) for seed in range(100)]
     async with bench("openai", tmp_path) as one:
@@ -741,7 +741,7 @@ async def test_votes_come_in_batches_too(provider: Provider, tmp_path: Path) -> 
 async def test_decisions_have_no_batches(tmp_path: Path) -> None:
     async with bench("openai", tmp_path) as one:
         judge = OpenAIJudge("gpt-4o", base_url=one.server.openai_url, price=PRICE, mode="decision")
-        with pytest.raises(BackendError, match="has no batches of decisions"):
+        with pytest.raises(BackendError, match="has no batch API in mode 'decision'"):
             await one.run(one.cascade(ALL, judge=judge))
         assert one.files == []
         assert one.ledger.reserved_dollars == 0
@@ -830,7 +830,7 @@ async def test_a_policy_that_spends_goes_by_the_batch_price(tmp_path: Path) -> N
 
         class Asking(FakeJudge):
             async def judge(self, question):  # type: ignore[no-untyped-def]
-                asked.append((judge.usual_case(question), batched.usual_case(question)))
+                asked.append((judge.quote(question).usual_case, batched.quote(question).usual_case))
                 return await super().judge(question)
 
         one.cascade(ALL, judge=Asking()).classify(IMAGES[:1])

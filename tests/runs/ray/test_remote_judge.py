@@ -16,10 +16,11 @@ from cascadevlm import load_judge
 from cascadevlm.base.errors import BackendError, BudgetExhausted, CascadeError, FatalError, TransientError
 from cascadevlm.base.labels import Label
 from cascadevlm.base.types import NANODOLLARS, Exemplar, Question, Usage, Verdict
-from cascadevlm.judges.base import WrapperJudge
+from cascadevlm.judges.base import Quote, WrapperJudge
 from cascadevlm.judges.budget import Ledger, Metered
 from cascadevlm.judges.dependable import dependable
-from cascadevlm.judges.hosted.base import HostedJudge, Reply
+from cascadevlm.judges.hosted.base import HostedJudge
+from cascadevlm.judges.hosted.replies import Reply
 from cascadevlm.judges.retry import Retrying
 from cascadevlm.runs.ray import judging
 from cascadevlm.runs.ray.judging import RemoteJudge, Worker
@@ -192,8 +193,8 @@ async def test_a_worker_that_never_begins_is_told(monkeypatch: pytest.MonkeyPatc
 
 
 class Priced(WrapperJudge):
-    def worst_case(self, question: Question) -> int:
-        return round(BILL * NANODOLLARS)
+    def quote(self, question: Question) -> Quote:
+        return Quote(worst_case=round(BILL * NANODOLLARS))
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -250,12 +251,12 @@ def test_a_worker_knows_the_worst_case_though_the_pixels_stay_here(size: tuple[i
     judge = load_judge("openai:any", base_url="http://localhost:9", price={"input": 1, "output": 2, **rule})
     assert isinstance(judge, HostedJudge)
     asked = replace(question(image=noise(1, size)), exemplars=(Exemplar(image=noise(2, size), label=Label(name="owl")),))
-    worst = judge.worst_case(asked)
+    worst = judge.quote(asked).worst_case
     judge.image_digest(asked)
     judge.encoded(asked.exemplars[0])
     there: Question = pickle.loads(pickle.dumps(judging._packed(asked)))
     assert there.image.size == (1, 1)
-    assert judge.worst_case(there) == judge.worst_case(asked) == worst
-    assert judge.usual_case(there) == judge.usual_case(asked)
+    assert judge.quote(there).worst_case == judge.quote(asked).worst_case == worst
+    assert judge.quote(there).usual_case == judge.quote(asked).usual_case
     unbilled = judge.read(Reply(text="ANSWER: A", usage=None), there)
     assert round(unbilled.usage.dollars * NANODOLLARS) == worst

@@ -48,18 +48,18 @@
 
   function verdict(said, labels) {
     const answer = said.label >= 0 ? `: ${labels[said.label]}` : "";
-    const outside = said.counts ? "" : ", asked for the record only";
+    const outside = said.counts ? "" : ", not asked under the policy";
     const block = make("div", "verdict below", make("p", "", `${said.judge} (${said.outcome}${outside})${answer}`));
     if (!said.said) return block;
     const quote = make("blockquote", "", said.said);
     block.append(quote);
     if (said.said.length > LONG || said.said.split("\n").length > 5) {
-      const button = make("button", "", "Whole reasoning");
+      const button = make("button", "", "Show all");
       button.type = "button";
       const fold = (folded) => {
         quote.classList.toggle("clamped", folded);
         button.setAttribute("aria-expanded", String(!folded));
-        button.textContent = folded ? "Whole reasoning" : "Less";
+        button.textContent = folded ? "Show all" : "Show less";
       };
       button.addEventListener("click", () => fold(!quote.classList.contains("clamped")));
       fold(true);
@@ -70,25 +70,25 @@
 
   function card(each) {
     const { labels } = state.run;
-    const truth = labels[each.truth], final = each.label >= 0 ? labels[each.label] : "no label";  // of unlabelled images, no truth
+    const truth = labels[each.truth], final = each.label >= 0 ? labels[each.label] : "no label";  // an unlabelled image has no truth
     const text = make("div", "", badge(each), make("h3", "", truth || final));
     if (each.readable) {
-      const by = each.by ? `by the ${each.by}` : "by nobody";
-      const sure = each.probability === null ? "" : ` at ${each.probability.toFixed(2)}`;
+      const by = each.by ? ` by the ${each.by}` : "";
+      const sure = each.probability === null ? "" : ` with probability ${each.probability.toFixed(2)}`;
       const named = truth ? each.label === each.truth : each.label >= 0;
-      if (truth || named) text.append(make("p", "facts", named ? `Named ${by}${sure}` : `Called ${final}, ${by}${sure}`));
+      if (truth || named) text.append(make("p", "facts", named ? `Decided${by}${sure}` : `Final label: ${final}${by}${sure}`));
       const why = each.reasons ? each.reasons.map((reason) => `: ${reason}`).join("") : `, entropy ${each.entropy.toFixed(2)}`;
       text.append(make("p", "facts", `${each.kinds.includes("escalated") ? "Escalated" : "Kept"}${why}`));
     }
     if (each.error) text.append(make("p", "facts", each.error));
     text.append(make("p", "facts", each.name));
     const article = make("article", "case", picture(each, truth), text);
-    article.setAttribute("aria-label", truth ? `${truth}, called ${final}` : `${each.name}, called ${final}`);
+    article.setAttribute("aria-label", truth ? `${truth}, final label: ${final}` : `${each.name}, final label: ${final}`);
     article.tabIndex = -1;
     if (each.candidates.length) {
       article.append(candidates(each, labels));
       if (truth && !each.candidates.some(([column]) => column === each.truth)) {
-        article.append(make("p", "facts below", "The truth is not among these."));
+        article.append(make("p", "facts below", "The truth is not among the candidates."));
       }
     }
     article.append(...each.verdicts.map((said) => verdict(said, labels)));
@@ -119,7 +119,7 @@
     }
     state.matching = state.kind === "all" ? found : found.filter((each) => each.kinds.includes(state.kind));
     const held = state.kind === "all" ? cases.length : cases.filter((each) => each.kinds.includes(state.kind)).length;
-    const sampled = held < totals[state.kind] ? ` This page holds ${count(held)} of ${count(totals[state.kind])}, ${chosen}.` : "";
+    const sampled = held < totals[state.kind] ? ` This page contains ${count(held)} of ${count(totals[state.kind])} cases, ${chosen}.` : "";
     status.textContent = `${count(state.matching.length)} ${state.matching.length === 1 ? "case" : "cases"}.${sampled}`;
     state.shown = 0;
     list.replaceChildren();

@@ -1,0 +1,217 @@
+"""The connection of a hosted judge: its endpoint, its key, and one client per event loop."""
+
+import importlib.util
+import os
+import re
+from abc import abstractmethod
+from collections.abc import Awaitable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Protocol, TypeVar
+from urllib.parse import urlsplit
+
+from cascadevlm.base.errors import BackendError, CascadeError, FatalError, JudgeError
+from cascadevlm.base.loop import PerLoop
+from cascadevlm.base.secrets import credentials_of, login_of, scrubbed, shown_address
+from cascadevlm.judges.base import Judge
+from cascadevlm.judges.hosted.errors import translate
+from cascadevlm.judges.hosted.transport import guard
+
+if TYPE_CHECKING:
+    import httpx2
+
+HAS_AIOHTTP = importlib.util.find_spec("aiohttp") is not None
+"""Whether the faster transport of the SDKs is installed."""
+
+LOCAL_ONLY = "CASCADEVLM_LOCAL_ONLY"
+"""If this environment variable is set, judges connect to servers on this machine only."""
+
+NO_KEY = "no-key-needed"
+"""The key that is sent to servers on this machine if none is set."""
+
+T = TypeVar("T")
+
+
+class Client(Protocol):
+    """A client of an SDK."""
+
+    _client: "httpx2.AsyncClient"
+
+    @property
+    def base_url(self) -> object: ...
+
+    async def close(self) -> None: ...
+
+
+@dataclass(kw_only=True)
+class _Connection:
+    """The client of one event loop, and the number of runs that use it."""
+
+    client: Client | None = None
+    runs: int = 0
+
+
+class ConnectedJudge(Judge):
+    """A judge that reaches its model through an SDK.
+
+    Attributes:
+        provider: name of the provider. Its prices hold at its own ``hosts``.
+        hosts: host names of the provider's own endpoint.
+        errors: our error class for each exception class of the SDK, by class name. An exception with a status is classified by
+            the response instead.
+        base_url: address of the endpoint. None: the provider's own.
+        api_key_env: name of the environment variable that holds the key.
+        client: the user's own client. None: the judge makes one.
+        headers: extra headers of every request. They are secret.
+        timeout: the most seconds that one request may take in all. None: no limit.
+    """
+
+    provider: ClassVar[str]
+    hosts: ClassVar[tuple[str, ...]]
+    errors: ClassVar[Mapping[str, type[JudgeError]]]
+
+    def __init__(
+        self,
+        *,
+        base_url: str | None,
+        api_key_env: str,
+        headers: Mapping[str, str] | None,
+        client: Client | None,
+        timeout: float | None,
+    ) -> None:
+        self.base_url = str(client.base_url) if client else base_url
+        self.api_key_env = api_key_env
+        self.headers = headers
+        self.client = client
+        self.timeout = timeout
+        self._reached = False  # whether the endpoint was ever connected to
+        self._connections: PerLoop[_Connection] = PerLoop(_Connection)
+
+    @property
+    def endpoint(self) -> str | None:
+        """Address of the model: ``base_url``, or what the SDK reads from the environment. None: the provider's own."""
+        return self.base_url or os.environ.get(f"{self.provider.upper()}_BASE_URL") or None
+
+    @property
+    def address(self) -> str | None:
+        """The endpoint without credentials, for messages and keys."""
+        return shown_address(self.endpoint) if self.endpoint else None
+
+    @property
+    def host(self) -> str | None:
+        """Host name of the endpoint. None: the provider's own."""
+        return urlsplit(self.endpoint).hostname if self.endpoint else None
+
+    @property
+    def is_own_endpoint(self) -> bool:
+        """Whether the endpoint is the provider's own."""
+        return self.host in (None, *self.hosts)
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the endpoint is on this machine. Such an endpoint is free and needs no key."""
+        return self.host in ("localhost", "127.0.0.1", "::1")
+
+    def api_key(self) -> str:
+        """The key from the environment. On this machine, a placeholder if no key is set.
+
+        Raises:
+            BackendError: if the variable is not set, or holds a character that no key has.
+        """
+        key = os.environ.get(self.api_key_env) or (NO_KEY if self.is_local else None)
+        if key is None:
+            raise BackendError(f"{self.spec!r} needs a key.", hint=f"Set the environment variable {self.api_key_env}.")
+        if stray := re.search(r"^\s|[^ -~]|\s$", key):
+            raise BackendError(
+                f"The key of {self.spec!r} has the invalid character {stray[0]!r} at position {stray.start() + 1} of {len(key)}.",
+                hint=f"Set {self.api_key_env} without line breaks, typographic quotes, and spaces around the key.",
+            )
+        return key
+
+    def __getstate__(self) -> dict[str, object]:
+        if self.client is not None:
+            raise BackendError(
+                f"{self.spec!r} has a client that cannot be copied.", hint="Give base_url and headers in place of client."
+            )
+        return super().__getstate__()
+
+    async def prepare(self) -> None:
+        self._connections.get().runs += 1
+        self.costs_money  # noqa: B018  # raises if the price is unknown
+        self.connected()
+
+    async def aclose(self) -> None:
+        """Close the client when the last run in this event loop has ended."""
+        connection = self._connections.get()
+        connection.runs -= 1
+        if connection.runs <= 0:
+            await self.disconnect()
+
+    @abstractmethod
+    def _new_client(self) -> Client:
+        """A client of the SDK.
+
+        Raises:
+            BackendError: if there is no key.
+        """
+
+    def connected(self) -> Client:
+        """The user's own client, or the client of this event loop. The first call makes the client.
+
+        Raises:
+            BackendError: if there is no key, or if ``$CASCADEVLM_LOCAL_ONLY`` is set and the endpoint is on another machine.
+        """
+        connection = self._connections.get()
+        if connection.client is None:
+            self.require_allowed()
+            connection.client = self.client or self._new_client()
+            guard(connection.client._client)
+            if self.client is None and self.endpoint and (login := login_of(self.endpoint)):
+                connection.client._client.auth = login
+        return connection.client
+
+    async def disconnect(self) -> None:
+        """Forget the client of this event loop. Close it, unless it is the user's own."""
+        connection = self._connections.pop()
+        if self.client is None and connection is not None and connection.client is not None:
+            await connection.client.close()
+
+    def require_allowed(self) -> None:
+        """Refuse to connect to other machines where only this machine is allowed, as in tests.
+
+        Raises:
+            BackendError: if ``$CASCADEVLM_LOCAL_ONLY`` is set and the endpoint is on another machine.
+        """
+        if os.environ.get(LOCAL_ONLY) and not self.is_local:
+            raise BackendError(f"{self.spec!r} is not on this machine, and {LOCAL_ONLY} is set.")
+
+    @property
+    @abstractmethod
+    def secret(self) -> str:
+        """The key in use. Messages must not contain it."""
+
+    @property
+    def secrets(self) -> list[str]:
+        """All texts that messages must not contain: the key, the values of headers, the credentials of the address."""
+        headers = [text for value in (self.headers or {}).values() for text in (value, value.rpartition(" ")[2])]
+        return [self.secret, *headers, *(credentials_of(self.endpoint) if self.endpoint else ())]
+
+    async def call(self, request: Awaitable[T]) -> T:
+        """The result of a request to the provider.
+
+        Raises:
+            JudgeError: for every exception of the SDK; `translate` decides which error.
+        """
+        try:
+            result = await request
+        except Exception as exc:
+            known = exc if isinstance(exc, CascadeError) else exc.__cause__  # an SDK may wrap our error
+            if isinstance(known, CascadeError):
+                error = known
+            else:
+                error = translate(exc, self.errors, secret=self.secret, reached=self._reached)
+                self._reached = self._reached or not isinstance(error, FatalError)
+            error.args = tuple(scrubbed(str(text), self.secrets) for text in error.args)
+            shows_secret = error is known or scrubbed(str(exc), self.secrets) != str(exc)
+            raise error from (None if shows_secret else exc)
+        self._reached = True
+        return result
