@@ -1,4 +1,6 @@
-"""Counts the predictions that killed bulk runs lose, and the answers that they pay twice: ``python -m benchmarks.kills``.
+"""Counts the predictions that killed runs lose, and the answers that they pay twice: ``python -m benchmarks.kills``.
+
+With ``--labelled``, the runs are records.
 
 A run with a paid judge is killed with SIGKILL at random moments, including the start of its process, and is then continued. The
 judge is the real openai SDK with a server on this machine, which counts the questions. New runs are started until the given
@@ -27,6 +29,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from cascadevlm import Cascade, Stage, load_judge, load_prompt, parse_policy
+from cascadevlm.evaluation.data import Data
+from cascadevlm.evaluation.record import read_record
 from cascadevlm.judges.cache import DiskStore
 from cascadevlm.runs import bulk
 from cascadevlm.runs.inputs import Named
@@ -80,13 +84,15 @@ def _unit(rows: NDArray[np.floating]) -> NDArray[np.float32]:
     return unit
 
 
-def run(folder: Path, cache: Path, answers: Path | None, url: str, images: int) -> Tally:
+def run(folder: Path, cache: Path, answers: Path | None, url: str, images: int, labelled: bool) -> Tally:
     """The run that is killed. Its embeddings are kept in ``cache``; its answers are kept in ``answers`` if this is not None."""
     judge = load_judge(f"openai:{MODEL}", base_url=url, concurrency=CONCURRENCY)
     stage = Stage(judge=judge, prompt=load_prompt("select"), policy=parse_policy("entropy > 0.6 & calls <= 100000"))
     store = None if answers is None else DiskStore(answers)
     cascade = Cascade(CachedEmbeddings(Towers(), cache), [stage], labels=NAMES, batch_size=8, store=store)
-    return bulk.run(cascade, Pictures(images), folder, config={"images": images})
+    names, pictures = zip(*Pictures(images), strict=True)
+    data = Data(images=pictures, names=names, truths=NAMES[:1] * images, splits=("",) * images)
+    return bulk.run(cascade, data if labelled else Pictures(images), folder, config={"images": images})
 
 
 @dataclass
@@ -113,7 +119,8 @@ class Proof:
         asked_again: number of questions that were asked again although their answer was stored.
         paid_twice: number of answers that were served beyond one per question.
         under_way: number of questions that were served, but not stored, at the time of a kill. Only these can be paid twice.
-        different: number of predictions that are missing, duplicate, in a wrong order, or different from the uninterrupted run.
+        different: number of predictions that are missing, duplicate, in a wrong order, or different from the uninterrupted run,
+            and of records with other bytes of scores.
     """
 
     kills: int = 0
@@ -144,7 +151,7 @@ def predictions(folder: Path) -> list[Mapping[str, object]]:
     return lines
 
 
-def prove(kills: int, *, images: int, seed: int = 0) -> Proof:
+def prove(kills: int, *, images: int, seed: int = 0, labelled: bool = False) -> Proof:
     """Kill runs over ``images`` images until the number of kills is reached."""
     os.environ |= {"OPENAI_API_KEY": "of no use", "PYTHONWARNINGS": "ignore::RuntimeWarning:runpy"}
     processes = multiprocessing.get_context("forkserver")
@@ -157,7 +164,7 @@ def prove(kills: int, *, images: int, seed: int = 0) -> Proof:
 
         def began(name: str, answers: Path | None) -> multiprocessing.process.BaseProcess:
             folder, cache = Path(scratch) / name, Path(scratch) / f"{name}, embeddings"
-            process = processes.Process(target=run, args=(folder, cache, answers, judge.openai_url, images))
+            process = processes.Process(target=run, args=(folder, cache, answers, judge.openai_url, images, labelled))
             process.start()
             return process
 
@@ -172,7 +179,7 @@ def prove(kills: int, *, images: int, seed: int = 0) -> Proof:
             beside = Path(scratch) / f"{name}, answers" if proof.runs % 2 else None
             answers = beside or folder / "verdicts"
             server.served.clear()
-            while not (folder / "summary.json").exists():
+            while not (folder / ("predictions.parquet" if labelled else "summary.json")).exists():
                 before, known = server.served.copy(), stored(answers)
                 process = began(name, beside)
                 process.join(draw.uniform(0, seconds * draw.choice(SPANS)) if proof.kills < kills else None)
@@ -191,6 +198,10 @@ def prove(kills: int, *, images: int, seed: int = 0) -> Proof:
             proof.questions += len(server.served)
             proof.paid_twice += server.served.total() - len(server.served)
             proof.different += abs(len(found) - len(expected)) + sum(a != b for a, b in zip(found, expected, strict=False))
+            if labelled:
+                files = [Path(scratch) / of_run / "scores.npy" for of_run in (name, "undisturbed")]
+                proof.different += files[0].read_bytes() != files[1].read_bytes()
+                assert len(read_record(folder)) == images
     return proof
 
 
@@ -198,9 +209,10 @@ def main(
     kills: Annotated[int, typer.Option(help="Number of kills.")] = 100,
     images: Annotated[int, typer.Option(help="Number of images per run.")] = 600,
     seed: int = 0,
+    labelled: Annotated[bool, typer.Option(help="Kill runs over labelled images.")] = False,
 ) -> None:
     """Kill runs, and print the counts."""
-    for name, value in vars(prove(kills, images=images, seed=seed)).items():
+    for name, value in vars(prove(kills, images=images, seed=seed, labelled=labelled)).items():
         print(f"{name.replace('_', ' '):>12}  {value}")
 
 

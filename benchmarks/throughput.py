@@ -29,13 +29,13 @@ from PIL import Image, ImageFilter
 from benchmarks.sweep import made_up
 from cascadevlm import Cascade, Judge, LabelSet, Scorer, Scores, Stage, load_judge, load_prompt, load_scorer, parse_policy
 from cascadevlm.base.types import Question
+from cascadevlm.evaluation.data import Data
 from cascadevlm.evaluation.sweep import under
 from cascadevlm.runs import bulk
 from cascadevlm.runs.inputs import Inputs, Named
 from cascadevlm.scorers.base import EmbeddingScorer
 from cascadevlm.scorers.kept import CachedEmbeddings
 from cascadevlm.testing import FakeJudge
-from cascadevlm_backends.recorded import RecordingJudge, RecordingScorer
 
 NAMES = [f"species {number}" for number in range(200)]
 ROUND = count()
@@ -228,9 +228,10 @@ def judge_ms(judge: Judge, questions: Sequence[Question]) -> float:
 def replay(images: int) -> dict[str, float]:
     """The figures of a run with recorded scores and verdicts, with all images escalated."""
     with tempfile.TemporaryDirectory() as scratch:
-        folder, record = Path(scratch), Path(scratch) / "record.jsonl"
-        recording = of_ten(RecordingScorer(Made(10), record), RecordingJudge(FakeJudge(), record), "always")
-        bulk.run(recording, Noise(images), folder / "recording", config={})
+        folder, record = Path(scratch), Path(scratch) / "record"
+        names, pictures = zip(*Noise(images), strict=True)
+        labelled = Data(images=pictures, names=names, truths=("species 0",) * images, splits=("",) * images)
+        bulk.run(of_ten(Made(10), FakeJudge(), "always"), labelled, record, config={})
         scorer, judge = load_scorer(f"recorded:{record}"), load_judge(f"recorded:{record}")
         return measured(of_ten(scorer, judge, "always"), Noise(images), folder / "run", Noise)
 

@@ -20,6 +20,7 @@ from .base.labels import Label, LabelSet
 from .base.types import Candidate, Prediction, Prompt, Question, Scores, Usage, Verdict
 from .cascade.candidates import CumulativeMass, TopK
 from .cascade.cascade import Cascade
+from .cascade.observer import Observer
 from .cascade.stage import Stage
 from .config.loading import load_judge, load_prompt, load_scorer
 from .decision.adapting import fit_adapter
@@ -54,6 +55,7 @@ __all__ = [
     "LabelError",
     "LabelSet",
     "LocalJudge",
+    "Observer",
     "PermanentError",
     "Policy",
     "PolicyError",

@@ -23,6 +23,7 @@ from cascadevlm.cascade.drift import Drift
 from cascadevlm.cascade.engine import BEGINNING, Checkpoint, ReadBatch, Run, Settings
 from cascadevlm.cascade.fusing import CalibratedScorer
 from cascadevlm.cascade.item import OnFailure
+from cascadevlm.cascade.observer import Observer
 from cascadevlm.cascade.stage import Stage, require_cascade, require_kind
 from cascadevlm.decision.calibration import Calibration
 from cascadevlm.judges.budget import Ledger
@@ -36,6 +37,7 @@ class Changes(TypedDict, total=False):
 
     Attributes:
         reading: called with the number of the first image; returns what reads the images instead of the scorer.
+        observers: see what passes through every run.
         calibration: what runs are compared with to notice drift. The scorer does not change.
     """
 
@@ -47,6 +49,7 @@ class Changes(TypedDict, total=False):
     ledger: Ledger
     calibration: Calibration | None
     follow_shares: bool
+    observers: Sequence[Observer]
     reading: Callable[[int], ReadBatch] | None
 
 
@@ -69,6 +72,7 @@ class Cascade(Portable):
         calibration: calibration of the scorer and the judges. The scorer's probabilities become calibrated, and runs warn if
             images no longer look like those of the calibration (`Drift`).
         follow_shares: whether the scorer's probabilities follow the shares of the classes in a run (`Following`).
+        observers: see what passes through every run (`Observer`).
 
     Raises:
         ConfigError: if ``follow_shares`` is wanted without a calibration.
@@ -91,6 +95,7 @@ class Cascade(Portable):
         batch_size: int = 32,
         calibration: Calibration | None = None,
         follow_shares: bool = False,
+        observers: Sequence[Observer] = (),
     ) -> None:
         if follow_shares and calibration is None:
             raise ConfigError("follow_shares needs a calibration.", hint="Make one: cascadevlm calibrate.")
@@ -121,6 +126,7 @@ class Cascade(Portable):
         self.batch_size = batch_size
         self.calibration = calibration
         self.follow_shares = follow_shares
+        self.observers = observers
         self.reading: Callable[[int], ReadBatch] | None = None
 
     def __copy__(self) -> Self:
@@ -208,7 +214,7 @@ class Cascade(Portable):
             batch_size=self.batch_size,
             judges=self._judges,
             read=self.reading(start.images) if self.reading else None,
-            drift=Drift(self.calibration, self.stages) if self.calibration else None,
+            observers=[*self.observers, *([Drift(self.calibration, self.stages)] if self.calibration else [])],
             shares=self.calibration.shares if self.calibration and self.follow_shares else None,
         )
         return Run(settings, start, stopping)

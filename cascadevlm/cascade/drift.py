@@ -17,9 +17,11 @@ import numpy as np
 
 from cascadevlm.base.arrays import NOBODY
 from cascadevlm.base.types import Prediction, Scores
+from cascadevlm.cascade.observer import Observer
 from cascadevlm.cascade.stage import Stage
 from cascadevlm.decision.calibration import Calibration, Reference
 from cascadevlm.decision.judge_model import Answers
+from cascadevlm.scorers.base import Prepared
 
 WINDOW = 500
 """Number of images in a window."""
@@ -35,7 +37,7 @@ LEAST_PROBABILITY = float(np.finfo(np.float32).tiny)
 """Stands for the probability of a candidate whose probability is 0 in single precision."""
 
 
-class Drift:
+class Drift(Observer):
     """Watches one run, and warns once of each of the two numbers.
 
     A run that continues an earlier run begins with new windows.
@@ -60,13 +62,13 @@ class Drift:
             reference = calibration.judges[0].reference
             self.agreement = _Windows(reference, "the share of the judge's answers that are the scorer's best label")
 
-    def scored(self, scores: Scores) -> None:
+    def scored(self, numbers: Sequence[int], images: Sequence[Prepared], scores: Scores) -> None:
         """Add the calibrated scores of the next images."""
         if self.sureness is not None:
             for probability in scores.probabilities.max(axis=1).tolist():
                 self.sureness.add(probability)
 
-    def predicted(self, prediction: Prediction) -> None:
+    def predicted(self, number: int, prediction: Prediction) -> None:
         """Add the judge's verdict on the next image. Errors and spent budgets are not counted."""
         verdict, shown = prediction.verdict, prediction.candidates
         if self.agreement is None or verdict is None or verdict.outcome in ("failed", "skipped"):

@@ -23,8 +23,8 @@ from cascadevlm.base.images import ImageSource, path_of
 from cascadevlm.base.labels import LabelSet
 from cascadevlm.base.types import Prediction, Scores
 from cascadevlm.cascade.candidates import TopK
-from cascadevlm.cascade.drift import Drift
 from cascadevlm.cascade.item import Item, OnFailure, current, rank
+from cascadevlm.cascade.observer import Observer
 from cascadevlm.cascade.running_stage import RunningStage
 from cascadevlm.cascade.stage import Stage
 from cascadevlm.decision.shares import Following, Seen, Shares
@@ -106,7 +106,7 @@ class Settings:
     Attributes:
         judges: the judges of all runs of the cascade.
         read: reads the images instead of the scorer; None if the scorer reads them.
-        drift: watches scores and predictions.
+        observers: see what passes through the run.
         shares: shares of the classes for which the scores are calibrated; None if the shares of the run are not followed.
     """
 
@@ -119,7 +119,7 @@ class Settings:
     batch_size: int
     judges: DependableJudges
     read: ReadBatch | None = None
-    drift: Drift | None = None
+    observers: Sequence[Observer] = ()
     shares: Shares | None = None
 
 
@@ -170,15 +170,20 @@ class Run:
             spending = self.checkpoint.spending or (START,) * len(self.settings.stages)
             for number, (stage, before) in enumerate(zip(self.settings.stages, spending, strict=True)):
                 judge = await stack.enter_async_context(self.settings.judges.of(stage.judge))
-                self.stages.append(RunningStage(number, stage, judge, self.settings.labels, self.readers, before))
+                for observer in self.settings.observers:
+                    observer.ready(number, stage.judge)
+                running = RunningStage(
+                    number, stage, judge, self.settings.labels, self.readers, before, observers=self.settings.observers
+                )
+                self.stages.append(running)
             producer = asyncio.create_task(self._produce(sources))
             stack.push_async_callback(self._close, producer)
             while (batch := await self.output.get()) is not None:
                 beliefs = []
-                for result in batch.results:
+                for number, result in enumerate(batch.results, start=batch.begin):
                     settled = await result
-                    if self.settings.drift is not None:
-                        self.settings.drift.predicted(settled.prediction)
+                    for observer in self.settings.observers:
+                        observer.predicted(number, settled.prediction)
                     if settled.belief is not None:
                         beliefs.append(settled.belief)
                     yield settled.prediction
@@ -241,7 +246,8 @@ class Run:
                 batch = await take()
 
     async def _prepare_batch(self, batch: Sequence[ImageSource]) -> list[Read]:
-        reading = prepare_in(self.readers, self.settings.scorer, batch)
+        seen = [observer.prepared for observer in self.settings.observers]
+        reading = prepare_in(self.readers, self.settings.scorer, batch, *seen)
         prepared = chain.from_iterable(await asyncio.gather(*map(asyncio.wrap_future, reading)))
         return list(zip(map(path_of, batch), prepared, strict=True))
 
@@ -251,21 +257,21 @@ class Run:
         scorer, labels = self.settings.scorer, self.settings.labels
         scored = await asyncio.get_running_loop().run_in_executor(self.scoring, score_together, scorer, images, labels)
         left = []
-        for (path, _), error, result in zip(read, scored.errors, batch.results, strict=True):
+        for number, ((path, _), error, result) in enumerate(zip(read, scored.errors, batch.results, strict=True), batch.begin):
             if error is None:
-                left.append((path, result))
+                left.append((number, path, result))
             else:
                 result.set_result(_Settled(Prediction(path=path, error=str(error))))
         if (scores := scored.scores) is None:
             return []
-        if self.settings.drift is not None:
-            self.settings.drift.scored(scores)
+        for observer in self.settings.observers:
+            observer.scored([number for number, _, _ in left], scored.images, scores)
         if self.following is not None:
             scores = await self.following.adjusted(scores, batch.begin)
-        self._take_in_hand([result for _, result in left])
-        for row, ((path, result), prepared) in enumerate(zip(left, scored.images, strict=True)):
+        self._take_in_hand([result for _, _, result in left])
+        for row, ((number, path, result), prepared) in enumerate(zip(left, scored.images, strict=True)):
             prepared.features = None
-            batch.awaited[Item(path=path, prepared=prepared, chunk=scores, row=row)] = result
+            batch.awaited[Item(number=number, path=path, prepared=prepared, chunk=scores, row=row)] = result
         return list(batch.awaited)
 
     def _take_in_hand(self, results: Sequence[asyncio.Future[_Settled]]) -> None:

@@ -24,6 +24,7 @@ class Item:
     """One image under way.
 
     Attributes:
+        number: position of the image in the input, from 0.
         chunk: `(N, C)` the scorer's scores of all images that were scored together.
         row: the row of this image in the chunk.
         own: `(1, C)` what is believed of the image once a judge changed it: the scores without the labels that judges rejected,
@@ -31,6 +32,7 @@ class Item:
         fused: whether ``own`` includes what the last judge said.
     """
 
+    number: int
     path: str
     prepared: Prepared
     chunk: Scores

@@ -14,6 +14,7 @@ from cascadevlm.base.images import is_large
 from cascadevlm.base.labels import Label, LabelSet
 from cascadevlm.base.types import NANODOLLARS, Candidate, Scores, Verdict
 from cascadevlm.cascade.item import Item, believed, rank
+from cascadevlm.cascade.observer import Observer
 from cascadevlm.cascade.stage import Stage
 from cascadevlm.judges.base import Judge
 from cascadevlm.policies.base import Selection, Spending, as_budgeted
@@ -30,9 +31,20 @@ class RunningStage:
         labels: the label set of the cascade.
         readers: threads that read images beside the event loop.
         spending: the state of the stage's spending at the start of the run.
+        observers: see what the judge is asked.
     """
 
-    def __init__(self, number: int, stage: Stage, judge: Judge, labels: LabelSet, readers: Executor, spending: Spending) -> None:
+    def __init__(
+        self,
+        number: int,
+        stage: Stage,
+        judge: Judge,
+        labels: LabelSet,
+        readers: Executor,
+        spending: Spending,
+        *,
+        observers: Sequence[Observer] = (),
+    ) -> None:
         self.number = number
         self.stage = stage
         self.policy = as_budgeted(stage.policy)
@@ -40,6 +52,7 @@ class RunningStage:
         self.labels = labels
         self.readers = readers
         self.spending = spending
+        self.observers = observers
         self._places = asyncio.Semaphore(self.judge.concurrency)
         self._fatal: FatalError | None = None
 
@@ -56,8 +69,7 @@ class RunningStage:
     def _price(self, item: Item, candidates: tuple[Candidate, ...]) -> float:
         """Expected dollars of a question; 0 for one that fails unsent: its image has gone, or its length has no price."""
         try:
-            # a subclass of Stage may record its questions, and this question is not put
-            question = Stage.question(self.stage, item.prepared.unread, candidates)
+            question = self.stage.question(item.prepared.unread, candidates)
             return self.stage.by_votes(self.stage.judge).quote(question).usual_case / NANODOLLARS
         except (ImageError, PermanentError):
             return 0.0
@@ -117,6 +129,7 @@ class RunningStage:
     async def _verdict(self, item: Item) -> Verdict:
         """The judge's verdict on an image and its candidates. After a fatal error, every further question raises that error."""
         loop = asyncio.get_running_loop()
+        question = None
         async with self._places:
             try:
                 if self._fatal is not None:
@@ -128,11 +141,15 @@ class RunningStage:
                 question = self.stage.question(image, item.candidates, self.labels)
                 if is_large(image):  # encode and hash the image beside the event loop, once
                     await loop.run_in_executor(self.readers, self.judge.image_digest, question)
-                return await self.judge.judge(question)
+                verdict = await self.judge.judge(question)
             except FatalError as exc:
                 self._fatal = exc
                 raise
             except BudgetExhausted as exc:
-                return Verdict(outcome="skipped", error=str(exc), judge=self.judge.spec)
+                verdict = Verdict(outcome="skipped", error=str(exc), judge=self.judge.spec)
             except (JudgeError, ImageError) as exc:  # the image may have disappeared since it was scored
-                return Verdict(outcome="failed", error=str(exc), judge=self.judge.spec)
+                verdict = Verdict(outcome="failed", error=str(exc), judge=self.judge.spec)
+        if question is not None:
+            for observer in self.observers:
+                observer.judged(item.number, self.number, question, verdict)
+        return verdict

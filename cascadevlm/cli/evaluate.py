@@ -26,7 +26,13 @@ def evaluate(
         ),
     ] = False,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Folder for the record.", show_default="the record is not kept")
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            help="Folder for the record. The command continues a run that the folder contains.",
+            show_default="the record is not kept",
+        ),
     ] = None,
     yes: options.Yes = False,
     as_json: options.AsJson = False,
@@ -34,7 +40,8 @@ def evaluate(
     """Measure a cascade on labelled images: accuracy, share of escalated images, errors corrected and made by the judge,
     calibration and cost.
 
-    The exit code is 1 if no question gets an answer.
+    If the command is killed or interrupted, the same command with --output continues. The exit code is 1 if no question gets an
+    answer.
     """
     from rich.console import Console
     from rich.progress import Progress
@@ -51,9 +58,17 @@ def evaluate(
     if not yes:
         confirm(parsed, asking, labelled.images)
     frozen = parsed.frozen(cascade)
-    with tempfile.TemporaryDirectory() as scratch, Progress(console=Console(stderr=True), transient=True) as progress:
+    errors = Console(stderr=True)
+    with tempfile.TemporaryDirectory() as scratch, Progress(console=errors, transient=True) as progress:
         task = progress.add_task("images", total=len(labelled))
-        record = record_run(asking, labelled, output or Path(scratch), config=frozen, progress=lambda _: progress.advance(task))
+        record = record_run(
+            asking,
+            labelled,
+            output or Path(scratch),
+            config=frozen,
+            progress=lambda tally: progress.update(task, completed=tally.images),
+            outlook=lambda sentence: errors.print(sentence, markup=False, soft_wrap=True),
+        )
     replays = judge_all and can_replay(record)
     if judge_all and not replays:
         typer.echo(

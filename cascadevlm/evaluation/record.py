@@ -1,85 +1,46 @@
-"""Records: what a run over labelled images gave, in a folder that this and other tools can read.
+"""Records: what is read from the folder of a run over labelled images, as arrays.
 
-::
+`cascadevlm.runs.run_folder` describes the files. Every policy, threshold and fusion rule is a function of a record, so all of
+them can be tried without a question to a judge. ``recorded:`` replays a record.
 
-    run.json              the frozen configuration, the labels, fingerprints, versions, when and where
-    scores.npy            N x C float32, log-probabilities; NaN rows for images that could not be read. Of more than 1,000
-                          labels, N x 50: those of the best, in descending order
-    columns.npy           only then, N x 50 int32: the labels that these are of; -1 for images that could not be read
-    images.parquet        N rows: name, truth, split, digest of the pixels (null if they could not be read)
-    verdicts.parquet      a row for every verdict: image (its row), stage, judge, what was asked, outcome, label, what the judge
-                          said and what that took
-    predictions.parquet   N rows: name, label, probability, decided_by, error
-    predictions.jsonl     the same with all that `Prediction.to_dict` tells, written while the run goes on
-    summary.json          the metrics, once evaluated
-
-Of more than 1,000 labels, reading shares what the best 50 leave of the probability evenly among the others. The 50 are exact, and
-with them candidates, recall, margin and top probability; entropy comes out a little high, and the others' own probabilities are
-lost.
-
-``run.json`` comes last: without it, the run was interrupted. Every policy, threshold and fusion rule is a function of these, so
-that all of them can be tried without asking anybody; ``recorded:`` replays them.
+For more than 1,000 labels the folder holds the 50 highest log-probabilities per image. Reading shares the rest of the
+probability evenly among the other labels. Candidates, recall, margin and top probability are then exact; entropy is a little too
+high, and the probabilities of the other labels are lost.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
-from datetime import datetime
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import TypeVar
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
-from pydantic import BaseModel, ConfigDict, JsonValue, TypeAdapter, ValidationError
+from numpy.typing import NDArray
+from pydantic import BaseModel
 
 from cascadevlm.base.arrays import NOBODY, Columns
 from cascadevlm.base.errors import CascadeError, DataError
-from cascadevlm.base.labels import Label, LabelSet
-from cascadevlm.base.types import Scores, Usage, Verdict
-
-if TYPE_CHECKING:
-    import pyarrow
-
-
-PARTS = ("run.json", "scores.npy", "images.parquet", "verdicts.parquet", "predictions.parquet")
-"""What a whole record has at least."""
-
-MOST_WHOLE = 1000
-"""The largest label set whose log-probabilities are all recorded."""
-
-BEST = 50
-"""How many are recorded of an image where there are more labels."""
+from cascadevlm.base.files import valid_text
+from cascadevlm.base.labels import LabelSet
+from cascadevlm.base.types import Scores, Verdict
+from cascadevlm.runs.lines import Asked, LabelledLine, WholeVerdict, read_lines
+from cascadevlm.runs.manifest import NAME, Manifest
+from cascadevlm.runs.run_folder import PREDICTIONS
+from cascadevlm.runs.scores_file import COLUMNS, SCORES, checksum, scores_kept
 
 Number = TypeVar("Number", bound=np.generic)
 
 
-class RunInfo(BaseModel):
-    """``run.json``."""
-
-    model_config = ConfigDict(title="run.json")
-
-    format: Literal[1] = 1
-    config: dict[str, JsonValue]
-    labels: list[Label]
-    scorer: str
-    fingerprint: str
-    judges: list[str]
-    began: datetime
-    seconds: float
-    versions: dict[str, str]
-    machine: str
-
-
 class StatedStage(BaseModel):
-    """What of a stage's frozen configuration replays go by."""
+    """What replays need of a stage's frozen configuration."""
 
     policy: str | None = None
     widen: int = 0
 
 
 class Stated(BaseModel):
-    """What of a frozen configuration replays go by."""
+    """What replays need of a frozen configuration."""
 
     on_failure: str = "scorer"
     accept: float | None = None
@@ -94,22 +55,22 @@ def _some(texts: tuple[str, ...], rows: NDArray[np.intp]) -> tuple[str, ...]:
 
 @dataclass(frozen=True, kw_only=True)
 class Judged:
-    """What one stage's judge said of N images.
+    """What one stage's judge said about N images.
 
     Attributes:
-        judge: its spec.
-        asked: N booleans; an image skipped for want of money was not asked about.
-        outcomes: N outcomes as in `Verdict`, "" where the stage did not escalate.
-        answers: N columns; `NOBODY` where there is no answer.
-        candidates: N x K columns in the order shown, `NOBODY` beyond the last.
-        rationales: N texts: what it said before its answer, or all it said.
-        dollars: N, what it cost; what the cache saved is counted in, so that a second run costs what the first did.
-        seconds: N, how long it took; 0 from the cache.
-        input_tokens: N; 0 from the cache.
-        output_tokens: N; 0 from the cache.
-        paid: N, the dollars of this very run.
+        judge: the judge's spec.
+        asked: ``(N,)``, whether the judge was asked; false for an image that was skipped because the budget was spent.
+        outcomes: N outcomes as in `Verdict`; "" for images that the stage did not escalate.
+        answers: ``(N,)`` columns of the labels; `NOBODY` if there is no answer.
+        candidates: ``(N, K)`` columns of the labels in the order shown; `NOBODY` beyond an image's last candidate.
+        rationales: N texts that the judge wrote before its answer, or all that it wrote.
+        dollars: ``(N,)`` costs. What the cache saved is included, so that a second run costs what the first did.
+        seconds: ``(N,)`` durations; 0 for answers from the cache.
+        input_tokens: ``(N,)``; 0 for answers from the cache.
+        output_tokens: ``(N,)``; 0 for answers from the cache.
+        paid: ``(N,)`` dollars that this run paid for.
         none_offered: whether "none of these" was an option.
-        probabilities: N x K, the judge's own of the candidates, NaN where it gave none; None if they are not known.
+        probabilities: ``(N, K)``, the judge's probabilities of the candidates; NaN if the judge gave none. None: unknown.
     """
 
     judge: str
@@ -127,7 +88,7 @@ class Judged:
     probabilities: NDArray[np.float64] | None = None
 
     def take(self, rows: NDArray[np.intp]) -> "Judged":
-        """The same of some of the images."""
+        """The same for some of the images, by their rows."""
         return Judged(
             judge=self.judge,
             asked=self.asked[rows],
@@ -147,13 +108,13 @@ class Judged:
 
 @dataclass(frozen=True, kw_only=True)
 class Fused:
-    """What scorer and judges say together of N images, by a calibration.
+    """What scorer and judges say together about N images, by a calibration.
 
     Attributes:
-        labels: N columns, the most probable label once the last stage's judge was asked.
-        probabilities: N, of that label.
-        gain: N, the expected gain in accuracy from asking the last stage's judge.
-        word_final: whether that judge's answer is the label wherever it gave one.
+        labels: ``(N,)`` columns of the most probable labels after the last stage's judge was asked.
+        probabilities: ``(N,)`` probabilities of these labels.
+        gain: ``(N,)`` expected gains in accuracy from asking the last stage's judge.
+        word_final: whether the answer of that judge, if there is one, is the label.
     """
 
     labels: Columns
@@ -162,7 +123,7 @@ class Fused:
     word_final: bool
 
     def take(self, rows: NDArray[np.intp]) -> "Fused":
-        """The same of some of the images."""
+        """The same for some of the images, by their rows."""
         return replace(self, labels=self.labels[rows], probabilities=self.probabilities[rows], gain=self.gain[rows])
 
 
@@ -171,17 +132,17 @@ class Record:
     """A run over N labelled images.
 
     Attributes:
-        scores: of those that could be read and those that could not, N x C; the latter's rows are uniform.
-        readable: N booleans.
-        names: of the images.
-        truths: N columns.
+        scores: ``(N, C)``; the rows of images that could not be read are uniform.
+        readable: ``(N,)``, whether the image could be read.
+        names: N names of the images.
+        truths: ``(N,)`` columns of the true labels.
         stages: what each stage's judge said.
-        predicted: N columns; `NOBODY` where the cascade gave no label.
-        probabilities: N, of the predicted label; NaN where none was given.
-        decided_by: N, as in `Prediction`; "" where there is no label.
-        digests: N, of the images' pixels; "" where they could not be read. Empty for records made of arrays.
-        info: ``run.json``; None for records made of arrays.
-        fused: what the opinions are together, where a calibration was applied (`cascadevlm.decision.decided`).
+        predicted: ``(N,)`` columns of the predicted labels; `NOBODY` if the cascade gave no label.
+        probabilities: ``(N,)`` probabilities of the predicted labels; NaN if none was given.
+        decided_by: N values as in `Prediction`; "" if there is no label.
+        digests: N digests of the pixels; "" for images that could not be read. Empty for records made of arrays.
+        info: the manifest; None for records made of arrays.
+        fused: the opinions together, if a calibration was applied (`cascadevlm.evaluation.deciding.decided`).
     """
 
     scores: Scores
@@ -193,7 +154,7 @@ class Record:
     probabilities: NDArray[np.float64]
     decided_by: tuple[str, ...]
     digests: tuple[str, ...] = ()
-    info: RunInfo | None = None
+    info: Manifest | None = None
     fused: Fused | None = None
 
     def __len__(self) -> int:
@@ -221,12 +182,12 @@ class Record:
 
     @cached_property
     def scored(self) -> Columns:
-        """The scorer's best column for each of N images; `NOBODY` for unreadable ones."""
+        """``(N,)`` columns of the scorer's best labels; `NOBODY` for images that could not be read."""
         return np.where(self.readable, self.scores.log_probs.argmax(axis=1), NOBODY)
 
     @cached_property
     def stated(self) -> Stated:
-        """What its configuration says; the defaults for records made of arrays."""
+        """What the configuration says; the defaults for records made of arrays."""
         return Stated.model_validate(self.info.config if self.info else {})
 
     @property
@@ -246,132 +207,115 @@ class Record:
         return self.stages[-1]
 
 
-def scores_kept(labels: LabelSet) -> int:
-    """How many log-probabilities of an image a record holds."""
-    return BEST if len(labels) > MOST_WHOLE else len(labels)
-
-
-def table_schemas() -> "dict[str, pyarrow.Schema]":
-    """The columns of the tables, by the names of their files."""
-    import pyarrow
-    from pyarrow import bool_, float64, int64, list_, map_, string
-
-    verdicts = {
-        **dict.fromkeys(("image", "stage"), int64()),
-        **dict.fromkeys(("judge", "prompt", "outcome", "label", "rationale", "text", "error"), string()),
-        **dict.fromkeys(("candidates", "exemplars"), list_(string())),
-        "offer_none": bool_(),
-        "probabilities": map_(string(), float64()),
-        **{each.name: {int: int64(), float: float64(), bool: bool_()}[type(each.default)] for each in fields(Usage)},
-    }
-    return {
-        "images": pyarrow.schema(dict.fromkeys(("name", "truth", "split", "digest"), string())),
-        "predictions": pyarrow.schema(
-            dict.fromkeys(("name", "label", "decided_by", "error"), string()) | {"probability": float64()}
-        ),
-        "verdicts": pyarrow.schema(verdicts),
-    }
-
-
 def read_record(folder: str | Path) -> Record:
     """The record in a folder.
 
     Raises:
-        DataError: if there is none, a part of it is missing, or its parts contradict each other.
+        DataError: if there is none, its run is not finished, a part is missing or damaged, or its parts contradict each other.
     """
     folder = Path(folder)
-    with _reading(folder):
-        info = RunInfo.model_validate_json((folder / "run.json").read_bytes())
-        labels = LabelSet(tuple(info.labels))
-        column = labels.columns
-        images, predictions = (_read_table(folder, name).to_pydict() for name in ("images", "predictions"))
-        log_probs = _read_array(folder / "scores.npy", np.float32)
-        if log_probs.shape != (len(images["name"]), scores_kept(labels)) or predictions["name"] != images["name"]:
-            raise ValueError("its parts are not of the same images")
-        readable = np.asarray(~np.isnan(log_probs).any(axis=1))
-        if log_probs.shape[1] < len(labels):
-            log_probs = _spread(log_probs, _read_array(folder / "columns.npy", np.int32), len(labels))
+    with _reading(folder) as manifest:
+        labels = LabelSet(tuple(manifest.labels))
+        log_probs, columns = _read_scores(folder, labels)
+        content = _Content(labels, len(manifest.stages), len(log_probs))
+        for number, line in _lines(folder, len(log_probs)):
+            rows = [log_probs[number]] if columns is None else [log_probs[number], columns[number]]
+            if line.scores != checksum(*rows):
+                raise ValueError(f"{SCORES} holds other scores of image {number} than its prediction was made with")
+            content.add(number, line)
+        readable = content.readable
+        if columns is not None:
+            log_probs = _spread(log_probs, columns, len(labels))
         log_probs[~readable] = -np.log(len(labels))
-        verdicts = _read_table(folder, "verdicts")
-        stages = verdicts["stage"].to_numpy()
         return Record(
-            scores=Scores(log_probs=log_probs, labels=labels, fingerprint=info.fingerprint),
+            scores=Scores(log_probs=log_probs, labels=labels, fingerprint=manifest.fingerprint or ""),
             readable=readable,
-            names=tuple(images["name"]),
-            truths=np.array([column[name] for name in images["truth"]], dtype=np.int64),
+            names=tuple(content.names),
+            truths=content.truths,
             stages=tuple(
-                _judged(verdicts.filter(stages == stage), judge, len(readable), column) for stage, judge in enumerate(info.judges)
+                _judged(said, judge, len(readable), content.column)
+                for judge, said in zip(manifest.stages, content.said, strict=True)
             ),
-            predicted=np.array([column.get(label, NOBODY) for label in predictions["label"]], dtype=np.int64),
-            probabilities=np.array([np.nan if p is None else p for p in predictions["probability"]], dtype=np.float64),
-            decided_by=tuple(by or "" for by in predictions["decided_by"]),
-            digests=tuple(digest or "" for digest in images["digest"]),
-            info=info,
+            predicted=content.predicted,
+            probabilities=content.probabilities,
+            decided_by=tuple(content.decided_by),
+            digests=tuple(content.digests),
+            info=manifest,
         )
 
 
-def read_verdicts(folder: str | Path) -> tuple[list[tuple[dict[str, JsonValue], Verdict]], ...]:
-    """For every stage, what was asked, as `cascadevlm.evaluation.recording.asked_of` tells it, and what the judge said.
+def read_verdicts(folder: str | Path) -> tuple[list[tuple[str, Asked, Verdict]], ...]:
+    """For every stage, the answers in a record: the digest of the image's pixels, what was asked, and what the judge said.
 
     Raises:
         DataError: as `read_record`.
     """
     folder = Path(folder)
-    with _reading(folder):
-        info = RunInfo.model_validate_json((folder / "run.json").read_bytes())
-        digests = _read_table(folder, "images").to_pydict()["digest"]
-        stages: tuple[list[tuple[dict[str, JsonValue], Verdict]], ...] = tuple([] for _ in info.judges)
-        verdict = TypeAdapter(Verdict)
-        for row in _read_table(folder, "verdicts").to_pylist():
-            asked = {name: row[name] for name in ("candidates", "prompt", "offer_none", "exemplars")}
-            asked |= {"image": digests[row["image"]], "rejected": None, "sample": 0}
-            opinion = row["probabilities"]
-            said = row | {"probabilities": None if opinion is None else dict(opinion), "usage": row}
-            stages[row["stage"]].append((asked, verdict.validate_python(said)))
+    with _reading(folder) as manifest:
+        stages: tuple[list[tuple[str, Asked, Verdict]], ...] = tuple([] for _ in manifest.stages)
+        for _, line in _lines(folder, len(_read_array(folder / SCORES, np.float32))):
+            for verdict, asked in zip(line.verdicts, line.questions, strict=True):
+                if asked is not None:
+                    stages[verdict.stage].append((line.pixels, asked, verdict.to_verdict()))
         return stages
 
 
-@contextmanager
-def _reading(folder: Path) -> Iterator[None]:
-    """Tell in one sentence what is wrong with a record."""
-    import pyarrow
+class _Unfinished(ValueError):
+    """The run of a record did not come to its end."""
 
+
+@contextmanager
+def _reading(folder: Path) -> Iterator[Manifest]:
+    """The manifest of a record. What is wrong with the record is said in one sentence."""
     hint = "Make one: cascadevlm evaluate DATA -o RUN."
-    if (folder / "manifest.json").exists():
-        raise DataError(f"{str(folder)!r} is a run without labels: it holds no record.", hint=hint)
-    missing = [part for part in PARTS if not (folder / part).is_file()]
-    if missing and (folder / "predictions.jsonl").exists() and "run.json" in missing:
-        raise DataError(f"{str(folder)!r} holds no whole record: its run was interrupted.", hint="Run it again.")
+    missing = [part for part in (NAME, PREDICTIONS) if not (folder / part).is_file()]
     if missing:
-        raise DataError(f"{str(folder)!r} holds no whole record: it lacks {', '.join(missing)}.", hint=hint)
+        raise DataError(f"{str(folder)!r} holds no whole record: it lacks {' and '.join(missing)}.", hint=hint)
+    manifest = Manifest.read(folder)
+    if not manifest.labelled:
+        raise DataError(f"{str(folder)!r} is a run without labels: it holds no record.", hint=hint)
     try:
-        yield
-    except ValidationError as exc:
-        first = exc.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise DataError(f"{str(folder)!r} holds no whole record: {exc.title}, {where}: {first['msg']}.", hint=hint) from exc
-    except (OSError, EOFError, ValueError, KeyError, IndexError, CascadeError, pyarrow.ArrowException) as exc:
+        yield manifest
+    except _Unfinished as exc:
+        hint = "The same command goes on with it."
+        raise DataError(f"{str(folder)!r} holds no whole record: {exc}.", hint=hint) from exc
+    except (OSError, EOFError, ValueError, KeyError, IndexError, CascadeError) as exc:
         why = str(exc).partition("\n")[0].rstrip(".")
         raise DataError(f"{str(folder)!r} holds no whole record: {why}.", hint=hint) from exc
 
 
+def _lines(folder: Path, images: int) -> Iterator[tuple[int, LabelledLine]]:
+    """The lines of a whole record, with the numbers of their images, from 0."""
+    number = 0
+    for number, line in read_lines(folder / PREDICTIONS, LabelledLine):
+        if number > images:
+            raise ValueError(f"it has more predictions than rows of {SCORES}")
+        yield number - 1, line
+    if number < images:
+        raise _Unfinished(f"its run was interrupted after {number} of {images} images")
+
+
+def _read_scores(folder: Path, labels: LabelSet) -> tuple[NDArray[np.float32], NDArray[np.int32] | None]:
+    """``(N, K) float32``, the log-probabilities that are kept, and ``(N, K) int32``, their columns if these are not all."""
+    width = scores_kept(labels)
+    log_probs = _read_array(folder / SCORES, np.float32)
+    columns = _read_array(folder / COLUMNS, np.int32) if width < len(labels) else None
+    if log_probs.shape[1:] != (width,) or (columns is not None and columns.shape != log_probs.shape):
+        raise ValueError("its parts are not of the same images and labels")
+    return log_probs, columns
+
+
 def _read_array(path: Path, kind: type[Number]) -> NDArray[Number]:
-    """The array in a file; numpy would unpickle one of objects."""
+    """The array in a file. Arrays of objects are refused, because NumPy would unpickle them."""
     array: NDArray[Number] = np.load(path, allow_pickle=False)
     if not isinstance(array, np.ndarray) or array.dtype != kind:
         raise ValueError(f"{path.name} holds no array of {kind.__name__}")
     return array
 
 
-def _read_table(folder: Path, name: str) -> "pyarrow.Table":
-    import pyarrow.parquet
-
-    schema = table_schemas()[name]
-    return pyarrow.parquet.read_table(folder / f"{name}.parquet").select(schema.names).cast(schema)
-
-
 def _spread(best: NDArray[np.float32], columns: NDArray[np.int32], classes: int) -> NDArray[np.float32]:
-    """N x C log-probabilities from the best K: the other labels share the rest evenly, each with less than the least of the K."""
+    """``(N, C)`` log-probabilities from the best K: the other labels share the rest evenly, each with less than the least of the
+    K."""
     left = np.maximum(1 - np.exp(best, dtype=np.float64).sum(axis=1, keepdims=True), np.finfo(np.float32).eps)
     share = np.log(left / (classes - best.shape[1])).astype(np.float32)
     whole = np.repeat(np.minimum(share, np.nextafter(best[:, -1:], np.float32(-np.inf))), classes, axis=1)
@@ -379,42 +323,67 @@ def _spread(best: NDArray[np.float32], columns: NDArray[np.int32], classes: int)
     return whole
 
 
-def _judged(rows: "pyarrow.Table", judge: str, size: int, column: Mapping[str, int]) -> Judged:
-    """What one stage's rows tell of N images."""
-    said = rows.to_pydict()
-    images = np.array(said["image"], dtype=np.int64)
+class _Content:
+    """The columns that N lines become, and what each stage's judge said: image, verdict and question."""
 
-    def spread(values: ArrayLike, whole: NDArray[Number]) -> NDArray[Number]:
-        whole[images] = values
-        return whole
+    def __init__(self, labels: LabelSet, stages: int, images: int) -> None:
+        self.column = labels.columns
+        self.names: list[str] = []
+        self.digests: list[str] = []
+        self.decided_by: list[str] = []
+        self.truths = np.full(images, NOBODY, dtype=np.int64)
+        self.predicted = np.full(images, NOBODY, dtype=np.int64)
+        self.probabilities = np.full(images, np.nan)
+        self.readable = np.zeros(images, dtype=bool)
+        self.said: list[list[tuple[int, WholeVerdict, Asked | None]]] = [[] for _ in range(stages)]
 
-    def numbers(name: str) -> NDArray[np.float64]:
-        return spread(said[name], np.zeros(size))
+    def add(self, number: int, line: LabelledLine) -> None:
+        """Take the next line."""
+        self.names.append(valid_text(line.path))
+        self.digests.append(line.pixels)
+        self.decided_by.append(line.decided_by or "")
+        self.truths[number] = self.column[line.truth or ""]
+        self.readable[number] = bool(line.candidates)
+        if line.label is not None:
+            self.predicted[number] = self.column[line.label]
+        if line.probability is not None:
+            self.probabilities[number] = line.probability
+        for verdict, asked in zip(line.verdicts, line.questions, strict=True):
+            self.said[verdict.stage].append((number, verdict, asked))
 
-    def texts(values: list[str]) -> tuple[str, ...]:
-        return tuple(spread(values, np.full(size, "", dtype=object)).tolist())
 
-    candidates = np.full((size, max(map(len, said["candidates"]), default=0)), NOBODY, dtype=np.int64)
-    probabilities = np.full(candidates.shape, np.nan)
-    for image, names, opinion in zip(images, said["candidates"], said["probabilities"], strict=True):
-        candidates[image, : len(names)] = [column[name] for name in names]
-        if opinion is not None:
-            given = dict(opinion)
-            probabilities[image, : len(names)] = [given.get(name, 0.0) for name in names]
-    return Judged(
+def _judged(said: Sequence[tuple[int, WholeVerdict, Asked | None]], judge: str, size: int, column: Mapping[str, int]) -> Judged:
+    """What one stage's judge said of N images."""
+    longest = max((len(asked.candidates) for _, _, asked in said if asked), default=0)
+    judged = Judged(
         judge=judge,
-        asked=spread([outcome != "skipped" for outcome in said["outcome"]], np.zeros(size, dtype=bool)),
-        outcomes=texts(said["outcome"]),
-        answers=spread(
-            [NOBODY if label is None else column[label] for label in said["label"]], np.full(size, NOBODY, dtype=np.int64)
-        ),
-        candidates=candidates,
-        rationales=texts([rationale or text for rationale, text in zip(said["rationale"], said["text"], strict=True)]),
-        dollars=numbers("dollars") + numbers("saved_dollars"),
-        seconds=numbers("seconds"),
-        input_tokens=numbers("input_tokens").astype(np.int64),
-        output_tokens=numbers("output_tokens").astype(np.int64),
-        paid=numbers("dollars"),
-        none_offered=any(said["offer_none"]),
-        probabilities=probabilities,
+        asked=np.zeros(size, dtype=bool),
+        outcomes=("",) * size,
+        answers=np.full(size, NOBODY, dtype=np.int64),
+        candidates=np.full((size, longest), NOBODY, dtype=np.int64),
+        rationales=("",) * size,
+        dollars=np.zeros(size),
+        seconds=np.zeros(size),
+        input_tokens=np.zeros(size, dtype=np.int64),
+        output_tokens=np.zeros(size, dtype=np.int64),
+        paid=np.zeros(size),
+        none_offered=any(asked.offer_none for _, _, asked in said if asked),
+        probabilities=np.full((size, longest), np.nan),
     )
+    outcomes, rationales, probabilities = [*judged.outcomes], [*judged.rationales], judged.probabilities
+    for image, verdict, asked in said:
+        outcomes[image] = verdict.outcome
+        rationales[image] = valid_text(verdict.rationale or verdict.text)
+        judged.asked[image] = verdict.outcome != "skipped"
+        if verdict.label is not None:
+            judged.answers[image] = column[verdict.label]
+        names = asked.candidates if asked else []
+        judged.candidates[image, : len(names)] = [column[name] for name in names]
+        if verdict.probabilities is not None and probabilities is not None:
+            probabilities[image, : len(names)] = [verdict.probabilities.get(name, 0.0) for name in names]
+        usage = verdict.usage
+        judged.dollars[image] = usage.dollars + usage.saved_dollars
+        judged.paid[image] = usage.dollars
+        judged.seconds[image] = usage.seconds
+        judged.input_tokens[image], judged.output_tokens[image] = usage.input_tokens, usage.output_tokens
+    return replace(judged, outcomes=tuple(outcomes), rationales=tuple(rationales))

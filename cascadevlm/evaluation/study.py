@@ -21,7 +21,6 @@ from pydantic import JsonValue
 
 from cascadevlm.base.arrays import NOBODY
 from cascadevlm.base.errors import BudgetExhausted, DataError, InputError
-from cascadevlm.base.types import Prediction
 from cascadevlm.cascade.candidates import Order
 from cascadevlm.cascade.cascade import Cascade
 from cascadevlm.cascade.stage import Stage
@@ -36,6 +35,7 @@ from cascadevlm.evaluation.sweep import sweep, under
 from cascadevlm.judges.support import SupportSet
 from cascadevlm.policies.base import PolicyLike
 from cascadevlm.policies.rules import Always, EntropyAbove
+from cascadevlm.runs.run_folder import Tally
 
 KS = (1, 2, 3, 5, 10)
 """Default numbers of candidates in `study_candidates`."""
@@ -80,7 +80,7 @@ def position_bias(record: Record) -> PositionBias:
 
 
 Begin = Callable[[Cascade], None]
-Progress = Callable[[Prediction], None]
+Progress = Callable[[Tally], None]
 
 
 class Asking(TypedDict, total=False):
@@ -89,7 +89,7 @@ class Asking(TypedDict, total=False):
     Attributes:
         folder: folder for the records, one subfolder per variant. Default: the records are not kept.
         begin: called once before the first question, with a cascade whose stages ask all questions of the study.
-        progress: called with every prediction.
+        progress: called after every prediction.
     """
 
     folder: Path | None
@@ -278,7 +278,7 @@ def _ask(
     *,
     folder: Path | None = None,
     begin: Begin = lambda cascade: None,
-    progress: Progress = lambda prediction: None,
+    progress: Progress = lambda tally: None,
 ) -> dict[str, Record]:
     """The record of each variant. Its judge is asked about every image."""
     stage = _stage_of(cascade)

@@ -1,11 +1,10 @@
-"""Bulk runs: a cascade over any number of images, into a folder from which it goes on after whatever stopped it."""
+"""Runs: a cascade over any number of images, into a folder from which the run goes on after whatever stopped it."""
 
 import asyncio
 import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import aclosing
-from dataclasses import replace
 from pathlib import Path
 
 from pydantic import JsonValue
@@ -13,58 +12,23 @@ from pydantic import JsonValue
 from cascadevlm.base import loop
 from cascadevlm.base.errors import RunError
 from cascadevlm.base.images import ImageSource
-from cascadevlm.base.labels import LabelSet
-from cascadevlm.base.types import Scores
 from cascadevlm.cascade.cascade import Cascade
 from cascadevlm.cascade.engine import Run
-from cascadevlm.judges.base import Judge, WrapperJudge
 from cascadevlm.judges.cache import DiskStore
-from cascadevlm.runs.inputs import Named, after
+from cascadevlm.runs.inputs import Labelled, Named, after
 from cascadevlm.runs.manifest import Manifest
 from cascadevlm.runs.run_folder import RunFolder, Tally
-from cascadevlm.scorers.base import Prepared, Scorer
-from cascadevlm.scorers.kept import Digesting
 
 LEAST_FREE = 16 << 20
-"""Bytes free on a disk below which no further image is begun: there is room for the answers to what was asked already."""
+"""Free bytes on a disk below which no further image is begun. The answers to questions under way still fit."""
 
 FLUSH_SECONDS = 1.0
-"""How long predictions wait at most to be made safe; answers of judges are kept at once."""
-
-
-class _NotedScorer(Digesting):
-    """Scores as another scorer does; the folder is told its fingerprint and what it scored."""
-
-    def __init__(self, wrapped: Scorer, folder: RunFolder) -> None:
-        super().__init__(wrapped)
-        self.folder = folder
-
-    def score_prepared(self, prepared: Sequence[Prepared], labels: LabelSet) -> Scores:
-        self.folder.scored(prepared)
-        return super().score_prepared(prepared, labels)
-
-    def altered(self, scores: Scores) -> Scores:
-        self.folder.scored_with(scores.fingerprint)
-        return scores
-
-
-class _NotedJudge(WrapperJudge):
-    """Judges as another judge does; the folder is told its identity once it is ready, which it may load a model for."""
-
-    def __init__(self, wrapped: Judge, folder: RunFolder, stage: int) -> None:
-        super().__init__(wrapped)
-        self.replays = wrapped.replays
-        self.folder = folder
-        self.stage = stage
-
-    async def prepare(self) -> None:
-        await super().prepare()
-        self.folder.judged_by(self.stage, self.identity())
+"""The longest time before predictions are made safe. Answers of judges are kept at once."""
 
 
 def run(
     cascade: Cascade,
-    inputs: Iterable[Named],
+    inputs: Iterable[Named] | Labelled,
     folder: Path,
     *,
     config: Mapping[str, JsonValue],
@@ -73,39 +37,38 @@ def run(
     progress: Callable[[Tally], None] = lambda tally: None,
     outlook: Callable[[str], None] = lambda sentence: None,
 ) -> Tally:
-    """Classify images into a folder; what is in it from an earlier session stays and is not asked again.
+    """Classify images into a folder. What an earlier session wrote into the folder stays, and no question is asked again.
+
+    If the images have true labels, the folder is a record, and two things differ. No drift is looked for, and the shares of the
+    classes are not followed: labelled images mostly come class by class, and their labels say more than a run can find out.
 
     Args:
-        cascade: what classifies; its cap is that of all sessions together. A cap that is higher than in the session before has
-            judges asked about the images that were skipped for want of money.
-        inputs: the images by name, in an order that does not change: see `Inputs`.
-        folder: see `cascadevlm.runs.run_folder`.
-        config: what tells this run from another.
-        retry_failed: whether images that could not be read or of which a judge could not be asked are done anew, and all after
-            the first of them worked out again, with the answers that are kept: decisions depend on what came before.
-        stopping: asked before each batch; the run ends in order, where it says so.
-        progress: told of every prediction.
-        outlook: told what is left to do, as a sentence, if the folder holds predictions.
+        cascade: the cascade. Its cap is for all sessions together. If the cap is higher than in the session before, judges are
+            asked about the images that were skipped because the budget was spent.
+        inputs: the images by name, in an order that does not change (see `Inputs`), or labelled images.
+        folder: the folder of the run (see `cascadevlm.runs.run_folder`).
+        config: the configuration, which tells this run from another.
+        retry_failed: whether images that could not be read or whose question failed are tried again. All images after the first
+            of them are then worked out again, with the answers that are kept: decisions depend on what came before.
+        stopping: called before each batch; the run ends in order if it returns true.
+        progress: called after every prediction.
+        outlook: called with a sentence about what is left to do, if the folder holds predictions.
 
     Raises:
-        DataError: if the folder is in use or of another run, or its predictions are of other images.
+        DataError: if the folder is in use or is of another run, or its predictions are of other images or labels.
         RunError: if the disk is full or fails; what was written is kept.
         JudgeError: if a judge cannot work at all.
     """
     manifest = Manifest.of(cascade, inputs, config)
     dollars = cascade.ledger.cap_dollars
-    with RunFolder.opened(folder, manifest, dollars=dollars, retry_failed=retry_failed) as opened:
+    with RunFolder.opened(folder, manifest, inputs, dollars=dollars, retry_failed=retry_failed) as opened:
         if sentence := opened.outlook(len(inputs) if isinstance(inputs, Sized) else None):
             outlook(sentence)
         store = DiskStore(folder / "verdicts") if cascade.store is None else cascade.store
         disks = [folder, store.folder] if isinstance(store, DiskStore) else [folder]
-        noted = [replace(stage, judge=_NotedJudge(stage.judge, opened, number)) for number, stage in enumerate(cascade.stages)]
-        lasting = cascade.altered(
-            scorer=_NotedScorer(cascade.scorer, opened),
-            stages=noted,
-            store=store,
-            ledger=opened.ledger,
-        )
+        lasting = cascade.altered(store=store, ledger=opened.ledger, observers=[*cascade.observers, opened])
+        if manifest.labelled:
+            lasting = lasting.altered(calibration=None, follow_shares=False)
         if loop.run(_classify(lasting, inputs, opened, lambda: stopping() or bool(_full(disks)), progress)):
             opened.finish()
         elif full := _full(disks):
@@ -115,18 +78,18 @@ def run(
 
 
 def _full(folders: Sequence[Path]) -> list[Path]:
-    """Those on a disk that is nearly full."""
+    """The folders on a disk that is nearly full."""
     return [folder for folder in folders if folder.exists() and shutil.disk_usage(folder).free < LEAST_FREE]
 
 
 async def _classify(
     cascade: Cascade,
-    inputs: Iterable[Named],
+    inputs: Iterable[Named] | Labelled,
     folder: RunFolder,
     stopping: Callable[[], bool],
     progress: Callable[[Tally], None],
 ) -> bool:
-    """Whether all images have a prediction."""
+    """Run the cascade; whether all images have a prediction."""
     run = cascade.begin(folder.checkpoint, stopping)
     tasks = [asyncio.create_task(work) for work in (_append(run, inputs, folder, progress), _flush(run, folder))]
     try:
@@ -141,14 +104,14 @@ async def _classify(
     return not run.stopped
 
 
-async def _append(run: Run, inputs: Iterable[Named], folder: RunFolder, progress: Callable[[Tally], None]) -> None:
-    """Write down every prediction that is not known yet."""
+async def _append(run: Run, inputs: Iterable[Named] | Labelled, folder: RunFolder, progress: Callable[[Tally], None]) -> None:
+    """Write down every prediction that is not in the folder yet."""
     number = first = folder.checkpoint.images
     known = folder.tally.images
     begun: deque[str] = deque()
 
     def sources() -> Iterator[ImageSource]:
-        for name, source in after(inputs, first, folder.paths()):
+        for name, source in after(inputs, first):
             begun.append(name)
             yield source
 
@@ -160,12 +123,10 @@ async def _append(run: Run, inputs: Iterable[Named], folder: RunFolder, progress
             if number > known:
                 folder.append(name, prediction)
                 progress(folder.tally)
-            else:
-                folder.forget(name)
 
 
 async def _flush(run: Run, folder: RunFolder) -> None:
-    """Make what was written safe again and again, whether or not anything comes: the first in line may wait for minutes."""
+    """Make what was written safe, every `FLUSH_SECONDS`: the first image in line may wait for minutes."""
     while True:
         await asyncio.sleep(FLUSH_SECONDS)
         await asyncio.to_thread(folder.flush, run.checkpoint)

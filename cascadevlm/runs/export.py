@@ -29,10 +29,10 @@ from pydantic import BaseModel, JsonValue, ValidationError
 from cascadevlm.base.errors import DataError, ImageError, InputError
 from cascadevlm.base.files import valid_text
 from cascadevlm.base.images import size_of
-from cascadevlm.runs import lines
 from cascadevlm.runs.inputs import Inputs
-
-PREDICTIONS = "predictions.jsonl"
+from cascadevlm.runs.lines import Line, read_lines
+from cascadevlm.runs.manifest import NAME
+from cascadevlm.runs.run_folder import PREDICTIONS
 
 COLUMNS = ("path", "label", "probability", "decided_by", "escalated", "outcome", "dollars", "error")
 """The columns of tables."""
@@ -50,20 +50,6 @@ class _Described(BaseModel):
 
     labels: list[_Named]
     inputs: str = ""
-
-
-class Line(lines.Line):
-    """A line of the predictions, with what is exported."""
-
-    @property
-    def absolute(self) -> Path:
-        """The absolute path of the image. Links are not resolved."""
-        return Path(os.path.normpath(Path(self.path).absolute()))
-
-    @property
-    def columns(self) -> dict[str, JsonValue]:
-        """The values of `COLUMNS`."""
-        return {name: getattr(self, name) for name in COLUMNS}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +72,7 @@ class Predictions:
         Raises:
             DataError: if a line is no prediction.
         """
-        return read_lines(self.file, self.end)
+        return read_lines(self.file, Line, self.end)
 
     def with_images(self) -> Iterator[tuple[int, Line, Path | bytes]]:
         """The lines with their numbers, and the path or the bytes of the image.
@@ -251,8 +237,8 @@ def _whole_lines(file: Path) -> int:
 
 def _description_of(run: Path) -> _Described:
     """The description in a folder; empty if there is none."""
-    found = next((file for file in (run / "manifest.json", run / "run.json") if file.is_file()), None)
-    if found is None:
+    found = run / NAME
+    if not found.is_file():
         return _Described(labels=[])
     try:
         return _Described.model_validate_json(found.read_bytes())
@@ -278,30 +264,14 @@ def _unreadable(file: Path, to: str, described: _Described) -> DataError:
     return DataError(f"None of the images in {str(file)!r} can be read.", hint=hint)
 
 
-def read_lines(file: Path, end: int) -> Iterator[tuple[int, Line]]:
-    """The predictions in the first ``end`` bytes of a file with one JSON object per line. Numbers of lines begin at 1.
+def absolute(line: Line) -> Path:
+    """The absolute path of an image. Links are not resolved."""
+    return Path(os.path.normpath(Path(line.path).absolute()))
 
-    Raises:
-        DataError: if a line is not a prediction, for example because the last line was not written to its end.
-    """
-    line, number = b"", 0
-    try:
-        with file.open("rb") as opened:
-            for number, line in enumerate(opened, start=1):
-                end -= len(line)
-                if end < 0:
-                    return
-                yield number, Line.read(line.decode())
-    except ValidationError as exc:
-        first = exc.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "the line"
-        raise DataError(f"{str(file)!r}, line {number}, is no prediction: {where}: {first['msg']}.") from exc
-    except json.JSONDecodeError as exc:
-        if not line.endswith(b"\n"):
-            raise DataError(f"{str(file)!r} ends in the middle of line {number}.", hint="Make the file again.") from exc
-        raise DataError(f"{str(file)!r}, line {number}, is no JSON: {exc.msg}.") from exc
-    except (OSError, ValueError, RecursionError) as exc:
-        raise DataError(f"{str(file)!r} cannot be read: {exc}.") from exc
+
+def columns_of(line: Line) -> dict[str, JsonValue]:
+    """The values of `COLUMNS`."""
+    return {name: getattr(line, name) for name in COLUMNS}
 
 
 def write_csv(chosen: Chosen, output: Path) -> str:
@@ -313,7 +283,7 @@ def write_csv(chosen: Chosen, output: Path) -> str:
     with output.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file:
         table = csv.DictWriter(file, COLUMNS)
         table.writeheader()
-        table.writerows({name: cell(value) for name, value in line.columns.items()} for _, line in chosen)
+        table.writerows({name: cell(value) for name, value in columns_of(line).items()} for _, line in chosen)
     return "It is UTF-8 with a header line."
 
 
@@ -336,7 +306,7 @@ def write_hf(chosen: Chosen, output: Path) -> str:
 
     def examples() -> Iterator[dict[str, object]]:
         for _, line, image in chosen.with_images():
-            texts = {name: valid_text(value) if isinstance(value, str) else value for name, value in line.columns.items()}
+            texts = {name: valid_text(value) if isinstance(value, str) else value for name, value in columns_of(line).items()}
             content = image if isinstance(image, bytes) else image.read_bytes()
             yield {**texts, "image": {"bytes": content, "path": valid_text(Path(line.path).name)}}
 
@@ -385,12 +355,12 @@ def write_label_studio(chosen: Chosen, output: Path) -> str:
     only files in a local storage of the project, and the storage must be inside the document root.
     """
     output.mkdir()
-    folders = (line.absolute.parent for _, line in chosen)
+    folders = (absolute(line).parent for _, line in chosen)
     storage = reduce(lambda one, other: Path(os.path.commonpath((one, other))), folders)
 
     def task(line: Line) -> dict[str, JsonValue]:
-        place = quote(os.fsencode(Path(line.absolute).relative_to(storage.parent).as_posix()))
-        data: JsonValue = {**line.columns, "image": f"/data/local-files/?d={place}"}
+        place = quote(os.fsencode(absolute(line).relative_to(storage.parent).as_posix()))
+        data: JsonValue = {**columns_of(line), "image": f"/data/local-files/?d={place}"}
         if line.label is None:
             return {"data": data}
         choice: JsonValue = {"from_name": "label", "to_name": "image", "type": "choices", "value": {"choices": [line.label]}}
@@ -425,7 +395,7 @@ def write_fiftyone(chosen: Chosen, output: Path) -> str:
 
     with output.open("w", encoding="utf-8") as file:
         file.write(f'{{"classes": {json.dumps(chosen.labels)},\n"labels": ')
-        targets = (f"{json.dumps(str(line.absolute))}: {json.dumps(target(line))}" for _, line in chosen)
+        targets = (f"{json.dumps(str(absolute(line)))}: {json.dumps(target(line))}" for _, line in chosen)
         _write_joined(file, "{", targets, "}")
         file.write("}\n")
     dataset_type = "fiftyone.types.FiftyOneImageClassificationDataset"

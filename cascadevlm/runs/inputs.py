@@ -1,16 +1,17 @@
-"""Unlabelled images by the million: a folder, a list of files or a table, read one by one and never as a whole."""
+"""Images by the million: a folder, a list of files or a table, read one by one and never as a whole."""
 
 import csv
 import json
 import os
 import sys
 import weakref
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from random import Random
 from tempfile import mkstemp
-from typing import TYPE_CHECKING, ClassVar, TypeAlias
+from typing import TYPE_CHECKING, ClassVar, Protocol, TypeAlias, runtime_checkable
 
 from cascadevlm.base.errors import DataError
 from cascadevlm.base.images import SUFFIXES, ImageSource
@@ -32,6 +33,31 @@ ROWS_AT_ONCE = 64
 
 BUFFER_BYTES = 1 << 20
 """Number of bytes of a Parquet file that are read together. Without a buffer, Arrow reads all images of a row group."""
+
+
+@runtime_checkable
+class Labelled(Protocol):
+    """N images with their true labels, as `cascadevlm.evaluation.data.Data` holds them.
+
+    Attributes:
+        names: names of the images: paths where they are files.
+        truths: name of each image's true label.
+        splits: the part of the data that each image belongs to; "" if that is unknown.
+    """
+
+    @property
+    def images(self) -> Sequence[ImageSource]: ...
+
+    @property
+    def names(self) -> Sequence[str]: ...
+
+    @property
+    def truths(self) -> Sequence[str]: ...
+
+    @property
+    def splits(self) -> Sequence[str]: ...
+
+    def __len__(self) -> int: ...
 
 
 class Inputs(Portable):
@@ -116,13 +142,13 @@ class Inputs(Portable):
         with self._told():
             yield from _images_of_table(self.path, wanted)
 
-    def walk(self, first: int) -> Iterator[tuple[str, ImageSource | None]]:
-        """All images in order. In a table, only the names of the first ``first`` images are read; None stands for the image."""
+    def names(self) -> Iterator[str]:
+        """The names of all images, in order. Images in a table are not read."""
         if not self.is_table:
-            yield from self
+            yield from (name for name, _ in self)
             return
         with self._told():
-            yield from _rows_of_table(self.path, range(first, sys.maxsize))
+            yield from (name for name, _ in _rows_of_table(self.path, ()))
 
     def sample(self, size: int, *, seed: int = 0) -> tuple[list[ImageSource], int]:
         """A random sample of the images in their order, each image equally likely, and the number of all images."""
@@ -139,33 +165,18 @@ class Inputs(Portable):
             raise DataError(f"{str(self.path)!r} cannot be read: {str(exc).partition(chr(10))[0]}.") from exc
 
 
-def after(inputs: Iterable[Named], first: int, known: Iterable[str] = ()) -> Iterator[Named]:
-    """All images after the first ``first``, in order, in one walk. In a table, the images before are not read.
-
-    Args:
-        inputs: images by name.
-        first: number of images that are left out.
-        known: the names that the first images had in an earlier session.
-
-    Raises:
-        DataError: when an image comes that has another name than the known one, or when the images end before the known names.
-    """
-    names, number = iter(known), 0
-    for name, source in inputs.walk(first) if isinstance(inputs, Inputs) else inputs:
-        if (was := next(names, name)) != name:
-            raise _other_images(number, was, name)
-        if number >= first and source is not None:
-            yield name, source
-        number += 1
-    for was in names:
-        raise _other_images(number, was, "gone")
+def names(inputs: Iterable[Named] | Labelled) -> Iterator[str]:
+    """The names of images, in order. Images in a table and labelled images are not read."""
+    if isinstance(inputs, Labelled):
+        return iter(inputs.names)
+    return inputs.names() if isinstance(inputs, Inputs) else (name for name, _ in inputs)
 
 
-def _other_images(number: int, was: str, name: str) -> DataError:
-    return DataError(
-        f"Image {number} was {was!r} when the run began and is now {name!r}.",
-        hint="Images may be added after the last one only; for others, give another folder.",
-    )
+def after(inputs: Iterable[Named] | Labelled, first: int) -> Iterator[Named]:
+    """The images from number ``first`` on, in order. Earlier images in a table and earlier labelled images are not read."""
+    if isinstance(inputs, Labelled):
+        return ((inputs.names[number], inputs.images[number]) for number in range(first, len(inputs)))
+    return inputs.rows(range(first, sys.maxsize)) if isinstance(inputs, Inputs) else islice(inputs, first, None)
 
 
 def _of_folder(folder: Path) -> Iterator[Named]:

@@ -1,4 +1,4 @@
-"""What a bulk run is: ``manifest.json``, by which the same run is known again."""
+"""``manifest.json``: what a run is, so that the same run is recognised when it goes on."""
 
 import hashlib
 from collections.abc import Iterable, Mapping
@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import BaseModel, JsonValue, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, JsonValue, TypeAdapter, ValidationError
 
 from cascadevlm.base.environment import machine, versions
 from cascadevlm.base.errors import DataError
@@ -18,7 +18,9 @@ from cascadevlm.cascade.cascade import Cascade
 from cascadevlm.config.config import Config
 from cascadevlm.decision.calibration import Calibration
 from cascadevlm.judges.cache import key_of
-from cascadevlm.runs.inputs import Inputs, Named
+from cascadevlm.policies.base import as_policy
+from cascadevlm.policies.rules import Always
+from cascadevlm.runs.inputs import Inputs, Labelled, Named
 
 NAME = "manifest.json"
 
@@ -27,16 +29,25 @@ class Manifest(BaseModel):
     """``manifest.json``.
 
     Attributes:
-        contents: digests of what the configuration names: the calibration and, of every stage, prompt and support set.
-        fingerprint: of the scorer, once something was scored.
-        judges: the identity of each stage's judge, once it was made ready.
-        dollars: the cap of the latest session; None for no cap.
+        inputs: path of the images, or the kind of their source.
+        labelled: whether the images have true labels, so that the folder is a record.
+        stages: the judge's spec of each stage.
+        asks_all: whether every judge is asked about every image, whatever the configuration says.
+        contents: digests of what the configuration names: the calibration and, for every stage, prompt and support set.
+        fingerprint: the scorer's fingerprint; None until something was scored.
+        judges: identities of the judges by stage; a judge has one once it was prepared.
+        dollars: the cap of the latest session; None if there is no cap.
     """
+
+    model_config = ConfigDict(title=NAME)
 
     format: Literal[1] = 1
     config: dict[str, JsonValue]
     labels: list[Label]
     inputs: str
+    labelled: bool = False
+    stages: list[str] = []
+    asks_all: bool = False
     began: datetime
     versions: dict[str, str]
     machine: str
@@ -46,12 +57,15 @@ class Manifest(BaseModel):
     dollars: float | None = None
 
     @classmethod
-    def of(cls, cascade: Cascade, inputs: Iterable[Named], config: Mapping[str, JsonValue]) -> Self:
-        """Of a run that begins now."""
+    def of(cls, cascade: Cascade, inputs: Iterable[Named] | Labelled, config: Mapping[str, JsonValue]) -> Self:
+        """The manifest of a run that begins now."""
         return cls(
             config=without_secrets(config),
             labels=list(cascade.labels),
             inputs=valid_text(str(inputs.path.absolute())) if isinstance(inputs, Inputs) else type(inputs).__name__,
+            labelled=isinstance(inputs, Labelled),
+            stages=[stage.judge.spec for stage in cascade.stages],
+            asks_all=all(isinstance(as_policy(stage.policy), Always) for stage in cascade.stages),
             began=datetime.now(UTC),
             versions=versions(),
             machine=machine(),
@@ -61,10 +75,10 @@ class Manifest(BaseModel):
 
     @classmethod
     def read(cls, folder: Path) -> Self:
-        """The one in a folder.
+        """The manifest in a folder.
 
         Raises:
-            DataError: if it is none.
+            DataError: if there is none, or it is damaged.
         """
         try:
             return cls.model_validate_json((folder / NAME).read_bytes())
@@ -72,13 +86,14 @@ class Manifest(BaseModel):
             raise DataError(f"{str(folder / NAME)!r} is no manifest of a run.", hint="Give another folder.") from exc
 
     def write(self, folder: Path) -> None:
+        """Write the manifest into a folder."""
         write_whole(folder / NAME, self.model_dump_json(indent=2) + "\n")
 
     def agreed(self, folder: Path) -> "Manifest":
-        """The manifest of a folder: the one that is in it, or this one, which is then written.
+        """The manifest in a folder. If there is none, this manifest is written there.
 
         Raises:
-            DataError: if the folder is of another run.
+            DataError: if the folder belongs to another run.
         """
         if not (folder / NAME).exists():
             self.write(folder)
@@ -88,17 +103,28 @@ class Manifest(BaseModel):
         return begun
 
     def differences(self, other: "Manifest") -> list[str]:
-        """What another run does otherwise, one sentence each."""
+        """The differences to another run, one clause each."""
         found = _changes(_deciding(self.config), _deciding(other.config))
         names = {**self.contents, **other.contents}
-        found += [f"the content of {name} is another" for name in names if self.contents.get(name) != other.contents.get(name)]
-        return found + ["the labels are others"] * (self.labels != other.labels)
+        found += [f"the content of {name} differs" for name in names if self.contents.get(name) != other.contents.get(name)]
+        found += ["the labels differ"] * (self.labels != other.labels)
+        if self.labelled != other.labelled:
+            found.append(f"its images {'have true' if self.labelled else 'have no true'} labels")
+        if self.asks_all != other.asks_all:
+            found.append(f"its judges were {'' if self.asks_all else 'not '}asked about every image")
+        return found
+
+    @property
+    def scorer(self) -> str:
+        """The scorer's spec; its fingerprint if the configuration names no scorer."""
+        scorer = self.config.get("scorer")
+        return str(scorer["use"]) if isinstance(scorer, dict) and "use" in scorer else self.fingerprint or ""
 
     def with_judge(self, stage: int, identity: Mapping[str, JsonValue], folder: Path) -> "Manifest":
-        """The manifest with the identity of a stage's judge, written where it is new.
+        """The manifest with the identity of a stage's judge; it is written if the identity is new.
 
         Raises:
-            DataError: if the run was begun with another.
+            DataError: if the run began with another judge.
         """
         if stage in self.judges:
             require_same(folder, _changes(self.judges[stage], dict(identity), path=f"stage.{stage}.judge."))
@@ -106,24 +132,24 @@ class Manifest(BaseModel):
         return self._with(folder, judges={**self.judges, stage: dict(identity)})
 
     def with_fingerprint(self, fingerprint: str, folder: Path) -> "Manifest":
-        """The manifest with the fingerprint of the scorer, written where it is new.
+        """The manifest with the fingerprint of the scorer; it is written if the fingerprint is new.
 
         Raises:
-            DataError: if the run was begun with another.
+            DataError: if the run began with another scorer.
         """
         if self.fingerprint not in (None, fingerprint):
             raise DataError(
-                f"{str(folder)!r} was begun with the scorer {self.fingerprint!r}, this one is {fingerprint!r}.",
+                f"{str(folder)!r} belongs to a run with the scorer {self.fingerprint!r}; the scorer is now {fingerprint!r}.",
                 hint="Give another folder.",
             )
         return self if self.fingerprint else self._with(folder, fingerprint=fingerprint)
 
     def is_raised_by(self, dollars: float | None) -> bool:
-        """Whether a cap is higher than that of the latest session."""
+        """Whether ``dollars`` is a higher cap than that of the latest session; None is no cap."""
         return self.dollars is not None and (dollars is None or dollars > self.dollars)
 
     def with_cap(self, dollars: float | None, folder: Path) -> "Manifest":
-        """The manifest with the cap of this session, written where it is new."""
+        """The manifest with the cap of this session; it is written if the cap is new."""
         return self if self.dollars == dollars else self._with(folder, dollars=dollars)
 
     def _with(self, folder: Path, **learned: object) -> "Manifest":
@@ -133,10 +159,10 @@ class Manifest(BaseModel):
 
 
 def require_same(folder: Path, differences: list[str]) -> None:
-    """Raises DataError, if a run in a folder was begun otherwise."""
+    """Raises DataError, if there are differences to the run in a folder."""
     if differences:
-        hint = "Give another folder, or what it was begun with."
-        raise DataError(f"{str(folder)!r} is of another run: {'; '.join(differences)}.", hint=hint)
+        hint = "Give another folder, or the settings of that run."
+        raise DataError(f"{str(folder)!r} belongs to another run: {'; '.join(differences)}.", hint=hint)
 
 
 def _contents(cascade: Cascade) -> dict[str, str]:
@@ -154,7 +180,7 @@ def _contents(cascade: Cascade) -> dict[str, str]:
 
 
 def _deciding(config: dict[str, JsonValue]) -> dict[str, JsonValue]:
-    """Every key that may not change, with its default if it is not given; a configuration that is not ours, as it is."""
+    """Every key that may not change, with its default if the key is not given. Another kind of configuration is left as it is."""
     try:
         return Config.model_validate(config).deciding()
     except ValidationError:
@@ -162,7 +188,7 @@ def _deciding(config: dict[str, JsonValue]) -> dict[str, JsonValue]:
 
 
 def _changes(before: Mapping[str, JsonValue], now: Mapping[str, JsonValue], path: str = "") -> list[str]:
-    """What differs between two configurations or identities and may decide an answer, one sentence each."""
+    """The differences between two configurations or identities that may decide an answer, one clause each."""
     mine, theirs = _flat(dict(before), path), _flat(dict(now), path)
     return [
         f"{key} was {mine.get(key)!r} and is {theirs.get(key)!r}"
@@ -172,7 +198,7 @@ def _changes(before: Mapping[str, JsonValue], now: Mapping[str, JsonValue], path
 
 
 def _flat(value: JsonValue, path: str) -> dict[str, JsonValue]:
-    """Every value by the path to it, as ``stage.0.judge``."""
+    """Every value by its path, such as ``stage.0.judge``."""
     if isinstance(value, dict | list):
         parts = value.items() if isinstance(value, dict) else enumerate(value)
         return {key: leaf for name, part in parts for key, leaf in _flat(part, f"{path}{name}.").items()}

@@ -1,35 +1,47 @@
-"""The folder of a bulk run: what survives a kill at any moment.
+"""The folder of a run: what survives a kill at any moment. A record is the folder of a run over labelled images.
 
 ::
 
-    manifest.json         what is run: the frozen configuration, the labels, digests of what the configuration names, the scorer's
-                          fingerprint, the judges' identities, versions, when it began
-    predictions.jsonl     a line for every image in input order, as `Prediction.to_dict` tells it, with the digest of the
-                          image's file and its own checksum
-    failures.jsonl        images that could not be read, and those about which a judge was asked in vain
-    ledger.jsonl          what was promised to judges and what they billed
-    progress.json         how far the decisions stood when the predictions were last flushed
-    verdicts/             the judges' answers, where the configuration keeps no cache
+    manifest.json         what the run is: the frozen configuration, the labels, digests of files that the configuration names,
+                          the scorer's fingerprint, the judges' identities, versions, and when the run began
+    predictions.jsonl     one line per image in input order: `Prediction.to_dict`, the digest of the image's file, and a checksum.
+                          In a record also the true label, the split, the digest of the pixels and what each judge was asked
+    failures.jsonl        images that could not be read, and images whose question got no answer
+    ledger.jsonl          what was reserved for judges and what they billed
+    progress.json         position of the decisions when the predictions were last flushed
+    verdicts/             the judges' answers, if the configuration keeps no cache
     predictions.parquet   the predictions as a table, once all are there
-    summary.json          the counts, once all are there
+    summary.json          of a run: the counts, once all predictions are there; of a record: the metrics, once evaluated
     lock                  held by the process that writes
 
-Predictions only ever grow. A last line that was not finished is cut off when a run goes on; so is everything after a line whose
-checksum is wrong, as a machine that lost its power may leave it; everything from the first failure on, if failures are to be
-tried again; everything from the first image on that was skipped for want of money, if the cap was raised; and everything from the
-first image on whose file has another digest now. Only files that were changed after the run began are read for that. What is cut
-off is worked out again, with the answers that are kept.
+    scores.npy            only in a record: (N, C) float32, log-probabilities; NaN for images that could not be read. If there are
+                          more than 1,000 labels: (N, 50), the highest ones in descending order
+    columns.npy           only in a record of more than 1,000 labels: (N, 50) int32, the columns of these labels; -1 for images
+                          that could not be read
+
+Predictions are only appended. When a run goes on, the following is cut off and worked out again, with the answers that are kept:
+
+- a last line that was not finished;
+- everything from a line on whose checksum is wrong, or whose scores have another checksum than the line says, as a machine that
+  lost its power may leave them;
+- everything from the first failure on, if failures are to be tried again;
+- everything from the first image on that was skipped because the budget was spent, if the budget was raised;
+- everything from the first image on whose file has another digest now. Only files that changed after the run began are read for
+  that.
+
+A row of ``scores.npy`` is written when its image is scored, and only if the image has no line yet. So the scores of a record are
+those that its predictions were made with.
 """
 
 import json
 import os
 import threading
 import warnings
-import zlib
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
+from itertools import repeat
 from pathlib import Path
 from typing import BinaryIO
 
@@ -38,24 +50,30 @@ from pydantic import JsonValue, TypeAdapter, ValidationError
 
 from cascadevlm.base.errors import DataError, ImageError
 from cascadevlm.base.files import write_whole, writing_to
-from cascadevlm.base.images import path_of
-from cascadevlm.base.types import NANODOLLARS, Prediction
+from cascadevlm.base.types import NANODOLLARS, Prediction, Question, Scores, Verdict
 from cascadevlm.cascade.engine import BEGINNING, Checkpoint
+from cascadevlm.cascade.observer import Observer
+from cascadevlm.judges.base import Judge
 from cascadevlm.judges.budget import DurableLedger, line_of_ledger
 from cascadevlm.runs import manifest as manifests
-from cascadevlm.runs.lines import Line, failure_of, line_of, write_table
+from cascadevlm.runs.inputs import Labelled, Named, names
+from cascadevlm.runs.lines import Asked, LabelledLine, Line, checked, failure_of, line_of, with_checksum, write_table
 from cascadevlm.runs.manifest import Manifest
+from cascadevlm.runs.scores_file import ScoresFile
 from cascadevlm.scorers.base import Prepared
-from cascadevlm.scorers.kept import file_digest
+from cascadevlm.scorers.kept import file_digest, note_file_digest
 
 FAILURES = "failures.jsonl"
+PREDICTIONS = "predictions.jsonl"
+TABLE = "predictions.parquet"
+SUMMARY = "summary.json"
+LEDGER = "ledger.jsonl"
 SUM_ERROR = 1e-6
-"""Dollars that sums of floats may differ by."""
+"""Dollars by which sums of floats may differ."""
 
-_CHECKSUM = b',"crc32":'
 _CHECKPOINT = TypeAdapter(Checkpoint)
 _BEFORE_THE_MANIFEST = {"lock", f"{manifests.NAME}.part"}
-"""What a process that was killed before its manifest was there leaves."""
+"""Files that a process leaves if it is killed before it wrote its manifest."""
 
 
 @dataclass(kw_only=True)
@@ -63,15 +81,15 @@ class Tally:
     """What a run has done so far.
 
     Attributes:
-        images: with a line in the predictions.
-        counts: of them, by what came of them: "kept" without asking, the outcome of the last verdict, or "unreadable".
-        failures: how many could not be read or had a judge asked in vain.
-        abstained: readable images that got no label.
-        asked: how many a judge was asked about, or its answer known.
-        answered: about how many of these a judge gave an answer.
-        requests: to judges.
-        saved_dollars: by the cache.
-        spent_dollars: by the ledger, over all sessions of the run.
+        images: number of images that have a line in the predictions.
+        counts: numbers of images by result: "kept" if no judge was to be asked, the outcome of the last verdict, or "unreadable".
+        failures: number of images that could not be read or whose question got no answer.
+        abstained: number of readable images without a label.
+        asked: number of images that a judge was asked about; an answer from the cache counts.
+        answered: number of images that a judge gave an answer for.
+        requests: number of requests to judges.
+        saved_dollars: dollars that answers from the cache would have cost.
+        spent_dollars: dollars in the ledger, over all sessions of the run.
     """
 
     images: int = 0
@@ -90,7 +108,7 @@ class Tally:
 
     @property
     def in_vain(self) -> bool:
-        """Whether no image could be read, or no question asked got an answer."""
+        """Whether no image could be read, or no question got an answer."""
         return 0 < self.images == self.counts["unreadable"] or (self.asked > 0 and not self.answered)
 
     def add(self, prediction: Prediction | Line) -> None:
@@ -106,13 +124,13 @@ class Tally:
         self.saved_dollars += cost.saved_dollars
 
 
-class RunFolder:
-    """The folder of a run, locked, and ready to go on where it ended.
+class RunFolder(Observer):
+    """The folder of a run, locked, and ready to go on where it ended. It observes the run for what its lines hold.
 
     Attributes:
-        ledger: of what all its sessions spend.
-        tally: of the predictions that are in it.
-        checkpoint: where the decisions go on; never after the last prediction that is there.
+        ledger: what all sessions of the run spend.
+        tally: counts of the predictions in the folder.
+        checkpoint: where the decisions go on; never after the last prediction in the folder.
     """
 
     def __init__(
@@ -123,7 +141,8 @@ class RunFolder:
         ledger: DurableLedger,
         predictions: BinaryIO,
         failures: BinaryIO,
-        finished: bool,
+        inputs: Iterable[Named] | Labelled,
+        scores: ScoresFile | None,
     ) -> None:
         self.folder = folder
         self.manifest = manifest
@@ -132,28 +151,38 @@ class RunFolder:
         self.checkpoint = BEGINNING
         self._predictions = predictions
         self._failures = failures
-        self._finished = finished
+        self._labelled = inputs if isinstance(inputs, Labelled) else None
+        self._scores = scores
+        self._finished = (folder / TABLE).exists() and (manifest.labelled or (folder / SUMMARY).exists())
         self._raised_from: float | None = None
-        self._digests: dict[str, str] = {}
+        self._known: dict[int, dict[str, JsonValue]] = {}
+        self._asked: defaultdict[int, dict[int, Asked]] = defaultdict(dict)
         self._flushing = threading.RLock()
 
     @classmethod
     @contextmanager
     def opened(
-        cls, folder: Path, manifest: Manifest, *, dollars: float | None = None, retry_failed: bool = False
+        cls,
+        folder: Path,
+        manifest: Manifest,
+        inputs: Iterable[Named] | Labelled,
+        *,
+        dollars: float | None = None,
+        retry_failed: bool = False,
     ) -> "Iterator[RunFolder]":
         """Make the folder, or go on with it.
 
         Args:
-            folder: new, empty, or one of an earlier session.
-            manifest: of this run.
-            dollars: what all its sessions together may spend.
-            retry_failed: whether the predictions are cut off before the first image that could not be read or of which a judge
-                could not be asked.
+            folder: new, empty, or the folder of an earlier session.
+            manifest: the manifest of this run.
+            inputs: the images of this run. If they have true labels, the folder is a record.
+            dollars: what all sessions together may spend. Default: no cap.
+            retry_failed: whether predictions are cut off from the first image on that could not be read or whose question failed.
 
         Raises:
-            DataError: if it is no run's, is of another run, or another process writes to it.
-            RunError: if it cannot be written.
+            DataError: if the folder is not a run's, is of another run, has predictions of other images or labels, or another
+                process writes to it.
+            RunError: if the folder cannot be written.
 
         Warns:
             RuntimeWarning: if a line of the predictions that is not the last one is damaged.
@@ -166,20 +195,23 @@ class RunFolder:
             except filelock.Timeout as exc:
                 hint = "Wait for it, or give another folder."
                 raise DataError(f"Another process writes to {str(folder)!r}.", hint=hint) from exc
-            summary = folder / "summary.json"
-            finished = summary.exists() and (folder / "predictions.parquet").exists()
-            if not finished:
-                summary.unlink(missing_ok=True)
+            agreed = manifest.agreed(folder)
+            scores = None
+            if isinstance(inputs, Labelled):
+                scores = stack.enter_context(closing(ScoresFile(folder, manifest.labels)))
             opened = cls(
                 folder,
-                manifest.agreed(folder),
-                ledger=stack.enter_context(closing(DurableLedger(dollars, folder / "ledger.jsonl"))),
-                predictions=stack.enter_context((folder / "predictions.jsonl").open("ab")),
+                agreed,
+                ledger=stack.enter_context(closing(DurableLedger(dollars, folder / LEDGER))),
+                predictions=stack.enter_context((folder / PREDICTIONS).open("ab")),
                 failures=stack.enter_context((folder / FAILURES).open("wb")),
-                finished=finished,
+                inputs=inputs,
+                scores=scores,
             )
-            opened._keep_what_is_sound(retry_failed, raised=opened.manifest.is_raised_by(dollars))
-            opened.manifest = opened.manifest.with_cap(dollars, folder)
+            if not opened._finished:
+                opened._unfinish()
+            opened._keep_what_is_sound(inputs, retry_failed, raised=agreed.is_raised_by(dollars))
+            opened.manifest = agreed.with_cap(dollars, folder)
             files = stack.pop_all()
         try:
             yield opened
@@ -187,31 +219,26 @@ class RunFolder:
             with writing_to(folder), opened._flushing, files:
                 opened.flush(opened.checkpoint)
 
-    def _keep_what_is_sound(self, retry_failed: bool, *, raised: bool) -> None:
-        """Count the predictions that are there and cut off what is not whole, and what is to be tried again.
+    def _keep_what_is_sound(self, inputs: Iterable[Named] | Labelled, retry_failed: bool, *, raised: bool) -> None:
+        """Count the predictions in the folder, and cut off those that are not whole and those that are to be tried again.
 
         Raises:
-            DataError: if the ledger knows of less than these predictions cost.
+            DataError: if they are of other images or labels, or the ledger has less than these predictions cost.
         """
-        path = self.folder / "predictions.jsonl"
+        path = self.folder / PREDICTIONS
+        images = zip(names(inputs), inputs.truths if isinstance(inputs, Labelled) else repeat(None), strict=False)
         sound = 0
         dollars = 0.0
         with path.open("rb") as lines:
             for line in lines:
-                if (read := _read(line)) is None:
+                if (read := self._read(line)) is None:
                     if line.endswith(b"\n"):
-                        images = self.tally.images
-                        told = f"The predictions were damaged after {images} images; what followed is worked out again."
-                        warnings.warn(told, RuntimeWarning, stacklevel=2)
+                        count = self.tally.images
+                        damage = f"The predictions were damaged after {count} images; what followed is worked out again."
+                        warnings.warn(damage, RuntimeWarning, stacklevel=2)
                     break
-                if read.digest and self._has_changed(read):
-                    told = f"The image {read.path!r} was changed after its prediction: it and what follows is worked out again."
-                    warnings.warn(told, RuntimeWarning, stacklevel=2)
-                    break
-                if raised and read.skipped:
-                    self._raised_from = self.manifest.dollars
-                    break
-                if retry_failed and read.failed:
+                self._require_same(read, *next(images, ("", None)))
+                if self._is_outdated(read, raised=raised) or (retry_failed and read.failed):
                     break
                 sound += len(line)
                 dollars += read.cost.dollars
@@ -220,25 +247,61 @@ class RunFolder:
             spent = f"${self.ledger.spent_dollars:.6f} instead of ${dollars:.6f}"
             hint = f"Put the file back, or write this line into it: {line_of_ledger(spent=round(dollars * NANODOLLARS)).strip()}"
             raise DataError(f"{str(self.ledger.path)!r} does not know what the predictions cost: {spent}.", hint=hint)
+        if self._scores is not None and self._labelled is not None:
+            self._scores.resize(len(self._labelled))
         if sound < path.stat().st_size:
-            self._reopen()
+            self._unfinish()
             self._predictions.truncate(sound)
         self.checkpoint = self._progress()
 
+    def _read(self, line: bytes) -> Line | None:
+        """The next prediction; None if its line, or what is kept of its scores, is not as it was written."""
+        body = checked(line)
+        try:
+            if body is None or self._scores is None:
+                return None if body is None else Line.read(body)
+            labelled = LabelledLine.read(body)
+        except (ValueError, RecursionError):
+            return None
+        return labelled if labelled.scores == self._scores.checksum(self.tally.images) else None
+
+    def _require_same(self, line: Line, name: str, truth: str | None) -> None:
+        """Raises DataError, if the next image has another name or true label than the line."""
+        number, folder = self.tally.images, str(self.folder)
+        if name != line.path:
+            raise DataError(
+                f"Image {number} of {folder!r} was {line.path!r} and is now {name or 'gone'!r}.",
+                hint="Images may be added after the last one only; for others, give another folder.",
+            )
+        if truth != line.truth:
+            told = f"The true label of image {number} of {folder!r} was {line.truth!r} and is now {truth!r}."
+            raise DataError(told, hint="Give another folder.")
+
+    def _is_outdated(self, line: Line, *, raised: bool) -> bool:
+        """Whether the image of a line was changed, or was skipped and the cap was raised."""
+        if line.digest and self._has_changed(line):
+            told = f"The image {line.path!r} was changed after its prediction: it and what follows is worked out again."
+            warnings.warn(told, RuntimeWarning, stacklevel=2)
+            return True
+        if raised and line.skipped:
+            self._raised_from = self.manifest.dollars
+            return True
+        return False
+
     def _has_changed(self, line: Line) -> bool:
-        """Whether the file of an image holds other bytes than when it was classified; not so of one that is gone."""
+        """Whether an image's file has other bytes than when the image was classified. A file that is gone has not changed."""
         try:
             found = Path(line.path).stat()
-            changed_at = max(found.st_mtime, found.st_ctime)  # the latter, nobody can set back
+            changed_at = max(found.st_mtime, found.st_ctime)  # st_ctime cannot be set back
             return changed_at > self.manifest.began.timestamp() and file_digest(line.path) != line.digest
         except (OSError, ValueError, ImageError):
             return False
 
     def _progress(self) -> Checkpoint:
-        """What was noted, unless it cannot be read or predictions before it are missing, which forgets it."""
+        """The checkpoint that was noted. It is forgotten if it is damaged, or if predictions before it are missing."""
         path = self.folder / "progress.json"
         try:
-            noted = _CHECKPOINT.validate_json(_checked(path.read_bytes()) or b"")
+            noted = _CHECKPOINT.validate_json(checked(path.read_bytes()) or b"")
         except (FileNotFoundError, ValidationError):
             return BEGINNING
         if noted.images <= self.tally.images:
@@ -247,64 +310,87 @@ class RunFolder:
         return BEGINNING
 
     def outlook(self, total: int | None) -> str:
-        """What is left to do, as a sentence; "" for a run that begins.
+        """A sentence about what is left to do; "" for a run that begins.
 
         Args:
-            total: how many images there are, if that is known.
+            total: number of images; None if that is unknown.
         """
         if self._raised_from is not None:
-            what = "judges are asked about the images that were skipped for want of money"
+            what = "judges are asked about the images that were skipped because the budget was spent"
             return f"The budget was raised from ${self._raised_from:.2f}: {what}; answers that are kept are used again."
         if self.tally.images == total:
             return f"Nothing is left to do: all {total} images have a prediction."
         return f"{self.tally.images} images have a prediction; the run goes on after them." if self.tally.images else ""
 
-    def paths(self) -> Iterator[str]:
-        """Of the images that have a prediction, in order."""
-        with (self.folder / "predictions.jsonl").open("rb") as lines:
-            for _, line in zip(range(self.tally.images), lines, strict=False):
-                yield json.loads(line)["path"]
-
-    def scored_with(self, fingerprint: str) -> None:
-        """Note the scorer's fingerprint.
+    def ready(self, stage: int, judge: Judge) -> None:
+        """Note the identity of a judge.
 
         Raises:
-            DataError: if the run was begun with another.
+            DataError: if the run began with another judge.
         """
         with writing_to(self.folder):
-            self.manifest = self.manifest.with_fingerprint(fingerprint, self.folder)
+            self.manifest = self.manifest.with_judge(stage, judge.identity(), self.folder)
 
-    def judged_by(self, stage: int, identity: Mapping[str, JsonValue]) -> None:
-        """Note the identity of a stage's judge.
+    def prepared(self, image: Prepared) -> None:
+        """Have the digests calculated beside the scorer."""
+        note_file_digest(image)
+        if self._scores is not None:
+            image.image_digest  # noqa: B018  # is kept
+            if image.features is not None:
+                image.forget_large()
+
+    def scored(self, numbers: Sequence[int], images: Sequence[Prepared], scores: Scores) -> None:
+        """Note the fingerprint of the scorer and, for images without a line, the digests and the scores.
 
         Raises:
-            DataError: if the run was begun with another.
+            DataError: if the run began with another scorer.
         """
         with writing_to(self.folder):
-            self.manifest = self.manifest.with_judge(stage, identity, self.folder)
+            self.manifest = self.manifest.with_fingerprint(scores.fingerprint, self.folder)
+            for number, image, log_probs in zip(numbers, images, scores.log_probs, strict=True):
+                if number < self.tally.images:
+                    continue
+                self._known[number] = {"digest": image.file_digest} if image.file_digest else {}
+                if self._scores is not None:
+                    checksum = self._scores.write(number, log_probs)
+                    self._known[number] |= {"pixels": image.image_digest, "scores": checksum}
 
-    def scored(self, images: Sequence[Prepared]) -> None:
-        """Note the digests of images' files, for their lines. Safe across threads."""
-        self._digests.update({path_of(image.source): image.file_digest for image in images if image.file_digest})
-
-    def forget(self, path: str) -> None:
-        """Forget the digest of an image that has its line."""
-        self._digests.pop(path, None)
+    def judged(self, number: int, stage: int, question: Question, verdict: Verdict) -> None:
+        """Note what was asked about a labelled image. If the judge was asked about further candidates, the last valid answer
+        counts, as it does in the prediction."""
+        if self._labelled is not None and number >= self.tally.images and (verdict.valid or stage not in self._asked[number]):
+            self._asked[number][stage] = Asked.of(question)
 
     def append(self, path: str, prediction: Prediction) -> None:
-        """Write a prediction down; it is safe once flushed."""
-        body = line_of(path, prediction, self._digests.pop(path, ""))
+        """Write down the next prediction; it is safe once flushed."""
+        number = self.tally.images
         with writing_to(self.folder):
-            self._reopen()
-            self._predictions.write(_with_checksum(body))
+            line = line_of(prediction, {"path": path} | self._known.pop(number, {}) | self._of_record(number, prediction))
+            if self._finished:
+                self._unfinish()
+            self._predictions.write(line)
             self._count(path, prediction)
         self.tally.spent_dollars = self.ledger.spent_dollars
 
-    def _reopen(self) -> None:
-        """A summary that was of other predictions does not hold any more."""
-        if self._finished:
-            (self.folder / "summary.json").unlink()
-            self._finished = False
+    def _of_record(self, number: int, prediction: Prediction) -> dict[str, JsonValue]:
+        """What the line of a labelled image holds beside its digests and scores."""
+        if self._labelled is None or self._scores is None:
+            return {}
+        asked = self._asked.pop(number, {})
+        questions = [asked.get(verdict.stage) for verdict in prediction.verdicts]
+        unreadable = {} if prediction.candidates else {"scores": self._scores.write_unreadable(number)}
+        return {
+            "truth": self._labelled.truths[number],
+            "split": self._labelled.splits[number],
+            "questions": [None if each is None else dict(vars(each)) for each in questions],
+            **unreadable,
+        }
+
+    def _unfinish(self) -> None:
+        """Delete the summary and the table, which are not of the predictions that are there."""
+        for name in (SUMMARY, TABLE):
+            (self.folder / name).unlink(missing_ok=True)
+        self._finished = False
 
     def _count(self, path: str, prediction: Prediction | Line) -> None:
         if failure := failure_of(prediction):
@@ -320,18 +406,21 @@ class RunFolder:
             for file in (self._predictions, self._failures):
                 file.flush()
             self.ledger.sync()  # first: no prediction is known without what it cost
+            if self._scores is not None:
+                self._scores.sync()
             os.fsync(self._predictions.fileno())
             self.checkpoint = checkpoint
-            write_whole(self.folder / "progress.json", _with_checksum(_CHECKPOINT.dump_json(checkpoint)).decode())
+            write_whole(self.folder / "progress.json", with_checksum(_CHECKPOINT.dump_json(checkpoint)).decode())
 
     def finish(self) -> None:
-        """Write the table and the summary, unless they are of all predictions already."""
+        """Write the table and, if the images have no labels, the summary; unless they are of all predictions already."""
         self.flush(self.checkpoint)
         if self._finished:
             return
         with writing_to(self.folder):
-            write_table(self.folder / "predictions.jsonl", self.folder / "predictions.parquet")
-            write_whole(self.folder / "summary.json", json.dumps(self.tally.to_dict(), indent=2) + "\n")
+            write_table(self.folder / PREDICTIONS, self.folder / TABLE)
+            if not self.manifest.labelled:
+                write_whole(self.folder / SUMMARY, json.dumps(self.tally.to_dict(), indent=2) + "\n")
         self._finished = True
 
 
@@ -342,46 +431,35 @@ def images_left(folder: Path, total: int, *, dollars: float | None, retry_failed
         folder: of the run; it need not exist.
         total: number of images of the run.
         dollars: what all sessions of the run together may spend. If that is more than in the session before, images that were
-            skipped for want of money are left, too.
+            skipped because the money was spent are left, too.
         retry_failed: whether images that failed are left, too.
     """
-    path = folder / "predictions.jsonl"
+    path = folder / PREDICTIONS
     if not path.exists():
         return total
     raised = Manifest.read(folder).is_raised_by(dollars)
     done = 0
     with path.open("rb") as lines:
-        for line in lines:
-            read = _read(line)
+        for body in map(checked, lines):
+            read = None if body is None else Line.read(body)
             done += read is not None and not (raised and read.skipped) and not (retry_failed and read.failed)
     return max(0, total - done)
 
 
-def _with_checksum(body: bytes) -> bytes:
-    """A line of a JSON object, for `_checked`."""
-    return b"%b%b%d}\n" % (body[:-1], _CHECKSUM, zlib.crc32(body))
+def spent_in(folder: Path) -> float:
+    """Dollars that all sessions of the run in a folder spent.
 
-
-def _checked(line: bytes) -> bytes | None:
-    """The JSON object in a line, if the line is as it was written."""
-    body, _, checksum = line.rpartition(_CHECKSUM)
-    body += b"}"
-    return body if checksum == b"%d}\n" % zlib.crc32(body) else None
-
-
-def _read(line: bytes) -> Line | None:
-    """The prediction in a line, if the line is as it was written."""
-    body = _checked(line)
-    try:
-        return None if body is None else Line.read(body)
-    except (ValueError, RecursionError):
-        return None
+    Raises:
+        DataError: if the ledger is damaged.
+    """
+    with closing(DurableLedger(None, folder / LEDGER)) as ledger:
+        return ledger.spent_dollars
 
 
 def _require_no_other_things(folder: Path) -> None:
-    """Raises DataError, if a folder holds other things than a run, in which case nothing is put into it, not even a lock.
+    """Raises DataError, if a folder holds other things than a run. Nothing is then written into the folder, not even a lock.
 
-    One listing is enough: whatever another process makes there meanwhile, it makes after its manifest.
+    One listing is enough: another process of ours writes its manifest before anything else.
     """
     names = {entry.name for entry in folder.iterdir()} if folder.exists() else set()
     if manifests.NAME not in names and names - _BEFORE_THE_MANIFEST:

@@ -185,7 +185,9 @@ class Scored:
     scores: Scores | None
 
 
-def prepare_in(readers: Executor, scorer: Scorer, sources: Sequence[ImageSource]) -> list[Future[list[Prepared | ImageError]]]:
+def prepare_in(
+    readers: Executor, scorer: Scorer, sources: Sequence[ImageSource], *seen: Callable[[Prepared], None]
+) -> list[Future[list[Prepared | ImageError]]]:
     """Begin to prepare N images in threads. The results in order, one after another, are what the scorer prepared of each image,
     or why the image cannot be read.
 
@@ -193,20 +195,26 @@ def prepare_in(readers: Executor, scorer: Scorer, sources: Sequence[ImageSource]
         readers: the threads.
         scorer: prepares the images; loaded before.
         sources: the images.
+        seen: called in the threads with each image that was prepared. An `ImageError` that it raises is the image's error.
     """
     size = -(-len(sources) // (os.cpu_count() or 1))
     shares = [sources[start : start + size] for start in range(0, len(sources), size)] if size else []
-    return [readers.submit(_prepare, scorer, share) for share in shares]
+    return [readers.submit(_prepare, scorer, share, seen) for share in shares]
 
 
-def _prepare(scorer: Scorer, sources: Sequence[ImageSource]) -> list[Prepared | ImageError]:
-    prepared: list[Prepared | ImageError] = []
+def _prepare(
+    scorer: Scorer, sources: Sequence[ImageSource], seen: Sequence[Callable[[Prepared], None]]
+) -> list[Prepared | ImageError]:
+    results: list[Prepared | ImageError] = []
     for source in sources:
         try:
-            prepared.append(scorer.prepare(source))
+            prepared = scorer.prepare(source)
+            for see in seen:
+                see(prepared)
+            results.append(prepared)
         except ImageError as exc:
-            prepared.append(exc)
-    return prepared
+            results.append(exc)
+    return results
 
 
 def score_together(scorer: Scorer, read: Sequence[Prepared | ImageError], labels: LabelSet) -> Scored:

@@ -30,7 +30,7 @@ from cascadevlm.base.images import ImageSource, load_image, pixel_digest, read_b
 from cascadevlm.base.labels import LabelSet
 from cascadevlm.base.portable import Live
 from cascadevlm.base.types import Scores
-from cascadevlm.scorers.base import EmbeddingScorer, Prepared, Scorer, WrapperScorer, load_once
+from cascadevlm.scorers.base import EmbeddingScorer, Prepared, Scorer, load_once
 
 SHARD_ROWS = 16_384
 """Number of rows per shard. A shard of embeddings with 512 numbers has 32 MB."""
@@ -257,14 +257,14 @@ class CachedEmbeddings(Scorer):
             warnings.warn(why, RuntimeWarning, stacklevel=2)
 
 
-class Digesting(WrapperScorer):
-    """A scorer that adds the digest of the file to each image. The scores are those of the wrapped scorer."""
+def note_file_digest(image: Prepared) -> None:
+    """Note the digest of a prepared image's file, if the image is a file and the digest is not known yet.
 
-    def prepare(self, source: ImageSource) -> Prepared:
-        prepared = super().prepare(source)
-        if isinstance(source, str | Path) and not prepared.file_digest:
-            prepared.file_digest = file_digest(source)
-        return prepared
+    Raises:
+        ImageError: if the file cannot be read.
+    """
+    if isinstance(image.source, str | Path) and not image.file_digest:
+        image.file_digest = file_digest(image.source)
 
 
 def file_digest(path: str | Path) -> str:

@@ -279,10 +279,10 @@ def test_no_secret_is_in_a_run_a_record_or_the_cache(tmp_path: Path) -> None:
         data = Data(images=images(3), truths=tuple(LABELS), names=("a", "b", "c"), splits=("", "", ""))
         record_run(asking, data, tmp_path / "record", config=config)
         assert HIDDEN in (tmp_path / "run" / "manifest.json").read_text()
-        assert HIDDEN in (tmp_path / "record" / "run.json").read_text()
+        assert HIDDEN in (tmp_path / "record" / "manifest.json").read_text()
         bulk.run(asking, pictures, tmp_path / "run", config=config.model_dump(mode="json"))  # and is known again
     found = files_in(tmp_path)
-    assert {"manifest.json", "run.json", "cache.db"} <= {path.name for path in found}
+    assert {"manifest.json", "predictions.jsonl", "cache.db"} <= {path.name for path in found}
     assert_no_secret(*(path.read_bytes() for path in found))
 
 

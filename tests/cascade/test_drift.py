@@ -157,7 +157,7 @@ def test_a_window_is_off_by_more_than_chance(deviation: float, images: int, off:
     row = np.log([seen, *[(1 - seen) / 5] * 5])
     scores = Scores(log_probs=np.tile(row, (WINDOW, 1)).astype(np.float32), labels=LABELS, fingerprint="")
     with pytest.warns(RuntimeWarning, match=SCORES) if told else nullcontext():
-        Drift(replace(calibration(), reference=reference), []).scored(scores)
+        Drift(replace(calibration(), reference=reference), []).scored(range(WINDOW), [], scores)
 
 
 @pytest.mark.parametrize(("off", "told"), [(0.08, False), (0.13, True)])
@@ -181,7 +181,7 @@ def test_answers_vary_as_much_as_the_model_expects(off: float, told: bool) -> No
         for number in range(WINDOW):
             answer = NAMES[0] if number < (likely - off) * WINDOW else NAMES[1]
             verdict = Verdict(outcome="answered", label=answer)
-            watching.predicted(Prediction(label=answer, candidates=candidates, verdicts=(verdict,)))
+            watching.predicted(number, Prediction(label=answer, candidates=candidates, verdicts=(verdict,)))
 
 
 def test_windows_belong_to_one_run() -> None:
@@ -245,14 +245,14 @@ def test_over_many_images_of_the_same_kind_there_is_no_warning() -> None:
     stage = Stage(judge=FakeJudge(), prompt=SELECT, model=learned.judges[0].model)
     drift = Drift(learned, [stage])
     scores, judged = learned.calibrated(rest.scores), rest.judged
-    drift.scored(scores)
+    drift.scored(range(len(scores)), [], scores)
     for row in range(len(rest)):
         shown = tuple(
             Candidate(label=rest.labels[column], probability=float(scores.probabilities[row, column]), rank=rank)
             for rank, column in enumerate(judged.candidates[row], start=1)
         )
         verdict = Verdict(outcome="answered", label=rest.labels.names[judged.answers[row]])
-        drift.predicted(Prediction(label=verdict.label, candidates=shown, verdicts=(verdict,)))
+        drift.predicted(0, Prediction(label=verdict.label, candidates=shown, verdicts=(verdict,)))
 
 
 async def test_in_batches_only_the_answers_that_count_are_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

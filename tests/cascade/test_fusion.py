@@ -34,17 +34,18 @@ from cascadevlm.evaluation.data import Data
 from cascadevlm.evaluation.deciding import decided
 from cascadevlm.evaluation.evaluate import asking_everything, record_run
 from cascadevlm.evaluation.record import Record, read_record
-from cascadevlm.evaluation.recording import KeepingScorer, KeepingStage, write_record
 from cascadevlm.evaluation.sweep import under
 from cascadevlm.judges.base import Judge, Quote
 from cascadevlm.judges.budget import Ledger
 from cascadevlm.judges.cache import MemoryStore
 from cascadevlm.judges.prompt import NONE_OF_THESE, options
 from cascadevlm.policies.base import Spending, as_policy
+from cascadevlm.runs import bulk
 from cascadevlm.scorers.base import Prepared
 from cascadevlm.testing import FakeJudge, FakeScorer, noise, picture
 from cascadevlm.testing.fakes import Reply
 from tests.calibrations import some_calibration
+from tests.observers import Seen
 
 NAMES = ["ant", "bee", "cicada", "dragonfly", "earwig", "fly"]
 LABELS = LabelSet.of(NAMES)
@@ -95,7 +96,6 @@ def recorded(folder: Path, cascade: Cascade, images: int) -> tuple[Record, list[
     pictures = [noise(seed) for seed in range(images)]
     names = tuple(map(str, range(images)))
     data = Data(images=tuple(pictures), names=names, truths=("ant",) * images, splits=("",) * images)
-    scorer, stages = KeepingScorer(cascade.scorer), [KeepingStage.of(stage) for stage in cascade.stages]
     stage_config: dict[str, JsonValue] = {
         "judge": "fake:fake",
         "prompt": "select",
@@ -103,19 +103,10 @@ def recorded(folder: Path, cascade: Cascade, images: int) -> tuple[Record, list[
         "support": None,
         "options": {},
     }
-    predictions = list(
-        write_record(
-            folder,
-            data=data,
-            predictions=cascade.altered(scorer=scorer, stages=stages).stream(pictures),
-            scorer=scorer,
-            stages=stages,
-            labels=LABELS,
-            config={"stage": [stage_config], "on_failure": cascade.on_failure},
-            spec="fake:fake",
-        )
-    )
-    return read_record(folder), predictions
+    seen = Seen()
+    config: dict[str, JsonValue] = {"stage": [stage_config], "on_failure": cascade.on_failure}
+    bulk.run(cascade.altered(observers=[seen]), data, folder, config=config)
+    return read_record(folder), seen.predictions
 
 
 # fusing

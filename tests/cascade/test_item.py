@@ -23,7 +23,7 @@ SKIPPED = Verdict(outcome="skipped", error="spent")
 
 
 def item(*verdicts: Verdict) -> Item:
-    made = Item(path="grey.png", prepared=Prepared(source="grey.png"), chunk=SCORES, row=0, verdicts=list(verdicts))
+    made = Item(number=0, path="grey.png", prepared=Prepared(source="grey.png"), chunk=SCORES, row=0, verdicts=list(verdicts))
     rank(TopK(k=2), [made])
     return made
 

@@ -6,11 +6,11 @@ import shutil
 from importlib import resources
 from pathlib import Path
 
-import pyarrow.parquet
 import pytest
 
 from cascadevlm.cli.calibrate import RecipeOptions
 from cascadevlm.evaluation.calibrating.recipe import Recipe
+from cascadevlm.runs.lines import with_checksum
 from tests.cli.test_cli import run
 
 CONFIG = Path(str(resources.files("cascadevlm_backends") / "aviary" / "cascade.toml"))
@@ -57,10 +57,13 @@ def test_without_labels_is_marked(birds: Path) -> None:
 @pytest.mark.parametrize("more", [[], ["--json"], ["--fusion", "judge"]])
 def test_without_labels_other_labels_change_no_byte(birds: Path, tmp_path: Path, more: list[str]) -> None:
     shutil.copytree(birds / "run", tmp_path / "shuffled")
-    table = pyarrow.parquet.read_table(birds / "run" / "images.parquet")
-    truths = pyarrow.array(table["truth"].to_pylist()[::-1])
-    shuffled = table.set_column(table.schema.get_field_index("truth"), "truth", truths)
-    pyarrow.parquet.write_table(shuffled, tmp_path / "shuffled" / "images.parquet")
+    file = tmp_path / "shuffled" / "predictions.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    for line in lines:
+        del line["crc32"]
+    for line, truth in zip(lines, [line["truth"] for line in reversed(lines)], strict=True):
+        line["truth"] = truth
+    file.write_bytes(b"".join(with_checksum(json.dumps(line).encode()) for line in lines))
     given = []
     for folder in (birds / "run", tmp_path / "shuffled"):
         told = run("calibrate", folder, "-o", tmp_path / "made.json", "--without-labels", "--size", "20", *more)

@@ -98,7 +98,7 @@ def test_the_first_cache_is_everybodys(birds: Path, tmp_path: Path) -> None:
         (["gated.toml", "none.toml", "--data", "data"], "cannot be read"),
         (["runs/gated", "data"], "holds no whole record"),
         (["runs/gated", "direct.toml", "--data", "data", "--limit", "3"], "5 of 8 are only in 'gated'"),
-        (["gated.toml", "direct.toml", "--data", "data", "-o", "runs"], "contains a record already"),
+        (["gated.toml", "direct.toml", "--data", "data", "--limit", "3", "-o", "runs"], "added after the last one only"),
     ],
 )
 def test_wrong_calls_are_one_sentence(birds: Path, arguments: list[str], sentence: str) -> None:

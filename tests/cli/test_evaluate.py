@@ -39,6 +39,24 @@ def test_what_the_judge_said_of_everything_can_be_swept(birds: Path) -> None:
     assert "entropy" in run("sweep", birds / "run").stdout
 
 
+def test_an_interrupted_evaluation_goes_on_with_the_same_command(birds: Path, tmp_path: Path) -> None:
+    """The cache is beside; three lines are all that the first session left."""
+    command = ("evaluate", birds / "data", "--config", CONFIG, "--judge-all", "-o", tmp_path / "run", "--json")
+    shutil.copytree(birds / "run", tmp_path / "run")
+    lines = (tmp_path / "run" / "predictions.jsonl").read_bytes().splitlines(keepends=True)
+    (tmp_path / "run" / "predictions.jsonl").write_bytes(b"".join(lines[:3]) + lines[3][:40])
+    for name in ("summary.json", "predictions.parquet"):
+        (tmp_path / "run" / name).unlink()
+    done = run(*command)
+    assert "3 images have a prediction; the run goes on after them." in done.stderr
+    summaries = [json.loads((folder / "run" / "summary.json").read_text()) for folder in (birds, tmp_path)]
+    took = dict.fromkeys(("paid_dollars", "input_tokens", "output_tokens", "latency_p50", "latency_p95"))
+    first, *others = (each | took for each in [*summaries, json.loads(done.stdout)])
+    assert others == [first, first]
+    assert (tmp_path / "run" / "scores.npy").read_bytes() == (birds / "run" / "scores.npy").read_bytes()
+    assert "Nothing is left to do: all 8 images have a prediction." in run(*command).stderr
+
+
 def test_what_is_reported_of_everything_judged_is_the_policy(birds: Path) -> None:
     gated = json.loads(run("evaluate", birds / "data", "--config", CONFIG, "--json").stdout)
     summary = json.loads((birds / "run" / "summary.json").read_text())
@@ -78,7 +96,10 @@ def test_a_part_of_the_data(birds: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["evaluate", "DATA", "--config", CONFIG, "-o", "RUN"], "holds a record already"),
+        (
+            ["evaluate", "DATA", "--config", CONFIG, "-o", "RUN"],
+            "belongs to another run: its judges were asked about every image",
+        ),
         (["evaluate", "DATA", "--config", CONFIG, "--split", "test"], "no split 'test'"),
         (["sweep", "DATA"], "holds no whole record"),
     ],

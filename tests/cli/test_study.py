@@ -71,7 +71,7 @@ def test_studies_of_the_judge(birds: Path, arguments: list[str], variants: list[
     [
         (["candidates", "DATA", "--k", "1,some"], "--k must be numbers"),
         (["candidates", "DATA", "--k", "0"], "a whole number of at least 1"),
-        (["candidates", "DATA", "--k", "2", "-o", "OUT"], "contains a record already"),
+        (["candidates", "DATA", "--k", "2", "--limit", "3", "-o", "OUT"], "Images may be added after the last one only"),
         (["order", "DATA", "--split", "test"], "no split 'test'"),
         (["shots", "DATA", "--support", "DATA/nothing"], "no image of any label"),
     ],

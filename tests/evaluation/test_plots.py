@@ -26,9 +26,10 @@ from cascadevlm.base.labels import LabelSet
 from cascadevlm.base.types import Scores
 from cascadevlm.evaluation import plots
 from cascadevlm.evaluation.evaluate import as_configured, evaluate_replayed
-from cascadevlm.evaluation.record import Record, RunInfo
+from cascadevlm.evaluation.record import Record
 from cascadevlm.evaluation.sweep import sweep, under
 from cascadevlm.policies.rules import EntropyAbove, Never
+from cascadevlm.runs.manifest import Manifest
 from tests.evaluation.test_sweep import record
 
 OF_A_RECORD = (
@@ -42,16 +43,20 @@ OF_A_RECORD = (
 
 def with_policy(given_record: Record, *policies: str) -> Record:
     """The record with a configuration that states these policies of its stages."""
-    info = RunInfo(
-        config={"stage": [{"judge": "fake:judge", "policy": policy, "prompt": "select"} for policy in policies]},
+    info = Manifest(
+        config={
+            "scorer": {"use": "fake:scorer"},
+            "stage": [{"judge": "fake:judge", "policy": policy, "prompt": "select"} for policy in policies],
+        },
         labels=list(given_record.labels),
-        scorer="fake:scorer",
+        inputs="Data",
+        labelled=True,
         fingerprint="x",
-        judges=["fake:judge"] * len(policies),
+        stages=["fake:judge"] * len(policies),
         began=datetime(2026, 1, 2, tzinfo=UTC),
-        seconds=3,
         versions={"cascadevlm": "0"},
         machine="none",
+        contents={},
     )
     return replace(given_record, info=info)
 

@@ -16,7 +16,7 @@ from PIL import Image
 
 from cascadevlm import Cascade, Stage, TopK, load_judge, load_prompt, load_scorer, parse_policy
 from cascadevlm.base.arrays import NOBODY
-from cascadevlm.base.errors import BackendError, DataError, JudgeError, PermanentError
+from cascadevlm.base.errors import BackendError, DataError, JudgeError, PermanentError, RunError
 from cascadevlm.base.images import ImageSource, load_image, pixel_digest
 from cascadevlm.base.labels import LabelSet
 from cascadevlm.base.types import Prediction, Question, Scores, Usage, Verdict
@@ -26,21 +26,21 @@ from cascadevlm.evaluation.data import Data, read_data
 from cascadevlm.evaluation.evaluate import can_replay, evaluate_replayed
 from cascadevlm.evaluation.metrics import evaluate, top_k_recall
 from cascadevlm.evaluation.record import Record, read_record, read_verdicts
-from cascadevlm.evaluation.recording import KeepingScorer, KeepingStage, write_record
 from cascadevlm.evaluation.sweep import sweep, under
 from cascadevlm.judges.base import Judge, Quote
 from cascadevlm.judges.budget import Ledger
 from cascadevlm.judges.cache import MemoryStore, VerdictStore
 from cascadevlm.policies.measures import entropy
 from cascadevlm.policies.rules import Always, EntropyAbove
+from cascadevlm.runs import bulk
 from cascadevlm.scorers.base import Prepared, Scorer
 from cascadevlm.testing import FakeJudge, FakeScorer, noise
 from cascadevlm.testing.fakes import Reply
+from tests.observers import Seen
 
 NAMES = ['the "quoted" ant', "bee\nof two lines", "Zikade, größer als 🦗", "dragonfly", "earwig", "firefly"]
 LABELS = LabelSet.of(NAMES)
 UNREADABLE = (3, 9)
-TABLES = ("images", "predictions", "verdicts")
 
 
 @pytest.fixture
@@ -110,23 +110,25 @@ def recorded(
     dollars: float | None = None,
     store: VerdictStore | None = None,
     on_failure: OnFailure = "scorer",
-    count: int | None = None,
+    batches: int | None = None,
     labels: LabelSet = LABELS,
 ) -> list[Prediction]:
-    """Run a cascade and record it; only the first ``count``, if given."""
-    keeping, kept = KeepingScorer(scorer or FakeScorer()), [KeepingStage.of(stage) for stage in stages]
-    cascade = Cascade(keeping, kept, labels=labels, on_failure=on_failure, store=store, ledger=Ledger(dollars), batch_size=5)
-    predictions = write_record(
-        folder,
-        data=data,
-        predictions=cascade.stream(data.images),
-        scorer=keeping,
-        stages=kept,
+    """Run a cascade and record it; only the first ``batches`` of 5 images, if given. The predictions of this session."""
+    seen = Seen()
+    cascade = Cascade(
+        scorer or FakeScorer(),
+        stages,
         labels=labels,
-        config={"on_failure": on_failure},
-        spec="fake:fake",
+        on_failure=on_failure,
+        store=store,
+        ledger=Ledger(dollars),
+        batch_size=5,
+        observers=[seen],
     )
-    return list(predictions) if count is None else [next(predictions) for _ in range(count)]
+    begun = iter(range(1000))
+    stopping = (lambda: next(begun) >= batches) if batches is not None else lambda: False
+    bulk.run(cascade, data, folder, config={"on_failure": on_failure}, stopping=stopping)
+    return seen.predictions
 
 
 def columns(names: list[str]) -> list[int]:
@@ -217,33 +219,22 @@ def test_the_cache_is_counted_as_what_it_saved(tmp_path: Path, data: Data) -> No
 
 def test_others_read_it_without_us(tmp_path: Path, data: Data) -> None:
     predictions = recorded(tmp_path / "run", data, two_stages())
-    images, predicted, verdicts = (pyarrow.parquet.read_table(tmp_path / "run" / f"{name}.parquet") for name in TABLES)
-    assert images.column_names == ["name", "truth", "split", "digest"]
-    assert images["truth"].to_pylist() == [NAMES[number % len(NAMES)] for number in range(16)]
-    assert images["split"].to_pylist() == ["train", "test"] * 8
-    assert [digest is None for digest in images["digest"].to_pylist()] == [row in UNREADABLE for row in range(16)]
-    assert predicted["label"].to_pylist() == [p.label for p in predictions]
-    assert predicted["error"].to_pylist() == [p.error for p in predictions]
-    rows = verdicts.to_pylist()
-    given = [(image, stage, v) for image, p in enumerate(predictions) for stage, v in enumerate(p.verdicts)]
-    assert [(row["image"], row["stage"], row["outcome"], row["label"]) for row in rows] == [
-        (image, stage, verdict.outcome, verdict.label) for image, stage, verdict in given
-    ]
-    for row, (_, stage, verdict) in zip(rows, given, strict=True):
-        assert row["judge"] == ["fake:cheap", "fake:opinionated"][stage]
-        assert row["error"] == verdict.error
-        assert row["prompt"] == ["select_cot", "select"][stage]
-        assert {name: row[name] for name in asdict(verdict.usage)} == asdict(verdict.usage)
-    frame = verdicts.to_pandas()
-    assert frame.groupby("stage")["dollars"].sum()[0] == pytest.approx(
-        sum(p.verdicts[0].usage.dollars for p in predictions if p.verdicts)
-    )
-    assert np.isnan(np.load(tmp_path / "run" / "scores.npy")).any(axis=1).nonzero()[0].tolist() == list(UNREADABLE)
-    lines = (tmp_path / "run" / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
-    told = [json.loads(line) for line in lines]
+    table = pyarrow.parquet.read_table(tmp_path / "run" / "predictions.parquet")
+    assert table["path"].to_pylist() == list(data.names)
+    assert table["truth"].to_pylist() == [NAMES[number % len(NAMES)] for number in range(16)]
+    assert table["label"].to_pylist() == [p.label for p in predictions]
+    told = [json.loads(line) for line in (tmp_path / "run" / "predictions.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [line["path"] for line in told] == list(data.names)
     assert [line["truth"] for line in told] == list(data.truths)
+    assert [line["split"] for line in told] == ["train", "test"] * 8
+    assert ["pixels" not in line for line in told] == [row in UNREADABLE for row in range(16)]
     assert [line["label"] for line in told] == [p.label for p in predictions]
+    for line, prediction in zip(told, predictions, strict=True):
+        said = [*line["earlier_verdicts"], *([line["verdict"]] if line["verdict"] else [])]
+        assert [verdict["usage"] for verdict in said] == [asdict(verdict.usage) for verdict in prediction.verdicts]
+        assert [each["prompt"] for each in line["questions"]] == ["select_cot", "select"][: len(said)]
+        assert [each["offer_none"] for each in line["questions"]] == [True, False][: len(said)]
+    assert np.isnan(np.load(tmp_path / "run" / "scores.npy")).any(axis=1).nonzero()[0].tolist() == list(UNREADABLE)
 
 
 def test_what_a_judge_says_need_not_be_unicode(tmp_path: Path, data: Data) -> None:
@@ -266,24 +257,6 @@ def test_nothing_readable_is_a_record_too(tmp_path: Path, data: Data) -> None:
     record = read_record(tmp_path / "run")
     check(record, broken, predictions, ["fake:cheap", "fake:opinionated"])
     assert not record.readable.any()
-
-
-def test_what_a_scorer_kept_before_is_no_part_of_a_record(tmp_path: Path, data: Data) -> None:
-    scorer = KeepingScorer(FakeScorer())
-    scorer.score([noise(99)], LABELS)
-    cascade = Cascade(scorer, [], labels=LABELS)
-    written = write_record(
-        tmp_path / "run",
-        data=data,
-        predictions=cascade.stream(data.images),
-        scorer=scorer,
-        stages=[],
-        labels=LABELS,
-        config={},
-        spec="fake:fake",
-    )
-    predictions = list(written)
-    check(read_record(tmp_path / "run"), data, predictions, [])
 
 
 class Preprocessing(FakeScorer):
@@ -367,14 +340,6 @@ def test_of_many_labels_the_best_50_are_kept(tmp_path: Path, data: Data) -> None
         read_record(tmp_path / "run")
 
 
-def test_what_is_kept_of_many_labels_is_no_more_than_what_is_written() -> None:
-    scorer = KeepingScorer(Tempered())
-    scores = scorer.score([noise(0), noise(1)], LabelSet.of(f"class {number}" for number in range(1001)))
-    assert scores.log_probs.shape == (2, 1001)
-    assert [batch.shape for batch in (*scorer.log_probs, *scorer.columns)] == [(2, 50)] * 2
-    assert not np.shares_memory(scorer.log_probs[0], scores.log_probs)
-
-
 def test_a_record_is_read_without_pandas(tmp_path: Path, data: Data) -> None:
     recorded(tmp_path / "run", data, two_stages())
     program = """
@@ -392,30 +357,119 @@ print(len(read_record(sys.argv[1])), len(read_verdicts(sys.argv[1])))
     assert done.stdout.split() == ["16", "2"]
 
 
-def test_a_second_record_is_refused_before_anything_runs(tmp_path: Path, data: Data) -> None:
+FILES = ("manifest.json", "predictions.jsonl", "predictions.parquet", "scores.npy")
+
+
+def test_a_finished_record_asks_and_scores_nothing(tmp_path: Path, data: Data) -> None:
     recorded(tmp_path / "run", data, two_stages())
-    scorer = KeepingScorer(FakeScorer())
-    with pytest.raises(DataError, match="holds a record already"):
-        write_record(
-            tmp_path / "run", data=data, predictions=[], scorer=scorer, stages=[], labels=LABELS, config={}, spec="fake:fake"
-        )
+    before = {name: (tmp_path / "run" / name).read_bytes() for name in FILES}
+    silent = [replace(stage, judge=FakeJudge(stage.judge.spec.partition(":")[2])) for stage in two_stages()]
+    assert not recorded(tmp_path / "run", data, silent, scorer=Broken())
+    assert before == {name: (tmp_path / "run" / name).read_bytes() for name in FILES}
+    assert not [question for stage in silent if isinstance(stage.judge, FakeJudge) for question in stage.judge.questions]
+
+
+class Broken(Scorer):
+    """Cannot score."""
+
+    def score(self, images: Sequence[Image.Image], labels: LabelSet) -> Scores:
+        raise AssertionError
+
+
+def test_a_record_of_another_run_is_refused(tmp_path: Path, data: Data) -> None:
+    stages = two_stages()
+    recorded(tmp_path / "run", data, stages)
+    always = [replace(stage, policy=Always()) for stage in stages]
+    with pytest.raises(DataError, match="belongs to another run: its judges were not asked about every image"):
+        recorded(tmp_path / "run", data, always)
+    with pytest.raises(DataError, match=r"belongs to another run: .*its images have true labels"):
+        bulk.run(Cascade(FakeScorer(), [], labels=LABELS), [("a", noise(0))], tmp_path / "run", config={"on_failure": "scorer"})
+    relabelled = replace(data, truths=(*data.truths[:5], NAMES[0], *data.truths[6:]))
+    with pytest.raises(DataError, match=r"The true label of image 5 of .* was 'firefly' and is now 'the \"quoted\" ant'"):
+        recorded(tmp_path / "run", relabelled, stages)
+    with pytest.raises(DataError, match=r"Image 0 of .*/00 é\.png' and is now .*/01 é\.png'"):
+        recorded(tmp_path / "run", data.take(np.arange(1, 16)), stages)
     assert len(read_record(tmp_path / "run")) == len(data)
 
 
 def test_a_folder_that_cannot_be_made_is_said_at_once(tmp_path: Path, data: Data) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(DataError, match="cannot be made"):
+    with pytest.raises(RunError, match="cannot be written to"):
         recorded(tmp_path / "file" / "run", data, [])
 
 
-def test_an_interrupted_run_is_no_record_and_can_be_run_again(tmp_path: Path, data: Data) -> None:
-    recorded(tmp_path / "run", data, two_stages(), count=7)
-    assert len((tmp_path / "run" / "predictions.jsonl").read_text().splitlines()) == 7
+def without_usage(folder: Path) -> list[object]:
+    """The lines of a record but for what asking took: an answer that is kept took nothing."""
+    lines = [json.loads(line) for line in (folder / "predictions.jsonl").read_text(encoding="utf-8").splitlines()]
+    for line in lines:
+        for verdict in (*line["earlier_verdicts"], line["verdict"] or {}):
+            verdict.pop("usage", None)
+    return [{name: value for name, value in line.items() if name not in ("cost", "crc32")} for line in lines]
+
+
+@pytest.mark.parametrize("labels", [LABELS, LabelSet.of([*NAMES, *(f"class {number}" for number in range(1000))])])
+def test_an_interrupted_record_goes_on_as_if_it_had_not_been(tmp_path: Path, data: Data, labels: LabelSet) -> None:
+    """A row of scores is written again only if its image has no line: another session may score otherwise in the last place."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    recorded(whole, data, two_stages(), scorer=Tempered(), labels=labels)
+    recorded(parts, data, two_stages(), scorer=Tempered(), labels=labels, batches=2)
     for read in (read_record, read_verdicts):
-        with pytest.raises(DataError, match=r"holds no whole record: its run was interrupted\."):
-            read(tmp_path / "run")
-    predictions = recorded(tmp_path / "run", data, two_stages())
-    check(read_record(tmp_path / "run"), data, predictions, ["fake:cheap", "fake:opinionated"])
+        with pytest.raises(DataError, match=r"its run was interrupted after 10 of 16 images\. The same command goes on with it"):
+            read(parts)
+    with (parts / "predictions.jsonl").open("r+b") as file:  # the last lines were not written to the disk; rows of scores were
+        kept = b"".join(file.read().splitlines(keepends=True)[:7])
+        file.truncate(len(kept))
+    if labels is LABELS:
+        rows = np.lib.format.open_memmap(parts / "scores.npy", mode="r+")
+        rows[7:] = -1.0
+    stages = two_stages()
+    recorded(parts, data, stages, scorer=Tempered(), labels=labels)
+    assert without_usage(parts) == without_usage(whole)
+    for name in ("scores.npy", "columns.npy"):
+        assert not (whole / name).exists() or (parts / name).read_bytes() == (whole / name).read_bytes()
+    before, after = read_record(whole), read_record(parts)
+    np.testing.assert_array_equal(before.scores.log_probs, after.scores.log_probs)
+    for old, new in zip(before.stages, after.stages, strict=True):
+        np.testing.assert_allclose(old.dollars, new.dollars)
+
+
+class Inexact(FakeScorer):
+    """Another session scores otherwise in the last place."""
+
+    def __init__(self, session: int) -> None:
+        super().__init__()
+        self.session = session
+
+    def score(self, images: Sequence[Image.Image], labels: LabelSet) -> Scores:
+        scores = super().score(images, labels)
+        return replace(scores, log_probs=scores.log_probs + np.float32(1e-6 * self.session))
+
+
+def test_scores_are_those_of_the_predictions(tmp_path: Path, data: Data) -> None:
+    """Images between the last checkpoint and the last line are scored again, and keep the scores of their lines."""
+    predictions = recorded(tmp_path / "run", data, [], scorer=Inexact(0), batches=2)
+    (tmp_path / "run" / "progress.json").unlink()
+    predictions += recorded(tmp_path / "run", data, [], scorer=Inexact(1))[10:]
+    check(read_record(tmp_path / "run"), data, predictions, [])
+
+
+def test_scores_that_were_lost_are_made_again(tmp_path: Path, data: Data) -> None:
+    """A machine that loses its power may have written a line and not its scores."""
+    predictions = recorded(tmp_path / "run", data, [])
+    rows = np.lib.format.open_memmap(tmp_path / "run" / "scores.npy", mode="r+")
+    rows[6] = 0
+    rows.flush()
+    with pytest.raises(DataError, match="holds other scores of image 6 than its prediction was made with"):
+        read_record(tmp_path / "run")
+    with pytest.warns(RuntimeWarning, match="damaged after 6 images"):
+        recorded(tmp_path / "run", data, [])
+    check(read_record(tmp_path / "run"), data, predictions, [])
+
+
+def test_labelled_images_may_be_added_after_the_last_one(tmp_path: Path, data: Data) -> None:
+    first = recorded(tmp_path / "run", data.take(np.arange(11)), two_stages())
+    later = recorded(tmp_path / "run", data, two_stages())
+    check(read_record(tmp_path / "run"), data, [*first, *later[-5:]], ["fake:cheap", "fake:opinionated"])
 
 
 def test_a_run_that_fails_leaves_no_record(tmp_path: Path, data: Data) -> None:
@@ -424,6 +478,23 @@ def test_a_run_that_fails_leaves_no_record(tmp_path: Path, data: Data) -> None:
         recorded(tmp_path / "run", data, [stage], on_failure="raise")
     with pytest.raises(DataError, match="interrupted"):
         read_record(tmp_path / "run")
+
+
+def test_an_image_that_is_gone_when_the_judge_is_to_be_asked(tmp_path: Path) -> None:
+    """Its pixels were let go after scoring; what would have been asked is not known."""
+    path = tmp_path / "0.png"
+    noise(0, (1100, 1000)).save(path)
+
+    class Removing(Preprocessing):
+        def score_prepared(self, prepared: Sequence[Prepared], labels: LabelSet) -> Scores:
+            path.unlink()
+            return super().score_prepared(prepared, labels)
+
+    one = Data(images=(path,), names=(str(path),), truths=(NAMES[0],), splits=("",))
+    recorded(tmp_path / "run", one, [Stage(judge=FakeJudge(), prompt=load_prompt("select"))], scorer=Removing())
+    judged = read_record(tmp_path / "run").judged
+    assert judged.outcomes == ("failed",)
+    assert read_verdicts(tmp_path / "run") == ([],)
 
 
 class Harmful:
@@ -452,7 +523,7 @@ def test_scores_that_are_no_array_of_numbers_are_no_record(tmp_path: Path, data:
     assert not (tmp_path / "trace").exists()
 
 
-@pytest.mark.parametrize("part", ["run.json", "scores.npy", "images.parquet", "verdicts.parquet", "predictions.parquet"])
+@pytest.mark.parametrize("part", ["manifest.json", "scores.npy", "predictions.jsonl"])
 @pytest.mark.parametrize("damage", [Path.unlink, lambda file: file.write_bytes(b""), lambda file: file.write_bytes(b"{}")])
 def test_what_is_missing_or_damaged_is_one_sentence(
     tmp_path: Path, data: Data, part: str, damage: Callable[[Path], object]
@@ -460,7 +531,7 @@ def test_what_is_missing_or_damaged_is_one_sentence(
     folder = tmp_path / "run"
     recorded(folder, data, two_stages())
     damage(folder / part)
-    with pytest.raises(DataError, match="holds no whole record") as caught:
+    with pytest.raises(DataError, match=r"holds no whole record|is no manifest of a run") as caught:
         read_record(folder)
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 500 + len(str(folder))
@@ -469,16 +540,16 @@ def test_what_is_missing_or_damaged_is_one_sentence(
 def test_parts_of_different_runs_are_no_record(tmp_path: Path, data: Data) -> None:
     recorded(tmp_path / "whole", data, [])
     recorded(tmp_path / "half", data.split("test"), [])
-    for part in ("scores.npy", "images.parquet", "predictions.parquet"):
+    for part, told in {"scores.npy": "holds other scores of image 0", "predictions.jsonl": "other scores of image 0"}.items():
         whole = (tmp_path / "whole" / part).read_bytes()
         (tmp_path / "whole" / part).write_bytes((tmp_path / "half" / part).read_bytes())
-        with pytest.raises(DataError, match="not of the same images"):
+        with pytest.raises(DataError, match=told):
             read_record(tmp_path / "whole")
         (tmp_path / "whole" / part).write_bytes(whole)
 
 
 def test_a_folder_that_is_none(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"it lacks run\.json, scores\.npy"):
+    with pytest.raises(DataError, match=r"it lacks manifest\.json and predictions\.jsonl"):
         read_record(tmp_path / "nowhere")
 
 
@@ -534,19 +605,7 @@ async def test_another_question_is_not_answered_from_a_folder(tmp_path: Path, da
     stage = Stage(judge=FakeJudge(), prompt=load_prompt("select"), candidates=TopK(k=3))
     (prediction, *_) = await Cascade(FakeScorer(), [stage], labels=LABELS).aclassify([noise(0)])
     ask = stage.question(noise(0), prediction.candidates)
-    kept = [KeepingStage.of(stage)]
-    scorer = KeepingScorer(FakeScorer())
-    written = write_record(
-        tmp_path / "run",
-        data=data,
-        predictions=await Cascade(scorer, kept, labels=LABELS).aclassify(data.images),
-        scorer=scorer,
-        stages=kept,
-        labels=LABELS,
-        config={},
-        spec="fake:fake",
-    )
-    assert len(list(written)) == len(data)
+    await asyncio.to_thread(recorded, tmp_path / "run", data, [stage])
     judge = load_judge(f"recorded:{tmp_path / 'run'}")
     for known in (ask, replace(ask, candidates=ask.candidates[::-1])):
         assert (await judge.judge(known)).label == prediction.label
@@ -568,3 +627,12 @@ async def test_which_stage_is_meant_must_be_said(tmp_path: Path, data: Data) -> 
         for name in names:
             with pytest.raises(BackendError, match=f"has {count} stages"):
                 await load_judge(f"recorded:{folder}{name}").prepare()
+
+
+def test_fewer_images_make_a_shorter_record_only_if_none_of_the_others_has_a_prediction(tmp_path: Path, data: Data) -> None:
+    predictions = recorded(tmp_path / "run", data, [], batches=1)
+    predictions += recorded(tmp_path / "run", data.take(np.arange(7)), [])
+    check(read_record(tmp_path / "run"), data.take(np.arange(7)), predictions, [])
+    with pytest.raises(DataError, match=r"Image 5 of .* is now 'gone'"):
+        recorded(tmp_path / "run", data.take(np.arange(5)), [])
+    check(read_record(tmp_path / "run"), data.take(np.arange(7)), predictions, [])

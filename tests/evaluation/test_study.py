@@ -18,7 +18,7 @@ from cascadevlm.base.arrays import NOBODY
 from cascadevlm.base.errors import BudgetExhausted, DataError, InputError
 from cascadevlm.base.images import load_image
 from cascadevlm.base.labels import LabelSet
-from cascadevlm.base.types import Prediction, Question, Scores
+from cascadevlm.base.types import Question, Scores
 from cascadevlm.config.config import Config
 from cascadevlm.evaluation.data import Data, read_data
 from cascadevlm.evaluation.record import Judged, Record, read_record
@@ -37,6 +37,7 @@ from cascadevlm.judges.budget import Ledger
 from cascadevlm.judges.cache import DiskStore, MemoryStore, key_of, question_payload
 from cascadevlm.policies.measures import entropy
 from cascadevlm.policies.rules import Always, EntropyAbove
+from cascadevlm.runs.run_folder import spent_in
 from cascadevlm.testing import FakeJudge, FakeScorer, noise
 from cascadevlm.testing.fakes import Reply
 
@@ -314,14 +315,20 @@ def test_nothing_is_asked_or_scored_twice(data: Data, tmp_path: Path, kept: bool
 def test_candidates_are_as_many_as_said(data: Data, tmp_path: Path) -> None:
     judge = FakeJudge(reply="ANSWER: A", dollars=0.01, seconds=0.001)
     told: list[Cascade] = []
-    seen: list[Prediction] = []
+    seen: list[int] = []
     ks, folder = (4, 1, 100, 6), tmp_path / "out"
     study = study_candidates(
-        cascade_of(judge), data, config=CONFIG, ks=ks, folder=folder, begin=told.append, progress=seen.append
+        cascade_of(judge),
+        data,
+        config=CONFIG,
+        ks=ks,
+        folder=folder,
+        begin=told.append,
+        progress=lambda tally: seen.append(tally.images),
     )
     assert [row.variant for row in study.rows] == ["k=1", "k=4", "k=6"]
     assert [stage.candidates for stage in told[0].stages] == [TopK(k=k) for k in (1, 4, 6)]
-    assert len(seen) == 3 * len(data)
+    assert seen == 3 * [*range(1, len(data) + 1)]
     scores = FakeScorer().score([load_image(file) for file in data.images[:-1]], LABELS)
     truths = np.array([NAMES.index(truth) for truth in data.truths[:-1]])
     ranks = [[*row].index(truth) for row, truth in zip(np.argsort(-scores.log_probs, axis=1), truths, strict=True)]
@@ -344,9 +351,10 @@ def test_candidates_are_as_many_as_said(data: Data, tmp_path: Path) -> None:
         assert row.figures["judge_all_input_tokens"] == 1100
         assert row.figures["judge_all_output_tokens"] == 110
     json.dumps(study.to_dict(), allow_nan=False)
-    with pytest.raises(DataError, match="a record already"):
-        study_candidates(cascade_of(judge), data, config=CONFIG, ks=(2, 4), folder=folder)
-    assert not (folder / "k=2").exists()
+    asked = len(judge.questions)
+    again = study_candidates(cascade_of(judge), data, config=CONFIG, ks=(2, 4), folder=folder)
+    assert len(judge.questions) == asked + 11  # those of k=4 are in the folder
+    assert again.rows[1] == study.rows[1]
 
 
 def test_the_difference_is_paired(data: Data) -> None:
@@ -404,6 +412,18 @@ def test_a_study_that_the_budget_does_not_suffice_for_has_no_figures(data: Data)
     with pytest.raises(BudgetExhausted, match="not asked about 3 images in the variant reversed"):
         study_order(cascade_of(judge, ledger=Ledger(0.195)), data, config=CONFIG)
     assert len(judge.questions) == 19
+
+
+def test_a_study_that_was_stopped_by_its_budget_goes_on_with_a_higher_one(data: Data, tmp_path: Path) -> None:
+    judge = Priced(dollars=0.01)
+    with pytest.raises(BudgetExhausted, match="not asked about 3 images with reversed"):
+        study_order(cascade_of(judge, ledger=Ledger(0.195)), data, config=CONFIG, folder=tmp_path)
+    with pytest.raises(BudgetExhausted, match="not asked about 4 images with shuffled"):
+        study_order(cascade_of(judge, ledger=Ledger(0.275)), data, config=CONFIG, folder=tmp_path)
+    study_order(cascade_of(judge, ledger=Ledger(1.0)), data, config=CONFIG, folder=tmp_path)
+    spent = sum(spent_in(tmp_path / name) for name in ("ranked", "reversed", "shuffled"))
+    assert spent == pytest.approx(0.01 * len(judge.questions))
+    assert len(set(keys(judge))) == len(judge.questions)
 
 
 def test_an_abstention_is_wrong_though_the_scorer_be_right(data: Data) -> None:

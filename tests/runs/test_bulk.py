@@ -41,6 +41,7 @@ from cascadevlm.judges.cache import DiskStore
 from cascadevlm.judges.support import SupportSet
 from cascadevlm.runs import bulk, run_folder
 from cascadevlm.runs.inputs import Inputs, Named
+from cascadevlm.runs.lines import with_checksum
 from cascadevlm.runs.manifest import Manifest
 from cascadevlm.runs.run_folder import RunFolder
 from cascadevlm.scorers.kept import CachedEmbeddings
@@ -211,7 +212,7 @@ def test_a_line_that_is_whole_and_no_prediction_is_damage(tmp_path: Path) -> Non
     bulk.run(cascade(), Pictures(20), tmp_path, config={})
     before, path = lines(tmp_path), tmp_path / "predictions.jsonl"
     rows = path.read_bytes().splitlines(keepends=True)
-    path.write_bytes(b"".join([*rows[:7], run_folder._with_checksum(b'{"path": "image 7"}'), *rows[8:]]))
+    path.write_bytes(b"".join([*rows[:7], with_checksum(b'{"path": "image 7"}'), *rows[8:]]))
     with pytest.warns(RuntimeWarning, match="damaged after 7 images"):
         bulk.run(cascade(), Pictures(20), tmp_path, config={})
     assert lines(tmp_path) == before
@@ -226,7 +227,7 @@ def test_another_configuration_is_refused_by_its_difference(tmp_path: Path) -> N
     other: dict[str, JsonValue] = {**A, "stage": [{"judge": "a", "policy": "entropy > 0.5"}], "budget": {"usd": 2.0}}
     with pytest.raises(DataError, match=r"stage\.0\.policy was 'entropy > 0\.3' and is 'entropy > 0\.5'\. Give another folder"):
         bulk.run(cascade(), Pictures(5), tmp_path, config=other)
-    with pytest.raises(DataError, match="labels are others"):
+    with pytest.raises(DataError, match="labels differ"):
         bulk.run(Cascade(FakeScorer(), [], labels=["finch"]), Pictures(5), tmp_path, config=config)
     bulk.run(cascade(), Pictures(5), tmp_path, config=config | {"budget": {"usd": 2.0}})
 
@@ -288,20 +289,20 @@ def test_other_contents_of_files_are_refused(tmp_path: Path) -> None:
     }
     bulk.run(of_contents(), Pictures(5), tmp_path, config={})
     for name, other in others.items():
-        with pytest.raises(DataError, match=f"run: the content of {name} is another"):
+        with pytest.raises(DataError, match=f"run: the content of {name} differs"):
             bulk.run(other, Pictures(5), tmp_path, config={})
     bulk.run(of_contents(), Pictures(5), tmp_path, config={})
 
 
 def test_another_scorer_is_refused(tmp_path: Path) -> None:
     bulk.run(cascade(), Pictures(5), tmp_path, config={})
-    with pytest.raises(DataError, match="begun with the scorer 'fake:fake', this one is 'fake:another'"):
+    with pytest.raises(DataError, match="belongs to a run with the scorer 'fake:fake'; the scorer is now 'fake:another'"):
         bulk.run(cascade().altered(scorer=FakeScorer("another")), Pictures(9), tmp_path, config={})
 
 
 def test_other_images_are_refused(tmp_path: Path) -> None:
     bulk.run(cascade(), Pictures(9), tmp_path, config={})
-    with pytest.raises(DataError, match=r"Image 5 was 'image 5' when the run began and is now 'gone'"):
+    with pytest.raises(DataError, match=r"Image 5 of .* was 'image 5' and is now 'gone'"):
         bulk.run(cascade(), Pictures(5), tmp_path, config={})
 
 
@@ -587,7 +588,7 @@ def test_progress_that_was_changed_is_none(tmp_path: Path, policy: str, found: b
 def test_progress_beyond_what_is_there_is_forgotten(tmp_path: Path) -> None:
     bulk.run(cascade(), Pictures(20), tmp_path, config={})
     os.truncate(tmp_path / "predictions.jsonl", 700)
-    with RunFolder.opened(tmp_path, Manifest.of(cascade(), Pictures(20), {})) as folder:
+    with RunFolder.opened(tmp_path, Manifest.of(cascade(), Pictures(20), {}), Pictures(20)) as folder:
         assert folder.checkpoint == BEGINNING
         assert not (tmp_path / "progress.json").exists()
 
@@ -660,7 +661,7 @@ except RunError as exc:
     print(exc)
 """
     done = subprocess.run([sys.executable, "-c", script, tmp_path], capture_output=True, text=True, check=True)
-    assert "cannot be written to: File too large. What is in it is kept" in done.stdout
+    assert "cannot be written to: File too large. Its content is kept" in done.stdout
     kept = (tmp_path / "predictions.jsonl").read_text().count("\n")
     assert kept > 100
     assert bulk.run(cascade(policy="never"), Pictures(2000), tmp_path, config={}).images == 2000
@@ -746,9 +747,10 @@ def test_digests_are_known_where_embeddings_are_kept(files: Inputs, tmp_path: Pa
     assert [line["digest"] for line in lines(tmp_path / "run")] == digests
 
 
-def test_killed_runs_lose_nothing_and_pay_twice_only_for_what_was_under_way() -> None:
+@pytest.mark.parametrize("labelled", [False, True])
+def test_killed_runs_lose_nothing_and_pay_twice_only_for_what_was_under_way(labelled: bool) -> None:
     """`python -m benchmarks.kills` does it a hundred times."""
-    proof = prove(3, images=150)
+    proof = prove(3, images=150, labelled=labelled)
     assert (proof.kills, proof.asked_again, proof.different) == (3, 0, 0)
     assert proof.questions > 0
     assert proof.paid_twice <= proof.under_way <= proof.kills * 8

@@ -27,8 +27,9 @@ from cascadevlm.base.images import load_image
 from cascadevlm.base.labels import Label
 from cascadevlm.base.types import Candidate, Prediction, Usage, Verdict
 from cascadevlm.runs import bulk
-from cascadevlm.runs.export import FORMATS, FORMULA, Line, export
+from cascadevlm.runs.export import FORMATS, FORMULA, export
 from cascadevlm.runs.inputs import Inputs
+from cascadevlm.runs.lines import Line
 from cascadevlm.testing import FakeScorer, noise
 
 NAMES = ("wren", "robin, European", 'the "grey" <heron> & co')
@@ -188,12 +189,6 @@ def test_what_names_no_label_set_has_the_labels_that_occur(run: Path, tmp_path: 
     written = json.loads((tmp_path / "out").read_text())
     assert written["classes"] == sorted(NAMES[:2])
     assert [written["classes"][target["label"]] for target in written["labels"].values()] == [*NAMES[:2]]
-
-
-def test_a_record_names_its_label_set(run: Path, tmp_path: Path) -> None:
-    (run / "manifest.json").rename(run / "run.json")
-    export(run, "fiftyone", tmp_path / "out")
-    assert json.loads((tmp_path / "out").read_text())["classes"] == list(NAMES)
 
 
 @pytest.mark.parametrize("to", FORMATS)

@@ -6,7 +6,6 @@ import os
 import pickle
 import tracemalloc
 from collections.abc import Iterator, Sequence
-from itertools import islice
 from pathlib import Path
 
 import pyarrow
@@ -51,7 +50,7 @@ def test_a_row_that_holds_no_image_is_told_by_its_number(tmp_path: Path, column:
 
 def test_a_row_without_a_path_is_told_by_its_number(tmp_path: Path) -> None:
     images = table(tmp_path, {"path": ["a.png", None]})
-    for read in (images, images.walk(2)):
+    for read in (images, images.names()):
         with pytest.raises(DataError, match="row 1, counted from 0, has no text in its column 'path'"):
             list(read)
 
@@ -81,7 +80,7 @@ def test_images_in_a_table_have_names_that_are_known_without_reading_them(
 ) -> None:
     images = table(tmp_path, columns, rows_together=2)
     called = [name.replace("HERE", str(tmp_path)) for name in called]
-    assert [name for name, _ in images.walk(len(images))] == [name for name, _ in images] == called
+    assert list(images.names()) == [name for name, _ in images] == called
     assert len(images) == len(called)
     assert list(after(images, 1)) == list(images)[1:]
 
@@ -96,7 +95,7 @@ def test_a_table_is_counted_named_and_sampled_without_reading_all_its_images(tmp
             file.seek(column.data_page_offset)
             file.write(b"\xff" * column.total_compressed_size)
     assert len(images) == 8
-    assert [Path(name).name for name, _ in images.walk(8)] == [f"{n}.png" for n in range(8)]
+    assert [Path(name).name for name in images.names()] == [f"{n}.png" for n in range(8)]
     assert [source for _, source in after(images, 6)] == [bytes(100_000)] * 2
     assert [source for _, source in images.rows({7})] == [bytes(100_000)]
     with pytest.raises(DataError, match="cannot be read"):
@@ -186,7 +185,8 @@ def test_a_folder_that_was_counted_is_not_searched_again(tmp_path: Path, monkeyp
     assert (len(images), len(searched)) == (3, 2)
     (tmp_path / "b.png").touch()
     sampled, total = images.sample(3)
-    assert list(images) == list(images.rows(range(3))) == list(images.walk(0)) == list(after(images, 0)) == expected
+    assert list(images) == list(images.rows(range(3))) == list(after(images, 0)) == expected
+    assert list(images.names()) == [name for name, _ in expected]
     assert (sampled, total, len(searched)) == ([source for _, source in expected], 3, 2)
     assert len(list(pickle.loads(pickle.dumps(images)))) == 4, "another process searches for itself"
     listing = images._listing
@@ -195,17 +195,3 @@ def test_a_folder_that_was_counted_is_not_searched_again(tmp_path: Path, monkeyp
     del images
     gc.collect()
     assert not listing.exists()
-
-
-@pytest.mark.parametrize(("known", "number"), [(["a.png"], 2), (["a.png", "c.png"], 1), (["a.png", "b.png", "c.png"], 2)])
-def test_other_images_than_before_are_found_in_the_walk_that_reads_them(tmp_path: Path, known: list[str], number: int) -> None:
-    """Those before are given; the first that is another is an error, and so is one that is gone."""
-    for name in ("a.png", "b.png"):
-        (tmp_path / name).touch()
-    found = after(Inputs(tmp_path), 0, [str(tmp_path / name) for name in known])
-    assert [Path(name).name for name, _ in islice(found, number)] == ["a.png", "b.png"][:number]
-    if known == ["a.png"]:
-        assert next(found, None) is None
-        return
-    with pytest.raises(DataError, match=rf"Image {number} was .*c\.png' when the run began and is now '.*(b\.png|gone)'"):
-        next(found)

@@ -21,7 +21,7 @@ from cascadevlm.evaluation.report.page import Drawing, rendered
 from cascadevlm.runs.export import predictions_of, table_of
 from cascadevlm.runs.lines import Line
 from cascadevlm.runs.manifest import NAME, Manifest
-from cascadevlm.runs.run_folder import Tally
+from cascadevlm.runs.run_folder import SUMMARY, Tally
 
 SURE = 0.9
 """Labels with at least this probability count as sure."""
@@ -122,8 +122,8 @@ class _Summary(BaseModel):
 
 
 def is_bulk_run(folder: Path) -> bool:
-    """Whether ``cascadevlm run`` wrote this folder."""
-    return (folder / NAME).is_file()
+    """Whether a folder contains a run over images without labels."""
+    return (folder / NAME).is_file() and not Manifest.read(folder).labelled
 
 
 def read_bulk_run(folder: Path) -> BulkRun:
@@ -133,7 +133,7 @@ def read_bulk_run(folder: Path) -> BulkRun:
         DataError: if the manifest or a prediction cannot be read.
     """
     try:
-        summary = _Summary.model_validate_json((folder / "summary.json").read_bytes())
+        summary = _Summary.model_validate_json((folder / SUMMARY).read_bytes())
     except (OSError, ValidationError):  # the summary is written last
         summary = None
     run = BulkRun(folder=folder, manifest=Manifest.read(folder), finished=summary is not None)

@@ -25,7 +25,7 @@ from cascadevlm.config.loading import load_judge
 from cascadevlm.judges.base import Judge
 from cascadevlm.runs.inputs import Named, after
 from cascadevlm.scorers.base import Scorer, prepare_in, score_together
-from cascadevlm.scorers.kept import Digesting
+from cascadevlm.scorers.kept import note_file_digest
 
 SAME_FILES = "Every machine of the cluster needs the working directory and the images under the same paths."
 
@@ -138,7 +138,8 @@ class ScoringWorker:
             raise sources
         with self.loading:
             self.scorer  # noqa: B018  # loads it
-        read = list(chain.from_iterable(share.result() for share in prepare_in(self.readers, self.scorer, sources)))
+        reading = prepare_in(self.readers, self.scorer, sources, note_file_digest)
+        read = list(chain.from_iterable(share.result() for share in reading))
         scored = score_together(self.scorer, read, self.labels)
         return ScoredBatch(
             paths=[path_of(source) for source in sources],
@@ -151,7 +152,7 @@ class ScoringWorker:
     @cached_property
     def scorer(self) -> Scorer:
         self.place.enter()
-        scorer = Digesting(Config.parse(self.config).build(self.labels, bulk=True).scorer)
+        scorer = Config.parse(self.config).build(self.labels, bulk=True).scorer
         scorer.load()
         return scorer
 

@@ -192,7 +192,7 @@ def test_no_field_of_scores_is_lost_on_their_way() -> None:
     labels = record().labels
     noted = NotedScores(log_probs=record().scores.log_probs[:1], labels=labels, fingerprint=learned().fingerprint, note="kept")
     candidates = TopK(k=2).choose(noted)[0]
-    item = Item(path="", prepared=Prepared(source=""), chunk=noted.rows(np.array([0, 0])), row=1, candidates=candidates)
+    item = Item(number=0, path="", prepared=Prepared(source=""), chunk=noted.rows(np.array([0, 0])), row=1, candidates=candidates)
     item.hear(Stage(judge=FakeJudge(), prompt=load_prompt("select")), Verdict(outcome="none"))
     asking = Asking(model=JudgeModel.prior(len(labels)), candidates=TopK(), none_offered=False, word_final=False)
     answered = Verdict(outcome="answered", label=candidates[1].label.name)

@@ -1,0 +1,42 @@
+"""Observers of a run: a folder that keeps what passes, a watch for drift, or anything else that only listens."""
+
+from collections.abc import Sequence
+
+from cascadevlm.base.types import Prediction, Question, Scores, Verdict
+from cascadevlm.judges.base import Judge
+from cascadevlm.scorers.base import Prepared
+
+
+class Observer:
+    """Sees what passes through a run and changes nothing. Subclasses override the methods of interest; all others do nothing.
+
+    Images are numbered by their position in the input, from 0. The methods are called in the thread of the event loop, except
+    `prepared`. An error that an observer raises ends the run.
+    """
+
+    def ready(self, stage: int, judge: Judge) -> None:
+        """The judge of a stage was prepared; ``stage`` is the position of the stage, from 0."""
+
+    def prepared(self, image: Prepared) -> None:
+        """An image was read and will be scored. Called from many threads, in any order; not called for an image that another
+        machine read.
+
+        Raises:
+            ImageError: if the image cannot be used; the error becomes the prediction of this image.
+        """
+
+    def scored(self, numbers: Sequence[int], images: Sequence[Prepared], scores: Scores) -> None:
+        """N images were scored together.
+
+        Args:
+            numbers: N numbers of images, in ascending order.
+            images: the N images.
+            scores: ``(N, C) float32``, log-probabilities as the scorer gave them.
+        """
+
+    def judged(self, number: int, stage: int, question: Question, verdict: Verdict) -> None:
+        """The judge of a stage was asked about an image. If the judge chose none of the candidates and is asked about the next
+        candidates, this method is called again. All votes on one question are one verdict."""
+
+    def predicted(self, number: int, prediction: Prediction) -> None:
+        """The prediction of an image is known. Called in the order of the input."""
