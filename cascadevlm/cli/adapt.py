@@ -18,7 +18,10 @@ def adapt(
     given: options.CascadeOptions,
     part: options.DataOptions,
     output: Annotated[
-        Path, typer.Option("--output", "-o", dir_okay=False, help='The file to write, for scorer.adapter = "FILE".')
+        Path,
+        typer.Option(
+            "--output", "-o", dir_okay=False, help='The file to write, for scorer.adapter = "FILE" or scorer.pool = "FILE".'
+        ),
     ],
     data: Annotated[
         Path | None,
@@ -28,7 +31,11 @@ def adapt(
         list[Path] | None, typer.Option(help="Images without labels, or folders of them. May be given more than once.")
     ] = None,
     method: Annotated[
-        str, typer.Option(help="How to learn: means, cache or linear. Only means learns from images without labels.")
+        str,
+        typer.Option(
+            help="How to learn: means, cache or linear. Only means learns from images without labels. "
+            "pool: how much each of several scorers counts."
+        ),
     ] = "means",
     as_json: options.AsJson = False,
 ) -> None:
@@ -41,18 +48,21 @@ def adapt(
 
     from cascadevlm.base.errors import InputError
     from cascadevlm.cli.show import print_summary
-    from cascadevlm.config.config import require_embeddings
+    from cascadevlm.config.scorer import require_embeddings
     from cascadevlm.evaluation.adapting import adapt as adapted
     from cascadevlm.evaluation.adapting import embedded
     from cascadevlm.scorers.adapters import METHODS
 
-    if method not in METHODS:
-        raise InputError(f"There is no method {method!r}.", hint=f"Known: {', '.join(METHODS)}.")
+    if method not in (*METHODS, "pool"):
+        raise InputError(f"There is no method {method!r}.", hint=f"Known: {', '.join(METHODS)}, pool.")
     if data is None and not unlabelled:
         raise InputError("There are no images to learn from.", hint="Give a folder of labelled images, or --unlabelled IMAGES.")
     if unlabelled and method != "means":
         raise InputError(f"The method {method!r} needs labels.", hint="Leave --unlabelled out, or take --method means.")
     config = _bare(given.parse())
+    if method == "pool":
+        _pool(given, part, config, data, output, as_json=as_json)
+        return
     require_embeddings(config.scorer.build(), config.scorer.use)
     if data is None:
         cascade, images, truths = given.build(config, bulk=True), [], []
@@ -76,9 +86,58 @@ def adapt(
     typer.echo(_conclusion(result))
 
 
+def _pool(
+    given: options.CascadeOptions,
+    part: options.DataOptions,
+    config: "Config",
+    data: Path | None,
+    output: Path,
+    *,
+    as_json: bool,
+) -> None:
+    """Fit a pool to labelled images, write it, and say what it gains."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from cascadevlm.base.errors import InputError
+    from cascadevlm.cli.show import print_summary
+    from cascadevlm.evaluation.pooling import pool
+
+    if isinstance(config.scorer.use, str) or data is None:
+        what = "several scorers" if data else "labelled images"
+        raise InputError(f"The method 'pool' needs {what}.", hint='Set scorer.use to a list such as ["open_clip:…", "hf:…"].')
+    cascade, labelled = part.build(config, data, given.labels, bulk=True)
+    options.tell(cascade.labels, [data])
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("images", total=len(labelled.images) * len(config.scorer.use))
+        result = pool(cascade, labelled.images, labelled.truths, lambda _: progress.advance(task))
+    result.pool.write(output)
+    names, weights = [str(section.use) for section in config.scorer.use], result.pool.weights.tolist()
+    low, high = result.gain_interval
+    if as_json:
+        figures = {"right": result.right, "gain": result.gain, "gain_interval": (low, high)}
+        scorers = [
+            {"scorer": name, "weight": weight, "right": right}
+            for name, weight, right in zip(names, weights, result.each, strict=True)
+        ]
+        typer.echo(json.dumps({"method": "pool", "images": result.pool.images, "scorers": scorers} | figures))
+        return
+    rows = {"images": str(result.pool.images)}
+    for number, (name, weight, right) in enumerate(zip(names, weights, result.each, strict=True), start=1):
+        rows[f"{number}: {name}"] = f"{right:.1%} right, weight {weight:.2f}"
+    rows["pool, right on images left out"] = f"{result.right:.1%}"
+    rows["gain over the best scorer"] = f"{100 * result.gain:+.1f} points ({100 * low:+.1f} to {100 * high:+.1f})"
+    print_summary(Console(highlight=False), f"Pool ({output})", rows)
+    typer.echo(
+        "The pool gains. Use it as scorer.pool; a calibration that was made without it has to be made again."
+        if low > 0
+        else "These images show no gain over the best scorer alone: the interval reaches 0."
+    )
+
+
 def _bare(config: "Config") -> "Config":
-    """The configuration with the scorer alone: without adapter, judges and calibration."""
-    scorer = config.scorer.model_copy(update={"adapter": None})
+    """The configuration with the scorer alone: without adapter, pool, judges and calibration."""
+    scorer = config.scorer.model_copy(update={"adapter": None, "pool": None})
     alone = {"scorer": scorer, "stage": (), "calibration": None, "follow_shares": False, "routing": False}
     return config.model_copy(update=alone)
 

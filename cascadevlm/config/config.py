@@ -3,33 +3,40 @@
 import reprlib
 import tomllib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal, Self, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, PlainValidator, ValidationError
-from pydantic_core import PydanticCustomError, to_jsonable_python
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    Field,
+    JsonValue,
+    PlainValidator,
+    ValidationError,
+)
+from pydantic_core import PydanticCustomError
 
 from cascadevlm.base.bounds import Count, Mass, Natural, Probability, require_number
-from cascadevlm.base.entry_points import Option, nearest
+from cascadevlm.base.entry_points import nearest
 from cascadevlm.base.errors import ConfigError, InputError
 from cascadevlm.base.labels import LabelSet
 from cascadevlm.cascade.candidates import CandidateRule, ConformalSet, CumulativeMass, Order, TopK
 from cascadevlm.cascade.cascade import Cascade
 from cascadevlm.cascade.item import OnFailure
 from cascadevlm.cascade.stage import Stage
-from cascadevlm.config.loading import load_judge, load_prompt, load_scorer
+from cascadevlm.config.loading import load_judge, load_prompt
+from cascadevlm.config.scorer import ScorerConfig
+from cascadevlm.config.section import MayChange, Options, Section
 from cascadevlm.decision.calibration import Calibration, FusionRule, read_calibration
 from cascadevlm.judges.budget import Ledger
 from cascadevlm.judges.cache import DiskStore, VerdictStore, default_cache_folder
 from cascadevlm.judges.support import SupportSet
 from cascadevlm.policies.language import parse_policy
-from cascadevlm.scorers.adapters import read_adapter
 from cascadevlm.scorers.base import EmbeddingScorer, Scorer
 from cascadevlm.scorers.kept import CachedEmbeddings, kept_labels
-
-Options = dict[str, Option]
+from cascadevlm.scorers.several import SeveralScorers
 
 _CALIBRATE = 'Make a calibration with cascadevlm calibrate, and set calibration = "FILE".'
 _KEY_PATH = "Write the key as a path, such as stage.0.judge."
@@ -39,82 +46,8 @@ _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 80
 
 
-@dataclass(frozen=True)
-class MayChange:
-    """Marks a key whose value may change when a bulk run is continued.
-
-    Attributes:
-        because: the reason why the change is safe.
-    """
-
-    because: str
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    def deciding(self) -> dict[str, JsonValue]:
-        """The values of all keys that are not marked with `MayChange`."""
-        marked = {name for name, key in type(self).model_fields.items() if any(isinstance(m, MayChange) for m in key.metadata)}
-        return {name: _deciding(value) for name, value in self if name not in marked}
-
-
-def _deciding(value: object) -> JsonValue:
-    if isinstance(value, _Section):
-        return value.deciding()
-    if isinstance(value, tuple):
-        return [_deciding(each) for each in value]
-    plain: JsonValue = to_jsonable_python(value)
-    return plain
-
-
-_BY_FINGERPRINT = MayChange("the manifest contains the fingerprint of the scorer")
 _BY_IDENTITY = MayChange("the manifest contains the identity of the judge")
 _BY_DIGEST = MayChange("the manifest contains a digest of the content")
-
-
-class ScorerConfig(_Section):
-    """``[scorer]``: the scorer.
-
-    Attributes:
-        use: the spec, ``backend:model``.
-        templates: prompt templates, if the backend supports them. Default: the templates of the backend.
-        options: options of the backend.
-        adapter: file of an adapter that ``cascadevlm adapt`` made for this scorer. Default: no adapter.
-    """
-
-    use: str
-    templates: list[str] | None = None
-    options: Annotated[Options, _BY_FINGERPRINT] = {}
-    adapter: Annotated[Path | None, _BY_FINGERPRINT] = None
-
-    def build(self) -> Scorer:
-        """The scorer with its adapter, its model not yet loaded.
-
-        Raises:
-            ConfigError: if templates are given twice, the adapter cannot be read, or the scorer makes no embeddings to adapt.
-            BackendError: as `load_scorer`.
-        """
-        options = dict(self.options)
-        if self.templates is not None:
-            if "templates" in options:
-                raise ConfigError("The templates of the scorer are given twice.", hint="Remove templates from scorer.options.")
-            options["templates"] = [*self.templates]
-        scorer = load_scorer(self.use, **options)
-        if self.adapter is not None:
-            require_embeddings(scorer, self.use).adapter = read_adapter(self.adapter)
-        return scorer
-
-
-def require_embeddings(scorer: Scorer, spec: str) -> EmbeddingScorer:
-    """The scorer, if it makes embeddings.
-
-    Raises:
-        ConfigError: if it makes none.
-    """
-    if not isinstance(scorer, EmbeddingScorer):
-        raise ConfigError(f"{spec!r} has no embeddings, which an adapter needs.", hint="Use an open_clip or hf scorer.")
-    return scorer
 
 
 def _size(value: JsonValue) -> JsonValue:
@@ -127,7 +60,7 @@ def _size(value: JsonValue) -> JsonValue:
     return value
 
 
-class CandidatesConfig(_Section):
+class CandidatesConfig(Section):
     """``candidates = {…}``: the number of candidates and their order. One of ``k``, ``mass`` and ``coverage`` is required.
 
     Attributes:
@@ -189,7 +122,7 @@ def _k_alone(value: JsonValue) -> JsonValue:
     return {"k": value} if isinstance(value, int | float | str) else value
 
 
-class SupportConfig(_Section):
+class SupportConfig(Section):
     """``support = {…}``: reference images for the judge.
 
     Attributes:
@@ -209,7 +142,7 @@ class SupportConfig(_Section):
         return SupportSet.read(self.folder, labels, shots=self.shots)
 
 
-class StageConfig(_Section):
+class StageConfig(Section):
     """``[[stage]]``: a judge, and when and how it is asked.
 
     Attributes:
@@ -232,7 +165,7 @@ class StageConfig(_Section):
     support: SupportConfig | None = None
     votes: Count = 1
     widen: Natural = 0
-    options: Annotated[Options, _BY_IDENTITY] = {}
+    options: Annotated[Options, _BY_IDENTITY] = Field(default_factory=dict)
 
     def build(self, labels: LabelSet, calibration: Calibration | None, number: int, fusion: FusionRule) -> Stage:
         """The stage. Its judge is not loaded yet.
@@ -261,7 +194,7 @@ class StageConfig(_Section):
         return replace(stage, prompt=load_prompt(self.prompt), candidates=self.candidates.build(None, 0), support=support)
 
 
-class BudgetConfig(_Section):
+class BudgetConfig(Section):
     """``[budget]``: limits for money, in US dollars.
 
     Attributes:
@@ -273,7 +206,7 @@ class BudgetConfig(_Section):
     ask_above_usd: Annotated[float, Field(ge=0)] = 1.0
 
 
-class CacheConfig(_Section):
+class CacheConfig(Section):
     """``[cache]``: what is kept on disk.
 
     Attributes:
@@ -295,6 +228,8 @@ class CacheConfig(_Section):
 
         The scorer is returned unchanged if it has no embeddings, or if ``embeddings`` is false.
         """
+        if isinstance(scorer, SeveralScorers):
+            return SeveralScorers([self.keeping_embeddings(each, images=images) for each in scorer.scorers], pool=scorer.pool)
         if not (self.embeddings and isinstance(scorer, EmbeddingScorer)):
             return scorer
         folder = (self.folder or default_cache_folder()) / "embeddings"
@@ -302,7 +237,7 @@ class CacheConfig(_Section):
         return CachedEmbeddings(scorer, folder) if images else scorer
 
 
-class Config(_Section):
+class Config(Section):
     """The whole configuration file.
 
     Attributes:

@@ -242,14 +242,19 @@ def _scored_or_errors(
 ) -> tuple[Scores | None, list[ImageError | None]]:
     """`(n, C)` scores of the n images that have scores, None if n is 0; and for each of N images why it has no scores."""
     try:
-        with _turn(scorer):
-            return scorer.score_prepared(prepared, labels), [None] * len(prepared)
+        return score_in_turn(scorer, prepared, labels), [None] * len(prepared)
     except ImageError as exc:
         if len(prepared) == 1:
             return None, [exc]
     half = len(prepared) // 2
     parts = [_scored_or_errors(scorer, some, labels) for some in (prepared[:half], prepared[half:])]
     return joined([scores for scores, _ in parts if scores is not None]), [error for _, errors in parts for error in errors]
+
+
+def score_in_turn(scorer: Scorer, prepared: Sequence[Prepared], labels: LabelSet) -> Scores:
+    """`Scorer.score_prepared`, from any thread: the model gets one call at a time."""
+    with _turn(scorer):
+        return scorer.score_prepared(prepared, labels)
 
 
 def joined(chunks: Sequence[Scores]) -> Scores | None:

@@ -20,8 +20,9 @@ from cascadevlm.base.errors import BackendError, CascadeError, ImageError
 from cascadevlm.base.images import ImageSource, path_of
 from cascadevlm.base.labels import LabelSet
 from cascadevlm.base.types import Question, Scores, Verdict
-from cascadevlm.config.config import Config, Options
+from cascadevlm.config.config import Config
 from cascadevlm.config.loading import load_judge
+from cascadevlm.config.section import Options
 from cascadevlm.judges.base import Judge
 from cascadevlm.runs.inputs import Named, after
 from cascadevlm.scorers.base import Scorer, prepare_in, score_together
