@@ -85,7 +85,7 @@ def test_images_that_cannot_be_read_are_left_out(birds: Path, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--method", "magic"], "There is no method 'magic'. Known: means, cache, linear."),
+        (["--method", "magic"], "There is no method 'magic'. Known: means, cache, linear, pool."),
         (["--method", "cache", "--unlabelled", "IMAGES"], "The method 'cache' needs labels."),
         (["--scorer", "recorded:none"], "'recorded:none' has no embeddings, which an adapter needs."),
         (["--limit", "12"], "images with labels are too few to measure a gain"),
