@@ -48,7 +48,7 @@ def test_what_was_learned_is_written_and_its_gain_is_shown(birds: Path) -> None:
 def test_a_run_scores_with_the_adapter_and_its_record_names_it(birds: Path) -> None:
     for name in ("birds", "adapted"):
         run("evaluate", birds / "families", "--config", birds / f"{name}.toml", "-o", birds / name, "--json")
-    bare, adapted = (json.loads((birds / name / "run.json").read_text())["fingerprint"] for name in ("birds", "adapted"))
+    bare, adapted = (json.loads((birds / name / "manifest.json").read_text())["fingerprint"] for name in ("birds", "adapted"))
     assert adapted == f"{bare}|adapter={read_adapter(birds / 'birds.adapter').digest[:12]}"
     right = [json.loads((birds / name / "summary.json").read_text())["scorer_accuracy"] for name in ("birds", "adapted")]
     assert right[1] > right[0] + 0.1  # of images that the adapter was made from

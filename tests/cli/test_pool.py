@@ -47,7 +47,7 @@ def test_a_pool_is_written_and_its_gain_is_shown(birds: Path) -> None:
 def test_a_record_and_a_run_are_scored_with_the_pool(birds: Path) -> None:
     config = ("--config", birds / "birds.toml", "--set")
     run("evaluate", birds / "families", *config, f"scorer.pool={birds / 'birds.pool'}", "-o", birds / "record", "--json")
-    record = json.loads((birds / "record" / "run.json").read_text())
+    record = json.loads((birds / "record" / "manifest.json").read_text())
     assert f"|pool={read_pool(birds / 'birds.pool').digest}|" in record["fingerprint"]
     assert json.loads((birds / "record" / "summary.json").read_text())["scorer_accuracy"] > 0.3
     run("run", IMAGES, *config, f"scorer.pool={birds / 'birds.pool'}", "-o", birds / "run")
