@@ -1,8 +1,8 @@
 """Measures a pool of several scorers on recorded scores and answers: ``python -m benchmarks.pooling --recorded FOLDER``.
 
 In each draw, a judge's answers to 400 random images teach the calibration of each scorer and the weights of the pool, in place
-of human labels. All figures are shares of right predictions among the other images, means over the draws: of the judge; of each scorer,
-as it is and calibrated; of the scorers, averaged and as a fitted pool. The weights are those of the last draw.
+of human labels. All figures are shares of right predictions among the other images, means over the draws: of the judge; of each
+scorer, as it is and calibrated; of the scorers, averaged and as a fitted pool. The weights are those of the last draw.
 """
 
 import json

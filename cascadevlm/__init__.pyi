@@ -32,6 +32,7 @@ from .policies.base import Policy, Spending
 from .policies.language import parse_policy
 from .scorers.adapters import Adapter, read_adapter
 from .scorers.base import EmbeddingScorer, Scorer
+from .scorers.several import SeveralScorers
 
 __version__: str
 
@@ -69,6 +70,7 @@ __all__ = [
     "RunError",
     "Scorer",
     "Scores",
+    "SeveralScorers",
     "Spending",
     "Stage",
     "Target",
