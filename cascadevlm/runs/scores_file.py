@@ -1,4 +1,4 @@
-"""``scores.npy`` of a record: every image's log-probabilities, each row written when its image was scored."""
+"""``scores.npy`` of a record: the log-probabilities of every image. A row is written when its image is scored."""
 
 import io
 import os
@@ -14,26 +14,26 @@ from cascadevlm.base.arrays import NOBODY
 SCORES, COLUMNS = "scores.npy", "columns.npy"
 
 MOST_WHOLE = 1000
-"""The largest label set whose log-probabilities are all kept."""
+"""The largest number of labels for which all log-probabilities are kept."""
 
 BEST = 50
-"""How many log-probabilities are kept per image if there are more labels."""
+"""Number of log-probabilities per image that are kept if there are more labels."""
 
 
 def scores_kept(labels: Sized) -> int:
-    """How many log-probabilities of an image a record holds."""
+    """Number of log-probabilities per image in a record."""
     return BEST if len(labels) > MOST_WHOLE else len(labels)
 
 
 def checksum(*rows: NDArray[np.generic] | bytes) -> int:
-    """The CRC-32 of an image's rows, which its line in ``predictions.jsonl`` holds."""
+    """The CRC-32 of an image's rows. The image's line in ``predictions.jsonl`` contains it."""
     return zlib.crc32(b"".join(row if isinstance(row, bytes) else row.tobytes() for row in rows))
 
 
 class RowFile:
-    """A NumPy file with an array of shape (N, ``width``), whose rows are written one by one.
+    """A NumPy file with an array of shape ``(N, width)``. Its rows are written one by one.
 
-    Rows that were not written yet are zero, or what an earlier session wrote. Nothing is changed before `resize`.
+    A row that is not written yet is zero, or has the value of an earlier session. Nothing is changed before `resize`.
     """
 
     def __init__(self, path: Path, width: int, kind: DTypeLike) -> None:
@@ -44,32 +44,32 @@ class RowFile:
         self.begin = len(self._header(0))
 
     def _header(self, rows: int) -> bytes:
-        """The header of the file; it is as long for any number of rows."""
+        """The header of the file. Its length does not depend on the number of rows."""
         header = io.BytesIO()
         shape = {"shape": (rows, self.width), "fortran_order": False, "descr": np.lib.format.dtype_to_descr(self.kind)}
         np.lib.format.write_array_header_1_0(header, shape)
         return header.getvalue()
 
     def resize(self, rows: int) -> None:
-        """Make the file one of so many rows."""
+        """Set the number of rows of the file."""
         self.file.seek(0)
         self.file.write(self._header(rows))
         self.file.truncate(self.begin + rows * self.row_bytes)
 
     def write(self, number: int, row: NDArray[np.generic]) -> None:
-        """Write one row: not through a memory map, because a full disk would then end the process."""
+        """Write one row. No memory map is used, because a full disk would then end the process."""
         self.file.seek(self.begin + number * self.row_bytes)
         self.file.write(row.tobytes())
         self.file.flush()
 
     def read(self, number: int) -> bytes:
-        """One row; less, if the file ends before."""
+        """The bytes of one row. They are incomplete if the file is too short."""
         self.file.seek(self.begin + number * self.row_bytes)
         return self.file.read(self.row_bytes)
 
 
 class ScoresFile:
-    """``scores.npy`` and, if there are more than `MOST_WHOLE` labels, ``columns.npy``, to be written.
+    """Writes ``scores.npy`` and, for more than `MOST_WHOLE` labels, ``columns.npy``.
 
     Args:
         folder: folder of the record.
@@ -83,19 +83,19 @@ class ScoresFile:
             self.files.append(RowFile(folder / COLUMNS, self.width, np.int32))
 
     def resize(self, images: int) -> None:
-        """Make room for so many images, readable or not."""
+        """Set the number of images, readable or not."""
         for file in self.files:
             file.resize(images)
 
     def write(self, number: int, log_probs: NDArray[np.float32]) -> int:
-        """Keep ``(C,)`` log-probabilities of an image; the `checksum` of what was kept."""
+        """Write the ``(C,)`` log-probabilities of an image. Returns the `checksum` of its rows."""
         if self.width == len(log_probs):
             return self._put(number, log_probs)
         best = np.argsort(-log_probs, kind="stable")[: self.width]
         return self._put(number, log_probs[best], best.astype(np.int32))
 
     def write_unreadable(self, number: int) -> int:
-        """Keep that an image could not be read: log-probabilities of NaN, and `NOBODY` as columns."""
+        """Write the rows of an image that could not be read: NaN as log-probabilities, and `NOBODY` as columns."""
         return self._put(number, np.full(self.width, np.nan, np.float32), np.full(self.width, NOBODY, np.int32))
 
     def _put(self, number: int, *rows: NDArray[np.generic]) -> int:
@@ -105,11 +105,11 @@ class ScoresFile:
         return checksum(*kept)
 
     def checksum(self, number: int) -> int:
-        """The `checksum` of what is kept of an image."""
+        """The `checksum` of the stored rows of an image."""
         return checksum(*(file.read(number) for file in self.files))
 
     def sync(self) -> None:
-        """Make sure that what was written stays."""
+        """Flush the files to the disk."""
         for file in self.files:
             os.fsync(file.file.fileno())
 

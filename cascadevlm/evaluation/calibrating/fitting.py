@@ -26,11 +26,11 @@ FEWEST = 20
 
 @dataclass(frozen=True, kw_only=True)
 class Fitted:
-    """What is fitted with labels or without.
+    """The fitted parts of a calibration.
 
     Attributes:
         scorer: the scorer's calibration.
-        judges: one per stage.
+        judges: the models of the judges, one per stage.
         conformal: lengths of lists for a coverage; None without labels.
         reference: probability of the best label, by calibrations fitted on the other folds; None without labels.
     """
@@ -81,7 +81,9 @@ def fit_calibration(record: Record, recipe: Recipe) -> Calibration:
 
 
 def _with_labels(record: Record, recipe: Recipe) -> Fitted:
-    """Fit each judge to what is believed after the earlier judges; every belief is by models fitted on the other folds."""
+    """Fit each judge to the probabilities after the earlier judges. All probabilities come from models fitted on the other
+    folds.
+    """
     truths = np.eye(len(record.labels))[record.truths]
     scorer, belief = fit_scorer(record.scores.log_probs, truths, prior=recipe.prior(record.labels))
     conformal = Conformal.fit(np.exp(belief), record.truths, coverage=recipe.coverage, class_conditional=recipe.class_conditional)
@@ -112,7 +114,7 @@ def _without_labels(record: Record, recipe: Recipe) -> Fitted:
 def _judge(
     record: Record, stage: int, model: JudgeModel, before: Floats, recipe: Recipe, likelihood: float | None = None
 ) -> CalibratedJudge:
-    """The judge of a stage.
+    """The calibrated judge of a stage.
 
     Args:
         before: ``(n, C)`` log-probabilities before its answers, of the n images that it answered.
