@@ -79,7 +79,7 @@ def adapt(
 def _bare(config: "Config") -> "Config":
     """The configuration with the scorer alone: without adapter, judges and calibration."""
     scorer = config.scorer.model_copy(update={"adapter": None})
-    alone = {"scorer": scorer, "stage": (), "calibration": None, "follow_shares": False, "routing": False}
+    alone = {"scorer": scorer, "stage": (), "calibration": None, "follow_shares": False, "learn": False, "routing": False}
     return config.model_copy(update=alone)
 
 

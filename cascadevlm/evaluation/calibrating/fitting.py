@@ -54,6 +54,10 @@ def fit_calibration(record: Record, recipe: Recipe) -> Calibration:
             are not used, and there are several stages.
     """
     record = record.take(np.flatnonzero(record.readable))
+    if record.scores.fingerprint.endswith("|learning"):
+        raise DataError(
+            "The scores of this record changed while the cascade learned.", hint="Evaluate with learn = false, and use that record."
+        )
     if "|calibrated=" in record.scores.fingerprint:
         raise DataError(
             "The scores of this record are calibrated already.", hint="Evaluate without a calibration, and use that record."
