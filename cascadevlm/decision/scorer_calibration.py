@@ -23,6 +23,8 @@ from pydantic import PlainSerializer, PlainValidator
 from scipy.optimize import minimize
 from scipy.special import log_softmax, logsumexp
 
+from cascadevlm.base.arrays import StoredRows
+
 Floats: TypeAlias = NDArray[np.float64]
 
 
@@ -174,7 +176,7 @@ class CrossFit:
     """
 
     calibration: ScorerCalibration
-    held_out: Floats
+    held_out: StoredRows
     without: tuple[ScorerCalibration, ...]
 
 

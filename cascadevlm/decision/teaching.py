@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import log_softmax
 
-from cascadevlm.base.arrays import Columns
+from cascadevlm.base.arrays import Columns, StoredColumns, StoredEmbeddings
 from cascadevlm.base.errors import InputError
 from cascadevlm.decision.means import Means, Sums, fit_strength
 from cascadevlm.decision.scorer_calibration import CrossFit, Floats, ScorerCalibration, cross_fit_scorer, fold_of
@@ -109,11 +109,23 @@ class Labelled:
         embeddings: `(n, D)`, of unit length.
         truths: `(n,)` columns.
         fit: of the scorer's calibration, on the same images in the same order; without images, one that was made before.
+
+    Raises:
+        ValueError: if the parts are not of the same images and labels.
     """
 
-    embeddings: NDArray[np.floating]
-    truths: Columns
+    embeddings: StoredEmbeddings
+    truths: StoredColumns
     fit: CrossFit
+
+    def __post_init__(self) -> None:
+        images, classes = self.fit.held_out.shape
+        if not (self.embeddings.ndim == 2 and len(self.embeddings) == len(self.truths) == images):
+            raise ValueError("embeddings, truths and log-probabilities are not of the same images")
+        if any(calibration.bias.shape != (classes,) for calibration in self.calibrations):
+            raise ValueError("log-probabilities and calibrations are not of the same labels")
+        if not ((self.truths >= 0) & (self.truths < classes)).all():
+            raise ValueError("a truth is no label")
 
     @classmethod
     def of(

@@ -1,7 +1,7 @@
 """Fits a calibration to a record."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -10,8 +10,9 @@ from cascadevlm.decision.calibration import SETTINGS, CalibratedJudge, Calibrati
 from cascadevlm.decision.conformal import Conformal, best_size
 from cascadevlm.decision.judge_fit import fit_judge
 from cascadevlm.decision.judge_model import JudgeModel
-from cascadevlm.decision.scorer_calibration import Floats, ScorerCalibration, fit_scorer
+from cascadevlm.decision.scorer_calibration import CrossFit, Floats, ScorerCalibration, cross_fit_scorer
 from cascadevlm.decision.shares import Shares
+from cascadevlm.decision.teaching import Labelled
 from cascadevlm.decision.without_labels import fit_without_labels
 from cascadevlm.evaluation.calibrating.recipe import Recipe
 from cascadevlm.evaluation.deciding import answers_of, heard, images_of, settings_of
@@ -33,12 +34,14 @@ class Fitted:
         judges: one per stage.
         conformal: lengths of lists for a coverage; None without labels.
         reference: probability of the best label, by calibrations fitted on the other folds; None without labels.
+        support: the labelled images; None without labels or embeddings.
     """
 
     scorer: ScorerCalibration
     judges: Sequence[CalibratedJudge]
     conformal: Conformal | None = None
     reference: Reference | None = None
+    support: Labelled | None = None
 
 
 def fit_calibration(record: Record, recipe: Recipe) -> Calibration:
@@ -78,6 +81,7 @@ def fit_calibration(record: Record, recipe: Recipe) -> Calibration:
         fitted_on=images_of(record),
         conformal=fitted.conformal,
         reference=fitted.reference,
+        support=fitted.support,
         shares=Shares.of(np.exp(fitted.scorer(record.scores.log_probs))),
         descriptions=record.labels.descriptions_digest,
         fusion=recipe.fusion,
@@ -87,7 +91,8 @@ def fit_calibration(record: Record, recipe: Recipe) -> Calibration:
 def _with_labels(record: Record, recipe: Recipe) -> Fitted:
     """Fit each judge to what is believed after the earlier judges; every belief is by models fitted on the other folds."""
     truths = np.eye(len(record.labels))[record.truths]
-    scorer, belief = fit_scorer(record.scores.log_probs, truths, prior=recipe.prior(record.labels))
+    scorer = cross_fit_scorer(record.scores.log_probs, truths, prior=recipe.prior(record.labels))
+    support, belief = _support(record, scorer), scorer.held_out.copy()
     conformal = Conformal.fit(np.exp(belief), record.truths, coverage=recipe.coverage, class_conditional=recipe.class_conditional)
     reference = Reference.of(np.exp(belief.max(axis=1)))
     judges = []
@@ -97,7 +102,15 @@ def _with_labels(record: Record, recipe: Recipe) -> Fitted:
         model, belief[known] = fit_judge(before, truth, answers_of(judged).rows(known))
         likelihood = float((truth * belief[known]).sum(axis=1).mean())
         judges.append(_judge(record, stage, model, before, recipe, likelihood))
-    return Fitted(scorer=scorer, judges=judges, conformal=conformal, reference=reference)
+    return Fitted(scorer=scorer.calibration, judges=judges, conformal=conformal, reference=reference, support=support)
+
+
+def _support(record: Record, scorer: CrossFit) -> Labelled | None:
+    """The labelled images with their embeddings, rounded to what a file keeps; None without embeddings."""
+    if record.scores.embeddings is None:
+        return None
+    kept = replace(scorer, held_out=scorer.held_out.astype(np.float32).astype(np.float64))
+    return Labelled(embeddings=record.scores.embeddings, truths=record.truths, fit=kept)
 
 
 def _without_labels(record: Record, recipe: Recipe) -> Fitted:
