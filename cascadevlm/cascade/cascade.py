@@ -74,8 +74,8 @@ class Cascade(Portable):
         calibration: calibration of the scorer and the judges. The scorer's probabilities become calibrated, and runs warn if
             images no longer look like those of the calibration (`Drift`).
         follow_shares: whether the scorer's probabilities follow the shares of the classes in a run (`Following`).
-        learn: whether the answers of the judges, and the images themselves, teach the scorer while a run goes on (`Learning`). The
-            calibration needs labelled images with their embeddings. Every run starts anew from these.
+        learn: whether the answers of the judges, and the images themselves, teach the scorer while a run goes on (`Learning`).
+            The calibration needs labelled images with their embeddings. Every run starts anew from these.
         observers: see what passes through every run (`Observer`).
 
     Raises:

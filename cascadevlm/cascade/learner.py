@@ -1,6 +1,5 @@
 """The learning of a run, between the engine, which has scores and verdicts, and `Learning`, which is mathematics."""
 
-import asyncio
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
@@ -12,7 +11,6 @@ from scipy.special import log_softmax
 from cascadevlm.base.errors import ConfigError
 from cascadevlm.base.types import Scores
 from cascadevlm.decision.calibration import Calibration
-from cascadevlm.decision.judge_model import Bools
 from cascadevlm.decision.learning import LEAST, Learned, Learning
 from cascadevlm.decision.teaching import Labelled
 
@@ -75,7 +73,9 @@ class Learner:
         self._scored[begin] = scores, adapted
         return adapted
 
-    async def take(self, decided: Scores | None, beliefs: Sequence[NDArray[np.float32]], judged: Sequence[bool], begin: int) -> None:
+    async def take(
+        self, decided: Scores | None, beliefs: Sequence[NDArray[np.float32]], judged: Sequence[bool], begin: int
+    ) -> None:
         """Add the n readable images of a batch, which was adapted before. Batches are added in order.
 
         Args:
@@ -107,8 +107,8 @@ class Learner:
         if crowded.any() and not self._warned:
             self._warned = True
             warnings.warn(
-                f"The images seem to come class by class: {self.calibration.labels[int(crowded.argmax())]!r} has more than a third "
-                "of the latest images and less than a tenth of those before. Learning needs images in random order.",
+                f"The images seem to come class by class: {self.calibration.labels[int(crowded.argmax())]!r} has more than a "
+                "third of the latest images and less than a tenth of those before. Learning needs images in random order.",
                 RuntimeWarning,
                 stacklevel=2,
             )

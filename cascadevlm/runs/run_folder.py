@@ -9,6 +9,8 @@
     failures.jsonl        images that could not be read, and images whose question got no answer
     ledger.jsonl          what was reserved for judges and what they billed
     progress.json         position of the decisions when the predictions were last flushed
+    learned.safetensors   of a run that learns, in place of progress.json: what it had learned at the beginning of its current
+                          period, and the position of the decisions there
     verdicts/             the judges' answers, if the configuration keeps no cache
     predictions.parquet   the predictions as a table, once all are there
     summary.json          of a run: the counts, once all predictions are there; of a record: the metrics, once evaluated
@@ -57,6 +59,7 @@ from cascadevlm.judges.base import Judge
 from cascadevlm.judges.budget import DurableLedger, line_of_ledger
 from cascadevlm.runs import manifest as manifests
 from cascadevlm.runs.inputs import Labelled, Named, names
+from cascadevlm.runs.learned_file import read_learned, write_learned
 from cascadevlm.runs.lines import Asked, LabelledLine, Line, checked, failure_of, line_of, with_checksum, write_table
 from cascadevlm.runs.manifest import Manifest
 from cascadevlm.runs.scores_file import ScoresFile
@@ -68,6 +71,7 @@ PREDICTIONS = "predictions.jsonl"
 TABLE = "predictions.parquet"
 SUMMARY = "summary.json"
 LEDGER = "ledger.jsonl"
+LEARNED = "learned.safetensors"
 SUM_ERROR = 1e-6
 """Dollars by which sums of floats may differ."""
 
@@ -149,6 +153,7 @@ class RunFolder(Observer):
         self.ledger = ledger
         self.tally = Tally(spent_dollars=ledger.spent_dollars)
         self.checkpoint = BEGINNING
+        self._learned_at = 0
         self._predictions = predictions
         self._failures = failures
         self._labelled = inputs if isinstance(inputs, Labelled) else None
@@ -299,12 +304,15 @@ class RunFolder(Observer):
 
     def _progress(self) -> Checkpoint:
         """The checkpoint that was noted. It is forgotten if it is damaged, or if predictions before it are missing."""
-        path = self.folder / "progress.json"
+        path = self.folder / LEARNED
+        if not path.exists():
+            path = self.folder / "progress.json"
         try:
-            noted = _CHECKPOINT.validate_json(checked(path.read_bytes()) or b"")
+            noted = read_learned(path) if path.name == LEARNED else _CHECKPOINT.validate_json(checked(path.read_bytes()) or b"")
         except (FileNotFoundError, ValidationError):
             return BEGINNING
         if noted.images <= self.tally.images:
+            self._learned_at = noted.images
             return noted
         path.unlink()  # other predictions may soon stand before it
         return BEGINNING
@@ -410,7 +418,11 @@ class RunFolder(Observer):
                 self._scores.sync()
             os.fsync(self._predictions.fileno())
             self.checkpoint = checkpoint
-            write_whole(self.folder / "progress.json", with_checksum(_CHECKPOINT.dump_json(checkpoint)).decode())
+            if checkpoint.learned is None:
+                write_whole(self.folder / "progress.json", with_checksum(_CHECKPOINT.dump_json(checkpoint)).decode())
+            elif checkpoint.images > self._learned_at:
+                write_learned(self.folder / LEARNED, checkpoint, checkpoint.learned)
+                self._learned_at = checkpoint.images
 
     def finish(self) -> None:
         """Write the table and, if the images have no labels, the summary; unless they are of all predictions already."""

@@ -107,7 +107,7 @@ def _guaranteed(
     if acceptance.threshold is None:
         raise DataError(acceptance.describe(), hint="Label more images, or allow more errors.")
     shown = settings_of(record, 0, ("candidates", "widen"))
-    of_run = {"policy": str(policy), "fusion": calibration.fusion, "follow_shares": False, "learn": False}
+    of_run: dict[str, JsonValue] = {"policy": str(policy), "fusion": calibration.fusion, "follow_shares": False, "learn": False}
     promised_with = of_run | shown
     return replace(calibration, accept=acceptance.threshold, promised_with=promised_with), acceptance
 

@@ -59,7 +59,8 @@ def fit_calibration(record: Record, recipe: Recipe) -> Calibration:
     record = record.take(np.flatnonzero(record.readable))
     if record.scores.fingerprint.endswith("|learning"):
         raise DataError(
-            "The scores of this record changed while the cascade learned.", hint="Evaluate with learn = false, and use that record."
+            "The scores of this record changed while the cascade learned.",
+            hint="Evaluate with learn = false, and use that record.",
         )
     if "|calibrated=" in record.scores.fingerprint:
         raise DataError(
