@@ -146,8 +146,8 @@ class Run:
         stopping: called before each batch. Once it returns true, no further batch is begun.
 
     Attributes:
-        checkpoint: the end of the last batch whose predictions were all yielded; if the run learns, the beginning of the period of
-            that batch.
+        checkpoint: the end of the last batch whose predictions were all yielded. If the run learns, it is the beginning of the
+            period of that batch.
         stopped: whether the run ended early because of ``stopping``.
     """
 

@@ -1,5 +1,6 @@
 """``learned.safetensors``: what a run had learned at the beginning of a period, and where its decisions stood there."""
 
+import json
 import zlib
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from cascadevlm.decision.means import Sums
 from cascadevlm.decision.scorer_calibration import Floats
 
 _CHECKPOINT = TypeAdapter(Checkpoint)
+_HEADER = "cascadevlm.learned"
 _SUMS = ("before", "sums")
 
 
@@ -26,16 +28,16 @@ def write_learned(path: Path, checkpoint: Checkpoint, learned: Learned) -> None:
     from safetensors.numpy import save
 
     arrays = {
-        f"{name}.{part}": np.ascontiguousarray(value)
+        f"{name}.{part}": np.array(value, order="C")
         for name, sums in zip(_SUMS, (learned.before, learned.sums), strict=True)
         for part, value in vars(sums).items()
     }
     header = {
-        "checkpoint": _CHECKPOINT.dump_json(checkpoint).decode(),
-        "batch_size": str(learned.batch_size),
+        "checkpoint": _CHECKPOINT.dump_python(checkpoint, mode="json"),
+        "batch_size": learned.batch_size,
         "crc32": _checksum(arrays),
     }
-    write_whole(path, save(arrays, header))
+    write_whole(path, save(arrays, {_HEADER: json.dumps(header)}))  # one key: the order of several changes
 
 
 def read_learned(path: Path) -> Checkpoint:
@@ -44,11 +46,11 @@ def read_learned(path: Path) -> Checkpoint:
 
     try:
         with safe_open(path, framework="np") as file:
-            header = file.metadata() or {}
+            header = json.loads((file.metadata() or {})[_HEADER])
             arrays: dict[str, Floats] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no mapping
         if header["crc32"] != _checksum(arrays):
             return BEGINNING
-        checkpoint = _CHECKPOINT.validate_json(header["checkpoint"])
+        checkpoint = _CHECKPOINT.validate_json(json.dumps(header["checkpoint"]))
         before, sums = (
             Sums(
                 counts=arrays[f"{name}.counts"],
@@ -59,15 +61,15 @@ def read_learned(path: Path) -> Checkpoint:
             for name in _SUMS
         )
         batch_size = int(header["batch_size"])
-    except (OSError, SafetensorError, ValidationError, ValueError, KeyError):
+    except (OSError, SafetensorError, ValidationError, ValueError, TypeError, KeyError):
         return BEGINNING
     learned = Learned(images=checkpoint.images, batch_size=batch_size, before=before, sums=sums)
     return replace(checkpoint, learned=learned)
 
 
-def _checksum(arrays: dict[str, Floats]) -> str:
+def _checksum(arrays: dict[str, Floats]) -> int:
     """CRC-32 of the arrays, in the order of their names."""
     found = 0
     for name in sorted(arrays):
         found = zlib.crc32(arrays[name].tobytes(), zlib.crc32(name.encode(), found))
-    return str(found)
+    return found
