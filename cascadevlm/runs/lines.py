@@ -174,6 +174,7 @@ class LabelledLine(Line):
         split: the part of the data that the image belongs to; "" if that is unknown.
         pixels: digest of the pixels; "" if the image could not be read.
         scores: checksum of the image's rows in ``scores.npy`` and ``columns.npy``.
+        embedding: checksum of the image's row in ``embeddings.npy``; None if the scorer gave no embedding.
         questions: for every verdict, what was asked; None if the image could not be read again for the question.
     """
 
@@ -182,6 +183,7 @@ class LabelledLine(Line):
     split: InstanceOf[str]
     pixels: str = ""
     scores: int
+    embedding: int | None = None
     questions: tuple[Asked | None, ...]
 
     @property

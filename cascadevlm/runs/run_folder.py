@@ -20,19 +20,21 @@
                           more than 1,000 labels: (N, 50), the highest ones in descending order
     columns.npy           only in a record of more than 1,000 labels: (N, 50) int32, the columns of these labels; -1 for images
                           that could not be read
+    embeddings.npy        only in a record whose scorer gives embeddings: (N, D) float16, rows of length 1; 0 for images that
+                          could not be read
 
 Predictions are only appended. When a run goes on, the following is cut off and worked out again, with the answers that are kept:
 
 - a last line that was not finished;
-- everything from a line on whose checksum is wrong, or whose scores have another checksum than the line says, as a machine that
-  lost its power may leave them;
+- everything from a line on whose checksum is wrong, or whose scores or embedding have another checksum than the line says, as
+  a machine that lost its power may leave them;
 - everything from the first failure on, if failures are to be tried again;
 - everything from the first image on that was skipped because the budget was spent, if the budget was raised;
 - everything from the first image on whose file has another digest now. Only files that changed after the run began are read for
   that.
 
-A row of ``scores.npy`` is written when its image is scored, and only if the image has no line yet. So the scores of a record are
-those that its predictions were made with.
+A row of ``scores.npy`` or ``embeddings.npy`` is written when its image is scored, and only if the image has no line yet. So the
+scores of a record are those that its predictions were made with.
 """
 
 import json
@@ -268,7 +270,7 @@ class RunFolder(Observer):
             labelled = LabelledLine.read(body)
         except (ValueError, RecursionError):
             return None
-        return labelled if labelled.scores == self._scores.checksum(self.tally.images) else None
+        return labelled if self._scores.holds(self.tally.images, labelled.scores, labelled.embedding) else None
 
     def _require_same(self, line: Line, name: str, truth: str | None) -> None:
         """Raises DataError, if the next image has another name or true label than the line."""
@@ -355,13 +357,13 @@ class RunFolder(Observer):
         """
         with writing_to(self.folder):
             self.manifest = self.manifest.with_fingerprint(scores.fingerprint, self.folder)
-            for number, image, log_probs in zip(numbers, images, scores.log_probs, strict=True):
+            embeddings = repeat(None) if scores.embeddings is None else scores.embeddings
+            for number, image, log_probs, embedding in zip(numbers, images, scores.log_probs, embeddings, strict=False):
                 if number < self.tally.images:
                     continue
                 self._known[number] = {"digest": image.file_digest} if image.file_digest else {}
                 if self._scores is not None:
-                    checksum = self._scores.write(number, log_probs)
-                    self._known[number] |= {"pixels": image.image_digest, "scores": checksum}
+                    self._known[number] |= {"pixels": image.image_digest, **self._scores.write(number, log_probs, embedding)}
 
     def judged(self, number: int, stage: int, question: Question, verdict: Verdict) -> None:
         """Note what was asked about a labelled image. If the judge was asked about further candidates, the last valid answer
@@ -381,12 +383,12 @@ class RunFolder(Observer):
         self.tally.spent_dollars = self.ledger.spent_dollars
 
     def _of_record(self, number: int, prediction: Prediction) -> dict[str, JsonValue]:
-        """What the line of a labelled image holds beside its digests and scores."""
+        """What the line of a labelled image holds beside its digests and checksums."""
         if self._labelled is None or self._scores is None:
             return {}
         asked = self._asked.pop(number, {})
         questions = [asked.get(verdict.stage) for verdict in prediction.verdicts]
-        unreadable = {} if prediction.candidates else {"scores": self._scores.write_unreadable(number)}
+        unreadable = {} if prediction.candidates else self._scores.write_unreadable(number)
         return {
             "truth": self._labelled.truths[number],
             "split": self._labelled.splits[number],
