@@ -53,7 +53,7 @@ def test_with_a_judge_that_answers_at_random_learning_costs_at_most_a_point() ->
     """Against the labelled images of the calibration as a support set, and nothing learned."""
     support, losses = replace(made_calibration(right=0.0), teaches=True), []
     for seed in range(20):
-        images = insects(400, seed, noise=35)
+        images = insects(300, seed, noise=35)
         fixed, learning = (
             cascade(Naturalist(right=0.0), policy="deferral <= 0.2", learn=learn, calibration=support).classify(images)
             for learn in (False, True)
@@ -80,9 +80,7 @@ def test_predictions_are_the_same_whatever_the_latencies(
 @pytest.mark.parametrize("policy", ["gain > 0.1", "deferral <= 0.2", "accuracy >= 0.97"])
 @pytest.mark.parametrize("follow_shares", [False, True])
 def test_a_run_that_is_stopped_goes_on_with_what_it_learned(tmp_path: Path, policy: str, follow_shares: bool) -> None:
-    images: list[Named] = [
-        (str(number), b"no image" if number % 50 == 3 else image) for number, image in enumerate(insects(600))
-    ]
+    images: list[Named] = [(str(number), b"no image" if number % 50 == 3 else image) for number, image in enumerate(insects(600))]
 
     def run(name: str, judge: FakeJudge, batches: int = 1000) -> None:
         stop = (number >= batches for number in range(1000))
@@ -167,7 +165,7 @@ async def test_what_is_learned_does_not_contain_the_shift_to_other_shares() -> N
         beliefs = Scores.from_logits(decided.log_probs + said, LABELS, "judged").probabilities
         await learning.take(decided, list(beliefs), [True] * 16, 0)
         sums.append(learning.learning.again().held_out)
-    np.testing.assert_allclose(*sums, atol=1e-5)
+    np.testing.assert_allclose(sums[0], sums[1], atol=1e-5)
 
 
 async def test_a_batch_without_a_readable_image_is_passed_over() -> None:
