@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, compress
 
 import numpy as np
@@ -77,6 +77,7 @@ def estimate(
 
     Three assumptions: A later stage gets all images that the stage before was asked about or, with routing, all images. All of a
     limit on calls or dollars is still left, and is spent at the mean price. The cache is empty, and no question is asked twice.
+    If the cascade learns, the estimate is for its first images: with `gain > g`, questions become fewer while a run goes on.
 
     Args:
         cascade: the cascade.
@@ -95,6 +96,8 @@ def estimate(
         raise InputError("There are no images.")
     chosen = np.sort(np.random.default_rng(seed).permutation(len(images))[:sample])
     readable, scores = _scored(cascade, [images[index] for index in chosen])
+    if cascade.learns_from is not None:
+        scores = replace(cascade.learns_from, teaches=True).calibrated(scores)
     scored = _Sample(size=len(chosen), total=len(images) if total is None else total, readable=readable, scores=scores)
     reached, kept = np.ones(len(readable), dtype=bool), 1.0
     estimates = []

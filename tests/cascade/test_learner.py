@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from cascadevlm import Cascade, Observer, Prediction, Scores, TopK
+from cascadevlm import Cascade, Observer, Prediction, Recipe, Scores, TopK, calibrate
 from cascadevlm.base.errors import ConfigError, DataError, InputError
 from cascadevlm.base.images import ImageSource
 from cascadevlm.cascade import learner
@@ -20,7 +20,10 @@ from cascadevlm.cascade.learner import Learner
 from cascadevlm.decision import shares
 from cascadevlm.decision.conformal import Conformal
 from cascadevlm.decision.learning import PERIOD
+from cascadevlm.evaluation.data import Data
+from cascadevlm.evaluation.record import read_record
 from cascadevlm.runs import bulk
+from cascadevlm.runs.estimate import estimate
 from cascadevlm.runs.inputs import Named
 from cascadevlm.runs.run_folder import LEARNED
 from cascadevlm.scorers.base import Prepared
@@ -113,6 +116,21 @@ def test_what_was_learned_is_learned_again_if_the_file_is_damaged(tmp_path: Path
     assert len(judge.questions) < len(images)
 
 
+def test_a_record_made_while_learning_is_refused_by_calibrate(tmp_path: Path) -> None:
+    images = insects(300)
+    truths = [NAMES[truth_of(image)] for image in images]
+    data = Data(images=images, names=[str(number) for number in range(300)], truths=truths, splits=[""] * 300)
+    seen = Told()
+    predictions = cascade(observers=[seen]).classify(images)
+    bulk.run(cascade(), data, tmp_path, config={})
+    record = read_record(tmp_path)
+    assert record.scores.fingerprint.endswith("|learning")
+    np.testing.assert_array_equal(record.scores.log_probs, np.concatenate(seen.log_probs))
+    assert [record.labels.names[column] for column in record.predicted] == [each.label for each in predictions]
+    with pytest.raises(DataError, match="The scores of this record changed while the cascade learned"):
+        calibrate(record, Recipe(size=100))
+
+
 def test_a_run_that_learns_does_not_go_on_as_one_that_does_not(tmp_path: Path) -> None:
     images: list[Named] = [(str(number), image) for number, image in enumerate(insects(60))]
     bulk.run(cascade(), images[:40], tmp_path, config={})
@@ -152,6 +170,13 @@ def test_observers_see_what_was_learned_and_drift_does_not(monkeypatch: pytest.M
     kept = ~asked(predictions)
     best = np.concatenate(seen.log_probs).argmax(axis=1)
     assert [NAMES[column] for column in best[kept]] == [each.label for each, keep in zip(predictions, kept, strict=True) if keep]
+
+
+def test_an_estimate_is_for_the_first_images_of_a_run() -> None:
+    images = insects(400)
+    (first,) = estimate(cascade(), images)
+    predictions = cascade().classify(images)
+    assert first.deferral_rate == pytest.approx(asked(predictions)[: 2 * PERIOD].mean(), abs=0.05)
 
 
 async def test_what_is_learned_does_not_contain_the_shift_to_other_shares() -> None:
