@@ -7,8 +7,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Self, TypeVar
+from typing import TYPE_CHECKING, BinaryIO, Self, TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import BaseModel, InstanceOf, JsonValue, ValidationError
 from pydantic_core import PydanticSerializationError, to_json
 
@@ -212,13 +214,16 @@ def checked(line: bytes) -> bytes | None:
     return body if checksum == b"%d}\n" % zlib.crc32(body) else None
 
 
-def read_lines(file: Path, kind: type[AnyLine], end: int | None = None) -> Iterator[tuple[int, AnyLine]]:
+def read_lines(
+    file: Path, kind: type[AnyLine], end: int | None = None, order: NDArray[np.int64] | None = None
+) -> Iterator[tuple[int, AnyLine]]:
     """The predictions in a file, one JSON object per line, with the numbers of their lines, from 1.
 
     Args:
         file: ``predictions.jsonl``, or what ``cascadevlm classify --json`` printed, which has no checksums.
         kind: what the lines are read as.
         end: number of bytes to read. Default: all.
+        order: `(N,)` numbers of the N lines, from 0, in the order in which they are wanted. Default: their own order.
 
     Raises:
         DataError: if a line is damaged or is no prediction.
@@ -226,7 +231,7 @@ def read_lines(file: Path, kind: type[AnyLine], end: int | None = None) -> Itera
     line, number, position = b"", 0, 0
     try:
         with file.open("rb") as opened:
-            for number, line in enumerate(opened, start=1):
+            for number, line in enumerate(opened, start=1) if order is None else _in_order(opened, order):
                 position += len(line)
                 if end is not None and position > end:
                     return
@@ -247,6 +252,14 @@ def read_lines(file: Path, kind: type[AnyLine], end: int | None = None) -> Itera
         raise DataError(f"{str(file)!r} cannot be read: {exc}.") from exc
 
 
+def _in_order(lines: BinaryIO, order: NDArray[np.int64]) -> Iterator[tuple[int, bytes]]:
+    """The lines with their numbers, from 1, in another order."""
+    begins = np.cumsum([0, *map(len, lines)], dtype=np.int64)
+    for number in order.tolist():
+        lines.seek(begins[number])
+        yield number + 1, lines.readline()
+
+
 def failure_of(prediction: Prediction | Line) -> str:
     """Why the image could not be read or got no answer from a judge; "" if neither happened."""
     if not prediction.candidates:
@@ -254,14 +267,14 @@ def failure_of(prediction: Prediction | Line) -> str:
     return next((verdict.error for verdict in prediction.verdicts if verdict.outcome in ("failed", "refused", "unparsed")), "")
 
 
-def write_table(lines: Path, table: Path) -> None:
-    """Write the predictions as a Parquet table, as a whole or not at all."""
+def write_table(lines: Path, table: Path, order: NDArray[np.int64] | None = None) -> None:
+    """Write the predictions as a Parquet table, as a whole or not at all; ``order`` as for `read_lines`."""
     import pyarrow
     import pyarrow.parquet
 
     schema, unfinished = table_schema(), table.with_name(f"{table.name}.part")
     with pyarrow.parquet.ParquetWriter(unfinished, schema) as writer:
-        rows = (_row(line) for _, line in read_lines(lines, Line))
+        rows = (_row(line) for _, line in read_lines(lines, Line, order=order))
         while some := list(islice(rows, ROWS_AT_ONCE)):
             writer.write_table(pyarrow.Table.from_pylist(some, schema=schema))
     unfinished.replace(table)

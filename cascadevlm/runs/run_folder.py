@@ -4,7 +4,8 @@
 
     manifest.json         what the run is: the frozen configuration, the labels, digests of files that the configuration names,
                           the scorer's fingerprint, the judges' identities, versions, and when the run began
-    predictions.jsonl     one line per image in input order: `Prediction.to_dict`, the digest of the image's file, and a checksum.
+    predictions.jsonl     one line per image in the order of decisions, which is the input's order unless the inputs are shuffled:
+                          `Prediction.to_dict`, the digest of the image's file, and a checksum.
                           In a record also the true label, the split, the digest of the pixels and what each judge was asked
     failures.jsonl        images that could not be read, and images whose question got no answer
     ledger.jsonl          what was reserved for judges and what they billed
@@ -12,7 +13,7 @@
     learned.safetensors   of a run that learns, in place of progress.json: what it had learned at the beginning of its current
                           period, and the position of the decisions there
     verdicts/             the judges' answers, if the configuration keeps no cache
-    predictions.parquet   the predictions as a table, once all are there
+    predictions.parquet   the predictions as a table in the input's order, once all are there
     summary.json          of a run: the counts, once all predictions are there; of a record: the metrics, once evaluated
     lock                  held by the process that writes
 
@@ -50,6 +51,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 import filelock
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import JsonValue, TypeAdapter, ValidationError
 
 from cascadevlm.base.errors import DataError, ImageError
@@ -426,13 +429,17 @@ class RunFolder(Observer):
                 write_learned(self.folder / LEARNED, checkpoint, checkpoint.learned)
                 self._learned_at = checkpoint.images
 
-    def finish(self) -> None:
-        """Write the table and, if the images have no labels, the summary; unless they are of all predictions already."""
+    def finish(self, order: NDArray[np.int64] | None = None) -> None:
+        """Write the table and, if the images have no labels, the summary; unless they are of all predictions already.
+
+        Args:
+            order: `(N,)` places in the table of the N predictions. Default: the order of the predictions.
+        """
         self.flush(self.checkpoint)
         if self._finished:
             return
         with writing_to(self.folder):
-            write_table(self.folder / PREDICTIONS, self.folder / TABLE)
+            write_table(self.folder / PREDICTIONS, self.folder / TABLE, None if order is None else np.argsort(order))
             if not self.manifest.labelled:
                 write_whole(self.folder / SUMMARY, json.dumps(self.tally.to_dict(), indent=2) + "\n")
         self._finished = True

@@ -1,11 +1,13 @@
 """A cascade that learns while it runs."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 from numpy.typing import NDArray
 
@@ -24,7 +26,7 @@ from cascadevlm.evaluation.data import Data
 from cascadevlm.evaluation.record import read_record
 from cascadevlm.runs import bulk
 from cascadevlm.runs.estimate import estimate
-from cascadevlm.runs.inputs import Named
+from cascadevlm.runs.inputs import Inputs, Named
 from cascadevlm.runs.run_folder import LEARNED
 from cascadevlm.scorers.base import Prepared
 from cascadevlm.testing import FakeJudge, FakeScorer
@@ -118,8 +120,8 @@ def test_what_was_learned_is_learned_again_if_the_file_is_damaged(tmp_path: Path
 
 def test_a_record_made_while_learning_is_refused_by_calibrate(tmp_path: Path) -> None:
     images = insects(300)
-    truths = [NAMES[truth_of(image)] for image in images]
-    data = Data(images=images, names=[str(number) for number in range(300)], truths=truths, splits=[""] * 300)
+    truths = tuple(NAMES[truth_of(image)] for image in images)
+    data = Data(images=images, names=tuple(map(str, range(300))), truths=truths, splits=("",) * 300)
     seen = Told()
     predictions = cascade(observers=[seen]).classify(images)
     bulk.run(cascade(), data, tmp_path, config={})
@@ -144,6 +146,22 @@ def test_a_run_goes_on_with_batches_of_the_size_it_began_with(tmp_path: Path) ->
     bulk.run(cascade(), images, tmp_path, config={}, stopping=partial(next, stop))
     with pytest.raises(InputError, match="in batches of 16 images so far, not of 8"):
         bulk.run(cascade(batch_size=8), images, tmp_path, config={})
+
+
+def test_a_sorted_folder_is_decided_in_random_order_and_its_table_is_in_its_own(tmp_path: Path) -> None:
+    for number, image in enumerate(insects(300)):
+        path = tmp_path / "images" / NAMES[truth_of(image)] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image.save(path)
+    inputs = Inputs(tmp_path / "images", shuffled=True)
+    for batches in (7, 1000):
+        stop = (number >= batches for number in range(1000))
+        bulk.run(cascade(), inputs, tmp_path / "run", config={}, stopping=partial(next, stop))
+    lines = [json.loads(line) for line in (tmp_path / "run" / "predictions.jsonl").read_text().splitlines()]
+    table = pyarrow.parquet.read_table(tmp_path / "run" / "predictions.parquet").to_pylist()
+    assert [row["path"] for row in table] == [name for name, _ in Inputs(tmp_path / "images")]
+    assert [line["path"] for line in lines] == [name for name, _ in inputs]
+    assert {row["path"]: row["label"] for row in table} == {line["path"]: line["label"] for line in lines}
 
 
 class Told(Observer):
