@@ -127,6 +127,11 @@ def calibration_rows(result: "Calibrated") -> dict[str, str]:
         }
     else:
         rows = {"judge agrees with the scorer's best label": _share(result.agreement)}
+    if result.calibrated and result.supported:
+        rows["calibrated alone, cross-validated"] = _right_and_likely(result.calibrated)
+        used = "" if result.calibration.teaches else " (not used: not surely better)"
+        name = f"with the labelled images as a support set, cross-validated{used}"
+        rows[name] = _right_and_likely(result.supported)
     if result.areas:
         rows["area, entropy and judge's answer → gain and fusion"] = f"{result.areas[0]:.3f} → {result.areas[1]:.3f}"
     if (fused := result.calibration.judges[-1].log_likelihood) is not None:
@@ -147,6 +152,10 @@ def calibration_rows(result: "Calibrated") -> dict[str, str]:
     if result.acceptance:
         rows["guarantee"] = result.acceptance.describe()
     return rows
+
+
+def _right_and_likely(quality: dict[str, float]) -> str:
+    return f"{quality['accuracy']:.1%} right, log-likelihood {quality['log_likelihood']:.3f}"
 
 
 def _number(value: float | None) -> str:

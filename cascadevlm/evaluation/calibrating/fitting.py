@@ -1,7 +1,7 @@
 """Fits a calibration to a record."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -10,11 +10,12 @@ from cascadevlm.decision.calibration import SETTINGS, CalibratedJudge, Calibrati
 from cascadevlm.decision.conformal import Conformal, best_size
 from cascadevlm.decision.judge_fit import fit_judge
 from cascadevlm.decision.judge_model import JudgeModel
-from cascadevlm.decision.scorer_calibration import CrossFit, Floats, ScorerCalibration, cross_fit_scorer
+from cascadevlm.decision.scorer_calibration import Floats, ScorerCalibration, cross_fit_scorer
 from cascadevlm.decision.shares import Shares
 from cascadevlm.decision.teaching import Labelled
 from cascadevlm.decision.without_labels import fit_without_labels
 from cascadevlm.evaluation.calibrating.recipe import Recipe
+from cascadevlm.evaluation.calibrating.support_set import SupportSet
 from cascadevlm.evaluation.deciding import answers_of, heard, images_of, settings_of
 from cascadevlm.evaluation.record import Record
 
@@ -34,14 +35,18 @@ class Fitted:
         judges: one per stage.
         conformal: lengths of lists for a coverage; None without labels.
         reference: probability of the best label, by calibrations fitted on the other folds; None without labels.
-        support: the labelled images; None without labels or embeddings.
+        shares: mean calibrated probabilities.
+        support: the labelled images; None without labels or embeddings, or if there are too few.
+        teaches: whether calibrated scores use what the labelled images teach.
     """
 
     scorer: ScorerCalibration
     judges: Sequence[CalibratedJudge]
+    shares: Shares
     conformal: Conformal | None = None
     reference: Reference | None = None
     support: Labelled | None = None
+    teaches: bool = False
 
 
 def fit_calibration(record: Record, recipe: Recipe) -> Calibration:
@@ -78,7 +83,8 @@ def fit_calibration(record: Record, recipe: Recipe) -> Calibration:
         conformal=fitted.conformal,
         reference=fitted.reference,
         support=fitted.support,
-        shares=Shares.of(np.exp(fitted.scorer(record.scores.log_probs))),
+        teaches=fitted.teaches,
+        shares=fitted.shares,
         descriptions=record.labels.descriptions_digest,
         fusion=recipe.fusion,
     )
@@ -88,7 +94,10 @@ def _with_labels(record: Record, recipe: Recipe) -> Fitted:
     """Fit each judge to what is believed after the earlier judges; every belief is by models fitted on the other folds."""
     truths = np.eye(len(record.labels))[record.truths]
     scorer = cross_fit_scorer(record.scores.log_probs, truths, prior=recipe.prior(record.labels))
-    support, belief = _support(record, scorer), scorer.held_out.copy()
+    support = SupportSet.of(record, scorer, recipe.prior(record.labels))
+    teaches = support is not None and support.surely_better_than(scorer)
+    belief = (support.held_out if support is not None and teaches else scorer.held_out).copy()
+    shares = Shares.of(np.exp(belief if teaches else scorer.calibration(record.scores.log_probs)))
     conformal = Conformal.fit(np.exp(belief), record.truths, coverage=recipe.coverage, class_conditional=recipe.class_conditional)
     reference = Reference.of(np.exp(belief.max(axis=1)))
     judges = []
@@ -98,15 +107,15 @@ def _with_labels(record: Record, recipe: Recipe) -> Fitted:
         model, belief[known] = fit_judge(before, truth, answers_of(judged).rows(known))
         likelihood = float((truth * belief[known]).sum(axis=1).mean())
         judges.append(_judge(record, stage, model, before, recipe, likelihood))
-    return Fitted(scorer=scorer.calibration, judges=judges, conformal=conformal, reference=reference, support=support)
-
-
-def _support(record: Record, scorer: CrossFit) -> Labelled | None:
-    """The labelled images with their embeddings, rounded to what a file keeps; None without embeddings."""
-    if record.scores.embeddings is None:
-        return None
-    kept = replace(scorer, held_out=scorer.held_out.astype(np.float32).astype(np.float64))
-    return Labelled(embeddings=record.scores.embeddings, truths=record.truths, fit=kept)
+    return Fitted(
+        scorer=scorer.calibration,
+        judges=judges,
+        shares=shares,
+        conformal=conformal,
+        reference=reference,
+        support=None if support is None else support.labelled,
+        teaches=teaches,
+    )
 
 
 def _without_labels(record: Record, recipe: Recipe) -> Fitted:
@@ -119,7 +128,8 @@ def _without_labels(record: Record, recipe: Recipe) -> Fitted:
     known = heard(record.judged)
     log_probs = record.scores.log_probs[known]
     scorer, model = fit_without_labels(log_probs, answers_of(record.judged).rows(known))
-    return Fitted(scorer=scorer, judges=[_judge(record, 0, model, scorer(log_probs), recipe)])
+    judges = [_judge(record, 0, model, scorer(log_probs), recipe)]
+    return Fitted(scorer=scorer, judges=judges, shares=Shares.of(np.exp(scorer(record.scores.log_probs))))
 
 
 def _judge(
