@@ -159,11 +159,13 @@ def test_embeddings_that_say_nothing_change_nothing() -> None:
 
 
 def test_lists_keep_their_coverage_if_the_labelled_images_teach() -> None:
-    """The thresholds are those of held-out beliefs. In-sample beliefs know the labels of the images by heart."""
+    """The thresholds are those of held-out beliefs. With in-sample beliefs, which know labels by heart, the coverage is 87 %."""
     covered = []
     for seed in range(200):
-        some = embedded(made_up(seed, 160, 4, 3), seed=seed, noise=0.4)
-        own, rest = some.take(np.arange(60)), some.take(np.arange(60, 160))
+        some = embedded(made_up(seed, 180, 8, 3), seed=seed, noise=0.6)
+        unsure = np.log(0.15 * some.scores.probabilities + 0.85 / 8)  # so that most is learned from the embeddings
+        some = replace(some, scores=replace(some.scores, log_probs=unsure))
+        own, rest = some.take(np.arange(80)), some.take(np.arange(80, 180))
         support = SupportSet.of(own, identity(own), None)
         assert support is not None
         lists = Conformal.fit(np.exp(support.held_out), own.truths, coverage=0.9)
@@ -171,7 +173,7 @@ def test_lists_keep_their_coverage_if_the_labelled_images_teach() -> None:
         assert rest.scores.embeddings is not None
         probabilities = np.exp(taught(rest.scores.log_probs, rest.scores.embeddings))
         covered.append(float(lists.sets(probabilities)[np.arange(100), rest.truths].mean()))
-    assert 0.89 < np.mean(covered) < 0.96
+    assert 0.89 < np.mean(covered) < 0.93
 
 
 def identity(record: Record) -> CrossFit:
