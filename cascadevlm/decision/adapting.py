@@ -85,7 +85,7 @@ def fit_adapter(scores: Scores, truths: Sequence[str] | None = None, *, method: 
         DataError: if the truths do not fit the images, there are fewer than 10 images, the labels of 1 to 9 images are known, or
             there are too many labels times dimensions.
     """
-    x, log_probs = _embeddings(scores), floored(scores.log_probs)
+    x, log_probs = embeddings_of(scores), floored(scores.log_probs)
     columns = columns_of([""] * len(x) if truths is None else truths, scores.labels)
     if len(columns) != len(x):
         raise DataError(f"There are {len(columns)} truths for {len(x)} images.")
@@ -266,8 +266,8 @@ def _fit_cache(scores: Scores, made: Made, x: NDArray[np.float32], log_probs: Fl
     )
 
 
-def _embeddings(scores: Scores) -> NDArray[np.float32]:
-    """`(N, D)`.
+def embeddings_of(scores: Scores) -> NDArray[np.float32]:
+    """`(N, D)` embeddings that an adapter can be made from.
 
     Raises:
         InputError: if there are none, or the scores were made with an adapter.

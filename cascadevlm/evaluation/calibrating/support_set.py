@@ -50,9 +50,9 @@ class SupportSet:
             return None
         rows = np.sort(np.random.default_rng(0).permutation(different)[:MOST_SUPPORT])
         fit = scorer
-        if len(rows) < len(record):
+        if len(rows) < len(record) or scorer.calibration.mixing is not None:  # with a matrix, no adapter could be made later
             known = np.eye(len(record.labels))[truths[rows]]
-            fit = cross_fit_scorer(scores.log_probs[rows], known, prior=prior)
+            fit = cross_fit_scorer(scores.log_probs[rows], known, prior=prior, matrix=False)
         fit = replace(fit, held_out=fit.held_out.astype(np.float32).astype(np.float64))  # as a file keeps them
         labelled = Labelled(embeddings=scores.embeddings[rows], truths=truths[rows], fit=fit)
         taught, folds = labelled.taught(labelled.nothing()), np.full(len(record), -1)
