@@ -62,7 +62,7 @@ def test_a_run_goes_on_with_the_same_adapter_only(birds: Path) -> None:
     shutil.copy(IMAGES / "blue-crowned white-breasted barred duck.jpg", birds / "images" / "zzz.jpg")
     done = run(*command, "batch_size=32", check=False)
     assert done.returncode == 2
-    assert "was begun with the scorer" in done.stderr.replace("\n", " ")
+    assert "belongs to a run with the scorer" in done.stderr.replace("\n", " ")
 
 
 def test_a_record_teaches_as_its_images_do(birds: Path) -> None:

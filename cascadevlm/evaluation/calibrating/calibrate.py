@@ -50,6 +50,11 @@ class Calibrated:
     outcome: Outcome | None = None
     acceptance: Acceptance | None = None
 
+    @property
+    def foretold(self) -> tuple[float, float] | None:
+        """The foretold gain of the last judge: see `CalibratedJudge`; None without labels."""
+        return self.calibration.judges[-1].gain
+
 
 def calibrate(record: Record, recipe: Recipe) -> Calibrated:
     """Calibrate on some images of a record, and measure the result on the other images.
@@ -171,6 +176,7 @@ def _figures(result: Calibrated) -> dict[str, JsonValue]:
         "cross_validated_calibrated": dict(result.calibrated) if result.calibrated else None,
         "cross_validated_support": dict(result.supported) if result.supported else None,
         "teaches": result.calibration.teaches,
+        "foretold_gain": list(result.foretold) if result.foretold else None,
         "agreement": result.agreement,
         "area_entropy_judge": result.areas and result.areas[0],
         "area_gain_fused": result.areas and result.areas[1],

@@ -1,13 +1,14 @@
 """Fits a calibration to a record."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from cascadevlm.base.errors import DataError
 from cascadevlm.decision.calibration import SETTINGS, CalibratedJudge, Calibration, Reference
 from cascadevlm.decision.conformal import Conformal, best_size
+from cascadevlm.decision.few_labels import held_out_gain
 from cascadevlm.decision.judge_fit import fit_judge
 from cascadevlm.decision.judge_model import JudgeModel
 from cascadevlm.decision.scorer_calibration import Floats, ScorerCalibration, cross_fit_scorer
@@ -104,9 +105,11 @@ def _with_labels(record: Record, recipe: Recipe) -> Fitted:
     for stage, judged in enumerate(record.stages):
         known = heard(judged)
         before, truth = belief[known], truths[known]
-        model, belief[known] = fit_judge(before, truth, answers_of(judged).rows(known))
-        likelihood = float((truth * belief[known]).sum(axis=1).mean())
-        judges.append(_judge(record, stage, model, before, recipe, likelihood))
+        model, after = fit_judge(before, truth, answers_of(judged).rows(known))
+        belief[known] = after
+        fitted = _judge(record, stage, model, before, recipe)
+        likelihood, gain = float((truth * after).sum(axis=1).mean()), held_out_gain(before, after, record.truths[known])
+        judges.append(replace(fitted, log_likelihood=likelihood, gain=gain))
     return Fitted(
         scorer=scorer.calibration,
         judges=judges,
@@ -132,15 +135,8 @@ def _without_labels(record: Record, recipe: Recipe) -> Fitted:
     return Fitted(scorer=scorer, judges=judges, shares=Shares.of(np.exp(scorer(record.scores.log_probs))))
 
 
-def _judge(
-    record: Record, stage: int, model: JudgeModel, before: Floats, recipe: Recipe, likelihood: float | None = None
-) -> CalibratedJudge:
-    """The judge of a stage.
-
-    Args:
-        before: ``(n, C)`` log-probabilities before its answers, of the n images that it answered.
-        likelihood: mean log-likelihood of the truth after its answers, in nats; None without labels.
-    """
+def _judge(record: Record, stage: int, model: JudgeModel, before: Floats, recipe: Recipe) -> CalibratedJudge:
+    """The judge of a stage; ``before`` are ``(n, C)`` log-probabilities before its answers, of the n images that it answered."""
     judged = record.stages[stage]
     agreed, likely = model.agreement(before, answers_of(judged).rows(heard(judged)))
     sizes = [size for size in SIZES if size <= len(record.labels)] or [1]
@@ -148,7 +144,6 @@ def _judge(
         judge=judged.judge,
         settings=settings_of(record, stage, SETTINGS),
         model=model,
-        log_likelihood=likelihood,
         best_size=best_size(before, model, sizes, none_offered=judged.none_offered, word_final=recipe.fusion == "judge"),
         reference=Reference.of(agreed - likely),
     )
