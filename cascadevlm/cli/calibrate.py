@@ -27,7 +27,11 @@ class RecipeOptions:
     seed: Annotated[int, typer.Option(help="Seed of the random draw of these images.")] = 0
     without_labels: Annotated[
         bool,
-        typer.Option("--without-labels", help="Do not use the labels. The judge is treated as an annotator who makes errors."),
+        typer.Option(
+            "--without-labels",
+            help="Do not use the labels. The judge is treated as an annotator who makes errors. If the judge is weak, the result "
+            "is too optimistic: label 20 images instead if you can.",
+        ),
     ] = False
     fusion: Annotated[
         Literal["bayes", "judge"],
@@ -106,6 +110,12 @@ class RecipeOptions:
         )
 
 
+WITHOUT_LABELS = (
+    "Without labels, nothing here was measured against the truth. The judge is believed to be good: if the judge is weak, "
+    "probabilities and gains are too high. Label 20 images or more at random, and calibrate on these: --size 20."
+)
+
+
 @options.grouped()
 def calibrate(
     run: Annotated[Path, typer.Argument(help="Folder of a record from: cascadevlm evaluate --judge-all -o FOLDER.")],
@@ -135,3 +145,5 @@ def calibrate(
         return
     title = f"Calibration, measured on images that it was not fitted on ({output})"
     print_summary(Console(highlight=False), title, calibration_rows(result))
+    if not result.calibration.labelled:
+        typer.echo(WITHOUT_LABELS)

@@ -63,6 +63,8 @@ class CalibratedJudge:
         settings: the settings of the stage that change the judge's answers (`SETTINGS`); empty for records made of arrays.
         model: how the judge chooses.
         log_likelihood: mean cross-validated log-likelihood of the truth after the judge's answers, in nats; None without labels.
+        gain: the foretold gain: how many more predictions per image are right after the judge's answers than before, by
+            cross-validation, and the standard error of this number; None without labels.
         best_size: the number of candidates with the highest expected accuracy, by the model.
         reference: for each answer, 1 if it is the most probable candidate and 0 if not, minus the model's probability of that.
             The mean is not exactly 0, because the priors shrink the model.
@@ -74,6 +76,7 @@ class CalibratedJudge:
     best_size: int
     reference: Reference
     log_likelihood: float | None = None
+    gain: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

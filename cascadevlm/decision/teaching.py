@@ -71,11 +71,11 @@ class Taught:
 
     def __call__(self, log_probs: NDArray[np.floating], embeddings: NDArray[np.floating]) -> Floats:
         """`(N, C)` log-probabilities, from all labels."""
-        return self._opinion(-1, log_probs, embeddings)
+        return self.opinion(-1, log_probs, embeddings)
 
     def opinions(self, log_probs: NDArray[np.floating], embeddings: NDArray[np.floating]) -> Floats:
         """`(P, N, C)` log-probabilities."""
-        return np.stack([self._opinion(number, log_probs, embeddings) for number in range(len(self.means))])
+        return np.stack([self.opinion(number, log_probs, embeddings) for number in range(len(self.means))])
 
     def linear(self) -> Linear:
         """The same as one rule on the scorer's log-probabilities.
@@ -95,7 +95,8 @@ class Taught:
             bias=self.own * calibration.bias + self.strength * evidence,
         )
 
-    def _opinion(self, number: int, log_probs: NDArray[np.floating], embeddings: NDArray[np.floating]) -> Floats:
+    def opinion(self, number: int, log_probs: NDArray[np.floating], embeddings: NDArray[np.floating]) -> Floats:
+        """`(N, C)` log-probabilities; without the labels of a fold by its number, or from all labels by -1."""
         scorer = self.calibrations[number](log_probs)
         found: Floats = log_softmax(self.own * scorer + self.strength * self.means[number].evidence(embeddings), axis=1)
         return found

@@ -169,7 +169,18 @@ class Line(BaseModel):
         return not self.candidates or any(verdict.outcome == "failed" for verdict in self.verdicts)
 
 
-class LabelledLine(Line):
+class JudgedLine(Line):
+    """A line with all that its judges said."""
+
+    verdict: WholeVerdict | None
+    earlier_verdicts: tuple[WholeVerdict, ...]
+
+    @property
+    def verdicts(self) -> Sequence[WholeVerdict]:
+        return (*self.earlier_verdicts, self.verdict) if self.verdict else self.earlier_verdicts
+
+
+class LabelledLine(JudgedLine):
     """The line of a labelled image.
 
     Attributes:
@@ -180,17 +191,11 @@ class LabelledLine(Line):
         questions: for every verdict, what was asked; None if the image could not be read again for the question.
     """
 
-    verdict: WholeVerdict | None
-    earlier_verdicts: tuple[WholeVerdict, ...]
     split: InstanceOf[str]
     pixels: str = ""
     scores: int
     embedding: int | None = None
     questions: tuple[Asked | None, ...]
-
-    @property
-    def verdicts(self) -> Sequence[WholeVerdict]:
-        return (*self.earlier_verdicts, self.verdict) if self.verdict else self.earlier_verdicts
 
 
 def line_of(prediction: Prediction, known: Mapping[str, JsonValue]) -> bytes:

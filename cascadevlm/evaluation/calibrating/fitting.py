@@ -8,13 +8,15 @@ import numpy as np
 from cascadevlm.base.errors import DataError
 from cascadevlm.decision.calibration import SETTINGS, CalibratedJudge, Calibration, Reference
 from cascadevlm.decision.conformal import Conformal, best_size
+from cascadevlm.decision.few_labels import held_out_gain
 from cascadevlm.decision.judge_fit import fit_judge
 from cascadevlm.decision.judge_model import JudgeModel
-from cascadevlm.decision.scorer_calibration import CrossFit, Floats, ScorerCalibration, cross_fit_scorer
+from cascadevlm.decision.scorer_calibration import Floats, ScorerCalibration, cross_fit_scorer
 from cascadevlm.decision.shares import Shares
 from cascadevlm.decision.teaching import Labelled
 from cascadevlm.decision.without_labels import fit_without_labels
 from cascadevlm.evaluation.calibrating.recipe import Recipe
+from cascadevlm.evaluation.calibrating.support_set import SupportSet
 from cascadevlm.evaluation.deciding import answers_of, heard, images_of, settings_of
 from cascadevlm.evaluation.record import Record
 
@@ -34,14 +36,18 @@ class Fitted:
         judges: one per stage.
         conformal: lengths of lists for a coverage; None without labels.
         reference: probability of the best label, by calibrations fitted on the other folds; None without labels.
-        support: the labelled images; None without labels or embeddings.
+        shares: mean calibrated probabilities.
+        support: the labelled images; None without labels or embeddings, or if there are too few.
+        teaches: whether calibrated scores use what the labelled images teach.
     """
 
     scorer: ScorerCalibration
     judges: Sequence[CalibratedJudge]
+    shares: Shares
     conformal: Conformal | None = None
     reference: Reference | None = None
     support: Labelled | None = None
+    teaches: bool = False
 
 
 def fit_calibration(record: Record, recipe: Recipe) -> Calibration:
@@ -83,7 +89,8 @@ def fit_calibration(record: Record, recipe: Recipe) -> Calibration:
         conformal=fitted.conformal,
         reference=fitted.reference,
         support=fitted.support,
-        shares=Shares.of(np.exp(fitted.scorer(record.scores.log_probs))),
+        teaches=fitted.teaches,
+        shares=fitted.shares,
         descriptions=record.labels.descriptions_digest,
         fusion=recipe.fusion,
     )
@@ -93,25 +100,30 @@ def _with_labels(record: Record, recipe: Recipe) -> Fitted:
     """Fit each judge to what is believed after the earlier judges; every belief is by models fitted on the other folds."""
     truths = np.eye(len(record.labels))[record.truths]
     scorer = cross_fit_scorer(record.scores.log_probs, truths, prior=recipe.prior(record.labels))
-    support, belief = _support(record, scorer), scorer.held_out.copy()
+    support = SupportSet.of(record, scorer, recipe.prior(record.labels))
+    teaches = support is not None and support.surely_better_than(scorer)
+    belief = (support.held_out if support is not None and teaches else scorer.held_out).copy()
+    shares = Shares.of(np.exp(belief if teaches else scorer.calibration(record.scores.log_probs)))
     conformal = Conformal.fit(np.exp(belief), record.truths, coverage=recipe.coverage, class_conditional=recipe.class_conditional)
     reference = Reference.of(np.exp(belief.max(axis=1)))
     judges = []
     for stage, judged in enumerate(record.stages):
         known = heard(judged)
         before, truth = belief[known], truths[known]
-        model, belief[known] = fit_judge(before, truth, answers_of(judged).rows(known))
-        likelihood = float((truth * belief[known]).sum(axis=1).mean())
-        judges.append(_judge(record, stage, model, before, recipe, likelihood))
-    return Fitted(scorer=scorer.calibration, judges=judges, conformal=conformal, reference=reference, support=support)
-
-
-def _support(record: Record, scorer: CrossFit) -> Labelled | None:
-    """The labelled images with their embeddings, rounded to what a file keeps; None without embeddings."""
-    if record.scores.embeddings is None:
-        return None
-    kept = replace(scorer, held_out=scorer.held_out.astype(np.float32).astype(np.float64))
-    return Labelled(embeddings=record.scores.embeddings, truths=record.truths, fit=kept)
+        model, after = fit_judge(before, truth, answers_of(judged).rows(known))
+        belief[known] = after
+        fitted = _judge(record, stage, model, before, recipe)
+        likelihood, gain = float((truth * after).sum(axis=1).mean()), held_out_gain(before, after, record.truths[known])
+        judges.append(replace(fitted, log_likelihood=likelihood, gain=gain))
+    return Fitted(
+        scorer=scorer.calibration,
+        judges=judges,
+        shares=shares,
+        conformal=conformal,
+        reference=reference,
+        support=None if support is None else support.labelled,
+        teaches=teaches,
+    )
 
 
 def _without_labels(record: Record, recipe: Recipe) -> Fitted:
@@ -124,18 +136,12 @@ def _without_labels(record: Record, recipe: Recipe) -> Fitted:
     known = heard(record.judged)
     log_probs = record.scores.log_probs[known]
     scorer, model = fit_without_labels(log_probs, answers_of(record.judged).rows(known))
-    return Fitted(scorer=scorer, judges=[_judge(record, 0, model, scorer(log_probs), recipe)])
+    judges = [_judge(record, 0, model, scorer(log_probs), recipe)]
+    return Fitted(scorer=scorer, judges=judges, shares=Shares.of(np.exp(scorer(record.scores.log_probs))))
 
 
-def _judge(
-    record: Record, stage: int, model: JudgeModel, before: Floats, recipe: Recipe, likelihood: float | None = None
-) -> CalibratedJudge:
-    """The judge of a stage.
-
-    Args:
-        before: ``(n, C)`` log-probabilities before its answers, of the n images that it answered.
-        likelihood: mean log-likelihood of the truth after its answers, in nats; None without labels.
-    """
+def _judge(record: Record, stage: int, model: JudgeModel, before: Floats, recipe: Recipe) -> CalibratedJudge:
+    """The judge of a stage; ``before`` are ``(n, C)`` log-probabilities before its answers, of the n images that it answered."""
     judged = record.stages[stage]
     agreed, likely = model.agreement(before, answers_of(judged).rows(heard(judged)))
     sizes = [size for size in SIZES if size <= len(record.labels)] or [1]
@@ -143,7 +149,6 @@ def _judge(
         judge=judged.judge,
         settings=settings_of(record, stage, SETTINGS),
         model=model,
-        log_likelihood=likelihood,
         best_size=best_size(before, model, sizes, none_offered=judged.none_offered, word_final=recipe.fusion == "judge"),
         reference=Reference.of(agreed - likely),
     )
