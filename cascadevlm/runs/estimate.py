@@ -77,7 +77,7 @@ def estimate(
 
     Three assumptions: A later stage gets all images that the stage before was asked about or, with routing, all images. All of a
     limit on calls or dollars is still left, and is spent at the mean price. The cache is empty, and no question is asked twice.
-    If the cascade learns, the estimate is for its first images: with `gain > g`, questions become fewer while a run goes on.
+    If the cascade learns, all images are taken for its first ones: with `gain > g`, questions become fewer while a run goes on.
 
     Args:
         cascade: the cascade.
