@@ -112,7 +112,7 @@ def _of_record(folder: Path, method: "Method") -> "Adapted":
     scores, truths = record.scores, [record.labels.names[truth] for truth in record.truths]
     assert record.info is not None
     config = _bare(Config.parse(record.info.config, name=str(folder)))
-    if scores.embeddings is None or any(part in scores.fingerprint for part in ("|adapter=", "|calibrated=")):
+    if scores.embeddings is None or any(part in scores.fingerprint for part in ("|adapter=", "|calibrated=", "|learning")):
         scores, readable = embed(config.build(record.labels, bulk=True), list(record.names))
         truths = [truth for truth, read in zip(truths, readable, strict=True) if read]
     return adapted(scores, truths, method=method)
@@ -157,7 +157,7 @@ def _bare(config: "Config") -> "Config":
 
 def alone(config: "Config") -> "Config":
     """The configuration with the scorer alone: without judges and calibration."""
-    return config.model_copy(update={"stage": (), "calibration": None, "follow_shares": False, "routing": False})
+    return type(config)(labels=config.labels, scorer=config.scorer, batch_size=config.batch_size, cache=config.cache)
 
 
 def _figures(result: "Adapted") -> dict[str, object]:
