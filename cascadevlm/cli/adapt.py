@@ -94,7 +94,7 @@ def _of_images(
         images, truths = [*labelled.images], [*labelled.truths]
     more = options.image_files(unlabelled)
     options.tell(cascade.labels, [*filter(None, [data]), *unlabelled])
-    scores, readable = _embedded(config, cascade, [*images, *more])
+    scores, readable = embed(cascade, [*images, *more])
     truths += [""] * len(more)
     return adapted(scores, [truth for truth, read in zip(truths, readable, strict=True) if read], method=method)
 
@@ -112,8 +112,8 @@ def _of_record(folder: Path, method: "Method") -> "Adapted":
     scores, truths = record.scores, [record.labels.names[truth] for truth in record.truths]
     assert record.info is not None
     config = _bare(Config.parse(record.info.config, name=str(folder)))
-    if scores.embeddings is None or any(part in scores.fingerprint for part in ("|adapter=", "|calibrated=")):
-        scores, readable = _embedded(config, config.build(record.labels, bulk=True), list(record.names))
+    if scores.embeddings is None or any(part in scores.fingerprint for part in ("|adapter=", "|calibrated=", "|learning")):
+        scores, readable = embed(config.build(record.labels, bulk=True), list(record.names))
         truths = [truth for truth, read in zip(truths, readable, strict=True) if read]
     return adapted(scores, truths, method=method)
 
@@ -124,19 +124,17 @@ def _of_run(folder: Path) -> "Adapted":
 
     said = read_said(folder)
     config = _bare(said.config)
-    scores, readable = _embedded(config, config.build(said.labels, bulk=True), said.images)
+    scores, readable = embed(config.build(said.labels, bulk=True), said.images)
     return adapt_to_run(scores, said.rows(readable))
 
 
-def _embedded(config: "Config", cascade: "Cascade", images: "Sequence[ImageSource]") -> "tuple[Scores, NDArray[np.bool_]]":
+def embed(cascade: "Cascade", images: "Sequence[ImageSource]") -> "tuple[Scores, NDArray[np.bool_]]":
     """The scores, with embeddings, of the images that can be read; and for each image whether it can. Shows the progress."""
     from rich.console import Console
     from rich.progress import Progress
 
-    from cascadevlm.config.config import require_embeddings
     from cascadevlm.evaluation.adapting import embedded
 
-    require_embeddings(config.scorer.build(), config.scorer.use)
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("images", total=len(images))
         scores, readable = embedded(cascade, images, lambda _: progress.advance(task))
@@ -146,10 +144,20 @@ def _embedded(config: "Config", cascade: "Cascade", images: "Sequence[ImageSourc
 
 
 def _bare(config: "Config") -> "Config":
-    """The configuration with the scorer alone: without adapter, judges and calibration."""
-    scorer = config.scorer.model_copy(update={"adapter": None})
-    alone = {"scorer": scorer, "stage": (), "calibration": None, "follow_shares": False, "learn": False, "routing": False}
-    return config.model_copy(update=alone)
+    """The configuration with the scorer alone, without its adapter.
+
+    Raises:
+        InputError: if the scorer gives no embeddings.
+    """
+    from cascadevlm.config.config import require_embeddings
+
+    require_embeddings(config.scorer.build(), config.scorer.use)
+    return alone(config.model_copy(update={"scorer": config.scorer.model_copy(update={"adapter": None})}))
+
+
+def alone(config: "Config") -> "Config":
+    """The configuration with the scorer alone: without judges and calibration."""
+    return type(config)(labels=config.labels, scorer=config.scorer, batch_size=config.batch_size, cache=config.cache)
 
 
 def _figures(result: "Adapted") -> dict[str, object]:

@@ -10,6 +10,8 @@ from cascadevlm.cli import options
 
 if TYPE_CHECKING:
     from cascadevlm.evaluation.calibrating.recipe import Recipe
+    from cascadevlm.evaluation.calibrating.unlabelled import Unlabelled
+    from cascadevlm.evaluation.record import Record
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,6 +125,13 @@ def calibrate(
         Path, typer.Option("--output", "-o", help='File for the calibration. A configuration uses it with: calibration = "FILE".')
     ],
     given: RecipeOptions,
+    unlabelled: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of a run of the same cascade, whose images have no labels. What its judge said is used beside the "
+            "labels, which helps if there are few labels."
+        ),
+    ] = None,
     as_json: options.AsJson = False,
 ) -> None:
     """Learn how far to trust the scorer and the judge, and write that to a file.
@@ -137,8 +146,8 @@ def calibrate(
     from cascadevlm.evaluation.calibrating.calibrate import calibrate as calibrated
     from cascadevlm.evaluation.record import read_record
 
-    recipe = given.parse()
-    result = calibrated(read_record(run), recipe)
+    recipe, record = given.parse(), read_record(run)
+    result = calibrated(record, recipe, _beside(record, unlabelled) if unlabelled else None)
     result.calibration.write(output)
     if as_json:
         typer.echo(json.dumps(result.calibration.figures | {"policy": result.calibration.policy}))
@@ -147,3 +156,14 @@ def calibrate(
     print_summary(Console(highlight=False), title, calibration_rows(result))
     if not result.calibration.labelled:
         typer.echo(WITHOUT_LABELS)
+
+
+def _beside(record: "Record", folder: Path) -> "Unlabelled":
+    """What the judge of a run said, to be used beside the labelled images of a record."""
+    from cascadevlm.cli.adapt import alone, embed
+    from cascadevlm.evaluation.adapting_to_runs import read_said
+    from cascadevlm.evaluation.calibrating.unlabelled import Unlabelled
+
+    said = read_said(folder)
+    scores, readable = embed(alone(said.config).build(said.labels, bulk=True), said.images)
+    return Unlabelled.of(record, scores, said.rows(readable))

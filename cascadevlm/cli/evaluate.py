@@ -12,28 +12,31 @@ from cascadevlm.cli import options
 if TYPE_CHECKING:
     from cascadevlm.evaluation.record import Record
 
+JudgeAll = Annotated[
+    bool,
+    typer.Option(
+        "--judge-all",
+        help="Ask the judge about every image, as sweep and calibrate need. The figures are those of the policy.",
+    ),
+]
+Output = Annotated[
+    Path | None,
+    typer.Option(
+        "--output",
+        "-o",
+        help="Folder for the record. The command continues a run that the folder contains.",
+        show_default="the record is not kept",
+    ),
+]
+
 
 @options.grouped()
 def evaluate(
     data: options.LabelledData,
     given: options.CascadeOptions,
     part: options.DataOptions,
-    judge_all: Annotated[
-        bool,
-        typer.Option(
-            "--judge-all",
-            help="Ask the judge about every image, as sweep and calibrate need. The figures are those of the policy.",
-        ),
-    ] = False,
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            "--output",
-            "-o",
-            help="Folder for the record. The command continues a run that the folder contains.",
-            show_default="the record is not kept",
-        ),
-    ] = None,
+    judge_all: JudgeAll = False,
+    output: Output = None,
     yes: options.Yes = False,
     as_json: options.AsJson = False,
 ) -> None:
@@ -50,13 +53,16 @@ def evaluate(
     from cascadevlm.cli.show import evaluation_rows, print_summary
     from cascadevlm.evaluation.evaluate import asking_everything, can_replay, evaluate_replayed, record_run
     from cascadevlm.evaluation.metrics import evaluate as evaluated
+    from cascadevlm.runs.run_folder import SUMMARY, images_left
 
     parsed = given.parse()
     cascade, labelled = part.build(parsed, data, given.labels)
     options.tell(cascade.labels, [data])
     asking = asking_everything(cascade) if judge_all else cascade
     if not yes:
-        confirm(parsed, asking, labelled.images)
+        total, dollars = len(labelled), cascade.ledger.cap_dollars
+        left = images_left(output, total, dollars=dollars, retry_failed=False) if output else total
+        confirm(parsed, asking, labelled.images, left)
     frozen = parsed.frozen(cascade)
     errors = Console(stderr=True)
     with tempfile.TemporaryDirectory() as scratch, Progress(console=errors, transient=True) as progress:
@@ -78,7 +84,7 @@ def evaluate(
         )
     evaluation = evaluate_replayed(record, cascade.stages[0].policy) if replays else evaluated(record)
     if output:
-        (output / "summary.json").write_text(json.dumps(evaluation.to_dict(), indent=2) + "\n", encoding="utf-8")
+        (output / SUMMARY).write_text(json.dumps(evaluation.to_dict(), indent=2) + "\n", encoding="utf-8")
     if as_json:
         typer.echo(json.dumps(evaluation.to_dict()))
     else:

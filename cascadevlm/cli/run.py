@@ -49,9 +49,12 @@ LOG_SECONDS = 10
 """Seconds between lines in a log, where no progress bar is shown."""
 
 
+Images = Annotated[Path, typer.Argument(help="Folder of images, or a list of images: text, CSV, JSON lines or Parquet.")]
+
+
 @options.grouped()
 def run(
-    inputs: Annotated[Path, typer.Argument(help="Folder of images, or a list of images: text, CSV, JSON lines or Parquet.")],
+    inputs: Images,
     output: Output,
     given: options.CascadeOptions,
     engine: Engine = "local",

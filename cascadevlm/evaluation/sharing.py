@@ -82,7 +82,8 @@ def record_runs(
             replays = known != own and scores_kept(cascade.labels) == len(cascade.labels)
             cap, ledger = cascade.ledger.cap_dollars, id(cascade.ledger)
             left = None if cap is None else max(cap - spent[ledger], 0.0)
-            running = cascade.altered(ledger=Ledger(left), store=cascade.store or DiskStore(Path(kept) / ANSWERS))
+            store = DiskStore(Path(kept) / ANSWERS) if cascade.store is None else cascade.store  # an empty store is falsy
+            running = cascade.altered(ledger=Ledger(left), store=store)
             if replays:
                 running = running.altered(scorer=load_scorer(f"recorded:{known}"))
             records[name] = record_run(running, data[name], own, config=configs[name], progress=progress)

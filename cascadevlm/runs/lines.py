@@ -251,7 +251,7 @@ def read_lines(
         raise DataError(f"{str(file)!r}, line {number}, is no prediction: {where}: {first['msg']}.") from exc
     except json.JSONDecodeError as exc:
         if not line.endswith(b"\n"):
-            raise DataError(f"{str(file)!r} breaks off in line {number}.", hint="Make it anew.") from exc
+            raise DataError(f"{str(file)!r} ends in the middle of line {number}.", hint="Make the file again.") from exc
         raise DataError(f"{str(file)!r}, line {number}, is no JSON: {exc.msg}.") from exc
     except (OSError, ValueError, RecursionError) as exc:
         raise DataError(f"{str(file)!r} cannot be read: {exc}.") from exc

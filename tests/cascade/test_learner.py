@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 from numpy.typing import NDArray
+from pydantic import JsonValue
 
 from cascadevlm import Cascade, Observer, Prediction, Recipe, Scores, TopK, calibrate
 from cascadevlm.base.errors import ConfigError, DataError, InputError
@@ -19,11 +20,13 @@ from cascadevlm.cascade.candidates import ConformalSet
 from cascadevlm.cascade.drift import Drift
 from cascadevlm.cascade.fusing import CalibratedScorer
 from cascadevlm.cascade.learner import Learner
+from cascadevlm.config.config import Config
 from cascadevlm.decision import shares
 from cascadevlm.decision.conformal import Conformal
 from cascadevlm.decision.learning import PERIOD
 from cascadevlm.evaluation.data import Data
 from cascadevlm.evaluation.record import read_record
+from cascadevlm.evaluation.sharing import sharing
 from cascadevlm.runs import bulk
 from cascadevlm.runs.estimate import estimate
 from cascadevlm.runs.inputs import Inputs, Named
@@ -263,3 +266,17 @@ def test_a_coverage_of_candidates_cannot_be_promised() -> None:
     with pytest.raises(ConfigError, match="no coverage of the candidates can be promised"):
         Cascade(Pixels(), [covering], **options)  # type: ignore[arg-type]
     Cascade(Pixels(), [replace(stage, candidates=TopK(k=3))], **options)  # type: ignore[arg-type]
+
+
+def test_a_cascade_that_learns_shares_its_scorer_with_none_that_does_not() -> None:
+    """The one gives its scores without a calibration, the other with it."""
+    cascades = {"learning": cascade(), "fixed": cascade(learn=False)}
+    settings: dict[str, JsonValue] = {
+        "scorer": {"use": "pixels"},
+        "calibration": "calibration.json",
+        "stage": [{"judge": "naturalist"}],
+    }
+    configs = {name: Config.parse(settings | {"learn": name == "learning"}) for name in cascades}
+    shared = sharing(cascades, configs)
+    assert isinstance(shared["fixed"].scorer, CalibratedScorer)
+    assert isinstance(shared["learning"].scorer, Pixels)

@@ -105,10 +105,10 @@ def test_a_run_that_goes_on_is_asked_about_what_is_left(call: list[str | Path], 
     run(*into, "budget.usd=100", "--yes")
     assert "Nothing is left" in run(*into, "budget.usd=100").stderr
     add(2, 3)
-    assert "About 2 questions" in run(*into, "budget.usd=100", check=False).stderr
+    assert "about 2 questions" in run(*into, "budget.usd=100", check=False).stderr
     assert json.loads(run(*into, "budget.usd=2.2", "--yes").stdout)["counts"] == {"answered": 2, "skipped": 2}
     assert run(*into, "budget.usd=2.2").returncode == 0
-    assert "About 2 questions" in run(*into, "budget.usd=50", check=False).stderr
+    assert "about 2 questions" in run(*into, "budget.usd=50", check=False).stderr
 
 
 def test_batch_costs_half(call: list[str | Path], server: JudgeServer) -> None:

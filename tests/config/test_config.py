@@ -86,7 +86,7 @@ def test_labels_are_wanted() -> None:
     [
         (data(policy="gain > 0.02"), "The policy 'gain > 0.02' needs a calibration. Make a calibration"),
         (data(widen=2), "widen = 2 needs the answer 'none of these'"),
-        ({**data(), "routing": True}, "there must be two judges"),
+        ({**data(), "routing": True}, "Routing needs two judges"),
         (
             {**data(), "routing": True, "stage": [{"judge": "hf_chat:aviary"}] * 2},
             "The policy 'always' cannot choose between judges",

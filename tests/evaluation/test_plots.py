@@ -221,7 +221,7 @@ def test_runs_stand_beside_each_other() -> None:
     axes = axes_of(plots.runs({"a $x^{ run": EDGES["judged"], "free": EDGES["no stage"]}))
     assert axes.get_xlabel().startswith("US dollars")
     free = {"one": EDGES["no stage"], "other": EDGES["all right"]}
-    assert axes_of(plots.runs(free)).get_xlabel().startswith("share of images")
+    assert axes_of(plots.runs(free)).get_xlabel().startswith("share of escalated images")
 
 
 def test_a_study_shows_its_variants_from_the_top_with_intervals() -> None:

@@ -329,7 +329,7 @@ def test_embeddings_are_kept_and_replayed(tmp_path: Path, data: Data) -> None:
         assert kept is not None
         np.testing.assert_array_equal(kept, embeddings_of(data, record.readable), strict=True)
         rows = np.array([3, 1])
-        np.testing.assert_array_equal(record.take(rows).scores.embeddings, kept[rows])  # type: ignore[arg-type]
+        np.testing.assert_array_equal(record.take(rows).scores.embeddings, kept[rows])
         assert len(np.load(tmp_path / name / "embeddings.npy")) == len(data)
 
 
@@ -358,14 +358,15 @@ def test_embeddings_of_some_images_only_are_none(tmp_path: Path, data: Data) -> 
 
 def test_embeddings_that_were_lost_are_made_again(tmp_path: Path, data: Data) -> None:
     recorded(tmp_path / "run", data, [], scorer=Tempered())
-    for damaged in (lambda file: file.write_bytes(file.read_bytes()[:-200]), lambda file: file.write_bytes(b"nothing")):
-        damaged(tmp_path / "run" / "embeddings.npy")
+    file = tmp_path / "run" / "embeddings.npy"
+    for left in (file.read_bytes()[:-200], b"nothing"):
+        file.write_bytes(left)
         with pytest.raises(DataError, match="holds no whole record"):
             read_record(tmp_path / "run")
         with pytest.warns(RuntimeWarning, match="damaged after"):
             recorded(tmp_path / "run", data, [], scorer=Tempered())
         record = read_record(tmp_path / "run")
-        np.testing.assert_array_equal(record.scores.embeddings, embeddings_of(data, record.readable))  # type: ignore[arg-type]
+        np.testing.assert_array_equal(record.scores.embeddings, embeddings_of(data, record.readable))
     rows = np.lib.format.open_memmap(tmp_path / "run" / "embeddings.npy", mode="r+")
     rows[6] = 0
     rows.flush()

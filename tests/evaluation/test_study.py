@@ -416,9 +416,9 @@ def test_a_study_that_the_budget_does_not_suffice_for_has_no_figures(data: Data)
 
 def test_a_study_that_was_stopped_by_its_budget_goes_on_with_a_higher_one(data: Data, tmp_path: Path) -> None:
     judge = Priced(dollars=0.01)
-    with pytest.raises(BudgetExhausted, match="not asked about 3 images with reversed"):
+    with pytest.raises(BudgetExhausted, match="not asked about 3 images in the variant reversed"):
         study_order(cascade_of(judge, ledger=Ledger(0.195)), data, config=CONFIG, folder=tmp_path)
-    with pytest.raises(BudgetExhausted, match="not asked about 4 images with shuffled"):
+    with pytest.raises(BudgetExhausted, match="not asked about 4 images in the variant shuffled"):
         study_order(cascade_of(judge, ledger=Ledger(0.275)), data, config=CONFIG, folder=tmp_path)
     study_order(cascade_of(judge, ledger=Ledger(1.0)), data, config=CONFIG, folder=tmp_path)
     spent = sum(spent_in(tmp_path / name) for name in ("ranked", "reversed", "shuffled"))

@@ -183,7 +183,7 @@ def test_records_of_other_images_are_not_compared() -> None:
     assert len(sweep({"a": first, "b": same}).curves) == 10
     renamed = replace(first, names=(*first.names[1:], first.names[0]))
     for other in (renamed, replace(first, truths=first.truths[::-1]), record(8, 50)):
-        with pytest.raises(DataError, match="'a' and 'b' are not of the same images"):
+        with pytest.raises(DataError, match="'a' and 'b' have different images or truths"):
             sweep({"a": first, "b": other})
 
 

@@ -13,6 +13,7 @@ from cascadevlm.decision.guarantee import Acceptance, fit_acceptance
 from cascadevlm.evaluation.calibrating.fitting import fit_calibration
 from cascadevlm.evaluation.calibrating.recipe import Recipe
 from cascadevlm.evaluation.calibrating.targets import Outcome, outcome, policy_for
+from cascadevlm.evaluation.calibrating.unlabelled import Unlabelled
 from cascadevlm.evaluation.deciding import decided, images_of, settings_of
 from cascadevlm.evaluation.metrics import expected_calibration_error
 from cascadevlm.evaluation.record import Record
@@ -56,7 +57,7 @@ class Calibrated:
         return self.calibration.judges[-1].gain
 
 
-def calibrate(record: Record, recipe: Recipe) -> Calibrated:
+def calibrate(record: Record, recipe: Recipe, beside: Unlabelled | None = None) -> Calibrated:
     """Calibrate on some images of a record, and measure the result on the other images.
 
     One part of the calibration images fits the models. If a policy is chosen for a target, another part of the same size chooses
@@ -66,6 +67,7 @@ def calibrate(record: Record, recipe: Recipe) -> Calibrated:
     Args:
         record: labelled images with the judges' answers.
         recipe: what to calibrate for.
+        beside: further images with the judge's answers and without labels, which help if there are few labels.
 
     Raises:
         DataError: if there are too few images, no images are left for measuring, the target cannot be reached, or the images do
@@ -80,7 +82,7 @@ def calibrate(record: Record, recipe: Recipe) -> Calibrated:
     record = record.take(np.flatnonzero(record.readable))
     own, rest = _drawn(record, recipe)
     fitting, *others = np.array_split(own, recipe.parts)
-    calibration = fit_calibration(record.take(np.sort(fitting)), recipe)
+    calibration = fit_calibration(record.take(np.sort(fitting)), recipe, beside)
     first = _first_alike(record, calibration)
     known = np.isin(first, first[own])
     calibration = replace(calibration, fitted_on=images_of(record.take(np.flatnonzero(known))))

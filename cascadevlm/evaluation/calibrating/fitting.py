@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from cascadevlm.base.errors import DataError
+from cascadevlm.base.errors import DataError, InputError
 from cascadevlm.decision.calibration import SETTINGS, CalibratedJudge, Calibration, Reference
 from cascadevlm.decision.conformal import Conformal, best_size
 from cascadevlm.decision.few_labels import held_out_gain
@@ -17,6 +17,7 @@ from cascadevlm.decision.teaching import Labelled
 from cascadevlm.decision.without_labels import fit_without_labels
 from cascadevlm.evaluation.calibrating.recipe import Recipe
 from cascadevlm.evaluation.calibrating.support_set import SupportSet
+from cascadevlm.evaluation.calibrating.unlabelled import Unlabelled
 from cascadevlm.evaluation.deciding import answers_of, heard, images_of, settings_of
 from cascadevlm.evaluation.record import Record
 
@@ -50,15 +51,17 @@ class Fitted:
     teaches: bool = False
 
 
-def fit_calibration(record: Record, recipe: Recipe) -> Calibration:
+def fit_calibration(record: Record, recipe: Recipe, beside: Unlabelled | None = None) -> Calibration:
     """Learn from all readable images of a record how far to trust its scorer and its judges.
 
     Args:
         record: labelled images with the judges' answers.
+        beside: further images with the judge's answers and without labels.
         recipe: its labels, fusion, coverage, class thresholds and shares are used. Its size, target and guarantee are not.
 
     Raises:
-        InputError: if the images are too few for the coverage, or the shares do not fit the labels.
+        InputError: if the images are too few for the coverage, or the shares do not fit the labels; if labels are not used, and
+            there are images without labels beside.
         DataError: if there is no judge, or a judge answered too few images; if the scores are calibrated already; if labels
             are not used, and there are several stages.
     """
@@ -77,7 +80,13 @@ def fit_calibration(record: Record, recipe: Recipe) -> Calibration:
         raise DataError(
             f"A judge answered only {answered} images; a calibration needs at least {FEWEST}.", hint="Record more images."
         )
-    fitted = (_with_labels if recipe.labelled else _without_labels)(record, recipe)
+    if beside is not None and not recipe.labelled:
+        raise InputError("A calibration without labels uses the record alone.", hint="Leave the images without labels out.")
+    if beside is None:
+        fitted = _with_labels(record, recipe) if recipe.labelled else _without_labels(record, recipe)
+    else:
+        record = record.take(np.flatnonzero(heard(record.judged)))
+        fitted = _with_labels(record, recipe, beside)
     return Calibration(
         labels=record.labels.names,
         fingerprint=record.scores.fingerprint,
@@ -96,13 +105,17 @@ def fit_calibration(record: Record, recipe: Recipe) -> Calibration:
     )
 
 
-def _with_labels(record: Record, recipe: Recipe) -> Fitted:
+def _with_labels(record: Record, recipe: Recipe, beside: Unlabelled | None = None) -> Fitted:
     """Fit each judge to what is believed after the earlier judges; every belief is by models fitted on the other folds."""
     truths = np.eye(len(record.labels))[record.truths]
     scorer = cross_fit_scorer(record.scores.log_probs, truths, prior=recipe.prior(record.labels))
     support = SupportSet.of(record, scorer, recipe.prior(record.labels))
     teaches = support is not None and support.surely_better_than(scorer)
     belief = (support.held_out if support is not None and teaches else scorer.held_out).copy()
+    together = None
+    if beside is not None and not teaches:
+        together = beside.fit_with(record, recipe.prior(record.labels))
+        scorer, belief = together.scorer, together.scorer.held_out[: len(record)]
     shares = Shares.of(np.exp(belief if teaches else scorer.calibration(record.scores.log_probs)))
     conformal = Conformal.fit(np.exp(belief), record.truths, coverage=recipe.coverage, class_conditional=recipe.class_conditional)
     reference = Reference.of(np.exp(belief.max(axis=1)))
@@ -110,7 +123,12 @@ def _with_labels(record: Record, recipe: Recipe) -> Fitted:
     for stage, judged in enumerate(record.stages):
         known = heard(judged)
         before, truth = belief[known], truths[known]
-        model, after = fit_judge(before, truth, answers_of(judged).rows(known))
+        if beside is not None and together is not None:
+            model, after = together.model, together.after[: len(record)]
+        elif beside is not None and support is not None:
+            model, after = beside.fit_judge_with(record, before, support.labelled)
+        else:
+            model, after = fit_judge(before, truth, answers_of(judged).rows(known))
         belief[known] = after
         fitted = _judge(record, stage, model, before, recipe)
         likelihood, gain = float((truth * after).sum(axis=1).mean()), held_out_gain(before, after, record.truths[known])

@@ -244,7 +244,7 @@ def test_workers_that_die_and_ctrl_c_cost_no_result(plugin: Path, images: Inputs
     ended.set()
     disturbing.join()
     assert done.returncode == 130
-    assert "The same command goes on from here" in done.stderr
+    assert "The same command continues it" in done.stderr
     begun = len(lines(folder))
     assert 40 < begun < COUNT
     judges = Counter(judged_by.read_text().split())
@@ -304,6 +304,6 @@ async def test_a_silent_cluster_is_told(monkeypatch: pytest.MonkeyPatch) -> None
         yield ScoredBatch(paths=["a.png"], errors=[ImageError("torn")], digests=[], sizes=[], scores=None)
 
     threading.Timer(0.3, given.set).start()
-    with pytest.warns(RuntimeWarning, match="'ray status' tells whether its workers are there"):
+    with pytest.warns(RuntimeWarning, match="'ray status' shows whether its workers are there"):
         (read,) = await Arriving(batches())([Path("a.png")])
     assert read[0] == "a.png"
