@@ -11,7 +11,7 @@ from cascadevlm.decision.shares import Shares
 
 
 def some_calibration(names: Sequence[str], model: JudgeModel, *, judge: str = "fake:fake") -> Calibration:
-    """Of the fake scorer, which it takes as it is, and one judge whose model is known well."""
+    """A calibration for the fake scorer, which leaves the scores unchanged, and for one judge with a well-known model."""
     classes = len(names)
     known = CalibratedJudge(
         judge=judge,

@@ -1,4 +1,4 @@
-"""What holds for all tests: no hub, no paid endpoint, and a cache of their own."""
+"""Settings of all tests: no hub, no paid endpoint, and a separate cache."""
 
 import os
 import sys

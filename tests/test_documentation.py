@@ -1,4 +1,4 @@
-"""Every code block of the README and of the documentation does what it says, in a folder like the one it speaks of."""
+"""Every code block of the README and of the documentation is run, in a folder with the files that it needs."""
 
 import os
 import re
@@ -31,11 +31,11 @@ FEWER = {
     r"--accuracy \S+": "--accuracy 0.3",
     r"--judge-share \S+": "--judge-share 0.5",
 }
-"""What the pages do with many images is done here with few, which promise less."""
+"""The tests use fewer images than the pages, so guarantees are weaker."""
 
 BARE_MACHINE = re.compile(r"pip install uv && uv run (--no-dev )?")
 PLAIN = re.compile(r"cascadevlm ([^|&;<>$`*?~#!(){}\[\]]*)")
-"""A command that needs no shell, and no process of its own, which would spend most of its time on loading torch."""
+"""Run a command without a shell and in this process, because a new process would spend most of its time on loading torch."""
 
 RUN = ("sh", "python", "toml")
 SHOWN = ("text", "console", "yaml")

@@ -1,4 +1,4 @@
-"""What importing costs, and which way imports go."""
+"""The time of imports, and the modules that they load."""
 
 import subprocess
 import sys

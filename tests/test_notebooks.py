@@ -1,4 +1,4 @@
-"""The notebooks run from their first cell to their last, with the bundled models."""
+"""The notebooks run from the first cell to the last cell, with the bundled models."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""A folder imports only from those above it: the order of the house, and each folder's place in it."""
+"""A folder imports only from the folders above it in the list."""
 
 import ast
 from collections.abc import Iterator
@@ -31,17 +31,17 @@ ROOMS = (
 
 
 def room_of(parts: tuple[str, ...]) -> str:
-    """The innermost room of a module."""
+    """The innermost folder of a module."""
     return next(room for room in reversed(ROOMS) if parts[: room.count(".") + 1] == tuple(room.split(".")))
 
 
 def is_face(parts: tuple[str, ...]) -> bool:
-    """Whether it is a name that the package itself gives, as its version."""
+    """True for a name that the package itself defines, such as its version."""
     return parts[0] not in {room.partition(".")[0] for room in ROOMS}
 
 
 def imported(path: Path) -> Iterator[tuple[str, ...]]:
-    """The modules of the package that a file imports, wherever it does so; without the package's own name."""
+    """The modules of the package that a file imports, anywhere in the file, without the name of the package."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
             package, *module = node.module.split(".")

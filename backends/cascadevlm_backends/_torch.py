@@ -32,7 +32,7 @@ def first_line(error: Exception) -> str:
 
 
 def choose_device(device: str | None) -> str:
-    """The given device or, for None, the best available device: cuda, then mps, then cpu.
+    """The given device; for None, the best available device: cuda, then mps, then cpu.
 
     Raises:
         BackendError: if the device is unknown or not available.
@@ -52,7 +52,7 @@ def choose_device(device: str | None) -> str:
 
 
 def choose_dtype(device: str, dtype: str) -> "torch.dtype":
-    """The given precision or, for "auto", the best precision for the device: bfloat16 or float16 on a GPU, float32 on a CPU.
+    """The given precision; for "auto", the best precision for the device: bfloat16 or float16 on a GPU, float32 on a CPU.
 
     Raises:
         BackendError: if the precision is unknown.

@@ -1,7 +1,8 @@
 """``anthropic:``: Claude as a judge, through the Messages API.
 
-A JSON schema restricts the answer to the candidates. With ``structured="tool"``, a forced tool call does that. The provider's
-prompt cache can keep the part that many questions have in common: the reference images and the text before them.
+A JSON schema restricts the answer to the candidates. With ``structured="tool"``, a forced tool call restricts the answer
+instead. The provider's prompt cache can keep the part that many questions have in common: the reference images and the text
+before them.
 """
 
 import json
@@ -42,35 +43,36 @@ class AnthropicJudge(HostedJudge):
 
     Args:
         model: name of the model at Anthropic.
-        structured: how the answer is restricted to the candidates. ``"schema"``: by a JSON schema, which is left out if the model
-            rejects it. ``"tool"``: by a forced tool call, which models that always think reject. ``"none"``: not at all.
-        thinking: ``"adaptive"``, ``"disabled"``, or a number of tokens for models with a thinking budget. Default: that of the
-            model.
-        effort: how much the model thinks. Default: that of the model.
+        structured: how the answer is restricted to the candidates. ``"schema"``: by a JSON schema. If the model rejects the
+            schema, requests have no schema. ``"tool"``: by a forced tool call. Models that always think reject it. ``"none"``:
+            the answer is not restricted.
+        thinking: ``"adaptive"``, ``"disabled"``, or a number of tokens for models with a thinking budget. Default: the model's
+            own setting.
+        effort: how much the model thinks. Default: the model's own setting.
         cache_prompt: mark the reference images for the provider's prompt cache. Use it if many questions show the same images.
-        base_url: address of the server. Default: Anthropic's own.
-        api_key_env: name of the environment variable that holds the key.
+        base_url: address of the server. Default: Anthropic's server.
+        api_key_env: name of the environment variable that contains the key.
         headers: extra headers of every request. They are not kept in any file.
         client: your own `anthropic.AsyncAnthropic`. Turn its retries off. Its redirects are turned off. Default: a new client.
-        temperature: sampling temperature. Default: that of the endpoint. Models that think accept only the default.
-        max_tokens: the most tokens of an answer, thoughts included. Default: the limit of the prompt, and extra tokens for models
-            that think.
-        price: dollars per million tokens, see `PriceOption`. Default: the price of the table.
-        concurrency: the most requests in flight.
-        requests_per_minute: the most requests per minute. Default: no limit.
-        tokens_per_minute: the most tokens per minute, counted by their worst case. Default: no limit.
-        timeout: the most seconds that one request may take in all.
+        temperature: sampling temperature. Default: the default of the endpoint. Models that think accept only this default.
+        max_tokens: maximum number of tokens of an answer, including thoughts. Default: the limit of the prompt, and extra
+            tokens for models that think.
+        price: price in US dollars per million tokens, see `PriceOption`. Default: the price in the price table.
+        concurrency: maximum number of requests in flight.
+        requests_per_minute: maximum number of requests per minute. Default: no limit.
+        tokens_per_minute: maximum number of tokens per minute, in the worst case. Default: no limit.
+        timeout: maximum total time of one request, in seconds.
     """
 
     provider: ClassVar[str] = "anthropic"
     hosts: ClassVar[tuple[str, ...]] = ("api.anthropic.com",)
-    limits: ClassVar[ImageLimits] = ImageLimits(longest_side=1568, max_bytes=3_700_000)  # 5 MB once in base64
+    limits: ClassVar[ImageLimits] = ImageLimits(longest_side=1568, max_bytes=3_700_000)  # 5 MB after base64 encoding
     batch_limits: ClassVar[BatchLimits] = BatchLimits(requests=100_000, bytes=250_000_000)
     errors: ClassVar[Mapping[str, type[JudgeError]]] = {
         "AnthropicError": FatalError,
         "APIError": TransientError,
         "APIStatusError": PermanentError,
-        "RetryableError": TransientError,  # raised by the middleware of a client of the user's own
+        "RetryableError": TransientError,  # raised by the middleware of the user's own client
     }
 
     def __init__(
@@ -163,7 +165,7 @@ class AnthropicJudge(HostedJudge):
 
     @property
     def _sampling(self) -> dict[str, JsonValue]:
-        """Parameters of older models for which the SDK has no argument any more."""
+        """Parameters of older models. The SDK no longer has arguments for them."""
         return {} if self.temperature is None else {"temperature": self.temperature}
 
     def _params(self, question: Question, form: Form) -> "MessageParams":
@@ -214,8 +216,9 @@ class AnthropicJudge(HostedJudge):
         return (await self._client.messages.batches.create(requests=requests)).id
 
     async def find_batch(self, token: str) -> str | None:
-        """The newest batch with the number of requests in the token, not older than the time in the token. Batches at Anthropic
-        have no field for the token itself."""
+        """Batches at Anthropic have no field for the token. Therefore, the newest batch with the number of requests in the
+        token is returned, if it is not older than the time in the token.
+        """
         began, count, _ = token.split("/")
         async for batch in self._client.messages.batches.list():
             if batch.created_at < datetime.fromisoformat(began):
@@ -243,7 +246,7 @@ class AnthropicJudge(HostedJudge):
             case "succeeded":
                 message = row["message"]
                 assert isinstance(message, dict)
-                return _of_message(AnthropicMessage.construct(None, **message))  # the SDK does not validate either
+                return _of_message(AnthropicMessage.construct(None, **message))  # the SDK does not validate either of them
             case "errored":
                 raise ErrorResponse(row["error"])
             case kind:

@@ -1,7 +1,7 @@
 """``hf_chat:``: vision-language chat models of transformers as judges: LLaVA, Qwen-VL, SmolVLM, InternVL, Gemma and others.
 
 The model is an id on the Hugging Face hub, a folder, or ``aviary`` for the bundled model. The chat template and the image
-processing are those of the model.
+processing come from the model.
 """
 
 import asyncio
@@ -147,12 +147,13 @@ class HfChatJudge(LocalJudge):
     Args:
         model: an id on the hub, a folder, or ``"aviary"``.
         mode: ``"generate"`` or ``"likelihood"``, see above.
-        device: ``"cuda"``, ``"mps"``, ``"cpu"`` or another device of torch. Default: the fastest one available.
-        dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"``. Default: the one that suits the device.
-        revision: a commit, branch or tag of the hub. Default: the main branch.
-        batch_size: the most rows in one call of the model. A row is a question or, in mode ``"likelihood"``, an option.
-        temperature: sampling temperature. 0 is greedy decoding. Top-k and top-p are those of the model's configuration.
-        max_tokens: the most tokens of an answer. Default: the limit of the prompt.
+        device: ``"cuda"``, ``"mps"``, ``"cpu"`` or another device of torch. Default: the best available device.
+        dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"``. Default: the best precision for the device.
+        revision: a commit, branch or tag on the hub. Default: the main branch.
+        batch_size: maximum number of rows in one call of the model. A row is a question or, in mode ``"likelihood"``, an
+            option.
+        temperature: sampling temperature. 0 is greedy decoding. Top-k and top-p come from the model's configuration.
+        max_tokens: maximum number of tokens of an answer. Default: the limit of the prompt.
 
     Raises:
         BackendError: at first use, if the model cannot be loaded, has no chat template, or does not support the mode.
@@ -199,9 +200,11 @@ class HfChatJudge(LocalJudge):
             raise
         except torch.cuda.OutOfMemoryError:
             pass  # raised below without the traceback, which would keep the batch's tensors in memory
-        except Exception as exc:  # processors and models raise all kinds of exceptions
+        except Exception as exc:  # processors and models raise exceptions of many types
             raise PermanentError(f"{self.model!r} cannot process the question: {_reason(exc)}") from exc
-        raise PermanentError(f"{self.model!r} ran out of memory.", hint="Use a lower batch_size, a smaller model or dtype.")
+        raise PermanentError(
+            f"{self.model!r} ran out of memory.", hint="Use a smaller batch_size, a smaller model, or another dtype."
+        )
 
     def _write(self, questions: Sequence[Question], loaded: _Loaded) -> list[Verdict]:
         started = time.perf_counter()
@@ -241,7 +244,7 @@ class HfChatJudge(LocalJudge):
             return_dict_in_generate=True,
         ).past_key_values
         # The answer is tokenized separately, so that the prompt has the same tokens as before a written answer. The tokens of
-        # the name are those that differ from the tokens of "ANSWER:". A space or punctuation may be merged into them.
+        # the name are the tokens that differ from the tokens of "ANSWER:". A space or punctuation may be merged into them.
         lead = loaded.tokens("ANSWER:")
         answers = [loaded.tokens(f"ANSWER: {loaded.plain(name)}") for name in names]
         scores: list[float] = []
@@ -326,17 +329,17 @@ class HfChatJudge(LocalJudge):
 
 @contextmanager
 def _explained(model: str) -> Iterator[None]:
-    """Raises BackendError in place of every exception of loading a model."""
+    """Turn every exception during the loading of a model into a BackendError."""
     try:
         yield
     except CascadeError:
         raise
     except ImportError as exc:
         raise BackendError(f"{model!r} needs a package: {_reason(exc)}", hint="Install the package with pip.") from exc
-    except Exception as exc:  # the code that reads checkpoints raises all kinds of exceptions
+    except Exception as exc:  # the code that reads checkpoints raises exceptions of many types
         raise BackendError(
             f"transformers cannot load {model!r}: {_reason(exc)}",
-            hint="Check the id and the connection to the hub, or whether the folder is complete.",
+            hint="Check the id of the model and the connection to the hub, or use a complete model folder.",
         ) from exc
 
 

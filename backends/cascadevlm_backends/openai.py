@@ -1,7 +1,8 @@
 """``openai:``: judges behind OpenAI's API, and behind every server with the same protocol.
 
-``base_url`` reaches vLLM, Ollama, LM Studio, OpenRouter, Azure and ``transformers serve``. Requests have a JSON schema for the
-answer. If the endpoint does not accept a schema, the first question finds that out, and the following requests have no schema.
+Examples of such servers are vLLM, Ollama, LM Studio, OpenRouter, Azure and ``transformers serve``; ``base_url`` is their
+address. Requests have a JSON schema for the answer. If the endpoint does not accept a schema, the first question finds that
+out, and the following requests have no schema.
 """
 
 import json
@@ -63,22 +64,22 @@ class OpenAIJudge(HostedJudge):
         model: name of the model at the endpoint.
         mode: ``"answer"`` reads a text; ``"decision"`` asks the decisions endpoint for a choice with probabilities.
         api: ``"chat"`` for Chat Completions, which every server has, or ``"responses"``.
-        structured: whether requests have a JSON schema. Default: they have one if the endpoint accepts it.
+        structured: true if requests have a JSON schema. Default: requests have a schema if the endpoint accepts it.
         logprobs: request token probabilities and compute probabilities of the candidates from them. For Chat Completions only.
-        base_url: address of the server. Default: OpenAI's own.
-        api_key_env: name of the environment variable that holds the key.
+        base_url: address of the server. Default: OpenAI's server.
+        api_key_env: name of the environment variable that contains the key.
         headers: extra headers of every request. They are not kept in any file.
         client: your own `openai.AsyncOpenAI`. Turn its retries off. Its redirects are turned off. Default: a new client.
         detail: the image detail that the model uses.
-        temperature: sampling temperature. Default: that of the endpoint. Models that think accept only the default.
-        max_tokens: the most tokens of an answer, thoughts included. Default: the limit of the prompt, and extra tokens for models
-            that think.
-        reasoning_effort: how much the model thinks. For models that think only. Default: that of the endpoint.
-        price: dollars per million tokens, see `PriceOption`. Default: the price of the table.
-        concurrency: the most requests in flight.
-        requests_per_minute: the most requests per minute. Default: no limit.
-        tokens_per_minute: the most tokens per minute, counted by their worst case. Default: no limit.
-        timeout: the most seconds that one request may take in all.
+        temperature: sampling temperature. Default: the default of the endpoint. Models that think accept only this default.
+        max_tokens: maximum number of tokens of an answer, including thoughts. Default: the limit of the prompt, and extra
+            tokens for models that think.
+        reasoning_effort: how much the model thinks. Only for models that think. Default: the default of the endpoint.
+        price: price in US dollars per million tokens, see `PriceOption`. Default: the price in the price table.
+        concurrency: maximum number of requests in flight.
+        requests_per_minute: maximum number of requests per minute. Default: no limit.
+        tokens_per_minute: maximum number of tokens per minute, in the worst case. Default: no limit.
+        timeout: maximum total time of one request, in seconds.
     """
 
     provider: ClassVar[str] = "openai"
@@ -410,7 +411,7 @@ def _usage(body: object, into: str = "input", out: str = "output") -> Usage | No
 
 
 def _probabilities(logprobs: "ChoiceLogprobs", text: str, question: Question) -> Mapping[str, float] | None:
-    """Probabilities of the candidates, from the alternatives to the token that is the key of the answer.
+    """Probabilities of the candidates. They come from the alternatives to the token that is the key of the answer.
 
     None if no token is exactly this key. None also if keys have several letters, because such a key may be several tokens.
     """

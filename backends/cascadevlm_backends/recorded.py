@@ -1,4 +1,4 @@
-"""``recorded:FOLDER``: scores and verdicts of a record, through the same interfaces as the models that gave them.
+"""``recorded:FOLDER``: a scorer and a judge that repeat the scores and verdicts of a record.
 
 ``cascadevlm evaluate -o FOLDER`` makes a record. If its cascade had several stages, ``recorded:FOLDER#2`` is the judge of the
 second stage.
@@ -24,16 +24,18 @@ from cascadevlm.runs.lines import Asked
 from cascadevlm.scorers.base import Scorer
 
 MOST_MISSING = 8
-"""A replay stops when this many more questions had no answer than had one: the record is then of other questions."""
+"""A replay stops if the number of questions without an answer exceeds the number of answered questions by this number. The
+record then belongs to other questions.
+"""
 
 
 class RecordedScorer(Scorer):
     """Replays the scores of a record, with their embeddings if the record has them.
 
     Raises:
-        BackendError: when scoring, if the record has no scores of an image for this label set, or has scores for other texts of
-            the labels.
-        DataError: when scoring, if the folder holds no whole record.
+        BackendError: during scoring, if the record has no scores of an image for this label set, or has scores for other texts
+            of the labels.
+        DataError: during scoring, if the folder does not contain a complete record.
     """
 
     def __init__(self, model: str) -> None:
@@ -47,7 +49,7 @@ class RecordedScorer(Scorer):
         if "|texts=" in scores.fingerprint and labels.texts_part not in scores.fingerprint.split("|"):
             raise BackendError(
                 f"Record {str(self.path)!r} has scores of these labels with other texts.",
-                hint="Give the labels with the texts it was recorded with.",
+                hint="Use the labels with the texts of the record.",
             )
         return replace(scores, labels=labels)
 
@@ -55,7 +57,7 @@ class RecordedScorer(Scorer):
         if labels.names != self._record.labels.names or digest not in self._rows:
             raise BackendError(
                 f"Record {str(self.path)!r} has no scores of an image ({digest[:12]}…) for these {len(labels)} labels.",
-                hint="Give the images and labels it was recorded with, in their order.",
+                hint="Use the images and labels of the record, in the same order.",
             )
         return self._rows[digest]
 
@@ -70,13 +72,14 @@ class RecordedScorer(Scorer):
 
 
 class RecordedJudge(Judge):
-    """Replays the verdicts of a record, at no cost. A question whose candidates were recorded in another order gets that verdict.
-    A question that was never asked fails. What failed or was skipped in the run does so again.
+    """Replays the verdicts of a record, at no cost. If a question was recorded with another order of the candidates, it gets
+    the recorded verdict. If a question was not recorded, it fails. If a question failed or was skipped in the run, it fails or
+    is skipped again.
 
     Raises:
-        BackendError: when first asked, if the record has several stages and the spec does not say which.
-        DataError: when first asked, if the folder holds no whole record.
-        FatalError: when asked, if most questions were never asked.
+        BackendError: at the first question, if the record has several stages and the spec does not name one of them.
+        DataError: at the first question, if the folder does not contain a complete record.
+        FatalError: at a question, if most questions were not recorded.
     """
 
     replays = True
@@ -90,7 +93,7 @@ class RecordedJudge(Judge):
     async def judge(self, question: Question) -> Verdict:
         asked = Asked.of(question)
         said = None
-        if not question.rejected and not question.sample:  # a record holds first questions only
+        if not question.rejected and not question.sample:  # a record contains only first questions
             image = question.image_digest
             said = self._verdicts.get(_key(image, asked)) or self._in_any_order.get(_key(image, _in_one_order(asked)))
         if said is None:
@@ -98,9 +101,9 @@ class RecordedJudge(Judge):
             if self._missing - self._found >= MOST_MISSING:
                 raise FatalError(
                     f"Record {self.model!r} has no answer to {self._missing} of {self._missing + self._found} questions.",
-                    hint="Replay it with the images, labels, prompt and number of candidates that it was recorded with.",
+                    hint="Use the images, labels, prompt and number of candidates of the record.",
                 )
-            raise PermanentError(f"Record {self.model!r} has no answer to this question.")
+            raise PermanentError(f"Record {self.model!r} has no answer to this question.", hint="Use the settings of the record.")
         self._found += 1
         if said.outcome == "failed":
             raise PermanentError(said.error)
@@ -139,7 +142,11 @@ class RecordedJudge(Judge):
         stages = read_verdicts(folder)
         stage = int(number) if named else 1 if len(stages) == 1 else 0
         if not 1 <= stage <= len(stages):
-            hint = f"Say which: recorded:{folder}#1 is the first's judge." if stages else "Give one whose cascade had a judge."
+            hint = (
+                f"Name one of them: recorded:{folder}#1 is the judge of the first stage."
+                if stages
+                else "Use a record of a cascade with a judge."
+            )
             raise BackendError(f"Record {folder!r} has {len(stages)} stages.", hint=hint)
         return stages[stage - 1]
 
@@ -149,5 +156,5 @@ def _key(image: str, asked: Asked) -> str:
 
 
 def _in_one_order(asked: Asked) -> Asked:
-    """The question, whatever the order of its candidates."""
+    """A key of the question that does not depend on the order of its candidates."""
     return replace(asked, candidates=sorted(asked.candidates))

@@ -1,4 +1,4 @@
-"""Numbers with bounds, each declared once: the configuration is validated with it, and so are arguments in Python."""
+"""Numbers with bounds. Each is declared once, and validates keys of the configuration and arguments in Python."""
 
 from functools import cache
 from typing import Annotated, TypeAlias
@@ -20,10 +20,10 @@ def _adapter(kind: object) -> TypeAdapter[float]:
 
 
 def require_number(name: str, value: object, kind: object) -> None:
-    """Refuse an argument that is not a number of a kind: `Count`, `Natural`, `Probability` or `Mass`.
+    """Refuse an argument that is not a number of the given kind: `Count`, `Natural`, `Probability` or `Mass`.
 
     Raises:
-        InputError: naming the argument, what it should be, and its value.
+        InputError: if the argument is refused. The message names the argument, its bounds and its value.
     """
     plain = value.item() if isinstance(value, np.generic) else value
     try:

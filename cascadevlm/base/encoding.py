@@ -1,4 +1,4 @@
-"""Images in the form that is sent to hosted judges: within a provider's limits, and encoded once."""
+"""Encodes images for hosted judges, within the limits of a provider. Each image is encoded once."""
 
 import base64
 import hashlib

@@ -71,7 +71,7 @@ LARGE_PIXELS = 1_000_000
 """Above this number of pixels, an image is resized and encoded in another thread, and is read again later instead of kept."""
 
 ORIENTATION = 0x0112
-"""The tag of EXIF and TIFF that holds the orientation of an image."""
+"""The tag of EXIF and TIFF that contains the orientation of an image."""
 
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -100,7 +100,9 @@ class _Room:
 
     @contextmanager
     def take(self, pixels: int) -> Iterator[None]:
-        """Wait until this number of pixels is free, then reserve it in the block. A number above the size waits for all."""
+        """Wait until this number of pixels is free, then reserve it in the block. A number above the maximum waits until all
+        pixels are free.
+        """
         with self._turn, self._changed:  # a thread that waits for many pixels is not overtaken by threads that need few
             self._changed.wait_for(lambda: not self.taken or self.taken + pixels <= self.size)
             self.taken += pixels
@@ -134,7 +136,7 @@ def load_image(source: ImageSource) -> Image.Image:
 
 @contextmanager
 def decoded(source: ImageSource) -> Iterator[Image.Image]:
-    """`load_image`, for code that needs more memory of the image's size.
+    """The same as `load_image`, for code that needs more memory of the image's size.
 
     The pixels of the image count against `PIXELS_AT_ONCE` until the block ends. Do not read another image in the block.
 
@@ -159,7 +161,7 @@ def size_of(source: str | Path | bytes) -> tuple[int, int]:
     """Width and height in pixels, without reading the pixels. The orientation that EXIF names is not applied.
 
     Raises:
-        ImageError: if the image does not exist or is no image.
+        ImageError: if the image does not exist or is not an image.
     """
     with _naming_errors(source):
         return _read(source, lambda image: image.size)
@@ -281,7 +283,7 @@ def _upright_rgb(image: Image.Image, room: ExitStack) -> Image.Image:
 
 
 def _turn(image: Image.Image) -> Image.Transpose | None:
-    """The operation that turns an image upright; None if no orientation can be read or none is needed."""
+    """The operation that turns an image upright; None if no orientation can be read or the image is already upright."""
     exif = image.info.get("exif")
     orientation = _orientation(exif) if isinstance(exif, bytes) else None
     if orientation is None:
@@ -350,7 +352,7 @@ def _orientation(exif: bytes) -> int | None:
 
 
 def _bare_exif(exif: bytes) -> bytes:
-    """EXIF data that holds only the orientation."""
+    """EXIF data that contains only the orientation."""
     bare = Image.Exif()
     bare[ORIENTATION] = _orientation(exif) or 1
     return bare.tobytes()

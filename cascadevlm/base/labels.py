@@ -137,7 +137,7 @@ class LabelSet:
 
         The suffix of the file decides its format:
 
-        - Text: one name per line. The names may be numbered from 0 or 1. A line may also hold a WordNet id and names, as in
+        - Text: one name per line. The names may be numbered from 0 or 1. A line may also contain a WordNet id and names, as in
           ImageNet's ``synset_words.txt``.
         - ``.csv`` (with commas, semicolons or tabs) and ``.tsv``: a table whose first line is a header. The column ``name`` (or
           ``species``, ``label`` or ``class``) is required. The columns ``text``, ``aliases`` (separated by ``|``) and

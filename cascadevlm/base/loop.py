@@ -111,7 +111,7 @@ def iterate(items: AsyncIterator[T]) -> Iterator[T]:
     _open.add(items)
     try:
         while (item := run(following())) is not _END:
-            yield item  # type: ignore[misc]  # only the sentinel is no T
+            yield item  # type: ignore[misc]  # only the sentinel is not of type T
     finally:
         if _inside():  # the caller stopped early, and the garbage collector closes this generator in any thread
             asyncio.run_coroutine_threadsafe(close(), _loop())

@@ -1,4 +1,4 @@
-"""Objects that can be copied, pickled and cloned although they hold models, clients, threads and locks, which are not copied."""
+"""Objects that can be copied, pickled and cloned. Their models, clients, threads and locks are not copied."""
 
 from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy

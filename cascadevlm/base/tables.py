@@ -21,8 +21,8 @@ def stored_image(value: object) -> bytes | str:
     """The bytes or the path of an image, from a cell of a table.
 
     Args:
-        value: the bytes of an image file, a path, None for no image, or a mapping with the keys ``bytes`` and ``path``, as the
-            package ``datasets`` stores it.
+        value: the bytes of an image file, a path, None (there is no image), or a mapping with the keys ``bytes`` and ``path``
+            (the form of the package ``datasets``).
 
     Returns:
         The bytes of the file, or its path. Empty bytes if there is no image.

@@ -18,8 +18,9 @@ from cascadevlm.base.images import pixel_digest
 from cascadevlm.base.labels import Label, LabelSet
 
 Outcome = Literal["answered", "none", "refused", "unparsed", "failed", "skipped"]
-"""The result of a question to a judge: a candidate ("answered"), "none of these" ("none"), a refusal ("refused"), text that names
-no candidate ("unparsed"), an error ("failed"), or no question because the budget was spent ("skipped")."""
+"""The result of a question to a judge: a candidate ("answered"), "none of these" ("none"), a refusal ("refused"), text that
+names no candidate ("unparsed"), an error ("failed"), or no question because the budget was used up ("skipped").
+"""
 
 DecidedBy = Literal["scorer", "judge", "fusion"]
 
@@ -50,8 +51,8 @@ class Scores:
     ) -> "Scores":
         """Scores from ``(N, C)`` logits, normalised by softmax. Logits of a per-class sigmoid are normalised by softmax, too.
 
-        If a label has a text of its own, the fingerprint gets a part that names the texts, unless it has that part already. A
-        calibration that was made with other texts is then refused.
+        If a label has its own text, a part that identifies the texts is added to the fingerprint, unless the fingerprint has
+        such a part. So a calibration that was made with other texts is refused.
         """
         if any(label.text for label in labels) and labels.texts_part not in fingerprint.split("|"):
             fingerprint = f"{fingerprint}|{labels.texts_part}"
@@ -295,7 +296,7 @@ class Prediction:
 
     @property
     def asked(self) -> bool:
-        """True if a judge was asked or a stored answer was used. False if the budget was spent."""
+        """True if a judge was asked or a stored answer was used. False if the budget was used up."""
         return any(verdict.outcome != "skipped" for verdict in self.verdicts)
 
     @property

@@ -1,4 +1,4 @@
-"""Which labels a judge is shown, and in which order."""
+"""Chooses the labels that a judge sees, and their order."""
 
 import hashlib
 from abc import ABC, abstractmethod
@@ -24,8 +24,9 @@ class CandidateRule(ABC):
     """Chooses the candidates of each image.
 
     Attributes:
-        order: order in the question: the scorer's best first (CascadeVLM found that the order matters), reversed, or shuffled.
-        seed: seed of the shuffle. The order for an image depends on the seed and the image alone.
+        order: order in the question: the scorer's best label first, reversed, or shuffled. CascadeVLM found that the order
+            matters.
+        seed: seed of the shuffle. The order for an image depends only on the seed and the image.
     """
 
     order: Order = "ranked"
@@ -40,8 +41,9 @@ class CandidateRule(ABC):
         """(N,) number of candidates of each image, from the `(N, K)` probabilities of its best labels in descending order."""
 
     def columns(self, scores: Scores) -> Columns:
-        """`(N, K)` columns of the score matrix, best first. Among equal scores, the first column comes first. `NOBODY` stands
-        after the last candidate of an image."""
+        """`(N, K)` columns of the score matrix, best first. Among equal scores, the first column comes first. The places after
+        the last candidate of an image contain `NOBODY`.
+        """
         best = _best(scores.log_probs, min(self.most(), len(scores.labels)))
         sizes = self.sizes(np.take_along_axis(scores.probabilities, best, axis=1))
         return np.where(np.arange(best.shape[1]) < sizes[:, None], best, NOBODY)
@@ -60,7 +62,7 @@ class CandidateRule(ABC):
         ]
 
     def arrange(self, candidates: tuple[Candidate, ...], image: Image.Image) -> tuple[Candidate, ...]:
-        """The candidates of one image in the order in which the judge is shown them."""
+        """The candidates of one image, in the order in which the judge sees them."""
         if self.order == "ranked":
             return candidates
         if self.order == "reversed":
@@ -88,7 +90,9 @@ class TopK(CandidateRule):
 
 @dataclass(frozen=True, kw_only=True)
 class CumulativeMass(CandidateRule):
-    """The fewest most probable labels whose probabilities together reach ``mass``: at least ``minimum``, at most ``maximum``."""
+    """The most probable labels, as few as needed for a total probability of ``mass``, but at least ``minimum`` and at most
+    ``maximum``.
+    """
 
     mass: float = 0.95
     minimum: int = 2
@@ -109,10 +113,11 @@ class CumulativeMass(CandidateRule):
 
 @dataclass(frozen=True, kw_only=True)
 class ConformalSet(CandidateRule):
-    """The most probable labels that contain the truth as often as a conformal ``rule`` promises.
+    """The most probable labels: as many as a conformal ``rule`` needs, so that the list contains the truth as often as it
+    promises.
 
     If the rule has a threshold per class, the promise holds for each class. There are at least ``minimum`` and at most
-    ``maximum`` labels; the promise does not hold for images that ``maximum`` cuts.
+    ``maximum`` labels. If ``maximum`` shortens a list, the promise does not hold for it.
     """
 
     rule: Conformal

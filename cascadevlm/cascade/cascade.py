@@ -1,4 +1,4 @@
-"""The cascade: a scorer ranks all labels, policies decide which images to escalate, judges choose among few candidates."""
+"""The cascade: a scorer ranks all labels, policies decide which images to escalate, and judges choose among few candidates."""
 
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import aclosing
@@ -38,9 +38,10 @@ class Changes(TypedDict, total=False):
     """Attributes of a cascade that may be different in a copy.
 
     Attributes:
-        reading: called with the number of the first image; returns what reads the images instead of the scorer.
-        observers: see what passes through every run.
-        calibration: what runs are compared with to notice drift. The scorer does not change.
+        reading: function that gets the number of the first image, and returns an object that reads the images in place of the
+            scorer.
+        observers: observers of every run (`Observer`).
+        calibration: the calibration that runs are compared with to detect drift. It does not change the scorer.
     """
 
     scorer: Scorer
@@ -59,31 +60,33 @@ class Cascade(Portable):
     """Classifies images with a scorer and one or more stages of judges.
 
     Args:
-        scorer: ranks all labels for every image.
-        stages: judges, asked in order. Default: none; the scorer decides alone.
+        scorer: the scorer, which ranks all labels for every image.
+        stages: the stages, in the order in which their judges are asked. Default: no stage; the scorer decides alone.
         labels: the label set, or names.
-        on_failure: what the prediction is without an answer, see `OnFailure`. After the answer "none of these", "raise" gives
-            the scorer's label.
-        accept: least probability of a label that is given, from 0 to 1. A less probable label is left out of the prediction.
-            Answers of judges without a probability are always given. Default: 0.
-        routing: whether an image may skip a judge and go to a later judge whose answer is worth more: by the expected gain above
-            the gain that the policies want. Default: a later stage sees the images that the stage before was asked about.
-        store: keeps valid verdicts. Default: every question is asked.
-        ledger: what all calls of this cascade may spend. Default: no cap.
+        on_failure: how an image without an answer is predicted, see `OnFailure`. With "raise", the answer "none of these" still
+            gives the scorer's label.
+        accept: minimum probability of a predicted label, from 0 to 1. If the label is less probable, the prediction has no
+            label. A judge's answer without a probability is always accepted. Default: 0.
+        routing: true if an image may skip a judge and go to a later judge with a larger surplus. The surplus is the expected
+            gain minus the gain that the policy requires. Default: false; a later stage sees the images that the judge before it
+            was asked about.
+        store: the store of valid verdicts. Default: no store; every question is asked.
+        ledger: the budget of all calls of this cascade. Default: no cap.
         batch_size: number of images that are scored together.
-        calibration: calibration of the scorer and the judges. The scorer's probabilities become calibrated, and runs warn if
-            images no longer look like those of the calibration (`Drift`).
-        follow_shares: whether the scorer's probabilities follow the shares of the classes in a run (`Following`).
-        learn: whether the answers of the judges, and the images themselves, teach the scorer while a run goes on (`Learning`).
-            The calibration needs labelled images with their embeddings. Every run starts anew from these.
-        observers: see what passes through every run (`Observer`).
+        calibration: calibration of the scorer and the judges. The scorer's probabilities become calibrated. A run warns if its
+            images differ from the images of the calibration (`Drift`).
+        follow_shares: true if the scorer's probabilities follow the shares of the classes in a run (`Following`). Default:
+            false.
+        learn: true if the answers of the judges and the images themselves teach the scorer during a run (`Learning`). The
+            calibration needs labelled images with their embeddings. Every run starts from these images. Default: false.
+        observers: observers of every run (`Observer`).
 
     Raises:
-        ConfigError: if ``follow_shares`` or ``learn`` is wanted without a calibration; if a run cannot learn: see
-            `require_support`.
-        InputError: if an argument has another type, for example a spec, or is out of its bounds; if the stages do not fit
-            together.
-        PolicyError: if there is routing and a policy cannot choose between judges.
+        ConfigError: if ``follow_shares`` or ``learn`` is true and there is no calibration; if a run cannot learn from the
+            calibration (`require_support`).
+        InputError: if an argument has a wrong type, for example a spec in place of an object; if an argument is out of its
+            bounds; if the stages do not fit together.
+        PolicyError: if ``routing`` is true and a policy cannot choose between judges.
     """
 
     def __init__(
@@ -164,8 +167,8 @@ class Cascade(Portable):
         """Classify one image, or many.
 
         Args:
-            images: one image, or an iterable of images. `(N, H, W, 3)` uint8 is an array of N images. Among many images, an image
-                that cannot be read gives a prediction with an error.
+            images: one image, or an iterable of images. `(N, H, W, 3)` uint8 is an array of N images. If one of many images
+                cannot be read, its prediction has an error.
 
         Raises:
             InputError: if ``images`` is a table, or an array of another shape or dtype.
@@ -191,7 +194,7 @@ class Cascade(Portable):
         return prediction
 
     def stream(self, images: Iterable[ImageSource]) -> Iterator[Prediction]:
-        """Predictions in input order. Each comes as soon as it and all predictions before it are known.
+        """Yield predictions in input order. A prediction is yielded as soon as it and all predictions before it are known.
 
         Raises:
             InputError: if ``images`` is a single image, a table, or an array of another shape or dtype.
@@ -207,11 +210,11 @@ class Cascade(Portable):
                 yield prediction
 
     def begin(self, start: Checkpoint = BEGINNING, stopping: Callable[[], bool] = lambda: False) -> Run:
-        """A run that has not begun yet.
+        """A new run, which is not started yet.
 
         Args:
-            start: where an earlier run stopped.
-            stopping: called before each batch. Once it returns true, no further batch is begun.
+            start: the checkpoint at which an earlier run stopped. Default: the run starts at the first image.
+            stopping: function that is called before each batch. After it returns true, no further batch is started.
         """
         if self._judges.store is not self.store or self._judges.ledger is not self.ledger:
             self._judges = DependableJudges(self.store, self.ledger)
@@ -242,17 +245,17 @@ def _require_no_coverage(stages: Sequence[Stage]) -> None:
 
 
 def _is_one(images: ImageSource | Iterable[ImageSource]) -> TypeGuard[ImageSource]:
-    """Whether it is a single image. An array of four dimensions is several images."""
+    """Returns True for a single image. An array of four dimensions is several images."""
     if isinstance(images, np.ndarray):
         return images.dtype.kind in "biuf" and images.ndim != 4
     return isinstance(images, str | Path | bytes | Image.Image)
 
 
 def _require_many(images: ImageSource | Iterable[ImageSource]) -> None:
-    """Refuse what is not a list of images.
+    """Refuse an argument that is not a list of images.
 
     Raises:
-        InputError: saying what to give instead.
+        InputError: if the argument is refused. The hint names a right argument.
     """
     kind = type(images).__name__
     if _is_one(images):
@@ -273,11 +276,12 @@ def _require_pixels(images: NDArray[np.generic]) -> None:
     """Refuse an array that is not `(N, H, W, 3)` or `(N, H, W, 4)` uint8.
 
     Raises:
-        InputError: saying what to give instead.
+        InputError: if the argument is refused. The hint names a right argument.
     """
     if images.ndim != 4:
         raise InputError(
-            f"images is an array of dtype {images.dtype}, which holds no pixels.", hint="Give a list: images.tolist()."
+            f"images is an array of dtype {images.dtype}; an array of images has the dtype uint8.",
+            hint="Give a list: images.tolist().",
         )
     found = f"images is an array of dtype {images.dtype} and shape {images.shape}; it must be uint8 of shape (N, H, W, 3)."
     if images.shape[3] not in CHANNELS:

@@ -1,12 +1,12 @@
-"""Whether the images of a run still look like the images of the calibration.
+"""Detects drift: the images of a run no longer look like the images of the calibration.
 
 Two numbers are watched over windows of `WINDOW` images that do not overlap:
 
-- the mean probability of the scorer's best label, against the mean on the images of the calibration;
-- how often the judge names that label, against how often its model expects that, corrected by the model's error on the images of
-  the calibration.
+- the mean probability of the scorer's best label, compared with the mean on the images of the calibration;
+- the share of images for which the judge names that label, compared with the share that the judge's model expects. The expected
+  share is corrected by the model's error on the images of the calibration.
 
-No prediction is changed, and only sums are kept. If the images come sorted by class, each window differs from the calibration.
+No prediction is changed, and only sums are kept. If the images are sorted by class, each window differs from the calibration.
 """
 
 import warnings
@@ -31,21 +31,22 @@ DEVIATIONS = 5.0
 A million images, all judged, are 2 × 2,000 windows, so at most 4,000 × 5.7e-7 = 0.23 % of such runs have a false alarm."""
 
 LEAST = 0.05
-"""Smallest difference that is reported, because no model is exact."""
+"""Smallest difference that is reported. Smaller differences are normal, because no model is exact."""
 
 LEAST_PROBABILITY = float(np.finfo(np.float32).tiny)
-"""Stands for the probability of a candidate whose probability is 0 in single precision."""
+"""Value that replaces the probability of a candidate if it is 0 in single precision."""
 
 
 class Drift(Observer):
-    """Watches one run, and warns once of each of the two numbers.
+    """Watches one run. Warns at most once about each of the two numbers.
 
     A run that continues an earlier run begins with new windows.
 
     Args:
-        calibration: what the run is compared with. The scorer is watched if the calibration has a `Reference` for it.
-        stages: stages of the cascade. The judge is watched if it is the only judge and asks once about each image. In all other
-            cases, a prediction does not show what the first question was.
+        calibration: the calibration that the run is compared with. The scorer is watched if the calibration has a `Reference`
+            for it.
+        stages: stages of the cascade. The judge is watched if it is the only judge and is asked once about each image. In all
+            other cases, a prediction does not show the first question.
 
     Warns:
         RuntimeWarning: if a number differs by more than `LEAST` and by more than `DEVIATIONS` standard deviations.
@@ -86,11 +87,11 @@ class Drift(Observer):
 
 
 class _Windows:
-    """Numbers compared with what is expected, window by window.
+    """Compares numbers with their expected values, window by window.
 
     Args:
-        reference: the numbers on the images of the calibration, less what was expected there.
-        mean: the name of their mean, for the warning.
+        reference: the numbers on the images of the calibration, minus their expected values.
+        mean: name of the mean of these numbers, for the warning.
     """
 
     def __init__(self, reference: Reference, mean: str) -> None:
@@ -103,12 +104,12 @@ class _Windows:
         self.count, self.seen, self.expected, self.variance = 0, 0.0, 0.0, 0.0
 
     def add(self, seen: float, *, expected: float = 0.0, variance: float = 0.0) -> None:
-        """Add the next number. Warn if it ends a window that differs too much.
+        """Add the next number. If it completes a window that differs too much, warn.
 
         Args:
             seen: the number.
             expected: the expected number.
-            variance: the expected variance; the variance of the reference is taken if that is greater.
+            variance: the expected variance. If the variance of the reference is larger, it is used instead.
         """
         self.count += 1
         self.seen += seen
@@ -125,8 +126,8 @@ class _Windows:
         if abs(seen - expected) > max(LEAST, DEVIATIONS * deviation):
             self.warned = True
             warnings.warn(
-                f"Over {WINDOW} images, {self.mean} is {seen:.2f} where the calibration expects {expected:.2f}. "
-                "Unless the images come sorted, calibrate anew: cascadevlm calibrate.",
+                f"In {WINDOW} images, {self.mean} is {seen:.2f}; the calibration expects {expected:.2f}. "
+                "If the images are not sorted by class, make a new calibration: cascadevlm calibrate.",
                 RuntimeWarning,
                 stacklevel=4,
             )

@@ -1,8 +1,8 @@
 """One run of a cascade: batches are scored while earlier images are judged, and predictions come in input order.
 
-Memory is bounded by the number of open questions, not by the number of images: no further batch is scored while the judges have
-as many questions as they can take. Decisions are made in input order, whatever the latencies, so a policy's budget falls on the
-same images in every run.
+Memory depends on the number of open questions, not on the number of images: no further batch is scored while the judges have as
+many questions as they can take. Decisions are made in input order and do not depend on latencies. So a policy's budget is spent
+on the same images in every run.
 """
 
 import asyncio
@@ -51,7 +51,7 @@ class _Settled:
     """The result of one image.
 
     Attributes:
-        belief: `(C,)` the probabilities believed in the end; None if the image cannot be read, or the run neither learns nor
+        belief: `(C,)` probabilities after all verdicts; None if the image cannot be read, or if the run neither learns nor
             follows the shares of the classes.
     """
 
@@ -61,11 +61,11 @@ class _Settled:
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """A place between two batches where a run can continue as if it had not stopped.
+    """A position between two batches at which a run can continue as if it had not stopped.
 
     Attributes:
-        images: number of images before, readable or not.
-        spending: the state of every stage's spending at this place.
+        images: number of images before this position, readable or not.
+        spending: the state of every stage's spending at this position.
         seen: sums from which the shares of the classes were estimated; empty if the shares are not followed.
         learned: what the run has learned, if it learns; the place is then the beginning of a period. It is no part of the JSON.
     """
@@ -79,23 +79,23 @@ class Checkpoint:
 BEGINNING = Checkpoint()
 
 Read: TypeAlias = tuple[str, Prepared | ImageError]
-"""The path of an image, "" if it is not a file; and the image, or why it cannot be read."""
+"""The path of an image ("" if it is not a file), and the image or the error of reading it."""
 
 ReadBatch: TypeAlias = Callable[[Sequence[ImageSource]], Coroutine[None, None, list[Read]]]
 """Reads the images of one batch."""
 
 
 class _Batch:
-    """Images scored together, on their way through the stages.
+    """Images that are scored together and pass through the stages together.
 
     Attributes:
-        begin: number of images of the run before this batch.
-        end: number of images of the run up to the last one of this batch.
+        begin: number of images before this batch.
+        end: number of images up to the end of this batch.
         results: the results of all images, in input order.
         scores: `(n, C)` the scores that decisions on the n readable images are made with; None if n is 0.
         awaited: the results of the images that are not settled.
-        turns: one event per stage, set when the stage has decided on this batch and the next batch may be decided on.
-        spending: the state of every stage's spending after it decided on this batch.
+        turns: one event per stage. It is set when the stage has decided on this batch, so that it can decide on the next batch.
+        spending: the state of every stage's spending after the decisions on this batch.
     """
 
     def __init__(self, images: int, stages: int, *, begin: int) -> None:
@@ -110,13 +110,13 @@ class _Batch:
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What a run takes over from its `Cascade`.
+    """The settings that a run gets from its `Cascade`.
 
     Attributes:
         judges: the judges of all runs of the cascade.
-        read: reads the images instead of the scorer; None if the scorer reads them.
-        observers: see what passes through the run.
-        drift: sees the calibrated scores, before anything that the run learned; None if drift is not looked for.
+        read: the object that reads the images in place of the scorer; None if the scorer reads them.
+        observers: observers of the run.
+        drift: observer of the calibrated scores, which do not contain what the run learned; None if drift is not looked for.
         shares: shares of the classes for which the scores are calibrated; None if the shares of the run are not followed.
         learns_from: the calibration whose labelled images a run that learns starts from; its scorer gives the scores without the
             calibration. None if the run does not learn.
@@ -141,14 +141,14 @@ class Run:
     """The state of one run.
 
     Args:
-        settings: what the run takes over from its cascade.
-        start: where an earlier run of the same cascade stopped.
-        stopping: called before each batch. Once it returns true, no further batch is begun.
+        settings: the settings from the cascade.
+        start: the checkpoint at which an earlier run of the same cascade stopped.
+        stopping: function that is called before each batch. After it returns true, no further batch is started.
 
     Attributes:
         checkpoint: the end of the last batch whose predictions were all yielded. If the run learns, it is the beginning of the
             period of that batch.
-        stopped: whether the run ended early because of ``stopping``.
+        stopped: true if the run ended early because of ``stopping``.
     """
 
     def __init__(self, settings: Settings, start: Checkpoint = BEGINNING, stopping: Callable[[], bool] = lambda: False) -> None:
@@ -170,14 +170,14 @@ class Run:
         self.tasks: set[asyncio.Task[object]] = set()
         self.readers = ThreadPoolExecutor(os.cpu_count(), "reading")
         self.scoring = ThreadPoolExecutor(1, "scoring")
-        self.taking = ThreadPoolExecutor(1, "taking")  # a source may block; that must not hold up another run
+        self.taking = ThreadPoolExecutor(1, "taking")  # a source may block, which must not delay another run
 
     async def predictions(self, sources: Iterable[ImageSource], total: int | None = None) -> AsyncGenerator[Prediction, None]:
         """Classify, and yield predictions in input order.
 
         Args:
             sources: the images from the start of this run on.
-            total: number of images of the whole run, for policies that keep to a budget; None if it is not known.
+            total: number of images of the whole run, for policies with limits; None if it is not known.
         """
         self.total = total
         seen, here = Seen(), self.checkpoint
@@ -231,7 +231,7 @@ class Run:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     def _begin(self, work: Coroutine[None, None, T]) -> asyncio.Task[T]:
-        """A task that ends with the run."""
+        """Start a task that ends when the run ends."""
         task = asyncio.create_task(work)
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)
@@ -324,7 +324,7 @@ class Run:
             result.add_done_callback(settled)
 
     async def _escalate(self, items: list[Item], earlier: Sequence[asyncio.Event], batch: _Batch) -> None:
-        """Take a batch through the stages. An image is settled when no further stage asks about it."""
+        """Pass a batch through the stages. An image is settled when no further stage asks about it."""
         try:
             if not self.stages:
                 rank(TopK(), items)
@@ -352,7 +352,7 @@ class Run:
         Args:
             running: the stage.
             items: images of one batch.
-            end: number of images of the run up to the last one of the batch.
+            end: number of images up to the end of the batch.
         """
         if not items:
             return [], []
@@ -365,7 +365,7 @@ class Run:
     async def _better_later(
         self, running: RunningStage, items: Sequence[Item], scores: Scores, prices: tuple[float, ...]
     ) -> Selection:
-        """Boolean mask (n,): a question to the judge of a later stage is worth more. All false without routing."""
+        """``(n,)`` booleans: a question to the judge of a later stage is worth more. All are false without routing."""
         if not self.settings.routing:
             return np.zeros(len(scores), dtype=bool)
         own = running.surplus(scores, prices)
@@ -378,7 +378,7 @@ class Run:
 
         Args:
             decided: number of images that have reached the stage.
-            end: number of images of the run up to the last one of these.
+            end: number of images up to the last of these.
         """
         return None if self.total is None else max(self.total - end, 0) * decided / end
 
@@ -399,7 +399,7 @@ class Run:
 
 
 async def _together(works: Iterable[Coroutine[None, None, None]]) -> None:
-    """Do all at the same time. The first error ends the others: nobody would read the answers that they ask for."""
+    """Run all coroutines at the same time. The first error cancels the others, because nobody would read their answers."""
     try:
         async with asyncio.TaskGroup() as group:
             for work in works:
@@ -410,7 +410,7 @@ async def _together(works: Iterable[Coroutine[None, None, None]]) -> None:
 
 @asynccontextmanager
 async def _ending(queue: asyncio.Queue[T | None]) -> AsyncGenerator[None, None]:
-    """Put the end mark into a queue when the block ends, also after an error. After a cancellation nobody reads the queue."""
+    """Put the end mark into a queue when the block ends, also after an error. After a cancellation, nobody reads the queue."""
     try:
         yield
     except Exception:

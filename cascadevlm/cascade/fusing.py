@@ -1,4 +1,4 @@
-"""The decision layer in a running cascade: calibrated scores, the gain from a question, and both opinions fused."""
+"""The decision layer in a running cascade: calibrated scores, the gain from a question, and the fusion of both opinions."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -35,13 +35,13 @@ class CalibratedScorer(WrapperScorer):
 
 @dataclass(frozen=True, kw_only=True)
 class Asking:
-    """What a question to one stage's judge is worth, and what the answer means.
+    """The expected gain from a question to the judge of a stage, and the effect of the answer.
 
     Attributes:
         model: the model of the judge.
-        word_final: whether the judge's answer is final.
-        candidates: the rule for the candidates that the judge is shown.
-        none_offered: whether "none of these" is one of the options.
+        word_final: true if the judge's answer is the final label.
+        candidates: the rule for the candidates that the judge sees.
+        none_offered: true if "none of these" is one of the options.
     """
 
     model: JudgeModel
@@ -50,8 +50,9 @@ class Asking:
     word_final: bool
 
     def gain(self, scores: Scores) -> NDArray[np.floating]:
-        """(N,) expected increase of the probability that the final label is right, if the judge is asked. The gain is negative
-        where the judge's word is final and the scorer knows better."""
+        """``(N,)`` expected increases of the probability that the final label is right, if the judge is asked. A gain is
+        negative if the judge's answer is the final label and the scorer knows better.
+        """
         columns = self.candidates.columns(scores)
         if self.candidates.order == "reversed":
             columns = columns[:, ::-1]
@@ -60,10 +61,10 @@ class Asking:
         )
 
     def fuse(self, scores: Scores, shown: Sequence[Candidate], verdict: Verdict) -> Scores:
-        """`(1, C)` what is believed after a verdict.
+        """`(1, C)` scores after a verdict.
 
         Args:
-            scores: `(1, C)` what was believed before.
+            scores: `(1, C)` scores before the verdict.
             shown: the candidates of the question.
             verdict: the judge's verdict.
         """

@@ -1,4 +1,4 @@
-"""One image on its way through the stages: what is believed of it, its candidates, what judges said, and the conclusion."""
+"""One image on its way through the stages: its current scores, its candidates, the verdicts, and the prediction."""
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,20 +16,22 @@ from cascadevlm.cascade.stage import Stage
 from cascadevlm.scorers.base import Prepared
 
 OnFailure = Literal["scorer", "raise", "abstain"]
-"""What the prediction is if judges were asked and gave no answer: the scorer's label, an error, or no label."""
+"""How an image is predicted if judges were asked and gave no answer: with the scorer's label, with an error, or without a
+label.
+"""
 
 
 @dataclass(eq=False, kw_only=True)
 class Item:
-    """One image under way.
+    """One image on its way through the stages.
 
     Attributes:
         number: position of the image in the input, from 0.
         chunk: `(N, C)` the scorer's scores of all images that were scored together.
         row: the row of this image in the chunk.
-        own: `(1, C)` what is believed of the image once a judge changed it: the scores without the labels that judges rejected,
-            or the scores fused with what judges said. None as long as the scorer's scores are believed.
-        fused: whether ``own`` includes what the last judge said.
+        own: `(1, C)` scores after a judge changed them: without the labels that judges rejected, or fused with the judges'
+            answers. None until a judge changes the scorer's scores.
+        fused: true if ``own`` includes the answer of the last judge.
     """
 
     number: int
@@ -54,7 +56,7 @@ class Item:
         return self.scores if self.own is None else self.own
 
     def opinion(self) -> Scores | None:
-        """`(1, C)` the last judge's answer if its word is final; in all other cases ``own``."""
+        """`(1, C)` the last judge's answer if this answer is the final label; in all other cases ``own``."""
         verdict = self.verdicts[-1] if self.verdicts else None
         if self.fused or verdict is None or verdict.label is None:
             return self.own
@@ -70,7 +72,7 @@ class Item:
         return row
 
     def hear(self, stage: Stage, verdict: Verdict) -> None:
-        """Learn from a judge's verdict on the candidates. Errors and spent budgets teach nothing."""
+        """Update the scores with a judge's verdict on the candidates. Errors and a used-up budget change nothing."""
         if verdict.outcome in ("failed", "skipped"):
             return
         if stage.fusion != "judge" and stage.asking is not None:
@@ -81,7 +83,7 @@ class Item:
             self._reject({candidate.label.name for candidate in self.candidates})
 
     def _reject(self, names: Collection[str]) -> None:
-        """Make labels impossible, unless no label would be left."""
+        """Set the probability of labels to 0, unless no label would be left."""
         scores = self.belief
         impossible = np.isin(scores.labels.names, list(names)) | (scores.probabilities[0] == 0)
         if not impossible.all():
@@ -89,7 +91,7 @@ class Item:
             self.own = replace(scores, log_probs=log_probs.astype(np.float32))
 
     def widen(self, rule: CandidateRule, seen: Collection[Label]) -> bool:
-        """Choose the next candidates. Returns false, and changes nothing, if all of them were seen before."""
+        """Choose the next candidates. If the judge has seen all of them before, return False and change nothing."""
         shown = self.candidates
         rank(rule, [self])
         if all(candidate.label in seen for candidate in self.candidates):
@@ -101,8 +103,8 @@ class Item:
         """The prediction after all verdicts. The last answer counts.
 
         Args:
-            on_failure: what the prediction is if there is no answer.
-            accept: the least probability of a label that is given.
+            on_failure: how the label is chosen if there is no answer.
+            accept: minimum probability of a predicted label.
 
         Raises:
             JudgeError: if there is no answer and ``on_failure`` is "raise".
@@ -132,7 +134,7 @@ class Item:
         return prediction
 
     def _opinion(self, answered: Verdict | None) -> tuple[str | None, float | None, DecidedBy]:
-        """The label, its probability, and who decided. ``answered`` is the last verdict with a label."""
+        """The label, its probability, and the part that decided. ``answered`` is the last verdict with a label."""
         if answered is not None and not self.fused:
             probabilities = answered.probabilities or {}
             return answered.label, probabilities.get(answered.label or ""), "judge"
@@ -146,17 +148,17 @@ def _abstained(prediction: Prediction, why: str) -> Prediction:
 
 
 def believed(items: Sequence[Item]) -> Scores:
-    """`(n, C)` what is believed of n images of one chunk, which are in its order."""
+    """`(n, C)` current scores of n images of one chunk, in the order of the chunk."""
     return _with_changes(items, [item.own for item in items])
 
 
 def current(items: Sequence[Item]) -> Scores:
-    """`(n, C)` what the policy of the next stage sees of n images of one chunk, which are in its order."""
+    """`(n, C)` scores that the policy of the next stage sees, of n images of one chunk, in the order of the chunk."""
     return _with_changes(items, [item.opinion() for item in items])
 
 
 def _with_changes(items: Sequence[Item], changed: Sequence[Scores | None]) -> Scores:
-    """`(n, C)` the scores of n images, with a `(1, C)` row in place of those that changed."""
+    """`(n, C)` the scores of n images. A `(1, C)` row replaces the scores of each image that changed."""
     chunk = items[0].chunk
     scores = chunk if len(items) == len(chunk) else chunk.rows(np.array([item.row for item in items]))
     if all(row is None for row in changed):
@@ -169,8 +171,9 @@ def _with_changes(items: Sequence[Item], changed: Sequence[Scores | None]) -> Sc
 
 
 def rank(rule: CandidateRule, items: Sequence[Item]) -> None:
-    """Give each image its candidates by what is believed now, without those that judges rejected. Their probabilities and ranks
-    are the scorer's."""
+    """Give each image its candidates by its current scores, without the labels that judges rejected. The probabilities and
+    ranks of the candidates come from the scorer.
+    """
     if not items:
         return
     for item, candidates in zip(items, rule.choose(believed(items)), strict=True):

@@ -1,4 +1,4 @@
-"""Observers of a run: a folder that keeps what passes, a watch for drift, or anything else that only listens."""
+"""Observers of a run, such as the folder of a run and the watch for drift."""
 
 from collections.abc import Sequence
 
@@ -8,7 +8,8 @@ from cascadevlm.scorers.base import Prepared
 
 
 class Observer:
-    """Sees what passes through a run and changes nothing. Subclasses override the methods of interest; all others do nothing.
+    """Sees the images, scores, verdicts and predictions of a run, and changes nothing. Subclasses override the methods that
+    they need; all other methods do nothing.
 
     Images are numbered by their position in the input, from 0. The methods are called in the thread of the event loop, except
     `prepared`. An error that an observer raises ends the run.

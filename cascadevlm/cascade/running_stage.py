@@ -1,4 +1,4 @@
-"""A stage during one run: which images its policy escalates, what its judge says of them, and what has been spent."""
+"""A stage during one run: its policy escalates images, its judge answers, and its spending is counted."""
 
 import asyncio
 from collections.abc import Sequence
@@ -26,12 +26,12 @@ class RunningStage:
 
     Args:
         number: position of the stage, from 0.
-        stage: the stage as the cascade has it.
+        stage: the stage of the cascade.
         judge: the stage's judge, dependable and prepared.
         labels: the label set of the cascade.
-        readers: threads that read images beside the event loop.
+        readers: threads that read images outside the event loop.
         spending: the state of the stage's spending at the start of the run.
-        observers: see what the judge is asked.
+        observers: observers of the run.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class RunningStage:
         self._fatal: FatalError | None = None
 
     async def prices(self, items: Sequence[Item]) -> tuple[float, ...]:
-        """(n,) expected dollars of a question about each image; empty if the policy does not need prices."""
+        """``(n,)`` expected costs of a question about each image, in US dollars; empty if the policy does not need prices."""
         if not self.policy.by_price:
             return ()
 
@@ -67,7 +67,9 @@ class RunningStage:
         return await asyncio.get_running_loop().run_in_executor(self.readers, told)  # it may open files
 
     def _price(self, item: Item, candidates: tuple[Candidate, ...]) -> float:
-        """Expected dollars of a question; 0 for one that fails unsent: its image has gone, or its length has no price."""
+        """Expected cost of a question in US dollars. It is 0 if the question fails before it is sent: because the image has
+        disappeared, or because there is no price for its length.
+        """
         try:
             question = self.stage.question(item.prepared.unread, candidates)
             return self.stage.by_votes(self.stage.judge).quote(question).usual_case / NANODOLLARS
@@ -75,20 +77,21 @@ class RunningStage:
             return 0.0
 
     def surplus(self, scores: Scores, prices: tuple[float, ...]) -> NDArray[np.floating]:
-        """(n,) expected gain less the gain that the policy wants. Only for stages between which images are routed."""
+        """``(n,)`` expected gains minus the gain that the policy requires. Only for cascades with routing."""
         assert isinstance(self.policy.policy, GainAbove)
         return self.policy.policy.surplus(Spending(prices=prices, gain=self.stage.gain(scores)))
 
     def decide(
         self, items: Sequence[Item], scores: Scores, prices: tuple[float, ...], *, left: Selection, remaining: float | None
     ) -> list[Item]:
-        """The images that the policy escalates. All images get the policy's reasons, and all in the first stage get candidates.
+        """The images that the policy escalates. All images get the policy's reasons. In the first stage, all images get
+        candidates.
 
         Args:
             items: the next n images.
-            scores: `(n, C)` what is believed of the images now.
-            prices: (n,) expected dollars of a question about each image, or empty.
-            left: boolean mask (n,) of the images that are left to a later stage.
+            scores: `(n, C)` current scores of the images.
+            prices: ``(n,)`` expected costs of a question about each image, in US dollars; or empty.
+            left: ``(n,)`` booleans: the image is left to a later stage.
             remaining: expected number of images after these; None if the number is unknown.
         """
         spending = replace(self.spending, remaining=remaining, prices=prices, gain=self.stage.gain(scores))
@@ -139,7 +142,7 @@ class RunningStage:
                 image = item.prepared.image
                 item.candidates = self.stage.candidates.arrange(item.candidates, image)
                 question = self.stage.question(image, item.candidates, self.labels)
-                if is_large(image):  # encode and hash the image beside the event loop, once
+                if is_large(image):  # encode and hash the image once, outside the event loop
                     await loop.run_in_executor(self.readers, self.judge.image_digest, question)
                 verdict = await self.judge.judge(question)
             except FatalError as exc:

@@ -1,4 +1,4 @@
-"""A stage of a cascade: one judge, and when and how the judge is asked."""
+"""A stage of a cascade: one judge, the images that it is asked about, and the form of the questions."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -29,33 +29,35 @@ _MADE_BY: Mapping[str, tuple[type, str]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Stage(Portable):
-    """One judge of a cascade, and when and how the judge is asked.
+    """One judge of a cascade, the images that it is asked about, and the form of the questions.
 
-    The policy of the first stage sees the scorer's scores. The policy of a later stage sees only images that the stage before was
-    asked about or, with routing, left to this stage. The scores that it sees are:
+    The policy of the first stage sees the scorer's scores. The policy of a later stage sees only the images that the judge
+    before it was asked about or, with routing, the images that were left to this stage. It sees these scores:
 
-    - with fusion, what scorer and judge say together;
-    - without fusion, the judge's own probabilities, or certainty if its answer has no probabilities;
-    - if there was no answer, the scorer's scores.
+    - with fusion: the probabilities after the judge's answer;
+    - without fusion: the judge's own probabilities, or a probability of 1 for an answer without probabilities;
+    - without an answer: the scorer's scores.
 
-    After "none of these", candidates are chosen among the other labels.
+    After the answer "none of these", the next candidates are chosen among the other labels.
 
     Attributes:
         judge: the judge.
         prompt: the prompt of the questions.
-        policy: which images are escalated. Default: all.
+        policy: the policy, which selects the images to escalate. Default: all images.
         candidates: the rule for the candidates. Default: the 5 most probable labels.
-        offer_none: whether "none of these" is one of the options.
-        support: reference images; the prompt must have a place for them.
-        fusion: whose word is final: the judge's, or the more probable label by both.
-        model: a model of the judge, needed for fusion and for policies that use the expected gain.
+        offer_none: true if "none of these" is one of the options.
+        support: reference images. The prompt must contain ``$references``.
+        fusion: how the final label is chosen: "judge" takes the judge's answer; "bayes" takes the most probable label by scorer
+            and judge together.
+        model: a model of the judge. It is required for fusion "bayes" and for policies that use the expected gain.
         votes: number of questions about each image, with the candidates in another order each time (`Voting`).
         widen: number of further questions, about the next candidates, after the answer "none of these".
 
     Raises:
-        InputError: if an argument has another type, for example a spec; if ``votes`` is not a number from 1 on, or ``widen``
-            not one from 0 on; if fusion is wanted without a model; if ``widen`` is given and "none of these" is not offered.
-        PromptError: if only one of prompt and stage has reference images.
+        InputError: if an argument has a wrong type, for example a spec in place of an object; if ``votes`` is not a number of
+            at least 1, or ``widen`` is not a number of at least 0; if ``fusion`` is "bayes" and there is no model; if ``widen``
+            is above 0 and "none of these" is not offered.
+        PromptError: if the prompt contains ``$references`` and ``support`` is missing, or the other way round.
         PolicyError: if the policy uses the expected gain and there is no model.
     """
 
@@ -80,11 +82,14 @@ class Stage(Portable):
         if self.fusion != "judge" and self.model is None:
             raise InputError(f"fusion = {self.fusion!r} needs a calibration.", hint="Make one: cascadevlm calibrate.")
         if self.support is None and self.prompt.shows_references:
-            raise PromptError(f"Prompt {self.prompt.name!r} shows $references.", hint="Give the stage a support folder.")
+            raise PromptError(
+                f"Prompt {self.prompt.name!r} shows $references.",
+                hint="Give the stage a support folder, or use a prompt without $references.",
+            )
         if self.support is not None and not self.prompt.shows_references:
             raise PromptError(
                 f"Prompt {self.prompt.name!r} has no place for the support images.",
-                hint="Take a prompt with $references, for example select_fewshot, or give no support.",
+                hint="Use a prompt with $references, for example select_fewshot, or remove the support folder.",
             )
         if self.widen and not self.offer_none:
             raise InputError(f"widen = {self.widen} needs the answer 'none of these'.", hint="Offer it: offer_none = true.")
@@ -92,7 +97,7 @@ class Stage(Portable):
             raise uncalibrated(as_policy(self.policy))
 
     def question(self, image: Image.Image, candidates: tuple[Candidate, ...], label_set: LabelSet | None = None) -> Question:
-        """The question about an image. The candidates are from the label set, in the order in which they are shown."""
+        """The question about an image. The candidates are labels of the label set, in the order in which the judge sees them."""
         return Question(
             image=image,
             candidates=candidates,
@@ -103,7 +108,7 @@ class Stage(Portable):
         )
 
     def by_votes(self, judge: Judge) -> Judge:
-        """The judge, asked as many times about each image as there are votes."""
+        """The judge. If the stage has several votes, the judge is asked once per vote."""
         return Voting(judge, self.votes) if self.votes > 1 else judge
 
     def gain(self, scores: Scores) -> tuple[float, ...] | None:
@@ -115,7 +120,7 @@ class Stage(Portable):
 
     @property
     def asking(self) -> Asking | None:
-        """What a question is worth; None if the stage has no model of its judge."""
+        """The expected gain from a question and the effect of its answer; None if the stage has no model of its judge."""
         if self.model is None:
             return None
         return Asking(
@@ -127,23 +132,23 @@ class Stage(Portable):
 
 
 def require_kind(name: str, value: object, kind: type, fix: str) -> None:
-    """Refuse an argument of another type, for example a spec.
+    """Refuse an argument of a wrong type, for example a spec in place of an object.
 
     Args:
-        name: of the argument.
-        value: of the argument.
+        name: name of the argument.
+        value: value of the argument.
         kind: the class that the value must have.
         fix: an expression that makes an object of this class.
 
     Raises:
-        InputError: with ``fix`` as the hint.
+        InputError: if the value has another type. The hint contains ``fix``.
     """
     if not isinstance(value, kind):
         raise InputError(f"{name} must be a {kind.__name__}, not {value!r}.", hint=f"For example: {fix}.")
 
 
 def require_cascade(stages: Sequence[Stage], *, routing: bool) -> None:
-    """Refuse stages that make no cascade together.
+    """Refuse stages that cannot form a cascade.
 
     Raises:
         InputError: if the stages differ in their fusion, or if there is routing with fewer than two stages.
@@ -151,15 +156,15 @@ def require_cascade(stages: Sequence[Stage], *, routing: bool) -> None:
     """
     if len(fusions := sorted({stage.fusion for stage in stages})) > 1:
         raise InputError(
-            f"The stages have different fusions: {' and '.join(map(repr, fusions))}.", hint="Give all stages the same."
+            f"The stages have different fusions: {' and '.join(map(repr, fusions))}.", hint="Give all stages the same fusion."
         )
     if not routing:
         return
     if len(stages) < 2:
-        raise InputError("Routing needs two judges to choose between.", hint="Add a [[stage]], or leave routing out.")
+        raise InputError("Routing needs two judges to choose between.", hint="Add a [[stage]], or remove routing.")
     for stage in stages:
         if not isinstance(as_policy(stage.policy), GainAbove):
             raise PolicyError(
                 f"The policy '{as_policy(stage.policy)}' cannot choose between judges.",
-                hint='With routing, give a policy of gain alone, for example "gain > 0.02", and limit all cost by [budget] usd.',
+                hint='With routing, use only a gain policy, for example "gain > 0.02", and limit all cost by [budget] usd.',
             )

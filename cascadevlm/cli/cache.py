@@ -21,15 +21,15 @@ def _opened(folder: Path | None) -> "DiskStore":
     """The cache in a folder.
 
     Raises:
-        DataError: if there is no cache; looking for it must not make one.
+        DataError: if there is no cache. The search for a cache must not create one.
     """
     from cascadevlm.base.errors import DataError
     from cascadevlm.judges.cache import DiskStore
 
     store = DiskStore(folder)
     if not store.exists:
-        hint = "Give the folder of a cache (cache.folder of the configuration), or the folder 'verdicts' in that of a run."
-        raise DataError(f"{str(store.folder)!r} holds no cache of verdicts.", hint=hint)
+        hint = "Give the folder of a cache (cache.folder of the configuration), or the folder 'verdicts' in the folder of a run."
+        raise DataError(f"{str(store.folder)!r} does not contain a cache of verdicts.", hint=hint)
     return store
 
 

@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class RecipeOptions:
-    """The options that say what to calibrate for."""
+    """The options of a calibration."""
 
     size: Annotated[
         int | None,
         typer.Option(
             min=1,
-            help="Number of images to calibrate on. The other images measure the result.",
+            help="Number of images to calibrate on. The result is measured on the other images.",
             show_default="half of the images",
         ),
     ] = None
@@ -37,7 +37,9 @@ class RecipeOptions:
     ] = False
     fusion: Annotated[
         Literal["bayes", "judge"],
-        typer.Option(help="Who decides after a question. bayes: scorer and judge together. judge: the judge alone."),
+        typer.Option(
+            help="How the final label is chosen after a question. bayes: by scorer and judge together. judge: by the judge alone."
+        ),
     ] = "bayes"
     measure: Annotated[
         Literal["gain", "entropy", "margin", "top_probability"],
@@ -54,7 +56,7 @@ class RecipeOptions:
     shares: Annotated[
         Path | None,
         typer.Option(
-            help="JSON file with the expected share of each class by name. The scorer may be matched to these shares.",
+            help="JSON file with the expected share of each class by name. The calibration can adapt the scorer to these shares.",
             show_default="equal shares",
         ),
     ] = None
@@ -69,7 +71,9 @@ class RecipeOptions:
     ] = None
     judge_share: Annotated[
         float | None,
-        typer.Option(help="Target: reach at least this share of the accuracy of asking the judge about every image."),
+        typer.Option(
+            help="Target: reach at least this share of the accuracy that the judge reaches if it is asked about every image."
+        ),
     ] = None
     target_error: Annotated[
         float | None,
@@ -134,7 +138,7 @@ def calibrate(
     ] = None,
     as_json: options.AsJson = False,
 ) -> None:
-    """Learn how far to trust the scorer and the judge, and write that to a file.
+    """Learn how reliable the scorer and the judge are, and write a calibration file.
 
     A target also chooses the threshold of the policy. A guarantee also chooses which answers are accepted.
     """

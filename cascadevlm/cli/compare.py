@@ -61,7 +61,7 @@ def compare(
     }
     if not configs and (data or labels or part.split or part.limit or output):
         hint = "Remove --data, --labels, --split, --limit and --output, or add a configuration."
-        raise InputError("These options are for configurations, and all given runs are records.", hint=hint)
+        raise InputError("These options need a configuration, but all given runs are records.", hint=hint)
     cascades, given = _built(configs, part, data, labels)
     of_records = {name: labelled(record) for name, record in records.items()}
     require_same(of_records | {name: (cascades[name].labels, each.names, each.truths) for name, each in given.items()})

@@ -33,7 +33,7 @@ def demo(
         paths = paths[:images]
         console.print(
             f"Classifying {len(paths)} images among {len(labels)} species never seen in training: open_clip:aviary ranks, "
-            "hf_chat:aviary judges where the ranking is unsure. The true species is underlined.\n"
+            "hf_chat:aviary judges the images about which it is unsure. The true species is underlined.\n"
         )
         began = time.perf_counter()
         predictions = []

@@ -17,7 +17,10 @@ if TYPE_CHECKING:
 @options.grouped()
 def estimate(
     paths: Annotated[
-        list[Path], typer.Argument(metavar="PATH…", help="Image files, folders with images, or one list of images as for run.")
+        list[Path],
+        typer.Argument(
+            metavar="PATH…", help="Image files, folders with images, or one list of images (the same forms as for run)."
+        ),
     ],
     given: options.CascadeOptions,
     sample: Annotated[int, typer.Option(min=1, help="Number of images to score for the estimate.")] = 200,
@@ -39,7 +42,9 @@ def estimate(
         images, total = Inputs(paths[0]).sample(sample)
     else:
         if lists := [path for path in paths if path.suffix.lower() in LISTS]:
-            raise InputError(f"{str(lists[0])!r} is a list of images, and it is not the only path.", hint="Give the list alone.")
+            raise InputError(
+                f"{str(lists[0])!r} is a list of images, but other paths are given, too.", hint="Give only the list."
+            )
         images = options.image_files(paths)
         total = len(images)
     estimates = estimated(cascade, images, total=total, sample=sample)

@@ -16,7 +16,7 @@ JudgeAll = Annotated[
     bool,
     typer.Option(
         "--judge-all",
-        help="Ask the judge about every image, as sweep and calibrate need. The figures are those of the policy.",
+        help="Ask the judge about every image, for sweep and calibrate. The figures are still the figures of the policy.",
     ),
 ]
 Output = Annotated[
@@ -40,7 +40,7 @@ def evaluate(
     yes: options.Yes = False,
     as_json: options.AsJson = False,
 ) -> None:
-    """Measure a cascade on labelled images: accuracy, share of escalated images, errors corrected and made by the judge,
+    """Measure a cascade on labelled images: accuracy, share of escalated images, errors that the judge corrects and makes,
     calibration and cost.
 
     If the command is killed or interrupted, the same command with --output continues. The exit code is 1 if no question gets an
@@ -78,7 +78,7 @@ def evaluate(
     replays = judge_all and can_replay(record)
     if judge_all and not replays:
         typer.echo(
-            "These figures are those of asking about every image. "
+            "These figures are for the judge asked about every image. "
             "Figures of the policy need a record with one judge that was asked about every image.",
             err=True,
         )

@@ -18,14 +18,14 @@ def confirm(config: Config, cascade: Cascade, images: Sequence[ImageSource] | In
     """Ask the user, if the run may cost more than the configuration's ``budget.ask_above_usd``.
 
     Args:
-        config: of the cascade.
-        cascade: what will classify.
+        config: configuration of the cascade.
+        cascade: the cascade.
         images: all images of the run.
         left: number of these images that have no prediction yet. Default: all.
 
     Raises:
-        InputError: if the user would have to be asked, and the input is not a terminal.
-        BackendError: if a judge with a price cannot work, for example without an API key. This is checked first.
+        InputError: if the user must be asked, but the input is not a terminal.
+        BackendError: if a judge that costs money cannot work, for example without an API key. This is checked first.
     """
     limit, cap = config.budget.ask_above_usd, config.budget.usd
     paid = [stage.judge for stage in cascade.stages if stage.judge.costs_money]

@@ -89,7 +89,7 @@ class CascadeOptions:
         return Config.parse(data, name=str(self.config or "options"))
 
     def build(self, config: "Config", *, bulk: bool = False) -> "Cascade":
-        """The cascade that the configuration describes. The labels of ``--labels`` replace those of the configuration."""
+        """The cascade that the configuration describes. The labels of ``--labels`` replace the labels of the configuration."""
         from cascadevlm.base.labels import LabelSet
 
         return config.build(LabelSet.read(self.labels) if self.labels else None, bulk=bulk)
@@ -199,7 +199,7 @@ def image_files(paths: list[Path]) -> list[Path]:
     files: list[Path] = []
     for path in paths:
         if not path.exists():
-            raise InputError(f"{str(path)!r} does not exist.")
+            raise InputError(f"{str(path)!r} does not exist.", hint="Check the path.")
         found = [Path(name) for name, _ in Inputs(path)] if path.is_dir() else [path]
         if not found:
             raise InputError(f"The folder {str(path)!r} contains no images.", hint=left_out([path]))

@@ -11,14 +11,16 @@ from cascadevlm.base.errors import InputError
 
 
 def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN…", help="Folders from evaluate -o, or folders from run -o.")],
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN…", help="Folders that evaluate -o wrote, or folders that run -o wrote.")
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", help="HTML file to write. An existing file is overwritten.")],
 ) -> None:
     """Write one HTML page about one or more runs. The file contains all images and needs no other file.
 
-    For folders from evaluate -o, the page shows figures, plots, studies and single images. For folders from run -o, whose images
-    have no labels, the page shows the decisions, who made them, their probabilities, and the images with the lowest probability
-    first.
+    For folders of evaluate -o, the page shows figures, plots, studies and single images. For folders of run -o, whose images
+    have no labels, the page shows the labels, the models that chose them, and their probabilities. The images with the lowest
+    probability come first.
     """
     from cascadevlm.evaluation.report import is_bulk_run, read_bulk_run, read_run, render, render_bulk
 
@@ -35,7 +37,10 @@ def report(
     try:
         output.write_text(page, encoding="utf-8")
     except OSError as exc:
-        raise InputError(f"The report {str(output)!r} cannot be written: {exc.strerror}.") from exc
+        raise InputError(
+            f"The report {str(output)!r} cannot be written: {exc.strerror}.",
+            hint="Check the path, its permissions and the free space on the disk.",
+        ) from exc
     typer.echo(f"{output}: {output.stat().st_size / 1e6:.1f} MB")
 
 

@@ -35,7 +35,7 @@ RetryFailed = Annotated[
     bool,
     typer.Option(
         "--retry-failed",
-        help="Classify failed images again. Images after the first failed one are decided again from the answers on disk.",
+        help="Classify failed images again. Later images also get a new prediction, with the stored answers.",
     ),
 ]
 
@@ -86,7 +86,7 @@ def run(
         raise InputError("--workers is an option of the cluster.", hint="Add --engine ray, or remove --workers.")
     total = len(images)
     if not total:
-        raise DataError(f"{str(inputs)!r} contains no images.")
+        raise DataError(f"{str(inputs)!r} contains no images.", hint="Check the path and the formats of the images.")
     if not yes:
         left = images_left(output, total, dollars=cascade.ledger.cap_dollars, retry_failed=retry_failed)
         confirm(parsed, cascade, images, left)
@@ -163,8 +163,8 @@ def _progress(console: "Console", total: int) -> Iterator[Callable[["Tally"], No
 def _stopping_in_order() -> Iterator[list[int]]:
     """A list of the numbers of the signals received.
 
-    After the first Ctrl-C or SIGTERM (clusters send SIGTERM), questions under way are finished. A second signal ends the program
-    at once.
+    After the first Ctrl-C or SIGTERM (clusters send SIGTERM), open questions are finished. A second signal ends the program at
+    once.
     """
     received: list[int] = []
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -173,7 +173,7 @@ def _stopping_in_order() -> Iterator[list[int]]:
         received.append(number)
         for each in before:
             signal.signal(each, signal.default_int_handler)
-        typer.echo("The run stops after the questions under way. Press Ctrl-C again to stop at once.", err=True)
+        typer.echo("The run stops when all open questions are finished. Press Ctrl-C again to stop at once.", err=True)
 
     for number in before:
         signal.signal(number, handle)

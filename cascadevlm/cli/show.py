@@ -24,7 +24,7 @@ _share = partial(share, unknown="unknown")
 
 
 def prediction_block(prediction: Prediction, *, title: str, truth: str | None = None) -> RenderableType:
-    """One image: its candidates with bars, the reason why it was escalated or kept, the verdicts, and the result."""
+    """The lines about one image: its candidates with bars, the reason of the policy, the verdicts, and the result."""
     if not prediction.candidates:
         return Group(Text(visible(title), style="bold"), _indented(Text(visible(prediction.error), style="red")), "")
     lines: list[RenderableType] = [Text(visible(title), style="bold"), _candidates(prediction, truth)]

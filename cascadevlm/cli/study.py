@@ -140,7 +140,7 @@ def _numbers(option: str, text: str, number: Callable[[str], Number]) -> list[Nu
     try:
         return [number(part) for part in text.split(",")]
     except ValueError as exc:
-        raise InputError(f"{option} must be numbers separated by commas, and is {text!r}.") from exc
+        raise InputError(f"{option} must be numbers separated by commas, not {text!r}.") from exc
 
 
 def _study(

@@ -17,7 +17,7 @@ def sweep(
     calibration: Annotated[
         Path | None,
         typer.Option(
-            help="File from calibrate. Only the images that it was not fitted on are used; curves with and without it are shown."
+            help="File from calibrate. Only images that it was not fitted on are used. Curves without it are shown, too."
         ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object with all points of all curves.")] = False,

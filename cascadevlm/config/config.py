@@ -180,7 +180,7 @@ class CandidatesConfig(_Section):
         return ConformalSet(rule=rule, **bounds, order=self.order, seed=self.seed)
 
     def frozen(self, built: CandidateRule) -> Self:
-        """This section, with the number of candidates of the built rule in place of ``k = "best"``."""
+        """This section. The number of candidates of the built rule replaces ``k = "best"``."""
         return self.model_copy(update={"k": built.most()}) if self.k == "best" else self
 
 
@@ -274,12 +274,8 @@ class BudgetConfig(_Section):
 
 
 class CacheConfig(_Section):
-    """``[cache]``: what is kept on disk.
-
-    Attributes:
-        enabled: True to keep verdicts.
-        embeddings: True to keep embeddings of labels and, in bulk runs, embeddings of images.
-        folder: folder of the cache. Default: the folder of the user's cache.
+    """``[cache]``: the cache on disk. Attributes: enabled: True to keep verdicts. embeddings: True to keep embeddings of labels
+    and, in bulk runs, embeddings of images. folder: folder of the cache. Default: the folder of the user's cache.
     """
 
     enabled: bool = True
@@ -310,14 +306,15 @@ class Config(_Section):
         stage: the stages, in the order in which judges are asked.
         labels: path of a file or folder of labels, or a list of names.
         calibration: path of a calibration file.
-        fusion: how the scores and the verdict are combined. Default: the rule of the calibration or, without one, "judge".
+        fusion: how the scores and the verdict are combined. Default: the rule of the calibration; without a calibration,
+            "judge".
         accept: minimum probability of a prediction; below it, the cascade abstains. Default: the value of the calibration, or 0.
         routing: True to choose one judge per image by its expected gain.
         follow_shares: True to estimate the shares of classes during the run.
         learn: True to teach the scorer during the run, by the answers of the judges and by the images.
-        on_failure: what happens if no judge gives an answer.
+        on_failure: how an image is predicted if no judge gives an answer.
         batch_size: number of images that are scored together.
-        cache: what is kept on disk.
+        cache: the cache on disk.
         budget: limits for money.
     """
 
@@ -333,7 +330,7 @@ class Config(_Section):
     on_failure: OnFailure = "scorer"
     batch_size: Count = 32
     cache: Annotated[CacheConfig, MayChange("the folder of the cache does not change an answer")] = CacheConfig()
-    budget: Annotated[BudgetConfig, MayChange("with a higher limit, skipped images are asked about")] = BudgetConfig()
+    budget: Annotated[BudgetConfig, MayChange("with a higher limit, judges are asked about the skipped images")] = BudgetConfig()
 
     @classmethod
     def parse(cls, data: Mapping[str, JsonValue], *, name: str = "config") -> Self:
@@ -406,9 +403,9 @@ class Config(_Section):
         )
 
     def frozen(self, cascade: Cascade) -> Self:
-        """A copy of the configuration that names every choice of the calibration.
+        """A copy of the configuration that contains all values that come from the calibration.
 
-        The policies, the numbers of candidates, the fusion rule and the acceptance threshold are those of the built cascade.
+        The policies, the numbers of candidates, the fusion rule and the acceptance threshold come from the built cascade.
         """
         stages = [
             stage.model_copy(update={"policy": str(built.policy), "candidates": stage.candidates.frozen(built.candidates)})

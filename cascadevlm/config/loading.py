@@ -32,7 +32,7 @@ def load_scorer(spec: str, /, **options: Option) -> Scorer:
 
 
 def load_judge(spec: str, /, **options: Option) -> Judge:
-    """Make the judge that a spec names. Arguments and errors are the same as for `load_scorer`."""
+    """Make the judge that a spec names. The arguments and errors are the same as in `load_scorer`."""
     judge = cast(Judge, _load("judges", spec, options))
     judge.spec = spec
     return judge

@@ -31,11 +31,11 @@ FUSION_RULES: dict[str, FusionRule] = {rule: rule for rule in get_args(FusionRul
 """The fusion rules by their names."""
 
 SETTINGS = ("judge", "prompt", "offer_none", "support", "votes", "options")
-"""Keys of a stage's configuration that change the judge's answers, apart from the candidates."""
+"""Keys of a stage's configuration that change the judge's answers, without the keys of the candidates."""
 
 
 WORDING = {"templates": "templates", "texts": "texts for the labels", "adapter": "settings of the adapter"}
-"""Parts of a scorer's fingerprint that do not stand for its model, and their names in messages."""
+"""Parts of a scorer's fingerprint that do not identify its model, and their names in messages."""
 
 SAME_WORDING = "Use what the calibration was made with, or calibrate again: cascadevlm calibrate."
 
@@ -66,8 +66,8 @@ class CalibratedJudge:
         gain: the foretold gain: how many more predictions per image are right after the judge's answers than before, by
             cross-validation, and the standard error of this number; None without labels.
         best_size: the number of candidates with the highest expected accuracy, by the model.
-        reference: for each answer, 1 if it is the most probable candidate and 0 if not, minus the model's probability of that.
-            The mean is not exactly 0, because the priors shrink the model.
+        reference: mean and deviation of one number per answer: 1 if the answer is the most probable candidate and 0 if not,
+            minus the model's probability of this. The mean is not exactly 0, because the priors shrink the model.
     """
 
     judge: str
@@ -102,8 +102,8 @@ class Calibration:
         policy: the policy that was chosen for a target; None without a target.
         fusion: who decides after a question.
         accept: the lowest probability of an accepted label, if there is a guarantee. The cascade abstains below it.
-        promised_with: the settings that the guarantee holds for: policy, fusion, ``follow_shares``, and the settings of the stage
-            that decide about candidates.
+        promised_with: the settings for which the guarantee is valid: policy, fusion, ``follow_shares``, and the settings of the
+            stage that decide about candidates.
         figures: figures of the scorer and the cascade with and without calibration, on images that nothing was fitted on.
         made: time of the calibration.
         format: version of the file format.
@@ -244,7 +244,10 @@ class Calibration:
         try:
             path.write_bytes(_ADAPTER.dump_json(self, indent=2) + b"\n")
         except OSError as exc:
-            raise DataError(f"{str(path)!r} cannot be written: {exc.strerror}.") from exc
+            raise DataError(
+                f"{str(path)!r} cannot be written: {exc.strerror}.",
+                hint="Check the path, its permissions and the free space on the disk.",
+            ) from exc
 
 
 def _digest(content: bytes) -> str:
@@ -275,8 +278,10 @@ def read_calibration(path: Path) -> Calibration:
     try:
         return _ADAPTER.validate_json(path.read_bytes())
     except OSError as exc:
-        raise ConfigError(f"The calibration {str(path)!r} cannot be read: {exc.strerror}.") from exc
+        raise ConfigError(f"The calibration {str(path)!r} cannot be read: {exc.strerror}.", hint="Check the path.") from exc
     except ValidationError as exc:
         first = exc.errors()[0]
         where = ".".join(map(str, first["loc"]))
-        raise ConfigError(f"{str(path)!r} is not a calibration: {where}: {first['msg']}.") from exc
+        raise ConfigError(
+            f"{str(path)!r} is not a calibration: {where}: {first['msg']}.", hint="Make a calibration: cascadevlm calibrate."
+        ) from exc

@@ -1,11 +1,10 @@
 """Conformal prediction: short lists of labels that contain the truth with a chosen probability, for any scorer.
 
 The score of a label is the total probability of all labels that rank before it. The threshold is the ceil((n + 1) coverage)-th
-smallest score of the true labels of n labelled images. The set of an image holds the labels whose score is at most the threshold.
-
-The set holds the truth of a new image with a probability of at least the coverage, and at most 1/(n + 1) more if no two scores
-are equal. A set is never empty. So if the best label is right more often than the coverage, every set has one label, and contains
-the truth as often as this label is right.
+smallest score of the true labels of n labelled images. The set of an image contains the labels whose score is at most the
+threshold. The set contains the truth of a new image with a probability of at least the coverage, and at most 1/(n + 1) more if
+no two scores are equal. A set is never empty. So if the best label is right more often than the coverage, every set has one
+label, and contains the truth as often as this label is right.
 
 There are two assumptions. First, the labelled and the new images come in random order (they are exchangeable). Second, the
 probabilities were not fitted to these labels: the scorer is calibrated on other images, or not at all. With the held-out
@@ -32,7 +31,7 @@ from cascadevlm.decision.judge_model import Bools, JudgeModel
 from cascadevlm.decision.scorer_calibration import Floats, StoredFloats
 
 ROUNDING = 1e-9
-"""Tolerance for rounding errors: a number that exceeds a whole number by less counts as whole."""
+"""Tolerance for rounding errors: a number that exceeds a whole number by less than this counts as the whole number."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,8 +63,9 @@ class Conformal:
             probabilities: ``(N, C)``; rows sum to 1. They must not be fitted to these truths.
             truths: ``(N,)`` columns of the true labels.
             coverage: probability that a set contains the truth, between 0 and 1.
-            class_conditional: whether every class has its own threshold. A class with n images has too few for that if
-                ceil((n + 1) coverage) > n. It uses the threshold of all images, and its own coverage is not guaranteed.
+            class_conditional: whether every class has its own threshold. A class with n images is too small for its own
+                threshold if ceil((n + 1) coverage) > n. Such a class uses the threshold of all images, and its own coverage is
+                not guaranteed.
 
         Raises:
             InputError: if the coverage is not between 0 and 1, or N images are too few for it.
@@ -101,7 +101,10 @@ class Conformal:
             InputError: if each class has its own threshold, because the sets are then not the most probable labels.
         """
         if self.class_thresholds is not None:
-            raise InputError("With one threshold per class, a set need not contain the most probable labels.", hint="Use sets().")
+            raise InputError(
+                "With one threshold per class, a set may leave out a label that is more probable than another label in the set.",
+                hint="Use sets().",
+            )
         inside = _before(descending) <= self.threshold
         sizes: NDArray[np.intp] = _bounded(inside, minimum, maximum).sum(axis=1)
         return sizes
@@ -146,7 +149,9 @@ def best_size(
 
 
 def _rank(size: int, coverage: float) -> int:
-    """The threshold is the score with this rank, counted from 1 for the smallest. Larger than ``size`` if images are too few."""
+    """The threshold is the score with this rank, counted from 1 for the smallest. The rank is larger than ``size`` if there are
+    too few images.
+    """
     return math.ceil((size + 1) * coverage - ROUNDING)
 
 

@@ -1,4 +1,4 @@
-"""Guarantees: the lowest probability from which answers are accepted, such that few accepted answers are wrong.
+"""Guarantees: finds the lowest probability of accepted answers such that only few accepted answers are wrong.
 
 The method is learn then test, applied to selective prediction (Angelopoulos, Bates, Candès, Jordan and Lei, "Learn then Test:
 Calibrating Predictive Algorithms to Achieve Risk Control", 2021). It needs labelled images that nothing was fitted on.
@@ -67,8 +67,8 @@ class Acceptance:
         if self.threshold is None:
             least = least_images(self.target_error, self.confidence)
             return (
-                f"No threshold guarantees on {self.images} labelled images that {promise}. "
-                f"That needs at least {least} accepted images if all of them are right, and more otherwise."
+                f"With {self.images} labelled images, no threshold guarantees that {promise}. "
+                f"The guarantee needs at least {least} accepted images without a wrong answer, or more with some wrong answers."
             )
         return (
             f"Answers with a probability of at least {self.threshold:.3g} are accepted: {promise}. These are "
@@ -84,7 +84,7 @@ def require_probability(name: str, value: float) -> None:
         InputError: if the value is out of this range.
     """
     if not 0 < value < 1:
-        raise InputError(f"{name} must be between 0 and 1, and is {value!r}.")
+        raise InputError(f"{name} must be between 0 and 1, not {value!r}.")
 
 
 def least_images(target_error: float, confidence: float) -> int:

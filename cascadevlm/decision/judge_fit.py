@@ -25,7 +25,7 @@ CONSTANTS = {
     "silence": 0.1,
     "silence_ability": 1.0,
 }
-"""Precisions of the normal priors of the other numbers, whose means are those of `JudgeModel.prior`.
+"""Precisions of the normal priors of the other numbers. The means of these priors come from `JudgeModel.prior`.
 
 0.1 is a standard deviation of about 3 nats. 4 is a standard deviation of 0.5, so that ``following`` stays near 0 to 1. 1 is a
 standard deviation of 1 nat: a missing answer changes beliefs only if many answers show that it should.
@@ -110,7 +110,7 @@ def _probability_weight(
     by_answer = np.where(known, among(np.where(known, answered, np.nan)), 0.0)
 
     def gained(weight: float) -> Floats:
-        """``(N,)`` log-probabilities of the truth with this weight, minus those by the answer, in nats."""
+        """``(N,)`` log-probabilities of the truth with this weight, minus the log-probabilities by the answer, in nats."""
         inside = np.where(known, among(before + weight * evidence), 0.0)
         gains: Floats = (truth * (inside - by_answer)).sum(axis=1)
         return gains

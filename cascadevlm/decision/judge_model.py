@@ -1,9 +1,9 @@
 """A model of a judge: the probability of each answer, given the truth and the scorer's log-probabilities.
 
-From this model follow how far to trust an answer, and how much accuracy a question is expected to gain.
+The model gives the reliability of an answer, and the accuracy that a question is expected to gain.
 
-The judge chooses one of the options shown by a conditional logit (McFadden, "Conditional logit analysis of qualitative choice
-behavior", 1974). The utility of a candidate is the sum of
+The model of the choice is a conditional logit over the options that the judge sees (McFadden, "Conditional logit analysis of
+qualitative choice behavior", 1974). The utility of a candidate is the sum of
 
 - ``following`` times the scorer's calibrated log-probability of the candidate,
 - a bias of the class,
@@ -13,19 +13,21 @@ behavior", 1974). The utility of a candidate is the sum of
 The utility of "none of these", if it is offered, is a constant. If the truth is not among the candidates, a second constant is
 added.
 
-By this model, a judge's errors are mostly labels that the scorer finds likely, and are more frequent on images that are difficult
-for both. A table of confusions cannot express that. The model has 2 C + K + 6 numbers instead of C x C, all of them shrunk by
-normal priors. The same numbers hold for longer and shorter lists.
+By this model, a judge's errors are mostly labels that the scorer finds likely, and are more frequent on images that are
+difficult for both. A table of confusions cannot express that. The model has 2 C + K + 6 numbers instead of C x C, all of them
+shrunk by normal priors. The same numbers are used for longer and shorter lists.
 
-A question can end without an answer: a refusal, or text that cannot be read. The log-odds of that are a constant. If the truth is
-not among the candidates, a second constant is added. If the second constant is 0, a missing answer changes no belief.
+A question can end without an answer: a refusal, or text that cannot be read. The log-odds of a missing answer are a constant.
+If the truth is not among the candidates, a second constant is added. If the second constant is 0, a missing answer changes no
+belief.
 
 Some judges give their own probabilities of the candidates, which contain more information than the answer, the candidate with
 the highest probability. Suppose that the logarithms of these probabilities are the utilities plus normal noise. Then the
-log-likelihood ratio of two candidates is one weight times the difference of their (logarithm minus utility as a wrong candidate).
-The weight is the ability divided by the variance of the noise (the discriminant of normal distributions; Fisher, "The use of
-multiple measurements in taxonomic problems", 1936). If this is better than the answer on held-out images, it replaces the answer
-for the candidates. Labels that were not shown keep the probability that the answer gives them.
+log-likelihood ratio of two candidates is one weight times the difference of their (logarithm minus utility as a wrong
+candidate). The weight is the ability divided by the variance of the noise (the discriminant of normal distributions; Fisher,
+"The use of multiple measurements in taxonomic problems", 1936). If these probabilities predict held-out images better than the
+answer, they replace the answer for the candidates. Labels that the judge did not see keep the probability that the answer gives
+them.
 """
 
 from dataclasses import dataclass
@@ -45,7 +47,9 @@ ABILITY = 3.0
 """Ability of an unknown judge: right in 8 to 9 of 10 cases with two or three plausible candidates."""
 
 FOLLOWING = 0.5
-"""How much an unknown judge follows the scorer. 0: not at all; 1: like a judge that draws from the scorer's probabilities."""
+"""How much an unknown judge follows the scorer. 0: it does not follow the scorer. 1: it draws its answers from the scorer's
+probabilities.
+"""
 
 NONE_BIAS, NONE_ABILITY, SILENCE = -1.0, 2.0, -4.0
 """Utility of "none of these", its second constant, and log-odds of no answer, for an unknown judge, in nats."""
@@ -64,11 +68,12 @@ class Answers:
     """The candidates that a judge saw for N images, and its answers.
 
     Attributes:
-        candidates: ``(N, K)`` columns of the score matrix in the order shown; `NOBODY` after the last candidate of an image.
+        candidates: ``(N, K)`` columns of the score matrix, in the order in which the judge saw the candidates; `NOBODY` after
+            the last candidate of an image.
         answers: ``(N,)`` columns, each one of the candidates; `NONE_CHOSEN` for "none of these", `NOBODY` for no answer.
         none_offered: whether "none of these" was an option.
-        probabilities: ``(N, K)`` probabilities of the candidates from the judge, NaN for those it did not give; None if the judge
-            never gave any.
+        probabilities: ``(N, K)`` probabilities of the candidates from the judge; NaN if the judge did not give a probability.
+            None if the judge never gave probabilities.
     """
 
     candidates: Columns
@@ -90,7 +95,7 @@ class Answers:
 
     @property
     def shown(self) -> Bools:
-        """``(N, K)``: whether this position of the list has a candidate."""
+        """``(N, K)`` booleans: this position of the list has a candidate."""
         shown: Bools = self.candidates != NOBODY
         return shown
 
@@ -230,7 +235,7 @@ class JudgeModel:
         others = np.exp(log_probs)
         others[where[0], candidates[where]] = 0.0
         shown_now = np.where(answers.shown, np.exp(at(log_probs, candidates)), 0.0)
-        now = np.column_stack([shown_now, others.max(axis=1)])  # of the labels not shown, only the best one can win
+        now = np.column_stack([shown_now, others.max(axis=1)])  # among the labels that are not shown, only the best label can win
         silent, spoke = now * weights.silent, now * (1 - weights.silent) / weights.totals
         inside, outside, none_ability = spoke[:, :-1], spoke[:, -1:], np.exp(self.none_ability)
         if_named = inside * np.exp(weights.abilities)
@@ -252,7 +257,7 @@ class JudgeModel:
         """``(N,)`` booleans: the answer is the most probable candidate. ``(N,)`` probabilities of that, by the model.
 
         Args:
-            log_probs: ``(N, C)`` log-probabilities before the answers. Only those of the candidates are used.
+            log_probs: ``(N, C)`` log-probabilities before the answers. Only the log-probabilities of the candidates are used.
             answers: the N candidate lists and answers.
         """
         weights, truths = self._weights(log_probs, answers), answers.spread(np.exp(log_probs))

@@ -10,7 +10,7 @@ the run so far; older images of the run count less. The method assumes that the 
 detects other changes.
 
 A run is divided into periods, blocks of consecutive images. Each period uses shares estimated from all periods except the one
-directly before it. So the predictions do not depend on the order in which verdicts arrive, and at most two periods are under way.
+directly before it. So the predictions do not depend on the order in which verdicts arrive, and at most two periods are open.
 """
 
 import asyncio
@@ -71,7 +71,7 @@ class Seen:
 
 
 class Following:
-    """Follows the shares of the classes while a run is under way.
+    """Follows the shares of the classes during a run.
 
     Args:
         calibrated: the shares for which the scores are calibrated.

@@ -5,10 +5,10 @@ algorithm", 1979; with a classifier, as here, Raykar et al., "Learning from crow
 probability that each label is the truth, given the scorer and the judge. The second step fits the parameters of the scorer and
 the judge to these probabilities. The two steps alternate.
 
-Scorer and judge can agree on a wrong label. So the numbers per class have stronger priors than with labels. A less able judge who
-follows the scorer more gives the same answers as a more able one who follows it less. So ``following`` is not fitted, and the
-ability stays near its prior. The rounds stop before they converge: more rounds only increase the probabilities of labels that
-the model finds probable already.
+Scorer and judge can agree on a wrong label. So the numbers per class have stronger priors than with labels. Two judges can give
+the same answers: a less able judge that follows the scorer more, and a more able judge that follows the scorer less. So
+``following`` is not fitted, and the ability stays near its prior. The rounds stop before they converge: more rounds only
+increase the probabilities of labels that the model finds probable already.
 """
 
 import numpy as np
@@ -25,7 +25,7 @@ CONVERGED = 0.01
 """The rounds end when the responsibilities of an image change by less than this in total, averaged over the images."""
 
 SHAPE = Shape(scale=1.0, bias=1.0)
-"""What the scorer's calibration fits, with which precisions."""
+"""The parts of the scorer's calibration that are fitted, with the precisions of their priors."""
 
 JUDGE_PRECISION = 100.0
 """Precision of the prior of the numbers per class and per position in the judge's model."""
@@ -53,7 +53,7 @@ def fit_without_labels(log_probs: NDArray[np.floating], answers: Answers) -> tup
 def _at_least_as_sure(log_probs: NDArray[np.floating], answers: Answers) -> ScorerCalibration:
     """The calibration to start with: the temperature that predicts the judge's answers best, if it raises the best probabilities.
 
-    Otherwise the start leaves the scores unchanged.
+    If it does not raise them, the start leaves the scores unchanged.
     """
     classes, answered = log_probs.shape[1], answers.answers >= 0
     (sharpened,) = fit_shapes(log_probs[answered], np.eye(classes)[answers.answers[answered]], [Shape()])

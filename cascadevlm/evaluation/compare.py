@@ -25,15 +25,16 @@ Names: TypeAlias = NDArray[np.str_]
 
 @dataclass(frozen=True, kw_only=True)
 class RunFigures:
-    """Figures of one record on the images compared.
+    """Figures of one record on the compared images.
 
     Attributes:
         accuracy: share of right predictions, from 0 to 1. An abstention is wrong.
         accuracy_interval: 95 % bootstrap interval; None for a single image.
         deferral_rate: share of the images that were escalated, from 0 to 1.
-        dollars_per_thousand: US dollars per 1,000 images. An answer from the cache counts what it cost when it was asked.
+        dollars_per_thousand: US dollars per 1,000 images. An answer from the cache has its original cost.
         paid_dollars: US dollars paid in this run. Answers from the cache count 0.
-        latency_p50: median seconds of the questions asked in this run, without answers from the cache; None if there are none.
+        latency_p50: median time in seconds of the questions in this run, without answers from the cache; None if there are no
+            such questions.
         latency_p95: 95th percentile of these seconds.
     """
 
@@ -74,7 +75,8 @@ class Pair:
         difference_interval: 95 % bootstrap interval of the difference, with paired images; None for a single image.
         only_first: number of images that only the first record got right.
         only_second: number of images that only the second record got right.
-        p_value: p-value of McNemar's exact test, that these two numbers differ only by chance.
+        p_value: p-value of McNemar's exact test: the probability of a difference at least this large if the two runs are
+            equally good.
         p_value_holm: the p-value, adjusted for the number of pairs by Holm's method.
         agreement: share of the images with the same prediction. Two abstentions agree.
         kappa: Cohen's kappa, the agreement beyond chance; None if both records give one and the same label to every image.
@@ -115,7 +117,7 @@ class Comparison:
 
     Attributes:
         images: number of images compared.
-        unreadable: number of images left out, because not every run could read them.
+        unreadable: number of images that are left out because not every run could read them.
         runs: figures of each record, by its name.
         pairs: all pairs of records, in the order of the records.
         agreement: ``(R, R)`` shares of the images with the same prediction, in the order of the records.
@@ -152,7 +154,7 @@ def compare(records: Mapping[str, Record], *, seed: int = 0) -> Comparison:
     rows = {name: _aligned(record.names, first.names) for name, record in records.items()}
     readable = np.all([record.readable[rows[name]] for name, record in records.items()], axis=0)
     if not readable.any():
-        raise DataError("No image could be read in all of the runs.", hint="Compare runs over the same readable images.")
+        raise DataError("There is no image that every run could read.", hint="Compare runs over the same readable images.")
     rows = {name: each[readable] for name, each in rows.items()}
     own = np.flatnonzero(readable)
     truths = _named(first.labels, first.truths[own])

@@ -58,8 +58,8 @@ class Data:
     """N images with their true labels.
 
     Attributes:
-        images: the N images. Each is read when it is used.
-        names: N names of the images; the paths of files.
+        images: the N images. Each image is read when it is used.
+        names: N names of the images. The name of a file is its path.
         truths: N names of the true labels.
         splits: N names of the splits that the images belong to; "" if the source has no splits.
     """
@@ -94,13 +94,13 @@ class Data:
         return self if size >= len(self) else self.take(np.flatnonzero(stratified(self.truths, size, seed=seed)))
 
     def divide(self, share: float, *, seed: int = 0) -> "tuple[Data, Data]":
-        """A random share of the images, and all other images. Both have the class shares and the order of the data.
+        """A random share of the images, and all other images. Both parts have the class shares and the order of the data.
 
         Raises:
             DataError: if the share is not between 0 and 1.
         """
         if not 0 <= share <= 1:
-            raise DataError(f"A share of the data must be between 0 and 1, and is {share!r}.")
+            raise DataError(f"A share of the data must be between 0 and 1, not {share!r}.")
         first = stratified(self.truths, round(share * len(self)), seed=seed)
         return self.take(np.flatnonzero(first)), self.take(np.flatnonzero(~first))
 
@@ -114,7 +114,10 @@ def stratified(truths: Sequence[str], size: int, *, seed: int) -> NDArray[np.boo
         DataError: if ``size`` is not between 0 and N.
     """
     if not 0 <= size <= len(truths):
-        raise DataError(f"{size} images cannot be drawn from {len(truths)}.")
+        raise DataError(
+            f"{size} images cannot be drawn from {len(truths)}.",
+            hint="Use a number that is not larger than the number of images.",
+        )
     rng = np.random.default_rng(seed)
     kinds, of_kind, counts = np.unique(np.array(truths, dtype=str), return_inverse=True, return_counts=True)
     quotas, remainders = np.divmod(counts * size, max(len(truths), 1))
@@ -159,7 +162,7 @@ def read_data(source: Source | str, labels: LabelSet) -> Data:
 
 def _of_path(path: Path) -> Data:
     if not path.exists():
-        raise DataError(f"{str(path)!r} does not exist.")
+        raise DataError(f"{str(path)!r} does not exist.", hint="Check the path.")
     if not path.is_dir():
         return _of_table(path)
     if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
@@ -185,7 +188,9 @@ def _of_table(path: Path) -> Data:
     try:
         columns = readers[path.suffix.lower()](path)
     except (OSError, ValueError, csv.Error) as exc:  # errors of Arrow and JSON are ValueErrors
-        raise DataError(f"{str(path)!r} cannot be read: {_shortened(str(exc).partition(chr(10))[0])}.") from exc
+        raise DataError(
+            f"{str(path)!r} cannot be read: {_shortened(str(exc).partition(chr(10))[0])}.", hint="Check the content of the file."
+        ) from exc
     for column in ("path", "label"):
         if column not in columns:
             raise DataError(f"{str(path)!r} has no column {column!r}.", hint=f"Its columns: {_few([*columns]) or 'none'}.")
@@ -229,7 +234,7 @@ def _text(value: object) -> str:
 
 
 def _of_image_dataset(source: ImageDataset) -> Data:
-    samples = getattr(source, "samples", None)  # of an ImageFolder; its items raise for unreadable files
+    samples = getattr(source, "samples", None)  # paths of an ImageFolder, because its items raise errors for unreadable files
     if samples is not None:
         truths = [source.classes[number] for _, number in samples]
         return _of_files([Path(file) for file, _ in samples], truths, [""] * len(truths))
@@ -250,7 +255,10 @@ def _of_hub(source: HubDataset | Mapping[str, HubDataset]) -> Data:
     if isinstance(source, HubDataset):
         return _of_hub_dataset(source, str(getattr(source, "split", None) or ""))
     if not all(isinstance(part, HubDataset) for part in source.values()):
-        raise DataError("The splits are not datasets of the package 'datasets'.")
+        raise DataError(
+            "The splits are not datasets of the package 'datasets'.",
+            hint="Use datasets.Dataset objects by the names of their splits.",
+        )
     parts = [_of_hub_dataset(part, split) for split, part in source.items()]
     images = [(part.images, row) for part in parts for row in range(len(part))]
     return Data(
@@ -290,7 +298,10 @@ def _load_saved(path: Path) -> HubDataset | Mapping[str, HubDataset]:
     try:
         return cast(HubDataset, datasets.load_from_disk(str(path)))
     except (OSError, ValueError, KeyError, TypeError) as exc:
-        raise DataError(f"{str(path)!r} is not a saved dataset: {_shortened(str(exc).partition(chr(10))[0])}.") from exc
+        raise DataError(
+            f"{str(path)!r} is not a saved dataset: {_shortened(str(exc).partition(chr(10))[0])}.",
+            hint="Write the folder with save_to_disk of the package datasets.",
+        ) from exc
 
 
 def _checked(data: Data, labels: LabelSet) -> Data:
@@ -306,7 +317,7 @@ def _checked(data: Data, labels: LabelSet) -> Data:
     }
     found = [f"{len(cases)} {what} ({_few(cases)})" for what, cases in problems.items() if cases]
     if found:
-        raise DataError(f"The labelled data has errors: {'; '.join(found)}.")
+        raise DataError(f"The labelled data has errors: {'; '.join(found)}.", hint="Correct the data, or use another label set.")
     truths = tuple(known[words(truth)] for truth in data.truths)
     return Data(images=data.images, names=data.names, truths=truths, splits=data.splits)
 
@@ -329,7 +340,7 @@ def _shortened(text: str) -> str:
 
 
 class _Read(Sequence[ImageSource]):
-    """Images from rows of another sequence. Each is read when it is used."""
+    """Images from rows of another sequence. Each image is read when it is used."""
 
     def __init__(self, read: Callable[[int], ImageSource], rows: Sequence[int]) -> None:
         self.read, self.rows = read, rows

@@ -31,7 +31,7 @@ def calibration_beside(folder: Path) -> Calibration | None:
 
 
 def answers_of(judged: Judged) -> Answers:
-    """The candidates and answers of a stage of a record, in the form for a model of the judge."""
+    """The candidates and answers of a stage of a record, in the form that the model of a judge needs."""
     answers = np.where(np.array(judged.outcomes, dtype=str) == "none", NONE_CHOSEN, judged.answers)
     return Answers(
         candidates=judged.candidates,
@@ -49,9 +49,9 @@ def heard(judged: Judged) -> NDArray[np.bool_]:
 def decided(record: Record, calibration: Calibration) -> Record:
     """The record with calibrated scores, and with labels decided by scorer and judges together.
 
-    Measures of this record use calibrated probabilities, and gain policies can be applied to it. The candidates are those that
-    were shown, although a calibrated scorer might have shown others. For images without a question, the candidates are the most
-    probable labels, as many as in the longest list.
+    Measures of this record use calibrated probabilities, and gain policies can be applied to it. The candidates are the
+    recorded candidates, although a calibrated scorer might have chosen others. An image without a question gets the most
+    probable labels as candidates, as many as in the longest list.
 
     Raises:
         ConfigError: if the calibration was made for another scorer, label set, number of stages, judge or prompt.
@@ -112,7 +112,7 @@ def settings_of(record: Record, stage: int, names: Collection[str]) -> dict[str,
 
 
 def _shown_if_asked(shown: Columns, scores: Scores) -> Columns:
-    """``(N, K)`` columns of the candidates shown. Images without candidates get the most probable labels."""
+    """``(N, K)`` columns of the candidates that the judge saw. Images without candidates get the most probable labels."""
     if not shown.shape[1]:
         return TopK().columns(scores)
     likeliest = TopK(k=shown.shape[1]).columns(scores)

@@ -1,4 +1,4 @@
-"""Evaluating a cascade on labelled images: the run with its record, and the metrics that another policy would have had."""
+"""Evaluates a cascade on labelled images: makes a record, and computes the metrics of the run or of another policy."""
 
 import shutil
 from collections.abc import Callable
@@ -21,7 +21,7 @@ from cascadevlm.runs.run_folder import Tally
 
 
 def asking_everything(cascade: Cascade) -> Cascade:
-    """The cascade that asks every judge about every image, so that every policy can be tried on its record."""
+    """A copy of the cascade that asks every judge about every image, so that every policy can be tried on its record."""
     return cascade.altered(stages=tuple(replace(stage, policy=Always()) for stage in cascade.stages), routing=False)
 
 
@@ -34,18 +34,18 @@ def record_run(
     progress: Callable[[Tally], None] = lambda tally: None,
     outlook: Callable[[str], None] = lambda sentence: None,
 ) -> Record:
-    """Run a cascade over labelled images into a folder, or go on with the run in it, and read the record.
+    """Run a cascade over labelled images into a folder, and read the record. An unfinished run in the folder is continued.
 
     Args:
         cascade: the cascade.
         data: the labelled images.
-        folder: folder of the record. The calibration, if there is one, is copied into it.
-        config: what the cascade was built from; it is kept with the record.
-        progress: called after every prediction.
-        outlook: called with a sentence about what is left to do, if the folder holds predictions.
+        folder: folder of the record. If the cascade has a calibration, the calibration is copied into the folder.
+        config: the configuration from which the cascade was built. It is stored in the record.
+        progress: function that is called after every prediction.
+        outlook: function that is called with a sentence about the work that is left, if the folder contains predictions.
 
     Raises:
-        DataError, RunError, JudgeError: as `cascadevlm.runs.bulk.run`.
+        DataError, RunError, JudgeError: in the same cases as `cascadevlm.runs.bulk.run`.
     """
     run(cascade, data, folder, config=config.model_dump(mode="json"), progress=progress, outlook=outlook)
     beside = folder / BESIDE
@@ -55,12 +55,12 @@ def record_run(
 
 
 def read_decided(folder: Path) -> Record:
-    """The record in a folder. If a calibration decided in its run, the calibration and the run's fusion are applied, unless lists
-    of candidates were widened.
+    """Read the record in a folder. If the run used a calibration, the calibration and the fusion of the run are applied. They
+    are not applied if ``widen`` was above 0.
 
     Raises:
-        DataError: as `read_record`.
-        ConfigError: if the calibration in the folder is damaged or of another cascade.
+        DataError: in the same cases as `read_record`.
+        ConfigError: if the calibration in the folder is damaged or belongs to another cascade.
     """
     record, calibration = read_record(folder), calibration_beside(folder)
     if calibration is None or record.scores.fingerprint != calibration.calibrated_fingerprint:
@@ -72,8 +72,9 @@ def read_decided(folder: Path) -> Record:
 
 
 def can_replay(record: Record) -> bool:
-    """Whether every policy can be tried on the record: it has one stage, whose judge was asked about every image, and lists of
-    candidates were not widened. Of widened lists, a record holds the last round only."""
+    """True if every policy can be tried on the record. Then the record has one stage, its judge was asked about every image,
+    and ``widen`` was 0. With ``widen``, a record contains only the last question about an image.
+    """
     asked_once = not any(stage.widen for stage in record.stated.stage)
     return len(record.stages) == 1 and asked_once and record.asked_everything
 
@@ -81,7 +82,8 @@ def can_replay(record: Record) -> bool:
 def evaluate_replayed(record: Record, policy: PolicyLike) -> Evaluation:
     """Evaluate a record as if its run had been made under a policy.
 
-    What the judge says about the images that the policy keeps is then known; ``paid_dollars`` are those of the whole run.
+    The judge's answers about images that the policy does not escalate are known from the run. ``paid_dollars`` is the amount of
+    the whole run.
 
     Raises:
         DataError: if the policy asks about images that the judge was not asked about.
@@ -90,13 +92,13 @@ def evaluate_replayed(record: Record, policy: PolicyLike) -> Evaluation:
 
 
 def evaluate_part(part: Record, run: Record) -> Evaluation:
-    """Evaluate a part of a run, such as the run under a policy, with what the judge said in the whole run."""
+    """Evaluate a part of a run, such as the run under another policy, with the judge's answers in the whole run."""
     paid = float(sum(stage.paid.sum() for stage in run.stages))
     return replace(evaluate(part, everything=run.judged if run.stages else None), paid_dollars=paid)
 
 
 def policies(record: Record) -> tuple[Policy, ...]:
-    """The policies in the record's configuration; none if the record has no configuration.
+    """The policies in the record's configuration; empty if the record has no configuration.
 
     Raises:
         PolicyError: if a policy is not installed.
@@ -107,7 +109,8 @@ def policies(record: Record) -> tuple[Policy, ...]:
 def as_configured(record: Record) -> Record:
     """The record under the policy of its configuration, if the judge was asked about every image.
 
-    The record itself is returned if that is not so, or if a calibration decided in the run and was not applied.
+    In two cases, the record is returned unchanged: if the judge was not asked about every image, or if the run used a
+    calibration that was not applied.
     """
     stated = policies(record)
     applied = record.stated.calibration is None or record.fused is not None

@@ -59,8 +59,8 @@ def macro_average(per_class: NDArray[np.float64]) -> float | None:
 def top_k_recall(scores: NDArray[np.floating], truths: Columns, ks: Sequence[int]) -> dict[int, float | None]:
     """Share of the images whose truth is among the k labels with the highest scores, for several k.
 
-    No cascade with k candidates can have a higher accuracy, if the judge chooses among these candidates. If scores are equal, the
-    earlier column ranks higher, as in the choice of candidates.
+    If the judge chooses among these k candidates, the accuracy of the cascade cannot be higher than this share. If scores are
+    equal, the earlier column ranks higher, as in the choice of candidates.
 
     Args:
         scores: ``(N, C)`` scores; higher is better.
@@ -174,7 +174,9 @@ def macro_interval(right: Bools, truths: Columns, *, seed: int = 0, resamples: i
 
 
 def _macro_averages(cells: NDArray[np.int64]) -> NDArray[np.float64]:
-    """``(R,)`` macro averages, from ``(R, 2 C)`` counts: wrong and right images of each class in turn."""
+    """``(R,)`` macro averages, from ``(R, 2 C)`` counts: for each class, the number of wrong images, then the number of right
+    images.
+    """
     wrong, right = cells[:, ::2], cells[:, 1::2]
     images = wrong + right
     averages: NDArray[np.float64] = (right / np.maximum(images, 1)).sum(axis=1) / (images > 0).sum(axis=1)
@@ -194,38 +196,38 @@ class ClassEvaluation:
 class Evaluation:
     """The figures of a cascade on the labelled images of a record.
 
-    All shares are from 0 to 1, and of the images that could be read. The judge's answer is the last label that the judge of any
-    stage named. A judge that was asked and named no label is wrong. All intervals are 95 % bootstrap intervals. A figure is None
-    without images to compute it from.
+    All shares are from 0 to 1. They are shares of the readable images. The judge's answer is the last label that the judge of
+    any stage named. A judge that was asked and named no label is wrong. All intervals are 95 % bootstrap intervals. A figure is
+    None without images to compute it from.
 
     Attributes:
-        images: number of images, including those that could not be read.
+        images: number of images, including unreadable images.
         unreadable: number of images that could not be read.
         scorer_accuracy: accuracy of the scorer's best label.
-        scorer_accuracy_interval: its interval.
+        scorer_accuracy_interval: interval of the scorer's accuracy.
         cascade_accuracy: accuracy of the predictions. An abstention is wrong.
-        cascade_accuracy_interval: its interval.
+        cascade_accuracy_interval: interval of the cascade's accuracy.
         macro_accuracy: mean accuracy of the classes with the cascade (balanced accuracy).
-        macro_accuracy_interval: its interval.
+        macro_accuracy_interval: interval of the macro accuracy.
         top_k_recall: for every k, the share of the images whose truth is among the scorer's k best labels.
-        coverage: share of the images with a question whose truth was among the candidates shown last.
+        coverage: share of the images with a question whose truth was among the candidates of the last question.
         deferral_rate: share of the images that were escalated. This includes images not asked about because of the budget.
         scorer_accuracy_kept: accuracy of the scorer on images that were not escalated.
         scorer_accuracy_escalated: accuracy of the scorer on escalated images.
         judge_accuracy_kept: accuracy of the judge on images that were not escalated, if its answers are known from another run.
         judge_accuracy_escalated: accuracy of the judge on escalated images that it was asked about.
         judge_accuracy: accuracy of the judge on all images with a known answer, escalated or not.
-        rescued: number of images that the cascade got right and the scorer wrong.
-        harmed: number of images that the scorer got right and the cascade wrong. This includes abstentions.
+        rescued: number of images on which the cascade is right and the scorer is wrong.
+        harmed: number of images on which the scorer is right and the cascade is wrong. This includes abstentions.
         abstained: number of readable images without a label.
         scorer_calibration_error: expected calibration error of the scorer's best label.
         calibration_error: expected calibration error of the predictions that have a probability.
-        dollars: US dollars for all questions. An answer from the cache counts what it cost when it was asked.
+        dollars: US dollars for all questions. An answer from the cache has its original cost.
         dollars_per_thousand: these dollars per 1,000 readable images.
         paid_dollars: US dollars paid in this run. Answers from the cache count 0.
         input_tokens: tokens of the questions asked in this run. Answers from the cache count 0.
-        output_tokens: tokens of the answers in this run, in the same way.
-        latency_p50: median seconds of the questions asked in this run, without answers from the cache.
+        output_tokens: tokens of the answers in this run. Answers from the cache count 0.
+        latency_p50: median time in seconds of the questions in this run, without answers from the cache.
         latency_p95: 95th percentile of these seconds.
         outcomes: number of questions with each outcome. With several stages, an image can have several questions.
         per_class: figures of each class by its name.
@@ -329,8 +331,9 @@ def evaluate(record: Record, *, seed: int = 0, everything: Judged | None = None)
 
 
 def _last_asked(record: Record) -> tuple[Bools, Bools, Columns, Bools]:
-    """Four ``(N,)`` arrays over the N readable images: escalated; a judge was asked; the last label that a judge named; the truth
-    was among the candidates shown last."""
+    """Four ``(N,)`` arrays over the N readable images: escalated; a judge was asked; the last label that a judge named; the
+    truth was among the candidates of the last question.
+    """
     readable = record.readable
     truths = record.truths[readable]
     escalated, asked, covered = np.zeros((3, len(truths)), dtype=bool)

@@ -1,6 +1,6 @@
 """Plots of records. Each function returns a ``matplotlib.figure.Figure``; its ``savefig`` writes PNG or SVG.
 
-The plots do not use pyplot, so no figure stays in memory and no window opens. The colours are those of Okabe and Ito, "Color
+The plots do not use pyplot, so no figure stays in memory and no window opens. The colours come from Okabe and Ito, "Color
 Universal Design", 2008, which readers with any colour vision can distinguish. Lines also differ in their dashes.
 """
 
@@ -88,7 +88,7 @@ def decision_layer(record: Record, calibration: Calibration) -> "Figure":
 
 
 def accuracy_dollars(record: Record) -> "Figure":
-    """Accuracy against US dollars per 1,000 images. In all else like `accuracy_deferral`."""
+    """Accuracy against US dollars per 1,000 images. Everything else is the same as in `accuracy_deferral`."""
     figure, axes = _figure("US dollars per 1,000 images", "accuracy (%)")
     swept, own = _swept(record), evaluate(as_configured(record))
     for curve in swept.curves if swept else ():
@@ -222,10 +222,10 @@ def entropy_histogram(record: Record) -> "Figure":
 
 
 def confidence(counts: Mapping[str, NDArray[np.int64]]) -> "Figure":
-    """Histogram of the probabilities of the labels of a run, by who decided.
+    """Histogram of the probabilities of the labels of a run, by the part that decided.
 
     Args:
-        counts: by who decided, the number of images in each of `HISTOGRAM_BINS` equal parts of 0 to 1.
+        counts: for each part that decides, the number of images in each of `HISTOGRAM_BINS` equal intervals from 0 to 1.
     """
     from matplotlib.ticker import MaxNLocator
 

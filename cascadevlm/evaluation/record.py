@@ -1,11 +1,11 @@
-"""Records: what is read from the folder of a run over labelled images, as arrays.
+"""Records: the content of the folder of a run over labelled images, as arrays.
 
-`cascadevlm.runs.run_folder` describes the files. Every policy, threshold and fusion rule is a function of a record, so all of
+`cascadevlm.runs.run_folder` describes the files. Every policy, threshold and fusion rule is a function of a record. So all of
 them can be tried without a question to a judge. ``recorded:`` replays a record.
 
-For more than 1,000 labels the folder holds the 50 highest log-probabilities per image. Reading shares the rest of the
-probability evenly among the other labels. Candidates, recall, margin and top probability are then exact; entropy is a little too
-high, and the probabilities of the other labels are lost.
+For more than 1,000 labels, the folder contains only the 50 highest log-probabilities per image. `read_record` divides the
+remaining probability evenly among the other labels. Candidates, recall, margin and top probability are then exact, but the
+entropy is a little too high. The probabilities of the other labels are lost.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,14 +33,14 @@ Number = TypeVar("Number", bound=np.generic)
 
 
 class StatedStage(BaseModel):
-    """What replays need of a stage's frozen configuration."""
+    """The keys of a stage's configuration that replays need."""
 
     policy: str | None = None
     widen: int = 0
 
 
 class Stated(BaseModel):
-    """What replays need of a frozen configuration."""
+    """The keys of a configuration that replays need."""
 
     on_failure: str = "scorer"
     accept: float | None = None
@@ -55,22 +55,26 @@ def _some(texts: tuple[str, ...], rows: NDArray[np.intp]) -> tuple[str, ...]:
 
 @dataclass(frozen=True, kw_only=True)
 class Judged:
-    """What one stage's judge said about N images.
+    """The answers of one stage's judge about N images.
 
     Attributes:
-        judge: the judge's spec.
-        asked: ``(N,)``, whether the judge was asked; false for an image that was skipped because the budget was spent.
+        judge: the spec of the judge.
+        asked: ``(N,)`` booleans: the judge was asked. The value is false for an image that was skipped because the budget was
+            used up.
         outcomes: N outcomes as in `Verdict`; "" for images that the stage did not escalate.
         answers: ``(N,)`` columns of the labels; `NOBODY` if there is no answer.
-        candidates: ``(N, K)`` columns of the labels in the order shown; `NOBODY` beyond an image's last candidate.
-        rationales: N texts that the judge wrote before its answer, or all that it wrote.
-        dollars: ``(N,)`` costs. What the cache saved is included, so that a second run costs what the first did.
-        seconds: ``(N,)`` durations; 0 for answers from the cache.
-        input_tokens: ``(N,)``; 0 for answers from the cache.
-        output_tokens: ``(N,)``; 0 for answers from the cache.
-        paid: ``(N,)`` dollars that this run paid for.
-        none_offered: whether "none of these" was an option.
-        probabilities: ``(N, K)``, the judge's probabilities of the candidates; NaN if the judge gave none. None: unknown.
+        candidates: ``(N, K)`` columns of the labels, in the order in which the judge saw them; `NOBODY` after the last
+            candidate of an image.
+        rationales: N texts that the judge wrote before its answer; its complete text if there is no such part.
+        dollars: ``(N,)`` costs in US dollars. An answer from the cache has its original cost, so that a second run has the same
+            costs as the first run.
+        seconds: ``(N,)`` durations in seconds; 0 for answers from the cache.
+        input_tokens: ``(N,)`` numbers of tokens; 0 for answers from the cache.
+        output_tokens: ``(N,)`` numbers of tokens; 0 for answers from the cache.
+        paid: ``(N,)`` US dollars that this run paid.
+        none_offered: true if "none of these" was an option.
+        probabilities: ``(N, K)`` probabilities of the candidates from the judge; NaN if the judge gave no probabilities. None
+            if they are unknown.
     """
 
     judge: str
@@ -88,7 +92,7 @@ class Judged:
     probabilities: NDArray[np.float64] | None = None
 
     def take(self, rows: NDArray[np.intp]) -> "Judged":
-        """The same for some of the images, by their rows."""
+        """The same data for the images of these rows."""
         return Judged(
             judge=self.judge,
             asked=self.asked[rows],
@@ -108,13 +112,13 @@ class Judged:
 
 @dataclass(frozen=True, kw_only=True)
 class Fused:
-    """What scorer and judges say together about N images, by a calibration.
+    """Labels of N images from scorer and judges together, computed with a calibration.
 
     Attributes:
         labels: ``(N,)`` columns of the most probable labels after the last stage's judge was asked.
         probabilities: ``(N,)`` probabilities of these labels.
         gain: ``(N,)`` expected gains in accuracy from asking the last stage's judge.
-        word_final: whether the answer of that judge, if there is one, is the label.
+        word_final: true if the answer of that judge, if it gave one, is the final label.
     """
 
     labels: Columns
@@ -123,7 +127,7 @@ class Fused:
     word_final: bool
 
     def take(self, rows: NDArray[np.intp]) -> "Fused":
-        """The same for some of the images, by their rows."""
+        """The same data for the images of these rows."""
         return replace(self, labels=self.labels[rows], probabilities=self.probabilities[rows], gain=self.gain[rows])
 
 
@@ -132,17 +136,17 @@ class Record:
     """A run over N labelled images.
 
     Attributes:
-        scores: ``(N, C)``; the rows of images that could not be read are uniform, and their embeddings are 0.
-        readable: ``(N,)``, whether the image could be read.
+        scores: scores of the N images. An image that could not be read has equal probabilities and an embedding of 0.
+        readable: ``(N,)`` booleans: the image could be read.
         names: N names of the images.
         truths: ``(N,)`` columns of the true labels.
-        stages: what each stage's judge said.
+        stages: the answers of the judge of each stage.
         predicted: ``(N,)`` columns of the predicted labels; `NOBODY` if the cascade gave no label.
-        probabilities: ``(N,)`` probabilities of the predicted labels; NaN if none was given.
+        probabilities: ``(N,)`` probabilities of the predicted labels; NaN if the prediction has no probability.
         decided_by: N values as in `Prediction`; "" if there is no label.
         digests: N digests of the pixels; "" for images that could not be read. Empty for records made of arrays.
         info: the manifest; None for records made of arrays.
-        fused: the opinions together, if a calibration was applied (`cascadevlm.evaluation.deciding.decided`).
+        fused: the fused labels, if a calibration was applied (`cascadevlm.evaluation.deciding.decided`).
     """
 
     scores: Scores
@@ -161,7 +165,7 @@ class Record:
         return len(self.truths)
 
     def take(self, rows: NDArray[np.intp]) -> "Record":
-        """The record of some of the images, in this order."""
+        """The record of the images of these rows, in this order."""
         return Record(
             scores=self.scores.rows(rows),
             readable=self.readable[rows],
@@ -187,31 +191,28 @@ class Record:
 
     @cached_property
     def stated(self) -> Stated:
-        """What the configuration says; the defaults for records made of arrays."""
+        """The keys of the configuration that replays need. A record made of arrays has the defaults."""
         return Stated.model_validate(self.info.config if self.info else {})
 
     @property
     def asked_everything(self) -> bool:
-        """Whether the last stage's judge was asked about every image that could be read."""
+        """True if the judge of the last stage was asked about every readable image."""
         return bool(self.judged.asked[self.readable].all())
 
     @property
     def judged(self) -> Judged:
-        """The last stage.
-
-        Raises:
-            DataError: if there is none.
-        """
+        """The answers of the last stage. Raises: DataError: if the record has no stage."""
         if not self.stages:
             raise DataError("The record has no judge.", hint="Run a cascade with a stage.")
         return self.stages[-1]
 
 
 def read_record(folder: str | Path) -> Record:
-    """The record in a folder.
+    """Read the record in a folder.
 
     Raises:
-        DataError: if there is none, its run is not finished, a part is missing or damaged, or its parts contradict each other.
+        DataError: if there is no record, its run is not finished, a part is missing or damaged, or its parts contradict each
+            other.
     """
     folder = Path(folder)
     with _reading(folder) as manifest:
@@ -222,9 +223,13 @@ def read_record(folder: str | Path) -> Record:
         for number, line in _lines(folder, len(log_probs)):
             rows = [log_probs[number]] if columns is None else [log_probs[number], columns[number]]
             if line.scores != checksum(*rows):
-                raise ValueError(f"{SCORES} holds other scores of image {number} than its prediction was made with")
+                raise ValueError(
+                    f"{SCORES} has other scores of image {number} than the scores from which its prediction was made"
+                )
             if embeddings is not None and line.embedding not in (None, checksum(embeddings[number])):
-                raise ValueError(f"{EMBEDDINGS} holds another embedding of image {number} than its prediction was made with")
+                raise ValueError(
+                    f"{EMBEDDINGS} has another embedding of image {number} than the embedding from which its prediction was made"
+                )
             content.add(number, line)
         readable = content.readable
         if columns is not None:
@@ -253,10 +258,10 @@ def read_record(folder: str | Path) -> Record:
 
 
 def read_verdicts(folder: str | Path) -> tuple[list[tuple[str, Asked, Verdict]], ...]:
-    """For every stage, the answers in a record: the digest of the image's pixels, what was asked, and what the judge said.
+    """The answers in a record. For every stage, each answer has the digest of the image's pixels, the question and the verdict.
 
     Raises:
-        DataError: as `read_record`.
+        DataError: in the same cases as `read_record`.
     """
     folder = Path(folder)
     with _reading(folder) as manifest:
@@ -269,31 +274,31 @@ def read_verdicts(folder: str | Path) -> tuple[list[tuple[str, Asked, Verdict]],
 
 
 class _Unfinished(ValueError):
-    """The run of a record did not come to its end."""
+    """The run of a record is not finished."""
 
 
 @contextmanager
 def _reading(folder: Path) -> Iterator[Manifest]:
-    """The manifest of a record. What is wrong with the record is said in one sentence."""
-    hint = "Make one: cascadevlm evaluate DATA -o RUN."
+    """The manifest of a record. Errors in the block become a DataError with one sentence about the record."""
+    hint = "Make a record: cascadevlm evaluate DATA -o RUN."
     missing = [part for part in (NAME, PREDICTIONS) if not (folder / part).is_file()]
     if missing:
-        raise DataError(f"{str(folder)!r} holds no whole record: it lacks {' and '.join(missing)}.", hint=hint)
+        raise DataError(f"{str(folder)!r} does not contain a complete record: it lacks {' and '.join(missing)}.", hint=hint)
     manifest = Manifest.read(folder)
     if not manifest.labelled:
-        raise DataError(f"{str(folder)!r} is a run without labels: it holds no record.", hint=hint)
+        raise DataError(f"{str(folder)!r} is a run without labels, not a record.", hint=hint)
     try:
         yield manifest
     except _Unfinished as exc:
-        hint = "The same command goes on with it."
-        raise DataError(f"{str(folder)!r} holds no whole record: {exc}.", hint=hint) from exc
+        hint = "Repeat the command that made the record: it continues the run."
+        raise DataError(f"{str(folder)!r} does not contain a complete record: {exc}.", hint=hint) from exc
     except (OSError, EOFError, ValueError, KeyError, IndexError, CascadeError) as exc:
         why = str(exc).partition("\n")[0].rstrip(".")
-        raise DataError(f"{str(folder)!r} holds no whole record: {why}.", hint=hint) from exc
+        raise DataError(f"{str(folder)!r} does not contain a complete record: {why}.", hint=hint) from exc
 
 
 def _lines(folder: Path, images: int) -> Iterator[tuple[int, LabelledLine]]:
-    """The lines of a whole record, with the numbers of their images, from 0."""
+    """The lines of a complete record, with the numbers of their images, from 0."""
     number = 0
     for number, line in read_lines(folder / PREDICTIONS, LabelledLine):
         if number > images:
@@ -304,12 +309,12 @@ def _lines(folder: Path, images: int) -> Iterator[tuple[int, LabelledLine]]:
 
 
 def _read_scores(folder: Path, labels: LabelSet) -> tuple[NDArray[np.float32], NDArray[np.int32] | None]:
-    """``(N, K) float32``, the log-probabilities that are kept, and ``(N, K) int32``, their columns if these are not all."""
+    """``(N, K) float32``, the stored log-probabilities, and ``(N, K) int32``, their columns (None if all are stored)."""
     width = scores_kept(labels)
     log_probs = _read_array(folder / SCORES, np.float32)
     columns = _read_array(folder / COLUMNS, np.int32) if width < len(labels) else None
     if log_probs.shape[1:] != (width,) or (columns is not None and columns.shape != log_probs.shape):
-        raise ValueError("its parts are not of the same images and labels")
+        raise ValueError("its files are not of the same images and labels")
     return log_probs, columns
 
 
@@ -324,16 +329,17 @@ def _read_embeddings(folder: Path, images: int) -> NDArray[np.float16] | None:
 
 
 def _read_array(path: Path, kind: type[Number]) -> NDArray[Number]:
-    """The array in a file. Arrays of objects are refused, because NumPy would unpickle them."""
+    """Read the array in a file. Arrays of objects are refused, because NumPy would unpickle them."""
     array: NDArray[Number] = np.load(path, allow_pickle=False)
     if not isinstance(array, np.ndarray) or array.dtype != kind:
-        raise ValueError(f"{path.name} holds no array of {kind.__name__}")
+        raise ValueError(f"{path.name} does not contain an array of {kind.__name__}")
     return array
 
 
 def _spread(best: NDArray[np.float32], columns: NDArray[np.int32], classes: int) -> NDArray[np.float32]:
-    """``(N, C)`` log-probabilities from the best K: the other labels share the rest evenly, each with less than the least of the
-    K."""
+    """``(N, C)`` log-probabilities from the best K. The other labels share the remaining probability evenly. Each of them gets
+    less than the smallest of the K.
+    """
     left = np.maximum(1 - np.exp(best, dtype=np.float64).sum(axis=1, keepdims=True), np.finfo(np.float32).eps)
     share = np.log(left / (classes - best.shape[1])).astype(np.float32)
     whole = np.repeat(np.minimum(share, np.nextafter(best[:, -1:], np.float32(-np.inf))), classes, axis=1)
@@ -342,7 +348,7 @@ def _spread(best: NDArray[np.float32], columns: NDArray[np.int32], classes: int)
 
 
 class _Content:
-    """The columns that N lines become, and what each stage's judge said: image, verdict and question."""
+    """Collects N lines as columns and, for each stage, the image, the verdict and the question of each answer."""
 
     def __init__(self, labels: LabelSet, stages: int, images: int) -> None:
         self.column = labels.columns
@@ -357,7 +363,7 @@ class _Content:
         self.said: list[list[tuple[int, WholeVerdict, Asked | None]]] = [[] for _ in range(stages)]
 
     def add(self, number: int, line: LabelledLine) -> None:
-        """Take the next line."""
+        """Add the next line."""
         self.names.append(valid_text(line.path))
         self.digests.append(line.pixels)
         self.decided_by.append(line.decided_by or "")
@@ -373,7 +379,7 @@ class _Content:
 
 
 def _judged(said: Sequence[tuple[int, WholeVerdict, Asked | None]], judge: str, size: int, column: Mapping[str, int]) -> Judged:
-    """What one stage's judge said of N images."""
+    """The answers of one stage's judge about N images."""
     longest = max((len(asked.candidates) for _, _, asked in said if asked), default=0)
     judged = Judged(
         judge=judge,

@@ -20,9 +20,9 @@ class Row(BaseModel):
         accuracy: share of right predictions among the images that could be read.
         interval: 95 % bootstrap interval of the accuracy.
         calls: number of questions that the policy asks.
-        dollars: US dollars for these questions. An answer from the cache counts what it cost when it was asked.
-        seconds: sum of the judge's seconds for these questions. An answer from the cache counts as the mean of the other answers.
-            None if all answers came from the cache.
+        dollars: US dollars for these questions. An answer from the cache has its original cost.
+        seconds: sum of the judge's seconds for these questions. An answer from the cache counts as the mean time of the other
+            answers. None if all answers came from the cache.
     """
 
     model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)

@@ -26,7 +26,7 @@ ANSWERS = ".verdicts"
 
 
 def sharing(cascades: Mapping[str, Cascade], configs: Mapping[str, Config]) -> dict[str, Cascade]:
-    """The cascades with shared models and the first cascade's store of verdicts."""
+    """The cascades with shared models. All of them use the store of verdicts of the first cascade."""
     store = next((cascade.store for cascade in cascades.values()), None)
     scorers: dict[str, Scorer] = {}
     judges: dict[str, Judge] = {}
@@ -56,16 +56,16 @@ def record_runs(
     """Run every cascade over its labelled images.
 
     If several cascades have the same scorer and labels, only the first scores the images. The others use the recorded scores. A
-    record with more than 1,000 labels does not contain all scores, so every cascade scores the images then. Cascades with the
-    same ledger share its cap.
+    record with more than 1,000 labels does not contain all scores. Then every cascade scores the images. Cascades with the same
+    ledger share its spending limit.
 
     Args:
         cascades: the cascades by name. `sharing` makes them share models.
         data: the images of each cascade, by its name.
         configs: the configuration of each cascade, by its name. It is written to the record.
-        folder: folder for the records, one subfolder per name; what an earlier session wrote there stays. None: the records are
-            not kept.
-        progress: called after every prediction.
+        folder: folder for the records, with one subfolder per name. Records of an earlier session are continued. None: the
+            records are not kept.
+        progress: function that is called after every prediction.
 
     Raises:
         DataError: if the folder of a record is in use, or belongs to another run.

@@ -1,8 +1,8 @@
 """The studies of the CascadeVLM paper (Wei, Findings of EMNLP 2024, arXiv 2405.11301), on any labelled data and any models.
 
-A study over images compares variants of the configuration of a cascade with one judge. In every variant, the judge is asked about
-all images. So the figures of the cascade with its policy and those of the judge on every image use the same answers. Images are
-scored once, and each question is asked once. Studies of a record ask no judge.
+A study over images compares variants of the configuration of a cascade with one judge. In every variant, the judge is asked
+about all images. So the same answers give the figures of the cascade with its policy and the figures of the judge on every
+image. Images are scored once, and each question is asked once. Studies of a record ask no judge.
 
 Raises:
     InputError: if the cascade does not have exactly one stage.
@@ -53,8 +53,9 @@ class PositionBias:
     Attributes:
         chosen: ``(K,)`` numbers of answers at the first, second, … position.
         true: ``(K,)`` numbers of truths at these positions. Truths that were not candidates are not counted.
-        p_value: probability of counts at least this uneven, if every position is equally probable (Pearson's chi-square test).
-            It shows a bias of the judge only if the candidates were shuffled. None without answers, or with one position.
+        p_value: p-value of Pearson's chi-square test that every position is equally probable. A small value means that the
+            counts are uneven. It shows a bias of the judge only if the candidates were shuffled. None without answers, or with
+            one position.
     """
 
     chosen: NDArray[np.int64]
@@ -88,8 +89,9 @@ class Asking(TypedDict, total=False):
 
     Attributes:
         folder: folder for the records, one subfolder per variant. Default: the records are not kept.
-        begin: called once before the first question, with a cascade whose stages ask all questions of the study.
-        progress: called after every prediction.
+        begin: function that is called once before the first question, with a cascade whose stages ask all questions of the
+            study.
+        progress: function that is called after every prediction.
     """
 
     folder: Path | None
@@ -305,10 +307,10 @@ def _ask(
 def _rows(records: Mapping[str, Record], policy: PolicyLike) -> tuple[Row, ...]:
     """One row per record, in which the judge was asked about every image.
 
-    The fields are figures of the cascade with its policy. Further figures are the shares of images whose truth was among the
-    candidates (``coverage``) and that the judge answered (``answered``), and its accuracy if the truth was among the candidates
-    (``judge_accuracy_covered``). Figures with ``judge_all`` are those of asking about every image. ``judge_all_difference`` is
-    this accuracy minus that of the first record on the same images.
+    The fields are figures of the cascade with its policy. There are three further figures: the share of images whose truth was
+    among the candidates (``coverage``), the share of images that the judge answered (``answered``), and the judge's accuracy if
+    the truth was among the candidates (``judge_accuracy_covered``). Figures with ``judge_all`` are figures of the judge on
+    every image. ``judge_all_difference`` is this accuracy minus the accuracy of the first record on the same images.
     """
     first = next(iter(records.values()))
     rows = []
@@ -339,7 +341,10 @@ def _rows(records: Mapping[str, Record], policy: PolicyLike) -> tuple[Row, ...]:
 def _row(variant: str, record: Record, policy: PolicyLike, figures: Mapping[str, float | None]) -> Row:
     """The row of a policy on a record in which the judge was asked about every image."""
     if len(record.stages) != 1:
-        raise DataError(f"A study needs a record with one judge; this record has {len(record.stages)}.")
+        raise DataError(
+            f"A study needs a record with one judge; this record has {len(record.stages)}.",
+            hint="Make a record of a cascade with one stage.",
+        )
     _require_images(record)
     live = under(record, policy)
     asked, right = live.judged.asked, (live.predicted == record.truths)[record.readable]
@@ -355,7 +360,7 @@ def _row(variant: str, record: Record, policy: PolicyLike, figures: Mapping[str,
 
 def _require_images(record: Record) -> None:
     if not record.readable.any():
-        raise DataError("No image could be read.")
+        raise DataError("No image could be read.", hint="Make a record of readable images.")
 
 
 def _total(values: NDArray[np.float64] | NDArray[np.int64], asked: Bools) -> float | None:

@@ -210,7 +210,7 @@ def _curves(record: Record, steps: int) -> list[Curve]:
         raise DataError("The judge was not asked about every image.", hint="Make the record with: evaluate --judge-all.")
     rows = np.flatnonzero(record.readable)
     if not len(rows):
-        raise DataError("None of the record's images could be read.")
+        raise DataError("None of the record's images could be read.", hint="Make a record of readable images.")
     scores = record.scores.rows(rows)
     truths = record.truths[rows]
     scorer_right = record.scored[rows] == truths

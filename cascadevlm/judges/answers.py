@@ -1,4 +1,4 @@
-"""Reading of answers: which option a judge's text chooses."""
+"""Reads answers: finds the option that a judge's text chooses."""
 
 import json
 import re
@@ -69,7 +69,7 @@ def after_thoughts(text: str, question: Question) -> str | None:
     """The text after the last closing tag of thoughts. None if the last opening tag has no closing tag.
 
     If nothing follows the closing tag, it is the text before the first opening tag. A tag that is part of a name is ordinary
-    text. So are all tags in a text that is JSON as a whole.
+    text. All tags in a text that is JSON as a whole are also ordinary text.
     """
     if is_json_answer(text):
         return text
@@ -143,7 +143,9 @@ def _paragraph(lines: Sequence[str]) -> list[str]:
 
 
 MOST_OBJECTS = 1000
-"""The most positions of a text where a JSON object is tried. Each try takes time in proportion to the length of the text."""
+"""Maximum number of positions in a text at which a JSON object is tried. The time of each try is proportional to the length of
+the text.
+"""
 
 
 def _json_answers(text: str) -> Iterator[tuple[int, int, Mapping[str, object]]]:
@@ -200,11 +202,15 @@ _NO_CANDIDATE = re.compile(
 )
 
 MOST_BESIDE_A_NAME = 200
-"""The most characters that an answer may have in addition to the longest name. Longer texts are not compared with names."""
+"""Maximum number of characters that an answer may have in addition to the longest name. Longer texts are not compared with
+names.
+"""
 
 
 def _choice(content: str, question: Question) -> int | None:
-    """The position of the option that an answer names. None if it is not exactly one. A name has priority over a key."""
+    """The position of the option that an answer names. None if the answer names no option or several options. A name has
+    priority over a key.
+    """
     named = one_line(content).strip("*_`")
     if all(len(named) > MOST_BESIDE_A_NAME + len(name) for option in spellings(question) for name in option[EXACT]):
         return None

@@ -26,9 +26,9 @@ class Quote:
     """The price of one question, before the question is asked.
 
     Attributes:
-        worst_case: the most that one request can cost, in nanodollars.
+        worst_case: maximum cost of one request, in nanodollars.
         usual_case: the expected cost of one request, in nanodollars; for estimates.
-        tokens: the most tokens, input and output together, that one request can take.
+        tokens: maximum number of tokens of one request, input and output together.
     """
 
     worst_case: int = 0
@@ -50,8 +50,8 @@ class Judge(Portable, ABC):
         spec: the spec string that names this judge, for example ``"hf_chat:aviary"``.
         requires: the distributions that the backend needs in addition to cascadevlm, by their names on PyPI.
         concurrency: the number of questions that the judge can answer at the same time.
-        requests_per_minute: the most requests per minute. None: no limit.
-        tokens_per_minute: the most tokens per minute, input and output together. None: no limit.
+        requests_per_minute: maximum number of requests per minute. None: no limit.
+        tokens_per_minute: maximum number of tokens per minute, input and output together. None: no limit.
         replays: whether the judge only repeats recorded answers, immediately and without cost. Its answers are not cached, and
             its errors are not retried. A wrapper does not copy this attribute, because a wrapper may ask other judges.
     """
@@ -98,14 +98,14 @@ class Judge(Portable, ABC):
         return Quote()
 
     async def prepare(self) -> None:
-        """Get ready for a run. Called once at the beginning of a run.
+        """Get ready for a run. Called once, at the beginning of a run.
 
         Raises:
             BackendError: if the judge cannot work at all, for example without a key or a model.
         """
 
     async def aclose(self) -> None:
-        """Close connections. Called once at the end of a run."""
+        """Close connections. Called once, at the end of a run."""
 
 
 _not_sent: "set[asyncio.Task[object] | None]" = set()
@@ -114,7 +114,9 @@ _not_sent: "set[asyncio.Task[object] | None]" = set()
 
 @contextmanager
 def before_sending() -> Iterator[None]:
-    """A judge enters this context while it waits and has not sent the question yet. A question cancelled there costs nothing."""
+    """A judge enters this context while it waits and has not sent the question yet. A question that is cancelled in this
+    context costs nothing.
+    """
     task = asyncio.current_task()
     _not_sent.add(task)
     try:
@@ -135,7 +137,7 @@ class LocalJudge(Judge):
     """A judge whose model runs in this process. Concurrent questions form batches. One batch is answered at a time.
 
     Attributes:
-        batch_size: the most questions in one batch.
+        batch_size: maximum number of questions in one batch.
     """
 
     live: ClassVar[Live] = (("_waiting", dict), ("_workers", set))
@@ -160,7 +162,7 @@ class LocalJudge(Judge):
 
     async def judge(self, question: Question) -> Verdict:
         loop = asyncio.get_running_loop()
-        if loop not in self._waiting:  # one loop cannot wake the questions of another loop
+        if loop not in self._waiting:  # a loop cannot wake the questions of another loop
             self._waiting[loop] = []
             worker = loop.create_task(self._work(loop))
             self._workers.add(worker)
@@ -178,7 +180,7 @@ class LocalJudge(Judge):
                 del waiting[: self.batch_size]
                 if wanted := [(question, answer) for question, answer in batch if not answer.done()]:
                     await self._answer(wanted)
-        except Exception as exc:  # a subclass may override private methods; no question may wait for ever
+        except Exception as exc:  # a subclass may override private methods; no question may wait forever
             for _, answer in [*wanted, *waiting]:
                 if not answer.done():
                     answer.set_exception(exc)

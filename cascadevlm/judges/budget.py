@@ -1,4 +1,4 @@
-"""Money: a ledger that cannot be overdrawn, and a wrapper that reserves money in the ledger before every request.
+"""Money: a ledger with a spending limit, and a wrapper that reserves money in the ledger before every request.
 
 Amounts are whole numbers of nanodollars, so that sums are exact. One dollar per million tokens is 1,000 nanodollars per token.
 """
@@ -26,13 +26,14 @@ in flight fail as well, and this time shows that they are not billed."""
 
 
 class Ledger(Portable):
-    """The cap of a run, the money spent, and the money reserved for requests in flight. Safe across tasks and threads.
+    """The spending limit of a run, the money spent, and the money reserved for requests in flight. Safe across tasks and
+    threads.
 
-    ``copy.deepcopy`` returns the ledger itself, so that copies of a cascade spend the same money. A pickled ledger is a separate
-    ledger: it may spend the money that was left at the time of pickling.
+    ``copy.deepcopy`` returns the ledger itself, so that copies of a cascade share one limit. A pickled ledger is a separate
+    ledger. Its limit is the amount that was left at the time of pickling.
 
     Args:
-        dollars: the cap. None: no cap.
+        dollars: the spending limit in US dollars. None: no limit.
     """
 
     live: ClassVar[Live] = (("_lock", threading.Lock), ("_reserved", int), ("_standing", int), ("_waiting", list))
@@ -58,11 +59,12 @@ class Ledger(Portable):
 
     @property
     def reserved_dollars(self) -> float:
-        """Dollars reserved for requests in flight and for batches."""
+        """US dollars that are reserved for requests in flight and for batches."""
         return self._reserved / NANODOLLARS
 
     async def reserve(self, nanodollars: int) -> None:
-        """Reserve an amount. If only requests in flight are in the way, wait until they end.
+        """Reserve an amount. If it does not fit because of amounts reserved for requests in flight, wait until these requests
+        end.
 
         Raises:
             BudgetExhausted: if the amount would not fit even if all requests in flight cost nothing.
@@ -81,7 +83,7 @@ class Ledger(Portable):
         self._try_to_reserve(nanodollars, None)
 
     def _try_to_reserve(self, nanodollars: int, loop: asyncio.AbstractEventLoop | None) -> "asyncio.Future[None] | None":
-        """Reserve an amount and return None; or return a future of the loop that is done when money was released.
+        """Try to reserve an amount. Returns None on success. If not, returns a future that is done when money is released.
 
         Args:
             loop: the event loop of a request. None: a standing reservation.
@@ -94,13 +96,14 @@ class Ledger(Portable):
             if loop is None or self._spent + self._standing + nanodollars > self.cap:
                 left = self.cap - self._spent - (self._reserved if loop is None else self._standing)
                 raise BudgetExhausted(
-                    f"The budget has ${left / NANODOLLARS:.4f} left and this question may cost ${nanodollars / NANODOLLARS:.4f}."
+                    f"The budget has ${left / NANODOLLARS:.4f} left and this question may cost ${nanodollars / NANODOLLARS:.4f}.",
+                    hint="Raise budget.usd, or lower max_tokens.",
                 )
             self._waiting.append((loop, loop.create_future()))
             return self._waiting[-1][1]
 
     def settle(self, reserved: int, spent: int, *, standing: bool = False) -> None:
-        """Replace a reservation by the real cost, and wake everyone who waits for money."""
+        """Replace a reservation by the real cost, and wake all tasks that wait for money."""
         with self._lock:
             self._change(reserved=-reserved, spent=spent)
             self._standing -= reserved if standing else 0
@@ -110,7 +113,7 @@ class Ledger(Portable):
                 loop.call_soon_threadsafe(_wake, waiter)
 
     def _change(self, *, reserved: int, spent: int = 0) -> None:
-        """Change the ledger, in nanodollars. The only place that does; the caller holds the lock."""
+        """Change the amounts of the ledger, in nanodollars. All changes are made here. The caller must hold the lock."""
         self._reserved += reserved
         self._spent += spent
 
@@ -130,15 +133,15 @@ class _Change(BaseModel, strict=True):
 class DurableLedger(Ledger):
     """A ledger that writes every reservation and payment to a file, and continues from an existing file.
 
-    A reservation that a killed process did not settle counts as spent, because its request may have been answered and billed.
+    If a process is killed, its open reservations count as spent, because the requests may have been answered and billed.
 
     Args:
-        dollars: the cap over all sessions. None: no cap.
+        dollars: the spending limit of all sessions together, in US dollars. None: no limit.
         path: path of the file.
 
     Raises:
         DataError: if a line of the file is damaged.
-        RunError: if the file cannot be written. Later calls raise it too.
+        RunError: if the file cannot be written. Later calls raise this error, too.
     """
 
     def __init__(self, dollars: float | None, path: Path) -> None:
@@ -171,28 +174,28 @@ def line_of_ledger(*, reserved: int = 0, spent: int) -> str:
 
 
 def _sum(path: Path) -> int:
-    """Nanodollars that a ledger's file says are spent or reserved."""
+    """Sum of the spent and the reserved amounts in a ledger's file, in nanodollars."""
     spent = reserved = 0
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
-            if not line.endswith(b"\n"):  # a line without an end was not written completely
+            if not line.endswith(b"\n"):  # a line without a line break was not written completely
                 break
             try:
                 change = _Change.model_validate_json(line)
                 spent, reserved = spent + change.spent, reserved + change.reserved
                 if reserved < 0:
-                    raise ValueError("more is settled than was reserved")
+                    raise ValueError("the settled amount is larger than the reserved amount")
             except ValueError as exc:
-                hint = "Write into it what the provider billed, in nanodollars, as the other lines do, or take it out."
-                raise DataError(f"{str(path)!r}, line {number}, is damaged: what was spent is not known.", hint=hint) from exc
+                hint = "Remove the line, or write the billed amount into it (in nanodollars, in the form of the other lines)."
+                raise DataError(f"{str(path)!r}, line {number}, is damaged: the spent amount is not known.", hint=hint) from exc
     return spent + reserved
 
 
 class Metered(WrapperJudge):
-    """Reserves the worst case before every request, and settles with the bill after the request.
+    """Reserves the worst case before every request, and replaces it by the bill after the request.
 
-    A request that broke off counts as the worst case, because it may have been answered and billed. A question that is cancelled
-    before its request was sent costs nothing.
+    An interrupted request costs the worst case, because it may have been answered and billed. A question that is cancelled
+    before its request is sent costs nothing.
     """
 
     def __init__(self, wrapped: Judge, ledger: Ledger) -> None:
@@ -214,7 +217,7 @@ class Metered(WrapperJudge):
             await asyncio.wait({asking})
             raise
         finally:
-            asking.cancel()  # the wait for its end may have been cancelled too
+            asking.cancel()  # the wait for the end of the request may also have been cancelled
             self.ledger.settle(worst, _bill(asking, worst) if sent else 0)
 
 

@@ -32,7 +32,7 @@ from cascadevlm.judges.prompt import answer_format, options, render
 SCHEMA_VERSION = 1
 
 ASKED_ELSEWHERE_SECONDS = 0.05
-"""Seconds between two looks whether another process has answered a question."""
+"""Seconds between two checks whether another process has answered a question."""
 
 if sys.platform != "win32":
     import fcntl
@@ -82,11 +82,13 @@ class VerdictStore(Portable, ABC):
 
     @abstractmethod
     def get(self, key: str) -> Verdict | None:
-        """The verdict stored under a key. None if there is none."""
+        """The verdict stored under a key. None if there is no verdict."""
 
     @asynccontextmanager
     async def asking(self, key: str) -> AsyncGenerator[None, None]:
-        """A context for asking a question that is not in the store. Everyone else who shares the store waits to ask it."""
+        """A context for asking a question that is not in the store. All other users of the store wait before they ask the same
+        question.
+        """
         yield
 
     @abstractmethod
@@ -104,8 +106,9 @@ class VerdictStore(Portable, ABC):
 
 
 class _JSONRows(diskcache.JSONDisk):  # type: ignore[misc]
-    """Reads only JSON that is in the row itself. `diskcache.JSONDisk` would also unpickle keys and values, and would read and
-    delete the file that a row names."""
+    """Reads only JSON that is in the row itself. In contrast, `diskcache.JSONDisk` would unpickle keys and values, and would
+    read and delete a file that a row names.
+    """
 
     def get(self, key: object, raw: int) -> object:
         if not raw:
@@ -122,10 +125,10 @@ class _JSONRows(diskcache.JSONDisk):  # type: ignore[misc]
 
 
 class Turns:
-    """Decides which of the processes and event loops that share a folder asks a question: the one that locks a byte of a file.
+    """Decides which process or event loop asks a question, if several share a folder. The one that locks a byte of a file asks.
 
-    The operating system releases the locks of a process that ends. Without such locks (on Windows and on some network file
-    systems), several processes may ask the same question.
+    The operating system releases the locks of a process that ends. Windows and some network file systems have no such locks.
+    There, several processes may ask the same question.
     """
 
     def __init__(self, path: Path) -> None:
@@ -136,7 +139,7 @@ class Turns:
         self._taken: dict[str, object] = {}
 
     def take(self, key: str) -> bool:
-        """Try to take the turn for a question. True if this caller has it now."""
+        """Try to take the turn for a question. Returns True if this caller has the turn now."""
         mine = object()
         if self._taken.setdefault(key, mine) is not mine:
             return False
@@ -206,7 +209,7 @@ class DiskStore(VerdictStore):
 
     @property
     def exists(self) -> bool:
-        """Whether the folder holds verdicts. It is made when the first verdict is looked up."""
+        """True if the folder contains verdicts. The folder is created when the first verdict is looked up."""
         return (self.folder / "cache.db").exists()
 
     @asynccontextmanager
@@ -221,15 +224,17 @@ class DiskStore(VerdictStore):
 
     @contextmanager
     def _usable(self) -> Iterator[None]:
-        """Raises BackendError if the folder cannot be used, or if its tables are not those of diskcache."""
+        """Raise BackendError if the folder cannot be used, or if its tables are not tables of diskcache."""
         try:
             yield
         except (*_DAMAGE, AttributeError, diskcache.Timeout) as exc:
-            hint = "Delete the folder, or set CASCADEVLM_CACHE_DIR, or cache.folder, to another one."
+            hint = "Delete the folder, or set CASCADEVLM_CACHE_DIR or cache.folder to another folder."
             raise BackendError(f"The cache folder {str(self.folder)!r} cannot be used: {exc}.", hint=hint) from exc
 
     def get(self, key: str) -> Verdict | None:
-        """The verdict stored under a key. None if there is none, or if it is damaged: the next `put` replaces it."""
+        """The verdict stored under a key. None if there is no verdict, or if it is damaged. The next `put` replaces a damaged
+        verdict.
+        """
         cache = self._cache
         try:
             entry = cache.get(key, retry=True)
@@ -264,9 +269,10 @@ class DiskStore(VerdictStore):
             return int(cache.clear())
 
     def damaged(self) -> Iterator[str]:
-        """The keys of damaged rows. Such a row cannot be read, holds no valid verdict, or belongs to another question.
+        """The keys of damaged rows. Such a row cannot be read, contains no valid verdict, or belongs to another question.
 
-        If the key itself cannot be read, the number of the row stands for it. The last item describes the damage of the database.
+        If the key itself cannot be read, the number of the row is given instead. The last item describes the damage of the
+        database.
         """
         disk = self._cache.disk
         with closing(sqlite3.connect(self.folder / "cache.db")) as database:
@@ -290,7 +296,7 @@ def _verdict_in(entry: dict[str, Payload], key: str) -> Verdict:
     """The verdict of a row.
 
     Raises:
-        KeyError, TypeError, ValueError, RecursionError: if the row holds no valid verdict, or belongs to another question.
+        KeyError, TypeError, ValueError, RecursionError: if the row contains no valid verdict, or belongs to another question.
     """
     verdict = _VERDICT.validate_python(entry["verdict"])
     if not verdict.valid or key_of(entry["payload"]) != key:
@@ -340,7 +346,7 @@ class SingleFlight(WrapperJudge):
             task.exception()  # marks the exception as seen: all callers may be cancelled
 
     async def aclose(self) -> None:
-        """Cancel the questions in flight, so that their retries do not go on after the run."""
+        """Cancel the questions in flight, so that their retries do not continue after the run."""
         tasks = list(self._in_flight.values())
         for task in tasks:
             task.cancel()
@@ -352,8 +358,9 @@ class SingleFlight(WrapperJudge):
 
 
 class Cached(SingleFlight):
-    """Looks for the answer in a store before asking, and keeps valid answers there. An answer from the store costs nothing; its
-    usage holds the cost saved."""
+    """Looks for the answer in a store before it asks the judge, and keeps valid answers in the store. An answer from the store
+    costs nothing. Its usage contains the saved cost.
+    """
 
     def __init__(self, wrapped: Judge, store: VerdictStore) -> None:
         super().__init__(wrapped)
@@ -363,18 +370,18 @@ class Cached(SingleFlight):
         if (stored := self.store.get(key)) is not None:
             return at_no_cost(stored)
         async with self.store.asking(key):
-            if (stored := self.store.get(key)) is not None:  # somebody else asked it meanwhile
+            if (stored := self.store.get(key)) is not None:  # another process has asked the question in the meantime
                 return at_no_cost(stored)
             verdict = await super()._ask(key, payload, question)
             if verdict.valid:
                 try:
                     self.store.put(key, payload, verdict)
                 except (OSError, sqlite3.Error, zlib.error) as exc:  # with a full disk, the answer is still valid and paid
-                    warnings.warn(f"An answer could not be kept in the cache: {exc}", RuntimeWarning, stacklevel=2)
+                    warnings.warn(f"An answer could not be stored in the cache: {exc}", RuntimeWarning, stacklevel=2)
             return verdict
 
 
 def at_no_cost(verdict: Verdict) -> Verdict:
-    """A repeated verdict: its usage has no cost and holds the cost saved."""
+    """A repeated verdict. Its usage has no cost, but contains the saved cost."""
     spent = verdict.usage
     return replace(verdict, usage=Usage(cached=True, saved_dollars=spent.dollars + spent.saved_dollars))

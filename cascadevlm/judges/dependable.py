@@ -1,5 +1,6 @@
-"""Dependable judges: a judge inside all wrappers. The runs of one cascade share them, so that all runs together keep one rate
-and ask an identical question once."""
+"""Dependable judges: a judge inside all wrappers. The runs of one cascade share their judges. So all runs together keep one
+rate limit, and ask identical questions once.
+"""
 
 import asyncio
 from contextlib import AbstractAsyncContextManager
@@ -21,7 +22,7 @@ def dependable(judge: Judge, store: VerdictStore | None, ledger: Ledger) -> Judg
 
     Args:
         judge: the judge of a backend.
-        store: keeps answers, so that no question is asked twice. None: answers are not kept.
+        store: the store of answers, so that no question is asked twice. None: answers are not kept.
         ledger: the budget.
     """
     if judge.replays:
@@ -31,7 +32,7 @@ def dependable(judge: Judge, store: VerdictStore | None, ledger: Ledger) -> Judg
 
 
 class DependableJudges:
-    """The dependable judges of a cascade: one per judge and event loop. Each event loop keeps the rates on its own."""
+    """The dependable judges of a cascade: one per judge and event loop. Each event loop has its own rate limits."""
 
     def __init__(self, store: VerdictStore | None, ledger: Ledger) -> None:
         self.store = store

@@ -7,19 +7,21 @@ from cascadevlm.base.types import Question, Verdict
 from cascadevlm.judges.base import Judge, WrapperJudge
 
 FEWEST, MOST = 8, 20
-"""Bounds of the number of consecutive failures that count as an outage. Within them, it is the number of questions in flight. A
-lower number would let a few difficult images stop a run."""
+"""Minimum and maximum number of consecutive failures that count as an outage. Between them, the number of questions in flight
+is used. With a lower number, a few difficult images could stop a run.
+"""
 
 PATIENCE = 0.5
 """Seconds that a failed question waits if no other question is in flight. The next questions may arrive within this time."""
 
 
 class Reachable(WrapperJudge):
-    """Raises FatalError after a series of consecutive failures, each in spite of retries, for reasons that should pass.
+    """Raises FatalError after a series of consecutive failures with temporary causes. Each of these questions failed in spite
+    of retries.
 
-    A failed question waits until another question is answered, or until no other question has been in flight for `PATIENCE`.
-    So an outage does not turn images into failures that could be answered later. If fewer than `FEWEST` questions are in flight,
-    the first failures of the series do become failures of their images, because they may be caused by these images.
+    A failed question waits until another question is answered, or until no other question has been in flight for `PATIENCE`. So
+    an outage does not turn images into failures that could be answered later. If fewer than `FEWEST` questions are in flight,
+    the first failures of the series count as failures of their images, because these images may be their cause.
     """
 
     def __init__(self, wrapped: Judge) -> None:
@@ -74,7 +76,7 @@ class Reachable(WrapperJudge):
             self._held.discard(waiting)
 
     def _watch(self) -> None:
-        """Start the timer if all questions in flight are held."""
+        """Start the timer if all questions in flight are waiting failures."""
         if self._patience is not None:
             self._patience.cancel()
         if 0 < len(self._held) == self._under_way:

@@ -10,7 +10,7 @@ from cascadevlm.base.types import Question, Verdict
 from cascadevlm.judges.base import Judge, WrapperJudge
 
 TOKEN_BURST = 1 / 10
-"""Share of the tokens per minute that may be used at once."""
+"""Share of the tokens per minute that may be used at the same time."""
 
 
 class Paced(WrapperJudge):
@@ -55,4 +55,4 @@ class Paced(WrapperJudge):
         finally:
             self._in_flight -= 1
             async with self._room:
-                self._room.notify(2)  # one left, and the limit may have grown by one
+                self._room.notify(2)  # one request has ended, and the limit may have grown by one

@@ -51,7 +51,7 @@ class Patches(_Row):
     Attributes:
         size: side of a patch in pixels.
         multiplier: tokens per patch.
-        most: the most patches of an image.
+        most: maximum number of patches of an image.
     """
 
     rule: Literal["patches"]
@@ -65,7 +65,7 @@ class Patches(_Row):
         return math.ceil(min(patches, self.most) * self.multiplier)
 
     def tokens_in_low_detail(self, width: int, height: int) -> int:
-        """The most tokens of an image in low detail. The image is shrunk to fit into 512 x 512."""
+        """Maximum number of tokens of an image in low detail. The image is shrunk to fit into 512 x 512."""
         return min(self.tokens(width, height), self.tokens(512, 512))
 
 
@@ -78,8 +78,10 @@ class Price(_Row):
     Attributes:
         input: US dollars per million input tokens.
         output: US dollars per million output tokens.
-        cached_input: US dollars per million input tokens that are read from the provider's prompt cache. None: as ``input``.
-        cache_write: US dollars per million input tokens that are written to the provider's prompt cache. None: as ``input``.
+        cached_input: US dollars per million input tokens that are read from the provider's prompt cache. None: the same as
+            ``input``.
+        cache_write: US dollars per million input tokens that are written to the provider's prompt cache. None: the same as
+            ``input``.
         batch_discount: discount of the provider's batch API, between 0 and 1.
         image: the rule that counts images in tokens. None: no rule is published.
         reasons: whether the model writes thoughts in addition to its answer.
@@ -107,7 +109,7 @@ class Price(_Row):
         )
 
     def worst_case(self, input_tokens: int, output_tokens: int, *, batch: bool = False) -> int:
-        """The cost in nanodollars if all input tokens have the highest of the input prices, rounded up."""
+        """The highest possible cost in nanodollars, rounded up: all input tokens have the highest input price."""
         dearest = max(self.input, self.cached_input or self.input, self.cache_write or self.input)
         return self._rounded_up(input_tokens * dearest + output_tokens * self.output, batch)
 

@@ -35,8 +35,8 @@ T = TypeVar("T")
 def once_per_question(make: Callable[[Question], T]) -> Callable[[Question], T]:
     """Decorator for a function of a question. Its value is computed once and kept with the question.
 
-    It works like `functools.cached_property` for a function outside of the class. A copy by `dataclasses.replace` starts without
-    values.
+    It works like `functools.cached_property` for a function outside of the class. A copy made by `dataclasses.replace` starts
+    without values.
     """
     name = f"{make.__module__}.{make.__qualname__}"
 
@@ -88,7 +88,10 @@ def parse_template(name: str, source: str, *, required: frozenset[str] = frozens
         head = _FrontMatter.model_validate(tomllib.loads(match[1]))
     except (ValidationError, tomllib.TOMLDecodeError, RecursionError) as exc:
         reason = exc.errors()[0] if isinstance(exc, ValidationError) else {"loc": (), "msg": str(exc)}
-        raise PromptError(f"Prompt {name!r}, head: {'.'.join(map(str, reason['loc']))} {reason['msg']}.") from exc
+        raise PromptError(
+            f"Prompt {name!r}, head: {'.'.join(map(str, reason['loc']))} {reason['msg']}.",
+            hint="Correct the header between the two lines '+++'.",
+        ) from exc
     template = string.Template(match[2].strip())
     if not template.is_valid():
         raise PromptError(f"Prompt {name!r} has a '$' without a variable.", hint="Write '$$' for a dollar sign.")
@@ -118,7 +121,7 @@ def read_prompt(path: str | Path) -> Prompt:
     try:
         return parse_template(path.stem, path.read_text(encoding="utf-8-sig"))
     except OSError as exc:
-        raise PromptError(f"Prompt file {str(path)!r} cannot be read: {exc.strerror}.") from exc
+        raise PromptError(f"Prompt file {str(path)!r} cannot be read: {exc.strerror}.", hint="Check the path.") from exc
     except UnicodeDecodeError as exc:
         raise PromptError(f"Prompt file {str(path)!r} is not UTF-8 text.", hint="Save it as UTF-8.") from exc
 
@@ -138,7 +141,7 @@ def _folded(name: str) -> frozenset[str]:
 
 
 _APOSTROPHE = "['‘’‛ʼ´`′＇]"
-_JOINTS = re.compile(r"(?<!\d)[\s_‐-―−-]+|[\s_‐-―−-]+(?!\d)")  # between digits they separate two numbers
+_JOINTS = re.compile(r"(?<!\d)[\s_‐-―−-]+|[\s_‐-―−-]+(?!\d)")  # between digits, a hyphen separates two numbers
 
 
 def _joined_up(name: str) -> frozenset[str]:
@@ -171,13 +174,14 @@ def _spellings_of(label: Label) -> Spellings:
 
 @once_per_question
 def spellings(question: Question) -> tuple[Spellings, ...]:
-    """The names of each option, in the order shown."""
+    """The names of each option, in the order in which the judge sees them."""
     return (*map(_spellings_of, question.labels), *[_NONE] * question.offer_none)
 
 
 @once_per_question
 def options(question: Question) -> Mapping[str, str]:
-    """The options of a question in the order shown: key to name. "None of these" is the last option if it is offered.
+    """The options of a question, in the order in which the judge sees them: the key and the name of each option. "None of
+    these" is the last option if it is offered.
 
     Keys are letters: A to Z, then AA, AB and so on. If a key equals a name of a candidate, the keys are numbers instead. If a
     number equals a name too, the keys are N1, N2 …, then NN1, NN2 …. So an answer never has two meanings.

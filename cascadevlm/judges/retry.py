@@ -1,4 +1,4 @@
-"""Retries, in one place: a backend decides which kind an error is, and this module decides when to ask again."""
+"""All retries. A backend decides the kind of an error, and this module decides when to ask again."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -39,10 +39,10 @@ def patient(*, attempts: int = 6, seconds: float = 300, wait: Callable[[RetryCal
     """Repeats a call after retryable errors.
 
     Args:
-        attempts: the most calls.
-        seconds: the most seconds between the calls, added up. The time inside a call does not count: a call may wait long for its
-            rate or its budget.
-        wait: decides the seconds before the next call.
+        attempts: maximum number of calls.
+        seconds: maximum total time between the calls, in seconds. The time inside a call does not count, because a call may
+            wait long for its rate limit or its budget.
+        wait: function that gives the seconds before the next call.
     """
     return AsyncRetrying(
         retry=retry_if_exception(lambda exc: isinstance(exc, CascadeError) and exc.retryable),
@@ -68,7 +68,9 @@ class Retrying(WrapperJudge):
 
     async def judge(self, question: Question) -> Verdict:
         try:
-            return await self.wrapped.judge(question)  # most succeed, and tenacity takes longer to begin than all other wrappers
+            return await self.wrapped.judge(
+                question
+            )  # most first calls succeed, and the start of tenacity takes longer than all other wrappers
         except CascadeError as exc:
             first = exc
         try:

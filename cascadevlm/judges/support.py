@@ -23,7 +23,7 @@ class SupportSet:
         Args:
             folder: the folder.
             labels: the label set. A label without a sub-folder has no exemplar.
-            shots: the most exemplars per label. The first images in the order of their names count.
+            shots: maximum number of exemplars per label. The first images in the order of their names are used.
 
         Raises:
             InputError: if no label has an image.

@@ -9,7 +9,7 @@ from cascadevlm.base.types import Question, Usage, Verdict
 from cascadevlm.judges.base import Judge, Quote, WrapperJudge
 
 MOST_REJECTED_TEXT = 4_000
-"""The most characters of a rejected answer that a repair question shows. They are taken from the end of the answer."""
+"""Maximum number of characters of a rejected answer that a repair question shows. They are taken from the end of the answer."""
 
 
 class Repairing(WrapperJudge):
@@ -33,10 +33,11 @@ class Voting(WrapperJudge):
     """Asks several times, each time with another order of the candidates, and takes the mean of the answers.
 
     The orders are evenly spaced rotations. With as many votes as candidates, each candidate is shown once at each position, so
-    that the judge's preference for a list position cancels out. The mean is over the judge's probabilities; without them, over
-    its answers. If two candidates are equal, the one shown first wins. A vote that fails does not count, unless all votes fail.
-    If the budget does not cover all votes, the question is not answered, because the preference for a position would not cancel
-    out. The quote, the concurrency and the rates are those of all votes together.
+    that the judge's preference for a list position cancels out. The mean is computed from the judge's probabilities or, if
+    there are no probabilities, from its answers. If two candidates are equal, the candidate that is shown first wins. A vote
+    that fails does not count, unless all votes fail. If the budget does not cover all votes, the question is not answered,
+    because the preference for a position would not cancel out. The quote, the concurrency and the rates cover all votes
+    together.
 
     Args:
         wrapped: the judge.

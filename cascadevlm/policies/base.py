@@ -121,7 +121,7 @@ class Policy(ABC):
         """Return ``(N,) bool``: True for each image to escalate."""
 
     def priority(self, scores: Scores, spending: Spending = START) -> Priority | None:
-        """The order of N images, taken from the first part that has an order; None if no part has an order."""
+        """The order of N images. The first part that has an order decides. None if no part has an order."""
         found = (part.priority(scores, spending) for part in self.parts)
         return next((priority for priority in found if priority is not None), None)
 
@@ -312,7 +312,7 @@ class Not(Policy):
 
 @dataclass(frozen=True)
 class Budgeted(Policy):
-    """Escalates the best of the images that a policy selects, within limits for the whole run.
+    """Escalates the best images among the images that a policy selects, within limits for the whole run.
 
     The images are ordered by the policy. If the policy has no order, they are ordered by the expected gain or, without a model of
     the judge, by the entropy. A limit on the accuracy always orders them by the expected gain.

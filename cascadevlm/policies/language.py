@@ -149,7 +149,7 @@ def load_policy_class(name: str) -> type[Policy] | type[Limit]:
     """The policy or limit that is registered under a name.
 
     Raises:
-        PolicyError: if nothing is registered under this name, or if the registered object is not a subclass of Policy or Limit.
+        PolicyError: if no object is registered under this name, or if the object is not a subclass of Policy or Limit.
     """
     points = installed("policies")
     if name not in points:

@@ -3,9 +3,9 @@
 A limit is spent on the best of the images that a policy selects over a whole run.
 
 The last batch may spend all that is left of the limit. An earlier batch gets a share. Let s be the calls (or dollars) left,
-divided by the calls (or dollars) that all images of this batch and of later batches would need. The batch escalates those of its
-images that are among the best share s of the latest images. If the number of images is unknown, each batch may spend all that is
-left.
+divided by the calls (or dollars) that all images of this batch and of later batches would need. An image of the batch is
+escalated if it is among the best share s of the latest images. If the number of images is unknown, each batch may spend all
+that is left.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""Runs: a cascade over any number of images, into a folder from which the run goes on after whatever stopped it."""
+"""Runs: a cascade classifies any number of images into a folder. An interrupted run continues from its folder."""
 
 import asyncio
 import shutil
@@ -20,10 +20,10 @@ from cascadevlm.runs.manifest import Manifest
 from cascadevlm.runs.run_folder import RunFolder, Tally
 
 LEAST_FREE = 16 << 20
-"""Free bytes on a disk below which no further image is begun. The answers to questions under way still fit."""
+"""Minimum of free bytes on a disk. Below it, no further image is started, but answers to open questions still fit."""
 
 FLUSH_SECONDS = 1.0
-"""The longest time before predictions are made safe. Answers of judges are kept at once."""
+"""Maximum time between two flushes of the predictions, in seconds. Answers of judges are stored immediately."""
 
 
 def run(
@@ -37,26 +37,28 @@ def run(
     progress: Callable[[Tally], None] = lambda tally: None,
     outlook: Callable[[str], None] = lambda sentence: None,
 ) -> Tally:
-    """Classify images into a folder. What an earlier session wrote into the folder stays, and no question is asked again.
+    """Classify images into a folder. The results of an earlier session in the folder are kept, and no stored question is asked
+    again.
 
-    If the images have true labels, the folder is a record, and two things differ. No drift is looked for, and the shares of the
-    classes are not followed: labelled images mostly come class by class, and their labels say more than a run can find out.
+    If the images have true labels, the folder is a record. Then drift is not watched, and the shares of the classes are not
+    followed, because labelled images are often sorted by class.
 
     Args:
-        cascade: the cascade. Its cap is for all sessions together. If the cap is higher than in the session before, judges are
-            asked about the images that were skipped because the budget was spent.
-        inputs: the images by name, in an order that does not change (see `Inputs`), or labelled images.
+        cascade: the cascade. Its spending limit covers all sessions together. If the limit is higher than in the session
+            before, judges are asked about the images that were skipped because of the old limit.
+        inputs: the images, in an order that does not change (see `Inputs`), or labelled images.
         folder: the folder of the run (see `cascadevlm.runs.run_folder`).
-        config: the configuration, which tells this run from another.
-        retry_failed: whether images that could not be read or whose question failed are tried again. All images after the first
-            of them are then worked out again, with the answers that are kept: decisions depend on what came before.
-        stopping: called before each batch; the run ends in order if it returns true.
-        progress: called after every prediction.
-        outlook: called with a sentence about what is left to do, if the folder holds predictions.
+        config: the configuration. A folder of a run with another configuration is refused.
+        retry_failed: true to classify the first failed image and all images after it again, with the stored answers. An image
+            failed if it could not be read, or if its question failed. The images after it are included because decisions depend
+            on earlier images.
+        stopping: function that is called before each batch. If it returns true, the run finishes its open questions and ends.
+        progress: function that is called after every prediction.
+        outlook: function that is called with a sentence about the work that is left, if the folder contains predictions.
 
     Raises:
-        DataError: if the folder is in use or is of another run, or its predictions are of other images or labels.
-        RunError: if the disk is full or fails; what was written is kept.
+        DataError: if the folder is in use or belongs to another run, or if its predictions are of other images or labels.
+        RunError: if the disk is full or fails. The results so far are kept.
         JudgeError: if a judge cannot work at all.
     """
     manifest = Manifest.of(cascade, inputs, config)
@@ -72,7 +74,7 @@ def run(
         if loop.run(_classify(lasting, inputs, opened, lambda: stopping() or bool(_full(disks)), progress)):
             opened.finish(inputs.order if isinstance(inputs, Inputs) else None)
         elif full := _full(disks):
-            hint = "What was done is kept: once there is room, the same command goes on."
+            hint = "Free some space, then repeat the same command. The results so far are kept."
             raise RunError(f"The disk of {str(full[0])!r} has less than {LEAST_FREE >> 20} MB left.", hint=hint)
         return opened.tally
 
@@ -89,7 +91,7 @@ async def _classify(
     stopping: Callable[[], bool],
     progress: Callable[[Tally], None],
 ) -> bool:
-    """Run the cascade; whether all images have a prediction."""
+    """Run the cascade. Returns True if all images have a prediction."""
     run = cascade.begin(folder.checkpoint, stopping)
     tasks = [asyncio.create_task(work) for work in (_append(run, inputs, folder, progress), _flush(run, folder))]
     try:
@@ -105,7 +107,7 @@ async def _classify(
 
 
 async def _append(run: Run, inputs: Iterable[Named] | Labelled, folder: RunFolder, progress: Callable[[Tally], None]) -> None:
-    """Write down every prediction that is not in the folder yet."""
+    """Write every prediction that is not in the folder yet."""
     number = first = folder.checkpoint.images
     known = folder.tally.images
     begun: deque[str] = deque()
@@ -126,7 +128,7 @@ async def _append(run: Run, inputs: Iterable[Named] | Labelled, folder: RunFolde
 
 
 async def _flush(run: Run, folder: RunFolder) -> None:
-    """Make what was written safe, every `FLUSH_SECONDS`: the first image in line may wait for minutes."""
+    """Flush the folder every `FLUSH_SECONDS`, because the next prediction in order may take minutes."""
     while True:
         await asyncio.sleep(FLUSH_SECONDS)
         await asyncio.to_thread(folder.flush, run.checkpoint)

@@ -1,4 +1,4 @@
-"""What a run will take: calls, dollars and minutes, estimated from a sample of the images before the run begins."""
+"""Estimates the calls, dollars and minutes of a run from a sample of its images, before the run starts."""
 
 import math
 from collections.abc import Sequence
@@ -22,12 +22,12 @@ SAMPLE = 200
 """Default number of images to score. The escalated share is then known to about 7 percentage points."""
 
 SECONDS_PER_CALL = 4.0
-"""Assumed seconds of a hosted model for an image and a short answer; not measured."""
+"""Assumed time of a hosted model for an image and a short answer, in seconds. It is not measured."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """What one stage will take.
+    """The estimate for one stage.
 
     Attributes:
         judge: spec of the judge.
@@ -36,10 +36,12 @@ class Estimate:
         deferral_rate: share of images that the policy escalates, within its limits. Images that cannot be read are not escalated.
         deferral_range: 95 % confidence interval of the escalated share (Wilson 1927), capped by the policy's limits.
         calls: number of questions. Questions that are already in the cache are counted, too.
-        dollars: usual cost of the calls, from the provider's rules for images, four bytes of text per token, and answers of a
-            third of their limit.
-        dollars_range: from the lower end of the interval at the usual price to the upper end at the worst case of every question.
-        minutes: time at the judge's concurrency and rate limits; 0 if the judge charges nothing, because its speed is not known.
+        dollars: usual cost of the calls. Images are counted by the provider's rule, a text has one token per four bytes, and an
+            answer has a third of its maximum length.
+        dollars_range: lowest and highest cost. The lowest cost is the lower end of ``deferral_range`` at the usual price; the
+            highest is its upper end at the worst-case price.
+        minutes: time of the run, computed from the judge's concurrency and rate limits. It is 0 if the judge charges nothing,
+            because its speed is then not known.
     """
 
     judge: str
@@ -61,7 +63,7 @@ class _Sample:
         size: number of images, readable or not.
         total: number of images of the run.
         readable: the n images that can be read.
-        scores: `(n, C)` their scores.
+        scores: `(n, C)` scores of these images.
     """
 
     size: int
@@ -73,18 +75,21 @@ class _Sample:
 def estimate(
     cascade: Cascade, images: Sequence[ImageSource], *, total: int | None = None, sample: int = SAMPLE, seed: int = 0
 ) -> list[Estimate]:
-    """What every stage will take, from a random sample of the images. No judge is asked.
+    """The estimate for every stage, from a random sample of the images. No judge is asked.
 
-    Three assumptions: A later stage gets all images that the stage before was asked about or, with routing, all images. All of a
-    limit on calls or dollars is still left, and is spent at the mean price. The cache is empty, and no question is asked twice.
-    If the cascade learns, all images are taken for its first ones: with `gain > g`, questions become fewer while a run goes on.
+    There are three assumptions. First, a later stage gets all images that the judge before it was asked about or, with routing,
+    all images. Second, nothing is spent yet of a limit on calls or dollars, and every question has the mean price. Third, the
+    cache is empty, and no question is asked twice.
+
+    If the cascade learns, the estimate treats all images as the first images of a run. With ``gain > g``, a run that learns
+    mostly asks fewer questions.
 
     Args:
         cascade: the cascade.
         images: the images, or a random sample of them.
         total: number of images of the run. Default: the number of ``images``.
         sample: number of images to score.
-        seed: of the random sample.
+        seed: seed of the random sample.
 
     Raises:
         InputError: if there are no images.
@@ -110,13 +115,13 @@ def estimate(
 
 
 def _of_stage(stage: Stage, sample: _Sample, reached: Selection, kept: float) -> tuple[Estimate, Selection, float]:
-    """The estimate of a stage, which images of the sample its policy escalates, and their share without the policy's limits.
+    """The estimate of a stage, the images of the sample that its policy escalates, and their share without the policy's limits.
 
     Args:
         stage: the stage.
         sample: n readable images and their scores.
-        reached: boolean mask (n,) of the images that reach the stage.
-        kept: share of these images that the limits of earlier stages let pass.
+        reached: ``(n,)`` booleans: the image reaches the stage.
+        kept: share of these images that the limits of earlier stages allow.
     """
     judge, budgeted = stage.by_votes(stage.judge), as_budgeted(stage.policy)
     questions = [
@@ -126,7 +131,7 @@ def _of_stage(stage: Stage, sample: _Sample, reached: Selection, kept: float) ->
     quotes = [judge.quote(question) for question in questions]
     prices = tuple(quote.usual_case / NANODOLLARS for quote in quotes) if budgeted.policy.by_price else ()
     escalated = reached & budgeted.policy.select(sample.scores, Spending(prices=prices, gain=stage.gain(sample.scores)))
-    priced = escalated if escalated.any() else ~escalated  # if no image is escalated, all together say what a question costs
+    priced = escalated if escalated.any() else ~escalated  # if no image is escalated, the price is the mean over all images
     usual, worst, tokens = _means(list(compress(quotes, priced)))
     rate = float(escalated.sum() / sample.size) * kept
     interval = binomtest(int(escalated.sum()), sample.size).proportion_ci(method="wilson")
@@ -160,7 +165,7 @@ def _scored(cascade: Cascade, images: Sequence[ImageSource]) -> tuple[list[Prepa
             readable += [Prepared(source=each.source, size=each.size) for each in scored.images]
             chunks += [scored.scores] if scored.scores is not None else []
     if (scores := joined(chunks)) is None:
-        raise ImageError("None of the images in the sample can be read.")
+        raise ImageError("None of the images in the sample can be read.", hint="Check the paths and the formats of the images.")
     return readable, scores
 
 

@@ -1,10 +1,10 @@
 """Predictions of a run in the formats of other tools.
 
-Lines of ``predictions.jsonl`` are written as they are read, so memory grows by only one byte per prediction. If the run is still
-being written, the predictions that are there at the beginning are exported. Relative paths count from the working directory, as
-in the run.
+Lines of ``predictions.jsonl`` are written as they are read, so memory grows by only one byte per prediction. If the run is not
+finished, the predictions that exist at the start of the export are exported. Relative paths count from the working directory,
+as in the run.
 
-- Images that the run could not read, or that have disappeared since, are only in CSV.
+- Images that the run could not read, or that have disappeared since then, are exported only to CSV.
 - Images without a label because the cascade abstained are unlabelled images in every format.
 - Images in a table are read from the table. Formats that can only name files cannot export them.
 """
@@ -38,7 +38,7 @@ COLUMNS = ("path", "label", "probability", "decided_by", "escalated", "outcome",
 """The columns of tables."""
 
 FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")
-"""Beginnings of texts that a spreadsheet may take for a formula (OWASP, "CSV Injection")."""
+"""First characters of texts that a spreadsheet may read as a formula (OWASP, "CSV Injection")."""
 
 
 class _Named(BaseModel):
@@ -46,7 +46,7 @@ class _Named(BaseModel):
 
 
 class _Described(BaseModel):
-    """The exported part of a run's description: the labels, and the path of the inputs, "" if it is not known."""
+    """The part of a run's manifest that is used: the labels, and the path of the inputs ("" if it is not known)."""
 
     labels: list[_Named]
     inputs: str = ""
@@ -57,8 +57,8 @@ class Predictions:
     """The predictions of a file with one JSON object per line. Each iteration reads the file again.
 
     Attributes:
-        file: the file; it may grow meanwhile.
-        end: number of bytes that are read.
+        file: the file. It may grow during the export.
+        end: number of bytes to read.
         table: the table that contains the images, one row per line; None if the images are files.
     """
 
@@ -67,10 +67,10 @@ class Predictions:
     table: Inputs | None
 
     def __iter__(self) -> Iterator[tuple[int, Line]]:
-        """The lines with their numbers in the file, which begin at 1.
+        """The lines with their numbers in the file, from 1.
 
         Raises:
-            DataError: if a line is no prediction.
+            DataError: if a line is not a prediction.
         """
         return read_lines(self.file, Line, self.end)
 
@@ -78,7 +78,7 @@ class Predictions:
         """The lines with their numbers, and the path or the bytes of the image.
 
         Raises:
-            DataError: if the table contains other images than in the run.
+            DataError: if the table contains other images than during the run.
         """
         if self.table is None:
             yield from ((number, line, Path(line.path)) for number, line in self)
@@ -89,7 +89,7 @@ class Predictions:
             if name != line.path:
                 raise DataError(
                     f"Row {number - 1} of {str(self.table.path)!r} was {line.path!r} in the run and is now {name or 'gone'!r}.",
-                    hint="Export with the table that was run.",
+                    hint="Export with the same table as in the run.",
                 )
             yield number, line, image if isinstance(image, bytes) else Path(line.path)
 
@@ -102,7 +102,7 @@ class Chosen:
         name: name of the run.
         labels: names of the label set.
         predictions: all predictions of the run.
-        wanted: whether each line is exported.
+        wanted: for each line, whether it is exported.
     """
 
     name: str
@@ -111,7 +111,7 @@ class Chosen:
     wanted: Sequence[int]
 
     def __iter__(self) -> Iterator[tuple[int, Line]]:
-        """The lines with their numbers in the file, which begin at 1."""
+        """The lines with their numbers in the file, from 1."""
         return compress(self.predictions, self.wanted)
 
     def with_images(self) -> Iterator[tuple[int, Line, Path | bytes]]:
@@ -120,16 +120,17 @@ class Chosen:
 
 
 Images: TypeAlias = Literal["none", "any", "files"]
-"""What a format needs of images: nothing, their content, or that they are files."""
+"""What a format needs from images: nothing, their content, or the paths of their files."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Format:
-    """A format.
+    """A format of an export.
 
     Attributes:
-        write: called with the predictions and the path of the new file or folder; returns one sentence that says how to load it.
-        images: what it needs of images.
+        write: function that gets the predictions and the path of the new file or folder. It returns one sentence that says how
+            to load the result.
+        images: what the format needs from each image.
     """
 
     write: Callable[[Chosen, Path], str]
@@ -138,11 +139,11 @@ class Format:
 
 @dataclass(frozen=True, kw_only=True)
 class Exported:
-    """What was exported.
+    """The result of an export.
 
     Attributes:
         images: number of images.
-        labelled: number of these that have a label.
+        labelled: number of these images that have a label.
         left_out: number of images that were not exported because they cannot be read.
         how_to_load: one sentence that says how to load the export.
     """
@@ -157,11 +158,12 @@ def export(run: str | Path, to: str, output: str | Path, *, review: bool = False
     """Write the predictions of a run in the format of another tool. After an error, nothing is left at ``output``.
 
     Args:
-        run: a folder that `cascadevlm run` or `cascadevlm evaluate` wrote, with the label set of the run; or a file with one JSON
-            object per line, as `cascadevlm classify --json` prints, whose label set is all labels that occur, sorted.
+        run: a folder that `cascadevlm run` or `cascadevlm evaluate` wrote, or a file with the output of `cascadevlm classify
+            --json`. The label set of a folder is the label set of its run. The label set of a file is the sorted list of all
+            labels in the file.
         to: one of `FORMATS`.
         output: the new file or folder.
-        review: whether only images are exported from which the cascade abstained.
+        review: true to export only the images from which the cascade abstained.
 
     Raises:
         InputError: if the format is unknown, or if the output exists already or cannot be written.
@@ -169,9 +171,9 @@ def export(run: str | Path, to: str, output: str | Path, *, review: bool = False
     """
     run, output = Path(run), Path(output)
     if to not in FORMATS:
-        raise InputError(f"There is no format {to!r}.", hint=f"Known are {', '.join(FORMATS)}.")
+        raise InputError(f"There is no format {to!r}.", hint=f"Use one of: {', '.join(FORMATS)}.")
     if output.exists():
-        raise InputError(f"{str(output)!r} is there already.", hint="Give another name, or delete it first.")
+        raise InputError(f"{str(output)!r} exists already.", hint="Use another name, or delete it first.")
     form = FORMATS[to]
     described = _description_of(run)
     said = predictions_of(run, table_of(described.inputs) if form.images == "any" else None)
@@ -180,7 +182,10 @@ def export(run: str | Path, to: str, output: str | Path, *, review: bool = False
     for number, line, image in said.with_images():
         named = {line.label} if line.label is not None else set()
         if known and not named <= known:
-            raise DataError(f"{str(said.file)!r}, line {number}: {line.label!r} is not in the label set of the run.")
+            raise DataError(
+                f"{str(said.file)!r}, line {number}: {line.label!r} is not in the label set of the run.",
+                hint="Use the unchanged folder of a run.",
+            )
         occurring |= named | {candidate.label for candidate in line.candidates}
         asked_for = line.abstained or not review
         wanted.append(asked_for and (form.images == "none" or (bool(line.candidates) and _is_there(image))))
@@ -188,9 +193,11 @@ def export(run: str | Path, to: str, output: str | Path, *, review: bool = False
         counts["images"] += wanted[-1]
         counts["labelled"] += wanted[-1] and line.label is not None
     if not wanted:
-        raise DataError(f"{str(said.file)!r} holds no predictions.")
+        raise DataError(f"{str(said.file)!r} contains no predictions.", hint="Continue the run first.")
     if not counts["asked_for"]:
-        raise DataError(f"{str(said.file)!r} has nothing to review: the cascade abstained from no image.")
+        raise DataError(
+            f"{str(said.file)!r} has nothing to review: the cascade abstained from no image.", hint="Export without --review."
+        )
     if not counts["images"]:
         raise _unreadable(said.file, to, described)
     chosen = Chosen(name=run.resolve().name, labels=labels or tuple(sorted(occurring)), predictions=said, wanted=wanted)
@@ -200,7 +207,10 @@ def export(run: str | Path, to: str, output: str | Path, *, review: bool = False
             how_to_load = form.write(chosen, unfinished)
             unfinished.rename(output)
     except (OSError, ImageError) as exc:
-        raise InputError(f"The export {str(output)!r} cannot be written: {exc}.") from exc
+        raise InputError(
+            f"The export {str(output)!r} cannot be written: {exc}.",
+            hint="Check the path, its permissions and the free space on the disk.",
+        ) from exc
     return Exported(
         images=counts["images"],
         labelled=counts["labelled"],
@@ -217,18 +227,18 @@ def predictions_of(run: Path, table: Inputs | None) -> Predictions:
     """The predictions in a file or a folder.
 
     Raises:
-        DataError: if there are none.
+        DataError: if there are no predictions.
     """
     if not run.exists():
-        raise DataError(f"{str(run)!r} does not exist.")
+        raise DataError(f"{str(run)!r} does not exist.", hint="Check the path.")
     file = run / PREDICTIONS if run.is_dir() else run
     if not file.exists():
-        raise DataError(f"{str(run)!r} holds no predictions.", hint=f"Give the folder of a run, which has a {PREDICTIONS}.")
+        raise DataError(f"{str(run)!r} contains no predictions.", hint=f"Give the folder of a run, which contains {PREDICTIONS}.")
     return Predictions(file=file, end=_whole_lines(file) if run.is_dir() else file.stat().st_size, table=table)
 
 
 def _whole_lines(file: Path) -> int:
-    """Number of bytes up to the last end of a line: a further line may be half written."""
+    """Number of bytes of all complete lines. The last line may be incomplete."""
     if not file.stat().st_size:
         return 0
     with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as content:
@@ -236,14 +246,17 @@ def _whole_lines(file: Path) -> int:
 
 
 def _description_of(run: Path) -> _Described:
-    """The description in a folder; empty if there is none."""
+    """The part of the manifest in a folder; empty if there is no manifest."""
     found = run / NAME
     if not found.is_file():
         return _Described(labels=[])
     try:
         return _Described.model_validate_json(found.read_bytes())
     except ValidationError as exc:
-        raise DataError(f"{str(found)!r} does not contain a valid label set: {exc.errors()[0]['msg']}.") from exc
+        raise DataError(
+            f"{str(found)!r} does not contain a valid label set: {exc.errors()[0]['msg']}.",
+            hint="Use the unchanged folder of a run.",
+        ) from exc
 
 
 def table_of(inputs: str) -> Inputs | None:
@@ -254,13 +267,13 @@ def table_of(inputs: str) -> Inputs | None:
 
 
 def _unreadable(file: Path, to: str, described: _Described) -> DataError:
-    """Why no image can be exported in a format."""
+    """The error if no image can be exported in a format."""
     if table_of(described.inputs) is not None and FORMATS[to].images == "files":
         others = ", ".join(name for name, form in FORMATS.items() if form.images != "files")
         told = f"The images are inside {described.inputs!r}, and the format {to!r} can only name files."
         return DataError(told, hint=f"Formats that need no files are {others}.")
     read = f"The run read them from {described.inputs!r}" if described.inputs else "Only files can be read again"
-    hint = f"{read}, and relative paths count from the working directory: call export where the run was made."
+    hint = f"{read}, and relative paths start at the working directory. Repeat the command in the working directory of the run."
     return DataError(f"None of the images in {str(file)!r} can be read.", hint=hint)
 
 
@@ -270,12 +283,12 @@ def absolute(line: Line) -> Path:
 
 
 def columns_of(line: Line) -> dict[str, JsonValue]:
-    """The values of `COLUMNS`."""
+    """The values of the columns in `COLUMNS`."""
     return {name: getattr(line, name) for name in COLUMNS}
 
 
 def write_csv(chosen: Chosen, output: Path) -> str:
-    """A table with `COLUMNS`. An apostrophe is put before a text that a spreadsheet would take for a formula."""
+    """Write a table with `COLUMNS`. A text that a spreadsheet would read as a formula gets an apostrophe in front."""
 
     def cell(value: JsonValue) -> JsonValue:
         return f"'{value}" if isinstance(value, str) and value.startswith(FORMULA) else value
@@ -288,10 +301,10 @@ def write_csv(chosen: Chosen, output: Path) -> str:
 
 
 def write_hf(chosen: Chosen, output: Path) -> str:
-    """A folder as ``save_to_disk`` of ``datasets`` writes it: the unchanged image files, with `COLUMNS`.
+    """Write a folder in the form of ``save_to_disk`` of ``datasets``: the unchanged image files, with `COLUMNS`.
 
-    During the export, the folder needs twice its size on disk. ``datasets`` maps what it has written into memory; the rest of its
-    memory does not grow.
+    During the export, the folder needs twice its size on disk. ``datasets`` maps its files into memory; other memory does not
+    grow.
 
     Raises:
         DataError: if the package is missing, or the data set cannot be written.
@@ -316,15 +329,18 @@ def write_hf(chosen: Chosen, output: Path) -> str:
         )
         made.save_to_disk(output)
     except datasets.exceptions.DatasetGenerationError as exc:
-        raise DataError(f"The data set cannot be written: {exc.__cause__}.") from exc
+        raise DataError(
+            f"The data set cannot be written: {exc.__cause__}.",
+            hint="Check the path, its permissions and the free space on the disk.",
+        ) from exc
     return "Load it: datasets.load_from_disk(FOLDER)."
 
 
 def write_coco(chosen: Chosen, output: Path) -> str:
-    """One JSON file with ``images``, ``categories`` and ``annotations``.
+    """Write one JSON file with ``images``, ``categories`` and ``annotations``.
 
-    Sizes of images are those before an EXIF rotation. Annotations have a category and a score, and no box. Ids begin at 1; ids of
-    images and annotations are numbers of lines of the predictions.
+    Sizes of images are the sizes before an EXIF rotation. Annotations have a category and a score, and no box. Ids start at 1.
+    The id of an image and of its annotation is the number of its line in the predictions.
     """
     category = {name: number for number, name in enumerate(chosen.labels, start=1)}
 
@@ -349,7 +365,7 @@ def write_coco(chosen: Chosen, output: Path) -> str:
 
 
 def write_label_studio(chosen: Chosen, output: Path) -> str:
-    """A folder with ``tasks.json`` and ``label_config.xml``. The ``model_version`` of predictions is the name of the run.
+    """Write a folder with ``tasks.json`` and ``label_config.xml``. The ``model_version`` of predictions is the name of the run.
 
     Images are local files. Their paths are relative to the parent of the folder that contains all images: Label Studio serves
     only files in a local storage of the project, and the storage must be inside the document root.
@@ -384,8 +400,9 @@ def write_label_studio(chosen: Chosen, output: Path) -> str:
 
 
 def write_fiftyone(chosen: Chosen, output: Path) -> str:
-    """The ``labels.json`` of a ``FiftyOneImageClassificationDataset``: the classes, and for the absolute path of each image its
-    label, confidence and who decided. Unlabelled images have null."""
+    """Write the ``labels.json`` of a ``FiftyOneImageClassificationDataset``. It contains the classes and, by the absolute path
+    of each image, the label, the confidence and the part that decided. Unlabelled images have null.
+    """
     number_of = {name: number for number, name in enumerate(chosen.labels)}
 
     def target(line: Line) -> JsonValue:
@@ -407,7 +424,7 @@ def _write_list(file: TextIO, items: Iterable[Mapping[str, JsonValue]]) -> None:
 
 
 def _write_joined(file: TextIO, opening: str, items: Iterable[str], closing: str) -> None:
-    """Write JSON texts as they come, one per line."""
+    """Write JSON texts one by one, one per line."""
     file.write(opening)
     for number, item in enumerate(items):
         file.write(f",\n{item}" if number else f"\n{item}")

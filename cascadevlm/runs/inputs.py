@@ -1,4 +1,4 @@
-"""Images by the million: a folder, a list of files or a table, read one by one and never as a whole."""
+"""Sources with millions of images: a folder, a list of files or a table. Images are read one by one."""
 
 import csv
 import hashlib
@@ -27,13 +27,13 @@ if TYPE_CHECKING:
     import pyarrow.parquet
 
 Named: TypeAlias = tuple[str, ImageSource]
-"""The name of an image and the image. The name of a file is its path, which need not be valid Unicode."""
+"""The name of an image, and the image. The name of a file is its path, which may contain invalid Unicode."""
 
 LISTS = (".txt", ".csv", ".jsonl", ".parquet")
 """Suffixes of lists and tables of images."""
 
 ROWS_AT_ONCE = 64
-"""Number of rows of a Parquet file that are in memory together, with their images."""
+"""Number of rows of a Parquet file that are in memory at the same time, with their images."""
 
 BUFFER_BYTES = 1 << 20
 """Number of bytes of a Parquet file that are read together. Without a buffer, Arrow reads all images of a row group."""
@@ -41,12 +41,12 @@ BUFFER_BYTES = 1 << 20
 
 @runtime_checkable
 class Labelled(Protocol):
-    """N images with their true labels, as `cascadevlm.evaluation.data.Data` holds them.
+    """N images with their true labels, in the form of `cascadevlm.evaluation.data.Data`.
 
     Attributes:
-        names: names of the images: paths where they are files.
+        names: names of the images. The name of a file is its path.
         truths: name of each image's true label.
-        splits: the part of the data that each image belongs to; "" if that is unknown.
+        splits: the split of the data that each image belongs to; "" if it is unknown.
     """
 
     @property
@@ -67,8 +67,8 @@ class Labelled(Protocol):
 class Inputs(Portable):
     """The images of a folder, a list or a table, in an order that does not change.
 
-    The first count writes the names of a folder's or a list's images to a temporary file. All that is done later with the same
-    object reads the names there: the folder is searched once, and images that are added meanwhile are not seen.
+    The first count of a folder or a list writes the names of the images to a temporary file. The object then uses the names in
+    this file. So the folder is searched once, and images that are added later are not seen.
 
     Attributes:
         order: `(N,)` places of the N images in the folder or list, in the order in which they are read; None before the images
@@ -77,18 +77,19 @@ class Inputs(Portable):
     Args:
         path: one of the following. Paths in a file are relative to the folder of that file.
 
-            - A folder. It is searched with all its subfolders, files by name. Links are followed, but no folder is searched
-              twice. A link to nothing is an image that cannot be read.
+            - A folder. All its subfolders are searched, and files are sorted by name. Links are followed, but no folder is
+              searched twice. A broken link is an image that cannot be read.
             - A text file with one path per line.
             - A CSV file with a column ``path``.
-            - JSON lines, each a path or an object with a ``path``.
-            - A Parquet file with a column ``path`` of paths, or with a column ``image`` of paths or encoded images (bytes, or as
-              the package ``datasets`` writes them).
-        shuffled: whether the images are read in the order of a digest of their names, which is the same every time. A table that
-            contains images is read in its own order.
+            - A file of JSON lines. Each line is a path or an object with a ``path``.
+            - A Parquet file with a column ``path`` of paths, or with a column ``image`` of paths or encoded images (bytes, or
+              the form of the package ``datasets``).
+        shuffled: true if the images are read in the order of a digest of their names, which is the same every time. A table that
+            contains images is always read in its own order. Default: false.
 
     Raises:
-        DataError: if the path does not exist or is none of these; while reading, if it cannot be read or lacks its column.
+        DataError: if the path does not exist or is none of these; during reading, if the file cannot be read or has no such
+            column.
     """
 
     live: ClassVar[Live] = (("_listing", lambda: None),)
@@ -99,9 +100,12 @@ class Inputs(Portable):
         kinds: tuple[Callable[[Path], Iterator[Named]], ...] = (_of_list, _of_csv, _of_json_lines, _of_table)
         readers = dict(zip(LISTS, kinds, strict=True))
         if not self.path.exists():
-            raise DataError(f"{str(path)!r} does not exist.")
+            raise DataError(f"{str(path)!r} does not exist.", hint="Check the path.")
         if not self.path.is_dir() and not (self.path.is_file() and self.path.suffix.lower() in readers):
-            raise DataError(f"{str(path)!r} is no folder and no list of images.", hint=f"Lists end in {', '.join(readers)}.")
+            raise DataError(
+                f"{str(path)!r} is neither a folder nor a list of images.",
+                hint=f"The name of a list ends in {', '.join(readers)}.",
+            )
         self._read = _of_folder if self.path.is_dir() else readers[self.path.suffix.lower()]
         self.shuffled = shuffled and not self.holds_images
         self._count: int | None = None
@@ -109,12 +113,12 @@ class Inputs(Portable):
 
     @property
     def is_table(self) -> bool:
-        """Whether it is a Parquet file."""
+        """True if the path is a Parquet file."""
         return self._read is _of_table
 
     @property
     def holds_images(self) -> bool:
-        """Whether it is a Parquet file that contains images."""
+        """True if the path is a Parquet file that contains images."""
         if not self.is_table:
             return False
         with self._told(), _opened(self.path) as file:
@@ -132,7 +136,7 @@ class Inputs(Portable):
             yield from self._read(self.path) if self._listing is None else _of_listing(self._listing)
 
     def __len__(self) -> int:
-        """Number of images. A table contains it; all others are walked once."""
+        """Number of images. A table contains this number; other sources are read once to count the images."""
         if self._count is None:
             self._count = self._count_of_table() if self._in_rows else self._list()
         return self._count
@@ -159,7 +163,9 @@ class Inputs(Portable):
         return count
 
     def rows(self, wanted: Container[int]) -> Iterator[Named]:
-        """The images with these numbers, which begin at 0, in order. In a table, only row groups that contain one are read."""
+        """The images with these numbers, from 0, in order. In a table, only row groups that contain one of these images are
+        read.
+        """
         if not self._in_rows:
             yield from (named for number, named in enumerate(self) if number in wanted)
             return
@@ -182,11 +188,13 @@ class Inputs(Portable):
 
     @contextmanager
     def _told(self) -> Iterator[None]:
-        """Raise DataError for every error while reading."""
+        """Turn every error of reading into a DataError."""
         try:
             yield
         except (OSError, ValueError, csv.Error) as exc:  # Arrow's and JSON's errors are ValueErrors
-            raise DataError(f"{str(self.path)!r} cannot be read: {str(exc).partition(chr(10))[0]}.") from exc
+            raise DataError(
+                f"{str(self.path)!r} cannot be read: {str(exc).partition(chr(10))[0]}.", hint="Check the content of the file."
+            ) from exc
 
 
 def names(inputs: Iterable[Named] | Labelled) -> Iterator[str]:
@@ -197,7 +205,7 @@ def names(inputs: Iterable[Named] | Labelled) -> Iterator[str]:
 
 
 def after(inputs: Iterable[Named] | Labelled, first: int) -> Iterator[Named]:
-    """The images from number ``first`` on, in order. Earlier images in a table and earlier labelled images are not read."""
+    """The images from number ``first``, in order. Earlier images in a table and earlier labelled images are not read."""
     if isinstance(inputs, Labelled):
         return ((inputs.names[number], inputs.images[number]) for number in range(first, len(inputs)))
     return inputs.rows(range(first, sys.maxsize)) if isinstance(inputs, Inputs) else islice(inputs, first, None)
@@ -212,12 +220,12 @@ def _of_folder(folder: Path) -> Iterator[Named]:
 
 
 def _below(folder: Path, seen: set[tuple[int, int]]) -> Iterator[Named]:
-    """``seen`` holds device and inode of every folder that was searched: links may lead to the same folder."""
+    """``seen`` contains the device and inode of every searched folder, because several links may lead to the same folder."""
     here = folder.stat()
     if (here.st_dev, here.st_ino) in seen:
         return
     seen.add((here.st_dev, here.st_ino))
-    folders, found = set(), []  # names take a third of the memory of entries
+    folders, found = set(), []  # names need a third of the memory of entries
     with os.scandir(folder) as entries:
         for entry in entries:
             if _is_folder(entry):
@@ -258,7 +266,7 @@ def _of_json_lines(path: Path) -> Iterator[Named]:
 
 
 def _of_listing(path: Path) -> Iterator[Named]:
-    """The images of a folder or list that was walked before."""
+    """The images of a folder or list whose names are in the temporary file."""
     with path.open(encoding="ascii") as lines:
         yield from (_named(Path(json.loads(line))) for line in lines)
 
@@ -268,17 +276,17 @@ def _of_table(path: Path) -> Iterator[Named]:
 
 
 def _images_of_table(path: Path, wanted: Container[int]) -> Iterator[Named]:
-    """The images with these numbers. Row groups without any of them are not read."""
+    """The images with these numbers. Row groups without any of these images are not read."""
     return ((name, source) for name, source in _rows_of_table(path, wanted, skip=True) if source is not None)
 
 
 def _rows_of_table(path: Path, wanted: Container[int], *, skip: bool = False) -> Iterator[tuple[str, ImageSource | None]]:
-    """All rows, a few at a time; of images that are not wanted, only names are read and None stands for the image.
+    """Yield all rows, read in small groups. For images that are not wanted, only names are read, and None stands for the image.
 
     Args:
         path: a Parquet file.
         wanted: numbers of images.
-        skip: whether row groups without any wanted image are left out.
+        skip: true to leave out row groups without any wanted image.
     """
     with _opened(path) as file:
         schema = file.schema_arrow
@@ -304,7 +312,7 @@ def _rows_of_table(path: Path, wanted: Container[int], *, skip: bool = False) ->
 
 
 def _path_in(image: "pyarrow.Field") -> list[str]:
-    """The names of those parts of an image column that contain no image."""
+    """The names of the parts of an image column that contain no image."""
     import pyarrow.types
 
     if pyarrow.types.is_struct(image.type):
@@ -325,9 +333,9 @@ def _opened(path: Path) -> "pyarrow.parquet.ParquetFile":
 def _name_of(table: Path, row: Mapping[str, object], number: int, *, apart: bool) -> str:
     """The name of an image in a table.
 
-    If images are files ``apart`` from the table, it is the file's path. If not, it is the first of these that the row has: its
-    path; the path that the image has in the table, made absolute, so that the name does not depend on the working directory; its
-    number.
+    If images are files ``apart`` from the table, the name is the path of the file. If not, the name is the first of these
+    values that the row has: its path; the path of the image in the table; its number. The path of the image is made absolute,
+    so that the name does not depend on the working directory.
     """
     if apart:
         return str(table.parent / _path_of(row, _row(number)))
@@ -342,7 +350,7 @@ def _image_of(table: Path, row: Mapping[str, object], number: int) -> ImageSourc
     try:
         image = stored_image(row["image"])
     except ValueError as exc:
-        raise ValueError(f"{_row(number)} holds in its column 'image' {exc}") from exc
+        raise ValueError(f"{_row(number)} contains in its column 'image' {exc}") from exc
     return table.parent / image if isinstance(image, str) else image
 
 

@@ -1,5 +1,6 @@
-"""The lines of ``predictions.jsonl``: one JSON object per image, which ends with its own checksum. They are written here, and
-read again to be counted, exported, shown, and made a record."""
+"""The lines of ``predictions.jsonl``: one JSON object per image, which ends with its own checksum. This module writes the
+lines, and reads them for counts, exports, reports and records.
+"""
 
 import json
 import zlib
@@ -22,15 +23,17 @@ if TYPE_CHECKING:
     import pyarrow
 
 ROWS_AT_ONCE = 10_000
-"""Rows of the table that are in memory at once."""
+"""Number of rows of the table that are in memory at the same time."""
 
 AnyLine = TypeVar("AnyLine", bound="Line")
 
 _CHECKSUM = b',"crc32":'
 
+REPEAT = "Repeat the command that wrote this file."
+
 
 class LineVerdict(BaseModel):
-    """What every reader needs of a verdict."""
+    """The fields of a verdict that every reader needs."""
 
     outcome: Outcome
     judge: InstanceOf[str]
@@ -41,26 +44,26 @@ class LineVerdict(BaseModel):
 
 
 class WholeVerdict(LineVerdict):
-    """A verdict, as `Verdict.to_dict` gives it."""
+    """All fields of a verdict, in the form of `Verdict.to_dict`."""
 
     probabilities: dict[InstanceOf[str], float] | None
     stage: int
     usage: Usage
 
     def to_verdict(self) -> Verdict:
-        """The verdict itself."""
+        """The verdict."""
         return Verdict(**dict(self))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Asked:
-    """What a judge was asked about a labelled image.
+    """The question that a judge was asked about a labelled image.
 
     Attributes:
-        candidates: names of the candidates in the order shown.
+        candidates: names of the candidates, in the order in which the judge saw them.
         prompt: name of the prompt.
-        offer_none: whether "none of these" was an option.
-        exemplars: digests of the reference images in the order shown.
+        offer_none: true if "none of these" was an option.
+        exemplars: digests of the reference images, in the order in which the judge saw them.
     """
 
     candidates: list[InstanceOf[str]]
@@ -70,7 +73,7 @@ class Asked:
 
     @classmethod
     def of(cls, question: Question) -> Self:
-        """What a question asks."""
+        """The content of a question."""
         return cls(
             candidates=[label.name for label in question.labels],
             prompt=question.prompt.name,
@@ -88,7 +91,7 @@ class LineCandidate(BaseModel):
 
 
 class LineCost(BaseModel):
-    """What all verdicts took together."""
+    """The sum of the costs of all verdicts."""
 
     requests: int
     dollars: float
@@ -96,10 +99,10 @@ class LineCost(BaseModel):
 
 
 class Line(BaseModel):
-    """One line: what `Prediction.to_dict` gives, and what is known of the image. Texts need not be valid Unicode.
+    """One line: the fields of `Prediction.to_dict`, and facts about the image. Texts may contain invalid Unicode.
 
     Attributes:
-        digest: the sha256 of the image's file; "" if the image is no file or could not be scored.
+        digest: the sha256 of the image's file; "" if the image is not a file or could not be scored.
         truth: name of the true label; None if the images have no labels.
     """
 
@@ -121,11 +124,11 @@ class Line(BaseModel):
         """The prediction in a line.
 
         Raises:
-            ValueError: if the line is no prediction.
+            ValueError: if the line is not a prediction.
         """
         try:
             return cls.model_validate_json(text)
-        except ValidationError:  # unlike pydantic's, Python's reader takes texts that are no valid Unicode
+        except ValidationError:  # Python's JSON reader accepts invalid Unicode; pydantic's reader does not
             return cls.model_validate(json.loads(text))
 
     @property
@@ -147,7 +150,7 @@ class Line(BaseModel):
 
     @property
     def abstained(self) -> bool:
-        """Whether the image could be read and has no label."""
+        """True if the image could be read and has no label."""
         return self.label is None and bool(self.candidates)
 
     @property
@@ -160,12 +163,12 @@ class Line(BaseModel):
 
     @property
     def skipped(self) -> bool:
-        """Whether a judge was not asked about the image because the budget was spent."""
+        """True if a judge was not asked about the image because the budget was used up."""
         return any(verdict.outcome == "skipped" for verdict in self.verdicts)
 
     @property
     def failed(self) -> bool:
-        """Whether the image could not be read, or a question about it failed."""
+        """True if the image could not be read, or if a question about it failed."""
         return not self.candidates or any(verdict.outcome == "failed" for verdict in self.verdicts)
 
 
@@ -184,11 +187,12 @@ class LabelledLine(JudgedLine):
     """The line of a labelled image.
 
     Attributes:
-        split: the part of the data that the image belongs to; "" if that is unknown.
+        split: the split of the data that the image belongs to; "" if it is unknown.
         pixels: digest of the pixels; "" if the image could not be read.
         scores: checksum of the image's rows in ``scores.npy`` and ``columns.npy``.
         embedding: checksum of the image's row in ``embeddings.npy``; None if the scorer gave no embedding.
-        questions: for every verdict, what was asked; None if the image could not be read again for the question.
+        questions: the question of every verdict; None if the image could not be read a second time, when the question was
+            asked.
     """
 
     split: InstanceOf[str]
@@ -199,21 +203,21 @@ class LabelledLine(JudgedLine):
 
 
 def line_of(prediction: Prediction, known: Mapping[str, JsonValue]) -> bytes:
-    """The line of a prediction; ``known`` holds the other fields of `Line`."""
+    """The line of a prediction. ``known`` contains the other fields of `Line`."""
     content = {**prediction.to_dict(), **known}
     try:
         return with_checksum(to_json(content))
-    except PydanticSerializationError:  # texts that are no valid Unicode: see `Line.read`
+    except PydanticSerializationError:  # texts may contain invalid Unicode: see `Line.read`
         return with_checksum(json.dumps(content).encode())
 
 
 def with_checksum(body: bytes) -> bytes:
-    """A line with a JSON object, for `checked`."""
+    """The line of a JSON object with its checksum, which `checked` compares."""
     return b"%b%b%d}\n" % (body[:-1], _CHECKSUM, zlib.crc32(body))
 
 
 def checked(line: bytes) -> bytes | None:
-    """The JSON object in a line; None if the line is not as it was written."""
+    """The JSON object in a line; None if the checksum is wrong."""
     body, _, checksum = line.rpartition(_CHECKSUM)
     body += b"}"
     return body if checksum == b"%d}\n" % zlib.crc32(body) else None
@@ -222,16 +226,16 @@ def checked(line: bytes) -> bytes | None:
 def read_lines(
     file: Path, kind: type[AnyLine], end: int | None = None, order: NDArray[np.int64] | None = None
 ) -> Iterator[tuple[int, AnyLine]]:
-    """The predictions in a file, one JSON object per line, with the numbers of their lines, from 1.
+    """The predictions in a file with one JSON object per line, each with the number of its line, from 1.
 
     Args:
-        file: ``predictions.jsonl``, or what ``cascadevlm classify --json`` printed, which has no checksums.
-        kind: what the lines are read as.
+        file: ``predictions.jsonl``, or the output of ``cascadevlm classify --json``, which has no checksums.
+        kind: the class of the lines.
         end: number of bytes to read. Default: all.
         order: `(N,)` numbers of the N lines, from 0, in the order in which they are wanted. Default: their own order.
 
     Raises:
-        DataError: if a line is damaged or is no prediction.
+        DataError: if a line is damaged or is not a prediction.
     """
     line, number, position = b"", 0, 0
     try:
@@ -242,19 +246,19 @@ def read_lines(
                     return
                 body = checked(line) if _CHECKSUM in line else line
                 if body is None:
-                    hint = "The command that made the run works out again what follows."
+                    hint = "Repeat the command that made the run: it makes this prediction and all later predictions again."
                     raise DataError(f"{str(file)!r}, line {number}, is damaged: its checksum is wrong.", hint=hint)
                 yield number, kind.read(body)
     except ValidationError as exc:
         first = exc.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the line"
-        raise DataError(f"{str(file)!r}, line {number}, is no prediction: {where}: {first['msg']}.") from exc
+        raise DataError(f"{str(file)!r}, line {number}, is not a prediction: {where}: {first['msg']}.", hint=REPEAT) from exc
     except json.JSONDecodeError as exc:
         if not line.endswith(b"\n"):
-            raise DataError(f"{str(file)!r} ends in the middle of line {number}.", hint="Make the file again.") from exc
-        raise DataError(f"{str(file)!r}, line {number}, is no JSON: {exc.msg}.") from exc
+            raise DataError(f"{str(file)!r} ends in the middle of line {number}.", hint=REPEAT) from exc
+        raise DataError(f"{str(file)!r}, line {number}, is not JSON: {exc.msg}.", hint=REPEAT) from exc
     except (OSError, ValueError, RecursionError) as exc:
-        raise DataError(f"{str(file)!r} cannot be read: {exc}.") from exc
+        raise DataError(f"{str(file)!r} cannot be read: {exc}.", hint="Check the path and the content of the file.") from exc
 
 
 def _in_order(lines: BinaryIO, order: NDArray[np.int64]) -> Iterator[tuple[int, bytes]]:
@@ -266,14 +270,20 @@ def _in_order(lines: BinaryIO, order: NDArray[np.int64]) -> Iterator[tuple[int, 
 
 
 def failure_of(prediction: Prediction | Line) -> str:
-    """Why the image could not be read or got no answer from a judge; "" if neither happened."""
+    """The reason why the image could not be read or a judge gave no answer; "" if neither is the case."""
     if not prediction.candidates:
         return prediction.error
     return next((verdict.error for verdict in prediction.verdicts if verdict.outcome in ("failed", "refused", "unparsed")), "")
 
 
 def write_table(lines: Path, table: Path, order: NDArray[np.int64] | None = None) -> None:
-    """Write the predictions as a Parquet table, as a whole or not at all; ``order`` as for `read_lines`."""
+    """Write the predictions as a Parquet table. The table is written completely or not at all.
+
+    Args:
+        lines: the file of the predictions.
+        table: the table.
+        order: as for `read_lines`.
+    """
     import pyarrow
     import pyarrow.parquet
 
@@ -299,7 +309,7 @@ def table_schema() -> "pyarrow.Schema":
 
 
 def _row(line: Line) -> dict[str, object]:
-    """A row of the table, whose texts are valid Unicode."""
+    """A row of the table. Its texts are valid Unicode."""
     last = line.verdict
     texts = {
         "path": line.path,

@@ -1,4 +1,4 @@
-"""``manifest.json``: what a run is, so that the same run is recognised when it goes on."""
+"""``manifest.json``: the description of a run. With it, a command recognises whether a folder belongs to its run."""
 
 import hashlib
 from collections.abc import Iterable, Mapping
@@ -30,13 +30,14 @@ class Manifest(BaseModel):
 
     Attributes:
         inputs: path of the images, or the kind of their source.
-        labelled: whether the images have true labels, so that the folder is a record.
-        stages: the judge's spec of each stage.
-        asks_all: whether every judge is asked about every image, whatever the configuration says.
-        contents: digests of what the configuration names: the calibration and, for every stage, prompt and support set.
-        fingerprint: the scorer's fingerprint; None until something was scored.
-        judges: identities of the judges by stage; a judge has one once it was prepared.
-        dollars: the cap of the latest session; None if there is no cap.
+        labelled: true if the images have true labels; the folder is then a record.
+        stages: the spec of the judge of each stage.
+        asks_all: true if every judge is asked about every image, even if the policies of the configuration do not escalate it.
+        contents: digests of the files that the configuration names: the calibration and, for every stage, its prompt and
+            support set.
+        fingerprint: the fingerprint of the scorer; None until the first image is scored.
+        judges: the identity of each prepared judge, by the number of its stage.
+        dollars: the spending limit of the latest session, in US dollars; None if there is no limit.
     """
 
     model_config = ConfigDict(title=NAME)
@@ -58,7 +59,7 @@ class Manifest(BaseModel):
 
     @classmethod
     def of(cls, cascade: Cascade, inputs: Iterable[Named] | Labelled, config: Mapping[str, JsonValue]) -> Self:
-        """The manifest of a run that begins now."""
+        """The manifest of a run that starts now."""
         return cls(
             config=without_secrets(config),
             labels=list(cascade.labels),
@@ -78,12 +79,12 @@ class Manifest(BaseModel):
         """The manifest in a folder.
 
         Raises:
-            DataError: if there is none, or it is damaged.
+            DataError: if the manifest is missing or damaged.
         """
         try:
             return cls.model_validate_json((folder / NAME).read_bytes())
         except (OSError, ValidationError) as exc:
-            raise DataError(f"{str(folder / NAME)!r} is no manifest of a run.", hint="Give another folder.") from exc
+            raise DataError(f"{str(folder / NAME)!r} is not the manifest of a run.", hint="Give another folder.") from exc
 
     def write(self, folder: Path) -> None:
         """Write the manifest into a folder."""
@@ -103,7 +104,7 @@ class Manifest(BaseModel):
         return begun
 
     def differences(self, other: "Manifest") -> list[str]:
-        """The differences to another run, one clause each."""
+        """The differences from another run, one clause per difference."""
         found = _changes(_deciding(self.config), _deciding(other.config))
         names = {**self.contents, **other.contents}
         found += [f"the content of {name} differs" for name in names if self.contents.get(name) != other.contents.get(name)]
@@ -116,15 +117,15 @@ class Manifest(BaseModel):
 
     @property
     def scorer(self) -> str:
-        """The scorer's spec; its fingerprint if the configuration names no scorer."""
+        """The spec of the scorer. If the configuration names no scorer, this is the scorer's fingerprint."""
         scorer = self.config.get("scorer")
         return str(scorer["use"]) if isinstance(scorer, dict) and "use" in scorer else self.fingerprint or ""
 
     def with_judge(self, stage: int, identity: Mapping[str, JsonValue], folder: Path) -> "Manifest":
-        """The manifest with the identity of a stage's judge; it is written if the identity is new.
+        """The manifest with the identity of a stage's judge. If the identity is new, the manifest is written.
 
         Raises:
-            DataError: if the run began with another judge.
+            DataError: if the run was started with another judge.
         """
         if stage in self.judges:
             require_same(folder, _changes(self.judges[stage], dict(identity), path=f"stage.{stage}.judge."))
@@ -132,10 +133,10 @@ class Manifest(BaseModel):
         return self._with(folder, judges={**self.judges, stage: dict(identity)})
 
     def with_fingerprint(self, fingerprint: str, folder: Path) -> "Manifest":
-        """The manifest with the fingerprint of the scorer; it is written if the fingerprint is new.
+        """The manifest with the fingerprint of the scorer. If the fingerprint is new, the manifest is written.
 
         Raises:
-            DataError: if the run began with another scorer.
+            DataError: if the run was started with another scorer.
         """
         if self.fingerprint not in (None, fingerprint):
             raise DataError(
@@ -145,11 +146,11 @@ class Manifest(BaseModel):
         return self if self.fingerprint else self._with(folder, fingerprint=fingerprint)
 
     def is_raised_by(self, dollars: float | None) -> bool:
-        """Whether ``dollars`` is a higher cap than that of the latest session; None is no cap."""
+        """True if ``dollars`` is a higher limit than the limit of the latest session. None means no limit."""
         return self.dollars is not None and (dollars is None or dollars > self.dollars)
 
     def with_cap(self, dollars: float | None, folder: Path) -> "Manifest":
-        """The manifest with the cap of this session; it is written if the cap is new."""
+        """The manifest with the spending limit of this session. If the limit is new, the manifest is written."""
         return self if self.dollars == dollars else self._with(folder, dollars=dollars)
 
     def _with(self, folder: Path, **learned: object) -> "Manifest":
@@ -159,7 +160,7 @@ class Manifest(BaseModel):
 
 
 def require_same(folder: Path, differences: list[str]) -> None:
-    """Raises DataError, if there are differences to the run in a folder."""
+    """Raise DataError if there are differences from the run in a folder."""
     if differences:
         hint = "Give another folder, or the settings of that run."
         raise DataError(f"{str(folder)!r} belongs to another run: {'; '.join(differences)}.", hint=hint)
@@ -180,7 +181,7 @@ def _contents(cascade: Cascade) -> dict[str, str]:
 
 
 def _deciding(config: dict[str, JsonValue]) -> dict[str, JsonValue]:
-    """Every key that may not change, with its default if the key is not given. Another kind of configuration is left as it is."""
+    """Every key that may not change; a missing key has its default. Data that is not a configuration is returned unchanged."""
     try:
         return Config.model_validate(config).deciding()
     except ValidationError:
@@ -188,7 +189,7 @@ def _deciding(config: dict[str, JsonValue]) -> dict[str, JsonValue]:
 
 
 def _changes(before: Mapping[str, JsonValue], now: Mapping[str, JsonValue], path: str = "") -> list[str]:
-    """The differences between two configurations or identities that may decide an answer, one clause each."""
+    """The differences between two configurations or identities that may change an answer, one clause per difference."""
     mine, theirs = _flat(dict(before), path), _flat(dict(now), path)
     return [
         f"{key} was {mine.get(key)!r} and is {theirs.get(key)!r}"

@@ -1,41 +1,39 @@
-"""The folder of a run: what survives a kill at any moment. A record is the folder of a run over labelled images.
+"""The folder of a run. Its content survives a kill at any moment. A record is the folder of a run over labelled images.
 
 ::
 
-    manifest.json         what the run is: the frozen configuration, the labels, digests of files that the configuration names,
-                          the scorer's fingerprint, the judges' identities, versions, and when the run began
-    predictions.jsonl     one line per image in the order of decisions, which is the input's order unless the inputs are shuffled:
-                          `Prediction.to_dict`, the digest of the image's file, and a checksum.
-                          In a record also the true label, the split, the digest of the pixels and what each judge was asked
+    manifest.json         the frozen configuration, the labels, digests of the files that the configuration
+                          names, the scorer's fingerprint, the judges' identities, versions, and the start time of the run
+    predictions.jsonl     one line per image in the order of the decisions, which is the order of the input unless the input is
+                          shuffled: `Prediction.to_dict`, the digest of the image's file, and a checksum.
+                          In a record also the true label, the split, the digest of the pixels and the question to each judge
     failures.jsonl        images that could not be read, and images whose question got no answer
-    ledger.jsonl          what was reserved for judges and what they billed
-    progress.json         position of the decisions when the predictions were last flushed
-    learned.safetensors   of a run that learns, in place of progress.json: what it had learned at the beginning of its current
+    ledger.jsonl          the amounts that were reserved for judges, and the amounts that judges billed
+    progress.json         position of the decisions at the last flush of the predictions
+    learned.safetensors   replaces progress.json if the run learns: what the run had learned at the beginning of its current
                           period, and the position of the decisions there
     verdicts/             the judges' answers, if the configuration keeps no cache
-    predictions.parquet   the predictions as a table in the input's order, once all are there
-    summary.json          of a run: the counts, once all predictions are there; of a record: the metrics, once evaluated
-    lock                  held by the process that writes
+    predictions.parquet   the predictions as a table in the order of the input, written when all predictions exist
+    summary.json          in a run: the counts, written when all predictions exist; in a record: the metrics
+    lock                  locked by the process that writes
 
     scores.npy            only in a record: (N, C) float32, log-probabilities; NaN for images that could not be read. If there are
-                          more than 1,000 labels: (N, 50), the highest ones in descending order
+                          more than 1,000 labels: (N, 50), the highest log-probabilities in descending order
     columns.npy           only in a record of more than 1,000 labels: (N, 50) int32, the columns of these labels; -1 for images
                           that could not be read
     embeddings.npy        only in a record whose scorer gives embeddings: (N, D) float16, rows of length 1; 0 for images that
                           could not be read
 
-Predictions are only appended. When a run goes on, the following is cut off and worked out again, with the answers that are kept:
+Predictions are only appended. When a run continues, these lines are removed and computed again with the stored answers:
 
-- a last line that was not finished;
-- everything from a line on whose checksum is wrong, or whose scores or embedding have another checksum than the line says, as
-  a machine that lost its power may leave them;
-- everything from the first failure on, if failures are to be tried again;
-- everything from the first image on that was skipped because the budget was spent, if the budget was raised;
-- everything from the first image on whose file has another digest now. Only files that changed after the run began are read for
-  that.
+- an incomplete last line;
+- all lines from the first line with a wrong checksum of its text, its scores or its embedding (a loss of power can cause that);
+- all lines from the first failure, if failures are tried again;
+- all lines from the first image that was skipped because the budget was used up, if the budget was raised;
+- all lines from the first image whose file has another digest now. Only files that changed after the start of the run are read.
 
-A row of ``scores.npy`` or ``embeddings.npy`` is written when its image is scored, and only if the image has no line yet. So the
-scores of a record are those that its predictions were made with.
+A row of ``scores.npy`` or ``embeddings.npy`` is written when its image is scored, and only if the image has no line yet. So a
+record contains the scores from which its predictions were made.
 """
 
 import json
@@ -78,24 +76,25 @@ SUMMARY = "summary.json"
 LEDGER = "ledger.jsonl"
 LEARNED = "learned.safetensors"
 SUM_ERROR = 1e-6
-"""Dollars by which sums of floats may differ."""
+"""Tolerance for sums of floats, in US dollars."""
 
 _CHECKPOINT = TypeAdapter(Checkpoint)
 _BEFORE_THE_MANIFEST = {"lock", f"{manifests.NAME}.part"}
-"""Files that a process leaves if it is killed before it wrote its manifest."""
+"""Files that a process may leave behind if it is killed before it writes its manifest."""
 
 
 @dataclass(kw_only=True)
 class Tally:
-    """What a run has done so far.
+    """Counts of a run so far.
 
     Attributes:
         images: number of images that have a line in the predictions.
-        counts: numbers of images by result: "kept" if no judge was to be asked, the outcome of the last verdict, or "unreadable".
+        counts: numbers of images by result: "kept" if no policy escalated the image, the outcome of the last verdict, or
+            "unreadable".
         failures: number of images that could not be read or whose question got no answer.
         abstained: number of readable images without a label.
-        asked: number of images that a judge was asked about; an answer from the cache counts.
-        answered: number of images that a judge gave an answer for.
+        asked: number of images that a judge was asked about. Answers from the cache are counted, too.
+        answered: number of images for which a judge gave an answer.
         requests: number of requests to judges.
         saved_dollars: dollars that answers from the cache would have cost.
         spent_dollars: dollars in the ledger, over all sessions of the run.
@@ -117,7 +116,7 @@ class Tally:
 
     @property
     def in_vain(self) -> bool:
-        """Whether no image could be read, or no question got an answer."""
+        """True if no image could be read, or no question got an answer."""
         return 0 < self.images == self.counts["unreadable"] or (self.asked > 0 and not self.answered)
 
     def add(self, prediction: Prediction | Line) -> None:
@@ -134,12 +133,13 @@ class Tally:
 
 
 class RunFolder(Observer):
-    """The folder of a run, locked, and ready to go on where it ended. It observes the run for what its lines hold.
+    """The locked folder of a run, from which the run continues. As an observer of the run, it collects the content of its
+    lines.
 
     Attributes:
-        ledger: what all sessions of the run spend.
+        ledger: the budget of all sessions of the run.
         tally: counts of the predictions in the folder.
-        checkpoint: where the decisions go on; never after the last prediction in the folder.
+        checkpoint: the position from which decisions continue. It is never after the last prediction in the folder.
     """
 
     def __init__(
@@ -180,18 +180,19 @@ class RunFolder(Observer):
         dollars: float | None = None,
         retry_failed: bool = False,
     ) -> "Iterator[RunFolder]":
-        """Make the folder, or go on with it.
+        """Create the folder, or continue the run in it.
 
         Args:
-            folder: new, empty, or the folder of an earlier session.
+            folder: a new folder, an empty folder, or the folder of an earlier session.
             manifest: the manifest of this run.
             inputs: the images of this run. If they have true labels, the folder is a record.
-            dollars: what all sessions together may spend. Default: no cap.
-            retry_failed: whether predictions are cut off from the first image on that could not be read or whose question failed.
+            dollars: the spending limit of all sessions together, in US dollars. Default: no limit.
+            retry_failed: true to remove all predictions from the first failed image. An image failed if it could not be read,
+                or if its question failed.
 
         Raises:
-            DataError: if the folder is not a run's, is of another run, has predictions of other images or labels, or another
-                process writes to it.
+            DataError: if the folder has other content than a run, belongs to another run, has predictions of other images or
+                labels, or if another process writes to it.
             RunError: if the folder cannot be written.
 
         Warns:
@@ -203,7 +204,7 @@ class RunFolder(Observer):
             try:
                 stack.enter_context(filelock.FileLock(folder / "lock", timeout=0))
             except filelock.Timeout as exc:
-                hint = "Wait for it, or give another folder."
+                hint = "Wait until it ends, or use another folder."
                 raise DataError(f"Another process writes to {str(folder)!r}.", hint=hint) from exc
             agreed = manifest.agreed(folder)
             scores = None
@@ -230,10 +231,10 @@ class RunFolder(Observer):
                 opened.flush(opened.checkpoint)
 
     def _keep_what_is_sound(self, inputs: Iterable[Named] | Labelled, retry_failed: bool, *, raised: bool) -> None:
-        """Count the predictions in the folder, and cut off those that are not whole and those that are to be tried again.
+        """Count the predictions in the folder. Remove predictions that are damaged or that must be made again.
 
         Raises:
-            DataError: if they are of other images or labels, or the ledger has less than these predictions cost.
+            DataError: if the predictions are of other images or labels, or cost more than the ledger contains.
         """
         path = self.folder / PREDICTIONS
         images = zip(names(inputs), inputs.truths if isinstance(inputs, Labelled) else repeat(None), strict=False)
@@ -244,7 +245,7 @@ class RunFolder(Observer):
                 if (read := self._read(line)) is None:
                     if line.endswith(b"\n"):
                         count = self.tally.images
-                        damage = f"The predictions were damaged after {count} images; what followed is worked out again."
+                        damage = f"The predictions were damaged after {count} images; all later predictions are made again."
                         warnings.warn(damage, RuntimeWarning, stacklevel=2)
                     break
                 self._require_same(read, *next(images, ("", None)))
@@ -255,8 +256,8 @@ class RunFolder(Observer):
                 self._count(read.path, read)
         if dollars > self.ledger.spent_dollars + SUM_ERROR:
             spent = f"${self.ledger.spent_dollars:.6f} instead of ${dollars:.6f}"
-            hint = f"Put the file back, or write this line into it: {line_of_ledger(spent=round(dollars * NANODOLLARS)).strip()}"
-            raise DataError(f"{str(self.ledger.path)!r} does not know what the predictions cost: {spent}.", hint=hint)
+            hint = f"Restore the file, or write this line into it: {line_of_ledger(spent=round(dollars * NANODOLLARS)).strip()}"
+            raise DataError(f"{str(self.ledger.path)!r} has a lower sum than the cost of the predictions: {spent}.", hint=hint)
         if self._scores is not None and self._labelled is not None:
             self._scores.resize(len(self._labelled))
         if sound < path.stat().st_size:
@@ -265,7 +266,7 @@ class RunFolder(Observer):
         self.checkpoint = self._progress()
 
     def _read(self, line: bytes) -> Line | None:
-        """The next prediction; None if its line, or what is kept of its scores, is not as it was written."""
+        """The next prediction; None if its line or its scores are damaged."""
         body = checked(line)
         try:
             if body is None or self._scores is None:
@@ -276,21 +277,21 @@ class RunFolder(Observer):
         return labelled if self._scores.holds(self.tally.images, labelled.scores, labelled.embedding) else None
 
     def _require_same(self, line: Line, name: str, truth: str | None) -> None:
-        """Raises DataError, if the next image has another name or true label than the line."""
+        """Raise DataError if the next image has another name or true label than the line."""
         number, folder = self.tally.images, str(self.folder)
         if name != line.path:
             raise DataError(
                 f"Image {number} of {folder!r} was {line.path!r} and is now {name or 'gone'!r}.",
-                hint="Images may be added after the last one only; for others, give another folder.",
+                hint="Images may only be added after the last image. For other images, give another folder.",
             )
         if truth != line.truth:
             told = f"The true label of image {number} of {folder!r} was {line.truth!r} and is now {truth!r}."
             raise DataError(told, hint="Give another folder.")
 
     def _is_outdated(self, line: Line, *, raised: bool) -> bool:
-        """Whether the image of a line was changed, or was skipped and the cap was raised."""
+        """True if the image of a line was changed, or if it was skipped and the cap was raised."""
         if line.digest and self._has_changed(line):
-            told = f"The image {line.path!r} was changed after its prediction: it and what follows is worked out again."
+            told = f"The image {line.path!r} was changed after its prediction; this and all later predictions are made again."
             warnings.warn(told, RuntimeWarning, stacklevel=2)
             return True
         if raised and line.skipped:
@@ -299,7 +300,7 @@ class RunFolder(Observer):
         return False
 
     def _has_changed(self, line: Line) -> bool:
-        """Whether an image's file has other bytes than when the image was classified. A file that is gone has not changed."""
+        """True if the image's file has changed since the image was classified. A deleted file counts as unchanged."""
         try:
             found = Path(line.path).stat()
             changed_at = max(found.st_mtime, found.st_ctime)  # st_ctime cannot be set back
@@ -308,7 +309,7 @@ class RunFolder(Observer):
             return False
 
     def _progress(self) -> Checkpoint:
-        """The checkpoint that was noted. It is forgotten if it is damaged, or if predictions before it are missing."""
+        """The stored checkpoint. A new run's checkpoint is used if it is damaged, or if predictions before it are missing."""
         path = self.folder / LEARNED
         if not path.exists():
             path = self.folder / "progress.json"
@@ -319,33 +320,33 @@ class RunFolder(Observer):
         if noted.images <= self.tally.images:
             self._learned_at = noted.images
             return noted
-        path.unlink()  # other predictions may soon stand before it
+        path.unlink()  # other predictions may soon be written before it
         return BEGINNING
 
     def outlook(self, total: int | None) -> str:
-        """A sentence about what is left to do; "" for a run that begins.
+        """A sentence about the work that is left; "" for a new run.
 
         Args:
-            total: number of images; None if that is unknown.
+            total: number of images; None if it is unknown.
         """
         if self._raised_from is not None:
-            what = "judges are asked about the images that were skipped because the budget was spent"
-            return f"The budget was raised from ${self._raised_from:.2f}: {what}; answers that are kept are used again."
+            what = "judges are asked about the images that were skipped because the budget was used up"
+            return f"The budget was raised from ${self._raised_from:.2f}: {what}; stored answers are used again."
         if self.tally.images == total:
             return f"Nothing is left to do: all {total} images have a prediction."
-        return f"{self.tally.images} images have a prediction; the run goes on after them." if self.tally.images else ""
+        return f"{self.tally.images} images have a prediction; the run continues after them." if self.tally.images else ""
 
     def ready(self, stage: int, judge: Judge) -> None:
-        """Note the identity of a judge.
+        """Store the identity of a judge.
 
         Raises:
-            DataError: if the run began with another judge.
+            DataError: if the run was started with another judge.
         """
         with writing_to(self.folder):
             self.manifest = self.manifest.with_judge(stage, judge.identity(), self.folder)
 
     def prepared(self, image: Prepared) -> None:
-        """Have the digests calculated beside the scorer."""
+        """Compute the digests in the reader threads."""
         note_file_digest(image)
         if self._scores is not None:
             image.image_digest  # noqa: B018  # is kept
@@ -353,10 +354,10 @@ class RunFolder(Observer):
                 image.forget_large()
 
     def scored(self, numbers: Sequence[int], images: Sequence[Prepared], scores: Scores) -> None:
-        """Note the fingerprint of the scorer and, for images without a line, the digests and the scores.
+        """Store the fingerprint of the scorer and, for images without a line, the digests and the scores.
 
         Raises:
-            DataError: if the run began with another scorer.
+            DataError: if the run was started with another scorer.
         """
         with writing_to(self.folder):
             self.manifest = self.manifest.with_fingerprint(scores.fingerprint, self.folder)
@@ -369,13 +370,14 @@ class RunFolder(Observer):
                     self._known[number] |= {"pixels": image.image_digest, **self._scores.write(number, log_probs, embedding)}
 
     def judged(self, number: int, stage: int, question: Question, verdict: Verdict) -> None:
-        """Note what was asked about a labelled image. If the judge was asked about further candidates, the last valid answer
-        counts, as it does in the prediction."""
+        """Store the question about a labelled image. If the judge was asked about further candidates, the last valid answer
+        counts, as in the prediction.
+        """
         if self._labelled is not None and number >= self.tally.images and (verdict.valid or stage not in self._asked[number]):
             self._asked[number][stage] = Asked.of(question)
 
     def append(self, path: str, prediction: Prediction) -> None:
-        """Write down the next prediction; it is safe once flushed."""
+        """Write the next prediction. It is safe after the next flush."""
         number = self.tally.images
         with writing_to(self.folder):
             line = line_of(prediction, {"path": path} | self._known.pop(number, {}) | self._of_record(number, prediction))
@@ -386,7 +388,7 @@ class RunFolder(Observer):
         self.tally.spent_dollars = self.ledger.spent_dollars
 
     def _of_record(self, number: int, prediction: Prediction) -> dict[str, JsonValue]:
-        """What the line of a labelled image holds beside its digests and checksums."""
+        """The fields of a labelled image's line, except its digests and checksums."""
         if self._labelled is None or self._scores is None:
             return {}
         asked = self._asked.pop(number, {})
@@ -400,7 +402,7 @@ class RunFolder(Observer):
         }
 
     def _unfinish(self) -> None:
-        """Delete the summary and the table, which are not of the predictions that are there."""
+        """Delete the summary and the table, because they no longer match the predictions."""
         for name in (SUMMARY, TABLE):
             (self.folder / name).unlink(missing_ok=True)
         self._finished = False
@@ -412,13 +414,13 @@ class RunFolder(Observer):
         self.tally.add(prediction)
 
     def flush(self, checkpoint: Checkpoint) -> None:
-        """Make sure that what was written stays, and note where the decisions stand. Safe across threads."""
+        """Flush all files to the disk, and store the position of the decisions. Safe across threads."""
         with self._flushing, writing_to(self.folder):
-            if self._predictions.closed:  # an interrupt waits for no thread
+            if self._predictions.closed:  # after an interrupt, threads may still be running
                 return
             for file in (self._predictions, self._failures):
                 file.flush()
-            self.ledger.sync()  # first: no prediction is known without what it cost
+            self.ledger.sync()  # first, so that no prediction is stored without its cost
             if self._scores is not None:
                 self._scores.sync()
             os.fsync(self._predictions.fileno())
@@ -430,7 +432,7 @@ class RunFolder(Observer):
                 self._learned_at = checkpoint.images
 
     def finish(self, order: NDArray[np.int64] | None = None) -> None:
-        """Write the table and, if the images have no labels, the summary; unless they are of all predictions already.
+        """Write the table and, if the images have no labels, the summary. Files that already contain all predictions are kept.
 
         Args:
             order: `(N,)` places in the table of the N predictions. Default: the order of the predictions.
@@ -446,14 +448,14 @@ class RunFolder(Observer):
 
 
 def images_left(folder: Path, total: int, *, dollars: float | None, retry_failed: bool) -> int:
-    """Number of images that a run may ask judges about: all that have no usable prediction in its folder.
+    """Number of images that a run may ask judges about: all images without a usable prediction in its folder.
 
     Args:
-        folder: of the run; it need not exist.
+        folder: folder of the run. It may not exist yet.
         total: number of images of the run.
-        dollars: what all sessions of the run together may spend. If that is more than in the session before, images that were
-            skipped because the money was spent are left, too.
-        retry_failed: whether images that failed are left, too.
+        dollars: the spending limit of all sessions of the run, in US dollars. If it is higher than in the session before,
+            images that were skipped because of the limit are counted, too.
+        retry_failed: true to count failed images, too.
     """
     path = folder / PREDICTIONS
     if not path.exists():
@@ -478,10 +480,10 @@ def spent_in(folder: Path) -> float:
 
 
 def _require_no_other_things(folder: Path) -> None:
-    """Raises DataError, if a folder holds other things than a run. Nothing is then written into the folder, not even a lock.
+    """Raise DataError if a folder contains other things than a run. Nothing is then written to the folder, not even a lock.
 
-    One listing is enough: another process of ours writes its manifest before anything else.
+    One listing is enough, because another process of cascadevlm writes its manifest first.
     """
     names = {entry.name for entry in folder.iterdir()} if folder.exists() else set()
     if manifests.NAME not in names and names - _BEFORE_THE_MANIFEST:
-        raise DataError(f"{str(folder)!r} holds other things than a run.", hint="Give a folder that is new or empty.")
+        raise DataError(f"{str(folder)!r} contains other things than a run.", hint="Give a new or empty folder.")

@@ -1,4 +1,4 @@
-"""``scores.npy`` and ``embeddings.npy`` of a record: every row is written when its image was scored."""
+"""``scores.npy`` and ``embeddings.npy`` of a record. A row is written when its image is scored."""
 
 import io
 import os
@@ -16,26 +16,26 @@ from cascadevlm.base.arrays import NOBODY
 SCORES, COLUMNS, EMBEDDINGS = "scores.npy", "columns.npy", "embeddings.npy"
 
 MOST_WHOLE = 1000
-"""The largest label set whose log-probabilities are all kept."""
+"""The largest number of labels for which all log-probabilities are kept."""
 
 BEST = 50
-"""How many log-probabilities are kept per image if there are more labels."""
+"""Number of log-probabilities per image that are kept if there are more labels."""
 
 
 def scores_kept(labels: Sized) -> int:
-    """How many log-probabilities of an image a record holds."""
+    """Number of log-probabilities per image in a record."""
     return BEST if len(labels) > MOST_WHOLE else len(labels)
 
 
 def checksum(*rows: NDArray[np.generic] | bytes) -> int:
-    """The CRC-32 of an image's rows, which its line in ``predictions.jsonl`` holds."""
+    """The CRC-32 of an image's rows. The image's line in ``predictions.jsonl`` contains it."""
     return zlib.crc32(b"".join(row if isinstance(row, bytes) else row.tobytes() for row in rows))
 
 
 class RowFile:
-    """A NumPy file with an array of shape (N, ``width``), whose rows are written one by one.
+    """A NumPy file with an array of shape ``(N, width)``. Its rows are written one by one.
 
-    Rows that were not written yet are zero, or what an earlier session wrote. Nothing is changed before `resize`.
+    A row that is not written yet is zero, or has the value of an earlier session. Nothing is changed before `resize`.
     """
 
     def __init__(self, path: Path, width: int, kind: DTypeLike) -> None:
@@ -57,33 +57,33 @@ class RowFile:
         return cls(path, shape[1], kind) if len(shape) == 2 and found == np.dtype(kind) else None
 
     def _header(self, rows: int) -> bytes:
-        """The header of the file; it is as long for any number of rows."""
+        """The header of the file. Its length does not depend on the number of rows."""
         header = io.BytesIO()
         shape = {"shape": (rows, self.width), "fortran_order": False, "descr": np.lib.format.dtype_to_descr(self.kind)}
         np.lib.format.write_array_header_1_0(header, shape)
         return header.getvalue()
 
     def resize(self, rows: int) -> None:
-        """Make the file one of so many rows."""
+        """Set the number of rows of the file."""
         self.file.seek(0)
         self.file.write(self._header(rows))
         self.file.truncate(self.begin + rows * self.row_bytes)
 
     def write(self, number: int, row: NDArray[np.generic]) -> None:
-        """Write one row: not through a memory map, because a full disk would then end the process."""
+        """Write one row. No memory map is used, because a full disk would then end the process."""
         self.file.seek(self.begin + number * self.row_bytes)
         self.file.write(row.tobytes())
         self.file.flush()
 
     def read(self, number: int) -> bytes:
-        """One row; less, if the file ends before."""
+        """The bytes of one row. They are incomplete if the file is too short."""
         self.file.seek(self.begin + number * self.row_bytes)
         return self.file.read(self.row_bytes)
 
 
 class ScoresFile:
-    """``scores.npy``, ``columns.npy`` if there are more than `MOST_WHOLE` labels, and ``embeddings.npy`` if the scorer gives
-    embeddings, to be written.
+    """Writes ``scores.npy``, ``columns.npy`` if there are more than `MOST_WHOLE` labels, and ``embeddings.npy`` if the scorer
+    gives embeddings.
 
     Args:
         folder: folder of the record.
@@ -104,7 +104,7 @@ class ScoresFile:
         return [*self.files, *([] if self.embeddings is None else [self.embeddings])]
 
     def resize(self, images: int) -> None:
-        """Make room for so many images, readable or not."""
+        """Set the number of images, readable or not."""
         self.images = images
         for file in self._all:
             file.resize(images)
@@ -148,7 +148,7 @@ class ScoresFile:
         return embedding is None or (self.embeddings is not None and embedding == checksum(self.embeddings.read(number)))
 
     def sync(self) -> None:
-        """Make sure that what was written stays."""
+        """Flush the files to the disk."""
         for file in self._all:
             os.fsync(file.file.fileno())
 

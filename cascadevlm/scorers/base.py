@@ -29,10 +29,10 @@ from cascadevlm.scorers.adapters import Adapter
 DEFAULT_TEMPLATES = ("a photo of a {label}.",)
 
 LABELS_AT_ONCE = 256
-"""How many labels are embedded at once, under every template: of 20,000 under 80, no array of all texts is made."""
+"""Number of labels whose texts are embedded together. So 20,000 labels with 80 templates need no array of 1.6 million texts."""
 
 SECONDS_UNTOLD = 5.0
-"""How long labels are embedded before stderr is told how many are done."""
+"""Seconds between two messages on stderr about the progress of embedding labels."""
 
 OTHER_PRECISION = "Another precision may help, such as dtype = 'float32'."
 
@@ -42,11 +42,11 @@ class Prepared:
     """An image on its way through a scorer.
 
     Attributes:
-        source: what it is read from.
-        features: what the scorer made of it beside the model; None where it makes nothing.
-        pixels: the image, upright RGB; None where it is not in memory.
-        file_digest: the sha256 of the file that it was read from; "" where it is not known.
-        size: width and height in pixels, found when the image was first read; None before. It is kept when the pixels are let go.
+        source: the image as it was given, for example its path.
+        features: result of the scorer's preprocessing of the image; None if the scorer has no preprocessing.
+        pixels: the image, upright and RGB; None if the pixels are not in memory.
+        file_digest: the sha256 of the image's file; "" if it is not known.
+        size: width and height in pixels; None before the image is first read. It stays known after the pixels are released.
     """
 
     source: ImageSource
@@ -61,10 +61,10 @@ class Prepared:
 
     @property
     def image(self) -> Image.Image:
-        """Upright RGB, read at first use.
+        """The image, upright and RGB. It is read at first use.
 
         Raises:
-            ImageError: if it cannot be read.
+            ImageError: if the image cannot be read.
         """
         if self.pixels is None:
             self.pixels = load_image(self.source)
@@ -73,20 +73,20 @@ class Prepared:
 
     @cached_property
     def image_digest(self) -> str:
-        """Of the pixels; kept when they are let go.
+        """The digest of the pixels. It is kept after the pixels are released.
 
         Raises:
-            ImageError: if it cannot be read.
+            ImageError: if the image cannot be read.
         """
         return pixel_digest(self.image)
 
     @property
     def unread(self) -> Image.Image:
-        """The image or, where it is not in memory, an image without pixels that has its size. A file is opened for that only if
+        """The image if its pixels are in memory. If not, an image of the same size without pixels. The file is opened only if
         its size is not known.
 
         Raises:
-            ImageError: if it cannot be read.
+            ImageError: if the image cannot be read.
         """
         if self.decoded or not isinstance(self.source, str | Path | bytes):
             return self.image
@@ -96,47 +96,48 @@ class Prepared:
 
     @property
     def decoded(self) -> bool:
-        """Whether the pixels are in memory."""
+        """True if the pixels are in memory."""
         return self.pixels is not None
 
     def forget_large(self) -> None:
-        """Let the pixels of a large file go: they are read again should a judge be asked, which few images need."""
+        """Release the pixels of a large image. They are read again if a judge is asked, which is true for few images."""
         if isinstance(self.source, str | Path | bytes) and is_large(self.image):
             self.pixels = None
 
 
 class Scorer(Portable, ABC):
-    """Gives log-probabilities over a label set. Constructors store parameters; models load at first use.
+    """Computes the log-probability of every label for every image. The constructor only stores parameters. Models are loaded at
+    first use.
 
     Attributes:
-        requires: distributions a backend needs beyond cascadevlm itself, as pip names them.
+        requires: the distributions that the backend needs in addition to cascadevlm, by their names on PyPI.
     """
 
     requires: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def score(self, images: Sequence[Image.Image], labels: LabelSet) -> Scores:
-        """Score N upright RGB images against C labels. May be called from any thread, one call at a time."""
+        """Score N upright RGB images for C labels. Any thread may call this method, but only one at a time."""
 
     def load(self) -> None:
-        """Load the model, where there is one to load; called once before `prepare`."""
+        """Load the model, if there is one. Called once, before `prepare`."""
 
     def prepare(self, source: ImageSource) -> Prepared:
-        """Read an image and do beside the model what can be done there. Called from many threads at once.
+        """Read an image, and do the preprocessing that does not need the model. Called from many threads at once.
 
         Raises:
-            ImageError: if it cannot be read.
+            ImageError: if the image cannot be read.
         """
         return Prepared(source=source, pixels=load_image(source))
 
     def score_prepared(self, prepared: Sequence[Prepared], labels: LabelSet) -> Scores:
-        """`score`, of images that this scorer prepared."""
+        """The same as `score`, for images that this scorer prepared."""
         return self.score([each.image for each in prepared], labels)
 
 
 @dataclass(kw_only=True)
 class _Use:
-    """How a scorer is used by all runs: by turns, and loaded once."""
+    """State that all runs share, so that a scorer is loaded once and gets one call at a time."""
 
     turn: threading.RLock = field(default_factory=threading.RLock)
     loaded: bool = False
@@ -155,14 +156,14 @@ def _use(scorer: Scorer) -> _Use:
 
 
 def _turn(scorer: Scorer) -> threading.RLock:
-    """The lock of the model that a scorer goes by; wrappers of one model share it."""
+    """The lock of a scorer's model. All wrappers of one model share this lock."""
     while isinstance(wrapped := getattr(scorer, "wrapped", None), Scorer):
         scorer = wrapped
     return _use(scorer).turn
 
 
 def load_once(scorer: Scorer) -> None:
-    """`Scorer.load`, unless it was loaded before; from any thread."""
+    """Call `Scorer.load`, unless the scorer is loaded already. Safe across threads."""
     with _turn(scorer):
         use = _use(scorer)
         if not use.loaded:
@@ -172,12 +173,12 @@ def load_once(scorer: Scorer) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Scored:
-    """What scoring N images gave.
+    """The result of scoring N images.
 
     Attributes:
-        errors: for each of the N images, why it has no scores; None for the n images that have scores.
+        errors: for each of the N images, the reason why it has no scores; None for the n images that have scores.
         images: the n images.
-        scores: `(n, C)` their scores; None if n is 0.
+        scores: the scores of these n images, `(n, C)`; None if n is 0.
     """
 
     errors: Sequence[ImageError | None]
@@ -188,14 +189,15 @@ class Scored:
 def prepare_in(
     readers: Executor, scorer: Scorer, sources: Sequence[ImageSource], *seen: Callable[[Prepared], None]
 ) -> list[Future[list[Prepared | ImageError]]]:
-    """Begin to prepare N images in threads. The results in order, one after another, are what the scorer prepared of each image,
-    or why the image cannot be read.
+    """Start to prepare N images in threads. The results come in input order: the prepared image, or the error of an image that
+    cannot be read.
 
     Args:
         readers: the threads.
-        scorer: prepares the images; loaded before.
+        scorer: the scorer that prepares the images. It must be loaded.
         sources: the images.
-        seen: called in the threads with each image that was prepared. An `ImageError` that it raises is the image's error.
+        seen: function that the threads call with each prepared image. If it raises an `ImageError`, this is the error of the
+            image.
     """
     size = -(-len(sources) // (os.cpu_count() or 1))
     shares = [sources[start : start + size] for start in range(0, len(sources), size)] if size else []
@@ -218,13 +220,14 @@ def _prepare(
 
 
 def score_together(scorer: Scorer, read: Sequence[Prepared | ImageError], labels: LabelSet) -> Scored:
-    """Score the images of a chunk that can be read. May be called from any thread: the model gets one call at a time.
+    """Score the readable images of a chunk. Any thread may call this function; the model gets one call at a time.
 
-    An image that the scorer cannot embed does not fail its neighbours: they are scored again in halves.
+    If the scorer cannot embed an image, the chunk is divided into halves and scored again. So the other images get their
+    scores.
 
     Args:
-        scorer: the scorer that prepared the images; loaded before.
-        read: N images, or why they cannot be read.
+        scorer: the scorer that prepared the images. It must be loaded.
+        read: N prepared images. An error stands in place of an image that cannot be read.
         labels: the C labels.
     """
     images = [each for each in read if isinstance(each, Prepared)]
@@ -240,7 +243,7 @@ def score_together(scorer: Scorer, read: Sequence[Prepared | ImageError], labels
 def _scored_or_errors(
     scorer: Scorer, prepared: Sequence[Prepared], labels: LabelSet
 ) -> tuple[Scores | None, list[ImageError | None]]:
-    """`(n, C)` scores of the n images that have scores, None if n is 0; and for each of N images why it has no scores."""
+    """`(n, C)` scores of the n images that have scores (None if n is 0), and for each of the N images its error or None."""
     try:
         with _turn(scorer):
             return scorer.score_prepared(prepared, labels), [None] * len(prepared)
@@ -258,7 +261,7 @@ def joined(chunks: Sequence[Scores]) -> Scores | None:
 
 
 class WrapperScorer(Scorer):
-    """Does as another scorer does; subclass it and override what shall be different."""
+    """A scorer that calls another scorer for everything. Subclasses override the methods that differ."""
 
     def __init__(self, wrapped: Scorer) -> None:
         self.wrapped = wrapped
@@ -276,12 +279,12 @@ class WrapperScorer(Scorer):
         return self.altered(self.wrapped.score_prepared(prepared, labels))
 
     def altered(self, scores: Scores) -> Scores:
-        """What becomes of the wrapped scorer's scores."""
+        """Change the scores of the wrapped scorer. Default: the scores are returned unchanged."""
         return scores
 
 
 LabelReader: TypeAlias = Callable[["EmbeddingScorer", Sequence[str]], NDArray[np.float32]]
-"""Gives the embeddings, C x D, of the prompt texts of C labels."""
+"""Returns ``(C, D) float32``, the embeddings of the texts of C labels."""
 
 
 def _embed_labels(scorer: "EmbeddingScorer", names: Sequence[str]) -> NDArray[np.float32]:
@@ -289,14 +292,15 @@ def _embed_labels(scorer: "EmbeddingScorer", names: Sequence[str]) -> NDArray[np
 
 
 class EmbeddingScorer(Scorer):
-    """A model that embeds images and texts apart and compares them by cosine.
+    """A scorer whose model embeds images and texts separately, and compares the embeddings by their cosine.
 
-    A label's embedding is the mean of its normalised embeddings under every template, normalised again: the ensembling of
-    CLIP (Radford et al. 2021, section 3.1.4). The embeddings of a label set are computed once.
+    Each template gives one text per label. The embedding of a label is the mean of the normalised embeddings of its texts,
+    normalised again (the ensembling of CLIP, Radford et al. 2021, section 3.1.4). The embeddings of a label set are computed
+    once.
 
     Attributes:
-        templates: texts in which ``{label}`` stands for a label's prompt text.
-        keep_labels: reads the embeddings of labels where they are kept; None where they are not.
+        templates: texts in which ``{label}`` stands for the text of a label.
+        keep_labels: function that gets the embeddings of labels from disk; None if embeddings are not kept on disk.
         adapter: what was learned about the embeddings of this scorer, as ``read_adapter("birds.adapter")`` reads it. It changes
             all scores and the fingerprint. Set it before the scorer is used. Default: None.
 
@@ -306,10 +310,12 @@ class EmbeddingScorer(Scorer):
 
     def __init__(self, *, templates: Sequence[str] = DEFAULT_TEMPLATES) -> None:
         if isinstance(templates, str) or not templates:
-            raise InputError(f"templates must be a list of texts, not {templates!r}.")
+            raise InputError(
+                f"templates must be a list of texts, not {templates!r}.", hint="For example: ['a photo of a {label}.']."
+            )
         for template in templates:
             if "{label}" not in template:
-                raise InputError(f"Template {template!r} lacks '{{label}}'.", hint="It stands for the class name.")
+                raise InputError(f"Template {template!r} lacks '{{label}}'.", hint="Write {label} in place of the class name.")
         self.templates = tuple(templates)
         self.keep_labels: LabelReader | None = None
         self.adapter: Adapter | None = None
@@ -318,22 +324,22 @@ class EmbeddingScorer(Scorer):
 
     @abstractmethod
     def embed_images(self, images: Sequence[Image.Image]) -> NDArray[np.float32]:
-        """N x D, rows of length 1."""
+        """``(N, D) float32``, the embeddings of N images. Each row has length 1."""
 
     @abstractmethod
     def embed_texts(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """T x D, rows of length 1."""
+        """``(T, D) float32``, the embeddings of T texts. Each row has length 1."""
 
     @abstractmethod
     def logits(self, similarities: NDArray[np.float32]) -> NDArray[np.float32]:
-        """The model's own scale, and bias where it has one, applied to N x C cosines."""
+        """``(N, C)`` logits: the cosines with the scale and, if the model has one, the bias of the model."""
 
     @abstractmethod
     def model_fingerprint(self) -> str:
-        """Names the weights, revision, precision and preprocessing."""
+        """A text that identifies the weights, revision, precision and preprocessing of the model."""
 
     def fingerprint(self, labels: LabelSet) -> str:
-        """Names the model, the templates, the texts that stand for the labels in the templates, and the adapter."""
+        """A text that identifies the model, the templates, the texts of the labels and the adapter."""
         bare = self.bare_fingerprint(labels)
         return bare if self.adapter is None else f"{bare}|adapter={self.adapter.digest[:12]}"
 
@@ -343,7 +349,8 @@ class EmbeddingScorer(Scorer):
         return f"{self.model_fingerprint()}|templates={digest}|{labels.texts_part}"
 
     def label_embeddings(self, labels: LabelSet) -> NDArray[np.float32]:
-        """C x D, rows of length 1; computed at the first call with this label set, or read where they are kept.
+        """``(C, D) float32``, the embeddings of the labels. Each row has length 1. The first call with a label set computes or
+        reads them.
 
         Raises:
             BackendError: if an embedding is not finite.
@@ -357,7 +364,9 @@ class EmbeddingScorer(Scorer):
         return self._embedded[1]
 
     def embed_in_blocks(self, names: Sequence[str]) -> Iterator[tuple[Sequence[str], NDArray[np.float32]]]:
-        """Prompt texts of labels and their embeddings, n x D, a block at a time; where it takes long, stderr is told."""
+        """Yield the texts of n labels and their ``(n, D)`` embeddings, block by block. A message on stderr reports a long
+        computation.
+        """
         told_at = time.monotonic()
         for start in range(0, len(names), LABELS_AT_ONCE):
             block = names[start : start + LABELS_AT_ONCE]
@@ -376,11 +385,11 @@ class EmbeddingScorer(Scorer):
         return self.score_embeddings(self.embed_images(images), labels)
 
     def preprocess(self, image: Image.Image) -> NDArray[np.uint8 | np.float32] | None:
-        """What `embed_prepared` wants of an image; None where `embed_images` sees to it. Called from many threads."""
+        """The preprocessed image for `embed_prepared`; None if `embed_images` does it. Called from many threads."""
         return None
 
     def embed_prepared(self, prepared: Sequence[Prepared]) -> NDArray[np.float32]:
-        """`embed_images`, of images that this scorer prepared."""
+        """The same as `embed_images`, for images that this scorer prepared."""
         return self.embed_images([each.image for each in prepared])
 
     def prepare(self, source: ImageSource) -> Prepared:
@@ -394,10 +403,11 @@ class EmbeddingScorer(Scorer):
         return self.score_embeddings(self.embed_prepared(prepared), labels)
 
     def score_embeddings(self, embeddings: NDArray[np.float32], labels: LabelSet) -> Scores:
-        """Softmax over the model's logits; for a sigmoid model too, whose per-class logits it makes one distribution of.
+        """Scores from embeddings: the softmax of the model's logits. The per-class logits of a sigmoid model get a softmax,
+        too.
 
         Args:
-            embeddings: N x D, of images.
+            embeddings: ``(N, D)`` embeddings of images.
             labels: the C labels.
 
         Raises:

@@ -1,4 +1,4 @@
-"""What the tests of hosted judges share: the three protocols, their price, and cascades that ask them."""
+"""Code that the tests of hosted judges share: the three protocols, their price, and cascades that ask the judges."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
@@ -21,7 +21,7 @@ LABELS = ["red finch", "blue finch", "grey owl"]
 PRICE: Mapping[str, JsonValue] = {"input": 1, "output": 10}
 USAGE = (300, 20)
 BILL = 300 * 1000 + 20 * 10_000
-"""Nanodollars for what servers are told to say was used, at that price."""
+"""Cost in nanodollars of the usage that the servers report, at this price."""
 
 Make: TypeAlias = Callable[..., HostedJudge]
 
@@ -45,7 +45,7 @@ EITHER = pytest.mark.parametrize("make", [chat, messages], ids=["openai", "anthr
 
 
 def cascade(judge: HostedJudge, *, ledger: Ledger | None = None, store: VerdictStore | None = None, **stage: object) -> Cascade:
-    """One that asks the judge about every image."""
+    """A cascade that asks the judge about every image."""
     asking = replace(Stage(judge=judge, prompt=load_prompt("select")), **stage)  # type: ignore[arg-type]
     return Cascade(FakeScorer(), [asking], labels=LABELS, ledger=ledger, store=store)
 
@@ -65,5 +65,5 @@ def one_in_three(faults: Iterable[Fault]) -> Callable[[int], Fault | None]:
 
 @pytest.fixture
 def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Retries at once, unless a response says otherwise."""
+    """Retry immediately, unless a response names a time to wait."""
     monkeypatch.setattr("cascadevlm.judges.retry._BACKOFF", lambda _: 0.0)

@@ -54,7 +54,7 @@ PADDING: dict[str, dict[str, object]] = {
     "siglip": {"padding": "max_length", "max_length": 64},
     "siglip2": {"padding": "max_length", "max_length": 64},
 }
-"""What the documentation of transformers has one say to a processor; the others pad by themselves."""
+"""The arguments for a processor in the documentation of transformers. Other processors pad by default."""
 IMAGES = [noise(seed, size) for seed, size in enumerate([(48, 32), (20, 90), (64, 64)])]
 LABELS = LabelSet.of(["red finch", "blue finch", "grey owl", "small brown bird"])
 TEXTS = [f"a photo of a {name}." for name in LABELS.names]
@@ -142,7 +142,7 @@ FAMILIES: Mapping[str, Callable[[], Built]] = {
 
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A tiny random model of every family, laid out as on the hub."""
+    """A tiny random model of every family, in the same files as on the hub."""
     root = tmp_path_factory.mktemp("hf")
     for family, build in FAMILIES.items():
         config, *preprocessing = build()

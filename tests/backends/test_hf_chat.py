@@ -75,7 +75,7 @@ Built = tuple[PreTrainedConfig, ProcessorMixin]
 
 
 def tokenizer(*specials: str, bos: str | None = None, **named: str) -> PreTrainedTokenizerFast:
-    """A token for every byte, and the special ones."""
+    """One token for every byte, and the special tokens."""
     tokens = ["<pad>", *TURNS, *specials, *named.values(), *([bos] if bos else [])]
     vocabulary = {token: number for number, token in enumerate([*tokens, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
     backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
@@ -210,7 +210,7 @@ def internvl() -> Built:
 
 
 def gemma3() -> Built:
-    """With sliding windows, and a template that writes the first token."""
+    """A model with sliding windows, and a template that writes the first token."""
     names = {"boi_token": "<start_of_image>", "eoi_token": "<end_of_image>", "image_token": "<image_soft_token>"}
     tokens = tokenizer(**names, bos="<bos>")
     windows = {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]}
@@ -236,7 +236,7 @@ Folders = Callable[[str], str]
 
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
-    """The folder of a random model of a family, built when first wanted."""
+    """The folder of a random model of a family. It is built at first use."""
 
     @cache
     def built(family: str) -> str:
@@ -260,7 +260,7 @@ def exemplars(names: Sequence[str]) -> tuple[Exemplar, ...]:
 
 
 def mixed() -> list[Question]:
-    """Questions unlike in the size and number of images, turns, length and limit."""
+    """Questions that differ in the size and number of images, the turns, the length and the limit."""
     short = question(["wren", "owl"], image=noise(1, (24, 90)))
     shown = replace(question(), prompt=load_prompt("select_fewshot"), exemplars=exemplars(["red finch", "blue finch"]))
     again = replace(question(image=noise(3, (70, 70))), rejected="A sparrow, I think.")
@@ -273,7 +273,7 @@ def said(verdicts: Sequence[Verdict]) -> list[tuple[str, str | None, str, int, i
 
 
 def speaking(judge: HfChatJudge, answer: str, monkeypatch: pytest.MonkeyPatch) -> HfChatJudge:
-    """The judge, its model answering every question alike, with padding behind."""
+    """The judge. Its model gives the same answer to every question, followed by padding."""
     loaded = judge._loaded
     tail = torch.tensor([*loaded.tokens(answer), loaded.tokenizer.eos_token_id, *[loaded.tokenizer.pad_token_id] * 3])
 
@@ -313,7 +313,7 @@ def test_batch_answers_as_one_by_one(family: str, folders: Folders) -> None:
 
 
 def likelihoods(folder: str, asked: Question) -> list[float]:
-    """The straightforward way: every answer written out behind the prompt and read from the start, images and all."""
+    """The simple way: every answer is written after the prompt, and the whole text is read again, with the images."""
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
     processor = AutoProcessor.from_pretrained(folder)
     parts = [part for message in render(asked) for part in message.parts]
@@ -546,7 +546,7 @@ async def test_wrong_options_are_named(wrong: dict[str, str], tiny: str) -> None
     ],
 )
 def test_thoughts_of_a_model_are_no_answer(asked: str, written: str, text: str, label: str | None) -> None:
-    """Their tags may be special tokens, and the chat template may have begun them."""
+    """The tags of thoughts may be special tokens, and the chat template may have written the opening tag."""
     processor = SimpleNamespace(tokenizer=tokenizer("[THINK]", "[/THINK]"))
     loaded = _Loaded(model=None, processor=processor, control_tokens=re.compile("$"), device="cpu", dtype=torch.float32)  # type: ignore[arg-type]
     read = loaded.text(loaded.tokens(written), question(), asked=loaded.tokens(asked))

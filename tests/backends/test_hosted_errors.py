@@ -1,4 +1,4 @@
-"""Every exception of either SDK is one of ours."""
+"""Every exception of both SDKs becomes an error of cascadevlm."""
 
 import asyncio
 import importlib
@@ -33,7 +33,9 @@ BY_STATUS: dict[int, type[JudgeError]] = {
 
 
 def exceptions(sdk: ModuleType, root: type[Exception]) -> list[type[Exception]]:
-    """All that derive from the root, once every module that can be imported has been; generated types only as these need them."""
+    """All subclasses of the root, after the import of every module that can be imported. Generated types are only imported by
+    these modules.
+    """
     skipped = tuple(f"{sdk.__name__}.{name}" for name in ("types.", "resources.", "cli."))
     for module in pkgutil.walk_packages(sdk.__path__, f"{sdk.__name__}.", onerror=lambda _: None):
         if not module.name.startswith(skipped) and not module.name.endswith("__main__"):
@@ -265,7 +267,9 @@ def test_the_table(
     body: object,
     words: str,
 ) -> None:
-    """Whatever the SDK makes of a body, what concerns one image is refused, what concerns all is fatal, in the server's words."""
+    """For every body: an error about one image is a refusal, an error about all images is fatal, and the message has the
+    server's words.
+    """
     if status == 200:
         error = translate(ErrorResponse(body), judge.errors, secret="")
     else:
@@ -343,7 +347,7 @@ def test_a_message_never_holds_the_key() -> None:
 def test_a_server_that_is_not_there_has_billed_nothing(
     through: type[HostedJudge], has_aiohttp: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Through either transport, a refused connection is known as one: fatal, where nothing was ever heard of the server."""
+    """Both transports recognise a refused connection. It is fatal if the server has never answered."""
     for backend in ("openai", "anthropic"):
         monkeypatch.setattr(f"cascadevlm_backends.{backend}.HAS_AIOHTTP", has_aiohttp)
     from cascadevlm.testing import question
@@ -366,7 +370,7 @@ def test_a_server_that_is_not_there_has_billed_nothing(
 
 @pytest.mark.parametrize(("secret", "told"), [("", True), ("sk-abcdef", True), ("no JSON", False)])
 async def test_the_cause_is_told_unless_it_shows_the_key(secret: str, told: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A client of the user's own may have no key."""
+    """The user's own client may have no key."""
     cause = ValueError("no JSON")
 
     async def request() -> None:

@@ -1,4 +1,4 @@
-"""Whatever a provider does: what becomes of the image, how often it was asked, what is counted, what is kept."""
+"""For every fault of a provider: the outcome of the image, the number of requests, the counted cost, and the stored answers."""
 
 import io
 import json
@@ -26,7 +26,7 @@ __all__ = ["no_waiting"]
 
 TIMEOUT = 0.2
 WORST = "worst"
-"""Counted as the most it can be: nobody knows whether it was billed."""
+"""The maximum cost is counted, because it is not known whether the request was billed."""
 
 # kind: (ends as, requests, what each of them is counted as) if every request fails so; the same if only the first does
 TABLE: dict[FaultKind, tuple[tuple[str, int, list[int | str]], tuple[str, int, list[int | str]]]] = {
@@ -144,7 +144,7 @@ def test_nothing_is_asked_after_the_run(make: Make) -> None:
     ],
 )
 def test_an_endpoint_that_gives_no_answers_stops_the_run(fault: Fault, words: str, make: Make) -> None:
-    """After the usual number of failures, in its own words; what it does not bill is not booked."""
+    """After the usual number of failures, the message has the provider's words. Requests that are not billed are not counted."""
     ledger = Ledger()
     with JudgeServer(faults=always(fault)) as server, pytest.raises(FatalError, match=f"does not answer\\. .*{words}"):
         cascade(make(server, concurrency=8), ledger=ledger).classify(images(30))
@@ -210,7 +210,7 @@ def test_a_malformed_header_is_told_at_once(has_aiohttp: bool, make: Make, monke
 @EITHER
 @pytest.mark.usefixtures("no_waiting")
 async def test_a_server_that_goes_away_may_come_back(make: Make) -> None:
-    """Once it was heard of, a refused connection is one that may pass, and told as what it is."""
+    """After a first answer of the server, a refused connection is a temporary error, and the message names it."""
     async with JudgeServer() as server:
         judge = make(server)
         await judge.judge(question())
@@ -266,7 +266,7 @@ KEY = "sk-marker-7f3a9c"
 def test_the_key_shows_nowhere(
     make: Make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
-    """Even where the provider repeats it in every error."""
+    """Even if the provider repeats the key in every error."""
     for name in ("OPENAI_API_KEY", "ANTHROPIC_API_KEY"):
         monkeypatch.setenv(name, KEY)
     for kind, error in ERRORS.items():

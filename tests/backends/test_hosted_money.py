@@ -1,4 +1,4 @@
-"""What hosted judges book: whatever the provider reports, nothing that was not sent, nothing that is not billed."""
+"""Costs of hosted judges: possible and impossible reports, requests that were not sent, and requests that are not billed."""
 
 import asyncio
 import json
@@ -34,7 +34,7 @@ def reporting(usage: object) -> Callable[[Json], Json]:
 
 
 def said(make: Make, into: object, out: object, *, cached: object = 0, written: object = 0) -> dict[str, object]:
-    """A usage as the protocol puts it."""
+    """A usage in the form of the protocol."""
     input_key, output_key, details = KEYS[make]
     if details:
         return {input_key: into, output_key: out, details: {"cached_tokens": cached, "cache_write_tokens": written}}
@@ -159,7 +159,7 @@ async def test_an_error_in_a_body_of_status_200_is_not_booked(make: Make) -> Non
 
 
 async def test_an_answer_without_a_message_is_paid_for_once() -> None:
-    """Finding out whether the endpoint takes a schema has one reservation: what may be billed is not followed by a second try."""
+    """One reservation covers the search for the right form. After a request that may be billed, no second form is tried."""
 
     def silenced(reply: Json) -> Json:
         return {**reply, "choices": [{"index": 0, "finish_reason": "stop", "message": None}]}
@@ -175,7 +175,7 @@ async def test_an_answer_without_a_message_is_paid_for_once() -> None:
 
 @pytest.mark.parametrize("structured", [None, True])
 async def test_a_wrong_key_costs_nothing_however_many_questions_were_on_their_way(structured: bool | None) -> None:
-    """Neither those that waited for the first one nor those that were in flight with it."""
+    """Neither the questions that waited for the first question, nor the questions that were in flight at the same time."""
     async with JudgeServer(usage=USAGE, latency=0.06, faults=lambda _: Fault("unauthorized")) as server:
         ledger = Ledger(1)
         for seed in range(3):
@@ -202,7 +202,7 @@ async def test_a_wrong_key_leaves_the_money_for_the_right_one(make: Make) -> Non
 
 @EVERY
 async def test_the_worst_case_holds_the_names_of_a_schema(make: Make) -> None:
-    """They are sent twice: in the question and in the schema."""
+    """Names are sent twice: in the question and in the schema."""
     asked = question([f"{letter * 400} finch" for letter in "abcdefghijkl"])
     async with JudgeServer(usage=USAGE) as server:
         judge = make(server)
@@ -216,7 +216,7 @@ async def test_the_worst_case_holds_the_names_of_a_schema(make: Make) -> None:
 
 @EVERY
 async def test_the_worst_case_holds_the_names_of_a_schema_in_ascii(make: Make) -> None:
-    """An endpoint may read the schema with escapes in the place of letters: six bytes for two."""
+    """An endpoint may read the schema with escape sequences in place of letters: six bytes instead of two."""
     names = [letter * 400 for letter in "éèêëàâäôöùûü"]
     async with JudgeServer() as server:
         most, _ = make(server).most_tokens(question(names))

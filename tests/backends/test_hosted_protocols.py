@@ -1,4 +1,4 @@
-"""What is sent through each protocol, and how answers are read: both providers' own clients against the loopback server."""
+"""Requests and answers of each protocol, with the clients of both providers and the loopback server."""
 
 import asyncio
 import io
@@ -31,7 +31,7 @@ __all__ = ["no_waiting"]
 
 
 class HostedContract(JudgeContract):
-    """Against a server in a thread; the connections of all judges made are closed."""
+    """A server in a thread. The connections of all judges are closed at the end."""
 
     make_one: Make
     options: ClassVar[dict[str, object]] = {}
@@ -91,7 +91,7 @@ def last_body(server: JudgeServer) -> dict[str, JsonValue]:
 
 
 def blue(asked: Conversation) -> str:
-    """The blue finch, by the name or the key it is offered under."""
+    """The blue finch, by its name or its key in the question."""
     key = next(key for key, name in asked.options.items() if name == "blue finch")
     return asked.say("blue finch" if "blue finch" in asked.choices else key)
 
@@ -212,7 +212,9 @@ async def test_what_is_sent_is_what_the_key_is_of(make: Make) -> None:
 async def test_an_image_is_encoded_and_hashed_once_and_a_question_rendered_once(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The key, the quote, every request and the check of its usage share them. A repair question is a question of its own."""
+    """The key, the quote, every request and the check of its usage share these values. A repair question is a separate
+    question.
+    """
     import hashlib
 
     counts = {"encoded": 0, "hashed": 0, "filled": 0, "lettered": 0}
@@ -251,7 +253,7 @@ async def test_an_image_is_encoded_and_hashed_once_and_a_question_rendered_once(
 
 
 def sizes() -> Iterator[tuple[Image.Image, str, tuple[int, int]]]:
-    """An image, the format it is sent in, and the longest sides for OpenAI and for Anthropic."""
+    """An image, the format in which it is sent, and the longest sides for OpenAI and for Anthropic."""
     yield picture(size=(256, 256)), "PNG", (256, 256)
     yield picture(size=(257, 256)), "JPEG", (257, 257)
     yield picture(size=(3000, 1000)), "JPEG", (2048, 1568)
@@ -381,7 +383,7 @@ async def test_an_endpoint_that_takes_no_notice_of_the_schema_is_not_given_it_ag
 
 
 def completion(choice: dict[str, JsonValue], **fields: JsonValue) -> Fault:
-    """A chat completion as a server of somebody else words it."""
+    """A chat completion in the form of another server."""
     usage: JsonValue = {"prompt_tokens": 100, "completion_tokens": 10, "total_tokens": 110}
     choice = {"index": 0, "finish_reason": "stop", **choice}
     return Fault("body", body={"id": "r", "object": "chat.completion", "choices": [choice], "usage": usage, **fields})
@@ -491,7 +493,7 @@ async def test_a_failed_response_is_judged_by_its_error() -> None:
 
 
 def refusing(status: int, message: str, *names: str) -> Callable[[Received], Fault | None]:
-    """Refuses requests with one of the parameters."""
+    """Refuses requests that have one of the parameters."""
     fault = Fault("body", status=status, body={"error": {"message": message, "type": "invalid_request_error"}})
     return lambda received: fault if set(names) & set(received.body) else None
 
@@ -578,7 +580,7 @@ async def test_two_parameters_that_are_both_refused_are_tried_once_each() -> Non
 )
 @pytest.mark.usefixtures("no_waiting")
 async def test_a_first_answer_that_tells_nothing_does_not_hold_up_the_others(first: Fault) -> None:
-    """Nor does it settle whether schemas are taken."""
+    """Such an answer does not show whether the endpoint accepts schemas."""
     async with JudgeServer(faults=[first], latency=0.05) as server:
         judge = chat(server, structured=None)
         await cascade(judge).aclassify([noise(seed) for seed in range(24)])
@@ -627,7 +629,7 @@ def test_a_first_question_given_up_holds_up_no_later_event_loop() -> None:
 
 @pytest.mark.parametrize(("first", "at_once"), [(None, 4), (Fault("unauthorized"), 3)])
 async def test_questions_wait_until_one_was_answered_and_then_no_more(first: Fault | None, at_once: int) -> None:
-    """After a wrong key, the next question is a first one again."""
+    """After a wrong key, the next question is again treated as the first question."""
     async with JudgeServer(faults=[first], latency=0.2) as server:
         judge = chat(server)
         await asyncio.gather(judge.judge(question()), return_exceptions=True)
@@ -651,7 +653,7 @@ KEYS = [("A", 0.05), ("B", 0.9), ("C", 0.05)]
 
 
 def tokens(*texts: str, alternatives: Sequence[tuple[str, float]] = KEYS) -> list[JsonValue]:
-    """Every token with the same alternatives, so that only the place tells."""
+    """Every token has the same alternatives, so that only the position decides."""
     top: list[JsonValue] = [{"token": text, "logprob": math.log(chance), "bytes": None} for text, chance in alternatives]
     return [{"token": text, "logprob": -0.1, "bytes": None, "top_logprobs": top} for text in texts]
 
@@ -704,7 +706,7 @@ async def test_an_answer_counts_whatever_its_probabilities(logprobs: JsonValue) 
 
 
 async def test_keys_of_several_letters_have_no_probabilities() -> None:
-    """Each may be two tokens, of which the first is another option's key."""
+    """Each key may be two tokens, and the first token may be the key of another option."""
     names = [f"bird number {number}" for number in range(30)]
     async with JudgeServer(answer="ANSWER: AB") as server:
         judge = chat(server, logprobs=True, structured=False)
@@ -714,7 +716,7 @@ async def test_keys_of_several_letters_have_no_probabilities() -> None:
 
 
 async def test_the_last_key_is_the_one_whose_probabilities_count() -> None:
-    """Every key in the answer has its own."""
+    """Every key in the answer has its own alternatives."""
     async with JudgeServer(answer=lambda asked: 'C or A?\n{"answer": "B"}') as server:
         judge = chat(server, logprobs=True, structured=False)
         verdict = await judge.judge(question())

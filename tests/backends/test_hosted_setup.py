@@ -1,4 +1,4 @@
-"""Before the first question: keys, prices, the switch that keeps tests from paid endpoints, connections and event loops."""
+"""Checks before the first question: keys, prices, the switch against paid endpoints, connections and event loops."""
 
 import asyncio
 import json
@@ -45,7 +45,7 @@ def no_images() -> Iterator[ImageSource]:
 
 
 class Trap:
-    """Every way out of this process, sprung: what was tried is kept, and nothing gets through."""
+    """A trap for every connection out of this process: attempts are recorded, and none succeeds."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.tried: list[object] = []
@@ -219,7 +219,7 @@ def test_the_switch_keeps_everybody_on_this_machine(number: int, trap: Trap, mon
 
 @pytest.mark.parametrize("api", ["chat", "responses"])
 async def test_a_client_of_ones_own_is_used_and_left_open(api: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It leads to a transport that answers for OpenAI itself, so the provider's own prices and parameters hold."""
+    """The transport answers in place of OpenAI, so the provider's own prices and parameters are used."""
     monkeypatch.delenv(LOCAL_ONLY)
     sent: list[httpx2.Request] = []
 
@@ -254,7 +254,7 @@ def test_one_event_loop_after_another(make: Make) -> None:
 
 @EITHER
 async def test_two_runs_at_once_share_the_connections(make: Make) -> None:
-    """The one that ends first does not close them for the other."""
+    """The run that ends first does not close the connections of the other run."""
     async with JudgeServer(latency=0.01) as server:
         asking = cascade(make(server, concurrency=2))
         short, long = await asyncio.gather(asking.aclassify(images(1)), asking.aclassify(images(12)[2:]))
@@ -266,7 +266,7 @@ async def test_two_runs_at_once_share_the_connections(make: Make) -> None:
 
 @EVERY
 async def test_the_worst_case_of_an_unknown_model_is_that_of_tiles(make: Make) -> None:
-    """LLaVA-NeXT takes 2,880 tokens for the smallest image; a model with a published rule takes what the rule says."""
+    """LLaVA-NeXT needs 2,880 tokens for the smallest image. A model with a published rule needs the number of the rule."""
     async with JudgeServer() as server:
         rule = {"rule": "patches", "size": 16, "multiplier": 1, "most": 100}
         unknown, known = (make(server, price={"input": 1, "output": 1, "image": image}) for image in (None, rule))
@@ -274,7 +274,7 @@ async def test_the_worst_case_of_an_unknown_model_is_that_of_tiles(make: Make) -
 
 
 async def test_the_default_of_detail_is_left_out() -> None:
-    """Some servers refuse what they do not know."""
+    """Some servers refuse unknown parameters."""
 
     def refuse(received: Received) -> Fault | None:
         return Fault("bad_request") if '"detail"' in json.dumps(received.body) else None

@@ -1,4 +1,4 @@
-"""What goes over the wire and what is written down: no redirect, no endless wait, no secret; alike with and without aiohttp."""
+"""Connections and files: no redirect, no endless wait and no secret, with and without aiohttp."""
 
 import asyncio
 import base64
@@ -49,12 +49,12 @@ async def asked(judge: HostedJudge) -> object:
 
 
 def at(make: Make, url: str, *, timeout: float = 20) -> HostedJudge:
-    """A judge at an address where no `JudgeServer` is."""
+    """A judge with an address that is not a `JudgeServer`."""
     return (AnthropicJudge if make is messages else OpenAIJudge)("any", base_url=url, timeout=timeout)
 
 
 def own_client(make: Make, server: JudgeServer) -> HostedJudge:
-    """A judge with a client of the user's own, which would follow redirects."""
+    """A judge with the user's own client, which would follow redirects."""
     if make is messages:
         claude = anthropic.AsyncAnthropic(api_key="k", base_url=server.anthropic_url, max_retries=0)
         return make(server, client=claude, base_url=None)
@@ -64,7 +64,9 @@ def own_client(make: Make, server: JudgeServer) -> HostedJudge:
 @EITHER
 @pytest.mark.parametrize("own", [False, True])
 async def test_no_redirect_is_followed(make: Make, own: bool) -> None:
-    """Neither the image nor the headers get to another host, in tests neither: the judge is local, where it leads need not be."""
+    """Neither the image nor the headers are sent to another host. This also holds in tests: the judge is local, but the target
+    of a redirect may not be.
+    """
     async with JudgeServer(usage=USAGE) as elsewhere:
         there = f"{elsewhere.anthropic_url.replace('127.0.0.1', 'localhost')}/v1/messages"
         async with JudgeServer(usage=USAGE, faults=always(Fault("redirect", location=there))) as server:
@@ -90,7 +92,7 @@ async def test_the_time_that_an_answer_may_take_is_total(make: Make) -> None:
 
 @EITHER
 async def test_a_connection_that_is_not_made_costs_nothing(make: Make) -> None:
-    """The system drops what asks to be connected while the queue of a listening socket is full."""
+    """The system drops new connections while the queue of a listening socket is full."""
     with socket.create_server(("127.0.0.1", 0), backlog=0) as listening, ExitStack() as waiting:
         host, port = listening.getsockname()
         for _ in range(3):
@@ -207,7 +209,7 @@ async def test_a_login_in_the_address_and_headers_are_sent(make: Make) -> None:
 @EITHER
 @pytest.mark.parametrize("status", [200, 400, 401, 500])
 async def test_a_server_that_repeats_secrets_is_not_quoted(make: Make, status: int) -> None:
-    """In a message of an error, and in an error in a body of status 200."""
+    """In the message of an error, and in an error in a body with status 200."""
     echo = f"Not for {USER} with {MEANT}, {PASSWORD}, {TOKEN} or {BASIC}"
     error = {"error": {"message": echo, "type": "invalid_request_error"}, "type": "error"}
 
@@ -315,7 +317,7 @@ def test_settings_are_kept_without_secrets() -> None:
 
 @EITHER
 def test_two_event_loops_share_a_judge(make: Make) -> None:
-    """`classify` in a thread beside `aclassify`: each loop has a client of its own, and closes no other."""
+    """`classify` in a thread, at the same time as `aclassify`: each loop has its own client, and closes no other client."""
     with JudgeServer(usage=USAGE, latency=0.01) as server:
         judge = make(server, **({"structured": None} if make is chat else {}))
         asking = cascade(judge)

@@ -1,4 +1,4 @@
-"""What tells one judge's answers from another's: every option is in a judge's `identity()`, or named here with the reason."""
+"""Every option that changes an answer is in the judge's `identity()`. Every other option is named here with the reason."""
 
 import inspect
 from collections.abc import Callable, Mapping
@@ -72,7 +72,7 @@ UNCHANGED: Mapping[type[Judge], Mapping[str, tuple[object, str]]] = {
     },
     RecordedJudge: {},
 }
-"""Another value of each option that changes no answer, and why."""
+"""Another value of each option that changes no answer, and the reason."""
 
 
 def made(kind: Callable[..., Judge], tmp_path: Path, options: Mapping[str, object]) -> Judge:
@@ -90,7 +90,7 @@ def made(kind: Callable[..., Judge], tmp_path: Path, options: Mapping[str, objec
 
 
 def of_judge(judge: Judge) -> str:
-    """Of its identity, but for the spec of a model that is told by its content."""
+    """The identity of a judge, without the spec of a model that is identified by its content."""
     return key_of({**judge.identity(), **({"judge": ""} if isinstance(judge, HfChatJudge) else {})})
 
 

@@ -1,4 +1,4 @@
-"""The open_clip backend against open_clip itself, on tiny models of both kinds and on the bundled one."""
+"""The open_clip backend compared with open_clip, on tiny models of both kinds and on the bundled model."""
 
 import json
 import shutil
@@ -41,7 +41,7 @@ LABELS = LabelSet.of(["red finch", "blue owl", "grey finch"])
 
 @pytest.fixture(scope="module")
 def models_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A softmax and a sigmoid model, random weights, as ``local-dir:`` wants them."""
+    """A softmax model and a sigmoid model with random weights, in the form that ``local-dir:`` needs."""
     folder = tmp_path_factory.mktemp("open_clip")
     for kind in ("softmax", "sigmoid"):
         here = folder / kind

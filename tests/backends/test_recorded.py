@@ -1,4 +1,4 @@
-"""What was recorded of real runs comes back through the same interfaces."""
+"""Replays of real runs give the recorded scores and verdicts through the same interfaces."""
 
 import asyncio
 from collections.abc import Iterable, Sequence
@@ -45,7 +45,7 @@ def asking(judge: Judge) -> list[Stage]:
 
 
 class Ranking(Scorer):
-    """Ranks, for one image after the other, the labels that the next question names first."""
+    """For one image after another, ranks the labels of the next question first."""
 
     def __init__(self, questions: Sequence[Question]) -> None:
         self.names = iter([[label.name for label in each.labels] for each in questions])
@@ -150,7 +150,9 @@ def test_a_replay_stops_where_most_answers_are_missing(tmp_path: Path, known: in
     replaying = load_judge(f"recorded:{path}")
     for _ in range(2):  # the second run counts anew
         if stops:
-            with pytest.raises(FatalError, match=rf"no answer to {missing} of {known + missing} questions\. Replay it with"):
+            with pytest.raises(
+                FatalError, match=rf"no answer to {missing} of {known + missing} questions\. Use the images, labels"
+            ):
                 classify(replaying, range(known + missing))
         else:
             outcomes = [each.verdict and each.verdict.outcome for each in classify(replaying, range(known + missing))]
@@ -160,7 +162,7 @@ def test_a_replay_stops_where_most_answers_are_missing(tmp_path: Path, known: in
 async def test_what_is_no_record(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("{}")
     bulk.run(Cascade(FakeScorer(), [], labels=LABELS), [("0", noise(0))], tmp_path / "run", config={})
-    for name, told in {"none": "it lacks", "file": "it lacks", "run": "is a run without labels: it holds no record"}.items():
+    for name, told in {"none": "it lacks", "file": "it lacks", "run": "is a run without labels, not a record"}.items():
         with pytest.raises(DataError, match=told):
             await load_judge(f"recorded:{tmp_path / name}").prepare()
         with pytest.raises(DataError, match=told):
@@ -179,13 +181,13 @@ class TestRecordedScorer(ScorerContract):
         return load_scorer(f"recorded:{self.path}")
 
     def test_labels_keep_their_columns(self) -> None:
-        """A record is of one label set in one order."""
-        with pytest.raises(BackendError, match="labels it was recorded with, in their order"):
+        """A record has one label set, in one order."""
+        with pytest.raises(BackendError, match="images and labels of the record, in the same order"):
             self.make().score([noise(1)], LabelSet(self.labels.labels[::-1]))
 
 
 class TestRecordedJudge(JudgeContract):
-    """Each test runs twice: a first time to be recorded, then against the record."""
+    """Each test runs twice: the first run is recorded, and the second run uses the record."""
 
     @pytest.fixture(autouse=True)
     async def _record(self, tmp_path: Path, request: pytest.FixtureRequest) -> None:
@@ -204,7 +206,7 @@ class TestRecordedJudge(JudgeContract):
         return self.judge
 
     async def test_repair_turn_is_understood(self) -> None:
-        """A record holds first questions only."""
+        """A record contains only first questions."""
         if not isinstance(self.judge, FakeJudge):
             with pytest.raises(PermanentError, match="no answer to this question"):
                 await self.judge.judge(replace(question(), rejected="A sparrow, I think."))

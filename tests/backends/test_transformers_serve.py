@@ -1,4 +1,4 @@
-"""The bundled judge behind ``transformers serve``, asked through ``openai:``, says what it says in process."""
+"""The bundled judge behind ``transformers serve``, asked through ``openai:``, gives the same answers as in this process."""
 
 import socket
 import subprocess

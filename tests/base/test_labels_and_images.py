@@ -289,7 +289,7 @@ def encoded(kind: str, **options: object) -> bytes:
 
 
 def exif(*tags: tuple[int, int, int, bytes], order: str = "<") -> bytes:
-    """EXIF of these tags: number, kind, count and value, four bytes."""
+    """EXIF data with these tags: number, kind, count and a value of four bytes."""
     head = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(f"{order}IH", 8, len(tags))
     return b"Exif\0\0" + head + b"".join(struct.pack(f"{order}HHI", *tag[:3]) + tag[3] for tag in tags) + bytes(4)
 
@@ -299,7 +299,7 @@ def png_chunk(kind: bytes, data: bytes) -> bytes:
 
 
 def jpeg_with(marker: int, data: bytes) -> bytes:
-    """With orientation 6 and one more segment."""
+    """A JPEG file with orientation 6 and one more segment."""
     turned = exif((0x0112, 3, 1, b"\6\0\0\0"))
     segments = b"".join(
         bytes((0xFF, each)) + struct.pack(">H", len(content) + 2) + content for each, content in ((0xE1, turned), (marker, data))
@@ -308,13 +308,13 @@ def jpeg_with(marker: int, data: bytes) -> bytes:
 
 
 def png_with(kind: bytes, data: bytes) -> bytes:
-    """With orientation 6 and one more chunk."""
+    """A PNG file with orientation 6 and one more chunk."""
     whole = encoded("PNG", exif=exif((0x0112, 3, 1, b"\6\0\0\0")))
     return whole[:33] + png_chunk(kind, data) + whole[33:]
 
 
 def tiff_with(compression: str, tag: int, kind: int, count: int, value: bytes) -> bytes:
-    """With orientation 6 and one more tag."""
+    """A TIFF file with orientation 6 and one more tag."""
     whole = encoded("TIFF", compression=compression)
     (place,) = struct.unpack_from("<I", whole, 4)
     (number,) = struct.unpack_from("<H", whole, place)

@@ -1,4 +1,6 @@
-"""Copies of cascades, stages, scorers and judges, before and after use: what they have, what they share and what stays behind."""
+"""Copies of cascades, stages, scorers and judges, before and after use: their content, the shared objects, and the objects that
+are not copied.
+"""
 
 import asyncio
 import pickle
@@ -76,7 +78,7 @@ def test_hosted_judges_are_copied_without_their_clients(make: Make, copied: Copy
 
 @EVERY
 async def test_hosted_judges_are_copied_while_they_are_asked(make: Make) -> None:
-    """Two questions at once: where it is to be found out what an endpoint can do, the second waits for the first."""
+    """Two questions at the same time. If the first finds out what an endpoint can do, the second waits for it."""
     with JudgeServer() as server:
         judge = make(server) if make is messages else make(server, structured=None)
         await judge.prepare()
@@ -135,7 +137,7 @@ def test_a_local_judge_is_copied_between_and_within_runs(copied: Copy, used: boo
 
 
 class Counting(Bystander):
-    """Has more that belongs to runs than what it is derived from."""
+    """A subclass with more attributes that belong to runs than its base class."""
 
     live = (("calls", list),)
 
@@ -168,7 +170,7 @@ def test_calibrated_cascades_with_a_store_and_kept_embeddings_are_copied(copied:
 
 
 class Growing:
-    """A verdict during whose copying another one is stored, as another thread may do."""
+    """While this verdict is copied, another verdict is stored. Another thread may do that."""
 
     def __init__(self, store: MemoryStore) -> None:
         self.store = store

@@ -132,7 +132,7 @@ assert [thread.name for thread in threading.enumerate()].count("cascadevlm") == 
 
 
 def test_the_first_calls_of_all_may_come_at_once_from_several_threads() -> None:
-    """In a process of their own: only there is no event loop yet."""
+    """In a separate process, because only a new process has no event loop yet."""
     subprocess.run([sys.executable, "-c", FIRST_CALLS], check=True)
 
 
@@ -143,7 +143,7 @@ async def test_a_running_event_loop_is_no_error() -> None:
 
 
 class Jittery(Judge):
-    """Answers by the image's first pixel after a random while."""
+    """Answers by the first pixel of the image, after a random time."""
 
     spec = "jittery:test"
     concurrency = 5
@@ -254,7 +254,7 @@ def test_a_model_is_loaded_once_and_before_any_image_is_prepared() -> None:
 
 
 def test_runs_that_share_a_model_load_it_once_and_call_it_by_turns() -> None:
-    """In one event loop, in threads and in event loops of their own; through wrappers of one model, too."""
+    """In one event loop, in threads, and in separate event loops; also through wrappers of one model."""
 
     class Busy(FakeScorer):
         loaded = calls = at_once = most_at_once = 0
@@ -344,7 +344,7 @@ def test_a_stream_may_be_forgotten_and_collected_anywhere(caplog: pytest.LogCapt
 
 
 def test_sources_that_wait_hold_nobody_else_up() -> None:
-    """More of them than the default executor has threads."""
+    """More tasks than the default executor has threads."""
     opened: queue.Queue[None] = queue.Queue()
 
     def waiting() -> Iterator[Image.Image]:
@@ -503,7 +503,7 @@ REFUSED: dict[str, tuple[object, str]] = {
     "DataFrame": (FRAME, r"is a table \(DataFrame\)"),
     "pyarrow": (pyarrow.table({"path": ["a.png"]}), r"is a table \(Table\)"),
     "dict": ({"path": ["a.png"]}, r"is a table \(dict\)"),
-    "texts": (np.array(["a.png", "b.png"]), r"an array of dtype <U5, which holds no pixels\. .*tolist"),
+    "texts": (np.array(["a.png", "b.png"]), r"an array of dtype <U5; an array of images has the dtype uint8\. .*tolist"),
     "objects": (np.array([Path("a.png"), Path("b.png")]), "an array of dtype object"),
     "bytes": (np.array([b"a.png"]), "an array of dtype"),
     "0 dimensions": (np.array("a.png"), "an array of dtype <U5"),
@@ -638,7 +638,7 @@ def test_reference_images_come_from_the_support_set(tmp_path: Path) -> None:
     judge = FakeJudge()
     cascade(stage(judge, support=support, prompt=load_prompt("select_fewshot"))).classify([picture(GREY)])
     assert [exemplar.label.name for exemplar in judge.questions[0].exemplars] == ["red bird", "blue bird"]
-    with pytest.raises(PromptError, match=r"'select' has no place for the support images\. Take a prompt with \$references"):
+    with pytest.raises(PromptError, match=r"'select' has no place for the support images\. Use a prompt with \$references"):
         stage(judge, support=support)
     with pytest.raises(InputError, match="no image of any label"):
         SupportSet.read(tmp_path, LabelSet.of(["owl"]))

@@ -1,4 +1,4 @@
-"""What a run is held against: no warning where images are like those of the calibration, one of each kind where they are not."""
+"""Drift: no warning if the images are similar to the images of the calibration, and one warning of each kind if they are not."""
 
 import re
 import warnings
@@ -43,7 +43,7 @@ MODEL = replace(JudgeModel.prior(len(NAMES)), ability=2.5, class_bias=np.linspac
 SCORES = "the scorer's mean probability of its best label is"
 ANSWERS = "the share of the judge's answers that are the scorer's best label is"
 FOREIGN = (9, 8)
-"""The size of pictures of another kind."""
+"""The size of pictures of another kind, which differ from the calibration."""
 
 
 class Scoring(FakeScorer):
@@ -60,14 +60,14 @@ def pictures(first: int, last: int, size: tuple[int, int] = (8, 8)) -> list[Imag
 
 @cache
 def calibration() -> Calibration:
-    """Of the scorer as it is, and a judge whose model is known well."""
+    """A calibration that leaves the scorer unchanged, for a judge with a well-known model."""
     scores = FakeScorer().score(pictures(10_000, 11_000), LABELS)
     sureness = Reference.of(scores.probabilities.max(axis=1).astype(np.float64))
     return replace(some_calibration(NAMES, MODEL), images=1000, reference=sureness)
 
 
 def by_the_model(question: Question) -> str:
-    """What the model says of the candidates, the truth drawn from their probabilities."""
+    """An answer drawn from the judge's model, with the truth drawn from the probabilities of the candidates."""
     rng = np.random.default_rng(int(question.image_digest[:12], 16))
     probabilities = np.array([candidate.probability for candidate in question.candidates])
     truth = int((rng.random() > probabilities.cumsum()).sum())
@@ -79,7 +79,7 @@ def by_the_model(question: Question) -> str:
 
 
 def blindly(question: Question) -> str:
-    """Any of the options, of a picture of another kind."""
+    """For a picture of another kind, a random option."""
     if question.image.size != FOREIGN:
         return by_the_model(question)
     keys = [*options(question)]
@@ -87,7 +87,7 @@ def blindly(question: Question) -> str:
 
 
 def failing(question: Question) -> Reply:
-    """An error in one case of twenty."""
+    """Fails in one of twenty cases."""
     failed = int(question.image_digest, 16) % 20 == 0
     return PermanentError("The judge is away.") if failed else by_the_model(question)
 
@@ -126,7 +126,7 @@ def test_less_certain_scores_are_told_once_in_every_run() -> None:
     watched = cascade(scorer=Scoring())
     for _ in range(2):
         (told,) = warned(watched, images)
-        assert told.startswith(f"Over {WINDOW} images, {SCORES} 0.")
+        assert told.startswith(f"In {WINDOW} images, {SCORES} 0.")
         seen, expected = map(float, re.findall(r"0\.\d\d", told))
         reference = calibration().reference
         assert reference is not None
@@ -137,7 +137,7 @@ def test_less_certain_scores_are_told_once_in_every_run() -> None:
 
 def test_a_judge_that_no_longer_sees_is_told_once() -> None:
     (told,) = warned(cascade(blindly), pictures(0, 100) + pictures(0, 2 * WINDOW, FOREIGN))
-    assert told.startswith(f"Over {WINDOW} images, {ANSWERS} 0.")
+    assert told.startswith(f"In {WINDOW} images, {ANSWERS} 0.")
 
 
 @pytest.mark.parametrize(
@@ -162,7 +162,9 @@ def test_a_window_is_off_by_more_than_chance(deviation: float, images: int, off:
 
 @pytest.mark.parametrize(("off", "told"), [(0.08, False), (0.13, True)])
 def test_answers_vary_as_much_as_the_model_expects(off: float, told: bool) -> None:
-    """Of a share of about a half, 5 standard deviations over a window are 0.11, however little it varied when calibrating."""
+    """For a share of about a half, 5 standard deviations over a window are 0.11, even if the share varied little during the
+    calibration.
+    """
     shown = [0.55, 0.2, 0.15, 0.1]
     answers = Answers(candidates=np.array([[0, 1, 2, 3]]), answers=np.array([0]), none_offered=False)
     log_probs = np.log([[*shown, 1e-9, 1e-9]])

@@ -1,4 +1,4 @@
-"""What happens at the edges of a run: stopped early, without money, without room, with options that make no sense."""
+"""Unusual runs: stopped early, without money, without space on the disk, with options that make no sense."""
 
 import asyncio
 import sqlite3
@@ -36,7 +36,7 @@ class Closing(FakeJudge):
 
 
 def test_a_fatal_error_behind_thousands_of_results_ends_the_run() -> None:
-    """The results of images that were kept fill the queue while the one that was asked about fails."""
+    """The results of images without a question fill the queue, while the image with a question fails."""
     ask_first_only = np.zeros(32, dtype=bool)
     ask_first_only[0] = True
     asked = iter([ask_first_only])

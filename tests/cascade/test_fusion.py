@@ -1,4 +1,4 @@
-"""The decision layer in a running cascade: fused opinions, gain, widening, abstaining, and what a configuration binds."""
+"""The decision layer in a running cascade: fusion, gain, widening, abstaining, and the settings of a configuration."""
 
 import json
 import threading
@@ -72,7 +72,7 @@ def by_pixels(question: Question) -> str:
 
 
 def says(name: str) -> Callable[[Question], str]:
-    """The option of this name, "none of these" where it is not shown."""
+    """Answers the option with this name, or "none of these" if it is not shown."""
 
     def reply(question: Question) -> str:
         keys = {option: key for key, option in options(question).items()}
@@ -92,7 +92,7 @@ def cascade(judge: Judge, calibration: Calibration | None = None, policy: str = 
 
 
 def recorded(folder: Path, cascade: Cascade, images: int) -> tuple[Record, list[Prediction]]:
-    """What a cascade says of images of noise, and the record of it."""
+    """The predictions of a cascade for images of noise, and their record."""
     pictures = [noise(seed) for seed in range(images)]
     names = tuple(map(str, range(images)))
     data = Data(images=tuple(pictures), names=names, truths=("ant",) * images, splits=("",) * images)
@@ -119,8 +119,9 @@ def recorded(folder: Path, cascade: Cascade, images: int) -> tuple[Record, list[
 def test_a_live_cascade_is_what_its_record_says_it_would_be(
     tmp_path: Path, offer_none: bool, order: Order, policy: str, fusion: FusionRule
 ) -> None:
-    """Asking everything without a calibration, then deciding on the record, gives what asking with one does, where the same
-    candidates are shown: all, in an order that is that of calibrated scores."""
+    """Two ways give the same result: ask about all images and decide later on the record, or ask with the calibration. The
+    candidates are the same in both: all labels, in the order of the calibrated scores.
+    """
     calibration = known(fusion=fusion)
 
     def asking(judge: Judge, policy: str) -> Cascade:
@@ -152,7 +153,7 @@ def test_where_its_word_is_final_a_judge_is_not_asked_that_knows_less_than_the_s
 
 
 class Opinionated(FakeJudge):
-    """Tells probabilities that go by the pixels, of three images in four."""
+    """Gives probabilities that depend on the pixels, for three of four images."""
 
     async def judge(self, question: Question) -> Verdict:
         verdict = await super().judge(question)
@@ -190,7 +191,7 @@ def test_a_live_cascade_weighs_the_judges_probabilities_as_its_record_does(tmp_p
 @settings(max_examples=15)
 @given(st.integers(0, 1000), st.sampled_from(["ANSWER: A", "ANSWER: B", "ANSWER: E", "I see nothing."]))
 def test_both_opinions_are_weighed_by_bayes_rule(seed: int, reply: str) -> None:
-    """Four of six are shown; an answer that cannot be read is one, too."""
+    """Four of six labels are shown. An unreadable answer is also a missing answer."""
     judge = FakeJudge(reply=reply)
     found = cascade(judge, candidates=TopK(k=4), offer_none=True).classify(noise(seed))
     before = known().calibrated(FakeScorer().score([noise(seed)], LABELS)).log_probs[0].astype(float)
@@ -225,7 +226,7 @@ def test_the_word_of_the_judge_is_final_without_fusion() -> None:
 
 
 def test_a_second_judge_is_asked_about_what_is_still_in_doubt() -> None:
-    """Its policy sees what scorer and first judge say together, and so do its candidates."""
+    """The policy and the candidates of the second stage use the probabilities after the first judge's answer."""
     first, second = FakeJudge("one", reply="ANSWER: B"), FakeJudge("two", reply="ANSWER: A")
     one = cascade(first).stages[0]
     both = Cascade(
@@ -301,7 +302,7 @@ SURE_OF_NONE = replace(MODEL, none_ability=8.0, class_bias=np.zeros(6))
 @pytest.mark.parametrize("fusion", ["judge", "bayes"])
 @pytest.mark.parametrize(("widen", "asked"), [(0, 1), (1, 2), (2, 3), (5, 3)])
 def test_none_of_these_shows_the_next_candidates(fusion: FusionRule, widen: int, asked: int) -> None:
-    """The truth is the scorer's last: the judge finds it in the third list of two, if it is asked so often."""
+    """The truth is the scorer's last label. The judge finds it in the third list of two labels, if it is asked three times."""
     judge = FakeJudge(reply=says(ranked(1)[-1]), dollars=0.01)
     calibration = known(SURE_OF_NONE)
     found = cascade(judge, calibration, candidates=TopK(k=2), offer_none=True, widen=widen, fusion=fusion).classify(noise(1))
@@ -359,7 +360,7 @@ def test_a_list_widens_as_often_as_it_may(fusion: FusionRule, widen: int) -> Non
 
 
 class Metered(FakeJudge):
-    """Every question costs a dollar, and is known to."""
+    """Every question costs a dollar, and its price is known before."""
 
     def quote(self, question: Question) -> Quote:
         return Quote(worst_case=1_000_000_000)
@@ -508,8 +509,9 @@ def test_another_scorer_is_refused_at_the_first_image() -> None:
 
 @pytest.mark.parametrize(("mode", "fusion"), [("generate", "bayes"), ("likelihood", "bayes"), ("likelihood", "judge")])
 def test_the_bundled_models_decide_as_their_record_says(tmp_path: Path, mode: str, fusion: FusionRule) -> None:
-    """Eight of the bundled images, all eight names as candidates: calibrated on the record of asking everything, then live, and
-    evaluated with the fusion of the configuration, not that of the calibration."""
+    """Eight bundled images with all eight names as candidates. The calibration comes from a record in which the judge was asked
+    about all images. The run and the evaluation use the fusion of the configuration, not the fusion of the calibration.
+    """
     from importlib import resources
 
     from cascadevlm.evaluation.data import read_data
@@ -553,7 +555,7 @@ def three_times(record: Record) -> Record:
 
 
 def stage_of_expert(*names: str, policy: str) -> Stage:
-    """Of a judge that knows some classes, and names one of them whatever it sees."""
+    """The model of a judge that knows some classes, and names one of them for every image."""
     abilities = np.array([3.0 if name in names else -3.0 for name in NAMES])
     return Stage(
         judge=FakeJudge(model="-".join(names), reply=says(names[0])),
@@ -626,7 +628,7 @@ def test_with_routing_a_dear_judge_has_to_be_worth_its_price(dollars: float, jud
 
 
 class ByPixels(FakeJudge):
-    """A judge that is paid by the pixel. Before a question is asked, its price is made beside the event loop."""
+    """A judge with a price per pixel. The price of a question is computed outside the event loop."""
 
     def quote(self, question: Question) -> Quote:
         is_asked = question.label_set is not None
@@ -636,7 +638,7 @@ class ByPixels(FakeJudge):
 
 @pytest.mark.parametrize(("votes", "asked"), [(1, 2), (3, 1)])
 def test_a_large_image_has_to_be_worth_its_price(votes: int, asked: int) -> None:
-    """Of equal pictures of 100, 10,000 and 1,000,000 pixels, in one batch or one each, those that are cheap enough."""
+    """Equal pictures of 100, 10,000 and 1,000,000 pixels, in one or three batches. Only cheap pictures are escalated."""
     images = [picture(INSECT, size) for size in ((10, 10), (100, 100), (1000, 1000))]
     stage = stage_of_expert("ant", "bee", policy="gain_per_dollar > 20000")
     assert stage.asking is not None
@@ -648,7 +650,7 @@ def test_a_large_image_has_to_be_worth_its_price(votes: int, asked: int) -> None
 
 
 def test_a_file_is_not_opened_again_for_its_price(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A large image leaves the memory once it is preprocessed; the policy wants its price all the same."""
+    """A large image is removed from memory after preprocessing, but the policy still needs its price."""
     picture(INSECT, (1500, 1000)).save(tmp_path / "large.png")
     opened: list[ImageSource] = []
     open_image = reading._open
@@ -673,7 +675,7 @@ def test_a_file_is_not_opened_again_for_its_price(tmp_path: Path, monkeypatch: p
 
 
 def test_a_question_whose_price_is_not_known_fails_alone() -> None:
-    """Its length is beyond what the price is known for. It costs nothing, as it is not sent."""
+    """There is no price for this length. The question costs nothing, because it is not sent."""
 
     class KnownUpTo500Pixels(FakeJudge):
         def quote(self, question: Question) -> Quote:
@@ -697,7 +699,7 @@ def test_a_price_is_told_by_the_size_of_a_file_that_is_not_decoded(tmp_path: Pat
     scored = IN_DOUBT.score([picture(INSECT)], LABELS)
 
     class Knowing(FakeScorer):
-        """Has scored the images before; the second is gone now."""
+        """A scorer that has scored the images before. The second image is deleted now."""
 
         def prepare(self, source: ImageSource) -> Prepared:
             return Prepared(source=source)
@@ -716,7 +718,7 @@ def test_a_price_is_told_by_the_size_of_a_file_that_is_not_decoded(tmp_path: Pat
 @pytest.mark.parametrize("also", ["", " & gain > 0.1", " & calls <= 5", " | never"])
 def test_routing_wants_policies_of_gain_alone(policies: tuple[str, str], also: str) -> None:
     stages = [stage_of_expert("ant", policy=policy + also) for policy in policies]
-    with pytest.raises(PolicyError, match=r"cannot choose between judges. With routing, give a policy of gain alone"):
+    with pytest.raises(PolicyError, match=r"cannot choose between judges. With routing, use only a gain policy"):
         Cascade(IN_DOUBT, stages, labels=LABELS, routing=True)
 
 
@@ -726,7 +728,7 @@ def test_routing_wants_judges_to_choose_between() -> None:
 
 
 def test_stages_of_different_fusion_are_no_cascade() -> None:
-    """The first judge's final word would be lost behind a second one that mumbles, and whose answer is fused."""
+    """The first judge's final answer would be lost behind a second judge that gives no answer and whose answers are fused."""
     fused = stage_of_expert("ant", policy="always")
     with pytest.raises(InputError, match=r"The stages have different fusions: 'bayes' and 'judge'\."):
         Cascade(IN_DOUBT, [replace(fused, fusion="judge"), fused], labels=LABELS)
@@ -741,7 +743,7 @@ def test_asking_everything_asks_every_judge_whatever_the_routing() -> None:
 
 
 def test_with_routing_nothing_is_left_to_a_later_judge_where_no_policy_wants_it() -> None:
-    """The later judge is worth more there, too, but less than its policy wants."""
+    """The gain of the later judge is larger, but below the threshold of its policy."""
     stages = [stage_of_expert("ant", "bee", policy="gain > 0.9"), stage_of_expert("ant", "bee", policy="gain > 0.8")]
     for prediction in Cascade(IN_DOUBT, stages, labels=LABELS, routing=True).classify([picture(RED), picture(INSECT)]):
         assert not prediction.verdicts

@@ -1,4 +1,4 @@
-"""What is concluded of an image, without a run."""
+"""The prediction of an image, without a run."""
 
 import pytest
 

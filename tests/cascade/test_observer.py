@@ -1,4 +1,4 @@
-"""What an observer is told of a run."""
+"""The calls that an observer gets during a run."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +15,7 @@ LABELS = ["ant", "bee", "cicada", "dragonfly"]
 
 
 class Everything(Observer):
-    """Notes all that it is told."""
+    """Records all calls."""
 
     def __init__(self) -> None:
         self.judges: list[tuple[int, Judge]] = []
@@ -58,7 +58,7 @@ def test_an_observer_sees_what_passes(tmp_path: Path) -> None:
 
 
 def test_every_list_that_is_shown_is_told() -> None:
-    """Of lists that grow wider each; the last one, which gets no answer, too."""
+    """Every widened list is reported, also the last list, which gets no answer."""
     judge, seen = FakeJudge(reply=["ANSWER: none of these", PermanentError("down")]), Everything()
     stage = Stage(judge=judge, prompt=load_prompt("select"), candidates=TopK(k=2), offer_none=True, widen=1)
     (prediction,) = Cascade(FakeScorer(), [stage], labels=LABELS, observers=[seen]).classify([noise(0)])

@@ -1,4 +1,4 @@
-"""Calibrating on the command line, with the bundled models and images."""
+"""Calibration on the command line, with the bundled models and images."""
 
 import json
 import re
@@ -19,7 +19,7 @@ BIRDS = 24
 
 @pytest.fixture(scope="module")
 def birds(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The record of asking about 24 of the bundled images; a calibration on it, and a configuration that uses it."""
+    """A record with answers about 24 bundled images, a calibration made from it, and a configuration with the calibration."""
     folder = tmp_path_factory.mktemp("calibrate")
     for bird in sorted((CONFIG.parent / "images").glob("*.jpg"))[:BIRDS]:
         (folder / "data" / bird.stem).mkdir(parents=True)
@@ -74,7 +74,9 @@ def test_without_labels_other_labels_change_no_byte(birds: Path, tmp_path: Path,
 
 
 def test_shares_of_the_classes_are_matched(birds: Path) -> None:
-    """With all images of one class, no other label is likely any more after matching; most images are of others."""
+    """If all images should belong to one class, no other label is probable after the matching. Most images belong to other
+    classes.
+    """
     names = [folder.name for folder in sorted((birds / "data").iterdir())]
     given = {"even": dict.fromkeys(names, 1), "one": dict.fromkeys(names, 0) | {names[0]: 3}}
     reached = {}
@@ -121,7 +123,7 @@ def test_a_run_decides_by_what_was_learned(birds: Path) -> None:
 
 
 def test_an_evaluation_by_what_was_learned_warns_of_nothing(birds: Path) -> None:
-    """Of images that the judge is not asked about, no candidates are recorded."""
+    """No candidates are recorded for images without a question."""
     for policy, low, high in (("entropy > 0.1", 0.01, 0.99), ("never", 0, 0)):
         done = run("evaluate", birds / "data", "--config", birds / "learned.toml", "--policy", policy, "--json")
         assert low <= json.loads(done.stdout)["deferral_rate"] <= high
@@ -146,7 +148,7 @@ def test_lists_are_as_long_as_was_found_best(birds: Path) -> None:
 
 
 def test_lists_by_class_share_a_threshold_where_images_are_few(birds: Path) -> None:
-    """Of classes of one image each."""
+    """The classes have one image each."""
     by_class = ("--size", "20", "--coverage", "0.9", "--class-conditional")
     shown = run("calibrate", birds / "run", "-o", birds / "by-class.json", *by_class).stdout
     assert re.search(r"own conformal threshold +0 of 24\s", shown)
@@ -219,7 +221,7 @@ def test_other_labels_are_refused(birds: Path) -> None:
 def test_a_folder_without_a_record_is_refused(birds: Path) -> None:
     done = run("calibrate", birds / "data", "-o", birds / "none.json", check=False)
     assert done.returncode == 2
-    assert "holds no whole record" in done.stderr
+    assert "does not contain a complete record" in done.stderr
 
 
 def test_what_a_judge_said_about_images_without_labels_is_used_beside_the_labels(birds: Path) -> None:

@@ -20,13 +20,13 @@ Done = subprocess.CompletedProcess[str]
 
 
 def run_alone(*arguments: str) -> Done:
-    """In a process of its own, as a user would."""
+    """Run a command in a separate process, as a user does."""
     command = [str(Path(sys.executable).with_name("cascadevlm")), *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
 def run(*arguments: str | Path, check: bool = True, stdin: str = "") -> Done:
-    """In this process, which has torch loaded already."""
+    """Run a command in this process, which has already loaded torch."""
     out, err, code = io.StringIO(), io.StringIO(), 0
     argv = ["cascadevlm", *map(str, arguments)]
     with redirect_stdout(out), redirect_stderr(err), patch("sys.argv", argv), patch("sys.stdin", io.StringIO(stdin)):
@@ -44,7 +44,7 @@ def classify(images: Path) -> list[str | Path]:
 
 @pytest.fixture
 def images(tmp_path: Path) -> Path:
-    """Three of the bundled birds, and a file of their names and two more beside them."""
+    """Three bundled birds, and a file with their names and two more names."""
     folder = tmp_path / "images"
     folder.mkdir()
     with resources.as_file(resources.files("cascadevlm_backends") / "aviary" / "images") as bundled:
@@ -164,7 +164,7 @@ def test_cache_is_filled_used_verified_and_cleared(images: Path, tmp_path: Path)
 def test_looking_at_a_cache_makes_none(tmp_path: Path, command: str) -> None:
     done = run("cache", command, "--folder", tmp_path, check=False)
     assert done.returncode == 2
-    assert "holds no cache of verdicts" in done.stderr
+    assert "does not contain a cache of verdicts" in done.stderr
     assert list(tmp_path.iterdir()) == []
 
 

@@ -1,4 +1,4 @@
-"""Comparing on the command line, with the bundled models and images."""
+"""Comparisons on the command line, with the bundled models and images."""
 
 import json
 import shutil
@@ -18,7 +18,9 @@ GATED = CONFIG.read_text()
 
 @pytest.fixture(scope="module")
 def birds(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Eight of the bundled images, three configurations, and the records of comparing two that differ in their policy alone."""
+    """Eight bundled images, three configurations, and the records of a comparison of two configurations that differ only in
+    their policy.
+    """
     folder = tmp_path_factory.mktemp("compare")
     for bird in sorted((CONFIG.parent / "images").glob("*.jpg"))[:8]:
         (folder / "data" / bird.stem).mkdir(parents=True)
@@ -93,12 +95,12 @@ def test_the_first_cache_is_everybodys(birds: Path, tmp_path: Path) -> None:
     [
         (["gated.toml"], "A comparison needs at least two runs"),
         (["gated.toml", "always.toml"], "Add --data"),
-        (["runs/gated", "runs/always", "--data", "data"], "These options are for configurations"),
+        (["runs/gated", "runs/always", "--data", "data"], "These options need a configuration"),
         (["gated.toml", "runs/gated", "--data", "data"], "are both named 'gated'"),
         (["gated.toml", "none.toml", "--data", "data"], "cannot be read"),
-        (["runs/gated", "data"], "holds no whole record"),
+        (["runs/gated", "data"], "does not contain a complete record"),
         (["runs/gated", "direct.toml", "--data", "data", "--limit", "3"], "5 of 8 are only in 'gated'"),
-        (["gated.toml", "direct.toml", "--data", "data", "--limit", "3", "-o", "runs"], "added after the last one only"),
+        (["gated.toml", "direct.toml", "--data", "data", "--limit", "3", "-o", "runs"], "only be added after the last image"),
     ],
 )
 def test_wrong_calls_are_one_sentence(birds: Path, arguments: list[str], sentence: str) -> None:

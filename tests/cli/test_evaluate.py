@@ -1,4 +1,4 @@
-"""Measuring and sweeping on the command line, with the bundled models and images."""
+"""Evaluations and sweeps on the command line, with the bundled models and images."""
 
 import json
 import shutil
@@ -14,7 +14,7 @@ CONFIG = Path(str(resources.files("cascadevlm_backends") / "aviary" / "cascade.t
 
 @pytest.fixture(scope="module")
 def birds(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Eight of the bundled images in a folder of folders, and what a judge asked about all of them said."""
+    """Eight bundled images in one folder per class, and the judge's answers about all of them."""
     folder = tmp_path_factory.mktemp("evaluate")
     for bird in sorted((CONFIG.parent / "images").glob("*.jpg"))[:8]:
         (folder / "data" / bird.stem).mkdir(parents=True)
@@ -40,7 +40,7 @@ def test_what_the_judge_said_of_everything_can_be_swept(birds: Path) -> None:
 
 
 def test_an_interrupted_evaluation_goes_on_with_the_same_command(birds: Path, tmp_path: Path) -> None:
-    """The cache is beside; three lines are all that the first session left."""
+    """The cache is outside the folder. The first session wrote only three lines."""
     command = ("evaluate", birds / "data", "--config", CONFIG, "--judge-all", "-o", tmp_path / "run", "--json")
     shutil.copytree(birds / "run", tmp_path / "run")
     lines = (tmp_path / "run" / "predictions.jsonl").read_bytes().splitlines(keepends=True)
@@ -48,7 +48,7 @@ def test_an_interrupted_evaluation_goes_on_with_the_same_command(birds: Path, tm
     for name in ("summary.json", "predictions.parquet"):
         (tmp_path / "run" / name).unlink()
     done = run(*command)
-    assert "3 images have a prediction; the run goes on after them." in done.stderr
+    assert "3 images have a prediction; the run continues after them." in done.stderr
     summaries = [json.loads((folder / "run" / "summary.json").read_text()) for folder in (birds, tmp_path)]
     took = dict.fromkeys(("paid_dollars", "input_tokens", "output_tokens", "latency_p50", "latency_p95"))
     first, *others = (each | took for each in [*summaries, json.loads(done.stdout)])
@@ -77,7 +77,7 @@ def test_of_several_stages_the_run_is_reported_as_it_was(birds: Path) -> None:
     second = ("--set", "stage.1.judge=hf_chat:aviary", "--set", "stage.1.policy=never")
     done = run("evaluate", birds / "data", "--config", CONFIG, "--limit", "3", *second, "--judge-all", "--json")
     assert len(done.stderr.strip().splitlines()) == 1
-    assert "figures are those of asking about every image" in done.stderr
+    assert "figures are for the judge asked about every image" in done.stderr
     assert json.loads(done.stdout)["deferral_rate"] == 1
 
 
@@ -101,7 +101,7 @@ def test_a_part_of_the_data(birds: Path) -> None:
             "belongs to another run: its judges were asked about every image",
         ),
         (["evaluate", "DATA", "--config", CONFIG, "--split", "test"], "no split 'test'"),
-        (["sweep", "DATA"], "holds no whole record"),
+        (["sweep", "DATA"], "does not contain a complete record"),
     ],
 )
 def test_wrong_calls_are_one_sentence(birds: Path, arguments: list[str | Path], sentence: str) -> None:

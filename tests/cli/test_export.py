@@ -1,4 +1,4 @@
-"""Exporting what the commands wrote, with the bundled models and images."""
+"""Exports of the commands' results, with the bundled models and images."""
 
 import csv
 import json
@@ -17,8 +17,7 @@ CONFIG = Path(str(resources.files("cascadevlm_backends") / "aviary" / "cascade.t
 
 @pytest.fixture(scope="module")
 def birds(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Eight of the bundled images in a folder of folders, one that cannot be read, and the record of a cascade that often
-    abstains."""
+    """Eight bundled images in one folder per class, one unreadable image, and the record of a cascade that often abstains."""
     folder = tmp_path_factory.mktemp("export")
     for bird in sorted((CONFIG.parent / "images").glob("*.jpg"))[:8]:
         (folder / "data" / bird.stem).mkdir(parents=True)
@@ -47,7 +46,7 @@ def test_a_record_is_exported_in_every_format(birds: Path, tmp_path: Path, to: s
 
 
 def labels_in(out: Path, to: str) -> dict[str, str | None]:
-    """The labels by path, as a reader of the format has them."""
+    """The labels by path, read with a reader of the format."""
     match to:
         case "csv":
             with out.open(newline="") as file:
@@ -93,8 +92,8 @@ def test_what_is_left_out_is_told_and_reviews_are_of_the_abstained(birds: Path, 
     [
         ("nowhere", "csv", "out", "does not exist"),
         ("run", "voc", "out", "There is no format 'voc'"),
-        ("run", "csv", "run", "is there already"),
-        ("data", "csv", "out", "holds no predictions"),
+        ("run", "csv", "run", "exists already"),
+        ("data", "csv", "out", "contains no predictions"),
     ],
 )
 def test_wrong_calls_are_one_sentence(birds: Path, source: str, to: str, output: str, sentence: str) -> None:

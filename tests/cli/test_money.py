@@ -1,4 +1,4 @@
-"""What the command line says and asks about money, against a hosted judge on this machine that has a price."""
+"""Messages and questions of the command line about money, with a hosted judge on this machine that has a price."""
 
 import json
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ def server() -> Iterator[JudgeServer]:
 
 @pytest.fixture
 def call(server: JudgeServer, tmp_path: Path) -> list[str | Path]:
-    """Arguments that classify four images, a judge that costs a dollar per thousand tokens asked about each."""
+    """Arguments that classify four images. A judge that costs a dollar per thousand tokens is asked about each image."""
     for seed in range(4):
         noise(seed, (60, 60)).save(tmp_path / f"{seed}.png")
     (tmp_path / "labels.txt").write_text("red finch\nblue finch\ngrey owl\n")
@@ -92,7 +92,9 @@ def test_a_list_is_estimated_alone(call: list[str | Path], tmp_path: Path) -> No
 
 
 def test_a_run_that_goes_on_is_asked_about_what_is_left(call: list[str | Path], tmp_path: Path) -> None:
-    """At a dollar each, two images are answered, two more are skipped for want of money, and then the cap is raised."""
+    """Each question costs a dollar. Two questions are answered, two are skipped because the budget is used up, and then the
+    budget is raised.
+    """
     images = tmp_path / "some"
     images.mkdir()
 

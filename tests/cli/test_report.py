@@ -14,7 +14,7 @@ CONFIG = Path(str(resources.files("cascadevlm_backends") / "aviary" / "cascade.t
 
 @pytest.fixture(scope="module")
 def birds(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A record of eight of the bundled images, and a study beside it."""
+    """A record of eight bundled images, and a study of it."""
     folder = tmp_path_factory.mktemp("report")
     for bird in sorted((CONFIG.parent / "images").glob("*.jpg"))[:8]:
         (folder / "data" / bird.stem).mkdir(parents=True)
@@ -51,7 +51,7 @@ def test_a_bulk_run_is_a_page_and_no_record(birds: Path) -> None:
     assert page.count("data:image/webp") == 8
     for options in ([], ["-o", str(birds / "output")]):
         done = run("calibrate" if options else "sweep", birds / "bulk", *options, check=False)
-        assert (done.returncode, "is a run without labels: it holds no record." in done.stderr) == (2, True)
+        assert (done.returncode, "is a run without labels, not a record." in done.stderr) == (2, True)
     done = run("report", birds / "bulk", birds / "run", "-o", birds / "both.html", check=False)
     assert (done.returncode, "is a run without labels, and other runs have labels." in done.stderr) == (2, True)
 
@@ -59,7 +59,7 @@ def test_a_bulk_run_is_a_page_and_no_record(birds: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["data", "-o", "report.html"], "holds no whole record"),
+        (["data", "-o", "report.html"], "does not contain a complete record"),
         (["run", "run", "-o", "report.html"], "2 of the runs are named 'run'"),
         (["run", "-o", "missing/report.html"], "cannot be written: No such file or directory"),
         (["run"], "Missing option '--output'"),

@@ -1,4 +1,4 @@
-"""``cascadevlm run`` as a user has it: begun, interrupted, gone on with, refused."""
+"""``cascadevlm run`` for a user: runs that are started, interrupted, continued and refused."""
 
 import json
 import shutil
@@ -26,7 +26,7 @@ def server() -> Iterator[JudgeServer]:
 
 @pytest.fixture
 def call(server: JudgeServer, tmp_path: Path) -> list[str | Path]:
-    """Arguments that ask one question after the other about a dozen birds."""
+    """Arguments that ask questions about twelve birds, one after another."""
     (tmp_path / "images").mkdir()
     for bird in sorted(AVIARY.glob("images/*"))[:12]:
         shutil.copy(bird, tmp_path / "images")
@@ -39,7 +39,7 @@ def call(server: JudgeServer, tmp_path: Path) -> list[str | Path]:
 
 
 def begin(call: list[str | Path], server: JudgeServer) -> "subprocess.Popen[str]":
-    """The command under way, some of its questions asked."""
+    """The running command, after some of its questions."""
     program = Path(sys.executable).with_name("cascadevlm")
     process = subprocess.Popen([program, *call], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     while len(server.requests) < 3:
@@ -56,7 +56,7 @@ def test_an_interrupt_ends_in_order_and_the_same_command_goes_on(
     process.send_signal(number)
     output, errors = process.communicate()
     assert process.returncode == code
-    assert "The run stops after the questions under way" in errors
+    assert "The run stops when all open questions are finished" in errors
     assert "The same command continues it" in errors
     assert "spent" in output
     served = len(server.requests)
@@ -116,7 +116,7 @@ def test_an_interrupt_in_the_last_batch_ends_as_any_run(call: list[str | Path], 
     process = begin([*call, "--set", "batch_size=12"], server)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate()
-    assert "The run stops after the questions under way" in errors
+    assert "The run stops when all open questions are finished" in errors
     assert "continues it" not in errors
     assert process.returncode == 0
     assert (tmp_path / "run" / "summary.json").exists()

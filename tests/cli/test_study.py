@@ -14,7 +14,7 @@ CONFIG = Path(str(resources.files("cascadevlm_backends") / "aviary" / "cascade.t
 
 @pytest.fixture(scope="module")
 def birds(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Six of the bundled images in a folder of folders, a support folder of others' exemplars, and the study of two k."""
+    """Six bundled images in one folder per class, a support folder with other images, and a study of two values of k."""
     folder = tmp_path_factory.mktemp("study")
     bundled = sorted((CONFIG.parent / "images").glob("*.jpg"))
     for bird in bundled[:6]:
@@ -71,7 +71,7 @@ def test_studies_of_the_judge(birds: Path, arguments: list[str], variants: list[
     [
         (["candidates", "DATA", "--k", "1,some"], "--k must be numbers"),
         (["candidates", "DATA", "--k", "0"], "a whole number of at least 1"),
-        (["candidates", "DATA", "--k", "2", "--limit", "3", "-o", "OUT"], "Images may be added after the last one only"),
+        (["candidates", "DATA", "--k", "2", "--limit", "3", "-o", "OUT"], "Images may only be added after the last image"),
         (["order", "DATA", "--split", "test"], "no split 'test'"),
         (["shots", "DATA", "--support", "DATA/nothing"], "no image of any label"),
     ],

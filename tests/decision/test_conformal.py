@@ -1,4 +1,6 @@
-"""Conformal sets against their definition and their promise, and the best length of a list against a simulated judge."""
+"""Conformal sets compared with their definition and their promise, and the best length of a list compared with a simulated
+judge.
+"""
 
 import math
 from dataclasses import replace
@@ -23,7 +25,7 @@ coverages = st.floats(0.05, 0.95)
 
 
 def draw(seed: int, size: int, classes: int, *, sure: float = 2.0) -> tuple[Floats, Columns]:
-    """Probabilities of a scorer that thinks itself surer than it is, and truths; later classes are harder."""
+    """Truths and probabilities of an overconfident scorer. Later classes are more difficult."""
     rng = np.random.default_rng(seed)
     truths = rng.permutation(size) % classes
     logits = rng.normal(size=(size, classes)) * np.linspace(0.7, 1.3, classes)[truths][:, None]
@@ -142,7 +144,7 @@ def test_labels_of_no_probability_are_in_the_set_where_they_were_the_truth() -> 
 
 
 def simulate(log_probs: Floats, model: JudgeModel, size: int, none_offered: bool) -> float:
-    """The accuracy after asking, where truths follow the scorer and answers the model's utilities."""
+    """The accuracy after the questions. The truths follow the scorer, and the answers follow the model's utilities."""
     rng = np.random.default_rng(size)
     candidates = np.argsort(-log_probs, axis=1)[:, :size]
     truths = (log_probs + rng.gumbel(size=log_probs.shape)).argmax(axis=1)

@@ -1,4 +1,4 @@
-"""Guaranteed error targets: the promise kept in simulations, the figures against scipy, and what cannot be supported."""
+"""Guarantees: simulations of the promise, a comparison of the figures with scipy, and targets that the images do not support."""
 
 from collections.abc import Callable
 
@@ -15,7 +15,7 @@ from cascadevlm.decision.judge_model import Bools
 from cascadevlm.decision.scorer_calibration import Floats
 
 Model = Callable[[np.random.Generator, int], tuple[Floats, Floats]]
-"""Confidences of N images, and how probable it is that each is right."""
+"""Confidences of N images, and the probability that each image is right."""
 
 seeds = st.integers(0, 10_000)
 targets = st.floats(0.02, 0.5)
@@ -32,30 +32,34 @@ def overconfident(rng: np.random.Generator, size: int) -> tuple[Floats, Floats]:
 
 
 def right_nearly_everywhere(rng: np.random.Generator, size: int) -> tuple[Floats, Floats]:
-    """All could be accepted, 3 % are wrong; of the surest too, 1 % are: one of these must not end the sequence of tests."""
+    """All images could be accepted, because 3 % are wrong. Of the most probable images, 1 % are wrong. One of these errors must
+    not end the sequence of tests.
+    """
     confidences = rng.beta(8, 0.4, size)
     return confidences, 0.99 * (0.6 + 0.4 * confidences)
 
 
 def underconfident_with_ties(rng: np.random.Generator, size: int) -> tuple[Floats, Floats]:
-    """Of three votes: the images of two and more are wrong in 5.5 %, just too often."""
+    """Three votes: 5.5 % of the images with two or more votes are wrong, which is slightly too many."""
     votes = rng.integers(0, 4, size)
     return votes / 4, np.array([0.3, 0.8, 0.91, 0.98])[votes]
 
 
 def uninformative(rng: np.random.Generator, size: int) -> tuple[Floats, Floats]:
-    """Wrong in 5.5 % whatever the confidence: every threshold is just too low."""
+    """At every confidence, 5.5 % are wrong, so every threshold is slightly too low."""
     return rng.random(size), np.full(size, 0.945)
 
 
 def worst_where_surest(rng: np.random.Generator, size: int) -> tuple[Floats, Floats]:
-    """The assumption violated: the surest are wrong in 6 %, with those below in 2.3 %, with those further below in 5.02 %."""
+    """A violation of the assumption: 6 % of the most probable images are wrong, 2.3 % with the next images included, and 5.02 %
+    with further images.
+    """
     block = rng.choice(4, size, p=[0.05, 0.55, 0.3, 0.1])
     return np.array([0.9, 0.7, 0.5, 0.1])[block], 1 - np.array([0.06, 0.02, 0.104, 0.9])[block]
 
 
 def true_error(model: Model, threshold: float) -> float:
-    """Of what is accepted at a threshold: the mean over a million images of how probable it is that they are wrong."""
+    """The mean probability that an accepted image is wrong, over a million images at one threshold."""
     confidences, right = model(np.random.default_rng(99), 1_000_000)
     return float(1 - right[confidences >= threshold].mean())
 
@@ -87,7 +91,9 @@ def test_the_target_is_missed_in_at_most_one_of_twenty_calibrations(model: Model
 
 
 def test_the_closed_form_of_calibrated_confidences() -> None:
-    """Uniform and calibrated: above t, (1 - t) / 2 are wrong. Of many images, the threshold comes to 1 - 2 x the target."""
+    """Uniform and calibrated: a share of (1 - t) / 2 is wrong above t. With many images, the threshold becomes 1 - 2 x the
+    target.
+    """
     rng = np.random.default_rng(0)
     confidences = rng.random(200_000)
     found = fit_acceptance(confidences, rng.random(200_000) < confidences, target_error=0.2)
@@ -167,9 +173,9 @@ def test_too_few_images_support_nothing_even_if_all_are_right(target: float, con
     few = fit_acceptance(np.full(least - 1, 0.9), np.ones(least - 1, dtype=bool), target_error=target, confidence=confidence)
     assert few.threshold is None
     assert few.describe() == (
-        f"No threshold guarantees on {least - 1} labelled images that at most {100 * target:.4g} % of the accepted answers are "
-        f"wrong, with {100 * confidence:.4g} % confidence. That needs at least {least} accepted images if all of them are right, "
-        "and more otherwise."
+        f"With {least - 1} labelled images, no threshold guarantees that at most {100 * target:.4g} % of the accepted answers "
+        f"are wrong, with {100 * confidence:.4g} % confidence. The guarantee needs at least {least} accepted images without a "
+        "wrong answer, or more with some wrong answers."
     )
 
 

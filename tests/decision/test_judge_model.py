@@ -1,4 +1,6 @@
-"""The model of a judge against enumeration of all answers, its fit against simulated judges, and calibration without labels."""
+"""The model of a judge compared with an enumeration of all answers, its fit compared with simulated judges, and calibration
+without labels.
+"""
 
 from dataclasses import replace
 from functools import cache
@@ -45,7 +47,9 @@ def some_model(rng: np.random.Generator, classes: int, positions: int) -> JudgeM
 def some_questions(
     rng: np.random.Generator, size: int, classes: int, shown: int, *, none_offered: bool
 ) -> tuple[Floats, Answers]:
-    """Log-probabilities and answers of every kind: candidates in any order, lists of different lengths, "none", silence."""
+    """Log-probabilities and answers of every kind: candidates in any order, lists of different lengths, "none", missing
+    answers.
+    """
     log_probs = np.log(rng.dirichlet(np.full(classes, 0.7), size).clip(1e-12))
     candidates = np.array([rng.permutation(classes)[:shown] for _ in range(size)])
     lengths = rng.integers(1, shown + 1, size)
@@ -58,13 +62,13 @@ def some_questions(
 
 
 def options(answers: Answers, row: int) -> list[int]:
-    """What the judge may have said of one image."""
+    """A possible answer of the judge about one image."""
     shown = [int(column) for column in answers.candidates[row] if column != NOBODY]
     return [*shown, *[NONE_CHOSEN] * answers.none_offered, NOBODY]
 
 
 def enumerated(model: JudgeModel, log_probs: Floats, answers: Answers, row: int) -> Floats:
-    """C x O: how likely each option is by the description of the model, if each class is the truth."""
+    """``(C, O)``: the probability of each option according to the description of the model, if the class is the truth."""
     shown, said = answers.candidates[row], options(answers, row)[:-1]
     utilities = np.zeros((log_probs.shape[1], len(said)))
     for truth in range(log_probs.shape[1]):
@@ -165,7 +169,7 @@ def test_a_perfect_judge_is_worth_all_that_is_shown(seed: int) -> None:
 
 @given(seeds, st.booleans())
 def test_names_and_padding_mean_nothing(seed: int, none_offered: bool) -> None:
-    """Columns in another order, a candidate's place in a list of none, and a wider array give the same."""
+    """Columns in another order, an empty place in a list, and a wider array give the same result."""
     rng = np.random.default_rng(seed)
     model = some_model(rng, 6, 3)
     log_probs, answers = some_questions(rng, 8, 6, 4, none_offered=none_offered)
@@ -190,8 +194,9 @@ def test_names_and_padding_mean_nothing(seed: int, none_offered: bool) -> None:
 
 @given(seeds)
 def test_own_probabilities_count_instead_of_the_answer(seed: int) -> None:
-    """Of two candidates, in the ratio of prior odds times (probabilities by utilities) to the weight; the list as a whole, and
-    images without, as the answers have it."""
+    """The odds of two candidates are the prior odds times (ratio of the probabilities to the utilities) to the power of the
+    weight. The probability of the whole list, and images without probabilities, follow the answers.
+    """
     rng = np.random.default_rng(seed)
     model = replace(some_model(rng, 6, 3), probability_weight=rng.uniform(0.1, 3))
     log_probs, answers = some_questions(rng, 8, 6, 4, none_offered=True)
@@ -274,7 +279,7 @@ def test_a_fit_is_a_maximum() -> None:
 def simulated(
     model: JudgeModel, size: int, classes: int, shown: int, seed: int = 0, *, none_offered: bool = False
 ) -> tuple[Floats, NDArray[np.int64], Answers]:
-    """Calibrated scores, truths and answers of a judge that is just as a model says."""
+    """Calibrated scores, truths, and answers of a judge that follows a model exactly."""
     rng = np.random.default_rng(seed)
     log_probs = log_softmax(rng.normal(0, 2, (size, classes)), axis=1)
     truths = (np.exp(log_probs).cumsum(axis=1) > rng.random((size, 1))).argmax(axis=1)
@@ -287,7 +292,7 @@ def simulated(
 
 
 def test_a_simulated_judge_is_recognised() -> None:
-    """Of 4,000 images, to within some four standard errors: about .1 for ability and silence, .02 for following the scorer."""
+    """4,000 images, within about four standard errors: .1 for ability and silence, .02 for following."""
     truth = replace(
         some_model(np.random.default_rng(2), 6, 4),
         ability=1.5,
@@ -312,7 +317,7 @@ def test_a_simulated_judge_is_recognised() -> None:
 
 
 def test_few_labels_say_little_of_a_class() -> None:
-    """A judge that is right in 25 of 25 cases, with two classes never seen, stays near what was believed beforehand."""
+    """A judge is right in 25 of 25 cases. The abilities of two classes that it never saw stay near their prior."""
     log_probs, truths, answers = simulated(JudgeModel.prior(8), 25, 8, 8, seed=3)
     truths[truths > 5] = 0
     found, _ = fit_judge(log_probs, np.eye(8)[truths], replace(answers, answers=truths))
@@ -330,7 +335,7 @@ def test_nothing_known_is_the_prior() -> None:
 
 
 def test_what_is_particular_is_only_believed_where_it_holds() -> None:
-    """Of a judge alike for all classes, cross-validation chooses strong priors; of one that is not, weak ones."""
+    """If a judge is equal for all classes, cross-validation chooses strong priors. If not, it chooses weak priors."""
     alike = replace(JudgeModel.prior(6, 6), ability=2.0)
     unlike = replace(alike, class_bias=np.array([3.0, -3, 2, -2, 1, -1]))
     spreads = []
@@ -343,8 +348,9 @@ def test_what_is_particular_is_only_believed_where_it_holds() -> None:
 
 
 def test_the_weight_of_probabilities_is_found() -> None:
-    """Their logarithms are utilities with normal noise: the weight is the ability by the variance, and what is believed then is
-    right as often as it says, and more often than by the answers alone."""
+    """The logarithms of the probabilities are utilities with normal noise. The weight is the ability divided by the variance.
+    The resulting probabilities are calibrated, and are right more often than the answers alone.
+    """
     rng = np.random.default_rng(7)
     log_probs = log_softmax(rng.normal(0, 2, (6000, 6)), axis=1)
     truths = (np.exp(log_probs).cumsum(axis=1) > rng.random((6000, 1))).argmax(axis=1)
@@ -368,7 +374,7 @@ def test_the_weight_of_probabilities_is_found() -> None:
 
 @pytest.mark.parametrize("sharpness", [0.2, 1.0, 4.0])
 def test_own_probabilities_say_more_than_answers(sharpness: float) -> None:
-    """Of judges timid, right and overconfident, by the generative model of `benchmarks.decision.made_up`."""
+    """Underconfident, calibrated and overconfident judges of the generative model `benchmarks.decision.made_up`."""
     record = made_up(1, 1200, 10, 10, sharpness=sharpness)
     own, rest = record.take(np.arange(200)), record.take(np.arange(200, 1200))
     calibration = fit_calibration(own, Recipe())
@@ -407,8 +413,10 @@ def test_probabilities_that_say_nothing_more_have_no_weight(known: str) -> None:
 
 @cache
 def fused_beyond_better(classes: int, shown: int) -> tuple[Floats, Floats]:
-    """Over three seeds of `benchmarks.decision.made_up`, after 200 labels, on 1,500 fresh images with everything asked: fused
-    accuracy less that of the better of scorer and judge, and calibration error of the fused probabilities."""
+    """Means over three seeds of `benchmarks.decision.made_up`, after 200 labels, on 1,500 new images with all questions asked:
+    the fused accuracy minus the accuracy of the better of scorer and judge, and the calibration error of the fused
+    probabilities.
+    """
     beyond, errors = [], []
     for seed in range(3):
         record = made_up(seed, 1700, classes, shown)
@@ -422,7 +430,7 @@ def fused_beyond_better(classes: int, shown: int) -> tuple[Floats, Floats]:
 
 @pytest.mark.parametrize(("classes", "shown"), [(1000, 5), (10, 10)])
 def test_both_together_are_not_below_the_better(classes: int, shown: int) -> None:
-    """The generative model is written down at `benchmarks.decision.made_up`."""
+    """`benchmarks.decision.made_up` describes the generative model."""
     beyond, _ = fused_beyond_better(classes, shown)
     assert beyond.mean() > -0.01
 
@@ -433,7 +441,9 @@ def test_fused_probabilities_are_calibrated() -> None:
 
 
 def test_without_labels_is_better_than_raw_scores_and_entropy() -> None:
-    """Area under accuracy against deferral, mean over five made-up data sets; and no worse than either opinion by 1 point."""
+    """The area under accuracy against deferral rate, mean over five simulated data sets. It is at most 1 point below each
+    opinion alone.
+    """
     areas, raw, fused, alone = [], [], [], []
     for seed in range(5):
         record = made_up(seed, 1200, 10, 10)
@@ -459,7 +469,9 @@ def test_without_labels_no_truth_is_looked_at() -> None:
 
 @pytest.mark.parametrize(("judge_noise", "unit"), [(2.5, 1.0), (1.0, 0.02)], ids=["a weak judge", "a timid scorer"])
 def test_without_labels_nobody_is_believed_too_much(judge_noise: float, unit: float) -> None:
-    """Mean over four made-up data sets of how far the fused answers are behind the better of scorer and judge."""
+    """The accuracy of the better of scorer and judge minus the accuracy of the fused answers, mean over four simulated data
+    sets.
+    """
     behind, errors = [], []
     for seed in range(4):
         record = made_up(seed, 1200, 10, 10, judge_noise=judge_noise)
@@ -473,7 +485,7 @@ def test_without_labels_nobody_is_believed_too_much(judge_noise: float, unit: fl
 
 
 def test_silence_says_nothing_where_it_is_the_same_whatever_the_truth() -> None:
-    """The judge is silent in three of ten cases, at random."""
+    """The judge gives no answer in three of ten cases, at random."""
     record = made_up(2, 1200, 10, 10)
     silent = np.random.default_rng(0).random(1200) < 0.3
     answers = np.where(silent, NOBODY, record.judged.answers)

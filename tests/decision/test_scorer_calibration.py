@@ -1,4 +1,4 @@
-"""Calibration of a scorer: what is fitted against other minimisers and against what was simulated, and what is chosen."""
+"""Calibration of a scorer: fits compared with other minimisers and with simulated values, and the choice of the method."""
 
 from dataclasses import replace
 
@@ -32,7 +32,7 @@ seeds = st.integers(0, 10_000)
 
 
 def truly(seed: int, size: int, classes: int = 8, spread: float = 2.0) -> tuple[Floats, Floats]:
-    """Log-probabilities of N images, and truths drawn from just these, one-hot."""
+    """Log-probabilities of N images, and one-hot truths drawn from them."""
     rng = np.random.default_rng(seed)
     log_probs = log_softmax(rng.normal(0, spread, (size, classes)), axis=1)
     drawn = (np.exp(log_probs).cumsum(axis=1) > rng.random((size, 1))).argmax(axis=1)
@@ -44,7 +44,9 @@ def start_of(shape: Shape, log_probs: Floats) -> Floats:
 
 
 def penalised(calibration: ScorerCalibration, log_probs: Floats, truths: Floats, shape: Shape) -> float:
-    """What a fit minimises, written anew: the loss and the normal priors, W's for scores of standard deviation 1."""
+    """The function that a fit minimises, written again: the loss and the normal priors. The prior of W is for scores with a
+    standard deviation of 1.
+    """
     start = start_of(shape, log_probs)
     shifted = centre(log_probs) + start
     bias = calibration.bias - calibration.scale * start
@@ -118,7 +120,7 @@ def test_the_temperature_is_that_of_a_scalar_minimiser(seed: int, temperature: f
 
 
 def test_a_known_temperature_and_bias_are_found() -> None:
-    """Of 20,000 images a scale is known to within about 1 % and a bias to within some .03 nats."""
+    """With 20,000 images, a scale is known to about 1 %, and a bias to about .03 nats."""
     log_probs, truths = truly(2, 20_000)
     bias = np.linspace(-1, 1, 8)
     given_scores = log_softmax(3.0 * log_probs - bias, axis=1)
@@ -138,7 +140,7 @@ def test_marginals_match_the_prior(prior: Floats | None) -> None:
 
 @pytest.mark.parametrize("images", [1, 20])
 def test_few_images_bring_marginals_a_part_of_the_way(images: int) -> None:
-    """Where the gain in matching is what the prior of the biases costs."""
+    """The point at which the gain of the matching equals the cost of the prior of the biases."""
     seen = np.log(np.tile([0.98, 0.01, 0.01], (images, 1)))
     bias = match_prior(seen)
     marginals = softmax(seen + bias, axis=1).mean(axis=0)
@@ -147,7 +149,7 @@ def test_few_images_bring_marginals_a_part_of_the_way(images: int) -> None:
 
 
 def test_calibrated_scores_stay_so() -> None:
-    """Chance makes some richer choice now and then, which changes little; nothing is changed where nothing is better."""
+    """By chance, a richer method is chosen sometimes, which changes little. If no method is better, nothing is changed."""
     fits = [fit_scorer(*truly(seed, 200))[0] for seed in range(10)]
     log_probs, truths = truly(99, 5000)
     lost = [log_loss(truths, np.exp(fit(log_probs))) - log_loss(truths, np.exp(log_probs)) for fit in fits]
@@ -173,7 +175,7 @@ def test_the_unit_of_the_scores_does_not_matter(unit: float) -> None:
     ids=["overconfident", "biased", "mixed"],
 )
 def test_what_is_wrong_is_put_right(skew: float, mixed: bool, methods: set[str]) -> None:
-    """On fresh images: nearly what the truths were drawn from. What was tried is told."""
+    """On new images, the result is close to the distribution of the truths. All tried methods are reported."""
     log_probs, truths = truly(4, 3000)
     rng = np.random.default_rng(4)
     mixing = np.eye(8) + 0.4 * rng.normal(size=(8, 8)) * mixed
@@ -190,7 +192,7 @@ def test_what_is_wrong_is_put_right(skew: float, mixed: bool, methods: set[str])
 
 
 def test_a_matrix_has_to_be_better_by_more_than_a_standard_error() -> None:
-    """On few images it sometimes is better by chance, and is not taken for that."""
+    """With few images, it is sometimes better by chance. It is then not chosen."""
     passed_over = 0
     for seed in range(12):
         record = made_up(seed, 150, 4, 3)
@@ -203,7 +205,7 @@ def test_a_matrix_has_to_be_better_by_more_than_a_standard_error() -> None:
 
 
 def test_held_out_probabilities_do_not_know_their_own_truth() -> None:
-    """A fit on pure noise looks well on what it was fitted on, and on nothing else."""
+    """A fit on pure noise looks good on the images of the fit, and on no other images."""
     rng = np.random.default_rng(5)
     log_probs, truths = log_softmax(rng.normal(0, 3, (100, 10)), axis=1), np.eye(10)[rng.integers(0, 10, 100)]
     fit, held_out = fit_scorer(log_probs, truths)
@@ -227,7 +229,7 @@ def test_many_classes_are_not_mixed() -> None:
 
 
 def test_a_prior_that_is_known_helps() -> None:
-    """With skewed scores and few labels, the shares of the classes say what the skew is."""
+    """With biased scores and few labels, the shares of the classes show the bias."""
     log_probs, truths = truly(7, 3000, 20)
     skewed = log_softmax(log_probs + np.linspace(-3, 3, 20), axis=1)
     tried = {}
@@ -244,7 +246,7 @@ def test_a_prior_that_is_known_helps() -> None:
 @settings(max_examples=25)
 @given(seeds, st.integers(5, 30), st.integers(1, 6))
 def test_whatever_is_given_something_finite_is_fitted(seed: int, size: int, classes: int) -> None:
-    """Down to one class, a single truth and equal scores."""
+    """Also for one class, a single truth and equal scores."""
     rng = np.random.default_rng(seed)
     log_probs = log_softmax(np.round(rng.normal(0, 1, (size, classes))) * rng.integers(0, 2), axis=1)
     fit, held_out = fit_scorer(log_probs, np.eye(classes)[np.zeros(size, dtype=int)])

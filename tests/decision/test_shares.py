@@ -1,4 +1,4 @@
-"""Shares of classes that a run follows."""
+"""Class shares that a run follows."""
 
 import asyncio
 import random
@@ -34,7 +34,7 @@ CALIBRATION = replace(some_calibration(NAMES, MODEL), shares=SHARES)
 
 
 class Jittery(FakeJudge):
-    """Names the same option of the same image, sooner or later."""
+    """Gives the same answer for the same image, after a random time."""
 
     def __init__(self, seed: int) -> None:
         super().__init__(reply=lambda question: f"ANSWER: {'ABCD'[int(question.image_digest, 16) % 4]}")
@@ -62,7 +62,7 @@ def told(predictions: Sequence[Prediction]) -> list[object]:
 
 
 def followed(log_probs: Floats, calibrated: Shares, batch: int) -> tuple[Floats, Seen]:
-    """The log-probabilities of images in batches, where nobody is asked."""
+    """The log-probabilities of images in batches, without any question."""
 
     async def follow() -> tuple[Floats, Seen]:
         following, found = Following(calibrated, Seen(), batch), []
@@ -139,7 +139,7 @@ def test_a_run_goes_on_with_batches_of_the_size_it_began_with(tmp_path: Path) ->
 
 
 def test_unreadable_images_have_no_share(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The third period goes by the first: with unreadable images among it, as by the others alone."""
+    """The third period uses the shares of the first period. Unreadable images in the first period change nothing."""
     bad: list[ImageSource] = [b"no image"] * 4
     first, second, third = ([noise(10 * part + number, (8, 8)) for number in range(4)] for part in range(3))
     monkeypatch.setattr(shares, "PERIOD", 4)
@@ -162,7 +162,7 @@ def test_a_calibration_is_applied_to_scores_as_they_come_and_refuses_others() ->
 
 
 class Paid(Jittery):
-    """A judge that is paid."""
+    """A judge that costs money."""
 
     def quote(self, question: Question) -> Quote:
         return Quote(usual_case=NANODOLLARS // 100)

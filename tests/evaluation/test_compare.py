@@ -1,4 +1,4 @@
-"""Comparing records, against tests enumerated by hand, scipy's paired bootstrap and plain loops."""
+"""Comparisons of records, checked with tests enumerated by hand, scipy's paired bootstrap and simple loops."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -26,7 +26,9 @@ seeds = st.integers(0, 10_000)
 
 
 def judged(answers: Sequence[int], *, skipped: Sequence[int] = (), kept: Sequence[int] = ()) -> Judged:
-    """A judge that was asked about all images but some, at ten cents and two seconds each, of which this run paid nothing."""
+    """A judge that was asked about all images except some. Each question took ten cents and two seconds, and this run paid
+    nothing.
+    """
     size = len(answers)
     outcomes = ["answered" if answer != NOBODY else "none" for answer in answers]
     for row in (*skipped, *kept):
@@ -68,7 +70,7 @@ def record(
 
 
 def in_order(given_record: Record, rows: NDArray[np.intp]) -> Record:
-    """The same run over the same images in another order, its label set in another order as well."""
+    """The same run over the same images, with another order of the images and of the labels."""
     labels = LabelSet(LABELS.labels[::-1])
 
     def turned(columns: Columns) -> Columns:
@@ -94,7 +96,7 @@ def in_order(given_record: Record, rows: NDArray[np.intp]) -> Record:
 
 
 def draw(seed: int, size: int, runs: int = 2) -> dict[str, Record]:
-    """Runs over the same images, right about half of the time, that abstain now and then."""
+    """Runs over the same images that are right in about half of the cases and sometimes abstain."""
     rng = np.random.default_rng(seed)
     truths = rng.integers(0, len(LABELS), size)
     answers = [np.where(rng.random(size) < 0.5, truths, rng.integers(NOBODY, len(LABELS), size)) for _ in range(runs)]
@@ -132,7 +134,9 @@ def test_holms_method_rejects_what_its_steps_reject(p_values: list[float], level
 
 
 def test_two_runs_counted_by_hand() -> None:
-    """Of seven images the fifth is kept by the second, and the sixth skipped; of the last, neither has a label."""
+    """Seven images. The second run does not escalate the fifth image and skips the sixth. Neither run has a label for the last
+    image.
+    """
     truths = [ANT, ANT, BEE, BEE, CICADA, CICADA, DRAGONFLY]
     mine = [ANT, BEE, BEE, BEE, CICADA, ANT, NOBODY]
     its = [ANT, ANT, BEE, ANT, CICADA, CICADA, NOBODY]
@@ -290,5 +294,5 @@ def test_one_run_and_runs_that_read_nothing_are_refused() -> None:
     with pytest.raises(DataError, match="at least two records"):
         compare({"a": records["run 0"]})
     records["run 1"] = replace(records["run 1"], readable=np.zeros(5, dtype=bool))
-    with pytest.raises(DataError, match="No image could be read"):
+    with pytest.raises(DataError, match="There is no image that every run could read"):
         compare(records)

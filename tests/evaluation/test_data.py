@@ -1,4 +1,4 @@
-"""Labelled data from every source: the same images, names and truths whatever it was kept in."""
+"""Labelled data from every source: the images, names and truths are the same for all forms."""
 
 import csv
 import json
@@ -129,7 +129,7 @@ def test_a_table_needs_no_splits_and_takes_absolute_paths(folder: Path, name: st
 
 
 def test_labels_are_as_they_are_written(folder: Path) -> None:
-    """Numbers keep their zeros, dates stay text, lines may be broken and separated by anything."""
+    """Numbers keep their zeros, dates remain text, cells may contain line breaks, and every separator is read."""
     names = ["007", "2024-01-01", "NA", "true", "line\nbreak", "u\u2028v", "Größe, 🦗"]
     labels = LabelSet.of(names)
     file = str(folder / "ant" / "2.png")
@@ -199,7 +199,7 @@ def test_a_torchvision_folder(folder: Path) -> None:
 
 
 class Drawn:
-    """A dataset as torchvision has them, that remembers what was read."""
+    """A dataset in the form of torchvision, which records the images that were read."""
 
     classes = ("ant", "bee")
 
@@ -373,7 +373,7 @@ def test_seeds_differ() -> None:
 
 
 def test_equal_remainders_fall_on_any_class() -> None:
-    """Ten classes of one image each, one to draw: not always the first."""
+    """Ten classes with one image each, and one image to draw: not always the first image."""
     data = made("abcdefghij")
     assert len({data.subset(1, seed=seed).truths for seed in range(50)}) > 5
 

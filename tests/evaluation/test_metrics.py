@@ -1,4 +1,4 @@
-"""Metrics against scikit-learn, scipy and plain loops, and against records small enough to count by hand."""
+"""Metrics compared with scikit-learn, scipy and simple loops, and with records that are small enough to count by hand."""
 
 import json
 import math
@@ -38,7 +38,7 @@ class_counts = st.integers(2, 12)
 
 
 def draw(seed: int, size: int, classes: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Truths, and predictions that are right about half of the time and abstain now and then."""
+    """Truths, and predictions that are right in about half of the cases and sometimes abstain."""
     rng = np.random.default_rng(seed)
     truths = rng.integers(0, classes, size)
     predicted = np.where(rng.random(size) < 0.5, truths, rng.integers(NOBODY, classes, size))
@@ -48,7 +48,7 @@ def draw(seed: int, size: int, classes: int) -> tuple[NDArray[np.int64], NDArray
 def judged(
     outcomes: Sequence[str], answers: Sequence[int], candidates: Sequence[Sequence[int]], seconds: Sequence[float] = ()
 ) -> Judged:
-    """Ten cents listed and four paid, 100 tokens in and 10 out, for every question that is neither "" nor skipped."""
+    """For every question that was asked: a cost of ten cents, of which four were paid, 100 input tokens and 10 output tokens."""
     put = np.array([outcome not in ("", "skipped") for outcome in outcomes])
     return Judged(
         judge="fake:judge",

@@ -1,4 +1,4 @@
-"""Plots, by the data that they draw: against sweeps, scikit-learn and counts, and at the edges."""
+"""The data in plots, compared with sweeps, scikit-learn and counts; also for unusual records."""
 
 import io
 import subprocess
@@ -42,7 +42,7 @@ OF_A_RECORD = (
 
 
 def with_policy(given_record: Record, *policies: str) -> Record:
-    """The record with a configuration that states these policies of its stages."""
+    """The record with a configuration that has these policies of the stages."""
     info = Manifest(
         config={
             "scorer": {"use": "fake:scorer"},
@@ -62,7 +62,7 @@ def with_policy(given_record: Record, *policies: str) -> Record:
 
 
 def of_classes(labels: LabelSet, *, right: bool, size: int = 30) -> Record:
-    """Without a stage."""
+    """A record without a stage."""
     rng = np.random.default_rng(0)
     scores = Scores.from_logits(rng.normal(size=(size, len(labels))), labels, fingerprint="x")
     best = scores.log_probs.argmax(axis=1)
@@ -79,7 +79,7 @@ def of_classes(labels: LabelSet, *, right: bool, size: int = 30) -> Record:
 
 
 def points(line: Line2D) -> NDArray[np.float64]:
-    """P x 2."""
+    """``(P, 2)``."""
     return np.array(line.get_xydata(), dtype=np.float64)
 
 

@@ -1,4 +1,4 @@
-"""Records of real runs: what is written is what the predictions said, for us and for others."""
+"""Records of real runs: the files contain the predictions, for cascadevlm and for other tools."""
 
 import asyncio
 import json
@@ -46,7 +46,7 @@ UNREADABLE = (3, 9)
 
 @pytest.fixture
 def data(tmp_path: Path) -> Data:
-    """16 images, two of them no images."""
+    """16 files, of which two are not images."""
     rows = []
     for number in range(16):
         file = tmp_path / "images" / f"{number:02} é.png"
@@ -62,7 +62,7 @@ def data(tmp_path: Path) -> Data:
 
 
 class Priced(FakeJudge):
-    """Costs a cent a question, and says so before."""
+    """Costs one cent per question. The price is known before."""
 
     def quote(self, question: Question) -> Quote:
         return Quote(worst_case=10_000_000)
@@ -81,7 +81,7 @@ class Opinionated(Judge):
 
 
 def replies(question: Question) -> Reply:
-    """Of every kind, and always the same to the same question."""
+    """Gives outcomes of every kind, and always the same outcome for the same question."""
     kinds: list[Reply] = [
         "I see wings.\nANSWER: B",
         "ANSWER: A",
@@ -93,7 +93,7 @@ def replies(question: Question) -> Reply:
 
 
 def two_stages() -> list[Stage]:
-    """The second has other candidates, in another order, and money for some questions only."""
+    """The second stage has other candidates, in another order, and money for only some questions."""
     cheap = Priced("cheap", reply=replies, dollars=0.01)
     select = load_prompt("select")
     return [
@@ -114,7 +114,9 @@ def recorded(
     batches: int | None = None,
     labels: LabelSet = LABELS,
 ) -> list[Prediction]:
-    """Run a cascade and record it; only the first ``batches`` of 5 images, if given. The predictions of this session."""
+    """Run a cascade and record it. With ``batches``, only this number of batches of 5 images is run. Returns the predictions of
+    this session.
+    """
     seen = Seen()
     cascade = Cascade(
         scorer or FakeScorer(),
@@ -137,7 +139,7 @@ def columns(names: list[str]) -> list[int]:
 
 
 def check(record: Record, data: Data, predictions: list[Prediction], judges: list[str]) -> None:
-    """The arrays against the predictions, one image at a time."""
+    """Compare the arrays with the predictions, image by image."""
     assert len(record) == len(predictions) == len(data)
     assert record.labels == LABELS
     assert record.names == data.names
@@ -261,7 +263,7 @@ def test_nothing_readable_is_a_record_too(tmp_path: Path, data: Data) -> None:
 
 
 class Preprocessing(FakeScorer):
-    """Loads a model, and does what it can beside it."""
+    """Loads a model, and does the preprocessing without it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -285,7 +287,7 @@ class Preprocessing(FakeScorer):
 
 
 def test_large_images_are_read_and_prepared_beside_the_model(tmp_path: Path) -> None:
-    """Their pixels are let go, for the digest too; and a price is told without them."""
+    """The pixels are released, also for the digest, and the price is computed without them."""
     paths = [tmp_path / f"{number}.png" for number in range(3)]
     for number, path in enumerate(paths):
         noise(number, (1100, 1000)).save(path)
@@ -303,7 +305,8 @@ def test_large_images_are_read_and_prepared_beside_the_model(tmp_path: Path) -> 
 
 
 class Tempered(Scorer):
-    """At random but always the same for the same image; from all labels alike to one far above the others. With embeddings."""
+    """Random scores that are always the same for the same image, from equal labels to one label far above the others. With
+    embeddings."""
 
     def score(self, images: Sequence[Image.Image], labels: LabelSet) -> Scores:
         digests = [int(pixel_digest(image), 16) for image in images]
@@ -463,7 +466,7 @@ def test_a_folder_that_cannot_be_made_is_said_at_once(tmp_path: Path, data: Data
 
 
 def without_usage(folder: Path) -> list[object]:
-    """The lines of a record but for what asking took: an answer that is kept took nothing."""
+    """The lines of a record without usage, because a stored answer has no usage."""
     lines = [json.loads(line) for line in (folder / "predictions.jsonl").read_text(encoding="utf-8").splitlines()]
     for line in lines:
         for verdict in (*line["earlier_verdicts"], line["verdict"] or {}):
@@ -473,12 +476,16 @@ def without_usage(folder: Path) -> list[object]:
 
 @pytest.mark.parametrize("labels", [LABELS, LabelSet.of([*NAMES, *(f"class {number}" for number in range(1000))])])
 def test_an_interrupted_record_goes_on_as_if_it_had_not_been(tmp_path: Path, data: Data, labels: LabelSet) -> None:
-    """A row of scores is written again only if its image has no line: another session may score otherwise in the last place."""
+    """A row of scores is only written again if its image has no line, because another session may give scores that differ in
+    the last digit.
+    """
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     recorded(whole, data, two_stages(), scorer=Tempered(), labels=labels)
     recorded(parts, data, two_stages(), scorer=Tempered(), labels=labels, batches=2)
     for read in (read_record, read_verdicts):
-        with pytest.raises(DataError, match=r"its run was interrupted after 10 of 16 images\. The same command goes on with it"):
+        with pytest.raises(
+            DataError, match=r"its run was interrupted after 10 of 16 images\. Repeat the command that made the record"
+        ):
             read(parts)
     with (parts / "predictions.jsonl").open("r+b") as file:  # the last lines were not written to the disk; rows of scores were
         kept = b"".join(file.read().splitlines(keepends=True)[:7])
@@ -500,7 +507,7 @@ def test_an_interrupted_record_goes_on_as_if_it_had_not_been(tmp_path: Path, dat
 
 
 class Inexact(FakeScorer):
-    """Another session scores otherwise in the last place."""
+    """In another session, the scores differ in the last digit."""
 
     def __init__(self, session: int) -> None:
         super().__init__()
@@ -512,7 +519,7 @@ class Inexact(FakeScorer):
 
 
 def test_scores_are_those_of_the_predictions(tmp_path: Path, data: Data) -> None:
-    """Images between the last checkpoint and the last line are scored again, and keep the scores of their lines."""
+    """Images between the last checkpoint and the last line are scored again, but the scores in the file do not change."""
     predictions = recorded(tmp_path / "run", data, [], scorer=Inexact(0), batches=2)
     (tmp_path / "run" / "progress.json").unlink()
     predictions += recorded(tmp_path / "run", data, [], scorer=Inexact(1))[10:]
@@ -520,12 +527,12 @@ def test_scores_are_those_of_the_predictions(tmp_path: Path, data: Data) -> None
 
 
 def test_scores_that_were_lost_are_made_again(tmp_path: Path, data: Data) -> None:
-    """A machine that loses its power may have written a line and not its scores."""
+    """After a loss of power, a line may be written without its scores."""
     predictions = recorded(tmp_path / "run", data, [])
     rows = np.lib.format.open_memmap(tmp_path / "run" / "scores.npy", mode="r+")
     rows[6] = 0
     rows.flush()
-    with pytest.raises(DataError, match="holds other scores of image 6 than its prediction was made with"):
+    with pytest.raises(DataError, match="has other scores of image 6 than the scores from which its prediction was made"):
         read_record(tmp_path / "run")
     with pytest.warns(RuntimeWarning, match="damaged after 6 images"):
         recorded(tmp_path / "run", data, [])
@@ -547,7 +554,7 @@ def test_a_run_that_fails_leaves_no_record(tmp_path: Path, data: Data) -> None:
 
 
 def test_an_image_that_is_gone_when_the_judge_is_to_be_asked(tmp_path: Path) -> None:
-    """Its pixels were let go after scoring; what would have been asked is not known."""
+    """The pixels were released after scoring, so the question is not known."""
     path = tmp_path / "0.png"
     noise(0, (1100, 1000)).save(path)
 
@@ -564,7 +571,7 @@ def test_an_image_that_is_gone_when_the_judge_is_to_be_asked(tmp_path: Path) -> 
 
 
 class Harmful:
-    """Writes a file where it is unpickled."""
+    """Writes a file when it is unpickled."""
 
     def __init__(self, trace: Path) -> None:
         self.trace = trace
@@ -584,7 +591,7 @@ def test_scores_that_are_no_array_of_numbers_are_no_record(tmp_path: Path, data:
             np.save(file, np.full(scores.shape, Harmful(tmp_path / "trace"), dtype=object))
         else:
             np.save(file, scores.astype({"texts": str, "another width": np.float64}[kind]))
-    with pytest.raises(DataError, match="holds no whole record"):
+    with pytest.raises(DataError, match="does not contain a complete record"):
         read_record(tmp_path / "run")
     assert not (tmp_path / "trace").exists()
 
@@ -597,7 +604,7 @@ def test_what_is_missing_or_damaged_is_one_sentence(
     folder = tmp_path / "run"
     recorded(folder, data, two_stages())
     damage(folder / part)
-    with pytest.raises(DataError, match=r"holds no whole record|is no manifest of a run") as caught:
+    with pytest.raises(DataError, match=r"does not contain a complete record|is not the manifest of a run") as caught:
         read_record(folder)
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 500 + len(str(folder))
@@ -606,7 +613,7 @@ def test_what_is_missing_or_damaged_is_one_sentence(
 def test_parts_of_different_runs_are_no_record(tmp_path: Path, data: Data) -> None:
     recorded(tmp_path / "whole", data, [])
     recorded(tmp_path / "half", data.split("test"), [])
-    for part, told in {"scores.npy": "holds other scores of image 0", "predictions.jsonl": "other scores of image 0"}.items():
+    for part, told in {"scores.npy": "has other scores of image 0", "predictions.jsonl": "other scores of image 0"}.items():
         whole = (tmp_path / "whole" / part).read_bytes()
         (tmp_path / "whole" / part).write_bytes((tmp_path / "half" / part).read_bytes())
         with pytest.raises(DataError, match=told):

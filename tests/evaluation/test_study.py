@@ -1,4 +1,4 @@
-"""Studies, against sums done otherwise on records, and against what fake judges were asked."""
+"""Studies, compared with other computations on records and with the questions to fake judges."""
 
 import hashlib
 import json
@@ -49,7 +49,7 @@ GATE = EntropyAbove(0.5)
 
 
 def record(seed: int, size: int = 60, *, k: int = 3, stages: int = 1) -> Record:
-    """Judges that are asked now and then, of outcomes of every kind, and some images that could not be read."""
+    """Judges that are asked about some images, with outcomes of every kind, and some unreadable images."""
     rng = np.random.default_rng(seed)
     truths = rng.integers(0, len(LABELS), size)
     logits = rng.normal(size=(size, len(LABELS)))
@@ -96,7 +96,7 @@ def record(seed: int, size: int = 60, *, k: int = 3, stages: int = 1) -> Record:
 
 
 def everything(seed: int, size: int = 60) -> Record:
-    """One judge asked about everything, some of whose answers came from the cache, without seconds."""
+    """One judge that was asked about all images. Some answers came from the cache and have no seconds."""
     rng = np.random.default_rng(seed)
     part = record(seed, size)
     readable = part.readable
@@ -118,7 +118,7 @@ def everything(seed: int, size: int = 60) -> Record:
 
 @pytest.fixture
 def data(tmp_path: Path) -> Data:
-    """Twelve images, the last no image."""
+    """Twelve files. The last is not an image."""
     for number in range(12):
         file = tmp_path / "data" / NAMES[number % len(NAMES)] / f"{number:02}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -128,7 +128,7 @@ def data(tmp_path: Path) -> Data:
 
 
 class CountingScorer(FakeScorer):
-    """Knows how many images it was given."""
+    """Counts the images that it gets."""
 
     scored = 0
 
@@ -143,7 +143,7 @@ def cascade_of(judge: FakeJudge, *, ledger: Ledger | None = None, store: DiskSto
 
 
 def by_content(question: Question) -> Reply:
-    """Always the same name of an image, wherever it stands; of some images none."""
+    """Always gives the same name for an image, at any position in the list. For some images, it gives no answer."""
     names = sorted(label.name for label in question.labels)
     number = int(hashlib.sha256(question.image_digest.encode()).hexdigest()[:8], 16)
     return f"ANSWER: {names[number % len(names)]}" if number % 7 else "ANSWER: a mammoth"
@@ -401,7 +401,7 @@ def test_a_study_is_of_one_judge(data: Data) -> None:
 
 
 class Priced(FakeJudge):
-    """Costs a cent a question, and says so before."""
+    """Costs one cent per question. The price is known before."""
 
     def quote(self, question: Question) -> Quote:
         return Quote(worst_case=10_000_000)

@@ -1,4 +1,4 @@
-"""Sweeping a record, against runs of the policies themselves and against sums done otherwise."""
+"""Sweeps of a record, compared with runs of the policies and with other computations."""
 
 import json
 from dataclasses import replace

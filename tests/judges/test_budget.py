@@ -1,4 +1,4 @@
-"""The ledger: no schedule of concurrent questions, retries, repairs and failures overdraws it."""
+"""The ledger: concurrent questions, retries, repair questions and failures never exceed the limit."""
 
 import asyncio
 import json
@@ -35,7 +35,7 @@ QUESTION = question()
 
 
 class Till:
-    """What providers really charged, in nanodollars, told by the judges themselves; and that no cap was ever passed."""
+    """The amounts that providers really charged, in nanodollars, reported by the judges. Checks that no limit is exceeded."""
 
     def __init__(self, ledger: Ledger) -> None:
         self.ledger = ledger
@@ -62,7 +62,7 @@ class Till:
 
 
 class Gambler(Judge):
-    """Takes a random time to answer, to fail or to babble, and is paid a random amount up to its worst case."""
+    """Answers, fails or gives an unreadable answer after a random time, and costs a random amount up to its worst case."""
 
     concurrency = 64
 
@@ -120,7 +120,7 @@ def careful(judge: Judge, ledger: Ledger) -> Judge:
 
 
 async def questions(judge: Judge, count: int, rng: random.Random) -> list[Verdict | BaseException]:
-    """Ask so many at once; some give up waiting."""
+    """Ask this number of questions at the same time. Some callers stop waiting."""
     tasks = [asyncio.create_task(judge.judge(QUESTION)) for _ in range(count)]
     for task in tasks:
         if rng.random() < 0.1:
@@ -148,7 +148,7 @@ async def one_schedule(seed: int) -> tuple[Till, list[Verdict | BaseException]]:
 
 
 def test_no_schedule_overdraws_the_ledger() -> None:
-    """Several judges share a ledger: never is more promised than the cap, and in the end all that was billed is counted."""
+    """Several judges share a ledger. Reservations never exceed the limit, and at the end, all billed amounts are counted."""
 
     async def run() -> dict[str, int]:
         seen = dict.fromkeys(["schedules", "requests", "answered", "exhausted", "cancelled", "waited", "filled"], 0)
@@ -170,7 +170,7 @@ def test_no_schedule_overdraws_the_ledger() -> None:
 
 
 def test_threads_share_a_ledger() -> None:
-    """Four event loops, each in a thread, spend from one cap; the amounts are such that they must wait for each other."""
+    """Four event loops, each in a thread, share one limit. The amounts are so large that they must wait for each other."""
     ledger = Ledger(2e-2)
     till = Till(ledger)
 
@@ -362,7 +362,7 @@ def cascade(judge: Judge, ledger: Ledger) -> Cascade:
 
 
 def images(count: int) -> Iterator[Image.Image]:
-    """All different, and all black to the scorer."""
+    """Images that all differ, and that are all black for the scorer."""
     for seed in range(count):
         image = noise(seed, (9, 9))
         image.putpixel((0, 0), BLACK)

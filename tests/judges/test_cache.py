@@ -206,7 +206,7 @@ async def test_damage_is_found_and_asked_again(tmp_path: Path) -> None:
 
 
 class Harmful:
-    """Writes a file where it is unpickled."""
+    """Writes a file when it is unpickled."""
 
     def __init__(self, trace: Path) -> None:
         self.trace = trace
@@ -264,7 +264,7 @@ def test_a_verdict_that_is_no_answer_is_damage(tmp_path: Path) -> None:
     assert list(DiskStore(tmp_path).damaged()) == [key_of({})]
 
 
-@pytest.mark.filterwarnings("ignore:An answer could not be kept:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore:An answer could not be stored:RuntimeWarning")
 @pytest.mark.parametrize("pages", [range(5, 6), range(6, 7), range(8, 100)], ids=["table", "index", "leaves"])
 async def test_damaged_pages_are_misses_told_once(tmp_path: Path, pages: range) -> None:
     judge = FakeJudge()
@@ -299,7 +299,7 @@ def test_settings_of_a_strangers_cache_are_one_sentence(tmp_path: Path) -> None:
 async def test_an_answer_that_cannot_be_kept_counts(tmp_path: Path) -> None:
     assert len(DiskStore(tmp_path)) == 0
     change(tmp_path, "insert or replace into Settings values ('disk_compress_level', 99)")
-    with pytest.warns(RuntimeWarning, match="could not be kept"):
+    with pytest.warns(RuntimeWarning, match="could not be stored"):
         assert (await Cached(FakeJudge(), DiskStore(tmp_path)).judge(question())).label == "red finch"
     assert not (tmp_path / "asking.lock").stat().st_mode & 0o111
 

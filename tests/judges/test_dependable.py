@@ -1,4 +1,4 @@
-"""Judges between runs: their rates, what is under way, and when they are let go of."""
+"""Judges between runs: their rates, their open questions, and the time when they are closed."""
 
 import asyncio
 import time
@@ -20,7 +20,7 @@ SELECT = load_prompt("select")
 
 
 class Timed(FakeJudge):
-    """Takes twenty requests a second, and remembers when they came."""
+    """Accepts twenty requests per second, and records their times."""
 
     requests_per_minute = 1200.0
 
@@ -88,7 +88,7 @@ def test_one_event_loop_after_another_and_at_once() -> None:
 
 
 class Kept(FakeJudge):
-    """Remembers what is done with it; must be ready when it is asked."""
+    """Records its calls. It must be prepared before it is asked."""
 
     def __init__(self, *, broken: bool = False) -> None:
         super().__init__(seconds=0.01)
@@ -142,7 +142,7 @@ class Replaying(FakeJudge):
 
 
 class AskingElsewhere(WrapperJudge):
-    """Has what the wrapped judge does not know answered for money."""
+    """Asks a judge that costs money if the wrapped judge has no answer."""
 
     costs_money = True
 

@@ -1,4 +1,4 @@
-"""Batching, repair, retries, the fakes' own contracts."""
+"""Batching, repair questions, retries, and the contracts of the fakes."""
 
 import asyncio
 import time
@@ -24,7 +24,7 @@ from cascadevlm.testing.fakes import Reply
 
 
 class Local(LocalJudge):
-    """Answers with the first candidate; chokes on any called "poison"."""
+    """Answers with the first candidate. Fails if a candidate is called "poison"."""
 
     def __init__(self, batch_size: int) -> None:
         super().__init__(batch_size=batch_size)

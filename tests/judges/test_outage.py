@@ -1,4 +1,4 @@
-"""What becomes of questions while a judge does not answer."""
+"""Questions during an outage of a judge."""
 
 import asyncio
 from collections.abc import Sequence
@@ -91,7 +91,7 @@ async def test_who_gives_up_waiting_keeps_nobody_else_waiting() -> None:
 
 
 async def test_an_outage_is_seen_while_the_money_runs_out() -> None:
-    """A question that was not asked for want of money does not say that the judge is there."""
+    """A question that was not asked because of the budget does not show that the judge works."""
     poor = BudgetExhausted("The budget has $0.0000 left.")
     replies: list[Reply] = [reply for _ in range(FEWEST) for reply in (DOWN, poor)]
     said = await ask(reachable(*replies, concurrency=2 * FEWEST), 2 * FEWEST)

@@ -1,4 +1,4 @@
-"""How many requests are in flight, how many a minute, and when a question is asked again."""
+"""The number of requests in flight, the requests per minute, and the time of retries."""
 
 import asyncio
 import time
@@ -19,7 +19,7 @@ QUESTION = question()
 
 
 class Clock:
-    """Time that passes as soon as everybody waits for it: an event loop's, and that of ``time.monotonic``."""
+    """Simulated time, which passes when all tasks wait: for an event loop and for ``time.monotonic``."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.now = 1000.0
@@ -44,7 +44,7 @@ async def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 class Timed(FakeJudge):
-    """Takes a second and remembers when it was asked; answers as a function of how many are in flight says."""
+    """Takes one second and records the times of its questions. A function of the number in flight gives the answer."""
 
     def __init__(self, clock: Clock, *, concurrency: int = 8, most: int = 1000, tokens: int = 0) -> None:
         super().__init__(seconds=1)
@@ -166,7 +166,7 @@ async def test_a_question_larger_than_a_minutes_tokens_is_asked_all_the_same(clo
 
 
 def check_rate(times: list[float], amount: float, *, per_minute: float) -> None:
-    """In no span of time more than the rate, a tenth of a minute at once, and the last question."""
+    """No period has more questions than the rate allows, plus a tenth of a minute at once and the last question."""
     for i, first in enumerate(times):
         for j, last in enumerate(times[i:], start=1):
             assert j * amount <= per_minute * (0.1 + (last - first) / 60) + amount + 1e-6
@@ -253,7 +253,9 @@ async def test_time_ends_before_a_wait_that_would_be_too_long(clock: Clock) -> N
 
 
 async def test_waiting_for_a_turn_is_no_reason_to_give_up(clock: Clock) -> None:
-    """Sixteen questions at two a minute: the last has its turn after eight minutes, fails once and waits as long again."""
+    """Sixteen questions at two per minute: the last question is asked after eight minutes, fails once, and waits for the same
+    time again.
+    """
     judge = Timed(clock, concurrency=16)
     judge.requests_per_minute = 2
     failures = iter([TransientError("once")] * 16)

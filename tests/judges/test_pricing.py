@@ -1,4 +1,4 @@
-"""The table of prices, the counting of image tokens against the providers' own examples, and the arithmetic of bills."""
+"""The price table, the counts of image tokens compared with the providers' own examples, and the computation of bills."""
 
 import math
 from datetime import date
@@ -64,7 +64,7 @@ def test_low_detail_is_priced_as_low(model: str, size: tuple[int, int], low: int
 @ROWS
 @given(st.integers(1, 5000), st.integers(1, 5000))
 def test_an_image_that_shrinks_takes_no_more(row: PricedModel, width: int, height: int) -> None:
-    """What is sent is at most as large as its limits allow, so that a question's worst case is known without encoding it."""
+    """An image that is sent is never larger than the limits allow. So the worst case of a question is known before encoding."""
     assert row.price.image is not None
     assert row.price.image.tokens(max(width * 3 // 4, 1), max(height * 3 // 4, 1)) <= row.price.image.tokens(width, height)
 
@@ -145,7 +145,9 @@ def test_small_models_keep_their_own_price() -> None:
 
 
 def test_a_bill_by_hand() -> None:
-    """1,000 tokens in at $3, of which 200 read from the cache at $0.30 and 300 written at $3.75; 20 out at $15."""
+    """1,000 input tokens at $3, of which 200 are read from the cache at $0.30 and 300 are written at $3.75; 20 output tokens at
+    $15.
+    """
     usage = Usage(input_tokens=1000, cached_input_tokens=200, cache_write_tokens=300, output_tokens=20)
     bill = 500 * 3000 + 200 * 300 + 300 * 3750 + 20 * 15_000
     price = price_of("anthropic", "claude-sonnet-4-5")

@@ -69,7 +69,7 @@ unlimited = st.recursive(measured, composed, max_leaves=8)
 limited = st.one_of(
     unlimited, st.lists(st.one_of(unlimited, limits), min_size=1, max_size=4).map(lambda parts: reduce(and_, parts))
 )
-"""Policies and compositions of all kinds."""
+"""Policies of all kinds, and combinations of them."""
 
 
 @given(scores)
@@ -167,7 +167,7 @@ def asked_in_a_stream(
     prices: NDArray[np.floating] | None = None,
     gain: NDArray[np.floating] | None = None,
 ) -> Selection:
-    """What a policy asks about where images come in batches, and their number is known or not; a cent each, unless told."""
+    """The images that a policy escalates in batches, if their number is known or not. Default price: one cent per question."""
     budgeted, spending, parts = as_budgeted(policy), Spending(), []
     prices = np.full(len(whole), 0.01) if prices is None else prices
     for start in range(0, len(whole), batch):
@@ -276,7 +276,7 @@ def test_in_a_stream_a_budget_is_spent(seed: int, calls: int, batch: int) -> Non
 
 @pytest.mark.parametrize("seed", range(25))
 def test_in_a_stream_no_more_dollars_are_left_than_one_question_costs_where_prices_are_uneven(seed: int) -> None:
-    """One of ten images costs fifty times as much: what is to come may cost much less than is expected."""
+    """One of ten images costs fifty times as much. Later images may cost much less than expected."""
     prices = np.random.default_rng(seed).choice([0.001, 0.05], 200, p=[0.9, 0.1])
     dollars = 0.6 * float(prices.sum())
     spent = asked_in_a_stream(WithinDollars(dollars), make_scores(seed, 200, 4), 8, prices=prices) @ prices
@@ -327,7 +327,7 @@ def gain_of(scores: Scores) -> NDArray[np.floating]:
 
 
 def doubts(*entropies: float) -> Scores:
-    """Of two labels, the more uncertain the higher the number is."""
+    """Scores of two labels. A higher number means a higher uncertainty."""
     logits = np.array([[4 / entropy - 4, 0] for entropy in entropies])
     return Scores.from_logits(logits, LabelSet.of(["a", "b"]), "test")
 

@@ -1,4 +1,4 @@
-"""Bulk runs: what they write, and what is left of them when they are disturbed."""
+"""Bulk runs: their files, also after interruptions."""
 
 import asyncio
 import hashlib
@@ -54,7 +54,7 @@ LABELS = ["finch", "owl", "wren", "stork"]
 
 
 class Pictures:
-    """So many pictures, all different."""
+    """This number of pictures, which all differ."""
 
     def __init__(self, count: int) -> None:
         self.count = count
@@ -143,7 +143,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(tmp_path: Path, policy: str
 
 @pytest.mark.parametrize("batches", [2, 3, 4, 5])
 def test_a_run_that_is_left_while_a_later_judge_still_decides_goes_on(tmp_path: Path, batches: int) -> None:
-    """The first image keeps the later stage waiting, the others are settled long before."""
+    """The first image delays the later stage. The other images are settled long before."""
     images = [(str(number), picture(RED if number == 0 else GREY)) for number in range(10)]
 
     def two_stages() -> Cascade:
@@ -186,7 +186,7 @@ def test_a_summary_is_of_all_predictions_that_are_there(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("left", [0, 1, 700, 5000])
 def test_what_is_not_whole_is_worked_out_again(tmp_path: Path, left: int) -> None:
-    """Cut anywhere, as a machine without power may leave it, and more of the progress noted than is there."""
+    """A file that is cut at any position, as after a loss of power, and a stored position beyond the end of the file."""
     bulk.run(cascade(), Pictures(20), tmp_path, config={})
     before, path = lines(tmp_path), tmp_path / "predictions.jsonl"
     os.truncate(path, left)
@@ -242,13 +242,13 @@ def test_another_configuration_is_refused_by_its_difference(tmp_path: Path) -> N
     ],
 )
 def test_what_decides_nothing_may_change(tmp_path: Path, before: dict[str, JsonValue], now: dict[str, JsonValue]) -> None:
-    """A key that a newer version knows, too."""
+    """A configuration with a key of a newer version."""
     for config in (before, now):
         bulk.run(cascade(), Pictures(5), tmp_path, config=config)
 
 
 class Endpoint(FakeJudge):
-    """Is known by its endpoint once it is ready."""
+    """A judge that has its endpoint in its identity after its preparation."""
 
     def __init__(self, endpoint: str) -> None:
         super().__init__(reply=second)
@@ -313,7 +313,7 @@ def test_two_writers_are_one_too_many(tmp_path: Path) -> None:
 
 def test_a_folder_of_other_things_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("")
-    with pytest.raises(DataError, match="holds other things"):
+    with pytest.raises(DataError, match="contains other things"):
         bulk.run(cascade(), Pictures(5), tmp_path, config={})
     assert [entry.name for entry in tmp_path.iterdir()] == ["thesis.tex"]
 
@@ -345,7 +345,7 @@ def test_failures_are_told_once(tmp_path: Path) -> None:
 
 
 def test_failures_are_tried_again_if_that_is_wanted(tmp_path: Path) -> None:
-    """What follows the first of them is worked out again, from answers that are kept."""
+    """All images after the first changed image get a new prediction, from stored answers."""
     files = [tmp_path / f"{number}.png" for number in range(12)]
     for number, file in enumerate(files):
         noise(number, (8, 8)).save(file)
@@ -423,7 +423,7 @@ def test_the_cap_holds_over_all_sessions(tmp_path: Path) -> None:
 @example(caps=[5, 5])
 @example(caps=[7, 3, 5])
 def test_a_raised_cap_asks_about_what_was_skipped(tmp_path_factory: pytest.TempPathFactory, caps: list[int]) -> None:
-    """Caps in questions, of which there are twelve, and at last no cap."""
+    """Limits in numbers of questions, of which there are twelve, and no limit at the end."""
     folder, judge, told = tmp_path_factory.mktemp("run"), PaidJudge(), list[str]()
 
     def run(cap: int | None) -> Mapping[str, int]:
@@ -462,7 +462,7 @@ def test_what_is_left_to_do_is_told(tmp_path: Path) -> None:
         stop = stopping_after(batches)
         bulk.run(cascade(), Pictures(30), tmp_path, config={}, stopping=stop.__next__, outlook=told.append)
     assert told == [
-        "8 images have a prediction; the run goes on after them.",
+        "8 images have a prediction; the run continues after them.",
         "Nothing is left to do: all 30 images have a prediction.",
     ]
 
@@ -484,7 +484,9 @@ def test_a_run_without_any_answer_is_in_vain(tmp_path: Path, replies: list[str |
 def test_a_ledger_never_forgets(
     tmp_path_factory: pytest.TempPathFactory, promises: list[tuple[int, int | None]], cut: int
 ) -> None:
-    """Killed with promises open and its last line half written, it counts as spent what was paid and what may be."""
+    """A ledger that was killed with open reservations and an incomplete last line counts the paid and the reserved amounts as
+    spent.
+    """
     path = tmp_path_factory.mktemp("ledger") / "ledger.jsonl"
     ledger = DurableLedger(1.0, path)
     for promise, paid in promises:
@@ -532,7 +534,7 @@ def test_a_damaged_ledger_is_one_sentence(tmp_path: Path, damage: bytes) -> None
     bulk.run(cascade(), Pictures(5), tmp_path, config={})
     with (tmp_path / "ledger.jsonl").open("ab") as file:
         file.write(damage)
-    with pytest.raises(DataError, match=r"ledger\.jsonl', line 2, is damaged: what was spent is not known\. Write into it"):
+    with pytest.raises(DataError, match=r"ledger\.jsonl', line 2, is damaged: the spent amount is not known\. Remove the line"):
         bulk.run(cascade(), Pictures(9), tmp_path, config={})
 
 
@@ -543,7 +545,9 @@ def test_a_lost_ledger_gives_no_second_cap(tmp_path: Path, lost: Callable[[Path]
     bulk.run(capped, Pictures(5), tmp_path, config={})
     before = (tmp_path / "predictions.jsonl").read_bytes()
     lost(tmp_path / "ledger.jsonl")
-    with pytest.raises(DataError, match=r"predictions cost: \$0\.000000 instead of \$0\.100000\. Put .* back") as told:
+    with pytest.raises(
+        DataError, match=r"cost of the predictions: \$0\.000000 instead of \$0\.100000\. Restore the file"
+    ) as told:
         bulk.run(capped, Pictures(6), tmp_path, config={})
     assert (tmp_path / "predictions.jsonl").read_bytes() == before
     assert len(judge.questions) == 5
@@ -646,7 +650,7 @@ def test_an_error_of_another_folder_is_not_of_this_one(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_is_one_sentence_and_what_was_written_is_kept(tmp_path: Path) -> None:
-    """The limit on the size of a file stands for the end of the disk."""
+    """A limit on the size of a file stands for a full disk."""
     script = """
 import resource, signal, sys
 from pathlib import Path
@@ -676,7 +680,7 @@ def test_before_a_disk_is_full_the_run_stops_in_order(tmp_path: Path, monkeypatc
         return SimpleNamespace(free=1 << 20 if folder == tmp_path / full and len(judge.questions) > 5 else 1 << 40)
 
     monkeypatch.setattr("shutil.disk_usage", usage)
-    with pytest.raises(RunError, match=rf"{full}' has less than 16 MB left\. What was done is kept"):
+    with pytest.raises(RunError, match=rf"{full}' has less than 16 MB left\. Free some space"):
         bulk.run(cascade(judge, "always", store=store), Pictures(40), tmp_path / "run", config={})
     asked = len(judge.questions)
     assert 5 < asked < 40
@@ -705,7 +709,7 @@ def test_an_image_that_was_changed_is_noticed_by_its_digest(files: Inputs, tmp_p
     os.utime(changed, ns=(times.st_atime_ns, times.st_mtime_ns))
     assert changed.stat().st_size == times.st_size
     with pytest.warns(
-        RuntimeWarning, match=r"05\.bmp' was changed after its prediction: it and what follows is worked out again"
+        RuntimeWarning, match=r"05\.bmp' was changed after its prediction; this and all later predictions are made again"
     ):
         assert bulk.run(cascade(judge, "always"), files, tmp_path / "run", config={}).images == 20
     assert len(judge.questions) == 21
@@ -749,7 +753,7 @@ def test_digests_are_known_where_embeddings_are_kept(files: Inputs, tmp_path: Pa
 
 @pytest.mark.parametrize(("images", "labelled", "learn"), [(150, False, False), (150, True, False), (300, False, True)])
 def test_killed_runs_lose_nothing_and_pay_twice_only_for_what_was_under_way(images: int, labelled: bool, learn: bool) -> None:
-    """`python -m benchmarks.kills` does it a hundred times."""
+    """`python -m benchmarks.kills` does this a hundred times."""
     proof = prove(3, images=images, labelled=labelled, learn=learn)
     assert (proof.kills, proof.asked_again, proof.different) == (3, 0, 0)
     assert proof.questions > 0
@@ -796,7 +800,7 @@ def test_inputs_are_images_in_a_table(folder: Path) -> None:
         ("list.csv", "file\nx.png\n", "no text in its column 'path'"),
         ("list.jsonl", "{", "cannot be read"),
         ("list.parquet", "no table", "cannot be read"),
-        ("list.xlsx", "", "no folder and no list"),
+        ("list.xlsx", "", "neither a folder nor a list"),
         ("gone", None, "does not exist"),
     ],
 )

@@ -1,4 +1,4 @@
-"""What a run will take, held against counts by hand and against the run itself."""
+"""Estimates of runs, compared with counts by hand and with the runs."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -29,7 +29,9 @@ SURE, UNSURE = (200, 0, 0), (90, 90, 90)
 SCORER = FakeScorer(table={SURE: [9, 0, 0], UNSURE: [1, 0.5, 0]})
 SELECT = load_prompt("select")
 ROUND: dict[str, JsonValue] = {"input": 1, "output": 1000, "image": {"rule": "patches", "size": 16, "multiplier": 1, "most": 100}}
-"""A dollar per million tokens in, 1,000 out: 1,000 and 1,000,000 nanodollars a token; 16 x 16 pixels of an image are a token."""
+"""$1 per million input tokens and $1,000 per million output tokens: 1,000 and 1,000,000 nanodollars per token. 16 x 16 pixels
+are one token.
+"""
 
 
 def mixture(sure: int, unsure: int) -> list[ImageSource]:
@@ -85,7 +87,7 @@ def test_dollars_by_hand() -> None:
 
 @pytest.mark.parametrize("provider", ["openai", "anthropic"])
 async def test_the_range_holds_what_the_run_costs(provider: str) -> None:
-    """The server bills for an answer of the usual length, and as many tokens as the rules say."""
+    """The server bills an answer of the usual length, and the number of tokens that the rules give."""
     images: list[ImageSource] = [noise(seed) for seed in range(200)]
     async with JudgeServer(usage=(150, 25), keep_requests=False) as server:
         judge: Judge
@@ -124,7 +126,7 @@ def test_an_unknown_price_is_an_error_whoever_is_escalated(unsure: int) -> None:
 
 
 def test_a_price_that_does_not_hold_is_an_error() -> None:
-    with pytest.raises(PermanentError, match="the price is known up to 5"):
+    with pytest.raises(PermanentError, match="the price is only known up to 5"):
         estimated(hosted(price={**ROUND, "input_limit": 5}), mixture(5, 5))
 
 

@@ -1,4 +1,4 @@
-"""Exports are read with the packages they are for, where these are installed."""
+"""Exports are read with the packages of their formats, if these packages are installed."""
 
 import csv
 import json
@@ -33,7 +33,7 @@ from cascadevlm.runs.lines import Line
 from cascadevlm.testing import FakeScorer, noise
 
 NAMES = ("wren", "robin, European", 'the "grey" <heron> & co')
-"""The label set, in no order of the alphabet."""
+"""The label set, not in alphabetical order."""
 
 SHOWING_IMAGES = [name for name, form in FORMATS.items() if form.images != "none"]
 
@@ -43,7 +43,9 @@ def ranked(*names: str) -> tuple[Candidate, ...]:
 
 
 def predictions(folder: Path) -> list[Prediction]:
-    """One by the scorer, one by the judge, one abstained, one of no image, one of an image that is gone since."""
+    """One prediction by the scorer, one by the judge, one abstention, one unreadable image, and one image that was deleted
+    later.
+    """
     answered = Verdict(outcome="answered", label=NAMES[1], usage=Usage(dollars=0.25))
     refused = Verdict(outcome="refused", error="I can't\nsay.", usage=Usage(dollars=0.5))
     shown = ranked(*NAMES[:2])
@@ -63,7 +65,7 @@ def write_lines(file: Path, said: Sequence[Prediction], **more: JsonValue) -> Pa
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """A run whose description tells the label set."""
+    """A run with a manifest that contains the label set."""
     folder = tmp_path / "run"
     (folder / "images" / "b").mkdir(parents=True)
     for number, name in enumerate(("0.png", "b/1.png", "b/ü 2.png")):
@@ -246,11 +248,11 @@ def test_memory_does_not_grow_with_the_predictions(run: Path, tmp_path: Path, to
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ("", "holds no predictions"),
-        ('{"path": "x.jpg"}\n', "line 1, is no prediction: label: Field required"),
-        ("[]\n", "line 1, is no prediction"),
-        ("GOOD\nnonsense\n", "line 2, is no JSON"),
-        ("GOOD\n\n", "line 2, is no JSON"),
+        ("", "contains no predictions"),
+        ('{"path": "x.jpg"}\n', "line 1, is not a prediction: label: Field required"),
+        ("[]\n", "line 1, is not a prediction"),
+        ("GOOD\nnonsense\n", "line 2, is not JSON"),
+        ("GOOD\n\n", "line 2, is not JSON"),
         ("OTHER\n", "line 1: 'eagle' is not in the label set of the run"),
     ],
 )
@@ -270,7 +272,7 @@ def test_a_line_that_is_being_written_is_not_exported_yet(run: Path, tmp_path: P
         (run / "predictions.jsonl").write_text(text)
         assert export(run, "csv", tmp_path / f"{count}.csv").images == count
     (run / "predictions.jsonl").write_text(good)
-    with pytest.raises(DataError, match="holds no predictions"):
+    with pytest.raises(DataError, match="contains no predictions"):
         export(run, "csv", tmp_path / "none.csv")
 
 
@@ -287,7 +289,7 @@ def test_a_printed_file_that_breaks_off_is_told(run: Path, tmp_path: Path) -> No
 def test_a_run_that_is_going_on_is_exported_as_it_stood(
     run: Path, tmp_path: Path, to: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With every line that is read, another one is written."""
+    """For every line that is read, another line is written."""
     (good, *_), read = predictions(run / "images"), Line.model_validate
 
     def growing(told: dict[str, JsonValue]) -> Line:
@@ -305,7 +307,7 @@ def test_a_run_that_is_going_on_is_exported_as_it_stood(
 
 @pytest.fixture
 def table_run(tmp_path: Path) -> Path:
-    """A run over images that stand in a table, one of which is none, and one of which is a file."""
+    """A run over images in a table. One of them is not an image, and one is a file."""
     noise(3, (5, 7)).save(tmp_path / "file.png")
     content = (tmp_path / "file.png").read_bytes()
     images = [{"bytes": content, "path": "0.png"}, {"bytes": b"x", "path": None}, {"bytes": None, "path": "file.png"}]
@@ -383,11 +385,11 @@ def test_an_image_is_no_run(run: Path, tmp_path: Path) -> None:
 def test_what_is_missing_or_there_already_is_one_sentence(run: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="'nowhere' does not exist"):
         export("nowhere", "csv", tmp_path / "out")
-    with pytest.raises(DataError, match="images' holds no predictions"):
+    with pytest.raises(DataError, match="images' contains no predictions"):
         export(run / "images", "csv", tmp_path / "out")
-    with pytest.raises(InputError, match=r"no format 'xml'\. Known are csv"):
+    with pytest.raises(InputError, match=r"no format 'xml'\. Use one of: csv"):
         export(run, "xml", tmp_path / "out")
-    with pytest.raises(InputError, match="run' is there already"):
+    with pytest.raises(InputError, match="run' exists already"):
         export(run, "hf", run)
     with pytest.raises(InputError, match=r"cannot be written: .*No such file"):
         export(run, "csv", tmp_path / "no" / "out")
@@ -399,7 +401,7 @@ def test_what_is_missing_or_there_already_is_one_sentence(run: Path, tmp_path: P
 @pytest.mark.parametrize("to", SHOWING_IMAGES)
 def test_images_that_are_elsewhere_are_no_export(run: Path, tmp_path: Path, to: str) -> None:
     write_lines(run / "predictions.jsonl", predictions(Path("images")))
-    with pytest.raises(DataError, match=r"None of the images .* call export where the run was made"):
+    with pytest.raises(DataError, match=r"None of the images .* Repeat the command in the working directory of the run"):
         export(run, to, tmp_path / "out")
 
 

@@ -1,4 +1,4 @@
-"""Rows that are no images, links, names, and what reading a table costs."""
+"""Rows that are not images, links, names, and the cost of reading a table."""
 
 import gc
 import hashlib
@@ -45,7 +45,7 @@ def test_a_line_that_names_no_image_is_told_by_its_number(tmp_path: Path, name: 
 @pytest.mark.parametrize("column", [[1, 2], [[1, 2], [3]], [{"data": b"x"}, None]])
 def test_a_row_that_holds_no_image_is_told_by_its_number(tmp_path: Path, column: Sequence[object]) -> None:
     images = table(tmp_path, {"image": column})
-    with pytest.raises(DataError, match=r"row 0, counted from 0, holds in its column 'image' .*, which is neither an image"):
+    with pytest.raises(DataError, match=r"row 0, counted from 0, contains in its column 'image' .*, which is neither an image"):
         list(images)
 
 
@@ -87,7 +87,7 @@ def test_images_in_a_table_have_names_that_are_known_without_reading_them(
 
 
 def test_a_table_is_counted_named_and_sampled_without_reading_all_its_images(tmp_path: Path) -> None:
-    """Of the images, the bytes are overwritten: reading a row group of them fails."""
+    """The bytes of some images are overwritten, so that reading their row group fails."""
     images = table(tmp_path, {"image": [{"bytes": bytes(100_000), "path": f"{n}.png"} for n in range(8)]}, rows_together=2)
     metadata = pyarrow.parquet.read_metadata(images.path)
     with images.path.open("r+b") as file:
@@ -165,7 +165,7 @@ def test_names_and_numbers_are_those_of_any_inputs() -> None:
 
 def test_a_pipe_is_no_list_of_images(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "list.txt")
-    with pytest.raises(DataError, match="no list of images"):
+    with pytest.raises(DataError, match="nor a list of images"):
         Inputs(tmp_path / "list.txt")
 
 

@@ -1,4 +1,4 @@
-"""Embeddings on disk: what comes back, what is not computed twice, and what damage does."""
+"""Embeddings on disk: stored and read values, values that are not computed twice, and damaged files."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -102,7 +102,7 @@ def test_other_texts_are_another_scorer_with_the_same_image_embeddings(files: li
 
 
 def test_scores_are_the_same_whether_embeddings_are_kept_or_not(files: list[Path], tmp_path: Path) -> None:
-    """They have one fingerprint, and a calibration made with the ones is used with the others."""
+    """Stored and new embeddings have the same fingerprint, so a calibration is valid for both."""
     images = [Image.open(file).convert("RGB") for file in files]
     exact = TinyTowers().score(images, LABELS)
     for _ in ("embedded", "read"):
@@ -216,7 +216,7 @@ def test_a_full_disk_is_told_once(files: list[Path], tmp_path: Path, monkeypatch
 
 
 def test_processes_may_make_a_store_at_the_same_time(tmp_path: Path) -> None:
-    """Without a lock, one in some hundreds finds the database locked; another process may hold it just as long."""
+    """Without a lock, one of a few hundred processes finds the database locked. Another process may lock it for the same time."""
     with filelock.FileLock(tmp_path / "lock"):
         waiting = ThreadPoolExecutor(1).submit(EmbeddingStore, tmp_path)
         time.sleep(0.2)
@@ -277,7 +277,7 @@ def test_labels_are_kept_block_by_block(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def embedded(image: Image.Image) -> NDArray[np.float32]:
-    """As it is kept."""
+    """The embedding in its stored form."""
     return TinyTowers().embed_images([image])
 
 

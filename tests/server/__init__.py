@@ -1,6 +1,5 @@
-"""A server on this machine that speaks OpenAI's and Anthropic's protocols, batches included, and fails as it is told.
-
-The providers' own clients talk to it, so a test goes through everything but the model::
+"""A server on this machine with OpenAI's and Anthropic's protocols, including batches. It can produce faults. Tests use the
+providers' own clients, so everything except the model is real::
 
     async with JudgeServer(faults=[Fault("rate_limit", retry_after=1), None, Fault("truncated")]) as server:
         judge = load_judge("openai:gpt-4o", base_url=server.openai_url)

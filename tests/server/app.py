@@ -34,28 +34,29 @@ from tests.server.replies import REPLIES, say
 
 
 class JudgeServer:
-    """A server for ``async with``, or for ``with``, which runs it in a thread of its own.
+    """A server for ``async with``, or for ``with``, which runs it in a separate thread.
 
     Args:
-        answer: what the model says, or a function of the conversation that does; the first choice, unless given.
-        faults: one for each judging request and each row of a batch in order of arrival, or a function of its number from 0.
-        refuse: a fault for a request by what it holds, as for a parameter that the server does not take; it is not counted among
-            ``faults``.
-        latency: seconds that every judging request takes.
-        usage: input and output tokens of every answer.
-        cached: how many of the input tokens come from the provider's prompt cache.
-        structured: whether schemas are understood; a request with one gets a 400, if not.
-        logprobs: whether Chat Completions gives token probabilities to those who ask.
-        altered: what becomes of a proper reply before it is sent.
-        batch_polls: how many retrievals find a batch still in progress.
+        answer: the text of the model, or a function that makes it from the conversation. Default: the first choice.
+        faults: one fault per judging request and row of a batch, in order of arrival; or a function of the number of the
+            request, from 0.
+        refuse: function that gives a fault by the content of a request, for example for an unknown parameter. Such a request
+            uses no entry of ``faults``.
+        latency: time of every judging request, in seconds.
+        usage: numbers of input and output tokens of every answer.
+        cached: number of the input tokens that come from the provider's prompt cache.
+        structured: whether schemas are accepted. If not, a request with a schema gets status 400.
+        logprobs: whether Chat Completions gives token probabilities if they are requested.
+        altered: function that changes a correct reply before it is sent.
+        batch_polls: number of retrievals for which a batch is still in progress.
         batch_expires: whether batches expire.
-        check_images: whether a request gets a 400 if it has no image, or one that cannot be decoded.
-        keep_requests: whether requests are kept; long runs with large images may do without.
+        check_images: whether a request without an image, or with an image that cannot be decoded, gets status 400.
+        keep_requests: whether requests are kept. Long runs with large images may not need this.
 
     Attributes:
-        requests: every judging request, but for those without a key and those in batches.
+        requests: every judging request, except requests without a key and requests in batches.
         batches: every batch submitted.
-        most_at_once: how many judging requests were in flight at most.
+        most_at_once: maximum number of judging requests that were in flight at the same time.
     """
 
     def __init__(
@@ -96,13 +97,13 @@ class JudgeServer:
 
     @property
     def anthropic_url(self) -> str:
-        """For an Anthropic client's ``base_url``."""
+        """The ``base_url`` for a client of Anthropic."""
         host, port = self._runner.addresses[0]
         return f"http://{host}:{port}"
 
     @property
     def openai_url(self) -> str:
-        """For an OpenAI client's ``base_url``."""
+        """The ``base_url`` for a client of OpenAI."""
         return f"{self.anthropic_url}/v1"
 
     async def __aenter__(self) -> Self:
@@ -297,7 +298,7 @@ class JudgeServer:
 
 @web.middleware
 async def _gate(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Turns away who brings no key, and words problems as the provider does."""
+    """Refuses requests without a key, and reports problems in the provider's form."""
     try:
         if "x-api-key" not in request.headers and not request.headers.get("authorization", "").startswith(("Bearer ", "Basic ")):
             raise Problem("unauthorized", "A key is missing.")

@@ -1,4 +1,4 @@
-"""Batches: what was submitted, what became of each row, and how either provider tells."""
+"""Batches: their rows, the result of each row, and the form of both providers."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,12 +16,12 @@ Outcome: TypeAlias = Literal["succeeded", "errored", "expired", "canceled"]
 Submitted: TypeAlias = Sequence[tuple[str, Received]]
 
 ENDPOINTS = frozenset({"/v1/chat/completions", "/v1/responses", "/v1/messages"})
-"""Those that take batches."""
+"""The endpoints that accept batches."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One request of a batch, the response it gets, and what becomes of it unless the batch is cut short."""
+    """One request of a batch, its response, and its result if the batch completes."""
 
     custom_id: str
     received: Received
@@ -32,7 +32,7 @@ class Row:
 
 @dataclass(kw_only=True)
 class Batch:
-    """A batch as submitted; one that expires or is cancelled has done the first half of its rows."""
+    """A submitted batch. If it expires or is cancelled, only the first half of its rows is done."""
 
     id: str
     provider: Provider
@@ -48,13 +48,13 @@ class Batch:
 
     @property
     def outcomes(self) -> list[Outcome]:
-        """What becomes of each row."""
+        """The result of each row."""
         done = len(self.rows) if self.ending == "completed" else len(self.rows) // 2
         undone: Outcome = "expired" if self.ending == "expired" else "canceled"
         return [row.outcome if place < done else undone for place, row in enumerate(self.rows)]
 
     def files(self) -> dict[str, bytes]:
-        """OpenAI's files of output and of errors, those with any lines."""
+        """OpenAI's files of output and of errors. Empty files are left out."""
         lines: dict[str, list[Json]] = {"output": [], "error": []}
         for row, outcome in zip(self.rows, self.outcomes, strict=True):
             lines["output" if outcome == "succeeded" else "error"].append(_openai_line(row, outcome))
@@ -66,7 +66,7 @@ class Batch:
 
 
 def jsonl(lines: Iterable[Json]) -> bytes:
-    """One JSON object a line."""
+    """Text with one JSON object per line."""
     return b"".join(json.dumps(line).encode() + b"\n" for line in lines)
 
 
@@ -74,7 +74,7 @@ def openai_rows(file: bytes, endpoint: str, headers: Mapping[str, str]) -> Submi
     """The requests in an uploaded file.
 
     Raises:
-        Problem: if a line is no request to the endpoint.
+        Problem: if a line is not a request to the endpoint.
     """
     rows = []
     for line in file.splitlines():
@@ -90,7 +90,7 @@ def anthropic_rows(body: Mapping[str, JsonValue], headers: Mapping[str, str]) ->
     """The requests in a submission.
 
     Raises:
-        Problem: if one lacks something.
+        Problem: if a field of a request is missing.
     """
     rows = []
     requests = body.get("requests")
@@ -128,7 +128,7 @@ def _anthropic_line(row: Row, outcome: Outcome) -> Json:
 
 
 def openai_batch(batch: Batch, usage: tuple[int, int]) -> Json:
-    """A batch as OpenAI describes it."""
+    """A batch in OpenAI's form."""
     ended = batch.state == "ended"
     outcomes = batch.outcomes if ended else []
     begun = "in_progress" if batch.polls else "validating"
@@ -154,7 +154,7 @@ def openai_batch(batch: Batch, usage: tuple[int, int]) -> Json:
 
 
 def anthropic_batch(batch: Batch, url: str) -> Json:
-    """A batch as Anthropic describes it."""
+    """A batch in Anthropic's form."""
     ended = batch.state == "ended"
     outcomes = batch.outcomes if ended else []
     counts = {outcome: outcomes.count(outcome) for outcome in ("succeeded", "errored", "expired", "canceled")}

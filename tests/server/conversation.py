@@ -1,4 +1,4 @@
-"""Judging requests of either provider, read."""
+"""Reads the judging requests of both providers."""
 
 import binascii
 import json
@@ -14,7 +14,7 @@ from tests.server.faults import Problem, Provider
 
 @dataclass(frozen=True, kw_only=True)
 class Received:
-    """A judging request as it came; headers are found whatever their case."""
+    """A judging request as it was received. The case of header names does not matter."""
 
     path: str
     headers: Mapping[str, str]
@@ -27,12 +27,12 @@ class Conversation:
 
     Attributes:
         received: the request itself.
-        texts: all of them in order.
-        images: the bytes of all of them in order, as encoded.
-        options: the candidates listed last, key to what is written behind it.
-        choices: what may be answered: what the schema or the decision offers, else the keys of the options.
-        schema: what the answer is held to.
-        tool: the name of the tool that must be called with it.
+        texts: all texts in order.
+        images: the encoded bytes of all images in order.
+        options: the candidates that are listed last: the text after each key, by the key.
+        choices: the possible answers: the values in the schema or the decision; without them, the keys of the options.
+        schema: the schema of the answer.
+        tool: the name of the tool that must be called with the answer.
     """
 
     received: Received
@@ -44,7 +44,7 @@ class Conversation:
     tool: str | None
 
     def say(self, answer: str) -> str:
-        """The answer in the form asked for: JSON where there is a schema."""
+        """The answer in the requested form: JSON if there is a schema."""
         match self.schema:
             case {"properties": dict(fields)}:
                 return json.dumps({name: answer if name == "answer" else "As far as can be seen." for name in fields})
@@ -52,7 +52,7 @@ class Conversation:
 
 
 def provider_of(path: str) -> Provider:
-    """Whose endpoint it is."""
+    """The provider of the endpoint."""
     return "anthropic" if path.startswith("/v1/messages") else "openai"
 
 
@@ -60,7 +60,7 @@ def read_json(data: bytes) -> dict[str, JsonValue]:
     """A JSON object.
 
     Raises:
-        Problem: if it is none.
+        Problem: if the value is not a JSON object.
     """
     try:
         value: JsonValue = json.loads(data)
@@ -78,7 +78,7 @@ def read_request(received: Received) -> Conversation:
     """The conversation of a judging request.
 
     Raises:
-        Problem: if an image is not in base64, or if something else than a choice is to be decided.
+        Problem: if an image is not in base64, or if the decision is not a choice.
     """
     try:
         parts = [*_parts(received.body.get("messages")), *_parts(received.body.get("input"))]
@@ -99,7 +99,7 @@ def read_request(received: Received) -> Conversation:
 
 
 def _parts(node: JsonValue) -> Iterator[str | bytes]:
-    """Texts and images in order, however a protocol nests them."""
+    """Texts and images in order, for every way in which a protocol nests them."""
     match node:
         case str():
             yield node

@@ -1,4 +1,4 @@
-"""What can go wrong with a request, and how either provider words it."""
+"""Faults of requests, in the form of both providers."""
 
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass
@@ -21,14 +21,15 @@ ErrorKind: TypeAlias = Literal[
     "not_found",
     "quota",
 ]
-"""Answered by an error status."""
+"""Faults that give an error status."""
 
 ConnectionKind: TypeAlias = Literal["reset", "slow", "drip", "endless", "bomb", "truncated", "invalid_json", "redirect"]
-"""The connection breaks, drags on, gives a byte now and then, never ends, gives little that unzips to much, ends within the
-answer, carries something else than JSON, or leads elsewhere; a row of a batch has none."""
+"""Faults of the connection: it breaks, is slow, gives single bytes, never ends, gives a small body that becomes very large when
+it is decompressed, ends inside the answer, does not contain JSON, or redirects. Rows of batches have no such faults.
+"""
 
 VerdictKind: TypeAlias = Literal["wrong_label", "not_offered_letter", "empty", "huge", "refusal", "content_filter", "length"]
-"""A proper response whose answer is of no use."""
+"""Faults that give a correct response with an unusable answer."""
 
 FaultKind: TypeAlias = ErrorKind | ConnectionKind | VerdictKind | Literal["expired", "body"]
 
@@ -38,13 +39,14 @@ class Fault:
     """What goes wrong with one request.
 
     Attributes:
-        kind: what; ``"expired"`` is for the rows of batches alone; ``"body"`` is a response with a status and body of your own.
-        retry_after: sent with an error: seconds or an HTTP date.
-        retry_after_ms: sent with an error: milliseconds.
-        seconds: before the first byte of a slow answer; between two bytes of one that drips.
-        status: of the response, for ``"body"``.
-        body: of the response, for ``"body"``: as JSON, or text that is sent as HTML.
-        location: where a redirect leads.
+        kind: the kind of fault. ``"expired"`` is only for rows of batches. ``"body"`` is a response with a given status and
+            body.
+        retry_after: header of an error: seconds or an HTTP date.
+        retry_after_ms: header of an error: milliseconds.
+        seconds: time before the first byte of a slow answer, or between two bytes of a dripping answer.
+        status: status of the response, for ``"body"``.
+        body: body of the response, for ``"body"``: JSON, or a text that is sent as HTML.
+        location: target of a redirect.
     """
 
     kind: FaultKind
@@ -58,13 +60,13 @@ class Fault:
 
     @property
     def headers(self) -> dict[str, str]:
-        """What the response says about waiting, and where it leads."""
+        """The headers of the response about the waiting time and the target of a redirect."""
         told = {"retry-after": self.retry_after, "retry-after-ms": self.retry_after_ms, "location": self.location or None}
         return {name: str(value) for name, value in told.items() if value is not None}
 
 
 class Problem(Exception):
-    """A request that gets an error for an answer."""
+    """A request that gets an error as its answer."""
 
     def __init__(self, kind: str, message: str = "") -> None:
         super().__init__(message)
@@ -82,7 +84,7 @@ class Problem(Exception):
 
 
 class Error(NamedTuple):
-    """An error in both providers' terms: status, type and, with OpenAI, code."""
+    """An error for both providers: its status, its type and, for OpenAI, its code."""
 
     message: str
     openai: tuple[int, str, str | None]
@@ -103,5 +105,5 @@ ERRORS: Mapping[str, Error] = {
 
 
 def new_id(prefix: str) -> str:
-    """An identifier as the providers make them."""
+    """An identifier in the form of the providers."""
     return f"{prefix}_{uuid4().hex}"

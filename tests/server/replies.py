@@ -1,4 +1,4 @@
-"""Answers of either provider, written."""
+"""Writes the answers of both providers."""
 
 import json
 import math
@@ -12,7 +12,7 @@ from tests.server.conversation import Conversation
 from tests.server.faults import FaultKind, Json, new_id
 
 CONFIDENCE = 0.9
-"""The probability of the choice made, where probabilities are asked for; the other choices share the rest evenly."""
+"""The probability of the chosen option, if probabilities are requested. The other options share the rest evenly."""
 
 HUGE = 2_000_000
 REFUSAL = "I'm sorry, I can't help with that."
@@ -20,7 +20,7 @@ REFUSAL = "I'm sorry, I can't help with that."
 
 @dataclass(frozen=True, kw_only=True)
 class Said:
-    """What the model came up with, why it stopped there, what is billed, and whether token probabilities may be told."""
+    """The model's text, the reason of its end, the billed usage, and whether token probabilities are given."""
 
     text: str = ""
     stop: Literal["stop", "refusal", "content_filter", "length"] = "stop"
@@ -30,7 +30,7 @@ class Said:
 
 
 def say(asked: Conversation, fault: FaultKind | None, answer: str | Callable[[Conversation], str]) -> Said:
-    """The answer, or what the fault makes of it."""
+    """The answer, or the answer changed by the fault."""
     match fault:
         case "empty":
             return Said()
@@ -78,7 +78,7 @@ _TOKEN = re.compile(r"\s*(?:\w+|[^\w\s])|\s+")
 
 
 def _logprobs(asked: Conversation, text: str) -> list[Json]:
-    """Tokens in order; each that is a choice has the other choices for alternatives."""
+    """Tokens in order. A token that is a choice has the other choices as alternatives."""
     match asked.received.body.get("top_logprobs"):
         case int(most):
             pass
@@ -98,7 +98,7 @@ def _logprob(token: str, probability: float) -> Json:
 
 
 def probabilities(chosen: str, choices: Sequence[str]) -> dict[str, float]:
-    """Of the choices, the one chosen first."""
+    """The choices, with the chosen one first."""
     rest = (1 - CONFIDENCE) / max(len(choices) - 1, 1)
     return {choice: CONFIDENCE if choice == chosen else rest for choice in sorted(choices, key=lambda choice: choice != chosen)}
 
@@ -131,7 +131,7 @@ def _response(asked: Conversation, said: Said) -> Json:
 
 
 def openai_usage(usage: tuple[int, int], answers: int = 1, *, cached: int = 0) -> Json:
-    """The usage of so many answers, as OpenAI puts it everywhere but in Chat Completions."""
+    """The usage of this number of answers, in the form of OpenAI's endpoints except Chat Completions."""
     into, out = (tokens * answers for tokens in usage)
     return {
         "input_tokens": into,
@@ -191,4 +191,4 @@ REPLIES: Mapping[str, Callable[[Conversation, Said], Json]] = {
     "/v1/decisions": _decision,
     "/v1/messages": _message,
 }
-"""How each judging endpoint puts what was said."""
+"""The form of an answer at each judging endpoint."""

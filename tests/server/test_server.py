@@ -1,4 +1,4 @@
-"""What the loopback server says, as the providers' own clients understand it."""
+"""Responses of the loopback server, read by the providers' own clients."""
 
 import asyncio
 import base64
@@ -62,7 +62,7 @@ MESSAGES: list[MessageParam] = [
 
 
 class Clients:
-    """Either provider's, and one plain question through each endpoint."""
+    """A client of each provider, and one simple question through each endpoint."""
 
     def __init__(self, server: JudgeServer, *, timeout: float = 30) -> None:
         self.server = server
@@ -127,7 +127,7 @@ class Clients:
         )
 
     async def ask(self, endpoint: str) -> str:
-        """What came back, in a word or two."""
+        """The response in one or two words."""
         match endpoint:
             case "chat":
                 choice = (await self.chat()).choices[0]
@@ -253,7 +253,7 @@ async def test_tokens_from_a_cache() -> None:
 
 
 async def test_a_response_of_ones_own() -> None:
-    """By the number of the request, or by what it holds."""
+    """Faults chosen by the number of the request, or by its content."""
 
     def refuse(received: Received) -> Fault | None:
         return Fault("body", status=422, body={"detail": "no top_logprobs"}) if "top_logprobs" in received.body else None

@@ -24,7 +24,7 @@ from cascadevlm.policies.rules import Always
 
 @dataclass(frozen=True, kw_only=True)
 class Calibrated:
-    """A calibration, and what it is worth on images that it was not fitted on.
+    """A calibration, and its figures on images that it was not fitted on.
 
     Attributes:
         calibration: the calibration.
@@ -60,9 +60,9 @@ class Calibrated:
 def calibrate(record: Record, recipe: Recipe, beside: Unlabelled | None = None) -> Calibrated:
     """Calibrate on some images of a record, and measure the result on the other images.
 
-    One part of the calibration images fits the models. If a policy is chosen for a target, another part of the same size chooses
-    it. If a guarantee is wanted, another part of the same size gives it. The images that fitted the models or chose the policy
-    would promise too much.
+    One part of the calibration images fits the models. If a policy is chosen for a target, another part of the same size
+    chooses it. If a guarantee is wanted, another part of the same size gives it. The images that fitted the models or chose the
+    policy would give too good a result.
 
     Args:
         record: labelled images with the judges' answers.
@@ -144,7 +144,7 @@ def _guaranteed(
 
 
 def _measured(rest: Record, calibration: Calibration, acceptance: Acceptance | None) -> Calibrated:
-    """What the calibration is worth on images that it was not fitted on."""
+    """The figures of the calibration on images that it was not fitted on."""
     agreement = float((rest.judged.answers == rest.scored)[rest.judged.asked].mean())
     if not calibration.labelled:
         return Calibrated(calibration=calibration, agreement=agreement)

@@ -30,11 +30,11 @@ FEWEST = 20
 
 @dataclass(frozen=True, kw_only=True)
 class Fitted:
-    """What is fitted with labels or without.
+    """The fitted parts of a calibration.
 
     Attributes:
         scorer: the scorer's calibration.
-        judges: one per stage.
+        judges: the models of the judges, one per stage.
         conformal: lengths of lists for a coverage; None without labels.
         reference: probability of the best label, by calibrations fitted on the other folds; None without labels.
         shares: mean calibrated probabilities.
@@ -106,7 +106,9 @@ def fit_calibration(record: Record, recipe: Recipe, beside: Unlabelled | None = 
 
 
 def _with_labels(record: Record, recipe: Recipe, beside: Unlabelled | None = None) -> Fitted:
-    """Fit each judge to what is believed after the earlier judges; every belief is by models fitted on the other folds."""
+    """Fit each judge to the probabilities after the earlier judges. All probabilities come from models fitted on the other
+    folds.
+    """
     truths = np.eye(len(record.labels))[record.truths]
     scorer = cross_fit_scorer(record.scores.log_probs, truths, prior=recipe.prior(record.labels))
     support = SupportSet.of(record, scorer, recipe.prior(record.labels))
@@ -159,7 +161,11 @@ def _without_labels(record: Record, recipe: Recipe) -> Fitted:
 
 
 def _judge(record: Record, stage: int, model: JudgeModel, before: Floats, recipe: Recipe) -> CalibratedJudge:
-    """The judge of a stage; ``before`` are ``(n, C)`` log-probabilities before its answers, of the n images that it answered."""
+    """The calibrated judge of a stage.
+
+    Args:
+        before: ``(n, C)`` log-probabilities before its answers, of the n images that it answered.
+    """
     judged = record.stages[stage]
     agreed, likely = model.agreement(before, answers_of(judged).rows(heard(judged)))
     sizes = [size for size in SIZES if size <= len(record.labels)] or [1]

@@ -1,4 +1,4 @@
-"""What to calibrate for, as the command line and Python callers say it."""
+"""What to calibrate for: the options of the command line and of Python callers."""
 
 import math
 from collections.abc import Mapping
@@ -25,8 +25,8 @@ class Recipe:
     """What to calibrate for, and on which images.
 
     Attributes:
-        size: number of images to calibrate on, at least 1. Default: half of the readable images. The other images measure the
-            result.
+        size: number of images to calibrate on, at least 1. Default: half of the readable images. The result is measured on the
+            other images.
         seed: seed of the random draw of these images.
         labelled: whether the labels of the images are used. Without labels, the judge is treated as an annotator who makes
             errors.
@@ -37,9 +37,9 @@ class Recipe:
             other answers. Default: no guarantee.
         confidence: probability that the guarantee holds, between 0 and 1.
         coverage: probability that a conformal list of candidates contains the truth, between 0 and 1.
-        class_conditional: whether every class with enough images gets a conformal threshold of its own.
-        shares: expected share of each class by label name, in any unit. A calibration of the scorer may be matched to these
-            shares. Default: equal shares.
+        class_conditional: whether every class with enough images gets its own conformal threshold.
+        shares: expected share of each class by label name, in any unit. The calibration can adapt the scorer to these shares.
+            Default: equal shares.
 
     Raises:
         InputError: if a value is out of its range, or two values contradict each other.
@@ -115,7 +115,7 @@ def read_shares(path: Path) -> dict[str, float]:
     try:
         return TypeAdapter(dict[str, NonNegativeFloat]).validate_json(path.read_bytes())
     except OSError as exc:
-        raise InputError(f"{str(path)!r} cannot be read: {exc.strerror}.") from exc
+        raise InputError(f"{str(path)!r} cannot be read: {exc.strerror}.", hint="Check the path.") from exc
     except ValidationError as exc:
         raise InputError(
             f"{str(path)!r} does not contain shares of classes: {exc.errors()[0]['msg']}.",

@@ -43,7 +43,7 @@ class Target:
         most = 1.0 if self.kind in ("deferral_rate", "accuracy") else math.inf
         if not (0 <= self.value <= most):
             limits = "at least 0" if math.isinf(most) else "between 0 and 1"
-            raise InputError(f"The target {self.kind} must be {limits}, and is {self.value!r}.")
+            raise InputError(f"The target {self.kind} must be {limits}, not {self.value!r}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +86,7 @@ def policy_for(record: Record, measure: str, target: Target) -> str:
         target: what the policy must reach.
 
     Raises:
-        DataError: if no threshold reaches the target. The hint tells the best value that can be reached.
+        DataError: if no threshold reaches the target. The hint gives the best value that can be reached.
     """
     curve = sweep(record, steps=min(STEPS, len(record))).curve(measure)
     reached = {
@@ -99,7 +99,7 @@ def policy_for(record: Record, measure: str, target: Target) -> str:
     assert curve.thresholds is not None
     enough = reached <= target.value if limited else reached >= target.value
     meets = np.flatnonzero(enough & ~np.isnan(curve.thresholds))
-    if not len(meets):  # only a quantity that must be reached: asking nothing keeps every limit
+    if not len(meets):  # only for a quantity that must be reached: without questions, every limit is kept
         raise DataError(
             f"No threshold of {measure} reaches the target {target.kind} = {target.value:g}.",
             hint=f"The highest value on these {len(record)} images is {reached.max():.4g}.",

@@ -34,7 +34,7 @@ UNASKED = 5
 def kinds_of(record: Record) -> dict[str, Bools]:
     """``(N,)`` booleans for each kind of case, as `cascadevlm.evaluation.metrics.evaluate` counts them.
 
-    An image can be of several kinds.
+    An image can belong to several kinds.
     """
     readable = record.readable
     scorer_right, right = record.scored == record.truths, record.predicted == record.truths
@@ -52,7 +52,7 @@ def sample(kinds: Mapping[str, Bools], most: int, *, seed: int = 0) -> NDArray[n
     """Rows of at most ``most`` images in ascending order. If there are more images, the rows are drawn at random.
 
     The same number of images is drawn from each kind. A kind with fewer images is included as a whole, and the others share the
-    remaining places. An image of several kinds counts for the rarest one. Images of no kind are a group of their own.
+    remaining places. An image of several kinds counts for the rarest kind. Images of no kind are a separate group.
     """
     size = len(next(iter(kinds.values())))
     by_rarity = sorted(kinds.values(), key=lambda of_kind: int(of_kind.sum()))
@@ -68,10 +68,11 @@ def sample(kinds: Mapping[str, Bools], most: int, *, seed: int = 0) -> NDArray[n
 
 
 def cases(runs: Mapping[str, tuple[Record, Record]], *, seed: int = 0) -> dict[str, JsonValue]:
-    """The cases of all runs as JSON-serialisable data. Labels and thumbnails are numbers from 0; -1 stands for none.
+    """The cases of all runs as JSON-serialisable data. Labels and thumbnails are numbers from 0; -1 stands for a missing value.
 
     Args:
-        runs: by name, the record as it was made, and the record under its policy, with the images in the same order.
+        runs: two records per run, by the name of the run: the record as it was made, and the record under its policy. Both have
+            the same order of images.
         seed: seed of the random choice of cases.
     """
     numbers: dict[tuple[str, str], int] = {}
@@ -122,7 +123,7 @@ def _case(record: Record, final: Record, row: int) -> dict[str, JsonValue]:
 
 
 def _candidates(record: Record, row: int) -> list[int]:
-    """The columns of the candidates shown last, or of the scorer's best labels; empty if the image could not be read."""
+    """The columns of the last question's candidates, or of the scorer's best labels; empty if the image is unreadable."""
     shown = [stage.candidates[row] for stage in record.stages if stage.asked[row]]
     if shown:
         return [int(column) for column in shown[-1] if column != NOBODY]

@@ -45,7 +45,8 @@ class Run:
     Attributes:
         record: the record as it was made.
         final: the record under its policy. It differs from ``record`` if the judge was asked about every image.
-        evaluation: figures of ``final``, including the judge's answers about kept images. ``paid_dollars`` is that of ``record``.
+        evaluation: figures of ``final``, including the judge's answers about kept images. ``paid_dollars`` is taken from
+            ``record``.
         studies: the studies in the folder of the record.
         calibration: the calibration in the folder, if it was fitted on images of this record.
     """

@@ -39,7 +39,7 @@ class Given:
 
     Attributes:
         images: number of images.
-        decided: number of images by who decided.
+        decided: number of images by the part that decided.
         probability: sum of the probabilities of the label.
     """
 
@@ -60,7 +60,7 @@ class BulkRun:
         kinds: number of images of each kind.
         labels: totals of each label that was given.
         sure: number of labels with a probability of at least `SURE`.
-        probabilities: by who decided, the number of labels in equal parts of the probabilities from 0 to 1.
+        probabilities: for each part that decides, the number of labels in equal intervals of the probability from 0 to 1.
         doubtful: the images with the lowest probabilities, lowest first.
     """
 
@@ -87,7 +87,7 @@ class BulkRun:
 
     @property
     def decided(self) -> dict[str, int]:
-        """Number of labels by who decided."""
+        """Number of labels by the part that decided."""
         return {by: int(parts.sum()) for by, parts in self.probabilities.items() if parts.any()}
 
     @property
@@ -122,7 +122,7 @@ class _Summary(BaseModel):
 
 
 def is_bulk_run(folder: Path) -> bool:
-    """Whether a folder contains a run over images without labels."""
+    """True if a folder contains a run over images without labels."""
     return (folder / NAME).is_file() and not Manifest.read(folder).labelled
 
 
@@ -250,7 +250,7 @@ def _case(line: Line, labels: dict[str, int]) -> dict[str, JsonValue]:
 
 
 def _thumbnails(run: BulkRun, rows: list[Numbered]) -> dict[int, str]:
-    """Thumbnails by the number of the image. Images that were removed or replaced have none."""
+    """Thumbnails by the number of the image. Images that were removed or replaced have no thumbnail."""
     names = {number: line.path for number, line in rows if line.candidates}
     table = table_of(run.manifest.inputs)
     images: Iterator[tuple[int, tuple[str, ImageSource]]]

@@ -27,7 +27,9 @@ from cascadevlm.judges.pricing import FREE, Price, find_price
 from cascadevlm.judges.prompt import answer_format, once_per_question, options, render
 
 FIXED_TOKENS = 600
-"""More tokens than any provider adds for roles, separators, the fixed part of a schema and the instructions of a forced tool."""
+"""Upper limit of the tokens that a provider adds for roles, separators, the fixed part of a schema and the instructions of a
+forced tool.
+"""
 
 REASONING_TOKENS = 4096
 """Extra tokens for models that think before they answer, so that the thoughts do not use up the limit of the answer."""
@@ -47,7 +49,7 @@ UNKNOWN_SMALL_IMAGE_TOKENS = 5 * 576
 
 @dataclass(frozen=True, kw_only=True)
 class BatchLimits:
-    """The most requests and the most bytes that a provider accepts in one batch."""
+    """Maximum number of requests and of bytes that a provider accepts in one batch."""
 
     requests: int
     bytes: int
@@ -55,7 +57,7 @@ class BatchLimits:
 
 @dataclass(frozen=True, kw_only=True)
 class Form:
-    """The parts of a request that not every endpoint accepts.
+    """The parts of a request that some endpoints do not accept.
 
     Attributes:
         schema: whether the request has a schema for the answer.
@@ -72,10 +74,10 @@ NAMES_SCHEMA = re.compile(
 """Matches errors that concern the schema."""
 
 FIRST_ALONE_SECONDS = 5.0
-"""The most seconds that other questions wait while the first question finds out which form the endpoint accepts."""
+"""Maximum time, in seconds, that other questions wait while the first question finds out which form the endpoint accepts."""
 
 PriceOption: TypeAlias = Mapping[str, JsonValue] | float | None
-"""A price in dollars per million tokens, with the keys of `Price`. 0: the model is free. None: the price of the table."""
+"""A price in dollars per million tokens, with the keys of `Price`. 0: the model is free. None: the price from the price table."""
 
 
 @once_per_question
@@ -93,7 +95,7 @@ class HostedJudge(ConnectedJudge):
         batch_limits: the batches that the provider accepts.
         model: name of the model at the provider.
         given_price: the price from the configuration.
-        max_tokens: the most tokens of an answer. None: see `output_limit`.
+        max_tokens: maximum number of tokens of an answer. None: see `output_limit`.
     """
 
     live: ClassVar[Live] = (("_first", lambda: None),)
@@ -126,7 +128,9 @@ class HostedJudge(ConnectedJudge):
         self.max_tokens = max_tokens
         self._form: Form | None = None  # None until the endpoint accepted one
         self._schema_works = False
-        self._first: asyncio.Future[FatalError | None] | None = None  # done when no question waits for the first one any more
+        self._first: asyncio.Future[FatalError | None] | None = (
+            None  # done when no question waits for the first question any more
+        )
         self._found_out = False
 
     @cached_property
@@ -161,7 +165,9 @@ class HostedJudge(ConnectedJudge):
         except ValidationError as exc:
             problem = exc.errors()[0]
             where = ".".join(map(str, problem["loc"]))
-            raise BackendError(f"The price of {self.spec!r} is wrong at {where!r}: {problem['msg']}.") from exc
+            raise BackendError(
+                f"The price of {self.spec!r} is wrong at {where!r}: {problem['msg']}.", hint="Correct the key price in options."
+            ) from exc
 
     @property
     def costs_money(self) -> bool:
@@ -258,8 +264,8 @@ class HostedJudge(ConnectedJudge):
     def _learn(self, form: Form, verdict: Verdict) -> None:
         """Remember a form that got an answer.
 
-        An endpoint that answers a schema with other text than JSON ignores the schema. An empty, refused or cut-off answer proves
-        nothing. After a schema worked once, requests keep the schema.
+        If the request has a schema and the answer is not JSON, the endpoint ignores schemas. An empty, refused or cut-off
+        answer does not prove this. After a schema has worked once, all requests have the schema.
         """
         if form.schema and verdict.outcome not in ("refused", "failed") and verdict.text.strip():
             self._schema_works = self._schema_works or is_json_answer(verdict.text)
@@ -268,14 +274,16 @@ class HostedJudge(ConnectedJudge):
             self._form = form
 
     async def ask(self, request: Awaitable[Reply], question: Question) -> Verdict:
-        """The verdict of one request. Its usage holds the seconds that the request took."""
+        """The verdict of one request. Its usage contains the time of the request in seconds."""
         began = time.perf_counter()
         try:
             async with asyncio.timeout(self.timeout):
                 reply = await self.call(request)
             verdict = self.read(reply, question)
         except TimeoutError:
-            raise TransientError(f"There was no answer within {self.timeout:g} seconds.", may_be_billed=True) from None
+            raise TransientError(
+                f"There was no answer within {self.timeout:g} seconds.", may_be_billed=True, hint="Raise the option timeout."
+            ) from None
         except Refused as exc:
             verdict = self._refused(exc)
         return replace(verdict, usage=replace(verdict.usage, seconds=time.perf_counter() - began))
@@ -284,7 +292,7 @@ class HostedJudge(ConnectedJudge):
         """The verdict for a row of a batch's results.
 
         Raises:
-            JudgeError: if the row holds an error in place of an answer.
+            JudgeError: if the row contains an error in place of an answer.
         """
         try:
             return self.read(self.of_batch_row(row, question), question, batch=True)
@@ -309,7 +317,7 @@ class HostedJudge(ConnectedJudge):
             return Verdict(outcome="failed", text=reply.text, error=error, judge=self.spec, usage=usage)
         text = reply.text if reply.text.strip() else concluding_answer(reply.thoughts)
         if not text.strip() and reply.thoughts.strip():
-            error = "The answer is empty: the response holds only thoughts, and they do not end in an answer."
+            error = "The answer is empty: the response contains only thoughts, and they do not end in an answer."
             return Verdict(outcome="unparsed", error=error, judge=self.spec, usage=usage)
         return verdict_from_text(text, question, judge=self.spec, usage=usage, probabilities=reply.probabilities)
 
@@ -325,8 +333,9 @@ class HostedJudge(ConnectedJudge):
         return Usage(input_tokens=input_tokens, output_tokens=output_tokens) if self.costs_money else Usage(), worst
 
     def output_limit(self, question: Question) -> int:
-        """The most tokens of an answer: ``max_tokens``. Default: the tokens of the prompt's answer and of the longest name, and
-        `REASONING_TOKENS` for models that think."""
+        """Maximum number of tokens of an answer: ``max_tokens``. Default: the limit of the prompt plus the tokens of the
+        longest name and, for models that think, `REASONING_TOKENS`.
+        """
         if self.max_tokens is not None:
             return self.max_tokens
         name = max(len(name.encode()) for name in options(question).values()) // USUAL_BYTES_PER_TOKEN
@@ -335,8 +344,8 @@ class HostedJudge(ConnectedJudge):
     def _sent_sizes(self, question: Question) -> list[tuple[int, int]]:
         """Width and height of all images as they are sent, in pixels.
 
-        For an image that is not encoded yet, it is the size within the limits. Encoding may shrink the image further, but cannot
-        enlarge it.
+        If an image is not encoded yet, its size within the limits is returned. Encoding may make the image smaller, but not
+        larger.
         """
         shown: tuple[Question | Exemplar, ...] = (question, *question.exemplars)
         return [self._sent_size(each) for each in shown]
@@ -347,7 +356,7 @@ class HostedJudge(ConnectedJudge):
         return (encoded.width, encoded.height) if encoded else size_within(shown.image.size, self.limits)
 
     def most_tokens(self, question: Question) -> tuple[int, int]:
-        """The most input tokens and the most output tokens of a request. A text never has more tokens than bytes."""
+        """Maximum numbers of input tokens and output tokens of a request. A text never has more tokens than bytes."""
         least = UNKNOWN_SMALL_IMAGE_TOKENS if self.price.image is None else 0
         images = sum(max(self._image_tokens(size), least) for size in self._sent_sizes(question))
         return input_bytes(question) + images + FIXED_TOKENS, self.output_limit(question)
@@ -361,7 +370,10 @@ class HostedJudge(ConnectedJudge):
         input_tokens, output_tokens = self.most_tokens(question)
         limit = self.price.input_limit
         if limit is not None and input_tokens > limit:
-            raise PermanentError(f"The question may take {input_tokens} tokens, but the price is known up to {limit} tokens.")
+            raise PermanentError(
+                f"The question may take {input_tokens} tokens, but the price is only known up to {limit} tokens.",
+                hint="Use fewer or smaller images, or set price in options.",
+            )
         usual = Usage(
             input_tokens=input_bytes(question) // USUAL_BYTES_PER_TOKEN
             + sum(map(self._image_tokens, self._sent_sizes(question))),
@@ -404,6 +416,6 @@ class HostedJudge(ConnectedJudge):
         """The reply in a row of results.
 
         Raises:
-            ErrorResponse: if the row holds an error response.
-            JudgeError: if the row holds no response.
+            ErrorResponse: if the row contains an error response.
+            JudgeError: if the row contains no response.
         """

@@ -26,7 +26,7 @@ LOCAL_ONLY = "CASCADEVLM_LOCAL_ONLY"
 """If this environment variable is set, judges connect to servers on this machine only."""
 
 NO_KEY = "no-key-needed"
-"""The key that is sent to servers on this machine if none is set."""
+"""The key that is sent to servers on this machine if no key is set."""
 
 T = TypeVar("T")
 
@@ -54,15 +54,15 @@ class ConnectedJudge(Judge):
     """A judge that reaches its model through an SDK.
 
     Attributes:
-        provider: name of the provider. Its prices hold at its own ``hosts``.
+        provider: name of the provider. Its prices are valid for its own ``hosts``.
         hosts: host names of the provider's own endpoint.
-        errors: our error class for each exception class of the SDK, by class name. An exception with a status is classified by
-            the response instead.
-        base_url: address of the endpoint. None: the provider's own.
-        api_key_env: name of the environment variable that holds the key.
+        errors: the error class of cascadevlm for each exception class of the SDK, by class name. If an exception has a status,
+            the response decides instead.
+        base_url: address of the endpoint. None: the provider's own endpoint.
+        api_key_env: name of the environment variable that contains the key.
         client: the user's own client. None: the judge makes one.
         headers: extra headers of every request. They are secret.
-        timeout: the most seconds that one request may take in all. None: no limit.
+        timeout: maximum total time of one request, in seconds. None: no limit.
     """
 
     provider: ClassVar[str]
@@ -83,12 +83,14 @@ class ConnectedJudge(Judge):
         self.headers = headers
         self.client = client
         self.timeout = timeout
-        self._reached = False  # whether the endpoint was ever connected to
+        self._reached = False  # true after the first connection to the endpoint
         self._connections: PerLoop[_Connection] = PerLoop(_Connection)
 
     @property
     def endpoint(self) -> str | None:
-        """Address of the model: ``base_url``, or what the SDK reads from the environment. None: the provider's own."""
+        """Address of the endpoint: ``base_url``, or the address that the SDK reads from the environment. None: the provider's
+        own endpoint.
+        """
         return self.base_url or os.environ.get(f"{self.provider.upper()}_BASE_URL") or None
 
     @property
@@ -98,7 +100,7 @@ class ConnectedJudge(Judge):
 
     @property
     def host(self) -> str | None:
-        """Host name of the endpoint. None: the provider's own."""
+        """Host name of the endpoint. None: the provider's own endpoint."""
         return urlsplit(self.endpoint).hostname if self.endpoint else None
 
     @property
@@ -115,7 +117,7 @@ class ConnectedJudge(Judge):
         """The key from the environment. On this machine, a placeholder if no key is set.
 
         Raises:
-            BackendError: if the variable is not set, or holds a character that no key has.
+            BackendError: if the variable is not set, or contains a character that no key has.
         """
         key = os.environ.get(self.api_key_env) or (NO_KEY if self.is_local else None)
         if key is None:
@@ -176,13 +178,16 @@ class ConnectedJudge(Judge):
             await connection.client.close()
 
     def require_allowed(self) -> None:
-        """Refuse to connect to other machines where only this machine is allowed, as in tests.
+        """Refuse to connect to another machine if only this machine is allowed, for example in tests.
 
         Raises:
             BackendError: if ``$CASCADEVLM_LOCAL_ONLY`` is set and the endpoint is on another machine.
         """
         if os.environ.get(LOCAL_ONLY) and not self.is_local:
-            raise BackendError(f"{self.spec!r} is not on this machine, and {LOCAL_ONLY} is set.")
+            raise BackendError(
+                f"{self.spec!r} is not on this machine, and {LOCAL_ONLY} is set.",
+                hint=f"Unset {LOCAL_ONLY}, or use a judge on this machine.",
+            )
 
     @property
     @abstractmethod

@@ -1,4 +1,5 @@
-"""Translation of a provider's errors into ours, which say whether to ask again and whether the request may be billed.
+"""Translates a provider's errors into errors of cascadevlm. They define whether to ask again and whether the request may be
+billed.
 
 `RULES` is the only table of statuses, codes and words.
 """
@@ -52,11 +53,12 @@ def _words(pattern: str) -> re.Pattern[str]:
 
 @dataclass(frozen=True, kw_only=True)
 class Rule:
-    """A rule for one kind of error. It holds for a response with one of the codes, or with one of the statuses and the words.
+    """A rule for one kind of error. It applies to a response that has one of the codes, or one of the statuses together with
+    the words.
 
     Attributes:
-        kind: our error.
-        codes: codes of the body, as `_code` writes them.
+        kind: the error class of cascadevlm.
+        codes: codes of the body, in the form of `_code`.
         statuses: HTTP statuses.
         words: pattern of the server's words. Default: any words.
         hint: the hint of the error.
@@ -69,12 +71,12 @@ class Rule:
     hint: str = ""
 
     def holds(self, status: int, codes: frozenset[str], words: str) -> bool:
-        """Whether the rule holds for a response."""
+        """Returns True if the rule applies to a response."""
         return bool(self.codes & codes) or (status in self.statuses and bool(self.words.search(words)))
 
 
 OK = 200
-"""The status of a response whose body holds an error."""
+"""The status of a response whose body contains an error."""
 
 RULES: tuple[Rule, ...] = (
     Rule(
@@ -197,12 +199,14 @@ RULES: tuple[Rule, ...] = (
         statuses=range(400, 500),
     ),
 )
-"""The first rule that holds for a response decides its kind. An error that concerns one image is Refused. An error that concerns
-all images is a FatalError."""
+"""The first rule that applies to a response decides the kind of its error. An error that concerns one image is Refused. An
+error that concerns all images is a FatalError.
+"""
 
 
 def error_of_response(status: int, body: object, *, wait: float | None = None, secret: str = "") -> JudgeError:
-    """Our error for a response, with the server's own words. Only a response without any sign of an error may be billed.
+    """The error of cascadevlm for a response, with the server's own words. Only a response without any sign of an error may be
+    billed.
 
     Args:
         status: HTTP status of the response. With 200, the code in the body decides. Without a code, the error is transient.
@@ -222,7 +226,7 @@ def error_of_response(status: int, body: object, *, wait: float | None = None, s
     message = words.replace(secret or "\0", "***")[:MOST_OF_A_MESSAGE]
     message = f"{message} (status {', '.join([str(status), *named])})"
     if status == OK and not told and not any(rule.codes & codes for rule in RULES):
-        return TransientError(f"The response holds no answer: {message}", may_be_billed=True)
+        return TransientError(f"The response contains no answer: {message}", may_be_billed=True)
     rule = next((rule for rule in RULES if rule.holds(status, codes, words)), None)
     if rule is None:
         return TransientError(message)
@@ -235,7 +239,7 @@ def _code(text: str) -> str:
 
 
 def _codes(body: object) -> Iterator[str]:
-    """All codes and types in a body, as `_code` writes them."""
+    """All codes and types in a body, in the form of `_code`."""
     if isinstance(body, Mapping):
         for name, value in body.items():
             if name in ("code", "type", "__type", "status", "error_code", "errorCode", "param") and isinstance(value, str | int):
@@ -262,7 +266,7 @@ _SAYING = (
     "base_resp",
     "status_msg",
 )
-"""The fields that hold a server's words, at any depth."""
+"""The fields that contain a server's words, at any depth."""
 
 
 def _told(body: object) -> Iterator[str]:
@@ -288,17 +292,17 @@ def _readable(text: str) -> str:
 
 
 def translate(exc: Exception, errors: Mapping[str, type[JudgeError]], *, secret: str, reached: bool = True) -> JudgeError:
-    """Our error for an exception of an SDK.
+    """The error of cascadevlm for an exception of an SDK.
 
-    The response decides if the exception has one. Without a response, the name of its class or of the nearest base class decides.
-    A request that broke off after it was sent may have been answered and billed.
+    If the exception has a response, the response decides. If not, the name of the exception's class or of its nearest base
+    class decides. A request that is interrupted after it is sent may have been answered and billed.
 
     Args:
         exc: the exception.
-        errors: our error class for each exception class of the SDK, by class name.
+        errors: the error class of cascadevlm for each exception class of the SDK, by class name.
         secret: the key. Messages must not contain it.
-        reached: whether the endpoint was ever connected to. If not, a refused connection is fatal, because it concerns all
-            questions.
+        reached: true if a connection to the endpoint was made before. If not, a refused connection is fatal, because it affects
+            all questions.
     """
     if isinstance(exc, ErrorResponse):
         return error_of_response(exc.status, exc.body, secret=secret)
@@ -310,7 +314,10 @@ def translate(exc: Exception, errors: Mapping[str, type[JudgeError]], *, secret:
     message = " ".join(f"{type(each).__name__}: {each}" for each in dict.fromkeys((exc, causes[-1])))
     message = one_line(message).replace(secret or "\0", "***")[:MOST_OF_A_MESSAGE]
     if _never_sent(causes):  # the exception's text may contain the key
-        return FatalError("No request can be sent: the key, a header or base_url has a character that is not allowed.")
+        return FatalError(
+            "No request can be sent: the key, a header or base_url has a character that is not allowed.",
+            hint="Correct the key, the headers or base_url.",
+        )
     if refusal := _refused_connection(causes):
         message = f"No connection to {_server(exc)}: {refusal}."
         return TransientError(message) if reached else FatalError(message, hint=NO_CONNECTION)
@@ -353,19 +360,19 @@ def _from_aiohttp(causes: list[BaseException]) -> list[BaseException]:
 
 
 def _never_sent(causes: list[BaseException]) -> bool:
-    """Whether the request itself is wrong, for example by a line break in a header. aiohttp reports that only in words."""
+    """True if the request itself is wrong, for example by a line break in a header. aiohttp reports this only in words."""
     return any(type(cause).__name__ in NEVER_SENT or (type(cause) is ValueError and "header" in str(cause)) for cause in causes)
 
 
 def _never_connected(causes: list[BaseException]) -> bool:
-    """Whether no connection was made."""
+    """True if no connection was made."""
     if ours := _from_aiohttp(causes):
         return any({"ClientConnectorError", "ConnectionTimeoutError"} & {*_class_names(cause)} for cause in ours)
     return any(type(cause).__name__ in NEVER_CONNECTED for cause in causes)
 
 
 def _refused_connection(causes: list[BaseException]) -> str:
-    """Why the connection was refused, in the words of the operating system. "" if it was made, or took too long."""
+    """The reason why the connection was refused, in the words of the operating system. "" if it was made, or took too long."""
     decisive = _from_aiohttp(causes) or causes
     if not any({"ClientConnectorError", "ConnectError"} & {*_class_names(cause)} for cause in decisive):
         return ""

@@ -1,4 +1,4 @@
-"""Replies of providers: what an answer may be, and what a response says."""
+"""Replies of providers: the form of an answer, and the content of a response."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from cascadevlm.base.types import Question, Usage
 from cascadevlm.judges.prompt import answer_format, options
 
 MOST_TOKENS = 100_000_000
-"""More tokens than any model reads or writes in one request."""
+"""Upper limit of the tokens that a model reads or writes in one request."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,9 +19,9 @@ class Reply:
 
     Attributes:
         text: the text of the answer.
-        usage: the tokens that are billed; None if the response does not say, or says what cannot be true.
-        thoughts: the model's thoughts, if the provider returns them apart from the text.
-        refusal: why the model does not answer; None if it answers.
+        usage: the tokens that are billed; None if the response does not report them, or reports impossible numbers.
+        thoughts: the model's thoughts, if the provider returns them separately from the text.
+        refusal: the reason why the model does not answer; None if it answers.
         cut_off: whether the answer reached its limit of tokens.
         probabilities: probability of each candidate by its name; None if the response has none.
     """
@@ -35,7 +35,9 @@ class Reply:
 
 
 def reported(source: object, *path: str) -> object:
-    """The attribute of an SDK's object under a path of names. None if it is missing: SDKs do not validate responses."""
+    """The attribute of an SDK's object under a path of names. None if it is missing, because SDKs do not check that a response
+    is complete.
+    """
     for name in path:
         source = getattr(source, name, None)
     return source
@@ -44,14 +46,14 @@ def reported(source: object, *path: str) -> object:
 def believed_usage(
     *, input_tokens: object, output_tokens: object, cached: object, written: object, apart: bool = False
 ) -> Usage | None:
-    """The usage that a provider reports. None if the counts cannot be true.
+    """The usage that a provider reports. None if the counts are impossible.
 
     Args:
         input_tokens: tokens read by the model.
         output_tokens: tokens written by the model.
         cached: tokens read from the provider's prompt cache. A provider may leave this count out.
         written: tokens written to the provider's prompt cache. A provider may leave this count out.
-        apart: whether ``input_tokens`` leaves out ``cached`` and ``written``.
+        apart: true if ``input_tokens`` does not include ``cached`` and ``written``.
     """
     counts = (input_tokens, output_tokens, 0 if cached is None else cached, 0 if written is None else written)
     if not all(type(count) is int and 0 <= count <= MOST_TOKENS for count in counts):
@@ -79,7 +81,7 @@ def answer_schema(question: Question, *, by_key: bool = False) -> dict[str, obje
 
 
 def texts_of(content: object) -> tuple[str, str]:
-    """The text of an answer, and the thoughts that are apart from it. The content is a text or a list of parts."""
+    """The text of an answer, and the thoughts that are separate from it. The content is a text or a list of parts."""
     if isinstance(content, str):
         return content, ""
     texts: list[str] = []

@@ -11,20 +11,21 @@ if TYPE_CHECKING:
     import httpx2
 
 MOST_BYTES = {"POST": 32 << 20, "GET": 1 << 30}
-"""The most bytes of a decompressed response, by the method of the request. An answer has some thousand bytes. The results of a
-batch may be large."""
+"""Maximum number of bytes of a decompressed response, by the method of the request. An answer has a few thousand bytes. The
+results of a batch may be large.
+"""
 
 ENCODINGS = {"gzip": 16 + zlib.MAX_WBITS, "deflate": zlib.MAX_WBITS}
 
 CONNECT_SECONDS = 10.0
-"""The most seconds to connect."""
+"""Maximum time to connect, in seconds."""
 
 
 def time_limits(seconds: float | None) -> "httpx2.Timeout":
-    """The time limits of a request that may take this number of seconds in all.
+    """The time limits of a request that may take this number of seconds in total.
 
-    Connecting may take at most half of the seconds. So a missing server is noticed before the total limit ends, and it is certain
-    that the request was not sent.
+    The time to connect is limited to half of the total. So a missing server is noticed before the total time is over, and it is
+    certain that the request was not sent.
     """
     import httpx2
 

@@ -1,7 +1,7 @@
 """Batch APIs of providers: escalated questions are submitted together, at a discount, and are answered within a day.
 
-The cascade is run again and again, stage by stage, until no question is left without an answer. Each run collects the new
-questions, which are then submitted and waited for (`cascadevlm.runs.batches.batch_judge`). Only one run at a time may use a
+The cascade is run repeatedly, stage by stage, until all questions have answers. Each run collects the new questions. They are
+then submitted, and the command waits for the results (`cascadevlm.runs.batches.batch_judge`). Only one run at a time may use a
 folder.
 """
 
@@ -24,7 +24,7 @@ POLL_SECONDS = 30.0
 
 
 class _Collecting(VerdictStore):
-    """A store that keeps no answers of batches: the last run reports what they cost."""
+    """A store that does not keep answers of batches, because the last run must report their cost."""
 
     def __init__(self, store: VerdictStore) -> None:
         self.store = store
@@ -38,7 +38,7 @@ class _Collecting(VerdictStore):
 
 
 def _in_batches(stages: Sequence[Stage], folder: Path, ledger: Ledger) -> list[Stage]:
-    """The stages, with hosted judges in batches. Each of these judges has a folder, named by its identity and a number."""
+    """The stages. Their hosted judges ask in batches. Each of these judges has a folder, named by its identity and a number."""
     replaced: list[Stage] = []
     names: list[str] = []
     for stage in stages:
@@ -59,19 +59,21 @@ async def stream_in_batches(
     poll_seconds: float = POLL_SECONDS,
     progress: Callable[[str], None] = lambda line: None,
 ) -> AsyncIterator[Prediction]:
-    """`Cascade.astream`, with the questions to hosted judges in batches of their providers: half the price, up to a day.
+    """The same as `Cascade.astream`, but hosted judges are asked through the batch APIs of their providers. This costs half the
+    price, and can take a day.
 
-    Other judges are asked once. When predictions are made, their answers come from the store.
+    Other judges are asked once. When predictions are made, the answers of these judges come from the store.
 
     Args:
         cascade: the cascade.
         images: the images.
-        folder: for the state of the batches; the same folder resumes. Default: a folder beside the user's cache.
-        poll_seconds: time between two requests whether a batch is done.
-        progress: called with a line of text for each step.
+        folder: folder for the state of the batches. With the same folder, an interrupted call continues. Default: a folder next
+            to the user's cache.
+        poll_seconds: seconds between two checks whether a batch is done.
+        progress: function that is called with a line of text for each step.
 
     Raises:
-        InputError: if questions depend on answers about other images, which come a day later.
+        InputError: if questions depend on answers about other images, because these answers may take a day.
         BackendError: if no judge of the cascade has a batch API.
         FatalError: if a provider refuses a batch.
     """
@@ -79,11 +81,11 @@ async def stream_in_batches(
     stages = _in_batches(cascade.stages, folder or default_cache_folder() / "batches", cascade.ledger)
     judges = [stage.judge for stage in stages if isinstance(stage.judge, BatchJudge)]
     if not judges:
-        raise BackendError("No judge of this cascade has a batch API.", hint="Take a judge of openai: or anthropic:.")
+        raise BackendError("No judge of this cascade has a batch API.", hint="Use a judge of openai: or anthropic:.")
     store = MemoryStore() if cascade.store is None else cascade.store
     collecting = cascade.altered(store=_Collecting(store), on_failure="scorer", calibration=None, follow_shares=False)
     async with AsyncExitStack() as stack:
-        for judge in judges:  # connected from beginning to end, not only while a run lasts
+        for judge in judges:  # stay connected during all runs
             stack.push_async_callback(judge.aclose)
             stack.callback(judge.release)
             await judge.prepare()
@@ -106,26 +108,27 @@ async def stream_in_batches(
 
 
 def _require_independent_images(cascade: Cascade) -> None:
-    """Raises InputError if questions depend on answers about other images."""
+    """Raise InputError if questions depend on answers about other images."""
     dependent = {"routing": cascade.routing, "follow_shares": cascade.follow_shares, "learn": cascade.learns_from is not None}
     for name, wanted in dependent.items():
         if wanted:
             raise InputError(
-                f"In batches, there is no {name}: judges are asked one after another, about all images.", hint="Leave it out."
+                f"Batch APIs do not support {name}: judges are asked one after another, each about all images.",
+                hint=f"Remove {name}.",
             )
 
 
 async def _collect(
     cascade: Cascade, judge: BatchJudge, images: Sequence[ImageSource], poll_seconds: float, progress: Callable[[str], None]
 ) -> None:
-    """Run until all questions to the judge are answered and no further question fits into the budget.
+    """Run the cascade until all questions to the judge that the budget allows are answered.
 
     Args:
-        cascade: ends with the stage of the judge.
-        judge: collects the questions.
-        images: of the run.
-        poll_seconds: time between two requests whether a batch is done.
-        progress: called with a line of text for each batch.
+        cascade: the cascade. The stage of the judge is its last stage.
+        judge: the judge, which collects the questions.
+        images: images of the run.
+        poll_seconds: seconds between two checks whether a batch is done.
+        progress: function that is called with a line of text for each batch.
     """
     while True:
         escalated = skipped = 0

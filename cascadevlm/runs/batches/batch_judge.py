@@ -1,6 +1,5 @@
-"""A judge that asks through its provider's batch API. Questions are collected, submitted, waited for and read.
-
-The state of what was submitted is kept on disk, so a run that stops anywhere can continue, and nothing is paid for twice.
+"""A judge that asks through its provider's batch API. It collects questions, submits them in batches, waits for the results and
+reads the answers. The state of the batches is kept on disk. So an interrupted run can continue, and nothing is paid for twice.
 """
 
 import asyncio
@@ -26,17 +25,17 @@ from cascadevlm.judges.retry import patient
 T = TypeVar("T")
 
 MOST_ATTEMPTS = 3
-"""Number of batches that a question may be in. The result of the last one counts, whatever it is."""
+"""Maximum number of batches for one question. The result in the last of these batches counts, even if it is an error."""
 
 TRANSFER_SECONDS = 1800.0
 """Longest time for one request to a batch API in seconds. A full batch of 256 MB then needs 150 kB per second."""
 
 CLOCK_SKEW = timedelta(minutes=5)
-"""Largest lead of this machine's clock over the provider's clock."""
+"""Maximum time by which this machine's clock may be ahead of the provider's clock."""
 
 
 class Waiting(JudgeError):
-    """The question is in a batch without results yet."""
+    """The question is in a batch that has no results yet."""
 
 
 class Chunk(BaseModel):
@@ -44,9 +43,9 @@ class Chunk(BaseModel):
 
     Attributes:
         name: name of its files.
-        token: sent with the batch; a batch whose id was lost is found by it in the provider's list.
+        token: text that is sent with the batch. If the id of the batch is lost, the batch is found by its token.
         batch_id: the provider's id; None before it is known.
-        worst_cases: nanodollars that each question may cost, by the key of the question.
+        worst_cases: maximum cost of each question in nanodollars, by the key of the question.
         results: results by the key of the question; None before they are known.
     """
 
@@ -62,13 +61,13 @@ class BatchJudge(WrapperJudge):
 
     Args:
         wrapped: the judge whose provider has the batch API.
-        folder: for the state of its batches.
-        ledger: what may be spent.
+        folder: folder for the state of the batches.
+        ledger: the budget.
 
     Attributes:
-        closed: whether no more questions are collected.
-        concluding: whether answers come with their costs. Before that, their costs stay reserved.
-        freed: whether reserved money was released since this was last set to False.
+        closed: true if no more questions are collected.
+        concluding: true if answers are returned with their costs. Before that, the costs stay reserved.
+        freed: true if reserved money was released since this was last set to false.
     """
 
     def __init__(self, wrapped: HostedJudge, folder: Path, ledger: Ledger) -> None:
@@ -93,7 +92,7 @@ class BatchJudge(WrapperJudge):
         return replace(self.hosted.quote(question, batch=True), worst_case=0)
 
     async def take_up(self) -> None:
-        """Load the batches of an earlier run. Questions that it had not submitted are collected again."""
+        """Load the batches of an earlier run. Questions that the earlier run did not submit are collected again."""
         self.folder.mkdir(parents=True, exist_ok=True)
         states = [Chunk.model_validate_json(path.read_bytes()) for path in self.folder.glob("*.json")]
         self.chunks = sorted(states, key=lambda chunk: chunk.token)
@@ -135,7 +134,7 @@ class BatchJudge(WrapperJudge):
             return self.hosted.read_row(row, question)
         except JudgeError:
             raise
-        except Exception as exc:  # the SDK's own objects may raise anything on a bad row
+        except Exception as exc:  # the SDK's own objects may raise any error for a bad row
             raise PermanentError(f"The answer in the batch cannot be read: {exc}", may_be_billed=True) from exc
 
     def _conclude(self, key: str, verdict: Verdict) -> Verdict:
@@ -149,7 +148,7 @@ class BatchJudge(WrapperJudge):
         return verdict
 
     def _give_up(self, key: str, bill: int) -> None:
-        """End a question without an answer. If an answer may be billed nevertheless, its worst case counts as spent."""
+        """End a question without an answer. If the provider may still charge for it, its worst case counts as spent."""
         if self.concluding or not bill:
             self._release(key, spent=0 if key in self._told else bill)
         if self.concluding:
@@ -160,9 +159,14 @@ class BatchJudge(WrapperJudge):
         row = json.dumps(self.hosted.batch_row(key, question)).encode() + b"\n"
         limits = self.hosted.batch_limits
         if len(row) > limits.bytes:
-            raise PermanentError(f"The question has {len(row)} bytes; a whole batch may have {limits.bytes}.")
+            raise PermanentError(
+                f"The question has {len(row)} bytes; a whole batch may have {limits.bytes}.",
+                hint="Use fewer or smaller images in the question.",
+            )
         if self.closed:
-            raise BudgetExhausted("The budget was too small for this question when the batches were filled.")
+            raise BudgetExhausted(
+                "The budget was too small for this question when the batches were filled.", hint="Raise budget.usd."
+            )
         for owed, nanodollars in self._short.copy().items():  # questions that were submitted before come first
             self._reserve(owed, nanodollars)
         self._reserve(key, worst_case)
@@ -189,7 +193,7 @@ class BatchJudge(WrapperJudge):
                 self._rows(chunk).unlink()
 
     async def _submit(self, chunk: Chunk) -> str:
-        """Submit a chunk. An earlier attempt that was interrupted may have submitted it already."""
+        """Submit a chunk, unless an earlier, interrupted attempt has submitted it."""
         attempted = False
 
         async def once() -> str:
@@ -256,10 +260,10 @@ class BatchJudge(WrapperJudge):
         return sum(len(self._asked.intersection(chunk.worst_cases)) for chunk in self._awaited())
 
     def _reserve(self, key: str, nanodollars: int) -> None:
-        """Change the sum that is reserved for a question.
+        """Change the amount that is reserved for a question.
 
         Raises:
-            BudgetExhausted: if the budget has less left.
+            BudgetExhausted: if the budget is too small for the new amount.
         """
         before = self._reserved.get(key, 0)
         if nanodollars > before:
@@ -271,7 +275,7 @@ class BatchJudge(WrapperJudge):
         self._short.pop(key, None)
 
     def _owe(self, key: str, nanodollars: int) -> None:
-        """Reserve a sum that will have to be paid. If the budget is too small, remember the sum."""
+        """Reserve an amount that must be paid. If the budget is too small, remember the amount."""
         try:
             self._reserve(key, nanodollars)
         except BudgetExhausted:
@@ -284,24 +288,26 @@ class BatchJudge(WrapperJudge):
         self._short.pop(key, None)
 
     def release_unasked(self) -> None:
-        """Release what is reserved for questions of an earlier run that this run has not asked."""
+        """Release the amounts for questions of an earlier run that this run has not asked."""
         for key in {*self._reserved, *self._short} - self._asked:
             self._release(key)
 
     def release(self) -> None:
-        """Release all that is reserved."""
+        """Release all reserved amounts."""
         for key in list(self._reserved):
             self._release(key)
 
     def conclude(self) -> None:
-        """From now on, answers come with their costs."""
+        """From now on, return answers with their costs."""
         self.closed = self.concluding = True
         self._asked.clear()
-        if self._short:  # costs above the reserved sums would wait for each other
+        if self._short:  # costs above the reserved amounts would wait for each other
             self.release()
 
     def finish(self, store: VerdictStore) -> None:
-        """Delete the state of questions that are answered now or in the store. Answers to questions of another run stay."""
+        """Delete the state of questions that are answered now or are in the store. Answers to questions of another run are
+        kept.
+        """
         for chunk in self.chunks:
             left = {key for key in chunk.worst_cases if key not in self._asked and store.get(key) is None}
             if not left:

@@ -1,12 +1,12 @@
 """``cascadevlm run --engine ray``: images are read, scored and judged by the machines of a Ray cluster.
 
 Ray Data lists the images, one batch per row, and gives the batches to scoring workers. Their scores come back in input order.
-With the same ``OMP_NUM_THREADS``, scores are those of one process to the last bit. With another number of threads, numerical
-libraries add in another order, and scores differ by a few units in the last place of a float32.
+With the same ``OMP_NUM_THREADS``, the scores are exactly equal to the scores of one process. With another number of threads,
+numerical libraries add in another order. Scores then differ by a few units in the last place of a float32.
 
-Judges answer in workers, too. Everything that has an order or costs money stays in the process that runs the command: decisions,
-ledger, rate limits, retries, kept answers and the folder of the run are those of the local engine. The worst case of a question
-is reserved in this process before the question is sent to a worker, so the cap holds whatever happens to the worker.
+Judges answer in workers, too. Everything that has an order or costs money stays in the process that runs the command:
+decisions, ledger, rate limits, retries, stored answers and the folder of the run. The worst case of a question is reserved in
+this process before the question is sent to a worker. So the spending limit holds even if the worker fails.
 """
 
 import asyncio
@@ -41,8 +41,9 @@ if TYPE_CHECKING:
     from ray.actor import ActorHandle
 
 CPU_SHARE = 0.5
-"""Largest share of a core that a scoring worker requests, and of all cores that all of them request. If they held every core,
-no core would be left to list the images, and Ray would wait for ever."""
+"""Maximum share of one core that a scoring worker requests. It is also the maximum share of all cores that all scoring workers
+request. If the workers used all cores, no core would be left to list the images, and Ray would wait forever.
+"""
 
 LISTING_CPUS = 0.01
 
@@ -55,23 +56,25 @@ CALLS_AHEAD = 4
 
 @contextmanager
 def on_ray(cascade: Cascade, config: Config, inputs: Iterable[Named], *, workers: int | None = None) -> Iterator[Cascade]:
-    """A copy of the cascade that a cluster runs over these inputs.
+    """A copy of the cascade. A cluster runs it over these inputs.
 
-    The cluster is the one that ``$RAY_ADDRESS`` names, or the one that this machine is part of. If there is none, a cluster of
-    this machine alone is started, and ends with the context.
+    ``$RAY_ADDRESS`` names the cluster. If it is not set, the cluster of this machine is used. If there is no cluster, a cluster
+    of this machine alone is started. It ends with the context.
 
     Args:
-        cascade: the cascade that the configuration built.
-        config: builds the scorer and the judges in the workers.
+        cascade: the cascade that was built from the configuration.
+        config: the configuration. The workers build the scorer and the judges from it.
         inputs: the images of the run.
         workers: number of scoring workers, and number of workers of each judge with a model. Default: one per GPU; without GPUs,
             one per machine.
 
     Raises:
-        BackendError: if Ray is not installed or does not begin.
+        BackendError: if Ray is not installed or does not start.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")  # under "uv run", Ray would send the working directory around
+    os.environ.setdefault(
+        "RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0"
+    )  # under "uv run", Ray would send the working directory to all workers
     try:
         import ray
         import ray.data
@@ -85,8 +88,8 @@ def on_ray(cascade: Cascade, config: Config, inputs: Iterable[Named], *, workers
             try:
                 ray.init(log_to_driver=False, logging_level=logging.ERROR)
             except Exception as exc:  # Ray raises Exception itself if its processes do not start in time
-                hint = "On a busy machine, try again; for a cluster on other machines, set $RAY_ADDRESS."
-                raise BackendError(f"Ray does not begin: {str(exc).strip().partition(chr(10))[0]}", hint=hint) from exc
+                hint = "On a busy machine, try again. For a cluster on other machines, set $RAY_ADDRESS."
+                raise BackendError(f"Ray does not start: {str(exc).strip().partition(chr(10))[0]}", hint=hint) from exc
         cluster = _Cluster.of(cascade, config, inputs, workers)
         judges = [cluster.judge(stage, of_config) for stage, of_config in zip(cascade.stages, config.stage, strict=True)]
         yield cascade.altered(
@@ -98,10 +101,11 @@ def on_ray(cascade: Cascade, config: Config, inputs: Iterable[Named], *, workers
 
 @dataclass(frozen=True, kw_only=True)
 class _Cluster:
-    """The workers and what they are given.
+    """The workers of a cluster, and their settings.
 
     Attributes:
-        workers: number of scoring workers, and of workers of each judge with a model. Other judges have one worker per machine.
+        workers: number of scoring workers, and number of workers of each judge with a model. Other judges have one worker per
+            machine.
         gpus: number of GPUs that each worker with a model requests; all models of a cascade share one GPU.
         cpus: number of cores that each scoring worker requests.
     """
@@ -137,7 +141,7 @@ class _Cluster:
         )
 
     def scored(self, first: int) -> Iterator[ScoredBatch | CascadeError]:
-        """The scored batches from image ``first`` on, in order."""
+        """The scored batches from image ``first``, in order."""
         import ray.data
 
         listing = partial(list_images, images=self.inputs, batch_size=self.config.batch_size, place=self.place)
@@ -158,13 +162,13 @@ class _Cluster:
                 num_gpus=self.gpus,
             )
         )
-        dataset.context.target_max_block_size = 1  # one row per block: batches are handed on one by one
+        dataset.context.target_max_block_size = 1  # one row per block, so that batches are passed on one by one
         dataset.context.execution_options.preserve_order = True
         dataset.context.enable_progress_bars = False
         return (unpacked(row["scored"], self.labels) for row in dataset.iter_rows())
 
     def judge(self, stage: Stage, config: StageConfig) -> RemoteJudge:
-        """The judge of a stage, in workers."""
+        """The judge of a stage. It answers in workers."""
         import ray
 
         with_model = isinstance(stage.judge, LocalJudge)
@@ -172,7 +176,7 @@ class _Cluster:
             num_cpus=0,
             num_gpus=self.gpus if with_model else 0,
             max_restarts=-1,
-            max_task_retries=0,  # Ray itself never asks again: it costs money
+            max_task_retries=0,  # Ray itself must not repeat a question, because that costs money
             scheduling_strategy="SPREAD",
         )
         return RemoteJudge(
@@ -185,7 +189,7 @@ class _Cluster:
 
 @dataclass(kw_only=True, eq=False)
 class _Arrived(Prepared):
-    """An image that a worker scored. It is read in this process only if a judge is asked about it.
+    """An image that a worker scored. This process reads the image only if a judge is asked about it.
 
     Attributes:
         chunk: `(n, C)` the scores of the images that were scored together.
@@ -197,7 +201,7 @@ class _Arrived(Prepared):
 
 
 class _ScoredElsewhere(WrapperScorer):
-    """Returns the scores that came with the images, and loads nothing."""
+    """A scorer that returns the scores from the workers. It loads no model."""
 
     def load(self) -> None:
         pass
@@ -233,7 +237,7 @@ class Arriving:
                 warnings.warn(told, RuntimeWarning, stacklevel=2)
             batch = await coming
         except RayError as exc:
-            hint = "What was done is kept: the same command goes on."
+            hint = "The results so far are kept. Repeat the same command to continue."
             raise RunError(f"The cluster failed: {str(exc).strip().splitlines()[-1]}.", hint=hint) from exc
         if isinstance(batch, CascadeError):
             raise batch
@@ -244,7 +248,7 @@ class Arriving:
 
 
 def _arrived(batch: ScoredBatch, sources: Sequence[ImageSource]) -> list[Prepared | ImageError]:
-    """The images of a batch, or why they have no scores."""
+    """The images of a batch. An error stands in place of an image that has no scores."""
     images: list[_Arrived] = []
     if batch.scores is not None:
         scored = [source for source, error in zip(sources, batch.errors, strict=True) if error is None]

@@ -26,7 +26,7 @@ SILENT_SECONDS = 120.0
 
 
 class _Remote(Protocol[T_co]):
-    """A method of a worker."""
+    """A method of a worker, as this process calls it."""
 
     def remote(self, *arguments: object) -> Awaitable[T_co]: ...
 
@@ -41,17 +41,19 @@ class Worker(Protocol):
 
 
 class RemoteJudge(WrapperJudge):
-    """Puts each question to one of several workers. A worker has at most as many open questions as the judge takes together.
+    """Asks each question in one of several workers. The number of open questions of a worker is at most the concurrency of the
+    judge.
 
-    A lost worker gets no questions until it is back. It gets none at all if it cannot work any more, for example because a key or
-    a model is missing. Its open questions fail, and may have been billed. If no worker is left, every question is a fatal error.
+    A lost worker gets no questions until it is back. If it cannot work after that, for example because a key or a model is
+    missing, it gets no more questions. The open questions of a lost worker fail, and may have been billed. If no worker is
+    left, every question raises a FatalError.
 
     Args:
-        wrapped: the judge in this process. It knows prices and limits, and is never asked.
-        workers: number of workers. The concurrency of a local judge is multiplied by it. The limits of other judges hold for all
-            workers together.
-        begin: starts a worker.
-        end: ends a worker.
+        wrapped: the judge in this process. It gives prices and limits, and is never asked.
+        workers: number of workers. The concurrency of a local judge is multiplied by this number. The limits of other judges
+            hold for all workers together.
+        begin: function that starts a worker.
+        end: function that ends a worker.
     """
 
     def __init__(self, wrapped: Judge, workers: int, begin: Callable[[], Worker], end: Callable[[Worker], None]) -> None:
@@ -76,7 +78,8 @@ class RemoteJudge(WrapperJudge):
 
         Raises:
             CascadeError: if a judge cannot work in a worker.
-            BackendError: if a hosted judge has another identity there: this process would reserve wrong prices.
+            BackendError: if a hosted judge has another identity in a worker, because this process would then reserve wrong
+                prices.
         """
         self.costs_money  # noqa: B018  # raises if the price is unknown
         self._workers = [self._begin() for _ in range(self._number)]
@@ -87,7 +90,7 @@ class RemoteJudge(WrapperJudge):
                 raise told
             if not isinstance(self.wrapped, LocalJudge) and told != self.wrapped.identity():
                 raise BackendError(
-                    f"In a worker, {self.spec!r} is {dict(told)}, and here {dict(self.wrapped.identity())}.",
+                    f"In a worker, {self.spec!r} is {dict(told)}; in this process, it is {dict(self.wrapped.identity())}.",
                     hint="Set the same environment variables on every machine.",
                 )
             self._told = told
@@ -112,7 +115,10 @@ class RemoteJudge(WrapperJudge):
             worker = await self._places.get()
         if isinstance(worker, CascadeError):
             self._places.put_nowait(worker)  # for the next question
-            raise FatalError(f"No worker with the judge {self.spec!r} is left: {worker}") from worker
+            raise FatalError(
+                f"No worker with the judge {self.spec!r} is left: {worker}",
+                hint="Solve this problem, then repeat the same command.",
+            ) from worker
         lost = False
         try:
             said = await worker.judge.remote(_packed(question))
@@ -130,7 +136,7 @@ class RemoteJudge(WrapperJudge):
         return said
 
     def _lose(self, worker: Worker) -> None:
-        """Withhold one place of a worker until the worker is back."""
+        """Remove one place of a worker until the worker is back."""
         self._lost[worker] += 1
         if self._lost[worker] == 1:
             task = asyncio.create_task(self._await(worker))
@@ -163,8 +169,8 @@ class RemoteJudge(WrapperJudge):
     def _told_if_late(self) -> Iterator[None]:
         """Warn if workers are not ready in time."""
         late = (
-            f"A worker in which {self.spec!r} is asked has not been ready since {datetime.now():%H:%M:%S}: it loads its model, "
-            "is lost, or finds no place. 'ray status' tells more."
+            f"A worker in which {self.spec!r} is asked has not been ready since {datetime.now():%H:%M:%S}: "
+            "it is still loading its model, it is lost, or the cluster has no room for it. 'ray status' shows more."
         )
         telling = asyncio.get_running_loop().call_later(SILENT_SECONDS, warnings.warn, late, RuntimeWarning)
         try:
@@ -174,7 +180,7 @@ class RemoteJudge(WrapperJudge):
 
 
 async def _identity(worker: Worker) -> Mapping[str, JsonValue] | CascadeError:
-    """The identity of the judge in a worker, or why the judge cannot work.
+    """The identity of the judge in a worker, or the reason why the judge cannot work.
 
     Raises:
         ray.exceptions.RayError: if the worker is lost.
@@ -184,14 +190,17 @@ async def _identity(worker: Worker) -> Mapping[str, JsonValue] | CascadeError:
     try:
         return await worker.identity.remote()
     except RayTaskError as exc:
-        return BackendError(f"A judge cannot be made ready in a worker: {str(exc.cause).strip()}.")
+        return BackendError(
+            f"A judge cannot be made ready in a worker: {str(exc.cause).strip()}.",
+            hint="Solve this problem on the machine of the worker, then repeat the same command.",
+        )
 
 
 def _packed(question: Question) -> Question:
-    """A copy of the question without the pixels of images that the judge has encoded already.
+    """A copy of the question, without the pixels of images that the judge has already encoded.
 
-    Each of these images is replaced by an image of one pixel, an object of its own: `HostedJudge.sent` distinguishes the images
-    of a question by their identity as objects.
+    Each of these images is replaced by a separate image of one pixel, because `HostedJudge.sent` distinguishes the images of a
+    question by the identity of the objects.
     """
 
     def without_pixels(shown: Question | Exemplar) -> Image.Image:

@@ -1,6 +1,6 @@
-"""What runs in the workers of a cluster: batches are read and scored, questions are judged one by one.
+"""Code that runs in the workers of a cluster: it reads and scores batches, and answers questions one by one.
 
-Our errors are sent as values. Raised errors would become long texts in Ray, or Ray would try again.
+Errors of cascadevlm are returned as values. Ray would turn raised errors into long texts, or would try again.
 """
 
 import asyncio
@@ -32,7 +32,7 @@ SAME_FILES = "Every machine of the cluster needs the working directory and the i
 
 @dataclass(frozen=True, kw_only=True)
 class Workplace:
-    """What a worker takes over from the process that runs the command.
+    """Settings that a worker gets from the process that runs the command.
 
     Attributes:
         folder: the working directory.
@@ -61,9 +61,9 @@ class ScoredBatch:
 
     Attributes:
         paths: N paths; "" for an image that is not a file.
-        errors: for each of the N images, why it has no scores; None for the n images that have scores.
+        errors: for each of the N images, the reason why it has no scores; None for the n images that have scores.
         digests: n sha256 digests of the files; "" for an image that is not a file.
-        sizes: n widths and heights in pixels; None where the image was not decoded.
+        sizes: n widths and heights in pixels; None if the image was not decoded.
         scores: `(n, C)`, with embeddings only if the run learns; None if n is 0.
     """
 
@@ -75,7 +75,7 @@ class ScoredBatch:
 
 
 class _Packer(pickle.Pickler):
-    """Leaves out the label set, which both sides have."""
+    """Pickles without the label set, because both sides have the label set."""
 
     def persistent_id(self, value: object) -> str | None:
         return "labels" if isinstance(value, LabelSet) else None
@@ -91,14 +91,14 @@ class _Unpacker(pickle.Unpickler):
 
 
 def packed(batch: ScoredBatch | CascadeError) -> bytes:
-    """What a worker sends: a batch without its label set, or an error."""
+    """The message of a worker: a batch without its label set, or an error."""
     content = io.BytesIO()
     _Packer(content).dump(batch)
     return content.getvalue()
 
 
 def unpacked(content: bytes, labels: LabelSet) -> ScoredBatch | CascadeError:
-    """What a worker sent, with its label set."""
+    """The content of a worker's message, with its label set."""
     batch: ScoredBatch | CascadeError = _Unpacker(content, labels).load()
     return batch
 
@@ -106,7 +106,7 @@ def unpacked(content: bytes, labels: LabelSet) -> ScoredBatch | CascadeError:
 def list_images(
     rows: Mapping[str, Sequence[int]], images: Iterable[Named], batch_size: int, place: Workplace
 ) -> Iterator[dict[str, list[bytes]]]:
-    """The images from the one in ``rows`` on, one batch per row."""
+    """The images from the number in ``rows``, one batch per row."""
     try:
         place.enter()
         sources = (source for _, source in after(images, int(rows["item"][0])))
@@ -117,7 +117,7 @@ def list_images(
 
 
 class ScoringWorker:
-    """Reads and scores batches. May be called from several threads: one batch is read while another is scored."""
+    """Reads and scores batches. Several threads may call it, so that one batch is read while another batch is scored."""
 
     def __init__(self, config: Mapping[str, JsonValue], labels: LabelSet, place: Workplace) -> None:
         self.config = Config.parse(config)
@@ -158,7 +158,9 @@ class ScoringWorker:
 
 
 class JudgingWorker:
-    """A judge that the first call prepares: Ray restarts a lost worker without a call to the new one."""
+    """A judge in a worker. The first call prepares the judge, because Ray restarts a lost worker without any call to the new
+    worker.
+    """
 
     def __init__(self, spec: str, options: Options, place: Workplace) -> None:
         self.spec = spec
@@ -168,14 +170,14 @@ class JudgingWorker:
         self.ready: Judge | None = None
 
     async def identity(self) -> Mapping[str, JsonValue] | CascadeError:
-        """The identity of the prepared judge (`Judge.identity`), or why the judge cannot work."""
+        """The identity of the prepared judge (`Judge.identity`), or the reason why the judge cannot work."""
         try:
             return dict((await self._prepared()).identity())
         except CascadeError as exc:
             return exc
 
     async def judge(self, question: Question) -> Verdict | CascadeError:
-        """The verdict, or why there is none."""
+        """The verdict, or the error if there is no verdict."""
         try:
             return await (await self._prepared()).judge(question)
         except CascadeError as exc:

@@ -1,4 +1,6 @@
-"""The artifact and what is refused, records under it, thresholds for targets, and what calibrating looks at."""
+"""The calibration file and its refusals, records with a calibration, thresholds for targets, and the data that a calibration
+uses.
+"""
 
 import asyncio
 import json
@@ -53,7 +55,7 @@ ADAPTER = TypeAdapter(Calibration)
 
 
 def content(calibration: Calibration) -> JsonValue:
-    """All of it but when it was made."""
+    """All fields except the time."""
     data = json.loads(ADAPTER.dump_json(calibration))
     return {name: value for name, value in data.items() if name != "made"}
 
@@ -69,7 +71,7 @@ def record() -> Record:
 
 
 def known_to(record: Record) -> Calibration:
-    """Some calibration of a record's scorer and judge, without a fit."""
+    """A calibration for a record's scorer and judge, without a fit."""
     classes = len(record.labels)
     model = replace(JudgeModel.prior(classes), ability=2.0)
     return replace(
@@ -183,7 +185,7 @@ def test_texts_of_labels_are_in_the_fingerprint_of_any_scorer() -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class NotedScores(Scores):
-    """Scores with one field more, as later versions have."""
+    """Scores with one more field, as in later versions."""
 
     note: str
 
@@ -255,7 +257,7 @@ def test_what_is_no_calibration_is_one_sentence(tmp_path: Path, text: str) -> No
 
 
 def configured(calibration: Calibration, folder: Path, candidates: JsonValue) -> Config:
-    """Of judges that are not there, as many as the calibration has."""
+    """As many judges as the calibration has. They do not exist."""
     calibration.write(folder / "calibration.json")
     data: dict[str, JsonValue] = {"scorer": {"use": "recorded:nothing"}, "labels": [*calibration.labels]}
     stages: list[JsonValue] = [{"judge": "recorded:nothing", "candidates": candidates} for _ in calibration.judges]
@@ -390,7 +392,7 @@ def test_the_gain_curve_is_what_the_policy_gives(seed: int, word_of_judge: bool)
 @settings(max_examples=30)
 @given(seeds)
 def test_records_are_decided_by_bayes_rule(seed: int) -> None:
-    """Of every image alone: scorer's probabilities, times the answer's likelihood by the model, once more by hand."""
+    """For every image alone: the scorer's probabilities times the likelihood of the answer, computed by hand."""
     given_record = made_up(seed, 30, 5, 3)
     calibration = known_to(given_record)
     fused = under(decided(given_record, calibration), EntropyAbove(0.5))
@@ -420,7 +422,7 @@ def test_images_the_judge_failed_on_keep_the_scorers_belief() -> None:
 
 
 def test_two_judges_are_heard_one_after_the_other() -> None:
-    """A second judge that is always right is believed, and knows no worse for the first."""
+    """A second judge that is always right is trusted, and the first judge does not reduce this."""
     first = record()
     perfect = replace(first.judged, answers=first.truths, candidates=np.tile(np.arange(6), (300, 1)))
     both = replace(first, stages=(first.judged, perfect))
@@ -438,7 +440,7 @@ KINDS: list[TargetKind] = ["deferral_rate", "dollars_per_thousand", "accuracy", 
 
 
 def reached(fused: Record, policy_text: str) -> dict[TargetKind, float]:
-    """What a policy gives, and every image's own dollars."""
+    """The result of a policy, and the cost of each image."""
     gated = under(fused, parse_policy(policy_text))
     accuracy = float((gated.predicted == gated.truths).mean())
     whole = under(fused, parse_policy("always"))
@@ -451,7 +453,7 @@ def reached(fused: Record, policy_text: str) -> dict[TargetKind, float]:
 
 
 def all_policies(fused: Record, measure: str) -> list[str]:
-    """One for every set of images that some threshold of a measure asks about."""
+    """One policy for every set of images that a threshold of a measure can escalate."""
     assert fused.fused is not None
     measures = {"entropy": entropy, "margin": margin, "top_probability": top_probability}
     values = fused.fused.gain if measure == "gain" else measures[measure](fused.scores).astype(float)
@@ -464,7 +466,7 @@ def all_policies(fused: Record, measure: str) -> list[str]:
 @pytest.mark.parametrize("measure", ["gain", "margin"])
 @pytest.mark.parametrize("level", [0.0, 0.5, 1.0])
 def test_targets_are_met_with_the_fewest_questions(kind: TargetKind, measure: str, level: float) -> None:
-    """Against all thresholds there are; limits are used up as far as they can be."""
+    """Compared with all possible thresholds. Limits are used up as far as possible."""
     given_record = made_up(2, 25, 4, 3)
     fused = decided(given_record, known_to(given_record))
     possible = [reached(fused, policy) for policy in all_policies(fused, measure)]
@@ -479,7 +481,7 @@ def test_targets_are_met_with_the_fewest_questions(kind: TargetKind, measure: st
 
 
 def equal_scores() -> Record:
-    """Forty images of four labels, twenty of them with the same scores, so that no threshold tells these apart."""
+    """Forty images of four labels. Twenty images have the same scores, so no threshold can separate them."""
     given_record = made_up(5, 40, 4, 4)
     logits = given_record.scores.log_probs.copy()
     logits[10:30] = logits[10]
@@ -530,7 +532,7 @@ def test_the_outcome_is_that_of_the_policy_on_other_images() -> None:
 
 
 def truths_swapped(record: Record, names: tuple[str, ...], *, inside: bool) -> Record:
-    """With other truths of the images inside or outside of some."""
+    """A copy with other truths, for the selected images or for all other images."""
     rows = np.flatnonzero(np.isin(record.names, names) == inside)
     truths = record.truths.copy()
     truths[rows] = np.roll(truths[rows], 7)
@@ -649,7 +651,7 @@ def test_a_guarantee_is_of_what_it_was_fitted_with(
 
 
 def test_a_promise_that_the_images_do_not_support_is_refused() -> None:
-    with pytest.raises(DataError, match="No threshold guarantees on 60 labelled images"):
+    with pytest.raises(DataError, match="With 60 labelled images, no threshold guarantees"):
         calibrate(record(), Recipe(size=120, target_error=0.01))
 
 
@@ -693,7 +695,9 @@ def test_a_target_needs_an_answer_for_every_image() -> None:
 @pytest.mark.parametrize("fusion", ["bayes", "judge"])
 @pytest.mark.parametrize("threshold", [0.4, 1])
 def test_the_gain_is_known_of_images_not_asked_about(fusion: FusionRule, threshold: float) -> None:
-    """In a record as a run leaves it: without candidates where nobody was asked, about half of the images or about none."""
+    """A record in the form that a run writes: without candidates for images without a question. Half of the images, or none,
+    have a question.
+    """
     calibration = replace(known_to(record()), fusion=fusion)
     gated = under(record(), EntropyAbove(threshold)).judged
     width = gated.candidates.shape[1] if gated.asked.any() else 0
@@ -709,7 +713,7 @@ def test_the_gain_is_known_of_images_not_asked_about(fusion: FusionRule, thresho
 
 
 def test_a_gated_record_is_not_replayed_under_a_policy_that_asks_more() -> None:
-    """An image that was not asked about has a gain, too, by the candidates that are not known; it is not passed over silently."""
+    """An image without a question also has a gain, although its candidates are not recorded. It is not left out silently."""
     gated = decided(under(record(), EntropyAbove(0.4)), known_to(record()))
     with pytest.raises(DataError, match="was not asked"):
         under(gated, Always())
@@ -718,7 +722,7 @@ def test_a_gated_record_is_not_replayed_under_a_policy_that_asks_more() -> None:
 
 
 def test_none_of_these_is_an_option_whether_or_not_it_was_chosen() -> None:
-    """What asking is worth depends on what is offered, not on what other images got."""
+    """The gain of a question depends on its options, not on the options of other images."""
     one = record().take(np.arange(30))
     scores = known_to(one).calibrated(one.scores)
     model = known_to(one).judges[0].model

@@ -18,7 +18,7 @@ TARGET = Target(kind="accuracy", value=0.8)
         ({"size": 0}, "at least 1 image, not 0"),
         ({"fusion": "median"}, "no fusion 'median'. Known: judge, bayes"),
         ({"measure": "doubt"}, "no measure 'doubt'. Known: gain, entropy, margin, top_probability"),
-        ({"coverage": 1.0}, "coverage must be between 0 and 1, and is 1.0"),
+        ({"coverage": 1.0}, "coverage must be between 0 and 1, not 1.0"),
         ({"confidence": math.nan}, "confidence must be between 0 and 1"),
         ({"target_error": 0}, "target_error must be between 0 and 1"),
         ({"target_error": 0.1, "fusion": "judge"}, "the judge's answer has none"),
@@ -43,7 +43,7 @@ def test_a_target_needs_labels(kind: TargetKind) -> None:
 @pytest.mark.parametrize(
     ("kind", "value", "told"),
     [
-        ("accuracy", 85, "between 0 and 1, and is 85"),
+        ("accuracy", 85, "between 0 and 1, not 85"),
         ("deferral_rate", -0.1, "between 0 and 1"),
         ("dollars_per_thousand", -1, "at least 0"),
         ("judge_share", math.nan, "at least 0"),

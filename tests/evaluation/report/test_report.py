@@ -1,4 +1,4 @@
-"""Reports: what the page says, against the metrics, and what it does in a real browser."""
+"""Reports: the texts of the page compared with the metrics, and the behaviour of the page in a real browser."""
 
 import json
 import re
@@ -61,7 +61,9 @@ KINDS = ("rescued", "harmed", "abstained", "wrong", "escalated")
 def record(
     size: int = 80, *, names: tuple[str, ...] | None = None, labels: LabelSet | None = None, abstains: bool = True, seed: int = 0
 ) -> Record:
-    """Judged on everything under the policy entropy > 0.6, with cases of all kinds, long reasoning and hostile names."""
+    """A record with a judge asked about all images, the policy entropy > 0.6, cases of all kinds, long reasoning and hostile
+    names.
+    """
     rng = np.random.default_rng(seed)
     labels = labels or LabelSet.of([EVIL, "bee", "cicada <b>bold</b>", "dragonfly", "earwig", "firefly", "gnat"])
     classes = len(labels)
@@ -192,7 +194,7 @@ def test_a_run_judged_on_everything_is_told_under_its_policy() -> None:
 
 
 class Reader(HTMLParser):
-    """Gathers ids, references and texts."""
+    """Collects ids, references and texts."""
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -323,7 +325,7 @@ def report(tmp_path_factory: pytest.TempPathFactory, images: tuple[str, ...]) ->
 
 
 class Visit:
-    """A page that is open, with all that it said and asked for."""
+    """An open page, with its console messages and its requests."""
 
     def __init__(self, page: Page, file: Path) -> None:
         self.page, self.file = page, file
@@ -346,7 +348,7 @@ class Visit:
 
 @pytest.fixture
 def visit(browser: Browser, report: tuple[Path, Run]) -> Iterator[Visit]:
-    """The page of one run; at the end, its console is clean and nothing but the file was asked for."""
+    """The page of one run. At the end, its console is empty, and only the file was requested."""
     page = browser.new_page(viewport={"width": 1280, "height": 900}, color_scheme="light")
     opened = Visit(page, report[0])
     yield opened
@@ -580,7 +582,7 @@ def test_ten_thousand_images_are_a_page_under_20_mb(browser: Browser, tmp_path: 
 
 
 def reply(asked: Question) -> str:
-    """Of every five images: a second opinion twice, none of these, nothing to be read, the scorer's best."""
+    """For every five images: another label twice, "none of these", an unreadable answer, and the scorer's best label."""
     return ["ANSWER: B", "ANSWER: none of these", "Hm?", f"{EVIL}\nANSWER: A", "ANSWER: B"][int(asked.image_digest, 16) % 5]
 
 
@@ -595,7 +597,7 @@ class Paid(FakeJudge):
 
 
 def run_bulk(folder: Path, inputs: Inputs, *, count: int = 99, on_failure: OnFailure = "abstain") -> list[dict[str, Any]]:
-    """A run of which every image is asked about as long as there is money for 30; and its lines."""
+    """A run that asks about every image until its money for 30 questions is used up, and its lines."""
     stage = Stage(judge=Paid(), prompt=load_prompt("select"), policy=parse_policy("entropy > 0.4"), offer_none=True)
     labels = [EVIL, "bee", "cicada <b>bold</b>", "never given"]
     cascade = Cascade(FakeScorer(), [stage], labels=labels, ledger=Ledger(7.5), on_failure=on_failure, batch_size=4)
@@ -606,7 +608,7 @@ def run_bulk(folder: Path, inputs: Inputs, *, count: int = 99, on_failure: OnFai
 
 @pytest.fixture(scope="module")
 def unlabelled(tmp_path_factory: pytest.TempPathFactory, images: tuple[str, ...]) -> tuple[Path, list[dict[str, Any]]]:
-    """A page of a bulk run, one of whose images is none, and its lines."""
+    """A page of a bulk run with one unreadable image, and the lines of the run."""
     folder = tmp_path_factory.mktemp("unlabelled")
     (folder / "none.png").write_text("no image")
     (folder / "list.txt").write_text("\n".join([*images[:60], "none.png"]))
@@ -623,7 +625,7 @@ def data_of(page: str) -> dict[str, Any]:
 
 
 def certainty(line: Mapping[str, Any]) -> float:
-    """As the page orders images."""
+    """The order of the images on the page."""
     if not line["candidates"]:
         return 2
     if line["label"] is None:

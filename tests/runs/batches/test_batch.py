@@ -40,7 +40,7 @@ LABELS = ["red bird", "blue bird", "grey bird", "green bird"]
 SELECT = load_prompt("select")
 PRICE = {"input": 2.5, "output": 10, "batch_discount": 0.5}
 BILL = 1000 * 2_500 + 20 * 10_000
-"""Nanodollars of an answer of the server's, outside batches."""
+"""Cost of an answer of the server outside batches, in nanodollars."""
 
 ALL = "entropy > 0"
 IMAGES = [noise(seed) for seed in range(30)]
@@ -55,13 +55,13 @@ def hosted(server: JudgeServer, provider: Provider, **options: object) -> Hosted
 
 
 def by_image(asked: Conversation) -> str:
-    """An answer that depends on the image alone."""
+    """An answer that depends only on the image."""
     return asked.say(asked.choices[sum(asked.images[-1]) % len(asked.choices)])
 
 
 @dataclass
 class Bench:
-    """A server and what every run against it shares; every `cascade` is as that of a new process."""
+    """A server, and the state that all runs with it share. Every `cascade` is equal to the cascade of a new process."""
 
     server: JudgeServer
     provider: Provider
@@ -89,7 +89,7 @@ class Bench:
         return [path for path in self.folder.rglob("*") if path.is_file()]
 
     def assert_settled(self, predictions: Sequence[Prediction]) -> None:
-        """Nothing is promised any more, what was spent is what was told, no state is left."""
+        """No reservation is left, the spent amount equals the reported amount, and no state is left."""
         assert self.ledger.reserved_dollars == 0
         assert self.ledger.spent_dollars == pytest.approx(sum(each.cost.dollars for each in predictions), abs=1e-12)
         assert self.files == []
@@ -193,7 +193,7 @@ def test_limits_of_the_direct_api_do_not_hold(tmp_path: Path) -> None:
 
 
 class Killed(BaseException):
-    """As good as a signal."""
+    """Stands for a signal that ends the process."""
 
 
 async def killed(run: Bench, cascade: Cascade | None = None) -> None:
@@ -211,7 +211,7 @@ def kill_in(
     times: int = 1,
     error: type[BaseException] = Killed,
 ) -> None:
-    """Break off, so many times, before or after an asynchronous method has done its work."""
+    """Interrupt an asynchronous method this number of times, before or after its work."""
     original = getattr(owner, method)
     left = times
 
@@ -274,7 +274,7 @@ async def test_a_connection_lost_while_submitting(
 async def test_a_transfer_that_never_ends_is_given_up_and_tried_again(
     provider: Provider, method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first request reaches the provider, and its answer never comes."""
+    """The first request reaches the provider, but its answer never arrives."""
     async with bench(provider, tmp_path) as one:
         monkeypatch.setattr("cascadevlm.judges.retry._BACKOFF", lambda state: 0.0)
         monkeypatch.setattr("cascadevlm.runs.batches.batch_judge.TRANSFER_SECONDS", 2.0)
@@ -294,7 +294,7 @@ async def test_a_transfer_that_never_ends_is_given_up_and_tried_again(
 
 @both
 async def test_batches_of_one_size_are_told_apart(provider: Provider, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The second of three alike is accepted, and its id lost."""
+    """The second of three equal batches is accepted, but its id is lost."""
     async with bench(provider, tmp_path) as one:
         owner = type(hosted(one.server, provider))
         monkeypatch.setattr(owner, "batch_limits", BatchLimits(requests=10, bytes=10_000_000))
@@ -316,7 +316,7 @@ async def test_batches_of_one_size_are_told_apart(provider: Provider, tmp_path: 
 
 @both
 async def test_killed_again_and_again(provider: Provider, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At every other save of a state file, so that every run gets a little further."""
+    """Interrupt at every second save of a state file, so that every run makes some progress."""
     async with bench(provider, tmp_path, store=MemoryStore(), answer=unparsed_at_first) as one:
         saves, save = 0, BatchJudge._save
 
@@ -374,7 +374,7 @@ async def test_cancelled_while_waiting(provider: Provider, tmp_path: Path) -> No
 async def test_answers_to_another_runs_questions_are_kept_for_it(
     provider: Provider, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first run is killed with its batch under way, the second has some of its images and others."""
+    """The first run is killed while its batch is open. The second run has some of the same images, and other images."""
     async with bench(provider, tmp_path) as one:
         kill_in(monkeypatch, BatchJudge, "wait", times=1)
         await killed(one)
@@ -449,7 +449,7 @@ async def test_a_question_that_is_refused_is_asked_once(provider: Provider, on_f
 @both
 @pytest.mark.parametrize("kind", ["unauthorized", "quota", "not_found"])
 async def test_a_row_that_would_stop_a_direct_run(provider: Provider, kind: str, tmp_path: Path) -> None:
-    """With a batch there is nothing left to stop, and the next run is not stopped by what it finds."""
+    """After a batch, no judge is left to stop, and the results of the batch do not stop the next run."""
     async with bench(provider, tmp_path, faults=[Fault(kind)] * 3) as one:  # type: ignore[arg-type]
         predictions = await one.run(images=IMAGES[:1])
         one.assert_settled(predictions)
@@ -540,7 +540,7 @@ async def test_a_row_without_a_message_counts_as_paid(provider: Provider, tmp_pa
 
 
 def worst(one: Bench) -> int:
-    """Nanodollars that a question may cost in a batch."""
+    """Maximum cost of a question in a batch, in nanodollars."""
     seen: list[int] = []
 
     class Asking(FakeJudge):
@@ -608,7 +608,9 @@ async def test_a_run_taken_up_with_less_money(provider: Provider, tmp_path: Path
 
 @pytest.mark.parametrize("batched_first", [True, False])
 async def test_a_paid_judge_without_batches_does_not_wait_for_bills(batched_first: bool, tmp_path: Path) -> None:
-    """There is money for an answer to each image, and three more: the bills of images not yet in hand will not come back."""
+    """There is money for one answer per image and three more answers. The costs of images that are not read yet are not
+    released.
+    """
     bill = BILL // 2
 
     class Paid(FakeJudge):
@@ -713,7 +715,7 @@ async def test_a_submission_refused_stops_the_run_and_not_the_next(
 
 async def test_local_judges_have_no_batches(tmp_path: Path) -> None:
     cascade = Cascade(FakeScorer(), [Stage(judge=FakeJudge(), prompt=SELECT)], labels=LABELS)
-    with pytest.raises(BackendError, match=r"No judge of this cascade has a batch API. Take a judge of openai: or anthropic:"):
+    with pytest.raises(BackendError, match=r"No judge of this cascade has a batch API. Use a judge of openai: or anthropic:"):
         async for _ in stream_in_batches(cascade, IMAGES, folder=tmp_path):
             pass
 
@@ -723,7 +725,7 @@ async def test_what_depends_on_other_images_is_not_asked_in_batches(attribute: s
     async with bench("openai", tmp_path) as one:
         cascade = one.cascade()
         setattr(cascade, attribute, True)
-        with pytest.raises(InputError, match=f"In batches, there is no {name}"):
+        with pytest.raises(InputError, match=f"Batch APIs do not support {name}"):
             await one.run(cascade)
 
 
@@ -750,7 +752,7 @@ async def test_decisions_have_no_batches(tmp_path: Path) -> None:
 @both
 @pytest.mark.parametrize("kept", [True, False])
 async def test_a_local_stage_before_a_hosted_one(provider: Provider, kept: bool, tmp_path: Path) -> None:
-    """The hosted judge is asked where the local one gave no answer; the local one is asked once."""
+    """The hosted judge is asked if the local judge gave no answer. The local judge is asked once."""
     async with bench(provider, tmp_path, store=MemoryStore() if kept else None) as one:
 
         def stages(local: FakeJudge) -> list[Stage]:
@@ -782,7 +784,7 @@ async def test_a_local_stage_before_a_hosted_one(provider: Provider, kept: bool,
 
 @both
 async def test_a_second_hosted_stage_waits_for_the_first(provider: Provider, tmp_path: Path) -> None:
-    """Asked before the first has answered, it would be asked about all that the scorer is unsure of."""
+    """If the second judge were asked before the first judge answers, it would be asked about all uncertain images."""
     async with bench(provider, tmp_path, store=MemoryStore(), faults=[Fault("refusal")] * 3) as one:
 
         def cascade() -> Cascade:
@@ -873,7 +875,9 @@ def test_whatever_becomes_of_the_rows(
     provider: Provider,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
-    """Rows of every kind, a cap, and runs killed at states saved: all ends in verdicts or typed failures, and within the cap."""
+    """Rows of every kind, a spending limit, and runs that are killed at saved states: the results are verdicts or typed
+    failures, within the limit.
+    """
     images = IMAGES[:8]
     saves, save = -1, BatchJudge._save
 
@@ -911,7 +915,9 @@ def test_whatever_becomes_of_the_rows(
 
 @both
 async def test_a_batch_whose_id_got_lost_is_known_from_a_strangers(provider: Provider, tmp_path: Path) -> None:
-    """OpenAI's batches carry our token; of Anthropic's, the newest of the right size since the right time counts."""
+    """OpenAI's batches contain our token. Among Anthropic's batches, the newest batch of the right size after the right time is
+    used.
+    """
     async with JudgeServer() as server:
         judge = hosted(server, provider)
         asked = question()

@@ -1,4 +1,6 @@
-"""Runs on a real Ray cluster of this machine, two workers and a judge that counts, against the same runs in one process."""
+"""Runs on a real Ray cluster of this machine with two workers and a judge that counts, compared with the same runs in one
+process.
+"""
 
 import os
 import signal
@@ -80,7 +82,7 @@ FEW = 40
 """Images of the run with a hosted judge."""
 
 BILL = 0.0012
-"""Dollars: 1,000 tokens in and 20 out, at the price of the configuration."""
+"""US dollars for 1,000 input tokens and 20 output tokens, at the price of the configuration."""
 
 HOSTED = """
 labels = ["finch", "owl", "wren", "stork"]
@@ -127,7 +129,7 @@ candidates = 3
 
 @pytest.fixture(scope="module")
 def plugin(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A package on the path of this process and of all workers, whose scorer takes its time."""
+    """A package on the path of this process and of all workers. Its scorer is slow."""
     folder = tmp_path_factory.mktemp("plugin")
     (folder / "slow_scorer.py").write_text(SLOW)
     (folder / "slow-1.dist-info").mkdir()
@@ -169,7 +171,7 @@ def run(
 
 
 def workers(plugin: Path, name: str) -> list[int]:
-    """The processes of our cluster that run a class."""
+    """The processes of this cluster that run a class."""
     found = []
     for process in Path("/proc").iterdir():
         try:
@@ -181,7 +183,7 @@ def workers(plugin: Path, name: str) -> list[int]:
 
 
 def test_a_cluster_says_what_one_process_says(plugin: Path, images: Inputs, server: JudgeServer, tmp_path: Path) -> None:
-    """Begun in one process, gone on with by the cluster, against one process all along."""
+    """A run that starts in one process and continues on the cluster, compared with a run in one process."""
     few, config = list(islice(images, FEW)), HOSTED.format(url=server.openai_url, size=SIZE)
     alone = run("local", tmp_path / "alone", few, config)
     asked, batches = len(server.requests), count()
@@ -220,8 +222,9 @@ def test_a_cluster_learns_what_one_process_learns(plugin: Path, tmp_path: Path) 
 
 
 def test_workers_that_die_and_ctrl_c_cost_no_result(plugin: Path, images: Inputs, tmp_path: Path) -> None:
-    """One that scores is killed with the first question, one of two that judge with the fortieth; interrupted with the hundredth,
-    the run is gone on with in one process."""
+    """A scoring worker is killed at the first question, and one of two judging workers at the fortieth. The run is interrupted
+    at the hundredth question, and continues in one process.
+    """
     run("local", tmp_path / "alone", images, LOCAL)
     (tmp_path / "config.toml").write_text(LOCAL)
     judged_by, ended, killed = plugin / "judged_by", threading.Event(), list[int]()
@@ -282,7 +285,7 @@ def test_a_ray_that_does_not_begin_is_one_sentence(images: Inputs, monkeypatch: 
     monkeypatch.setattr(ray, "init", late)
     config = Config.parse({"scorer": {"use": "open_clip:aviary"}, "labels": ["finch", "owl"]})
     with (
-        pytest.raises(BackendError, match=r"Ray does not begin: The current node timed out during startup\. On a busy machine"),
+        pytest.raises(BackendError, match=r"Ray does not start: The current node timed out during startup\. On a busy machine"),
         on_ray(config.build(), config, images),
     ):
         pass

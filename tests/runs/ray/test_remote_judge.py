@@ -1,4 +1,4 @@
-"""Judges in workers that are lost, come back, or come back and cannot work: what becomes of questions and places."""
+"""Judges in workers that are lost, come back, or come back and cannot work: their questions and places."""
 
 import asyncio
 import pickle
@@ -32,14 +32,14 @@ with warnings.catch_warnings():  # not ours
 
 
 class Method:
-    """Of a worker, as Ray has it."""
+    """A method of a worker, in Ray's form."""
 
     def __init__(self, method: Callable[..., Coroutine[None, None, object]]) -> None:
         self.remote = method
 
 
 class OneWorker:
-    """A worker that answers, once it is prepared, what it is told to: for every question an outcome, or an error."""
+    """A worker that, after its preparation, gives a defined outcome or error for every question."""
 
     def __init__(self, judged: Iterator[Verdict | BaseException], back: CascadeError | None = None) -> None:
         self.judged, self.back, self.asked = judged, back, 0
@@ -65,7 +65,7 @@ class OneWorker:
 
 ANSWER = Verdict(outcome="answered", label="owl")
 BILL = 0.01
-"""Dollars."""
+"""In US dollars."""
 
 
 async def prepared(*workers: OneWorker, concurrency: int = 1) -> RemoteJudge:
@@ -199,7 +199,7 @@ class Priced(WrapperJudge):
 
 @pytest.mark.parametrize("seed", range(5))
 async def test_the_cap_holds_whatever_becomes_of_the_workers(seed: int) -> None:
-    """Every question that reaches a worker is billed, whether or not the worker lives to tell the answer."""
+    """Every question that reaches a worker is billed, even if the worker dies before it answers."""
     draw, enough_for = random.Random(seed), 25
     answer = replace(ANSWER, usage=Usage(dollars=BILL, requests=1))
     workers = [OneWorker(answer if draw.random() < 0.7 else exceptions.ActorDiedError() for _ in count()) for _ in range(2)]
@@ -247,7 +247,7 @@ def test_images_are_told_apart_though_their_pixels_stay_here() -> None:
 @pytest.mark.parametrize("size", [(1024, 1024), (3000, 700), (40, 30)])
 @pytest.mark.parametrize("rule", [{}, {"image": {"rule": "tiles", "base": 85, "tile": 170}}])
 def test_a_worker_knows_the_worst_case_though_the_pixels_stay_here(size: tuple[int, int], rule: dict[str, JsonValue]) -> None:
-    """So that an answer without usage costs what was reserved for it."""
+    """An answer without usage costs the reserved amount."""
     judge = load_judge("openai:any", base_url="http://localhost:9", price={"input": 1, "output": 2, **rule})
     assert isinstance(judge, HostedJudge)
     asked = replace(question(image=noise(1, size)), exemplars=(Exemplar(image=noise(2, size), label=Label(name="owl")),))
