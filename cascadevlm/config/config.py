@@ -246,6 +246,7 @@ class Config(Section):
         accept: minimum probability of a prediction; below it, the cascade abstains. Default: the value of the calibration, or 0.
         routing: True to choose one judge per image by its expected gain.
         follow_shares: True to estimate the shares of classes during the run.
+        learn: True to teach the scorer during the run, by the answers of the judges and by the images.
         on_failure: how an image is predicted if no judge gives an answer.
         batch_size: number of images that are scored together.
         cache: the cache on disk.
@@ -260,6 +261,7 @@ class Config(Section):
     accept: Probability | None = None
     routing: bool = False
     follow_shares: bool = False
+    learn: bool = False
     on_failure: OnFailure = "scorer"
     batch_size: Count = 32
     cache: Annotated[CacheConfig, MayChange("the folder of the cache does not change an answer")] = CacheConfig()
@@ -318,8 +320,8 @@ class Config(Section):
         stages = [stage.build(labels, calibration, number, fusion) for number, stage in enumerate(self.stage)]
         if calibration and calibration.promised_with and self.accept is None:
             settings = self.stage[0].model_dump(mode="json")
-            of_run = {"policy": str(stages[0].policy), "fusion": fusion, "follow_shares": self.follow_shares}
-            calibration.require_promised(settings | of_run)
+            of_run = {"policy": str(stages[0].policy), "fusion": fusion}
+            calibration.require_promised(settings | of_run | {"follow_shares": self.follow_shares, "learn": self.learn})
         return Cascade(
             scorer,
             stages,
@@ -332,6 +334,7 @@ class Config(Section):
             batch_size=self.batch_size,
             calibration=calibration,
             follow_shares=self.follow_shares,
+            learn=self.learn,
         )
 
     def frozen(self, cascade: Cascade) -> Self:

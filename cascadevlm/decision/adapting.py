@@ -85,7 +85,7 @@ def fit_adapter(scores: Scores, truths: Sequence[str] | None = None, *, method: 
         DataError: if the truths do not fit the images, there are fewer than 10 images, the labels of 1 to 9 images are known, or
             there are too many labels times dimensions.
     """
-    x, log_probs = _embeddings(scores), floored(scores.log_probs)
+    x, log_probs = embeddings_of(scores), floored(scores.log_probs)
     columns = columns_of([""] * len(x) if truths is None else truths, scores.labels)
     if len(columns) != len(x):
         raise DataError(f"There are {len(columns)} truths for {len(x)} images.")
@@ -136,18 +136,25 @@ def columns_of(truths: Sequence[str], labels: LabelSet) -> Columns:
 
 
 def distinct(embeddings: NDArray[np.floating], columns: Columns) -> Rows:
-    """`(n,)` the rows of the labelled images without near-duplicates, in their order.
+    """`(n,)` the rows of the labelled images without near-duplicates, in their order: the first image of each group."""
+    return np.unique(first_alike(embeddings, columns)[columns != NOBODY])
 
-    Images of one label with a cosine of at least 0.98 are in one group, and so are images that are connected by such pairs. The
-    first image of each group stands for the group.
+
+def first_alike(embeddings: NDArray[np.floating], columns: Columns) -> Rows:
+    """`(N,)` for each image, the row of the first image in its group of near-duplicates.
+
+    Images of one label with a cosine of at least 0.98 are in one group, and so are images that are connected by such pairs. An
+    image without a label is a group of its own.
     """
-    found = [np.arange(0)]
+    first = np.arange(len(columns))
     for column in np.unique(columns[columns != NOBODY]):
         rows = np.flatnonzero(columns == column)
         near = embeddings[rows] @ embeddings[rows].T >= NEAR_DUPLICATE
-        groups = connected_components(coo_array(near), directed=False)[1]
-        found.append(rows[np.unique(groups, return_index=True)[1]])
-    return np.sort(np.concatenate(found))
+        _, begin, group = np.unique(
+            connected_components(coo_array(near), directed=False)[1], return_index=True, return_inverse=True
+        )
+        first[rows] = rows[begin[group]]
+    return first
 
 
 def _fit_means(x: NDArray[np.float32], log_probs: Floats, columns: Columns, rows: Rows, unknown: Rows) -> Linear:
@@ -259,8 +266,8 @@ def _fit_cache(scores: Scores, made: Made, x: NDArray[np.float32], log_probs: Fl
     )
 
 
-def _embeddings(scores: Scores) -> NDArray[np.float32]:
-    """`(N, D)`.
+def embeddings_of(scores: Scores) -> NDArray[np.float32]:
+    """`(N, D)` embeddings that an adapter can be made from.
 
     Raises:
         InputError: if there are none, or the scores were made with an adapter.

@@ -60,6 +60,27 @@ def fit_few_labels(
     return FewLabels(scorer=scorer, model=model, responsibilities=responsibilities, after=after)
 
 
+def fit_judge_beside(labelled: Floats, known: Floats, unlabelled: Floats, answers: Answers) -> tuple[JudgeModel, Floats]:
+    """Fit the model of a judge, for a scorer whose calibration does not change in the rounds.
+
+    Args:
+        labelled: `(n, C)` held-out log-probabilities of the labelled images.
+        known: `(n, C)`, one-hot truths.
+        unlabelled: `(m, C)` log-probabilities of the others.
+        answers: of n + m images, the labelled ones first.
+
+    Returns:
+        The model, and `(n, C)` log-probabilities of the labelled images after the answers, each by a model that was fitted
+        without the image's fold.
+    """
+    first, rest = np.split(np.arange(len(answers)), [len(labelled)])
+    model, after = fit_judge(labelled, known, answers.rows(first))
+    for _ in range(ROUNDS if len(rest) else 0):
+        believed = np.exp(model.posterior(unlabelled, answers.rows(rest)))
+        model, after = fit_judge(np.concatenate([labelled, unlabelled]), np.concatenate([known, believed]), answers)
+    return model, after[first]
+
+
 def held_out_gain(before: Floats, after: Floats, truths: Columns) -> tuple[float, float]:
     """How many more predictions per image are right after something than before: mean and standard error, on n labelled images.
 

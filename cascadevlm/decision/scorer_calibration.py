@@ -23,6 +23,8 @@ from pydantic import PlainSerializer, PlainValidator
 from scipy.optimize import minimize
 from scipy.special import log_softmax, logsumexp
 
+from cascadevlm.base.arrays import StoredRows
+
 Floats: TypeAlias = NDArray[np.float64]
 
 
@@ -174,7 +176,7 @@ class CrossFit:
     """
 
     calibration: ScorerCalibration
-    held_out: Floats
+    held_out: StoredRows
     without: tuple[ScorerCalibration, ...]
 
 
@@ -229,6 +231,15 @@ def cross_fit_scorer(
     return CrossFit(calibration=calibration, held_out=best.held_out, without=best.without)
 
 
+def surely_better(richer: Floats, simpler: Floats) -> bool:
+    """Whether the mean of ``(N,)`` log-likelihoods of a richer model is higher by more than one standard error.
+
+    The images are compared in pairs. Source: Breiman et al., "Classification and Regression Trees", 1984, section 3.4.3.
+    """
+    gained = richer - simpler
+    return bool(gained.mean() > gained.std() / np.sqrt(len(gained)))
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Tried:
     """The result of a cross-validation.
@@ -252,12 +263,8 @@ class _Tried:
         return cls(shape=shape, held_out=held_out, likelihoods=(held_out * responsibilities).sum(axis=1), without=without)
 
     def unless_surely_better(self, richer: "_Tried") -> "_Tried":
-        """The richer result if its mean log-likelihood is higher by more than one standard error, else this result.
-
-        Source: Breiman et al., "Classification and Regression Trees", 1984, section 3.4.3.
-        """
-        gained = richer.likelihoods - self.likelihoods
-        return richer if gained.mean() > gained.std() / np.sqrt(len(gained)) else self
+        """The richer result if it is surely better, else this result."""
+        return richer if surely_better(richer.likelihoods, self.likelihoods) else self
 
     def mean(self) -> float:
         """Mean log-likelihood of the truth in nats."""

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import log_softmax
 
-from cascadevlm.base.arrays import Columns
+from cascadevlm.base.arrays import Columns, StoredColumns, StoredEmbeddings
 from cascadevlm.base.errors import InputError
 from cascadevlm.decision.means import Means, Sums, fit_strength
 from cascadevlm.decision.scorer_calibration import CrossFit, Floats, ScorerCalibration, cross_fit_scorer, fold_of
@@ -71,11 +71,11 @@ class Taught:
 
     def __call__(self, log_probs: NDArray[np.floating], embeddings: NDArray[np.floating]) -> Floats:
         """`(N, C)` log-probabilities, from all labels."""
-        return self._opinion(-1, log_probs, embeddings)
+        return self.opinion(-1, log_probs, embeddings)
 
     def opinions(self, log_probs: NDArray[np.floating], embeddings: NDArray[np.floating]) -> Floats:
         """`(P, N, C)` log-probabilities."""
-        return np.stack([self._opinion(number, log_probs, embeddings) for number in range(len(self.means))])
+        return np.stack([self.opinion(number, log_probs, embeddings) for number in range(len(self.means))])
 
     def linear(self) -> Linear:
         """The same as one rule on the scorer's log-probabilities.
@@ -95,7 +95,8 @@ class Taught:
             bias=self.own * calibration.bias + self.strength * evidence,
         )
 
-    def _opinion(self, number: int, log_probs: NDArray[np.floating], embeddings: NDArray[np.floating]) -> Floats:
+    def opinion(self, number: int, log_probs: NDArray[np.floating], embeddings: NDArray[np.floating]) -> Floats:
+        """`(N, C)` log-probabilities; without the labels of a fold by its number, or from all labels by -1."""
         scorer = self.calibrations[number](log_probs)
         found: Floats = log_softmax(self.own * scorer + self.strength * self.means[number].evidence(embeddings), axis=1)
         return found
@@ -109,11 +110,23 @@ class Labelled:
         embeddings: `(n, D)`, of unit length.
         truths: `(n,)` columns.
         fit: of the scorer's calibration, on the same images in the same order; without images, one that was made before.
+
+    Raises:
+        ValueError: if the parts are not of the same images and labels.
     """
 
-    embeddings: NDArray[np.floating]
-    truths: Columns
+    embeddings: StoredEmbeddings
+    truths: StoredColumns
     fit: CrossFit
+
+    def __post_init__(self) -> None:
+        images, classes = self.fit.held_out.shape
+        if not (self.embeddings.ndim == 2 and len(self.embeddings) == len(self.truths) == images):
+            raise ValueError("embeddings, truths and log-probabilities are not of the same images")
+        if any(calibration.bias.shape != (classes,) for calibration in self.calibrations):
+            raise ValueError("log-probabilities and calibrations are not of the same labels")
+        if not ((self.truths >= 0) & (self.truths < classes)).all():
+            raise ValueError("a truth is no label")
 
     @classmethod
     def of(

@@ -13,7 +13,7 @@ from cascadevlm.base.images import ImageSource
 from cascadevlm.base.types import Prediction, Scores
 from cascadevlm.cascade.cascade import Cascade
 from cascadevlm.decision.adapting import FEWEST_IMAGES, columns_of, distinct, fit_adapter
-from cascadevlm.decision.scorer_calibration import FOLDS, fold_of
+from cascadevlm.decision.scorer_calibration import FOLDS, Floats, fold_of
 from cascadevlm.evaluation.metrics import Interval, interval
 from cascadevlm.scorers.adapters import Adapter, Method
 from cascadevlm.scorers.base import Scorer, WrapperScorer
@@ -80,16 +80,27 @@ def adapt(scores: Scores, truths: Sequence[str], *, method: Method = "means") ->
         made = fit_adapter(scores.rows(outside), [truths[row] for row in outside.tolist()], method=method)
         after[folds == fold] = _best(made, scores.rows(rows[folds == fold]))
     before = (scores.log_probs[rows].argmax(axis=1) == columns[rows]).astype(np.float64)
-    now = (after == columns[rows]).astype(np.float64)
-    figures: dict[str, JsonValue] = {"measured": len(rows), "before": float(before.mean()), "after": float(now.mean())}
+    return measured(adapter, before, (after == columns[rows]).astype(np.float64), changed)
+
+
+def measured(adapter: Adapter, before: Floats, after: Floats, changed: float) -> Adapted:
+    """An adapter with what it gains.
+
+    Args:
+        adapter: the adapter.
+        before: ``(n,)`` 1 for each labelled image that the scorer gets right without the adapter, else 0.
+        after: ``(n,)`` the same with the adapter, which was made without the image.
+        changed: share of all images whose best label the adapter changes.
+    """
+    figures: dict[str, JsonValue] = {"measured": len(before), "before": float(before.mean()), "after": float(after.mean())}
     return Adapted(
         adapter=replace(adapter, made=replace(adapter.made, figures=figures)),
-        measured=len(rows),
+        measured=len(before),
         changed=changed,
         before=float(before.mean()),
-        after=float(now.mean()),
-        gain=float((now - before).mean()),
-        gain_interval=interval(now - before),
+        after=float(after.mean()),
+        gain=float((after - before).mean()),
+        gain_interval=interval(after - before),
     )
 
 

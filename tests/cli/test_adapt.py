@@ -62,7 +62,32 @@ def test_a_run_goes_on_with_the_same_adapter_only(birds: Path) -> None:
     shutil.copy(IMAGES / "blue-crowned white-breasted barred duck.jpg", birds / "images" / "zzz.jpg")
     done = run(*command, "batch_size=32", check=False)
     assert done.returncode == 2
-    assert "belongs to" in done.stderr.replace("\n", " ")
+    assert "belongs to a run with the scorer" in done.stderr.replace("\n", " ")
+
+
+def test_a_record_teaches_as_its_images_do(birds: Path) -> None:
+    run("evaluate", birds / "families", "--config", birds / "birds.toml", "-o", birds / "record", "--json")
+    shutil.rmtree(birds / "record" / "verdicts", ignore_errors=True)
+    figures = json.loads(run("adapt", birds / "record", "-o", birds / "of record.adapter", "--json").stdout)
+    expected = json.loads((birds / "told.json").read_text())
+    assert figures == expected
+    (birds / "record" / "embeddings.npy").unlink()
+    again = run("adapt", birds / "record", "-o", birds / "of record.adapter", "--json")
+    assert json.loads(again.stdout) == expected
+
+
+def test_a_run_teaches_and_without_a_calibration_nothing_is_measured(birds: Path) -> None:
+    run("run", IMAGES, "-o", birds / "of no judge", "--config", birds / "birds.toml")
+    done = run("adapt", birds / "of no judge", "-o", birds / "of run.adapter")
+    assert "the gain is unknown" in done.stdout
+    assert read_adapter(birds / "of run.adapter").made.images == len(list(IMAGES.glob("*.jpg")))
+    for wrong, sentence in (
+        (["--method", "cache"], "The method 'cache' needs labels, and a run has none."),
+        (["--unlabelled", IMAGES], "--unlabelled has no effect with a record or a run."),
+    ):
+        refused = run("adapt", birds / "of no judge", "-o", birds / "x.adapter", *wrong, check=False)
+        assert refused.returncode == 2
+        assert sentence in refused.stderr.replace("\n", " ")
 
 
 def test_images_without_labels_teach_too(birds: Path) -> None:
