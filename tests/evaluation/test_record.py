@@ -364,7 +364,7 @@ def test_embeddings_that_were_lost_are_made_again(tmp_path: Path, data: Data) ->
     file = tmp_path / "run" / "embeddings.npy"
     for left in (file.read_bytes()[:-200], b"nothing"):
         file.write_bytes(left)
-        with pytest.raises(DataError, match="holds no whole record"):
+        with pytest.raises(DataError, match="does not contain a complete record"):
             read_record(tmp_path / "run")
         with pytest.warns(RuntimeWarning, match="damaged after"):
             recorded(tmp_path / "run", data, [], scorer=Tempered())
