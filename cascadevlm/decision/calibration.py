@@ -181,7 +181,7 @@ class Calibration:
         if scores.embeddings is None:
             raise ConfigError(
                 "The calibration uses its labelled images as a support set, which needs embeddings, and these scores have none.",
-                hint="Score the images again with the scorer of the calibration, or calibrate on a record without embeddings.",
+                hint="Use the scorer of the calibration. Or delete embeddings.npy in the record, and calibrate again.",
             )
         return taught(scores.log_probs, scores.embeddings)
 

@@ -364,7 +364,7 @@ def test_embeddings_that_were_lost_are_made_again(tmp_path: Path, data: Data) ->
     file = tmp_path / "run" / "embeddings.npy"
     for left in (file.read_bytes()[:-200], b"nothing"):
         file.write_bytes(left)
-        with pytest.raises(DataError, match="holds no whole record"):
+        with pytest.raises(DataError, match="does not contain a complete record"):
             read_record(tmp_path / "run")
         with pytest.warns(RuntimeWarning, match="damaged after"):
             recorded(tmp_path / "run", data, [], scorer=Tempered())
@@ -373,7 +373,7 @@ def test_embeddings_that_were_lost_are_made_again(tmp_path: Path, data: Data) ->
     rows = np.lib.format.open_memmap(tmp_path / "run" / "embeddings.npy", mode="r+")
     rows[6] = 0
     rows.flush()
-    with pytest.raises(DataError, match="holds another embedding of image 6 than its prediction was made with"):
+    with pytest.raises(DataError, match="has another embedding of image 6 than the embedding from which"):
         read_record(tmp_path / "run")
 
 
