@@ -88,7 +88,7 @@ def test_a_list_is_estimated_alone(call: list[str | Path], tmp_path: Path) -> No
     (tmp_path / "list.txt").write_text("0.png")
     done = run("estimate", tmp_path / "list.txt", *call, check=False)
     assert done.returncode == 2
-    assert "list.txt' is a list of images, and it is not the only path" in done.stderr
+    assert "list.txt' is a list of images, and other paths are given, too" in done.stderr
 
 
 def test_a_run_that_goes_on_is_asked_about_what_is_left(call: list[str | Path], tmp_path: Path) -> None:
