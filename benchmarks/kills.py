@@ -1,6 +1,6 @@
 """Counts the predictions that killed runs lose, and the answers that they pay twice: ``python -m benchmarks.kills``.
 
-With ``--labelled``, the runs are records.
+With ``--labelled``, the runs are records. With ``--learn``, they learn.
 
 A run with a paid judge is killed with SIGKILL at random moments, including the start of its process, and is then continued. The
 judge is the real openai SDK with a server on this machine, which counts the questions. New runs are started until the given
@@ -28,7 +28,11 @@ import typer
 from numpy.typing import NDArray
 from PIL import Image
 
-from cascadevlm import Cascade, Stage, load_judge, load_prompt, parse_policy
+from cascadevlm import Cascade, LabelSet, Stage, load_judge, load_prompt, parse_policy
+from cascadevlm.decision.calibration import Calibration
+from cascadevlm.decision.judge_model import JudgeModel
+from cascadevlm.decision.shares import Shares
+from cascadevlm.decision.teaching import Labelled
 from cascadevlm.evaluation.data import Data
 from cascadevlm.evaluation.record import read_record
 from cascadevlm.judges.cache import DiskStore
@@ -84,15 +88,43 @@ def _unit(rows: NDArray[np.floating]) -> NDArray[np.float32]:
     return unit
 
 
-def run(folder: Path, cache: Path, answers: Path | None, url: str, images: int, labelled: bool) -> Tally:
+def run(folder: Path, cache: Path, answers: Path | None, url: str, images: int, labelled: bool, learn: bool) -> Tally:
     """The run that is killed. Its embeddings are kept in ``cache``; its answers are kept in ``answers`` if this is not None."""
     judge = load_judge(f"openai:{MODEL}", base_url=url, concurrency=CONCURRENCY)
-    stage = Stage(judge=judge, prompt=load_prompt("select"), policy=parse_policy("entropy > 0.6 & calls <= 100000"))
-    store = None if answers is None else DiskStore(answers)
-    cascade = Cascade(CachedEmbeddings(Towers(), cache), [stage], labels=NAMES, batch_size=8, store=store)
+    model = JudgeModel.prior(len(NAMES))
+    policy = parse_policy("entropy > 0.6 & calls <= 100000")
+    stage = Stage(judge=judge, prompt=load_prompt("select"), policy=policy, fusion="bayes" if learn else "judge", model=model)
+    cascade = Cascade(
+        CachedEmbeddings(Towers(), cache),
+        [stage],
+        labels=NAMES,
+        batch_size=8,
+        store=None if answers is None else DiskStore(answers),
+        calibration=_calibration(model) if learn else None,
+        learn=learn,
+    )
     names, pictures = zip(*Pictures(images), strict=True)
     data = Data(images=pictures, names=names, truths=NAMES[:1] * images, splits=("",) * images)
     return bulk.run(cascade, data if labelled else Pictures(images), folder, config={"images": images})
+
+
+def _calibration(model: JudgeModel) -> Calibration:
+    """Of images whose labels are random, as the embeddings of all images are."""
+    labels, rng = LabelSet.of(NAMES), np.random.default_rng(0)
+    scores = Towers().score_embeddings(_unit(rng.normal(size=(40, WIDTH))), labels)
+    assert scores.embeddings is not None
+    support = Labelled.of(scores.log_probs, scores.embeddings, rng.integers(0, len(NAMES), 40))
+    return Calibration(
+        labels=NAMES,
+        fingerprint=scores.fingerprint,
+        scorer=support.fit.calibration,
+        judges=(),
+        images=40,
+        labelled=True,
+        fitted_on=(),
+        shares=Shares.of(np.exp(support.fit.held_out)),
+        support=support,
+    )
 
 
 @dataclass
@@ -151,7 +183,7 @@ def predictions(folder: Path) -> list[Mapping[str, object]]:
     return lines
 
 
-def prove(kills: int, *, images: int, seed: int = 0, labelled: bool = False) -> Proof:
+def prove(kills: int, *, images: int, seed: int = 0, labelled: bool = False, learn: bool = False) -> Proof:
     """Kill runs over ``images`` images until the number of kills is reached."""
     os.environ |= {"OPENAI_API_KEY": "of no use", "PYTHONWARNINGS": "ignore::RuntimeWarning:runpy"}
     processes = multiprocessing.get_context("forkserver")
@@ -164,7 +196,7 @@ def prove(kills: int, *, images: int, seed: int = 0, labelled: bool = False) -> 
 
         def began(name: str, answers: Path | None) -> multiprocessing.process.BaseProcess:
             folder, cache = Path(scratch) / name, Path(scratch) / f"{name}, embeddings"
-            process = processes.Process(target=run, args=(folder, cache, answers, judge.openai_url, images, labelled))
+            process = processes.Process(target=run, args=(folder, cache, answers, judge.openai_url, images, labelled, learn))
             process.start()
             return process
 
@@ -210,9 +242,10 @@ def main(
     images: Annotated[int, typer.Option(help="Number of images per run.")] = 600,
     seed: int = 0,
     labelled: Annotated[bool, typer.Option(help="Kill runs over labelled images.")] = False,
+    learn: Annotated[bool, typer.Option(help="Kill runs that learn.")] = False,
 ) -> None:
     """Kill runs, and print the counts."""
-    for name, value in vars(prove(kills, images=images, seed=seed, labelled=labelled)).items():
+    for name, value in vars(prove(kills, images=images, seed=seed, labelled=labelled, learn=learn)).items():
         print(f"{name.replace('_', ' '):>12}  {value}")
 
 

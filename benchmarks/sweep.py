@@ -59,17 +59,22 @@ def judged_all(scores: Scores, truths: NDArray[np.int64], answers: NDArray[np.in
 
 
 def pairs(folder: Path) -> dict[str, Record]:
-    """The records of `PAIRS`, by name. The independent probabilities of a sigmoid scorer are first converted to logits."""
+    """The records of `PAIRS`, by name."""
     labels = LabelSet.of(json.loads((folder / "labels.json").read_text()))
     truths = np.load(folder / "truth.npy")
     records = {}
     for name, (scorer, judge) in PAIRS.items():
-        probabilities = np.load(folder / f"scores_{scorer}.npy").astype(np.float64)
-        logits = np.log(probabilities / (1 - probabilities) if scorer.startswith("siglip") else probabilities)
-        scores = Scores.from_logits(logits, labels, fingerprint=scorer)
+        scores = recorded_scores(folder, scorer, labels)
         answers = np.load(folder / f"answers_{judge}.npy")
         records[name] = judged_all(scores, truths, answers, judge, DOLLARS.get(judge, 0) / len(truths))
     return records
+
+
+def recorded_scores(folder: Path, scorer: str, labels: LabelSet) -> Scores:
+    """The scores in a file. The independent probabilities of a sigmoid scorer are first converted to logits."""
+    probabilities = np.load(folder / f"scores_{scorer}.npy").astype(np.float64)
+    logits = np.log(probabilities / (1 - probabilities) if scorer.startswith("siglip") else probabilities)
+    return Scores.from_logits(logits, labels, fingerprint=scorer)
 
 
 def made_up(images: int, classes: int) -> Record:

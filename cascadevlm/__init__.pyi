@@ -23,17 +23,21 @@ from .cascade.cascade import Cascade
 from .cascade.observer import Observer
 from .cascade.stage import Stage
 from .config.loading import load_judge, load_prompt, load_scorer
+from .decision.adapting import fit_adapter
 from .evaluation.calibrating.calibrate import calibrate
 from .evaluation.calibrating.recipe import Recipe
 from .evaluation.calibrating.targets import Target
 from .judges.base import Judge, LocalJudge, Quote
 from .policies.base import Policy, Spending
 from .policies.language import parse_policy
+from .scorers.adapters import Adapter, read_adapter
 from .scorers.base import EmbeddingScorer, Scorer
+from .scorers.several import SeveralScorers
 
 __version__: str
 
 __all__ = [
+    "Adapter",
     "BackendError",
     "BudgetExhausted",
     "Candidate",
@@ -66,6 +70,7 @@ __all__ = [
     "RunError",
     "Scorer",
     "Scores",
+    "SeveralScorers",
     "Spending",
     "Stage",
     "Target",
@@ -74,8 +79,10 @@ __all__ = [
     "Usage",
     "Verdict",
     "calibrate",
+    "fit_adapter",
     "load_judge",
     "load_prompt",
     "load_scorer",
     "parse_policy",
+    "read_adapter",
 ]

@@ -10,7 +10,6 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 from pydantic import JsonValue
 
@@ -31,7 +30,7 @@ record then belongs to other questions.
 
 
 class RecordedScorer(Scorer):
-    """Replays the scores of a record.
+    """Replays the scores of a record, with their embeddings if the record has them.
 
     Raises:
         BackendError: during scoring, if the record has no scores of an image for this label set, or has scores for other texts
@@ -43,24 +42,24 @@ class RecordedScorer(Scorer):
         self.path = Path(model)
 
     def score(self, images: Sequence[Image.Image], labels: LabelSet) -> Scores:
+        if not images:
+            return Scores(log_probs=np.empty((0, len(labels)), np.float32), labels=labels, fingerprint="")
         rows = [self._row(pixel_digest(image), labels) for image in images]
-        fingerprint = self._record.scores.fingerprint if rows else ""
-        if "|texts=" in fingerprint and labels.texts_part not in fingerprint.split("|"):
+        scores = self._record.scores.rows(np.array(rows, dtype=np.intp))
+        if "|texts=" in scores.fingerprint and labels.texts_part not in scores.fingerprint.split("|"):
             raise BackendError(
                 f"Record {str(self.path)!r} has scores of these labels with other texts.",
                 hint="Use the labels with the texts of the record.",
             )
-        log_probs = np.array(rows, dtype=np.float32).reshape(len(images), len(labels))
-        return Scores(log_probs=log_probs, labels=labels, fingerprint=fingerprint)
+        return replace(scores, labels=labels)
 
-    def _row(self, digest: str, labels: LabelSet) -> NDArray[np.float32]:
+    def _row(self, digest: str, labels: LabelSet) -> int:
         if labels.names != self._record.labels.names or digest not in self._rows:
             raise BackendError(
                 f"Record {str(self.path)!r} has no scores of an image ({digest[:12]}…) for these {len(labels)} labels.",
                 hint="Use the images and labels of the record, in the same order.",
             )
-        row: NDArray[np.float32] = self._record.scores.log_probs[self._rows[digest]]
-        return row
+        return self._rows[digest]
 
     @cached_property
     def _record(self) -> Record:

@@ -9,11 +9,11 @@ from pathlib import Path
 from cascadevlm.base.errors import RunError
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a file completely or not at all, even if the process or the machine stops during the call."""
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write a file completely or not at all, even if the process or the machine stops during the call. Text becomes UTF-8."""
     unfinished = path.with_name(f"{path.name}.part")
-    with unfinished.open("w", encoding="utf-8") as file:
-        file.write(text)
+    with unfinished.open("wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
         file.flush()
         os.fsync(file.fileno())
     unfinished.replace(path)

@@ -1,7 +1,7 @@
 """Frozen values that scorer, policy, judge and cascade exchange."""
 
 import string
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, reduce
 from operator import add
@@ -32,18 +32,23 @@ class Scores:
     Attributes:
         log_probs: ``(N, C) float32``, natural logarithms of probabilities. The probabilities of a row sum to 1.
         labels: the C labels, in column order.
-        fingerprint: text that identifies the model, its revision and preprocessing, and the texts of the labels.
+        fingerprint: text that identifies the model, its revision and preprocessing, the texts of the labels, and the adapter if
+            there is one.
+        embeddings: ``(N, D) float16``, the embeddings of the images, rows of length 1. None if the scorer makes none.
 
     Raises:
-        ValueError: if ``log_probs`` has a wrong shape or contains NaN.
+        ValueError: if ``log_probs`` or ``embeddings`` has a wrong shape, or ``log_probs`` contains NaN.
     """
 
     log_probs: NDArray[np.float32]
     labels: LabelSet
     fingerprint: str
+    embeddings: NDArray[np.float16] | None = None
 
     @classmethod
-    def from_logits(cls, logits: NDArray[np.floating], labels: LabelSet, fingerprint: str) -> "Scores":
+    def from_logits(
+        cls, logits: NDArray[np.floating], labels: LabelSet, fingerprint: str, *, embeddings: NDArray[np.float16] | None = None
+    ) -> "Scores":
         """Scores from ``(N, C)`` logits, normalised by softmax. Logits of a per-class sigmoid are normalised by softmax, too.
 
         If a label has its own text, a part that identifies the texts is added to the fingerprint, unless the fingerprint has
@@ -52,9 +57,21 @@ class Scores:
         if any(label.text for label in labels) and labels.texts_part not in fingerprint.split("|"):
             fingerprint = f"{fingerprint}|{labels.texts_part}"
         log_probs = log_softmax(np.asarray(logits, dtype=np.float64), axis=1).astype(np.float32)
-        return cls(log_probs=log_probs, labels=labels, fingerprint=fingerprint)
+        return cls(log_probs=log_probs, labels=labels, fingerprint=fingerprint, embeddings=embeddings)
+
+    @classmethod
+    def joined(cls, parts: "Sequence[Scores]") -> "Scores":
+        """The scores of all images of one or more parts, in their order. Embeddings are kept if every part has them."""
+        rows = [part.embeddings for part in parts if part.embeddings is not None]
+        return replace(
+            parts[0],
+            log_probs=np.concatenate([part.log_probs for part in parts]),
+            embeddings=np.concatenate(rows) if len(rows) == len(parts) else None,
+        )
 
     def __post_init__(self) -> None:
+        if self.embeddings is not None and (self.embeddings.ndim != 2 or len(self.embeddings) != len(self.log_probs)):
+            raise ValueError(f"embeddings has shape {self.embeddings.shape}, not ({len(self.log_probs)}, D)")
         if self.log_probs.ndim != 2 or self.log_probs.shape[1] != len(self.labels):
             raise ValueError(f"log_probs has shape {self.log_probs.shape}, not (N, {len(self.labels)})")
         if np.isnan(self.log_probs).any():
@@ -70,7 +87,8 @@ class Scores:
 
     def rows(self, index: NDArray[np.bool_] | NDArray[np.intp] | slice) -> "Scores":
         """The scores of the selected images."""
-        return replace(self, log_probs=self.log_probs[index])
+        embeddings = None if self.embeddings is None else self.embeddings[index]
+        return replace(self, log_probs=self.log_probs[index], embeddings=embeddings)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,10 +19,12 @@ from cascadevlm.base.images import CHANNELS, ImageSource
 from cascadevlm.base.labels import Label, LabelSet
 from cascadevlm.base.portable import Portable
 from cascadevlm.base.types import Prediction
+from cascadevlm.cascade.candidates import ConformalSet
 from cascadevlm.cascade.drift import Drift
 from cascadevlm.cascade.engine import BEGINNING, Checkpoint, ReadBatch, Run, Settings
 from cascadevlm.cascade.fusing import CalibratedScorer
 from cascadevlm.cascade.item import OnFailure
+from cascadevlm.cascade.learner import require_support
 from cascadevlm.cascade.observer import Observer
 from cascadevlm.cascade.stage import Stage, require_cascade, require_kind
 from cascadevlm.decision.calibration import Calibration
@@ -75,10 +77,13 @@ class Cascade(Portable):
             images differ from the images of the calibration (`Drift`).
         follow_shares: true if the scorer's probabilities follow the shares of the classes in a run (`Following`). Default:
             false.
+        learn: true if the answers of the judges and the images themselves teach the scorer during a run (`Learning`). The
+            calibration needs labelled images with their embeddings. Every run starts from these images. Default: false.
         observers: observers of every run (`Observer`).
 
     Raises:
-        ConfigError: if ``follow_shares`` is true and there is no calibration.
+        ConfigError: if ``follow_shares`` or ``learn`` is true and there is no calibration; if a run cannot learn from the
+            calibration (`require_support`).
         InputError: if an argument has a wrong type, for example a spec in place of an object; if an argument is out of its
             bounds; if the stages do not fit together.
         PolicyError: if ``routing`` is true and a policy cannot choose between judges.
@@ -98,10 +103,12 @@ class Cascade(Portable):
         batch_size: int = 32,
         calibration: Calibration | None = None,
         follow_shares: bool = False,
+        learn: bool = False,
         observers: Sequence[Observer] = (),
     ) -> None:
-        if follow_shares and calibration is None:
-            raise ConfigError("follow_shares needs a calibration.", hint="Make one: cascadevlm calibrate.")
+        for name, wanted in (("follow_shares", follow_shares), ("learn", learn)):
+            if wanted and calibration is None:
+                raise ConfigError(f"{name} needs a calibration.", hint="Make one: cascadevlm calibrate.")
         require_kind("scorer", scorer, Scorer, 'load_scorer("open_clip:aviary")')
         if isinstance(stages, str) or not isinstance(stages, Iterable):
             raise InputError(f"stages must be a list of stages, not {stages!r}.", hint="Write [Stage(…)].")
@@ -119,7 +126,10 @@ class Cascade(Portable):
         require_number("batch_size", batch_size, Count)
         require_number("accept", accept, Probability)
         require_cascade(self.stages, routing=routing)
-        self.scorer = CalibratedScorer(scorer, calibration) if calibration else scorer
+        if learn and calibration is not None:
+            require_support(calibration)
+            _require_no_coverage(self.stages)
+        self.scorer = CalibratedScorer(scorer, calibration) if calibration and not learn else scorer
         self.labels = LabelSet.of(labels)
         self.on_failure: OnFailure = on_failure
         self.accept = accept
@@ -129,6 +139,7 @@ class Cascade(Portable):
         self.batch_size = batch_size
         self.calibration = calibration
         self.follow_shares = follow_shares
+        self.learns_from = calibration if learn else None
         self.observers = observers
         self.reading: Callable[[int], ReadBatch] | None = None
 
@@ -217,10 +228,20 @@ class Cascade(Portable):
             batch_size=self.batch_size,
             judges=self._judges,
             read=self.reading(start.images) if self.reading else None,
-            observers=[*self.observers, *([Drift(self.calibration, self.stages)] if self.calibration else [])],
+            observers=self.observers,
+            drift=Drift(self.calibration, self.stages) if self.calibration else None,
             shares=self.calibration.shares if self.calibration and self.follow_shares else None,
+            learns_from=self.learns_from,
         )
         return Run(settings, start, stopping)
+
+
+def _require_no_coverage(stages: Sequence[Stage]) -> None:
+    """Raises ConfigError if lists of candidates have a coverage: its threshold is for scores without what a run learned."""
+    for stage in stages:
+        if isinstance(stage.candidates, ConformalSet):
+            hint = 'Use candidates = "best", a number, or a mass; or set learn = false.'
+            raise ConfigError("With learn = true, no coverage of the candidates can be promised.", hint=hint)
 
 
 def _is_one(images: ImageSource | Iterable[ImageSource]) -> TypeGuard[ImageSource]:

@@ -10,23 +10,28 @@ import os
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from itertools import chain, compress, islice
-from typing import TypeAlias, TypeVar
+from typing import Annotated, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field, InstanceOf
 
 from cascadevlm.base.errors import ImageError, JudgeError
 from cascadevlm.base.images import ImageSource, path_of
 from cascadevlm.base.labels import LabelSet
 from cascadevlm.base.types import Prediction, Scores
 from cascadevlm.cascade.candidates import TopK
+from cascadevlm.cascade.drift import Drift
 from cascadevlm.cascade.item import Item, OnFailure, current, rank
+from cascadevlm.cascade.learner import Learner
 from cascadevlm.cascade.observer import Observer
 from cascadevlm.cascade.running_stage import RunningStage
 from cascadevlm.cascade.stage import Stage
+from cascadevlm.decision.calibration import Calibration
+from cascadevlm.decision.learning import Learned
 from cascadevlm.decision.shares import Following, Seen, Shares
 from cascadevlm.judges.dependable import DependableJudges
 from cascadevlm.policies.base import START, Selection, Spending
@@ -46,8 +51,8 @@ class _Settled:
     """The result of one image.
 
     Attributes:
-        belief: `(C,)` probabilities after all verdicts; None if the image cannot be read or the shares of the classes are not
-            followed.
+        belief: `(C,)` probabilities after all verdicts; None if the image cannot be read, or if the run neither learns nor
+            follows the shares of the classes.
     """
 
     prediction: Prediction
@@ -62,11 +67,13 @@ class Checkpoint:
         images: number of images before this position, readable or not.
         spending: the state of every stage's spending at this position.
         seen: sums from which the shares of the classes were estimated; empty if the shares are not followed.
+        learned: what the run has learned, if it learns; the place is then the beginning of a period. It is no part of the JSON.
     """
 
     images: int = 0
     spending: tuple[Spending, ...] = ()
     seen: Seen = Seen()
+    learned: Annotated[InstanceOf[Learned] | None, Field(exclude=True)] = None
 
 
 BEGINNING = Checkpoint()
@@ -85,6 +92,7 @@ class _Batch:
         begin: number of images before this batch.
         end: number of images up to the end of this batch.
         results: the results of all images, in input order.
+        scores: `(n, C)` the scores that decisions on the n readable images are made with; None if n is 0.
         awaited: the results of the images that are not settled.
         turns: one event per stage. It is set when the stage has decided on this batch, so that it can decide on the next batch.
         spending: the state of every stage's spending after the decisions on this batch.
@@ -94,6 +102,7 @@ class _Batch:
         loop = asyncio.get_running_loop()
         self.begin, self.end = begin, begin + images
         self.results: list[asyncio.Future[_Settled]] = [loop.create_future() for _ in range(images)]
+        self.scores: Scores | None = None
         self.awaited: dict[Item, asyncio.Future[_Settled]] = {}
         self.turns = [asyncio.Event() for _ in range(stages)]
         self.spending: list[Spending] = []
@@ -107,7 +116,10 @@ class Settings:
         judges: the judges of all runs of the cascade.
         read: the object that reads the images in place of the scorer; None if the scorer reads them.
         observers: observers of the run.
+        drift: observer of the calibrated scores, which do not contain what the run learned; None if drift is not looked for.
         shares: shares of the classes for which the scores are calibrated; None if the shares of the run are not followed.
+        learns_from: the calibration whose labelled images a run that learns starts from; its scorer gives the scores without the
+            calibration. None if the run does not learn.
     """
 
     scorer: Scorer
@@ -120,7 +132,9 @@ class Settings:
     judges: DependableJudges
     read: ReadBatch | None = None
     observers: Sequence[Observer] = ()
+    drift: Drift | None = None
     shares: Shares | None = None
+    learns_from: Calibration | None = None
 
 
 class Run:
@@ -132,7 +146,8 @@ class Run:
         stopping: function that is called before each batch. After it returns true, no further batch is started.
 
     Attributes:
-        checkpoint: the end of the last batch whose predictions were all yielded.
+        checkpoint: the end of the last batch whose predictions were all yielded. If the run learns, it is the beginning of the
+            period of that batch.
         stopped: true if the run ended early because of ``stopping``.
     """
 
@@ -142,6 +157,9 @@ class Run:
         self.stopped = False
         self.checkpoint = start
         self.following = Following(settings.shares, start.seen, settings.batch_size) if settings.shares else None
+        self.learner = (
+            Learner(settings.learns_from, settings.batch_size, start.learned) if settings.learns_from is not None else None
+        )
         self.total: int | None = None
         self.stages: list[RunningStage] = []
         self.in_hand = 0
@@ -162,7 +180,7 @@ class Run:
             total: number of images of the whole run, for policies with limits; None if it is not known.
         """
         self.total = total
-        seen = Seen()
+        seen, here = Seen(), self.checkpoint
         async with AsyncExitStack() as stack:
             stack.callback(self.readers.shutdown, wait=False, cancel_futures=True)
             stack.callback(self.scoring.shutdown, wait=False, cancel_futures=True)
@@ -179,21 +197,32 @@ class Run:
             producer = asyncio.create_task(self._produce(sources))
             stack.push_async_callback(self._close, producer)
             while (batch := await self.output.get()) is not None:
-                beliefs = []
+                beliefs, judged = [], []
                 for number, result in enumerate(batch.results, start=batch.begin):
                     settled = await result
-                    for observer in self.settings.observers:
+                    for observer in self._observers():
                         observer.predicted(number, settled.prediction)
                     if settled.belief is not None:
                         beliefs.append(settled.belief)
+                        judged.append(settled.prediction.answered)
                     yield settled.prediction
                 if self.following is not None:
                     await self.following.take(beliefs, batch.begin)
                     seen = self.following.seen
+                if self.learner is not None:
+                    await self.learner.take(batch.scores, beliefs, judged, batch.begin)
+                    if self.learner.learned.images == batch.begin:
+                        self.checkpoint = replace(here, learned=self.learner.learned)
                 for turn in batch.turns:  # a later stage decides on every batch, even if no image is left for it
                     await turn.wait()
-                self.checkpoint = Checkpoint(images=batch.end, spending=tuple(batch.spending), seen=seen)
+                here = Checkpoint(images=batch.end, spending=tuple(batch.spending), seen=seen)
+                if self.learner is None:
+                    self.checkpoint = here
             await producer
+
+    def _observers(self) -> Sequence[Observer]:
+        drift = self.settings.drift
+        return self.settings.observers if drift is None else [*self.settings.observers, drift]
 
     async def _close(self, producer: asyncio.Task[None]) -> None:
         tasks = [producer, *self.tasks]
@@ -264,10 +293,17 @@ class Run:
                 result.set_result(_Settled(Prediction(path=path, error=str(error))))
         if (scores := scored.scores) is None:
             return []
+        numbers = [number for number, _, _ in left]
+        calibrated = scores
+        if self.learner is not None:
+            calibrated, scores = self.learner.calibration.calibrated(scores), await self.learner.adapted(scores, batch.begin)
+        if self.settings.drift is not None:
+            self.settings.drift.scored(numbers, scored.images, calibrated)
         for observer in self.settings.observers:
-            observer.scored([number for number, _, _ in left], scored.images, scores)
+            observer.scored(numbers, scored.images, scores)
         if self.following is not None:
             scores = await self.following.adjusted(scores, batch.begin)
+        batch.scores = scores
         self._take_in_hand([result for _, _, result in left])
         for row, ((number, path, result), prepared) in enumerate(zip(left, scored.images, strict=True)):
             prepared.features = None
@@ -337,14 +373,14 @@ class Run:
         left: Selection = reduce(np.maximum, later, own) > np.maximum(own, 0.0)
         return left
 
-    def _remaining(self, decided: int, end: int) -> float:
-        """Expected number of images that will still reach a stage.
+    def _remaining(self, decided: int, end: int) -> float | None:
+        """Expected number of images that will still reach a stage; None if the number of images is unknown.
 
         Args:
             decided: number of images that have reached the stage.
             end: number of images up to the last of these.
         """
-        return 0.0 if self.total is None else max(self.total - end, 0) * decided / end
+        return None if self.total is None else max(self.total - end, 0) * decided / end
 
     async def _ask(self, running: RunningStage, item: Item, batch: _Batch) -> None:
         await running.ask(item)
@@ -358,7 +394,8 @@ class Run:
         except JudgeError as exc:
             result.set_exception(exc)
         else:
-            result.set_result(_Settled(prediction, item.probabilities() if self.following is not None else None))
+            wanted = self.following is not None or self.learner is not None
+            result.set_result(_Settled(prediction, item.probabilities() if wanted else None))
 
 
 async def _together(works: Iterable[Coroutine[None, None, None]]) -> None:

@@ -82,7 +82,7 @@ class RunningStage:
         return self.policy.policy.surplus(Spending(prices=prices, gain=self.stage.gain(scores)))
 
     def decide(
-        self, items: Sequence[Item], scores: Scores, prices: tuple[float, ...], *, left: Selection, remaining: float
+        self, items: Sequence[Item], scores: Scores, prices: tuple[float, ...], *, left: Selection, remaining: float | None
     ) -> list[Item]:
         """The images that the policy escalates. All images get the policy's reasons. In the first stage, all images get
         candidates.
@@ -92,7 +92,7 @@ class RunningStage:
             scores: `(n, C)` current scores of the images.
             prices: ``(n,)`` expected costs of a question about each image, in US dollars; or empty.
             left: ``(n,)`` booleans: the image is left to a later stage.
-            remaining: expected number of images after these.
+            remaining: expected number of images after these; None if the number is unknown.
         """
         spending = replace(self.spending, remaining=remaining, prices=prices, gain=self.stage.gain(scores))
         selected = self.policy.select(scores, spending) & ~left

@@ -9,6 +9,7 @@ import cascadevlm
 from cascadevlm.base.errors import CascadeError, InputError
 from cascadevlm.base.files import visible
 from cascadevlm.cli import (
+    adapt,
     backends,
     cache,
     calibrate,
@@ -60,6 +61,7 @@ app.command()(estimate.estimate)
 app.command()(evaluate.evaluate)
 app.command()(sweep.sweep)
 app.command()(calibrate.calibrate)
+app.command()(adapt.adapt)
 app.command()(compare.compare)
 app.command()(report.report)
 app.command()(export.export)

@@ -10,6 +10,8 @@ from cascadevlm.cli import options
 
 if TYPE_CHECKING:
     from cascadevlm.evaluation.calibrating.recipe import Recipe
+    from cascadevlm.evaluation.calibrating.unlabelled import Unlabelled
+    from cascadevlm.evaluation.record import Record
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +29,11 @@ class RecipeOptions:
     seed: Annotated[int, typer.Option(help="Seed of the random draw of these images.")] = 0
     without_labels: Annotated[
         bool,
-        typer.Option("--without-labels", help="Do not use the labels. The judge is treated as an annotator who makes errors."),
+        typer.Option(
+            "--without-labels",
+            help="Do not use the labels. The judge is treated as an annotator who makes errors. If the judge is weak, the result "
+            "is too optimistic: label 20 images instead if you can.",
+        ),
     ] = False
     fusion: Annotated[
         Literal["bayes", "judge"],
@@ -110,6 +116,12 @@ class RecipeOptions:
         )
 
 
+WITHOUT_LABELS = (
+    "Without labels, nothing here was measured against the truth. The judge is believed to be good: if the judge is weak, "
+    "probabilities and gains are too high. Label 20 images or more at random, and calibrate on these: --size 20."
+)
+
+
 @options.grouped()
 def calibrate(
     run: Annotated[Path, typer.Argument(help="Folder of a record from: cascadevlm evaluate --judge-all -o FOLDER.")],
@@ -117,6 +129,13 @@ def calibrate(
         Path, typer.Option("--output", "-o", help='File for the calibration. A configuration uses it with: calibration = "FILE".')
     ],
     given: RecipeOptions,
+    unlabelled: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of a run of the same cascade, whose images have no labels. What its judge said is used beside the "
+            "labels, which helps if there are few labels."
+        ),
+    ] = None,
     as_json: options.AsJson = False,
 ) -> None:
     """Learn how reliable the scorer and the judge are, and write a calibration file.
@@ -131,11 +150,24 @@ def calibrate(
     from cascadevlm.evaluation.calibrating.calibrate import calibrate as calibrated
     from cascadevlm.evaluation.record import read_record
 
-    recipe = given.parse()
-    result = calibrated(read_record(run), recipe)
+    recipe, record = given.parse(), read_record(run)
+    result = calibrated(record, recipe, _beside(record, unlabelled) if unlabelled else None)
     result.calibration.write(output)
     if as_json:
         typer.echo(json.dumps(result.calibration.figures | {"policy": result.calibration.policy}))
         return
     title = f"Calibration, measured on images that it was not fitted on ({output})"
     print_summary(Console(highlight=False), title, calibration_rows(result))
+    if not result.calibration.labelled:
+        typer.echo(WITHOUT_LABELS)
+
+
+def _beside(record: "Record", folder: Path) -> "Unlabelled":
+    """What the judge of a run said, to be used beside the labelled images of a record."""
+    from cascadevlm.cli.adapt import alone, embed
+    from cascadevlm.evaluation.adapting_to_runs import read_said
+    from cascadevlm.evaluation.calibrating.unlabelled import Unlabelled
+
+    said = read_said(folder)
+    scores, readable = embed(alone(said.config).build(said.labels, bulk=True), said.images)
+    return Unlabelled.of(record, scores, said.rows(readable))

@@ -20,6 +20,15 @@ def export(
         bool,
         typer.Option("--review", help="Write only the images from which the cascade abstained, so that a person can label them."),
     ] = False,
+    label_next: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Write only the N images whose labels would teach most: taken from the most uncertain tenth, equally many per "
+            "predicted label where possible. Default: all images.",
+        ),
+    ] = None,
     as_json: options.AsJson = False,
 ) -> None:
     """Write the predictions of a run in the format of another tool.
@@ -29,7 +38,7 @@ def export(
     """
     from cascadevlm.runs.export import export as exported
 
-    done = exported(run, to, output, review=review)
+    done = exported(run, to, output, review=review, label_next=label_next)
     if as_json:
         typer.echo(json.dumps({"output": str(output), "format": to, **asdict(done)}))
         return

@@ -104,10 +104,11 @@ class DataOptions:
         int | None, typer.Option(min=1, help="Use only this number of images, drawn at random with the class shares of the data.")
     ] = None
 
-    def build(self, config: "Config", data: Path, labels: Path | None) -> "tuple[Cascade, Data]":
+    def build(self, config: "Config", data: Path, labels: Path | None, *, bulk: bool = False) -> "tuple[Cascade, Data]":
         """The cascade that a configuration describes, and labelled images for it.
 
-        Without labels in the configuration, the subfolders of the data folder name the labels.
+        Without labels in the configuration, the subfolders of the data folder name the labels. With ``bulk``,
+        the embeddings of images are kept on disk.
 
         Raises:
             DataError: if the data cannot be read, or does not fit the labels.
@@ -115,7 +116,7 @@ class DataOptions:
         from cascadevlm.evaluation.data import read_data
 
         where = labels or (data if config.labels is None and data.is_dir() else None)
-        cascade = CascadeOptions(labels=where).build(config)
+        cascade = CascadeOptions(labels=where).build(config, bulk=bulk)
         given = read_data(data, cascade.labels)
         given = given.split(self.split) if self.split else given
         return cascade, given.subset(self.limit) if self.limit else given

@@ -77,7 +77,10 @@ def run(
     from cascadevlm.runs.run_folder import FAILURES, images_left
 
     parsed = given.parse()
-    cascade, images = given.build(parsed, bulk=True), Inputs(inputs)
+    cascade = given.build(parsed, bulk=True)
+    images = Inputs(inputs, shuffled=parsed.learn)
+    if parsed.learn and not images.shuffled:
+        typer.echo("Images in a table are taken in its order: with learn = true, shuffle the rows of the table first.", err=True)
     options.tell(cascade.labels, [inputs])
     if workers and engine == "local":
         raise InputError("--workers is an option of the cluster.", hint="Add --engine ray, or remove --workers.")

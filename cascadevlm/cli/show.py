@@ -127,6 +127,12 @@ def calibration_rows(result: "Calibrated") -> dict[str, str]:
         }
     else:
         rows = {"judge agrees with the scorer's best label": _share(result.agreement)}
+    if result.calibrated and result.supported:
+        used = "used" if result.calibration.teaches else "not used"
+        rows["cross-validated: calibrated"] = _right_and_likely(result.calibrated)
+        rows[f"cross-validated: with support set ({used})"] = _right_and_likely(result.supported)
+    if result.foretold:
+        rows["gain if every image is asked about, foretold"] = "{:+.1%} ± {:.1%}".format(*result.foretold)
     if result.areas:
         rows["area, entropy and judge's answer → gain and fusion"] = f"{result.areas[0]:.3f} → {result.areas[1]:.3f}"
     if (fused := result.calibration.judges[-1].log_likelihood) is not None:
@@ -147,6 +153,10 @@ def calibration_rows(result: "Calibrated") -> dict[str, str]:
     if result.acceptance:
         rows["guarantee"] = result.acceptance.describe()
     return rows
+
+
+def _right_and_likely(quality: dict[str, float]) -> str:
+    return f"{quality['accuracy']:.1%}, {quality['log_likelihood']:.3f} nats"
 
 
 def _number(value: float | None) -> str:

@@ -3,23 +3,32 @@
 import reprlib
 import tomllib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal, Self, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, PlainValidator, ValidationError
-from pydantic_core import PydanticCustomError, to_jsonable_python
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    Field,
+    JsonValue,
+    PlainValidator,
+    ValidationError,
+)
+from pydantic_core import PydanticCustomError
 
 from cascadevlm.base.bounds import Count, Mass, Natural, Probability, require_number
-from cascadevlm.base.entry_points import Option, nearest
+from cascadevlm.base.entry_points import nearest
 from cascadevlm.base.errors import ConfigError, InputError
 from cascadevlm.base.labels import LabelSet
 from cascadevlm.cascade.candidates import CandidateRule, ConformalSet, CumulativeMass, Order, TopK
 from cascadevlm.cascade.cascade import Cascade
 from cascadevlm.cascade.item import OnFailure
 from cascadevlm.cascade.stage import Stage
-from cascadevlm.config.loading import load_judge, load_prompt, load_scorer
+from cascadevlm.config.loading import load_judge, load_prompt
+from cascadevlm.config.scorer import ScorerConfig
+from cascadevlm.config.section import MayChange, Options, Section
 from cascadevlm.decision.calibration import Calibration, FusionRule, read_calibration
 from cascadevlm.judges.budget import Ledger
 from cascadevlm.judges.cache import DiskStore, VerdictStore, default_cache_folder
@@ -27,8 +36,7 @@ from cascadevlm.judges.support import SupportSet
 from cascadevlm.policies.language import parse_policy
 from cascadevlm.scorers.base import EmbeddingScorer, Scorer
 from cascadevlm.scorers.kept import CachedEmbeddings, kept_labels
-
-Options = dict[str, Option]
+from cascadevlm.scorers.several import SeveralScorers
 
 _CALIBRATE = 'Make a calibration with cascadevlm calibrate, and set calibration = "FILE".'
 _KEY_PATH = "Write the key as a path, such as stage.0.judge."
@@ -38,52 +46,8 @@ _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 80
 
 
-@dataclass(frozen=True)
-class MayChange:
-    """Marks a key whose value may change when a bulk run is continued.
-
-    Attributes:
-        because: the reason why the change is safe.
-    """
-
-    because: str
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    def deciding(self) -> dict[str, JsonValue]:
-        """The values of all keys that are not marked with `MayChange`."""
-        marked = {name for name, key in type(self).model_fields.items() if any(isinstance(m, MayChange) for m in key.metadata)}
-        return {name: _deciding(value) for name, value in self if name not in marked}
-
-
-def _deciding(value: object) -> JsonValue:
-    if isinstance(value, _Section):
-        return value.deciding()
-    if isinstance(value, tuple):
-        return [_deciding(each) for each in value]
-    plain: JsonValue = to_jsonable_python(value)
-    return plain
-
-
-_BY_FINGERPRINT = MayChange("the manifest contains the fingerprint of the scorer")
 _BY_IDENTITY = MayChange("the manifest contains the identity of the judge")
 _BY_DIGEST = MayChange("the manifest contains a digest of the content")
-
-
-class ScorerConfig(_Section):
-    """``[scorer]``: the scorer.
-
-    Attributes:
-        use: the spec, ``backend:model``.
-        templates: prompt templates, if the backend supports them. Default: the templates of the backend.
-        options: options of the backend.
-    """
-
-    use: str
-    templates: list[str] | None = None
-    options: Annotated[Options, _BY_FINGERPRINT] = {}
 
 
 def _size(value: JsonValue) -> JsonValue:
@@ -96,7 +60,7 @@ def _size(value: JsonValue) -> JsonValue:
     return value
 
 
-class CandidatesConfig(_Section):
+class CandidatesConfig(Section):
     """``candidates = {…}``: the number of candidates and their order. One of ``k``, ``mass`` and ``coverage`` is required.
 
     Attributes:
@@ -158,7 +122,7 @@ def _k_alone(value: JsonValue) -> JsonValue:
     return {"k": value} if isinstance(value, int | float | str) else value
 
 
-class SupportConfig(_Section):
+class SupportConfig(Section):
     """``support = {…}``: reference images for the judge.
 
     Attributes:
@@ -178,7 +142,7 @@ class SupportConfig(_Section):
         return SupportSet.read(self.folder, labels, shots=self.shots)
 
 
-class StageConfig(_Section):
+class StageConfig(Section):
     """``[[stage]]``: a judge, and when and how it is asked.
 
     Attributes:
@@ -201,7 +165,7 @@ class StageConfig(_Section):
     support: SupportConfig | None = None
     votes: Count = 1
     widen: Natural = 0
-    options: Annotated[Options, _BY_IDENTITY] = {}
+    options: Annotated[Options, _BY_IDENTITY] = Field(default_factory=dict)
 
     def build(self, labels: LabelSet, calibration: Calibration | None, number: int, fusion: FusionRule) -> Stage:
         """The stage. Its judge is not loaded yet.
@@ -230,7 +194,7 @@ class StageConfig(_Section):
         return replace(stage, prompt=load_prompt(self.prompt), candidates=self.candidates.build(None, 0), support=support)
 
 
-class BudgetConfig(_Section):
+class BudgetConfig(Section):
     """``[budget]``: limits for money, in US dollars.
 
     Attributes:
@@ -242,7 +206,7 @@ class BudgetConfig(_Section):
     ask_above_usd: Annotated[float, Field(ge=0)] = 1.0
 
 
-class CacheConfig(_Section):
+class CacheConfig(Section):
     """``[cache]``: the cache on disk. Attributes: enabled: True to keep verdicts. embeddings: True to keep embeddings of labels
     and, in bulk runs, embeddings of images. folder: folder of the cache. Default: the folder of the user's cache.
     """
@@ -260,6 +224,8 @@ class CacheConfig(_Section):
 
         The scorer is returned unchanged if it has no embeddings, or if ``embeddings`` is false.
         """
+        if isinstance(scorer, SeveralScorers):
+            return SeveralScorers([self.keeping_embeddings(each, images=images) for each in scorer.scorers], pool=scorer.pool)
         if not (self.embeddings and isinstance(scorer, EmbeddingScorer)):
             return scorer
         folder = (self.folder or default_cache_folder()) / "embeddings"
@@ -267,7 +233,7 @@ class CacheConfig(_Section):
         return CachedEmbeddings(scorer, folder) if images else scorer
 
 
-class Config(_Section):
+class Config(Section):
     """The whole configuration file.
 
     Attributes:
@@ -280,6 +246,7 @@ class Config(_Section):
         accept: minimum probability of a prediction; below it, the cascade abstains. Default: the value of the calibration, or 0.
         routing: True to choose one judge per image by its expected gain.
         follow_shares: True to estimate the shares of classes during the run.
+        learn: True to teach the scorer during the run, by the answers of the judges and by the images.
         on_failure: how an image is predicted if no judge gives an answer.
         batch_size: number of images that are scored together.
         cache: the cache on disk.
@@ -294,6 +261,7 @@ class Config(_Section):
     accept: Probability | None = None
     routing: bool = False
     follow_shares: bool = False
+    learn: bool = False
     on_failure: OnFailure = "scorer"
     batch_size: Count = 32
     cache: Annotated[CacheConfig, MayChange("the folder of the cache does not change an answer")] = CacheConfig()
@@ -340,12 +308,7 @@ class Config(_Section):
             if self.labels is None:
                 raise ConfigError("No labels are given.", hint="Set labels (or --labels) to a file with one class name per line.")
             labels = LabelSet.read(self.labels) if isinstance(self.labels, Path) else LabelSet.of(self.labels)
-        options = dict(self.scorer.options)
-        if self.scorer.templates is not None:
-            if "templates" in options:
-                raise ConfigError("The templates of the scorer are given twice.", hint="Remove templates from scorer.options.")
-            options["templates"] = [*self.scorer.templates]
-        scorer = self.cache.keeping_embeddings(load_scorer(self.scorer.use, **options), images=bulk)
+        scorer = self.cache.keeping_embeddings(self.scorer.build(), images=bulk)
         calibration = read_calibration(self.calibration) if self.calibration else None
         if calibration and len(calibration.judges) != len(self.stage):
             raise ConfigError(
@@ -357,8 +320,8 @@ class Config(_Section):
         stages = [stage.build(labels, calibration, number, fusion) for number, stage in enumerate(self.stage)]
         if calibration and calibration.promised_with and self.accept is None:
             settings = self.stage[0].model_dump(mode="json")
-            of_run = {"policy": str(stages[0].policy), "fusion": fusion, "follow_shares": self.follow_shares}
-            calibration.require_promised(settings | of_run)
+            of_run = {"policy": str(stages[0].policy), "fusion": fusion}
+            calibration.require_promised(settings | of_run | {"follow_shares": self.follow_shares, "learn": self.learn})
         return Cascade(
             scorer,
             stages,
@@ -371,6 +334,7 @@ class Config(_Section):
             batch_size=self.batch_size,
             calibration=calibration,
             follow_shares=self.follow_shares,
+            learn=self.learn,
         )
 
     def frozen(self, cascade: Cascade) -> Self:

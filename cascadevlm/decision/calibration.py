@@ -21,6 +21,7 @@ from cascadevlm.decision.conformal import Conformal
 from cascadevlm.decision.judge_model import JudgeModel
 from cascadevlm.decision.scorer_calibration import Floats, ScorerCalibration
 from cascadevlm.decision.shares import Shares
+from cascadevlm.decision.teaching import Labelled, Taught
 
 FusionRule = Literal["judge", "bayes"]
 """Who decides after a question: "judge" takes the judge's answer; "bayes" takes the more probable label after the judge's answer,
@@ -33,10 +34,10 @@ SETTINGS = ("judge", "prompt", "offer_none", "support", "votes", "options")
 """Keys of a stage's configuration that change the judge's answers, without the keys of the candidates."""
 
 
-WORDING = {"templates": "templates", "texts": "texts for the labels"}
-"""Parts of a scorer's fingerprint that identify its texts, and their names in messages."""
+WORDING = {"templates": "templates", "texts": "texts for the labels", "adapter": "settings of the adapter"}
+"""Parts of a scorer's fingerprint that do not identify its model, and their names in messages."""
 
-SAME_WORDING = "Use the texts of the calibration, or calibrate again with the new texts: cascadevlm calibrate."
+SAME_WORDING = "Use what the calibration was made with, or calibrate again: cascadevlm calibrate."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +63,8 @@ class CalibratedJudge:
         settings: the settings of the stage that change the judge's answers (`SETTINGS`); empty for records made of arrays.
         model: how the judge chooses.
         log_likelihood: mean cross-validated log-likelihood of the truth after the judge's answers, in nats; None without labels.
+        gain: the foretold gain: how many more predictions per image are right after the judge's answers than before, by
+            cross-validation, and the standard error of this number; None without labels.
         best_size: the number of candidates with the highest expected accuracy, by the model.
         reference: mean and deviation of one number per answer: 1 if the answer is the most probable candidate and 0 if not,
             minus the model's probability of this. The mean is not exactly 0, because the priors shrink the model.
@@ -73,6 +76,7 @@ class CalibratedJudge:
     best_size: int
     reference: Reference
     log_likelihood: float | None = None
+    gain: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +94,9 @@ class Calibration:
             when the result is measured.
         conformal: the rule for lists of candidates with a coverage; None without labels.
         reference: the scorer's probability of its best label, by calibrations fitted on the other folds; None without labels.
+        support: the labelled images with their embeddings, for scores with embeddings; None without embeddings or labels. A run
+            that learns starts from these images.
+        teaches: whether calibrated scores use what these images teach about the embeddings.
         shares: estimated shares of the classes among the images.
         descriptions: digest of the labels' descriptions, which the judges saw; empty if there were none.
         policy: the policy that was chosen for a target; None without a target.
@@ -100,6 +107,9 @@ class Calibration:
         figures: figures of the scorer and the cascade with and without calibration, on images that nothing was fitted on.
         made: time of the calibration.
         format: version of the file format.
+
+    Raises:
+        ValueError: if the labelled images are missing or are of other labels.
     """
 
     labels: tuple[str, ...]
@@ -112,6 +122,8 @@ class Calibration:
     shares: Shares
     conformal: Conformal | None = None
     reference: Reference | None = None
+    support: Labelled | None = None
+    teaches: bool = False
     descriptions: str = ""
     policy: str | None = None
     fusion: FusionRule = "bayes"
@@ -121,17 +133,34 @@ class Calibration:
     made: datetime = field(default_factory=lambda: datetime.now(UTC))
     format: Literal[1] = 1
 
+    def __post_init__(self) -> None:
+        if self.teaches and self.support is None:
+            raise ValueError("there are no labelled images that teach")
+        if self.support is not None and self.support.fit.held_out.shape[1] != len(self.labels):
+            raise ValueError("the labelled images are of other labels")
+
     @cached_property
     def calibrated_fingerprint(self) -> str:
         """The fingerprint of calibrated scores."""
-        digest = hashlib.sha256(TypeAdapter(ScorerCalibration).dump_json(self.scorer)).hexdigest()[:12]
-        return f"{self.fingerprint}|calibrated={digest}"
+        calibrated = f"{self.fingerprint}|calibrated={_digest(TypeAdapter(ScorerCalibration).dump_json(self.scorer))}"
+        return f"{calibrated}|support={self.support_digest}" if self.teaches else calibrated
+
+    @cached_property
+    def support_digest(self) -> str:
+        """The digest of all that `support` is made of: part of the fingerprint of scores that use what was learned from it."""
+        return _digest(TypeAdapter(Labelled | None).dump_json(self.support))
+
+    @cached_property
+    def taught(self) -> Taught | None:
+        """What the labelled images teach; None if `teaches` is false."""
+        return self.support.taught(self.support.nothing()) if self.teaches and self.support is not None else None
 
     def calibrated(self, scores: Scores) -> Scores:
         """The scores with calibrated probabilities. Scores that this calibration made are returned unchanged.
 
         Raises:
-            ConfigError: if the scores have another scorer, label set or descriptions of the labels.
+            ConfigError: if the scores have another scorer, label set or descriptions of the labels, or if the labelled images
+                teach and the scores have no embeddings.
         """
         if scores.labels.names != self.labels:
             raise ConfigError(
@@ -144,8 +173,17 @@ class Calibration:
             return scores
         if scores.fingerprint != self.fingerprint:
             raise _of_another_scorer(self.fingerprint, scores.fingerprint)
-        log_probs = self.scorer(scores.log_probs).astype(np.float32)
-        return replace(scores, log_probs=log_probs, fingerprint=self.calibrated_fingerprint)
+        log_probs = self.scorer(scores.log_probs) if self.taught is None else self._supported(self.taught, scores)
+        return replace(scores, log_probs=log_probs.astype(np.float32), fingerprint=self.calibrated_fingerprint)
+
+    def _supported(self, taught: Taught, scores: Scores) -> Floats:
+        """`(N, C)` log-probabilities by what the labelled images teach."""
+        if scores.embeddings is None:
+            raise ConfigError(
+                "The calibration uses its labelled images as a support set, which needs embeddings, and these scores have none.",
+                hint="Use the scorer of the calibration. Or delete embeddings.npy in the record, and calibrate again.",
+            )
+        return taught(scores.log_probs, scores.embeddings)
 
     def judge_of(self, stage: int, settings: Mapping[str, JsonValue]) -> CalibratedJudge:
         """The calibrated judge of a stage.
@@ -210,6 +248,10 @@ class Calibration:
                 f"{str(path)!r} cannot be written: {exc.strerror}.",
                 hint="Check the path, its permissions and the free space on the disk.",
             ) from exc
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:12]
 
 
 def _of_another_scorer(known: str, given: str) -> ConfigError:

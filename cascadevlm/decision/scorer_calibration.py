@@ -23,6 +23,8 @@ from pydantic import PlainSerializer, PlainValidator
 from scipy.optimize import minimize
 from scipy.special import log_softmax, logsumexp
 
+from cascadevlm.base.arrays import StoredRows
+
 Floats: TypeAlias = NDArray[np.float64]
 
 
@@ -154,45 +156,88 @@ class Shape:
 def fit_scorer(
     log_probs: NDArray[np.floating], responsibilities: Floats, *, prior: Floats | None = None
 ) -> tuple[ScorerCalibration, Floats]:
-    """The calibration with the highest cross-validated log-likelihood.
+    """The calibration of the highest cross-validated log-likelihood, and the log-probabilities that it gives images held out.
 
-    The matrix W has by far the most parameters. It is used only if it is better by more than one standard error.
+    See `cross_fit_scorer`, of which these are the first two attributes.
+    """
+    fit = cross_fit_scorer(log_probs, responsibilities, prior=prior)
+    return fit.calibration, fit.held_out
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class CrossFit:
+    """A calibration, and the same kind of calibration fitted on all folds but one.
+
+    Attributes:
+        calibration: fitted on all N images.
+        held_out: `(N, C) float64` calibrated log-probabilities of the images, each by the calibration that was fitted without the
+            image's fold.
+        without: one calibration per fold, fitted without the images of that fold.
+    """
+
+    calibration: ScorerCalibration
+    held_out: StoredRows
+    without: tuple[ScorerCalibration, ...]
+
+
+def fold_of(images: int) -> NDArray[np.int64]:
+    """`(N,)` the fold of each image, from 0 to `FOLDS` - 1; always the same for a number of images."""
+    return np.random.default_rng(0).permutation(images) % FOLDS
+
+
+def cross_fit_scorer(
+    log_probs: NDArray[np.floating], responsibilities: Floats, *, prior: Floats | None = None, matrix: bool = True
+) -> CrossFit:
+    """The calibration of the highest cross-validated log-likelihood; a matrix, which has by far the most to fit, only if it is
+    better by more than a standard error.
 
     Args:
-        log_probs: ``(N, C)`` log-probabilities of the scorer.
-        responsibilities: ``(N, C)``, see the module's text.
-        prior: ``(C,)`` class shares to match. Default: equal shares.
-
-    Returns:
-        The calibration, and ``(N, C)`` held-out log-probabilities: each image is calibrated by a fit to the other folds. Models
-        of the judge are fitted to the held-out log-probabilities.
+        log_probs: N x C, the scorer's.
+        responsibilities: N x C.
+        prior: C shares of the classes to match; even, unless given.
+        matrix: whether a matrix is tried.
     """
-    classes = log_probs.shape[1]
-    fold_of = np.random.default_rng(0).permutation(len(log_probs)) % FOLDS
+    classes, folds = log_probs.shape[1], fold_of(len(log_probs))
+    identity = ScorerCalibration.identity(classes)
 
     def attempt(shapes: Sequence[Shape]) -> "_Tried":
         held_out = np.empty((len(shapes), *log_probs.shape))
+        parts = []
         for fold in range(FOLDS):
-            inside = fold_of == fold
-            for number, fitted in enumerate(fit_shapes(log_probs[~inside], responsibilities[~inside], shapes, prior)):
+            inside = folds == fold
+            parts.append(fit_shapes(log_probs[~inside], responsibilities[~inside], shapes, prior))
+            for number, fitted in enumerate(parts[-1]):
                 held_out[number, inside] = fitted(log_probs[inside])
-        tried = [_Tried.of(found, responsibilities, shape) for shape, found in zip(shapes, held_out, strict=True)]
+        tried = [
+            _Tried.of(found, responsibilities, shape, without)
+            for shape, found, without in zip(shapes, held_out, zip(*parts, strict=True), strict=True)
+        ]
         return max(tried, key=_Tried.mean)
 
     tried = {
-        "none": _Tried.of(floored(log_probs), responsibilities, None),
+        "none": _Tried.of(floored(log_probs), responsibilities, None, (identity,) * FOLDS),
         "temperature": attempt([Shape()]),
         "matched prior": attempt([Shape(matched=True)]),
         "bias": attempt([Shape(bias=precision) for precision in BIAS_PRECISIONS]),
     }
     best = max(tried.values(), key=_Tried.mean)
-    if classes <= MOST_CLASSES_MIXED and (biased := tried["bias"].shape):
+    if matrix and classes <= MOST_CLASSES_MIXED and (biased := tried["bias"].shape):
         tried["matrix"] = attempt([replace(biased, mixing=precision) for precision in MIXING_PRECISIONS])
         best = best.unless_surely_better(tried["matrix"])
-    calibration = ScorerCalibration.identity(classes)
+    calibration = identity
     if best.shape is not None:
         (calibration,) = fit_shapes(log_probs, responsibilities, [best.shape], prior)
-    return replace(calibration, log_likelihoods={name: fit.mean() for name, fit in tried.items()}), best.held_out
+    calibration = replace(calibration, log_likelihoods={name: fit.mean() for name, fit in tried.items()})
+    return CrossFit(calibration=calibration, held_out=best.held_out, without=best.without)
+
+
+def surely_better(richer: Floats, simpler: Floats) -> bool:
+    """Whether the mean of ``(N,)`` log-likelihoods of a richer model is higher by more than one standard error.
+
+    The images are compared in pairs. Source: Breiman et al., "Classification and Regression Trees", 1984, section 3.4.3.
+    """
+    gained = richer - simpler
+    return bool(gained.mean() > gained.std() / np.sqrt(len(gained)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,26 +245,26 @@ class _Tried:
     """The result of a cross-validation.
 
     Attributes:
-        shape: what was fitted; None if nothing was.
-        held_out: ``(N, C)`` log-probabilities by calibrations fitted on the other folds.
-        likelihoods: ``(N,)`` log-likelihoods of the truth in nats.
+        shape: of what was fitted; None of nothing.
+        held_out: N x C log-probabilities.
+        likelihoods: N, of the truth, in nats.
+        without: one calibration per fold, fitted without the images of that fold.
     """
 
     shape: Shape | None
     held_out: Floats
     likelihoods: Floats
+    without: tuple[ScorerCalibration, ...]
 
     @classmethod
-    def of(cls, held_out: Floats, responsibilities: Floats, shape: Shape | None) -> "_Tried":
-        return cls(shape=shape, held_out=held_out, likelihoods=(held_out * responsibilities).sum(axis=1))
+    def of(
+        cls, held_out: Floats, responsibilities: Floats, shape: Shape | None, without: tuple[ScorerCalibration, ...]
+    ) -> "_Tried":
+        return cls(shape=shape, held_out=held_out, likelihoods=(held_out * responsibilities).sum(axis=1), without=without)
 
     def unless_surely_better(self, richer: "_Tried") -> "_Tried":
-        """The richer result if its mean log-likelihood is higher by more than one standard error, else this result.
-
-        Source: Breiman et al., "Classification and Regression Trees", 1984, section 3.4.3.
-        """
-        gained = richer.likelihoods - self.likelihoods
-        return richer if gained.mean() > gained.std() / np.sqrt(len(gained)) else self
+        """The richer result if it is surely better, else this result."""
+        return richer if surely_better(richer.likelihoods, self.likelihoods) else self
 
     def mean(self) -> float:
         """Mean log-likelihood of the truth in nats."""

@@ -27,7 +27,7 @@ from cascadevlm.base.types import Scores, Verdict
 from cascadevlm.runs.lines import Asked, LabelledLine, WholeVerdict, read_lines
 from cascadevlm.runs.manifest import NAME, Manifest
 from cascadevlm.runs.run_folder import PREDICTIONS
-from cascadevlm.runs.scores_file import COLUMNS, SCORES, checksum, scores_kept
+from cascadevlm.runs.scores_file import COLUMNS, EMBEDDINGS, SCORES, checksum, scores_kept
 
 Number = TypeVar("Number", bound=np.generic)
 
@@ -136,7 +136,7 @@ class Record:
     """A run over N labelled images.
 
     Attributes:
-        scores: scores of the N images. An image that could not be read has equal probabilities.
+        scores: scores of the N images. An image that could not be read has equal probabilities and an embedding of 0.
         readable: ``(N,)`` booleans: the image could be read.
         names: N names of the images.
         truths: ``(N,)`` columns of the true labels.
@@ -218,6 +218,7 @@ def read_record(folder: str | Path) -> Record:
     with _reading(folder) as manifest:
         labels = LabelSet(tuple(manifest.labels))
         log_probs, columns = _read_scores(folder, labels)
+        embeddings = _read_embeddings(folder, len(log_probs))
         content = _Content(labels, len(manifest.stages), len(log_probs))
         for number, line in _lines(folder, len(log_probs)):
             rows = [log_probs[number]] if columns is None else [log_probs[number], columns[number]]
@@ -225,13 +226,22 @@ def read_record(folder: str | Path) -> Record:
                 raise ValueError(
                     f"{SCORES} has other scores of image {number} than the scores from which its prediction was made"
                 )
+            if embeddings is not None and line.embedding not in (None, checksum(embeddings[number])):
+                raise ValueError(
+                    f"{EMBEDDINGS} has another embedding of image {number} than the embedding from which its prediction was made"
+                )
             content.add(number, line)
         readable = content.readable
         if columns is not None:
             log_probs = _spread(log_probs, columns, len(labels))
         log_probs[~readable] = -np.log(len(labels))
         return Record(
-            scores=Scores(log_probs=log_probs, labels=labels, fingerprint=manifest.fingerprint or ""),
+            scores=Scores(
+                log_probs=log_probs,
+                labels=labels,
+                fingerprint=manifest.fingerprint or "",
+                embeddings=embeddings if content.embedded[readable].all() else None,
+            ),
             readable=readable,
             names=tuple(content.names),
             truths=content.truths,
@@ -308,6 +318,16 @@ def _read_scores(folder: Path, labels: LabelSet) -> tuple[NDArray[np.float32], N
     return log_probs, columns
 
 
+def _read_embeddings(folder: Path, images: int) -> NDArray[np.float16] | None:
+    """``(N, D) float16``; None if the record has no file of embeddings."""
+    if not (folder / EMBEDDINGS).exists():
+        return None
+    embeddings = _read_array(folder / EMBEDDINGS, np.float16)
+    if embeddings.ndim != 2 or len(embeddings) != images:
+        raise ValueError(f"{EMBEDDINGS} is not of the same images")
+    return embeddings
+
+
 def _read_array(path: Path, kind: type[Number]) -> NDArray[Number]:
     """Read the array in a file. Arrays of objects are refused, because NumPy would unpickle them."""
     array: NDArray[Number] = np.load(path, allow_pickle=False)
@@ -339,6 +359,7 @@ class _Content:
         self.predicted = np.full(images, NOBODY, dtype=np.int64)
         self.probabilities = np.full(images, np.nan)
         self.readable = np.zeros(images, dtype=bool)
+        self.embedded = np.zeros(images, dtype=bool)
         self.said: list[list[tuple[int, WholeVerdict, Asked | None]]] = [[] for _ in range(stages)]
 
     def add(self, number: int, line: LabelledLine) -> None:
@@ -348,6 +369,7 @@ class _Content:
         self.decided_by.append(line.decided_by or "")
         self.truths[number] = self.column[line.truth or ""]
         self.readable[number] = bool(line.candidates)
+        self.embedded[number] = line.embedding is not None
         if line.label is not None:
             self.predicted[number] = self.column[line.label]
         if line.probability is not None:

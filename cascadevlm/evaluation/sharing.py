@@ -32,7 +32,9 @@ def sharing(cascades: Mapping[str, Cascade], configs: Mapping[str, Config]) -> d
     judges: dict[str, Judge] = {}
     return {
         name: cascade.altered(
-            scorer=scorers.setdefault(repr((configs[name].scorer, configs[name].calibration)), cascade.scorer),
+            scorer=scorers.setdefault(
+                repr((configs[name].scorer, configs[name].calibration, configs[name].learn)), cascade.scorer
+            ),
             stages=[
                 replace(stage, judge=judges.setdefault(repr((config.judge, config.options)), stage.judge))
                 for stage, config in zip(cascade.stages, configs[name].stage, strict=True)
@@ -74,7 +76,9 @@ def record_runs(
     with nullcontext(folder) if folder else tempfile.TemporaryDirectory() as kept:
         for name, cascade in cascades.items():
             own = Path(kept) / name
-            known = scored.setdefault((id(cascade.scorer), cascade.labels), own)
+            known = own
+            if cascade.learns_from is None:  # the scores of one that learns depend on its judges
+                known = scored.setdefault((id(cascade.scorer), cascade.labels), own)
             replays = known != own and scores_kept(cascade.labels) == len(cascade.labels)
             cap, ledger = cascade.ledger.cap_dollars, id(cascade.ledger)
             left = None if cap is None else max(cap - spent[ledger], 0.0)

@@ -1,8 +1,8 @@
 """Policies decide which images are escalated to a judge.
 
 A policy has one method, which selects images of a batch. Policies are combined with ``&``, ``|`` and ``~``. A plain function from
-`Scores` to a boolean array is also a policy. A policy ``& calls <= N`` or ``& dollars <= X`` is a `Budgeted` policy: the limit is
-spent on the best of the images that the policy selects.
+`Scores` to a boolean array is also a policy. A policy ``& calls <= N``, or with another limit, is a `Budgeted` policy: the limit
+is spent on the best of the images that the policy selects.
 """
 
 import math
@@ -40,8 +40,9 @@ class Spending:
         calls: number of these images that were escalated at this stage.
         dollars: expected cost of these calls, in US dollars.
         dollars_for_all: expected cost, in US dollars, if all images before this batch had been escalated.
-        recent: value and price of each image that a `Budgeted` policy remembers, as one flat sequence.
-        remaining: expected number of images after this batch; 0 if the number is unknown.
+        recent: value, price and probability of the best label of each image that a `Budgeted` policy remembers, as one flat
+            sequence.
+        remaining: expected number of images after this batch; None if the number is unknown.
         prices: N numbers, the expected price of a question about each image, in US dollars. Empty if the policy needs no prices.
         gain: N numbers, the expected gain in accuracy from a question about each image. None if the stage has no model of its
             judge.
@@ -52,7 +53,7 @@ class Spending:
     dollars: float = 0.0
     dollars_for_all: float = 0.0
     recent: tuple[float, ...] = ()
-    remaining: float = 0.0
+    remaining: float | None = 0.0
     prices: tuple[float, ...] = ()
     gain: tuple[float, ...] | None = None
 
@@ -71,6 +72,23 @@ class Priority:
 
     values: Values
     is_gain: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Latest:
+    """What a limit compares the N images of a batch with: the M images that are remembered, then these N images.
+
+    Attributes:
+        values: (M + N,) the highest come first; `LEAST` for images that are not wanted.
+        prices: (M + N,) expected dollars of a question about each image.
+        sure: (M + N,) probability of each image's best label before a question.
+        is_gain: whether the values are expected gains in accuracy.
+    """
+
+    values: Values
+    prices: Values
+    sure: Values
+    is_gain: bool
 
 
 class Policy(ABC):
@@ -124,27 +142,27 @@ class Policy(ABC):
 class Limit(ABC):
     """A limit on what a whole run spends. A limit alone is also a policy: it escalates the best of all images (`as_policy`)."""
 
-    comparison: ClassVar[Literal["<="]] = "<="
+    comparison: ClassVar[Literal["<=", ">="]] = "<="
     by_price: ClassVar[bool] = False
+    by_gain: ClassVar[bool] = False
 
     @abstractmethod
-    def within(self, wanted: Selection, ranked: Values, prices: Values, spending: Spending, *, by_gain: bool) -> Selection:
+    def within(self, wanted: Selection, latest: Latest, spending: Spending) -> Selection:
         """Select the images of a batch that the limit allows. A part of the limit is kept for later images.
 
         Args:
             wanted: ``(N,) bool``, True for each image that the policy selects.
-            ranked: ``(M + N,) float``, values of M remembered images, then of the N images. Images with higher values come first.
-            prices: ``(M + N,) float``, expected prices of the same images, in US dollars.
+            latest: M remembered images, then the N images.
             spending: the state of the run.
-            by_gain: True if the values are expected gains in accuracy.
 
         Returns:
             ``(N,) bool``: True for each wanted image that is escalated.
         """
 
     @abstractmethod
-    def most_calls(self, price: float) -> float:
-        """Number of questions that the limit allows if each question costs ``price`` US dollars; may be infinite."""
+    def most_calls(self, price: float, images: int) -> float:
+        """Number of questions that the limit allows about ``images`` images if each question costs ``price`` US dollars; may be
+        infinite."""
 
     def __and__(self, other: "PolicyLike") -> Policy:
         return as_policy(self) & other
@@ -297,7 +315,7 @@ class Budgeted(Policy):
     """Escalates the best images among the images that a policy selects, within limits for the whole run.
 
     The images are ordered by the policy. If the policy has no order, they are ordered by the expected gain or, without a model of
-    the judge, by the entropy.
+    the judge, by the entropy. A limit on the accuracy always orders them by the expected gain.
     """
 
     policy: Policy
@@ -311,19 +329,27 @@ class Budgeted(Policy):
     def by_price(self) -> bool:
         return self.policy.by_price or any(limit.by_price for limit in self.limits)
 
+    @property
+    def by_gain(self) -> bool:
+        return self.policy.by_gain or any(limit.by_gain for limit in self.limits)
+
     def select(self, scores: Scores, spending: Spending = START) -> Selection:
         selected = self.policy.select(scores, spending)
         if not self.limits or not selected.any():
             return selected
         priority = self.priority(scores, spending)
         for limit in self.limits:
-            ranked, prices = _stream(selected, priority, spending).T
-            selected = limit.within(selected, ranked, prices, spending, by_gain=priority.is_gain)
+            values, prices, sure = _stream(selected, priority, scores, spending).T
+            latest = Latest(values=values, prices=prices, sure=sure, is_gain=priority.is_gain)
+            selected = limit.within(selected, latest, spending)
         return selected
 
     def priority(self, scores: Scores, spending: Spending = START) -> Priority:
-        if (own := self.policy.priority(scores, spending)) is not None:
+        needs_gain = any(limit.by_gain for limit in self.limits)
+        if not needs_gain and (own := self.policy.priority(scores, spending)) is not None:
             return own
+        if spending.gain is None and needs_gain:
+            raise uncalibrated(self)
         if spending.gain is not None:
             return Priority(values=np.array(spending.gain), is_gain=True)
         return Priority(values=measures.entropy(scores))
@@ -332,7 +358,7 @@ class Budgeted(Policy):
         """The value of ``spending.recent`` for the next batch."""
         if not self.limits:
             return ()
-        stream = _stream(self.policy.select(scores, spending), self.priority(scores, spending), spending)
+        stream = _stream(self.policy.select(scores, spending), self.priority(scores, spending), scores, spending)
         return tuple(stream[-WINDOW:].ravel().tolist())
 
     def reasons(self, scores: Scores, spending: Spending = START) -> list[str]:
@@ -370,15 +396,16 @@ def _refuse_limits(policy: Policy) -> None:
     """Raise PolicyError if a part has limits. With ``|`` or ``~``, the effect of a limit would depend on the batches of a run."""
     if any(isinstance(part, Budgeted) for part in policy.parts):
         raise PolicyError(
-            f"'{policy}' has a limit on calls or dollars inside | or ~; a limit must stand alone or after &.",
+            f"'{policy}' has a limit such as calls or deferral inside | or ~; a limit must stand alone or after &.",
             hint="For example: (entropy > 0.3 | margin < 0.1) & calls <= 500.",
         )
 
 
-def _stream(wanted: Selection, priority: Priority, spending: Spending) -> NDArray[np.float64]:
-    """``(M + N, 2) float64``: value and price of M remembered images, then of the N images of a batch."""
-    latest = np.column_stack([np.where(wanted, priority.values, LEAST), spending.prices or np.zeros(len(wanted))])
-    return np.concatenate([np.reshape(spending.recent, (-1, 2)), latest])
+def _stream(wanted: Selection, priority: Priority, scores: Scores, spending: Spending) -> NDArray[np.float64]:
+    """``(M + N, 3) float64``: value, price and probability of the best label, of M remembered images, then of the N images."""
+    prices, sure = spending.prices or np.zeros(len(wanted)), measures.top_probability(scores)
+    batch = np.column_stack([np.where(wanted, priority.values, LEAST), prices, sure])
+    return np.concatenate([np.reshape(spending.recent, (-1, 3)), batch])
 
 
 def _joined(operator: str, reasons: list[list[str]]) -> list[str]:

@@ -15,7 +15,7 @@ from cascadevlm.base.images import ImageSource
 from cascadevlm.cascade.cascade import Cascade
 from cascadevlm.cascade.engine import Run
 from cascadevlm.judges.cache import DiskStore
-from cascadevlm.runs.inputs import Labelled, Named, after
+from cascadevlm.runs.inputs import Inputs, Labelled, Named, after
 from cascadevlm.runs.manifest import Manifest
 from cascadevlm.runs.run_folder import RunFolder, Tally
 
@@ -72,7 +72,7 @@ def run(
         if manifest.labelled:
             lasting = lasting.altered(calibration=None, follow_shares=False)
         if loop.run(_classify(lasting, inputs, opened, lambda: stopping() or bool(_full(disks)), progress)):
-            opened.finish()
+            opened.finish(inputs.order if isinstance(inputs, Inputs) else None)
         elif full := _full(disks):
             hint = "Free some space, then repeat the same command. The results so far are kept."
             raise RunError(f"The disk of {str(full[0])!r} has less than {LEAST_FREE >> 20} MB left.", hint=hint)

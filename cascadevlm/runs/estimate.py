@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, compress
 
 import numpy as np
@@ -81,6 +81,9 @@ def estimate(
     all images. Second, nothing is spent yet of a limit on calls or dollars, and every question has the mean price. Third, the
     cache is empty, and no question is asked twice.
 
+    If the cascade learns, the estimate treats all images as the first images of a run. With ``gain > g``, a run that learns
+    mostly asks fewer questions.
+
     Args:
         cascade: the cascade.
         images: the images, or a random sample of them.
@@ -98,6 +101,8 @@ def estimate(
         raise InputError("There are no images.")
     chosen = np.sort(np.random.default_rng(seed).permutation(len(images))[:sample])
     readable, scores = _scored(cascade, [images[index] for index in chosen])
+    if cascade.learns_from is not None:
+        scores = replace(cascade.learns_from, teaches=True).calibrated(scores)
     scored = _Sample(size=len(chosen), total=len(images) if total is None else total, readable=readable, scores=scores)
     reached, kept = np.ones(len(readable), dtype=bool), 1.0
     estimates = []
@@ -130,7 +135,7 @@ def _of_stage(stage: Stage, sample: _Sample, reached: Selection, kept: float) ->
     usual, worst, tokens = _means(list(compress(quotes, priced)))
     rate = float(escalated.sum() / sample.size) * kept
     interval = binomtest(int(escalated.sum()), sample.size).proportion_ci(method="wilson")
-    most = min((limit.most_calls(usual) / sample.total for limit in budgeted.limits), default=1.0)
+    most = min((limit.most_calls(usual, sample.total) / sample.total for limit in budgeted.limits), default=1.0)
     low, high = (min(float(end) * kept, most) for end in (interval.low, interval.high))
     calls = round(min(rate, most) * sample.total)
     found = Estimate(

@@ -1,8 +1,8 @@
 """Predictions of a run in the formats of other tools.
 
-Lines of ``predictions.jsonl`` are written as they are read, so memory grows by only one byte per prediction. If the run is not
-finished, the predictions that exist at the start of the export are exported. Relative paths count from the working directory,
-as in the run.
+Lines of ``predictions.jsonl`` are written as they are read, so memory grows by only one byte per prediction, or by 17 bytes if
+the images to label next are picked. If the run is not finished, the predictions that exist at the start of the export are
+exported. Relative paths count from the working directory, as in the run.
 
 - Images that the run could not read, or that have disappeared since then, are exported only to CSV.
 - Images without a label because the cascade abstained are unlabelled images in every format.
@@ -14,8 +14,8 @@ import json
 import mmap
 import os
 import tempfile
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import reduce
 from itertools import compress
@@ -24,11 +24,14 @@ from typing import Literal, TextIO, TypeAlias
 from urllib.parse import quote
 from xml.etree import ElementTree
 
+import numpy as np
 from pydantic import BaseModel, JsonValue, ValidationError
 
+from cascadevlm.base.bounds import Count, require_number
 from cascadevlm.base.errors import DataError, ImageError, InputError
 from cascadevlm.base.files import valid_text
 from cascadevlm.base.images import size_of
+from cascadevlm.decision.picking import most_instructive
 from cascadevlm.runs.inputs import Inputs
 from cascadevlm.runs.lines import Line, read_lines
 from cascadevlm.runs.manifest import NAME
@@ -36,6 +39,9 @@ from cascadevlm.runs.run_folder import PREDICTIONS
 
 COLUMNS = ("path", "label", "probability", "decided_by", "escalated", "outcome", "dollars", "error")
 """The columns of tables."""
+
+LEFT_OUT, UNLABELLED, LABELLED = range(3)
+"""What becomes of a line: it is left out, or exported without or with a label."""
 
 FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")
 """First characters of texts that a spreadsheet may read as a formula (OWASP, "CSV Injection")."""
@@ -102,13 +108,13 @@ class Chosen:
         name: name of the run.
         labels: names of the label set.
         predictions: all predictions of the run.
-        wanted: for each line, whether it is exported.
+        wanted: for each line, `LEFT_OUT`, `UNLABELLED` or `LABELLED`.
     """
 
     name: str
     labels: tuple[str, ...]
     predictions: Predictions
-    wanted: Sequence[int]
+    wanted: bytearray
 
     def __iter__(self) -> Iterator[tuple[int, Line]]:
         """The lines with their numbers in the file, from 1."""
@@ -154,7 +160,7 @@ class Exported:
     how_to_load: str
 
 
-def export(run: str | Path, to: str, output: str | Path, *, review: bool = False) -> Exported:
+def export(run: str | Path, to: str, output: str | Path, *, review: bool = False, label_next: int | None = None) -> Exported:
     """Write the predictions of a run in the format of another tool. After an error, nothing is left at ``output``.
 
     Args:
@@ -164,21 +170,43 @@ def export(run: str | Path, to: str, output: str | Path, *, review: bool = False
         to: one of `FORMATS`.
         output: the new file or folder.
         review: true to export only the images from which the cascade abstained.
+        label_next: number of images to export: those whose labels would teach most, see `most_instructive`. Default: all images.
 
     Raises:
-        InputError: if the format is unknown, or if the output exists already or cannot be written.
+        InputError: if the format is unknown, if ``label_next`` is below 1, or if the output exists already or cannot be written.
         DataError: if there are no predictions, if a line is not a prediction, or if no image can be read.
     """
     run, output = Path(run), Path(output)
     if to not in FORMATS:
         raise InputError(f"There is no format {to!r}.", hint=f"Use one of: {', '.join(FORMATS)}.")
+    if label_next is not None:
+        require_number("label_next", label_next, Count)
     if output.exists():
         raise InputError(f"{str(output)!r} exists already.", hint="Use another name, or delete it first.")
-    form = FORMATS[to]
-    described = _description_of(run)
+    chosen, left_out = _choose(run, to, review=review, label_next=label_next)
+    try:
+        with tempfile.TemporaryDirectory(dir=output.parent, prefix=".export-") as scratch:
+            unfinished = Path(scratch) / output.name
+            how_to_load = FORMATS[to].write(chosen, unfinished)
+            unfinished.rename(output)
+    except (OSError, ImageError) as exc:
+        raise InputError(
+            f"The export {str(output)!r} cannot be written: {exc}.",
+            hint="Check the path, its permissions and the free space on the disk.",
+        ) from exc
+    labelled = chosen.wanted.count(LABELLED)
+    return Exported(
+        images=labelled + chosen.wanted.count(UNLABELLED), labelled=labelled, left_out=left_out, how_to_load=how_to_load
+    )
+
+
+def _choose(run: Path, to: str, *, review: bool, label_next: int | None) -> tuple[Chosen, int]:
+    """The predictions to export, and the number of images that are left out because they cannot be read."""
+    form, described = FORMATS[to], _description_of(run)
     said = predictions_of(run, table_of(described.inputs) if form.images == "any" else None)
     labels = tuple(label.name for label in described.labels)
-    known, occurring, counts, wanted = set(labels), set[str](), Counter[str](), bytearray()
+    known, occurring, asked_for, wanted = set(labels), set[str](), 0, bytearray()
+    certainties, guesses, columns = array("d"), array("q"), dict[str, int]()
     for number, line, image in said.with_images():
         named = {line.label} if line.label is not None else set()
         if known and not named <= known:
@@ -187,36 +215,29 @@ def export(run: str | Path, to: str, output: str | Path, *, review: bool = False
                 hint="Use the unchanged folder of a run.",
             )
         occurring |= named | {candidate.label for candidate in line.candidates}
-        asked_for = line.abstained or not review
-        wanted.append(asked_for and (form.images == "none" or (bool(line.candidates) and _is_there(image))))
-        counts["asked_for"] += asked_for
-        counts["images"] += wanted[-1]
-        counts["labelled"] += wanted[-1] and line.label is not None
+        if (review and not line.abstained) or (label_next and not line.candidates):
+            wanted.append(LEFT_OUT)
+            continue
+        asked_for += 1
+        readable = form.images == "none" or (bool(line.candidates) and _is_there(image))
+        wanted.append(LEFT_OUT if not readable else UNLABELLED if line.label is None else LABELLED)
+        if label_next and readable:
+            best = min(line.candidates, key=lambda candidate: candidate.rank)
+            certainties.append(best.probability if line.probability is None else line.probability)
+            guesses.append(columns.setdefault(line.label or best.label, len(columns)))
     if not wanted:
         raise DataError(f"{str(said.file)!r} contains no predictions.", hint="Continue the run first.")
-    if not counts["asked_for"]:
+    if review and not asked_for:
         raise DataError(
             f"{str(said.file)!r} has nothing to review: the cascade abstained from no image.", hint="Export without --review."
         )
-    if not counts["images"]:
+    left_out = wanted.count(LEFT_OUT) - (len(wanted) - asked_for)
+    if left_out == asked_for:
         raise _unreadable(said.file, to, described)
-    chosen = Chosen(name=run.resolve().name, labels=labels or tuple(sorted(occurring)), predictions=said, wanted=wanted)
-    try:
-        with tempfile.TemporaryDirectory(dir=output.parent, prefix=".export-") as scratch:
-            unfinished = Path(scratch) / output.name
-            how_to_load = form.write(chosen, unfinished)
-            unfinished.rename(output)
-    except (OSError, ImageError) as exc:
-        raise InputError(
-            f"The export {str(output)!r} cannot be written: {exc}.",
-            hint="Check the path, its permissions and the free space on the disk.",
-        ) from exc
-    return Exported(
-        images=counts["images"],
-        labelled=counts["labelled"],
-        left_out=counts["asked_for"] - counts["images"],
-        how_to_load=how_to_load,
-    )
+    if label_next:
+        rows = np.frombuffer(wanted, dtype=np.uint8)
+        rows[np.flatnonzero(rows)[~most_instructive(np.array(certainties), np.array(guesses), label_next)]] = LEFT_OUT
+    return Chosen(name=run.resolve().name, labels=labels or tuple(sorted(occurring)), predictions=said, wanted=wanted), left_out
 
 
 def _is_there(image: Path | bytes) -> bool:

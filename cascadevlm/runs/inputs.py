@@ -1,6 +1,7 @@
 """Sources with millions of images: a folder, a list of files or a table. Images are read one by one."""
 
 import csv
+import hashlib
 import json
 import os
 import sys
@@ -12,6 +13,9 @@ from pathlib import Path
 from random import Random
 from tempfile import mkstemp
 from typing import TYPE_CHECKING, ClassVar, Protocol, TypeAlias, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
 
 from cascadevlm.base.errors import DataError
 from cascadevlm.base.images import SUFFIXES, ImageSource
@@ -66,6 +70,10 @@ class Inputs(Portable):
     The first count of a folder or a list writes the names of the images to a temporary file. The object then uses the names in
     this file. So the folder is searched once, and images that are added later are not seen.
 
+    Attributes:
+        order: `(N,)` places of the N images in the folder or list, in the order in which they are read; None before the images
+            are counted, and if ``shuffled`` is false.
+
     Args:
         path: one of the following. Paths in a file are relative to the folder of that file.
 
@@ -76,6 +84,8 @@ class Inputs(Portable):
             - A file of JSON lines. Each line is a path or an object with a ``path``.
             - A Parquet file with a column ``path`` of paths, or with a column ``image`` of paths or encoded images (bytes, or
               the form of the package ``datasets``).
+        shuffled: true if the images are read in the order of a digest of their names, which is the same every time. A table that
+            contains images is always read in its own order. Default: false.
 
     Raises:
         DataError: if the path does not exist or is none of these; during reading, if the file cannot be read or has no such
@@ -84,8 +94,9 @@ class Inputs(Portable):
 
     live: ClassVar[Live] = (("_listing", lambda: None),)
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, *, shuffled: bool = False) -> None:
         self.path = Path(path)
+        self.order: NDArray[np.int64] | None = None
         kinds: tuple[Callable[[Path], Iterator[Named]], ...] = (_of_list, _of_csv, _of_json_lines, _of_table)
         readers = dict(zip(LISTS, kinds, strict=True))
         if not self.path.exists():
@@ -96,6 +107,7 @@ class Inputs(Portable):
                 hint=f"The name of a list ends in {', '.join(readers)}.",
             )
         self._read = _of_folder if self.path.is_dir() else readers[self.path.suffix.lower()]
+        self.shuffled = shuffled and not self.holds_images
         self._count: int | None = None
         self._listing: Path | None = None
 
@@ -112,14 +124,21 @@ class Inputs(Portable):
         with self._told(), _opened(self.path) as file:
             return "image" in file.schema_arrow.names
 
+    @property
+    def _in_rows(self) -> bool:
+        """Whether the images are read row by row from a table, and not by their names."""
+        return self.is_table and not self.shuffled
+
     def __iter__(self) -> Iterator[Named]:
+        if self.shuffled and self._listing is None:
+            self._list()
         with self._told():
             yield from self._read(self.path) if self._listing is None else _of_listing(self._listing)
 
     def __len__(self) -> int:
         """Number of images. A table contains this number; other sources are read once to count the images."""
         if self._count is None:
-            self._count = self._count_of_table() if self.is_table else self._list()
+            self._count = self._count_of_table() if self._in_rows else self._list()
         return self._count
 
     def _count_of_table(self) -> int:
@@ -132,7 +151,12 @@ class Inputs(Portable):
         weakref.finalize(self, Path(name).unlink, missing_ok=True)
         count = 0
         with self._told(), os.fdopen(descriptor, "w", encoding="ascii") as listing:
-            for path, _ in self._read(self.path):
+            paths: Iterable[str] = (path for path, _ in self._read(self.path))
+            if self.shuffled:
+                found = [*paths]
+                self.order = np.array(sorted(range(len(found)), key=lambda number: _digest(found[number])), dtype=np.int64)
+                paths = (found[number] for number in self.order)
+            for path in paths:
                 listing.write(json.dumps(path) + "\n")
                 count += 1
         self._listing = Path(name)
@@ -142,7 +166,7 @@ class Inputs(Portable):
         """The images with these numbers, from 0, in order. In a table, only row groups that contain one of these images are
         read.
         """
-        if not self.is_table:
+        if not self._in_rows:
             yield from (named for number, named in enumerate(self) if number in wanted)
             return
         with self._told():
@@ -150,7 +174,7 @@ class Inputs(Portable):
 
     def names(self) -> Iterator[str]:
         """The names of all images, in order. Images in a table are not read."""
-        if not self.is_table:
+        if not self._in_rows:
             yield from (name for name, _ in self)
             return
         with self._told():
@@ -185,6 +209,10 @@ def after(inputs: Iterable[Named] | Labelled, first: int) -> Iterator[Named]:
     if isinstance(inputs, Labelled):
         return ((inputs.names[number], inputs.images[number]) for number in range(first, len(inputs)))
     return inputs.rows(range(first, sys.maxsize)) if isinstance(inputs, Inputs) else islice(inputs, first, None)
+
+
+def _digest(name: str) -> bytes:
+    return hashlib.sha256(name.encode(errors="surrogatepass")).digest()
 
 
 def _of_folder(folder: Path) -> Iterator[Named]:

@@ -8,8 +8,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Self, TypeVar
+from typing import TYPE_CHECKING, BinaryIO, Self, TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import BaseModel, InstanceOf, JsonValue, ValidationError
 from pydantic_core import PydanticSerializationError, to_json
 
@@ -170,27 +172,34 @@ class Line(BaseModel):
         return not self.candidates or any(verdict.outcome == "failed" for verdict in self.verdicts)
 
 
-class LabelledLine(Line):
+class JudgedLine(Line):
+    """A line with all that its judges said."""
+
+    verdict: WholeVerdict | None
+    earlier_verdicts: tuple[WholeVerdict, ...]
+
+    @property
+    def verdicts(self) -> Sequence[WholeVerdict]:
+        return (*self.earlier_verdicts, self.verdict) if self.verdict else self.earlier_verdicts
+
+
+class LabelledLine(JudgedLine):
     """The line of a labelled image.
 
     Attributes:
         split: the split of the data that the image belongs to; "" if it is unknown.
         pixels: digest of the pixels; "" if the image could not be read.
         scores: checksum of the image's rows in ``scores.npy`` and ``columns.npy``.
+        embedding: checksum of the image's row in ``embeddings.npy``; None if the scorer gave no embedding.
         questions: the question of every verdict; None if the image could not be read a second time, when the question was
             asked.
     """
 
-    verdict: WholeVerdict | None
-    earlier_verdicts: tuple[WholeVerdict, ...]
     split: InstanceOf[str]
     pixels: str = ""
     scores: int
+    embedding: int | None = None
     questions: tuple[Asked | None, ...]
-
-    @property
-    def verdicts(self) -> Sequence[WholeVerdict]:
-        return (*self.earlier_verdicts, self.verdict) if self.verdict else self.earlier_verdicts
 
 
 def line_of(prediction: Prediction, known: Mapping[str, JsonValue]) -> bytes:
@@ -214,13 +223,16 @@ def checked(line: bytes) -> bytes | None:
     return body if checksum == b"%d}\n" % zlib.crc32(body) else None
 
 
-def read_lines(file: Path, kind: type[AnyLine], end: int | None = None) -> Iterator[tuple[int, AnyLine]]:
+def read_lines(
+    file: Path, kind: type[AnyLine], end: int | None = None, order: NDArray[np.int64] | None = None
+) -> Iterator[tuple[int, AnyLine]]:
     """The predictions in a file with one JSON object per line, each with the number of its line, from 1.
 
     Args:
         file: ``predictions.jsonl``, or the output of ``cascadevlm classify --json``, which has no checksums.
         kind: the class of the lines.
         end: number of bytes to read. Default: all.
+        order: `(N,)` numbers of the N lines, from 0, in the order in which they are wanted. Default: their own order.
 
     Raises:
         DataError: if a line is damaged or is not a prediction.
@@ -228,7 +240,7 @@ def read_lines(file: Path, kind: type[AnyLine], end: int | None = None) -> Itera
     line, number, position = b"", 0, 0
     try:
         with file.open("rb") as opened:
-            for number, line in enumerate(opened, start=1):
+            for number, line in enumerate(opened, start=1) if order is None else _in_order(opened, order):
                 position += len(line)
                 if end is not None and position > end:
                     return
@@ -249,6 +261,14 @@ def read_lines(file: Path, kind: type[AnyLine], end: int | None = None) -> Itera
         raise DataError(f"{str(file)!r} cannot be read: {exc}.", hint="Check the path and the content of the file.") from exc
 
 
+def _in_order(lines: BinaryIO, order: NDArray[np.int64]) -> Iterator[tuple[int, bytes]]:
+    """The lines with their numbers, from 1, in another order."""
+    begins = np.cumsum([0, *map(len, lines)], dtype=np.int64)
+    for number in order.tolist():
+        lines.seek(begins[number])
+        yield number + 1, lines.readline()
+
+
 def failure_of(prediction: Prediction | Line) -> str:
     """The reason why the image could not be read or a judge gave no answer; "" if neither is the case."""
     if not prediction.candidates:
@@ -256,14 +276,20 @@ def failure_of(prediction: Prediction | Line) -> str:
     return next((verdict.error for verdict in prediction.verdicts if verdict.outcome in ("failed", "refused", "unparsed")), "")
 
 
-def write_table(lines: Path, table: Path) -> None:
-    """Write the predictions as a Parquet table. The table is written completely or not at all."""
+def write_table(lines: Path, table: Path, order: NDArray[np.int64] | None = None) -> None:
+    """Write the predictions as a Parquet table. The table is written completely or not at all.
+
+    Args:
+        lines: the file of the predictions.
+        table: the table.
+        order: as for `read_lines`.
+    """
     import pyarrow
     import pyarrow.parquet
 
     schema, unfinished = table_schema(), table.with_name(f"{table.name}.part")
     with pyarrow.parquet.ParquetWriter(unfinished, schema) as writer:
-        rows = (_row(line) for _, line in read_lines(lines, Line))
+        rows = (_row(line) for _, line in read_lines(lines, Line, order=order))
         while some := list(islice(rows, ROWS_AT_ONCE)):
             writer.write_table(pyarrow.Table.from_pylist(some, schema=schema))
     unfinished.replace(table)

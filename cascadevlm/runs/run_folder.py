@@ -4,30 +4,36 @@
 
     manifest.json         the frozen configuration, the labels, digests of the files that the configuration
                           names, the scorer's fingerprint, the judges' identities, versions, and the start time of the run
-    predictions.jsonl     one line per image in input order: `Prediction.to_dict`, the digest of the image's file, and a checksum.
+    predictions.jsonl     one line per image in the order of the decisions, which is the order of the input unless the input is
+                          shuffled: `Prediction.to_dict`, the digest of the image's file, and a checksum.
                           In a record also the true label, the split, the digest of the pixels and the question to each judge
     failures.jsonl        images that could not be read, and images whose question got no answer
     ledger.jsonl          the amounts that were reserved for judges, and the amounts that judges billed
     progress.json         position of the decisions at the last flush of the predictions
+    learned.safetensors   replaces progress.json if the run learns: what the run had learned at the beginning of its current
+                          period, and the position of the decisions there
     verdicts/             the judges' answers, if the configuration keeps no cache
-    predictions.parquet   the predictions as a table, written when all predictions exist
+    predictions.parquet   the predictions as a table in the order of the input, written when all predictions exist
     summary.json          in a run: the counts, written when all predictions exist; in a record: the metrics
     lock                  locked by the process that writes
+
     scores.npy            only in a record: (N, C) float32, log-probabilities; NaN for images that could not be read. If there are
                           more than 1,000 labels: (N, 50), the highest log-probabilities in descending order
     columns.npy           only in a record of more than 1,000 labels: (N, 50) int32, the columns of these labels; -1 for images
                           that could not be read
+    embeddings.npy        only in a record whose scorer gives embeddings: (N, D) float16, rows of length 1; 0 for images that
+                          could not be read
 
 Predictions are only appended. When a run continues, these lines are removed and computed again with the stored answers:
 
 - an incomplete last line;
-- all lines from the first line with a wrong checksum of its text or of its scores (a loss of power can cause that);
+- all lines from the first line with a wrong checksum of its text, its scores or its embedding (a loss of power can cause that);
 - all lines from the first failure, if failures are tried again;
 - all lines from the first image that was skipped because the budget was used up, if the budget was raised;
 - all lines from the first image whose file has another digest now. Only files that changed after the start of the run are read.
 
-A row of ``scores.npy`` is written when its image is scored, and only if the image has no line yet. So a record contains the
-scores from which its predictions were made.
+A row of ``scores.npy`` or ``embeddings.npy`` is written when its image is scored, and only if the image has no line yet. So a
+record contains the scores from which its predictions were made.
 """
 
 import json
@@ -43,6 +49,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 import filelock
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import JsonValue, TypeAdapter, ValidationError
 
 from cascadevlm.base.errors import DataError, ImageError
@@ -54,6 +62,7 @@ from cascadevlm.judges.base import Judge
 from cascadevlm.judges.budget import DurableLedger, line_of_ledger
 from cascadevlm.runs import manifest as manifests
 from cascadevlm.runs.inputs import Labelled, Named, names
+from cascadevlm.runs.learned_file import read_learned, write_learned
 from cascadevlm.runs.lines import Asked, LabelledLine, Line, checked, failure_of, line_of, with_checksum, write_table
 from cascadevlm.runs.manifest import Manifest
 from cascadevlm.runs.scores_file import ScoresFile
@@ -65,6 +74,7 @@ PREDICTIONS = "predictions.jsonl"
 TABLE = "predictions.parquet"
 SUMMARY = "summary.json"
 LEDGER = "ledger.jsonl"
+LEARNED = "learned.safetensors"
 SUM_ERROR = 1e-6
 """Tolerance for sums of floats, in US dollars."""
 
@@ -148,6 +158,7 @@ class RunFolder(Observer):
         self.ledger = ledger
         self.tally = Tally(spent_dollars=ledger.spent_dollars)
         self.checkpoint = BEGINNING
+        self._learned_at = 0
         self._predictions = predictions
         self._failures = failures
         self._labelled = inputs if isinstance(inputs, Labelled) else None
@@ -263,7 +274,7 @@ class RunFolder(Observer):
             labelled = LabelledLine.read(body)
         except (ValueError, RecursionError):
             return None
-        return labelled if labelled.scores == self._scores.checksum(self.tally.images) else None
+        return labelled if self._scores.holds(self.tally.images, labelled.scores, labelled.embedding) else None
 
     def _require_same(self, line: Line, name: str, truth: str | None) -> None:
         """Raise DataError if the next image has another name or true label than the line."""
@@ -299,12 +310,15 @@ class RunFolder(Observer):
 
     def _progress(self) -> Checkpoint:
         """The stored checkpoint. A new run's checkpoint is used if it is damaged, or if predictions before it are missing."""
-        path = self.folder / "progress.json"
+        path = self.folder / LEARNED
+        if not path.exists():
+            path = self.folder / "progress.json"
         try:
-            noted = _CHECKPOINT.validate_json(checked(path.read_bytes()) or b"")
+            noted = read_learned(path) if path.name == LEARNED else _CHECKPOINT.validate_json(checked(path.read_bytes()) or b"")
         except (FileNotFoundError, ValidationError):
             return BEGINNING
         if noted.images <= self.tally.images:
+            self._learned_at = noted.images
             return noted
         path.unlink()  # other predictions may soon be written before it
         return BEGINNING
@@ -347,13 +361,13 @@ class RunFolder(Observer):
         """
         with writing_to(self.folder):
             self.manifest = self.manifest.with_fingerprint(scores.fingerprint, self.folder)
-            for number, image, log_probs in zip(numbers, images, scores.log_probs, strict=True):
+            embeddings = repeat(None) if scores.embeddings is None else scores.embeddings
+            for number, image, log_probs, embedding in zip(numbers, images, scores.log_probs, embeddings, strict=False):
                 if number < self.tally.images:
                     continue
                 self._known[number] = {"digest": image.file_digest} if image.file_digest else {}
                 if self._scores is not None:
-                    checksum = self._scores.write(number, log_probs)
-                    self._known[number] |= {"pixels": image.image_digest, "scores": checksum}
+                    self._known[number] |= {"pixels": image.image_digest, **self._scores.write(number, log_probs, embedding)}
 
     def judged(self, number: int, stage: int, question: Question, verdict: Verdict) -> None:
         """Store the question about a labelled image. If the judge was asked about further candidates, the last valid answer
@@ -374,12 +388,12 @@ class RunFolder(Observer):
         self.tally.spent_dollars = self.ledger.spent_dollars
 
     def _of_record(self, number: int, prediction: Prediction) -> dict[str, JsonValue]:
-        """The fields of a labelled image's line, except its digests and scores."""
+        """The fields of a labelled image's line, except its digests and checksums."""
         if self._labelled is None or self._scores is None:
             return {}
         asked = self._asked.pop(number, {})
         questions = [asked.get(verdict.stage) for verdict in prediction.verdicts]
-        unreadable = {} if prediction.candidates else {"scores": self._scores.write_unreadable(number)}
+        unreadable = {} if prediction.candidates else self._scores.write_unreadable(number)
         return {
             "truth": self._labelled.truths[number],
             "split": self._labelled.splits[number],
@@ -411,15 +425,23 @@ class RunFolder(Observer):
                 self._scores.sync()
             os.fsync(self._predictions.fileno())
             self.checkpoint = checkpoint
-            write_whole(self.folder / "progress.json", with_checksum(_CHECKPOINT.dump_json(checkpoint)).decode())
+            if checkpoint.learned is None:
+                write_whole(self.folder / "progress.json", with_checksum(_CHECKPOINT.dump_json(checkpoint)).decode())
+            elif checkpoint.images > self._learned_at:
+                write_learned(self.folder / LEARNED, checkpoint, checkpoint.learned)
+                self._learned_at = checkpoint.images
 
-    def finish(self) -> None:
-        """Write the table and, if the images have no labels, the summary. Files that already contain all predictions are kept."""
+    def finish(self, order: NDArray[np.int64] | None = None) -> None:
+        """Write the table and, if the images have no labels, the summary. Files that already contain all predictions are kept.
+
+        Args:
+            order: `(N,)` places in the table of the N predictions. Default: the order of the predictions.
+        """
         self.flush(self.checkpoint)
         if self._finished:
             return
         with writing_to(self.folder):
-            write_table(self.folder / PREDICTIONS, self.folder / TABLE)
+            write_table(self.folder / PREDICTIONS, self.folder / TABLE, None if order is None else np.argsort(order))
             if not self.manifest.labelled:
                 write_whole(self.folder / SUMMARY, json.dumps(self.tally.to_dict(), indent=2) + "\n")
         self._finished = True

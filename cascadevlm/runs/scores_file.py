@@ -1,17 +1,19 @@
-"""``scores.npy`` of a record: the log-probabilities of every image. A row is written when its image is scored."""
+"""``scores.npy`` and ``embeddings.npy`` of a record. A row is written when its image is scored."""
 
 import io
 import os
 import zlib
 from collections.abc import Sized
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
+from pydantic import JsonValue
 
 from cascadevlm.base.arrays import NOBODY
 
-SCORES, COLUMNS = "scores.npy", "columns.npy"
+SCORES, COLUMNS, EMBEDDINGS = "scores.npy", "columns.npy", "embeddings.npy"
 
 MOST_WHOLE = 1000
 """The largest number of labels for which all log-probabilities are kept."""
@@ -43,6 +45,17 @@ class RowFile:
         self.row_bytes = width * self.kind.itemsize
         self.begin = len(self._header(0))
 
+    @classmethod
+    def existing(cls, path: Path, kind: DTypeLike) -> Self | None:
+        """The file at a path, with the width that its header states; None if there is no such file with rows of this kind."""
+        try:
+            with path.open("rb") as file:
+                np.lib.format.read_magic(file)
+                shape, _, found = np.lib.format.read_array_header_1_0(file)
+        except (FileNotFoundError, ValueError):
+            return None
+        return cls(path, shape[1], kind) if len(shape) == 2 and found == np.dtype(kind) else None
+
     def _header(self, rows: int) -> bytes:
         """The header of the file. Its length does not depend on the number of rows."""
         header = io.BytesIO()
@@ -69,7 +82,8 @@ class RowFile:
 
 
 class ScoresFile:
-    """Writes ``scores.npy`` and, for more than `MOST_WHOLE` labels, ``columns.npy``.
+    """Writes ``scores.npy``, ``columns.npy`` if there are more than `MOST_WHOLE` labels, and ``embeddings.npy`` if the scorer
+    gives embeddings.
 
     Args:
         folder: folder of the record.
@@ -77,43 +91,68 @@ class ScoresFile:
     """
 
     def __init__(self, folder: Path, labels: Sized) -> None:
+        self.folder = folder
         self.width = scores_kept(labels)
+        self.images = 0
         self.files = [RowFile(folder / SCORES, self.width, np.float32)]
         if self.width < len(labels):
             self.files.append(RowFile(folder / COLUMNS, self.width, np.int32))
+        self.embeddings = RowFile.existing(folder / EMBEDDINGS, np.float16)
+
+    @property
+    def _all(self) -> list[RowFile]:
+        return [*self.files, *([] if self.embeddings is None else [self.embeddings])]
 
     def resize(self, images: int) -> None:
         """Set the number of images, readable or not."""
-        for file in self.files:
+        self.images = images
+        for file in self._all:
             file.resize(images)
 
-    def write(self, number: int, log_probs: NDArray[np.float32]) -> int:
-        """Write the ``(C,)`` log-probabilities of an image. Returns the `checksum` of its rows."""
-        if self.width == len(log_probs):
-            return self._put(number, log_probs)
-        best = np.argsort(-log_probs, kind="stable")[: self.width]
-        return self._put(number, log_probs[best], best.astype(np.int32))
+    def write(self, number: int, log_probs: NDArray[np.float32], embedding: NDArray[np.float16] | None) -> dict[str, JsonValue]:
+        """Keep ``(C,)`` log-probabilities and, if there is one, the ``(D,)`` embedding of an image.
 
-    def write_unreadable(self, number: int) -> int:
-        """Write the rows of an image that could not be read: NaN as log-probabilities, and `NOBODY` as columns."""
+        Returns:
+            The checksums for the image's line: see `cascadevlm.runs.lines.LabelledLine`.
+        """
+        if self.width == len(log_probs):
+            checksums = self._put(number, log_probs)
+        else:
+            best = np.argsort(-log_probs, kind="stable")[: self.width]
+            checksums = self._put(number, log_probs[best], best.astype(np.int32))
+        if embedding is None:
+            return checksums
+        if self.embeddings is None:  # the first one tells the number of dimensions
+            self.embeddings = RowFile(self.folder / EMBEDDINGS, len(embedding), np.float16)
+            self.embeddings.resize(self.images)
+        self.embeddings.write(number, embedding)
+        return checksums | {"embedding": checksum(embedding)}
+
+    def write_unreadable(self, number: int) -> dict[str, JsonValue]:
+        """Keep that an image could not be read: log-probabilities of NaN, `NOBODY` as columns, an embedding of 0. Returns as
+        `write`."""
+        if self.embeddings is not None:
+            self.embeddings.write(number, np.zeros(self.embeddings.width, np.float16))
         return self._put(number, np.full(self.width, np.nan, np.float32), np.full(self.width, NOBODY, np.int32))
 
-    def _put(self, number: int, *rows: NDArray[np.generic]) -> int:
+    def _put(self, number: int, *rows: NDArray[np.generic]) -> dict[str, JsonValue]:
         kept = rows[: len(self.files)]
         for file, row in zip(self.files, kept, strict=True):
             file.write(number, row)
-        return checksum(*kept)
+        return {"scores": checksum(*kept)}
 
-    def checksum(self, number: int) -> int:
-        """The `checksum` of the stored rows of an image."""
-        return checksum(*(file.read(number) for file in self.files))
+    def holds(self, number: int, scores: int, embedding: int | None) -> bool:
+        """Whether what is kept of an image has these checksums; None is the checksum of an image without an embedding."""
+        if scores != checksum(*(file.read(number) for file in self.files)):
+            return False
+        return embedding is None or (self.embeddings is not None and embedding == checksum(self.embeddings.read(number)))
 
     def sync(self) -> None:
         """Flush the files to the disk."""
-        for file in self.files:
+        for file in self._all:
             os.fsync(file.file.fileno())
 
     def close(self) -> None:
         """Close the files."""
-        for file in self.files:
+        for file in self._all:
             file.file.close()

@@ -9,7 +9,7 @@ import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import ClassVar, TypeAlias
@@ -18,11 +18,13 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from cascadevlm.base.arrays import Columns
 from cascadevlm.base.errors import BackendError, ImageError, InputError
 from cascadevlm.base.images import ImageSource, WithoutPixels, decoded, is_large, load_image, pixel_digest, size_of
 from cascadevlm.base.labels import LabelSet
 from cascadevlm.base.portable import Portable
 from cascadevlm.base.types import Scores
+from cascadevlm.scorers.adapters import Adapter
 
 DEFAULT_TEMPLATES = ("a photo of a {label}.",)
 
@@ -243,8 +245,7 @@ def _scored_or_errors(
 ) -> tuple[Scores | None, list[ImageError | None]]:
     """`(n, C)` scores of the n images that have scores (None if n is 0), and for each of the N images its error or None."""
     try:
-        with _turn(scorer):
-            return scorer.score_prepared(prepared, labels), [None] * len(prepared)
+        return score_in_turn(scorer, prepared, labels), [None] * len(prepared)
     except ImageError as exc:
         if len(prepared) == 1:
             return None, [exc]
@@ -253,9 +254,15 @@ def _scored_or_errors(
     return joined([scores for scores, _ in parts if scores is not None]), [error for _, errors in parts for error in errors]
 
 
+def score_in_turn(scorer: Scorer, prepared: Sequence[Prepared], labels: LabelSet) -> Scores:
+    """`Scorer.score_prepared`, from any thread: the model gets one call at a time."""
+    with _turn(scorer):
+        return scorer.score_prepared(prepared, labels)
+
+
 def joined(chunks: Sequence[Scores]) -> Scores | None:
     """`(N, C)` the scores of several chunks; None if there are no chunks."""
-    return replace(chunks[0], log_probs=np.concatenate([chunk.log_probs for chunk in chunks])) if chunks else None
+    return Scores.joined(chunks) if chunks else None
 
 
 class WrapperScorer(Scorer):
@@ -299,6 +306,8 @@ class EmbeddingScorer(Scorer):
     Attributes:
         templates: texts in which ``{label}`` stands for the text of a label.
         keep_labels: function that gets the embeddings of labels from disk; None if embeddings are not kept on disk.
+        adapter: what was learned about the embeddings of this scorer, as ``read_adapter("birds.adapter")`` reads it. It changes
+            all scores and the fingerprint. Set it before the scorer is used. Default: None.
 
     Raises:
         InputError: if a template lacks ``{label}``.
@@ -314,7 +323,9 @@ class EmbeddingScorer(Scorer):
                 raise InputError(f"Template {template!r} lacks '{{label}}'.", hint="Write {label} in place of the class name.")
         self.templates = tuple(templates)
         self.keep_labels: LabelReader | None = None
+        self.adapter: Adapter | None = None
         self._embedded: tuple[LabelSet, NDArray[np.float32]] | None = None
+        self._adapted: tuple[Adapter, LabelSet, Columns | None] | None = None
 
     @abstractmethod
     def embed_images(self, images: Sequence[Image.Image]) -> NDArray[np.float32]:
@@ -333,7 +344,12 @@ class EmbeddingScorer(Scorer):
         """A text that identifies the weights, revision, precision and preprocessing of the model."""
 
     def fingerprint(self, labels: LabelSet) -> str:
-        """A text that identifies the model, the templates and the texts of the labels."""
+        """A text that identifies the model, the templates, the texts of the labels, and the adapter."""
+        bare = self.bare_fingerprint(labels)
+        return bare if self.adapter is None else f"{bare}|adapter={self.adapter.digest[:12]}"
+
+    def bare_fingerprint(self, labels: LabelSet) -> str:
+        """The fingerprint without an adapter."""
         digest = hashlib.sha256("\0".join(self.templates).encode()).hexdigest()[:12]
         return f"{self.model_fingerprint()}|templates={digest}|{labels.texts_part}"
 
@@ -401,8 +417,17 @@ class EmbeddingScorer(Scorer):
 
         Raises:
             ImageError: if an embedding is not finite.
+            ConfigError: if the adapter does not fit the scorer or the labels.
         """
         if not np.isfinite(embeddings).all():
             raise ImageError("The scorer's embedding of the image is not finite.", hint=OTHER_PRECISION)
-        similarities = embeddings @ self.label_embeddings(labels).T
-        return Scores.from_logits(self.logits(similarities), labels, self.fingerprint(labels))
+        logits = self.logits(embeddings @ self.label_embeddings(labels).T)
+        if self.adapter is not None:
+            logits = self.adapter.logits(embeddings, logits, self._columns(self.adapter, labels))
+        return Scores.from_logits(logits, labels, self.fingerprint(labels), embeddings=embeddings.astype(np.float16))
+
+    def _columns(self, adapter: Adapter, labels: LabelSet) -> Columns | None:
+        """`Adapter.columns_in`, checked once per adapter and label set."""
+        if self._adapted is None or self._adapted[0] is not adapter or self._adapted[1] != labels:
+            self._adapted = adapter, labels, adapter.columns_in(labels, self.bare_fingerprint)
+        return self._adapted[2]

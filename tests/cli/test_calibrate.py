@@ -48,7 +48,8 @@ def test_what_was_learned_is_written_and_shown(birds: Path) -> None:
 
 
 def test_without_labels_is_marked(birds: Path) -> None:
-    run("calibrate", birds / "run", "-o", birds / "unlabelled.json", "--without-labels", "--size", "20")
+    shown = run("calibrate", birds / "run", "-o", birds / "unlabelled.json", "--without-labels", "--size", "20").stdout
+    assert "if the judge is weak, probabilities and gains are too high" in shown.replace("\n", " ")
     written = json.loads((birds / "unlabelled.json").read_text())
     assert not written["labelled"]
     assert written["images"] == 20
@@ -221,3 +222,19 @@ def test_a_folder_without_a_record_is_refused(birds: Path) -> None:
     done = run("calibrate", birds / "data", "-o", birds / "none.json", check=False)
     assert done.returncode == 2
     assert "does not contain a complete record" in done.stderr
+
+
+def test_what_a_judge_said_about_images_without_labels_is_used_beside_the_labels(birds: Path) -> None:
+    shutil.copytree(CONFIG.parent / "images", birds / "more")
+    for image in sorted((birds / "more").glob("*.jpg"))[6:]:
+        image.unlink()
+    settings = ("--labels", birds / "data", "--config", CONFIG, "--policy", "always")
+    run("run", birds / "more", "-o", birds / "others", *settings)
+    beside = ("--size", "20", "--unlabelled", birds / "others")
+    shown = run("calibrate", birds / "run", "-o", birds / "beside.json", *beside).stdout
+    assert "gain if every image is asked about, foretold" in shown
+    alone, both = (json.loads((birds / name).read_text()) for name in ("learned.json", "beside.json"))
+    assert both["judges"][0]["model"] != alone["judges"][0]["model"]
+    assert both["fitted_on"] == alone["fitted_on"]
+    adapted = run("adapt", birds / "others", "-o", birds / "others.adapter", "--json")
+    assert json.loads(adapted.stdout)["labelled"] == 0

@@ -8,6 +8,8 @@ from cascadevlm.base.labels import LabelSet
 from cascadevlm.cascade.candidates import CumulativeMass, TopK
 from cascadevlm.config.config import Config, override, read_toml, toml_value
 from cascadevlm.policies.rules import EntropyAbove
+from cascadevlm.scorers.kept import CachedEmbeddings
+from cascadevlm.scorers.several import SeveralScorers
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.toml"))
 LABELS = LabelSet.of(["a", "b"])
@@ -67,6 +69,9 @@ def test_lists_of_one_length_have_no_bounds(candidates: JsonValue) -> None:
         ({"scorer": {"use": "x:y"}, "budget": {"us": 3}}, "The key 'budget.us' is unknown. Did you mean 'usd'?"),
         ({"stage": []}, "The key 'scorer' is missing."),
         ({"scorer": {}}, "The key 'scorer.use' is missing."),
+        ({"scorer": {"use": 5}}, "scorer.use: Input should be a valid string (given: 5)."),
+        ({"scorer": {"use": ["x:y", {"us": "x:y"}]}}, "The key 'scorer.use.1.use' is missing."),
+        ({"scorer": {"use": ["x:y", {"use": "x:z", "template": []}]}}, "The key 'scorer.use.1.template' is unknown."),
     ],
 )
 def test_mistakes_name_the_key_and_the_fix(wrong: dict[str, JsonValue], sentence: str) -> None:
@@ -168,3 +173,36 @@ def test_a_config_file_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
 
 def test_a_value_that_is_too_deep_is_a_text() -> None:
     assert toml_value("[" * 20_000) == "[" * 20_000
+
+
+def test_several_scorers_have_their_own_templates_and_options(tmp_path: Path) -> None:
+    use: JsonValue = ["open_clip:aviary", {"use": "open_clip:aviary", "templates": ["{label}"], "options": {"device": "cpu"}}]
+    config = Config.parse({"scorer": {"use": use}, "cache": {"folder": str(tmp_path)}})
+    assert Config.parse(config.model_dump(mode="json")) == config
+    scorer = config.build(LABELS).scorer
+    assert isinstance(scorer, SeveralScorers)
+    assert [getattr(each, "templates", None) for each in scorer.scorers] == [("a photo of a {label}.",), ("{label}",)]
+    bulk = config.build(LABELS, bulk=True).scorer
+    assert isinstance(bulk, SeveralScorers)
+    assert all(isinstance(each, CachedEmbeddings) for each in bulk.scorers)
+    assert config.altered({"scorer.use.1.options.device": "cuda"}).deciding() == config.deciding()
+    assert config.altered({"scorer.use.1.use": "hf:other"}).deciding() != config.deciding()
+
+
+@pytest.mark.parametrize(
+    ("scorer", "sentence"),
+    [
+        ({"use": "open_clip:aviary", "pool": "x"}, "A pool needs several scorers."),
+        ({"use": ["open_clip:aviary"]}, "Several scorers are at least 2, not 1."),
+        (
+            {"use": ["open_clip:aviary"] * 2, "templates": ["{label}"]},
+            "scorer.templates is for one scorer, and scorer.use names 2.",
+        ),
+        ({"use": ["open_clip:aviary"] * 2, "adapter": "x"}, "scorer.adapter is for one scorer"),
+        ({"use": ["open_clip:aviary"] * 2, "pool": "x"}, "The pool 'x' cannot be read"),
+    ],
+)
+def test_keys_for_one_scorer_and_for_several(scorer: dict[str, JsonValue], sentence: str) -> None:
+    with pytest.raises(InputError) as caught:
+        Config.parse({"scorer": scorer}).build(LABELS)
+    assert sentence in str(caught.value)

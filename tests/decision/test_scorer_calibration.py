@@ -20,9 +20,11 @@ from cascadevlm.decision.scorer_calibration import (
     ScorerCalibration,
     Shape,
     centre,
+    cross_fit_scorer,
     fit_scorer,
     fit_shapes,
     floored,
+    fold_of,
     match_prior,
 )
 
@@ -209,6 +211,14 @@ def test_held_out_probabilities_do_not_know_their_own_truth() -> None:
     fit, held_out = fit_scorer(log_probs, truths)
     assert log_loss(truths, np.exp(held_out)) >= log_loss(truths, np.exp(fit(log_probs)))
     assert log_loss(truths, np.exp(held_out)) == pytest.approx(np.log(10), abs=0.15)
+
+
+def test_each_fold_has_a_calibration_that_does_not_know_its_truths() -> None:
+    log_probs, truths = truly(3, 100, 5)
+    fit, folds = cross_fit_scorer(log_probs, truths), fold_of(100)
+    for fold, without in enumerate(fit.without):
+        np.testing.assert_allclose(without(log_probs[folds == fold]), fit.held_out[folds == fold], atol=1e-9)
+    assert cross_fit_scorer(log_probs, truths, matrix=False).calibration.mixing is None
 
 
 def test_many_classes_are_not_mixed() -> None:

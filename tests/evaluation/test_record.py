@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet
 import pytest
+from numpy.typing import NDArray
 from PIL import Image
 
 from cascadevlm import Cascade, Stage, TopK, load_judge, load_prompt, load_scorer, parse_policy
@@ -304,12 +305,76 @@ def test_large_images_are_read_and_prepared_beside_the_model(tmp_path: Path) -> 
 
 
 class Tempered(Scorer):
-    """Random scores that are always the same for the same image, from equal labels to one label far above the others."""
+    """Random scores that are always the same for the same image, from equal labels to one label far above the others. With
+    embeddings."""
 
     def score(self, images: Sequence[Image.Image], labels: LabelSet) -> Scores:
         digests = [int(pixel_digest(image), 16) for image in images]
         logits = [np.random.default_rng(digest).normal(0, (0, 0.1, 3, 100)[digest % 4], len(labels)) for digest in digests]
-        return Scores.from_logits(np.array(logits), labels, fingerprint="tempered")
+        embeddings = np.array([np.random.default_rng(digest).normal(size=12) for digest in digests], dtype=np.float16)
+        return Scores.from_logits(np.array(logits), labels, fingerprint="tempered", embeddings=embeddings)
+
+
+def embeddings_of(data: Data, readable: NDArray[np.bool_]) -> NDArray[np.float16]:
+    """What `Tempered` gives for the images of a record, and zeros for images that cannot be read."""
+    embeddings = np.zeros((len(data), 12), dtype=np.float16)
+    found = Tempered().score([Image.open(data.names[row]) for row in np.flatnonzero(readable)], LABELS).embeddings
+    embeddings[readable] = found
+    return embeddings
+
+
+def test_embeddings_are_kept_and_replayed(tmp_path: Path, data: Data) -> None:
+    recorded(tmp_path / "run", data, [], scorer=Tempered())
+    recorded(tmp_path / "again", data, [], scorer=load_scorer(f"recorded:{tmp_path / 'run'}"))
+    for name in ("run", "again"):
+        record = read_record(tmp_path / name)
+        kept = record.scores.embeddings
+        assert kept is not None
+        np.testing.assert_array_equal(kept, embeddings_of(data, record.readable), strict=True)
+        rows = np.array([3, 1])
+        np.testing.assert_array_equal(record.take(rows).scores.embeddings, kept[rows])
+        assert len(np.load(tmp_path / name / "embeddings.npy")) == len(data)
+
+
+def test_a_record_of_a_scorer_without_embeddings_has_none(tmp_path: Path, data: Data) -> None:
+    recorded(tmp_path / "run", data, [])
+    assert not (tmp_path / "run" / "embeddings.npy").exists()
+    assert read_record(tmp_path / "run").scores.embeddings is None
+
+
+class Bare(Tempered):
+    """An earlier version of the scorer, without embeddings."""
+
+    def score(self, images: Sequence[Image.Image], labels: LabelSet) -> Scores:
+        return replace(super().score(images, labels), embeddings=None)
+
+
+def test_embeddings_of_some_images_only_are_none(tmp_path: Path, data: Data) -> None:
+    recorded(tmp_path / "run", data, [], scorer=Bare(), batches=1)
+    recorded(tmp_path / "run", data, [], scorer=Tempered())
+    assert len(np.load(tmp_path / "run" / "embeddings.npy")) == len(data)
+    assert read_record(tmp_path / "run").scores.embeddings is None
+    recorded(tmp_path / "deleted", data, [], scorer=Tempered())
+    (tmp_path / "deleted" / "embeddings.npy").unlink()
+    assert read_record(tmp_path / "deleted").scores.embeddings is None
+
+
+def test_embeddings_that_were_lost_are_made_again(tmp_path: Path, data: Data) -> None:
+    recorded(tmp_path / "run", data, [], scorer=Tempered())
+    file = tmp_path / "run" / "embeddings.npy"
+    for left in (file.read_bytes()[:-200], b"nothing"):
+        file.write_bytes(left)
+        with pytest.raises(DataError, match="does not contain a complete record"):
+            read_record(tmp_path / "run")
+        with pytest.warns(RuntimeWarning, match="damaged after"):
+            recorded(tmp_path / "run", data, [], scorer=Tempered())
+        record = read_record(tmp_path / "run")
+        np.testing.assert_array_equal(record.scores.embeddings, embeddings_of(data, record.readable))
+    rows = np.lib.format.open_memmap(tmp_path / "run" / "embeddings.npy", mode="r+")
+    rows[6] = 0
+    rows.flush()
+    with pytest.raises(DataError, match="has another embedding of image 6 than the embedding from which"):
+        read_record(tmp_path / "run")
 
 
 def test_of_many_labels_the_best_50_are_kept(tmp_path: Path, data: Data) -> None:
@@ -426,12 +491,14 @@ def test_an_interrupted_record_goes_on_as_if_it_had_not_been(tmp_path: Path, dat
         kept = b"".join(file.read().splitlines(keepends=True)[:7])
         file.truncate(len(kept))
     if labels is LABELS:
-        rows = np.lib.format.open_memmap(parts / "scores.npy", mode="r+")
-        rows[7:] = -1.0
+        for name in ("scores.npy", "embeddings.npy"):
+            rows = np.lib.format.open_memmap(parts / name, mode="r+")
+            rows[7:] = -1.0
     stages = two_stages()
     recorded(parts, data, stages, scorer=Tempered(), labels=labels)
     assert without_usage(parts) == without_usage(whole)
-    for name in ("scores.npy", "columns.npy"):
+    assert (whole / "embeddings.npy").exists()
+    for name in ("scores.npy", "columns.npy", "embeddings.npy"):
         assert not (whole / name).exists() or (parts / name).read_bytes() == (whole / name).read_bytes()
     before, after = read_record(whole), read_record(parts)
     np.testing.assert_array_equal(before.scores.log_probs, after.scores.log_probs)

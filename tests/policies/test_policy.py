@@ -1,3 +1,4 @@
+import math
 from dataclasses import replace
 from functools import reduce
 from operator import and_
@@ -16,7 +17,7 @@ from cascadevlm.cascade.candidates import CumulativeMass, TopK
 from cascadevlm.policies import measures
 from cascadevlm.policies.base import Policy, PolicyLike, Selection, Spending, as_budgeted, as_policy
 from cascadevlm.policies.language import parse_policy
-from cascadevlm.policies.limits import WithinCalls, WithinDollars
+from cascadevlm.policies.limits import AccuracyAtLeast, WithinCalls, WithinDollars, WithinShare
 from cascadevlm.policies.rules import (
     Always,
     EntropyAbove,
@@ -58,7 +59,12 @@ measured = st.one_of(
     st.builds(GainAbove, st.floats(-1, 1)),
     st.builds(GainPerDollarAbove, st.floats(0, 1e9)),
 )
-limits = st.one_of(st.builds(WithinCalls, st.integers(0, 10**12)), st.builds(WithinDollars, st.floats(0, 1e12))).map(as_policy)
+limits = st.one_of(
+    st.builds(WithinCalls, st.integers(0, 10**12)),
+    st.builds(WithinDollars, st.floats(0, 1e12)),
+    st.builds(WithinShare, shares),
+    st.builds(AccuracyAtLeast, shares),
+).map(as_policy)
 unlimited = st.recursive(measured, composed, max_leaves=8)
 limited = st.one_of(
     unlimited, st.lists(st.one_of(unlimited, limits), min_size=1, max_size=4).map(lambda parts: reduce(and_, parts))
@@ -169,7 +175,7 @@ def asked_in_a_stream(
         images = start + len(some)
         spending = replace(
             spending,
-            remaining=len(whole) - images if known else 0,
+            remaining=len(whole) - images if known else None,
             prices=tuple(prices[start:images]),
             gain=None if gain is None else tuple(gain[start:images]),
         )
@@ -193,6 +199,64 @@ def test_in_a_stream_a_budget_is_never_exceeded(
 ) -> None:
     budget = WithinDollars(0.01 * calls) if dollars else WithinCalls(calls)
     assert asked_in_a_stream(rule & budget, given_scores, batch).sum() <= calls
+
+
+@given(st.integers(0, 1000), shares, st.integers(1, 64))
+def test_in_a_stream_of_known_length_the_share_is_exact_at_the_end(seed: int, share: float, batch: int) -> None:
+    asked = asked_in_a_stream(WithinShare(share), make_scores(seed, 300, 4), batch)
+    assert asked.sum() == math.floor(share * 300 + 1e-9)
+
+
+@given(scores, rules, shares, st.integers(1, 30), st.booleans())
+def test_in_a_stream_no_more_than_the_share_is_asked_about(
+    given_scores: Scores, rule: Policy, share: float, batch: int, known: bool
+) -> None:
+    asked = asked_in_a_stream(rule & WithinShare(share), given_scores, batch, known=known)
+    ends = np.minimum(np.arange(batch, len(asked) + batch, batch), len(asked))
+    most = share * (len(asked) if known else ends)
+    assert (np.cumsum(asked)[ends - 1] <= most + 1e-6).all()
+    assert not (asked & ~rule.select(given_scores)).any() or isinstance(rule, TopFraction)
+
+
+@pytest.mark.parametrize("batch", [1, 16, 100])
+def test_in_a_stream_of_unknown_length_the_share_is_kept_and_goes_to_the_best(batch: int) -> None:
+    whole = make_scores(5, 6000, 5)
+    doubt, policy = measures.entropy(whole), as_policy(WithinShare(0.2))
+    asked = asked_in_a_stream(policy, whole, batch, known=False)
+    assert 0.19 * 6000 < asked.sum() <= 0.2 * 6000
+    assert doubt[asked].sum() > 0.95 * doubt[policy.select(whole)].sum()
+
+
+def test_questions_that_grow_worthless_in_a_run_are_asked_all_the_same() -> None:
+    """A scorer that learns makes every question worth less; what is remembered was worth more."""
+    whole = make_scores(5, 6000, 5)
+    gain = gain_of(whole) * np.linspace(1, 0.1, 6000)
+    for known in (True, False):
+        asked = asked_in_a_stream(WithinShare(0.2), whole, 32, gain=gain, known=known)
+        late = asked[3000:].mean()
+        assert 0.12 < late < 0.25
+        assert 0.15 < asked.mean() <= 0.2
+        assert asked.sum() == 1200 or not known
+
+
+@pytest.mark.parametrize("batch", [1, 32, 6000])
+def test_the_fewest_questions_reach_an_accuracy(batch: int) -> None:
+    whole = make_scores(5, 6000, 5, sharpness=2.0)
+    sure, gain = measures.top_probability(whole), gain_of(whole)
+    asked = asked_in_a_stream(AccuracyAtLeast(0.9), whole, batch, gain=gain)
+    assert (sure + gain * asked).mean() == pytest.approx(0.9, abs=0.005)
+    best = np.argsort(-gain)
+    fewest = 1 + int(np.searchsorted(np.cumsum(gain[best]), (0.9 - sure.mean()) * 6000))
+    assert fewest * 0.95 < asked.sum() < fewest * 1.05
+
+
+def test_an_accuracy_that_is_believed_already_asks_nobody_and_one_out_of_reach_asks_where_there_is_a_gain() -> None:
+    four, gain = doubts(0.8, 0.8, 0.8, 0.9), (0.1, 0.0, 0.2, 0.3)
+    assert asked(AccuracyAtLeast(0.5), four, gain=gain) == []
+    assert asked(AccuracyAtLeast(1.0), four, gain=gain) == [0, 2, 3]
+    assert asked(MarginBelow(0.95) & AccuracyAtLeast(1.0) & WithinCalls(1), four, gain=gain) == [3]
+    with pytest.raises(PolicyError, match="needs a calibration"):
+        asked(AccuracyAtLeast(0.5), four)
 
 
 @given(st.integers(0, 1000), st.floats(0.05, 1), st.integers(1, 64))
@@ -310,7 +374,7 @@ def test_where_others_rank_none_above_another_a_limit_ranks(other: str) -> None:
 def test_a_limit_stands_alone_or_behind_and(text: str) -> None:
     with pytest.raises(PolicyError, match="a limit must stand alone or after &"):
         parse_policy(text)
-    with pytest.raises(PolicyError, match=r"'~.* has a limit on calls or dollars inside"):
+    with pytest.raises(PolicyError, match=r"'~.* has a limit such as calls or deferral inside"):
         ~(Always() & WithinCalls(3))
     with pytest.raises(PolicyError, match="must stand alone or after &"):
         Always() | WithinCalls(3)
@@ -403,6 +467,9 @@ def test_a_policy_says_itself_in_the_string_form(policy: Policy) -> None:
         ("calls <= 1e999", 1, "calls must be a whole number of at least 0, not inf"),
         (f"calls <= {'9' * 5000}", 1, "calls must be a whole number of at least 0, not inf"),
         ("dollars <= -3", 1, "dollars must be an amount of at least 0, not -3"),
+        ("deferral <= 1.5", 1, "deferral must be a share from 0 to 1, not 1.5"),
+        ("accuracy >= 90", 1, "accuracy must be a number from 0 to 1, not 90"),
+        ("accuracy > 0.9", 10, "accuracy"),
         ("dollars <= 1e999", 1, "dollars must be an amount of at least 0, not inf"),
         ("random(0.1, 1e999)", 1, "The seed of random must be a whole number of at least 0, not inf"),
         ("random(0.1, sed=3)", 1, "'sed'"),

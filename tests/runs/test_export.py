@@ -433,3 +433,31 @@ def test_a_line_that_no_reader_takes_is_said(tmp_path: Path, line: str) -> None:
     (tmp_path / "lines.jsonl").write_text(line + "\n")
     with pytest.raises(DataError, match=r"lines\.jsonl"):
         export(tmp_path / "lines.jsonl", "csv", tmp_path / "out")
+
+
+@pytest.mark.parametrize("to", [name for name in FORMATS if name != "hf"])
+def test_images_to_label_next_are_uncertain_readable_ones(run: Path, tmp_path: Path, to: str) -> None:
+    image = run / "images" / "0.png"
+    sure = Prediction(path=str(image), label=NAMES[0], probability=0.99, decided_by="scorer", candidates=ranked(NAMES[0]))
+    unread = Prediction(path=str(run / "images" / "3.png"), error="Image '3.png' cannot be decoded.")
+    unsure = predictions(run / "images")[:3]
+    write_lines(run / "predictions.jsonl", [*[sure] * 50, *unsure, *unsure, unread])
+    done = export(run, to, tmp_path / "out", label_next=2)
+    assert (done.images, done.left_out) == (2, 0)
+    if to == "csv":
+        assert {row["path"] for row in table(tmp_path / "out")} <= {each.path for each in unsure}
+    assert export(run, to, tmp_path / "most", label_next=99).images == 56
+    assert export(run, to, tmp_path / "reviewed", review=True, label_next=5).images == 2
+
+
+def test_images_to_label_next_are_balanced_over_labels(tmp_path: Path) -> None:
+    said = [
+        Prediction(path=f"{name} {number}", label=name, probability=0.5, decided_by="scorer", candidates=ranked(name))
+        for name in ("wren", "robin", "heron")
+        for number in range(3)
+    ]
+    printed = write_lines(tmp_path / "printed.jsonl", said)
+    export(printed, "csv", tmp_path / "out.csv", label_next=6)
+    assert sorted(row["label"] for row in table(tmp_path / "out.csv")) == ["heron"] * 2 + ["robin"] * 2 + ["wren"] * 2
+    with pytest.raises(InputError, match="label_next"):
+        export(printed, "csv", tmp_path / "none.csv", label_next=0)

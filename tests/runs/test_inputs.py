@@ -1,6 +1,7 @@
 """Rows that are not images, links, names, and the cost of reading a table."""
 
 import gc
+import hashlib
 import json
 import os
 import pickle
@@ -16,7 +17,7 @@ from cascadevlm import Cascade
 from cascadevlm.base.errors import DataError
 from cascadevlm.base.images import ImageSource
 from cascadevlm.runs import bulk, inputs
-from cascadevlm.runs.inputs import Inputs, after
+from cascadevlm.runs.inputs import Inputs, after, names
 from cascadevlm.testing import FakeScorer, noise
 
 
@@ -195,3 +196,27 @@ def test_a_folder_that_was_counted_is_not_searched_again(tmp_path: Path, monkeyp
     del images
     gc.collect()
     assert not listing.exists()
+
+
+def test_shuffled_images_come_in_the_order_of_a_digest_of_their_names(tmp_path: Path) -> None:
+    for name in ("a/1.png", "a/2.png", "b/3.png", "c/4.png", "c/5.png"):
+        (tmp_path / "images" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "images" / name).touch()
+    listed = [str(path) for path in sorted((tmp_path / "images").rglob("*.png"))]
+    (tmp_path / "list.txt").write_text("\n".join([*listed, listed[0]]))
+    pyarrow.parquet.write_table(pyarrow.table({"path": [*listed, listed[0]]}), tmp_path / "table.parquet")
+    for path, expected in (("images", listed), ("list.txt", [*listed, listed[0]]), ("table.parquet", [*listed, listed[0]])):
+        images = Inputs(tmp_path / path, shuffled=True)
+        read = [name for name, _ in images]
+        assert read == sorted(expected, key=lambda name: hashlib.sha256(name.encode()).digest()) != expected
+        assert images.order is not None
+        assert [expected[place] for place in images.order] == read == [*names(images)]
+        assert [name for name, _ in after(pickle.loads(pickle.dumps(images)), 2)] == read[2:]
+        assert len(images) == len(expected)
+
+
+def test_a_table_that_contains_images_is_not_shuffled(tmp_path: Path) -> None:
+    pyarrow.parquet.write_table(pyarrow.table({"image": [b"1", b"2", b"3"]}), tmp_path / "table.parquet")
+    images = Inputs(tmp_path / "table.parquet", shuffled=True)
+    assert not images.shuffled
+    assert [*images] == [("#0", b"1"), ("#1", b"2"), ("#2", b"3")]

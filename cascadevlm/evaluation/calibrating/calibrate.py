@@ -7,12 +7,13 @@ from numpy.typing import NDArray
 from pydantic import JsonValue
 
 from cascadevlm.base.errors import DataError
-from cascadevlm.base.types import Scores
+from cascadevlm.decision.adapting import first_alike
 from cascadevlm.decision.calibration import Calibration
 from cascadevlm.decision.guarantee import Acceptance, fit_acceptance
 from cascadevlm.evaluation.calibrating.fitting import fit_calibration
 from cascadevlm.evaluation.calibrating.recipe import Recipe
 from cascadevlm.evaluation.calibrating.targets import Outcome, outcome, policy_for
+from cascadevlm.evaluation.calibrating.unlabelled import Unlabelled
 from cascadevlm.evaluation.deciding import decided, images_of, settings_of
 from cascadevlm.evaluation.metrics import expected_calibration_error
 from cascadevlm.evaluation.record import Record
@@ -30,6 +31,9 @@ class Calibrated:
         before: figures of the scorer without calibration: accuracy, mean log-likelihood in nats, expected calibration error;
             None without labels.
         after: the same figures with calibration; None without labels.
+        calibrated, supported: the same figures for the labelled images that were calibrated on, without
+            near-duplicates, by cross-validation: by the scorer's calibration alone, and with these images as a support set. None
+            without labels or embeddings.
         agreement: share of the images with a question where the last judge's answer is the scorer's most probable label.
         areas: area under accuracy against deferral rate for two cascades: entropy policy and judge's answer; gain policy and
             fused answer. None without labels, or if the judge was not asked about every image.
@@ -40,13 +44,20 @@ class Calibrated:
     calibration: Calibration
     before: dict[str, float] | None = None
     after: dict[str, float] | None = None
+    calibrated: dict[str, float] | None = None
+    supported: dict[str, float] | None = None
     agreement: float
     areas: tuple[float, float] | None = None
     outcome: Outcome | None = None
     acceptance: Acceptance | None = None
 
+    @property
+    def foretold(self) -> tuple[float, float] | None:
+        """The foretold gain of the last judge: see `CalibratedJudge`; None without labels."""
+        return self.calibration.judges[-1].gain
 
-def calibrate(record: Record, recipe: Recipe) -> Calibrated:
+
+def calibrate(record: Record, recipe: Recipe, beside: Unlabelled | None = None) -> Calibrated:
     """Calibrate on some images of a record, and measure the result on the other images.
 
     One part of the calibration images fits the models. If a policy is chosen for a target, another part of the same size
@@ -56,6 +67,7 @@ def calibrate(record: Record, recipe: Recipe) -> Calibrated:
     Args:
         record: labelled images with the judges' answers.
         recipe: what to calibrate for.
+        beside: further images with the judge's answers and without labels, which help if there are few labels.
 
     Raises:
         DataError: if there are too few images, no images are left for measuring, the target cannot be reached, or the images do
@@ -69,16 +81,35 @@ def calibrate(record: Record, recipe: Recipe) -> Calibrated:
         )
     record = record.take(np.flatnonzero(record.readable))
     own, rest = _drawn(record, recipe)
-    fitting, *others = (record.take(np.sort(rows)) for rows in np.array_split(own, recipe.parts))
-    calibration = replace(fit_calibration(fitting, recipe), fitted_on=images_of(record.take(np.sort(own))))
-    choosing = [decided(part, calibration) for part in others]
+    fitting, *others = np.array_split(own, recipe.parts)
+    calibration = fit_calibration(record.take(np.sort(fitting)), recipe, beside)
+    first = _first_alike(record, calibration)
+    known = np.isin(first, first[own])
+    calibration = replace(calibration, fitted_on=images_of(record.take(np.flatnonzero(known))))
+    choosing = [decided(record.take(np.sort(part[~np.isin(first[part], first[fitting])])), calibration) for part in others]
     acceptance = None
     if recipe.target is not None:
         calibration = replace(calibration, policy=policy_for(choosing[0], recipe.measure, recipe.target))
     if recipe.target_error is not None:
         calibration, acceptance = _guaranteed(calibration, choosing[-1], recipe.target_error, recipe.confidence)
-    result = _measured(record.take(np.sort(rest)), calibration, acceptance)
+    if known[rest].all():
+        raise DataError(
+            f"The other {len(rest)} images are near-duplicates of images that were calibrated on, and measure nothing.",
+            hint="Record other images, or calibrate on fewer images: --size.",
+        )
+    result = _measured(record.take(np.sort(rest[~known[rest]])), calibration, acceptance)
     return replace(result, calibration=replace(calibration, figures=_figures(result)))
+
+
+def _first_alike(record: Record, calibration: Calibration) -> NDArray[np.intp]:
+    """``(N,)`` for each image, the row of its first near-duplicate.
+
+    If the labelled images of a calibration teach, near-duplicates of these images are known as well as the images themselves, and
+    measure nothing. If the labelled images do not teach, every image counts as different.
+    """
+    if record.scores.embeddings is None or not calibration.teaches:
+        return np.arange(len(record))
+    return first_alike(record.scores.embeddings.astype(np.float32), record.truths)
 
 
 def _drawn(record: Record, recipe: Recipe) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
@@ -107,7 +138,8 @@ def _guaranteed(
     if acceptance.threshold is None:
         raise DataError(acceptance.describe(), hint="Label more images, or allow more errors.")
     shown = settings_of(record, 0, ("candidates", "widen"))
-    promised_with = {"policy": str(policy), "fusion": calibration.fusion, "follow_shares": False, **shown}
+    of_run: dict[str, JsonValue] = {"policy": str(policy), "fusion": calibration.fusion, "follow_shares": False, "learn": False}
+    promised_with = of_run | shown
     return replace(calibration, accept=acceptance.threshold, promised_with=promised_with), acceptance
 
 
@@ -116,11 +148,13 @@ def _measured(rest: Record, calibration: Calibration, acceptance: Acceptance | N
     agreement = float((rest.judged.answers == rest.scored)[rest.judged.asked].mean())
     if not calibration.labelled:
         return Calibrated(calibration=calibration, agreement=agreement)
-    after = decided(rest, calibration)
+    after, support = decided(rest, calibration), calibration.support
     return Calibrated(
         calibration=calibration,
-        before=_quality(rest.scores, rest.truths),
-        after=_quality(after.scores, after.truths),
+        calibrated=None if support is None else _quality(support.fit.held_out, support.truths),
+        supported=None if support is None else _quality(support.taught(support.nothing()).held_out, support.truths),
+        before=_quality(rest.scores.log_probs, rest.truths),
+        after=_quality(after.scores.log_probs, after.truths),
         agreement=agreement,
         areas=(sweep(rest).curve("entropy").area, sweep(after).curve("gain").area) if rest.asked_everything else None,
         outcome=outcome(after, parse_policy(calibration.policy)) if calibration.policy else None,
@@ -128,12 +162,12 @@ def _measured(rest: Record, calibration: Calibration, acceptance: Acceptance | N
     )
 
 
-def _quality(scores: Scores, truths: NDArray[np.int64]) -> dict[str, float]:
-    right = scores.log_probs.argmax(axis=1) == truths
-    error = expected_calibration_error(scores.probabilities.max(axis=1), right)
+def _quality(log_probs: NDArray[np.floating], truths: NDArray[np.int64]) -> dict[str, float]:
+    right = log_probs.argmax(axis=1) == truths
+    error = expected_calibration_error(np.exp(log_probs.max(axis=1)), right)
     return {
         "accuracy": float(right.mean()),
-        "log_likelihood": float(scores.log_probs[np.arange(len(truths)), truths].mean()),
+        "log_likelihood": float(log_probs[np.arange(len(truths)), truths].mean()),
         "calibration_error": error or 0.0,
     }
 
@@ -142,6 +176,10 @@ def _figures(result: Calibrated) -> dict[str, JsonValue]:
     return {
         "scorer_before": dict(result.before) if result.before else None,
         "scorer_after": dict(result.after) if result.after else None,
+        "cross_validated_calibrated": dict(result.calibrated) if result.calibrated else None,
+        "cross_validated_support": dict(result.supported) if result.supported else None,
+        "teaches": result.calibration.teaches,
+        "foretold_gain": list(result.foretold) if result.foretold else None,
         "agreement": result.agreement,
         "area_entropy_judge": result.areas and result.areas[0],
         "area_gain_fused": result.areas and result.areas[1],

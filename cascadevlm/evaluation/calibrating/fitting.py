@@ -1,19 +1,23 @@
 """Fits a calibration to a record."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from cascadevlm.base.errors import DataError
+from cascadevlm.base.errors import DataError, InputError
 from cascadevlm.decision.calibration import SETTINGS, CalibratedJudge, Calibration, Reference
 from cascadevlm.decision.conformal import Conformal, best_size
+from cascadevlm.decision.few_labels import held_out_gain
 from cascadevlm.decision.judge_fit import fit_judge
 from cascadevlm.decision.judge_model import JudgeModel
-from cascadevlm.decision.scorer_calibration import Floats, ScorerCalibration, fit_scorer
+from cascadevlm.decision.scorer_calibration import Floats, ScorerCalibration, cross_fit_scorer
 from cascadevlm.decision.shares import Shares
+from cascadevlm.decision.teaching import Labelled
 from cascadevlm.decision.without_labels import fit_without_labels
 from cascadevlm.evaluation.calibrating.recipe import Recipe
+from cascadevlm.evaluation.calibrating.support_set import SupportSet
+from cascadevlm.evaluation.calibrating.unlabelled import Unlabelled
 from cascadevlm.evaluation.deciding import answers_of, heard, images_of, settings_of
 from cascadevlm.evaluation.record import Record
 
@@ -33,27 +37,40 @@ class Fitted:
         judges: the models of the judges, one per stage.
         conformal: lengths of lists for a coverage; None without labels.
         reference: probability of the best label, by calibrations fitted on the other folds; None without labels.
+        shares: mean calibrated probabilities.
+        support: the labelled images; None without labels or embeddings, or if there are too few.
+        teaches: whether calibrated scores use what the labelled images teach.
     """
 
     scorer: ScorerCalibration
     judges: Sequence[CalibratedJudge]
+    shares: Shares
     conformal: Conformal | None = None
     reference: Reference | None = None
+    support: Labelled | None = None
+    teaches: bool = False
 
 
-def fit_calibration(record: Record, recipe: Recipe) -> Calibration:
+def fit_calibration(record: Record, recipe: Recipe, beside: Unlabelled | None = None) -> Calibration:
     """Learn from all readable images of a record how far to trust its scorer and its judges.
 
     Args:
         record: labelled images with the judges' answers.
+        beside: further images with the judge's answers and without labels.
         recipe: its labels, fusion, coverage, class thresholds and shares are used. Its size, target and guarantee are not.
 
     Raises:
-        InputError: if the images are too few for the coverage, or the shares do not fit the labels.
+        InputError: if the images are too few for the coverage, or the shares do not fit the labels; if labels are not used, and
+            there are images without labels beside.
         DataError: if there is no judge, or a judge answered too few images; if the scores are calibrated already; if labels
             are not used, and there are several stages.
     """
     record = record.take(np.flatnonzero(record.readable))
+    if record.scores.fingerprint.endswith("|learning"):
+        raise DataError(
+            "The scores of this record changed while the cascade learned.",
+            hint="Evaluate with learn = false, and use that record.",
+        )
     if "|calibrated=" in record.scores.fingerprint:
         raise DataError(
             "The scores of this record are calibrated already.", hint="Evaluate without a calibration, and use that record."
@@ -63,7 +80,13 @@ def fit_calibration(record: Record, recipe: Recipe) -> Calibration:
         raise DataError(
             f"A judge answered only {answered} images; a calibration needs at least {FEWEST}.", hint="Record more images."
         )
-    fitted = (_with_labels if recipe.labelled else _without_labels)(record, recipe)
+    if beside is not None and not recipe.labelled:
+        raise InputError("A calibration without labels uses the record alone.", hint="Leave the images without labels out.")
+    if beside is None:
+        fitted = _with_labels(record, recipe) if recipe.labelled else _without_labels(record, recipe)
+    else:
+        record = record.take(np.flatnonzero(heard(record.judged)))
+        fitted = _with_labels(record, recipe, beside)
     return Calibration(
         labels=record.labels.names,
         fingerprint=record.scores.fingerprint,
@@ -74,28 +97,53 @@ def fit_calibration(record: Record, recipe: Recipe) -> Calibration:
         fitted_on=images_of(record),
         conformal=fitted.conformal,
         reference=fitted.reference,
-        shares=Shares.of(np.exp(fitted.scorer(record.scores.log_probs))),
+        support=fitted.support,
+        teaches=fitted.teaches,
+        shares=fitted.shares,
         descriptions=record.labels.descriptions_digest,
         fusion=recipe.fusion,
     )
 
 
-def _with_labels(record: Record, recipe: Recipe) -> Fitted:
+def _with_labels(record: Record, recipe: Recipe, beside: Unlabelled | None = None) -> Fitted:
     """Fit each judge to the probabilities after the earlier judges. All probabilities come from models fitted on the other
     folds.
     """
     truths = np.eye(len(record.labels))[record.truths]
-    scorer, belief = fit_scorer(record.scores.log_probs, truths, prior=recipe.prior(record.labels))
+    scorer = cross_fit_scorer(record.scores.log_probs, truths, prior=recipe.prior(record.labels))
+    support = SupportSet.of(record, scorer, recipe.prior(record.labels))
+    teaches = support is not None and support.surely_better_than(scorer)
+    belief = (support.held_out if support is not None and teaches else scorer.held_out).copy()
+    together = None
+    if beside is not None and not teaches:
+        together = beside.fit_with(record, recipe.prior(record.labels))
+        scorer, belief = together.scorer, together.scorer.held_out[: len(record)]
+    shares = Shares.of(np.exp(belief if teaches else scorer.calibration(record.scores.log_probs)))
     conformal = Conformal.fit(np.exp(belief), record.truths, coverage=recipe.coverage, class_conditional=recipe.class_conditional)
     reference = Reference.of(np.exp(belief.max(axis=1)))
     judges = []
     for stage, judged in enumerate(record.stages):
         known = heard(judged)
         before, truth = belief[known], truths[known]
-        model, belief[known] = fit_judge(before, truth, answers_of(judged).rows(known))
-        likelihood = float((truth * belief[known]).sum(axis=1).mean())
-        judges.append(_judge(record, stage, model, before, recipe, likelihood))
-    return Fitted(scorer=scorer, judges=judges, conformal=conformal, reference=reference)
+        if beside is not None and together is not None:
+            model, after = together.model, together.after[: len(record)]
+        elif beside is not None and support is not None:
+            model, after = beside.fit_judge_with(record, before, support.labelled)
+        else:
+            model, after = fit_judge(before, truth, answers_of(judged).rows(known))
+        belief[known] = after
+        fitted = _judge(record, stage, model, before, recipe)
+        likelihood, gain = float((truth * after).sum(axis=1).mean()), held_out_gain(before, after, record.truths[known])
+        judges.append(replace(fitted, log_likelihood=likelihood, gain=gain))
+    return Fitted(
+        scorer=scorer.calibration,
+        judges=judges,
+        shares=shares,
+        conformal=conformal,
+        reference=reference,
+        support=None if support is None else support.labelled,
+        teaches=teaches,
+    )
 
 
 def _without_labels(record: Record, recipe: Recipe) -> Fitted:
@@ -108,17 +156,15 @@ def _without_labels(record: Record, recipe: Recipe) -> Fitted:
     known = heard(record.judged)
     log_probs = record.scores.log_probs[known]
     scorer, model = fit_without_labels(log_probs, answers_of(record.judged).rows(known))
-    return Fitted(scorer=scorer, judges=[_judge(record, 0, model, scorer(log_probs), recipe)])
+    judges = [_judge(record, 0, model, scorer(log_probs), recipe)]
+    return Fitted(scorer=scorer, judges=judges, shares=Shares.of(np.exp(scorer(record.scores.log_probs))))
 
 
-def _judge(
-    record: Record, stage: int, model: JudgeModel, before: Floats, recipe: Recipe, likelihood: float | None = None
-) -> CalibratedJudge:
+def _judge(record: Record, stage: int, model: JudgeModel, before: Floats, recipe: Recipe) -> CalibratedJudge:
     """The calibrated judge of a stage.
 
     Args:
         before: ``(n, C)`` log-probabilities before its answers, of the n images that it answered.
-        likelihood: mean log-likelihood of the truth after its answers, in nats; None without labels.
     """
     judged = record.stages[stage]
     agreed, likely = model.agreement(before, answers_of(judged).rows(heard(judged)))
@@ -127,7 +173,6 @@ def _judge(
         judge=judged.judge,
         settings=settings_of(record, stage, SETTINGS),
         model=model,
-        log_likelihood=likelihood,
         best_size=best_size(before, model, sizes, none_offered=judged.none_offered, word_final=recipe.fusion == "judge"),
         reference=Reference.of(agreed - likely),
     )

@@ -109,7 +109,8 @@ async def stream_in_batches(
 
 def _require_independent_images(cascade: Cascade) -> None:
     """Raise InputError if questions depend on answers about other images."""
-    for name, wanted in (("routing", cascade.routing), ("follow_shares", cascade.follow_shares)):
+    dependent = {"routing": cascade.routing, "follow_shares": cascade.follow_shares, "learn": cascade.learns_from is not None}
+    for name, wanted in dependent.items():
         if wanted:
             raise InputError(
                 f"Batch APIs do not support {name}: judges are asked one after another, each about all images.",

@@ -9,7 +9,7 @@ import os
 import pickle
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain, islice
 from threading import Lock
@@ -20,8 +20,9 @@ from cascadevlm.base.errors import BackendError, CascadeError, ImageError
 from cascadevlm.base.images import ImageSource, path_of
 from cascadevlm.base.labels import LabelSet
 from cascadevlm.base.types import Question, Scores, Verdict
-from cascadevlm.config.config import Config, Options
+from cascadevlm.config.config import Config
 from cascadevlm.config.loading import load_judge
+from cascadevlm.config.section import Options
 from cascadevlm.judges.base import Judge
 from cascadevlm.runs.inputs import Named, after
 from cascadevlm.scorers.base import Scorer, prepare_in, score_together
@@ -64,7 +65,7 @@ class ScoredBatch:
         errors: for each of the N images, the reason why it has no scores; None for the n images that have scores.
         digests: n sha256 digests of the files; "" for an image that is not a file.
         sizes: n widths and heights in pixels; None if the image was not decoded.
-        scores: `(n, C)`; None if n is 0.
+        scores: `(n, C)`, with embeddings only if the run learns; None if n is 0.
     """
 
     paths: Sequence[str]
@@ -120,7 +121,7 @@ class ScoringWorker:
     """Reads and scores batches. Several threads may call it, so that one batch is read while another batch is scored."""
 
     def __init__(self, config: Mapping[str, JsonValue], labels: LabelSet, place: Workplace) -> None:
-        self.config = config
+        self.config = Config.parse(config)
         self.labels = labels
         self.place = place
         self.readers = ThreadPoolExecutor(os.cpu_count())
@@ -146,13 +147,13 @@ class ScoringWorker:
             errors=scored.errors,
             digests=[each.file_digest for each in scored.images],
             sizes=[each.size for each in scored.images],
-            scores=scored.scores,
+            scores=scored.scores if scored.scores is None or self.config.learn else replace(scored.scores, embeddings=None),
         )
 
     @cached_property
     def scorer(self) -> Scorer:
         self.place.enter()
-        scorer = Config.parse(self.config).build(self.labels, bulk=True).scorer
+        scorer = self.config.build(self.labels, bulk=True).scorer
         scorer.load()
         return scorer
 

@@ -628,6 +628,7 @@ def test_a_promised_error_is_one_among_accepted_answers() -> None:
         ({"policy": "entropy > 0.3"}, {}, r"policy = 'always', and the configuration has 'entropy > 0\.3'\. .* set accept"),
         ({}, {"fusion": "judge"}, "for fusion = 'bayes', and the configuration has 'judge'"),
         ({}, {"follow_shares": True}, "for follow_shares = False, and the configuration has True"),
+        ({}, {"learn": True}, "for learn = False, and the configuration has True"),
         ({"widen": 1, "offer_none": True}, {}, "for widen = 0, and the configuration has 1"),
         ({"candidates": 3}, {}, "for candidates ="),
         ({"policy": "entropy > 0.3"}, {"accept": 0.7}, None),
@@ -638,7 +639,7 @@ def test_a_guarantee_is_of_what_it_was_fitted_with(
     tmp_path: Path, stage: dict[str, JsonValue], others: dict[str, JsonValue], told: str | None
 ) -> None:
     made = calibrate(made_up(4, 1500, 6, 6), Recipe(size=1000, target_error=0.2)).calibration
-    assert made.promised_with == {"policy": "always", "fusion": "bayes", "follow_shares": False}
+    assert made.promised_with == {"policy": "always", "fusion": "bayes", "follow_shares": False, "learn": False}
     file = tmp_path / "calibration.json"
     shown: dict[str, JsonValue] = {"candidates": CandidatesConfig(k=5).model_dump(mode="json"), "widen": 0}
     replace(made, promised_with=made.promised_with | shown).write(file)

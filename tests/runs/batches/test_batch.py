@@ -720,11 +720,11 @@ async def test_local_judges_have_no_batches(tmp_path: Path) -> None:
             pass
 
 
-@pytest.mark.parametrize("name", ["routing", "follow_shares"])
-async def test_what_depends_on_other_images_is_not_asked_in_batches(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("attribute", "name"), [("routing", "routing"), ("follow_shares",) * 2, ("learns_from", "learn")])
+async def test_what_depends_on_other_images_is_not_asked_in_batches(attribute: str, name: str, tmp_path: Path) -> None:
     async with bench("openai", tmp_path) as one:
         cascade = one.cascade()
-        setattr(cascade, name, True)
+        setattr(cascade, attribute, True)
         with pytest.raises(InputError, match=f"Batch APIs do not support {name}"):
             await one.run(cascade)
 

@@ -28,6 +28,7 @@ from cascadevlm.runs.ray.workers import ScoredBatch
 from cascadevlm.runs.run_folder import Tally
 from cascadevlm.testing import noise
 from tests.cli.test_cli import run as command
+from tests.learning import NAMES, insects, made_calibration
 from tests.server import JudgeServer
 
 with warnings.catch_warnings():  # not ours
@@ -42,6 +43,7 @@ import os, time
 from pathlib import Path
 from cascadevlm import LocalJudge, Verdict
 from cascadevlm.testing import FakeScorer
+from tests.learning import Pixels
 
 def note(name, count=1):
     with Path(__file__).with_name(name).open("a") as file:
@@ -52,6 +54,10 @@ class Slow(FakeScorer):
         note("scored_by")
         time.sleep(0.05)
         return super().score(images, labels)
+
+class Seeing(Pixels):
+    def __init__(self, model):
+        super().__init__()
 
 class Weighing(LocalJudge):
     def __init__(self, model):
@@ -67,6 +73,7 @@ class Weighing(LocalJudge):
 ENTRY_POINTS = """
 [cascadevlm.scorers]
 slow = slow_scorer:Slow
+pixels = slow_scorer:Seeing
 [cascadevlm.judges]
 weighing = slow_scorer:Weighing
 """
@@ -103,6 +110,19 @@ cache.enabled = false
 [[stage]]
 judge = "weighing:any"
 policy = "always"
+candidates = 3
+"""
+LEARNING = f"""
+labels = {NAMES}
+batch_size = 16
+learn = true
+calibration = "{{calibration}}"
+scorer.use = "pixels:any"
+cache.folder = "{{cache}}"
+
+[[stage]]
+judge = "weighing:any"
+policy = "gain > 0.1"
 candidates = 3
 """
 
@@ -182,6 +202,23 @@ def test_a_cluster_says_what_one_process_says(plugin: Path, images: Inputs, serv
     assert str(os.getpid()) not in scored_by
     table, other = (pyarrow.parquet.read_table(tmp_path / name / "predictions.parquet") for name in ("alone", "both"))
     assert table.equals(other)
+
+
+def test_a_cluster_learns_what_one_process_learns(plugin: Path, tmp_path: Path) -> None:
+    """Begun by the cluster and gone on with in one process, against one process all along."""
+    made_calibration().write(tmp_path / "calibration.json")
+    (tmp_path / "images").mkdir()
+    for number, image in enumerate(insects(400)):
+        image.save(tmp_path / "images" / f"{number:03}.png")
+    images, batches = Inputs(tmp_path / "images"), count()
+    alone, both = (
+        LEARNING.format(calibration=tmp_path / "calibration.json", cache=tmp_path / f"cache {name}") for name in ("alone", "both")
+    )
+    run("local", tmp_path / "alone", images, alone)
+    assert 256 < run("ray", tmp_path / "both", images, both, stopping=lambda: next(batches) == 20).images < 400
+    run("local", tmp_path / "both", images, both)
+    assert lines(tmp_path / "both") == lines(tmp_path / "alone")
+    assert 20 < sum(line["verdict"] is not None for line in lines(tmp_path / "both")) < 380
 
 
 def test_workers_that_die_and_ctrl_c_cost_no_result(plugin: Path, images: Inputs, tmp_path: Path) -> None:
