@@ -21,24 +21,27 @@ if TYPE_CHECKING:
     from cascadevlm.evaluation.adapting import Adapted
     from cascadevlm.scorers.adapters import Method
 
+Output = Annotated[
+    Path,
+    typer.Option(
+        "--output", "-o", dir_okay=False, help='The file to write, for scorer.adapter = "FILE" or scorer.pool = "FILE".'
+    ),
+]
+Source = Annotated[
+    Path | None,
+    typer.Argument(
+        help="Labelled images: a folder of folders, a table with path and label, a saved dataset, or a record from "
+        "evaluate -o. Or the folder of a run, whose judge's answers teach. A record or run needs no further options."
+    ),
+]
+
 
 @options.grouped("judge", "policy", "candidates", "prompt")
 def adapt(
     given: options.CascadeOptions,
     part: options.DataOptions,
-    output: Annotated[
-        Path,
-        typer.Option(
-            "--output", "-o", dir_okay=False, help='The file to write, for scorer.adapter = "FILE" or scorer.pool = "FILE".'
-        ),
-    ],
-    source: Annotated[
-        Path | None,
-        typer.Argument(
-            help="Labelled images: a folder of folders, a table with path and label, a saved dataset, or a record from "
-            "evaluate -o. Or the folder of a run, whose judge's answers teach. A record or run needs no further options."
-        ),
-    ] = None,
+    output: Output,
+    source: Source = None,
     unlabelled: Annotated[
         list[Path] | None, typer.Option(help="Images without labels, or folders of them. May be given more than once.")
     ] = None,

@@ -29,6 +29,11 @@ Output = Annotated[
     ),
 ]
 
+NOT_OF_THE_POLICY = (
+    "These figures are for the judge asked about every image. "
+    "Figures of the policy need a record with one judge that was asked about every image."
+)
+
 
 @options.grouped()
 def evaluate(
@@ -77,11 +82,7 @@ def evaluate(
         )
     replays = judge_all and can_replay(record)
     if judge_all and not replays:
-        typer.echo(
-            "These figures are for the judge asked about every image. "
-            "Figures of the policy need a record with one judge that was asked about every image.",
-            err=True,
-        )
+        typer.echo(NOT_OF_THE_POLICY, err=True)
     evaluation = evaluate_replayed(record, cascade.stages[0].policy) if replays else evaluated(record)
     if output:
         (output / SUMMARY).write_text(json.dumps(evaluation.to_dict(), indent=2) + "\n", encoding="utf-8")

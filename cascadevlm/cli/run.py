@@ -69,12 +69,12 @@ def run(
     """
     from rich.console import Console
 
-    from cascadevlm.base.errors import DataError, InputError, RunError
+    from cascadevlm.base.errors import DataError, InputError
     from cascadevlm.cli.money import confirm
     from cascadevlm.runs import bulk
     from cascadevlm.runs import ray as cluster
     from cascadevlm.runs.inputs import Inputs
-    from cascadevlm.runs.run_folder import FAILURES, images_left
+    from cascadevlm.runs.run_folder import images_left
 
     parsed = given.parse()
     cascade = given.build(parsed, bulk=True)
@@ -111,6 +111,13 @@ def run(
         without = ", without --retry-failed," if retry_failed else ""
         typer.echo(f"The run was stopped. The same command{without} continues it.", err=True)
         raise typer.Exit(SIGNALLED + stopping[0])
+    _require_a_result(tally, output)
+
+
+def _require_a_result(tally: "Tally", output: Path) -> None:
+    from cascadevlm.base.errors import RunError
+    from cascadevlm.runs.run_folder import FAILURES
+
     if tally.in_vain:
         what = "No image could be read" if tally.images == tally.counts["unreadable"] else "No question got an answer"
         raise RunError(
