@@ -181,6 +181,7 @@ class Run:
         """
         self.total = total
         seen, here = Seen(), self.checkpoint
+        observers = self.settings.observers if self.settings.drift is None else [*self.settings.observers, self.settings.drift]
         async with AsyncExitStack() as stack:
             stack.callback(self.readers.shutdown, wait=False, cancel_futures=True)
             stack.callback(self.scoring.shutdown, wait=False, cancel_futures=True)
@@ -200,7 +201,7 @@ class Run:
                 beliefs, judged = [], []
                 for number, result in enumerate(batch.results, start=batch.begin):
                     settled = await result
-                    for observer in self._observers():
+                    for observer in observers:
                         observer.predicted(number, settled.prediction)
                     if settled.belief is not None:
                         beliefs.append(settled.belief)
@@ -219,10 +220,6 @@ class Run:
                 if self.learner is None:
                     self.checkpoint = here
             await producer
-
-    def _observers(self) -> Sequence[Observer]:
-        drift = self.settings.drift
-        return self.settings.observers if drift is None else [*self.settings.observers, drift]
 
     async def _close(self, producer: asyncio.Task[None]) -> None:
         tasks = [producer, *self.tasks]

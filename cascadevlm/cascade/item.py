@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -45,7 +46,7 @@ class Item:
     reasons: list[str] = field(default_factory=list)
     verdicts: list[Verdict] = field(default_factory=list)
 
-    @property
+    @cached_property
     def scores(self) -> Scores:
         """`(1, C)` the scorer's scores."""
         return self.chunk.rows(slice(self.row, self.row + 1))

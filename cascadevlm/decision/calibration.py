@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Literal, get_args
 
 import numpy as np
-from pydantic import JsonValue, TypeAdapter, ValidationError
+from pydantic import JsonValue, TypeAdapter
 
 from cascadevlm.base.errors import ConfigError, DataError
 from cascadevlm.base.secrets import without_secrets
+from cascadevlm.base.tables import read_form
 from cascadevlm.base.types import Scores
 from cascadevlm.decision.conformal import Conformal
 from cascadevlm.decision.judge_model import JudgeModel
@@ -275,13 +276,4 @@ def read_calibration(path: Path) -> Calibration:
     Raises:
         ConfigError: if the file cannot be read, or is not a calibration.
     """
-    try:
-        return _ADAPTER.validate_json(path.read_bytes())
-    except OSError as exc:
-        raise ConfigError(f"The calibration {str(path)!r} cannot be read: {exc.strerror}.", hint="Check the path.") from exc
-    except ValidationError as exc:
-        first = exc.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise ConfigError(
-            f"{str(path)!r} is not a calibration: {where}: {first['msg']}.", hint="Make a calibration: cascadevlm calibrate."
-        ) from exc
+    return read_form(path, _ADAPTER, name="calibration", again="Make a calibration: cascadevlm calibrate.")

@@ -16,12 +16,13 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 from scipy.optimize import minimize
 from scipy.special import log_softmax
 
 from cascadevlm.base.errors import ConfigError, DataError, InputError
 from cascadevlm.base.files import write_whole
+from cascadevlm.base.tables import read_form
 from cascadevlm.base.types import Scores
 from cascadevlm.decision.scorer_calibration import (
     FARTHEST,
@@ -107,14 +108,7 @@ def read_pool(path: Path) -> Pool:
     Raises:
         ConfigError: if the file cannot be read, or is not a pool.
     """
-    try:
-        return _FORM.validate_json(path.read_bytes())
-    except OSError as exc:
-        raise ConfigError(f"The pool {str(path)!r} cannot be read: {exc.strerror}.") from exc
-    except ValidationError as exc:
-        first = exc.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise ConfigError(f"{str(path)!r} is not a pool: {where}: {first['msg']}.", hint=MAKE_ANOTHER) from exc
+    return read_form(path, _FORM, name="pool", again=MAKE_ANOTHER)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -16,7 +16,7 @@ from cascadevlm.cascade.cascade import Cascade
 from cascadevlm.cascade.stage import Stage
 from cascadevlm.judges.base import Judge, Quote
 from cascadevlm.policies.base import Selection, Spending, as_budgeted
-from cascadevlm.scorers.base import Prepared, joined, load_once, prepare_in, score_together
+from cascadevlm.scorers.base import Prepared, load_once, prepare_in, score_together
 
 SAMPLE = 200
 """Default number of images to score. The escalated share is then known to about 7 percentage points."""
@@ -164,9 +164,9 @@ def _scored(cascade: Cascade, images: Sequence[ImageSource]) -> tuple[list[Prepa
             scored = score_together(cascade.scorer, read, cascade.labels)
             readable += [Prepared(source=each.source, size=each.size) for each in scored.images]
             chunks += [scored.scores] if scored.scores is not None else []
-    if (scores := joined(chunks)) is None:
+    if not chunks:
         raise ImageError("None of the images in the sample can be read.", hint="Check the paths and the formats of the images.")
-    return readable, scores
+    return readable, Scores.joined(chunks)
 
 
 def _means(quotes: Sequence[Quote]) -> tuple[float, float, float]:

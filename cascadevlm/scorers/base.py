@@ -251,18 +251,14 @@ def _scored_or_errors(
             return None, [exc]
     half = len(prepared) // 2
     parts = [_scored_or_errors(scorer, some, labels) for some in (prepared[:half], prepared[half:])]
-    return joined([scores for scores, _ in parts if scores is not None]), [error for _, errors in parts for error in errors]
+    found = [scores for scores, _ in parts if scores is not None]
+    return Scores.joined(found) if found else None, [error for _, errors in parts for error in errors]
 
 
 def score_in_turn(scorer: Scorer, prepared: Sequence[Prepared], labels: LabelSet) -> Scores:
     """`Scorer.score_prepared`, from any thread: the model gets one call at a time."""
     with _turn(scorer):
         return scorer.score_prepared(prepared, labels)
-
-
-def joined(chunks: Sequence[Scores]) -> Scores | None:
-    """`(N, C)` the scores of several chunks; None if there are no chunks."""
-    return Scores.joined(chunks) if chunks else None
 
 
 class WrapperScorer(Scorer):

@@ -45,7 +45,6 @@ from cascadevlm.policies.limits import WithinCalls
 from cascadevlm.policies.measures import entropy, margin, top_probability
 from cascadevlm.policies.rules import Always, EntropyAbove, GainAbove
 from cascadevlm.runs.ray.workers import ScoredBatch, packed, unpacked
-from cascadevlm.scorers import base as scorers
 from cascadevlm.scorers.base import Prepared
 from cascadevlm.testing import FakeJudge, FakeScorer, noise
 from tests.calibrations import some_calibration
@@ -207,7 +206,7 @@ def test_no_field_of_scores_is_lost_on_their_way() -> None:
         believed([item]),
         believed([item, item]),
         sent.scores,
-        scorers.joined([noted, noted]),
+        Scores.joined([noted, noted]),
         item.belief,
         asking.fuse(noted, candidates, answered),
         asyncio.run(Following(learned().shares, Seen(), 32).adjusted(noted, 0)),
