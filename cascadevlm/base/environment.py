@@ -7,6 +7,10 @@ PACKAGES = ("cascadevlm", "torch", "transformers", "open_clip_torch", "openai", 
 """Packages whose versions are recorded if they are installed."""
 
 
+LOCAL_ONLY = "CASCADEVLM_LOCAL_ONLY"
+"""If this environment variable is set, no judge and no image on another machine is used."""
+
+
 def machine() -> str:
     """The operating system, the processor architecture and the Python version."""
     return f"{platform.system()} {platform.machine()}, Python {platform.python_version()}"

@@ -19,12 +19,13 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-from cascadevlm.base.errors import ImageError
-from cascadevlm.base.files import valid_text
+from cascadevlm.base.errors import BackendError, ImageError
+from cascadevlm.base.remote import Downloaded, download, is_address, name_of
 
 T = TypeVar("T")
 
 ImageSource: TypeAlias = str | Path | bytes | Image.Image | NDArray[np.uint8]
+"""An image: a path, an address such as ``https://…`` or ``s3://…``, the bytes of a file, a PIL image, or an array."""
 
 SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".avif", ".gif", ".tif", ".tiff", ".bmp", ".dib", ".jp2"}
@@ -124,8 +125,8 @@ def load_image(source: ImageSource) -> Image.Image:
     value.
 
     Args:
-        source: a path, the bytes of a file, a PIL image, or a ``uint8`` array of shape ``(H, W)`` (grey), ``(H, W, 3)`` or
-            ``(H, W, 4)``.
+        source: a path, an address, the bytes of a file, a PIL image, or a ``uint8`` array of shape ``(H, W)`` (grey),
+            ``(H, W, 3)`` or ``(H, W, 4)``.
 
     Raises:
         ImageError: if the image is not found, cannot be decoded, is truncated, is not a regular file, or is too large.
@@ -168,11 +169,13 @@ def size_of(source: str | Path | bytes) -> tuple[int, int]:
 
 
 def read_bytes(path: str | Path) -> bytes:
-    """The content of an image file.
+    """The content of an image file, on this machine or at an address.
 
     Raises:
         ImageError: if the file does not exist, is not a regular file, is larger than `MAX_BYTES` or cannot be read.
     """
+    if is_address(path):
+        return download(path)
     with _naming_errors(path):
         _require_file(path)
         return Path(path).read_bytes()
@@ -183,7 +186,7 @@ def _naming_errors(source: ImageSource) -> Iterator[None]:
     """Turn every error in the block into an ImageError that names the image. Decoders raise errors of many types."""
     try:
         yield
-    except ImageError:
+    except (ImageError, BackendError):
         raise
     except FileNotFoundError as exc:
         raise ImageError(f"Image {str(source)!r} does not exist.", hint="Check the path.") from exc
@@ -221,6 +224,8 @@ def _decode(source: ImageSource, room: ExitStack) -> Image.Image:
 
 def _read(source: str | Path | bytes, use: Callable[[Image.Image], T]) -> T:
     """Apply ``use`` to an image. If this fails, try again without the metadata: bad metadata must not make an image unusable."""
+    if is_address(source):
+        source = download(source)
     try:
         with _open(source) as image:
             return use(image)
@@ -235,6 +240,8 @@ def _read(source: str | Path | bytes, use: Callable[[Image.Image], T]) -> T:
 
 
 def _open(source: str | Path | bytes) -> Image.Image:
+    if source == b"":
+        raise ImageError("There is no image: the row of the table is empty.", hint="Add the image, or remove the row.")
     if not isinstance(source, bytes):
         _require_file(source)
     with _quiet():
@@ -412,9 +419,11 @@ def _bare_tiff(content: bytes) -> bytes:
 
 
 def _describe(source: ImageSource) -> str:
+    if isinstance(source, Downloaded):
+        return repr(source.name)
     if isinstance(source, bytes):
         return f"of {len(source)} bytes"
-    return repr(str(source)) if isinstance(source, str | Path) else f"({type(source).__name__})"
+    return repr(name_of(source)) if isinstance(source, str | Path) else f"({type(source).__name__})"
 
 
 def image_files(folder: Path) -> list[Path]:
@@ -438,14 +447,9 @@ def images_left_out(folder: Path) -> Counter[str]:
     return found
 
 
-def file_name(path: Path) -> str:
-    """The path as valid Unicode text, which can be written to any file."""
-    return valid_text(str(path))
-
-
 def path_of(source: ImageSource) -> str:
-    """The path of an image; "" if the source is not a path."""
-    return str(source) if isinstance(source, str | Path) else ""
+    """The path of an image, or its address without credentials; "" if the source is neither."""
+    return name_of(source) if isinstance(source, str | Path) else ""
 
 
 def is_large(image: Image.Image) -> bool:

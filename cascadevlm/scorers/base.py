@@ -23,6 +23,7 @@ from cascadevlm.base.errors import BackendError, ImageError, InputError
 from cascadevlm.base.images import ImageSource, WithoutPixels, decoded, is_large, load_image, pixel_digest, size_of
 from cascadevlm.base.labels import LabelSet
 from cascadevlm.base.portable import Portable
+from cascadevlm.base.remote import fetching
 from cascadevlm.base.types import Scores
 from cascadevlm.scorers.adapters import Adapter
 
@@ -208,9 +209,9 @@ def _prepare(
     scorer: Scorer, sources: Sequence[ImageSource], seen: Sequence[Callable[[Prepared], None]]
 ) -> list[Prepared | ImageError]:
     results: list[Prepared | ImageError] = []
-    for source in sources:
+    for fetched in fetching(sources):  # an address is read once, so that a later question needs no second download
         try:
-            prepared = scorer.prepare(source)
+            prepared = scorer.prepare(fetched())
             for see in seen:
                 see(prepared)
             results.append(prepared)

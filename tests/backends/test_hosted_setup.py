@@ -12,12 +12,12 @@ import openai
 import pytest
 
 from cascadevlm import Cascade, load_judge
+from cascadevlm.base.environment import LOCAL_ONLY
 from cascadevlm.base.errors import BackendError, FatalError, PermanentError
 from cascadevlm.base.images import ImageSource
 from cascadevlm.base.types import NANODOLLARS, Usage
 from cascadevlm.judges.budget import Ledger
 from cascadevlm.judges.hosted.base import HostedJudge
-from cascadevlm.judges.hosted.connection import LOCAL_ONLY
 from cascadevlm.judges.pricing import FREE, find_price
 from cascadevlm.testing import noise, question
 from cascadevlm_backends.anthropic import AnthropicJudge

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Protocol, TypeVar
 from urllib.parse import urlsplit
 
+from cascadevlm.base.environment import LOCAL_ONLY
 from cascadevlm.base.errors import BackendError, CascadeError, FatalError, JudgeError
 from cascadevlm.base.loop import PerLoop
 from cascadevlm.base.secrets import credentials_of, login_of, scrubbed, shown_address
@@ -21,9 +22,6 @@ if TYPE_CHECKING:
 
 HAS_AIOHTTP = importlib.util.find_spec("aiohttp") is not None
 """Whether the faster transport of the SDKs is installed."""
-
-LOCAL_ONLY = "CASCADEVLM_LOCAL_ONLY"
-"""If this environment variable is set, judges connect to servers on this machine only."""
 
 NO_KEY = "no-key-needed"
 """The key that is sent to servers on this machine if no key is set."""
