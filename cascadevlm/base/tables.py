@@ -1,19 +1,213 @@
-"""Reads JSON files and parts of tables: lines of JSON, and images that are stored in Parquet files."""
+"""Reads tables of images row by row: text lists, CSV, JSON lines, Parquet, Arrow, and annotation files in JSON."""
 
+import csv
+import io
 import json
-from collections.abc import Mapping
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
-from cascadevlm.base.errors import ConfigError
+from cascadevlm.base.entry_points import nearest
+from cascadevlm.base.errors import ConfigError, DataError
+from cascadevlm.base.remote import Place, name_of, opened
 
 T = TypeVar("T")
 
+EVERY: Container[int] = range(sys.maxsize)
+"""The numbers of all rows."""
 
-def json_line(line: str, number: int) -> object:
-    """The value of one line of a JSON Lines file.
+MOST_SHOWN = 5
+"""Number of cases of each problem that a message names. Further cases are only counted."""
+
+LONGEST_SHOWN = 80
+"""Largest number of characters of a name in a message."""
+
+MOST_CHARACTERS = 400
+"""Largest number of characters of a reason in a message."""
+
+
+class ColumnNames(BaseModel):
+    """The columns of a table of images that are read.
+
+    Attributes:
+        image: the column of paths, addresses or encoded images. Default: ``image`` or, if there is no such column, ``path``. In
+            a data set of the package ``datasets``: its column of images.
+        label: the column of true labels. Default: ``label``. In a data set of the package ``datasets``: its column of classes.
+        id: the column of ids. Results contain the id of every image. Default: images have no ids.
+        keep: further columns that results contain.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    image: str | None = None
+    label: str | None = None
+    id: str | None = None
+    keep: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        """The columns as options of a command."""
+        keep = ",".join(self.keep) or None
+        named = {"image": self.image, "label": self.label, "id": self.id, "keep": keep}
+        return " ".join(f"--{option} {value}" for option, value in named.items() if value is not None) or "the usual columns"
+
+    @property
+    def told(self) -> tuple[str, ...]:
+        """The columns whose values results contain."""
+        return (*([self.id] if self.id is not None else []), *self.keep)
+
+
+USUAL = ColumnNames()
+
+
+class Row(NamedTuple):
+    """One row of a table: its number, from 0, its place in the file for messages, and its cells by column."""
+
+    number: int
+    where: int
+    cells: Mapping[str, object]
+
+
+class Table(ABC):
+    """A table of images.
+
+    Args:
+        place: the file, or the folder of a saved data set.
+
+    Attributes:
+        image: the column of images, if the user names none; None if there is no such column.
+        label: the column of true labels, if the user names none.
+    """
+
+    def __init__(self, place: Place) -> None:
+        self.place = place
+
+    @property
+    @abstractmethod
+    def columns(self) -> Sequence[str]:
+        """The names of the columns."""
+
+    @abstractmethod
+    def rows(self, columns: Sequence[str], wanted: Container[int] = EVERY, *, whole: bool = True) -> Iterator[Row]:
+        """The rows with these numbers, in order, with the cells of these columns.
+
+        Args:
+            columns: names of columns.
+            wanted: numbers of rows, from 0. Default: all rows.
+            whole: false to leave out the content of images. Cells then contain at most the path of an image.
+        """
+
+    @property
+    def image(self) -> str | None:
+        return next((name for name in ("image", "path") if name in self.columns), None)
+
+    @property
+    def label(self) -> str:
+        return "label"
+
+    def is_binary(self, column: str) -> bool:
+        """True if the cells of a column contain the bytes of images."""
+        return False
+
+    def where(self, row: Row) -> str:
+        """The place of a row, for messages."""
+        return f"line {row.where}"
+
+    def unnamed(self, row: Row) -> str:
+        """The name of an image that has no path."""
+        return f"#{row.number}"
+
+    def require(self, column: str) -> str:
+        """The name of a column that exists.
+
+        Raises:
+            DataError: if there is no such column. The message names the most similar column, and all columns.
+        """
+        if column not in self.columns:
+            raise DataError(f"{name_of(self.place)!r} has no column {column!r}.", hint=nearest_column(column, self.columns))
+        return column
+
+
+class TextTable(Table):
+    """A table whose file is read line by line. Subclasses read the cells."""
+
+    def rows(self, columns: Sequence[str], wanted: Container[int] = EVERY, *, whole: bool = True) -> Iterator[Row]:
+        for number, (line, cells) in enumerate(self.lines()):
+            if number in wanted:
+                yield Row(number, line, cells)
+
+    @abstractmethod
+    def lines(self) -> Iterator[tuple[int, Mapping[str, object]]]:
+        """The number of each row's line, and its cells by column."""
+
+    @contextmanager
+    def text(self, errors: str = "surrogateescape") -> Iterator[io.TextIOWrapper]:
+        """The text of the file. Invalid bytes become invalid Unicode, because paths may contain them."""
+        with opened(self.place) as file, io.TextIOWrapper(file, encoding="utf-8-sig", errors=errors, newline="") as text:
+            yield text
+
+
+class PathList(TextTable):
+    """A text file with one path or address per line."""
+
+    columns = ("path",)
+
+    def lines(self) -> Iterator[tuple[int, Mapping[str, object]]]:
+        with self.text() as lines:
+            yield from ((number, {"path": line.strip()}) for number, line in enumerate(lines, start=1) if line.strip())
+
+
+class CsvTable(TextTable):
+    """A table with a header. Columns are separated by commas, semicolons or tabs: by the most frequent of these in the header."""
+
+    def lines(self) -> Iterator[tuple[int, Mapping[str, object]]]:
+        with self.text() as file:
+            reader = self._reader(file)
+            yield from ((reader.line_num, row) for row in reader)
+
+    @cached_property
+    def columns(self) -> Sequence[str]:
+        with reading(self.place), self.text() as file:
+            return tuple(self._reader(file).fieldnames or ())
+
+    def _reader(self, file: io.TextIOWrapper) -> "csv.DictReader[str]":
+        head = file.readline()
+        file.seek(0)
+        return csv.DictReader(file, delimiter=max(",;\t", key=head.count))
+
+
+class JsonLines(TextTable):
+    """A file with one JSON value per line: an object, or the path of an image."""
+
+    def lines(self) -> Iterator[tuple[int, Mapping[str, object]]]:
+        with self.text(errors="strict") as lines:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    value = _json(line, number)
+                    yield number, value if isinstance(value, dict) else {"path": value}
+
+    @cached_property
+    def columns(self) -> Sequence[str]:
+        """The keys of the first lines. A key may be missing in a line."""
+        with reading(self.place):
+            return self._keys()
+
+    def _keys(self) -> Sequence[str]:
+        first = (cells for _, (_, cells) in zip(range(JSON_LINES_READ), self.lines(), strict=False))
+        return tuple(dict.fromkeys(name for cells in first for name in cells))
+
+
+JSON_LINES_READ = 1000
+"""Number of JSON lines from which the columns are known."""
+
+
+def _json(line: str, number: int) -> object:
+    """The value of one line.
 
     Raises:
         ValueError: if the line is not valid JSON. The message names the line.
@@ -23,6 +217,35 @@ def json_line(line: str, number: int) -> object:
     except (ValueError, RecursionError) as exc:
         why = exc.msg if isinstance(exc, json.JSONDecodeError) else exc
         raise ValueError(f"line {number} is not valid JSON: {why}") from exc
+
+
+@contextmanager
+def reading(place: Place) -> Iterator[None]:
+    """Turn every error of reading in the block into a DataError."""
+    try:
+        yield
+    except (OSError, ValueError, csv.Error) as exc:  # Arrow's and JSON's errors are ValueErrors
+        why = str(exc).partition("\n")[0][:MOST_CHARACTERS].rstrip(".")
+        raise DataError(f"{name_of(place)!r} cannot be read: {why}.", hint="Check the content of the file.") from exc
+
+
+def nearest_column(column: str, columns: Sequence[str]) -> str:
+    """A hint for a column that does not exist: the most similar column, and the first columns."""
+    close = nearest(column, columns)
+    first = f"{close} " if close.startswith("Did") else ""
+    return f"{first}Its columns: {few(columns) or 'none'}."
+
+
+def few(cases: Iterable[str]) -> str:
+    """The first `MOST_SHOWN` cases, for messages."""
+    shown = [repr(shortened(case)) for case, _ in zip(cases, range(MOST_SHOWN + 1), strict=False)]
+    return ", ".join([*shown[:MOST_SHOWN], *["…"] * (len(shown) > MOST_SHOWN)])
+
+
+def shortened(text: str) -> str:
+    """The text without its middle, if it is longer than `LONGEST_SHOWN` characters."""
+    half = LONGEST_SHOWN // 2
+    return text if len(text) <= LONGEST_SHOWN else f"{text[:half]}…{text[-half:]}"
 
 
 def stored_image(value: object) -> bytes | str:

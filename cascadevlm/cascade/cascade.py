@@ -1,6 +1,6 @@
 """The cascade: a scorer ranks all labels, policies decide which images to escalate, and judges choose among few candidates."""
 
-from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence, Sized
 from contextlib import aclosing
 from copy import copy
 from functools import cached_property
@@ -15,6 +15,7 @@ from PIL import Image
 from cascadevlm.base import loop
 from cascadevlm.base.bounds import Count, Probability, require_number
 from cascadevlm.base.errors import ConfigError, ImageError, InputError
+from cascadevlm.base.frames import FrameT, ImageFrame, is_table
 from cascadevlm.base.images import CHANNELS, ImageSource
 from cascadevlm.base.labels import Label, LabelSet
 from cascadevlm.base.portable import Portable
@@ -163,29 +164,47 @@ class Cascade(Portable):
     def classify(self, images: ImageSource) -> Prediction: ...  # type: ignore[overload-overlap]  # a str is one path
     @overload
     def classify(self, images: Iterable[ImageSource]) -> list[Prediction]: ...
-    def classify(self, images: ImageSource | Iterable[ImageSource]) -> Prediction | list[Prediction]:
+    @overload
+    def classify(self, images: FrameT, *, image: str) -> FrameT: ...
+    def classify(
+        self, images: ImageSource | Iterable[ImageSource] | FrameT, *, image: str | None = None
+    ) -> Prediction | list[Prediction] | FrameT:
         """Classify one image, or many.
 
         Args:
-            images: one image, or an iterable of images. `(N, H, W, 3)` uint8 is an array of N images. If one of many images
-                cannot be read, its prediction has an error.
+            images: one image, an iterable of images, or a table. `(N, H, W, 3)` uint8 is an array of N images. A table is a
+                pandas or Polars data frame or an Arrow table; the result is then a table of the same kind, with the columns
+                ``label``, ``probability``, ``decided_by``, ``escalated``, ``outcome``, ``dollars`` and ``error`` after its own
+                columns. If one of many images cannot be read, its prediction has an error.
+            image: the column of paths, addresses or encoded images of a table.
 
         Raises:
-            InputError: if ``images`` is a table, or an array of another shape or dtype.
+            InputError: if ``images`` is an array of another shape or dtype, or a table without the column.
             ImageError: if a single image cannot be read.
             JudgeError: if a judge cannot work at all, or if a judge failed and ``on_failure`` is "raise".
         """
-        return loop.run(self._classify(images))
+        return loop.run(self._classify(images, image))
 
     @overload
     async def aclassify(self, images: ImageSource) -> Prediction: ...  # type: ignore[overload-overlap]
     @overload
     async def aclassify(self, images: Iterable[ImageSource]) -> list[Prediction]: ...
-    async def aclassify(self, images: ImageSource | Iterable[ImageSource]) -> Prediction | list[Prediction]:
+    @overload
+    async def aclassify(self, images: FrameT, *, image: str) -> FrameT: ...
+    async def aclassify(
+        self, images: ImageSource | Iterable[ImageSource] | FrameT, *, image: str | None = None
+    ) -> Prediction | list[Prediction] | FrameT:
         """`classify` for asynchronous callers."""
-        return await self._classify(images)
+        return await self._classify(images, image)
 
-    async def _classify(self, images: ImageSource | Iterable[ImageSource]) -> Prediction | list[Prediction]:
+    async def _classify(
+        self, images: ImageSource | Iterable[ImageSource] | FrameT, image: str | None
+    ) -> Prediction | list[Prediction] | FrameT:
+        if is_table(images):
+            frame = ImageFrame(images, image)
+            return cast(FrameT, frame.with_predictions([prediction async for prediction in self.astream(frame.images)]))
+        if image is not None:
+            raise InputError(f"image={image!r} names a column, and images is not a table.", hint="Leave image out.")
         if not _is_one(images):
             return [prediction async for prediction in self.astream(cast(Iterable[ImageSource], images))]
         (prediction,) = [prediction async for prediction in self.astream([images])]
@@ -244,7 +263,7 @@ def _require_no_coverage(stages: Sequence[Stage]) -> None:
             raise ConfigError("With learn = true, no coverage of the candidates can be promised.", hint=hint)
 
 
-def _is_one(images: ImageSource | Iterable[ImageSource]) -> TypeGuard[ImageSource]:
+def _is_one(images: object) -> TypeGuard[ImageSource]:
     """Returns True for a single image. An array of four dimensions is several images."""
     if isinstance(images, np.ndarray):
         return images.dtype.kind in "biuf" and images.ndim != 4
@@ -262,10 +281,10 @@ def _require_many(images: ImageSource | Iterable[ImageSource]) -> None:
         raise InputError(f"images is a single image ({kind}), not a list of images.", hint="Give a list, or use classify().")
     if isinstance(images, np.ndarray):
         _require_pixels(images)
-    if isinstance(images, Mapping) or hasattr(images, "columns") or hasattr(images, "column_names"):
+    if is_table(images):
         raise InputError(
             f"images is a table ({kind}), not a list of images.",
-            hint="Give its column of paths or images, for example table['path'].",
+            hint="Give its column of paths or images, for example table['path'], or use classify(table, image='path').",
         )
     is_tensor = hasattr(images, "__dlpack__") and not isinstance(images, np.ndarray)
     if is_tensor or isinstance(images, bytearray | memoryview | IOBase) or not isinstance(images, Iterable):

@@ -29,7 +29,7 @@ def compare(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN…", help="Two or more folders of records, or configuration files.")],
     part: options.DataOptions,
     data: Annotated[
-        Path | None, typer.Option(help="Labelled images for the configurations, in the form that evaluate reads.")
+        str | None, typer.Option(help="Labelled images for the configurations, in the form that evaluate reads.")
     ] = None,
     labels: options.Labels = None,
     output: Annotated[
@@ -59,8 +59,8 @@ def compare(
     configs = {
         name: Config.parse(read_toml(path), name=str(path)) for name, path in zip(names, runs, strict=True) if name not in records
     }
-    if not configs and (data or labels or part.split or part.limit or output):
-        hint = "Remove --data, --labels, --split, --limit and --output, or add a configuration."
+    if not configs and (data or labels or output or part != options.DataOptions()):
+        hint = "Remove --data, --labels, --output and the options that select images, or add a configuration."
         raise InputError("These options need a configuration, but all given runs are records.", hint=hint)
     cascades, given = _built(configs, part, data, labels)
     of_records = {name: labelled(record) for name, record in records.items()}
@@ -86,7 +86,7 @@ def compare(
 
 
 def _built(
-    configs: "Mapping[str, Config]", part: options.DataOptions, data: Path | None, labels: Path | None
+    configs: "Mapping[str, Config]", part: options.DataOptions, data: str | None, labels: Path | None
 ) -> "tuple[dict[str, Cascade], dict[str, Data]]":
     """The cascade of each configuration, and its images."""
     cascades, given = {}, {}

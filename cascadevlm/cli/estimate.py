@@ -1,28 +1,19 @@
 """``cascadevlm estimate``."""
 
 import json
-from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from cascadevlm.cli import options
 
-if TYPE_CHECKING:
-    from cascadevlm.base.images import ImageSource
-
 
 @options.grouped()
 def estimate(
-    paths: Annotated[
-        list[Path],
-        typer.Argument(
-            metavar="PATH…", help="Image files, folders with images, or one list of images (the same forms as for run)."
-        ),
-    ],
+    paths: options.Paths,
     given: options.CascadeOptions,
+    named: options.ColumnOptions,
     sample: Annotated[int, typer.Option(min=1, help="Number of images to score for the estimate.")] = 200,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON array with one object per stage.")] = False,
 ) -> None:
@@ -30,23 +21,14 @@ def estimate(
     from rich.console import Console
     from rich.table import Table
 
-    from cascadevlm.base.errors import InputError
     from cascadevlm.runs.estimate import estimate as estimated
-    from cascadevlm.runs.inputs import LISTS, Inputs
+    from cascadevlm.runs.inputs import Inputs
 
     parsed = given.parse()
     cascade = given.build(parsed)
     options.tell(cascade.labels, paths)
-    images: Sequence[ImageSource]
-    if len(paths) == 1 and (paths[0].is_dir() or paths[0].suffix.lower() in LISTS):
-        images, total = Inputs(paths[0]).sample(sample)
-    else:
-        if lists := [path for path in paths if path.suffix.lower() in LISTS]:
-            raise InputError(
-                f"{str(lists[0])!r} is a list of images, but other paths are given, too.", hint="Give only the list."
-            )
-        images = options.image_files(paths)
-        total = len(images)
+    found = options.images_in(paths, named.columns())
+    images, total = found.sample(sample) if isinstance(found, Inputs) else ([source for _, source in found], len(found))
     estimates = estimated(cascade, images, total=total, sample=sample)
     if as_json:
         typer.echo(json.dumps([asdict(each) for each in estimates]))

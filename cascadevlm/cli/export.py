@@ -12,9 +12,9 @@ from cascadevlm.cli import options
 
 def export(
     run: Annotated[Path, typer.Argument(help="Folder of a run or a record, or a file with the output of classify --json.")],
-    to: Annotated[str, typer.Option(metavar="FORMAT", help="Format: csv, hf, coco, label-studio or fiftyone.")],
+    to: Annotated[str, typer.Option(metavar="FORMAT", help="Format: csv, parquet, hf, coco, label-studio or fiftyone.")],
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="File (csv, coco, fiftyone) or folder (hf, label-studio) to write.")
+        Path, typer.Option("--output", "-o", help="File (csv, parquet, coco, fiftyone) or folder (hf, label-studio) to write.")
     ],
     review: Annotated[
         bool,
@@ -31,7 +31,7 @@ def export(
     ] = None,
     as_json: options.AsJson = False,
 ) -> None:
-    """Write the predictions of a run in the format of another tool.
+    """Write the predictions of a run in the format of another tool. Ids and kept columns of the images are included.
 
     hf: a saved Hugging Face dataset. coco: a JSON file in COCO style, with one class per image. label-studio: pre-annotations,
     and the labelling configuration for them. fiftyone: the labels.json of a FiftyOneImageClassificationDataset.

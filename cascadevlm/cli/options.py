@@ -14,20 +14,31 @@ from cascadevlm.base.errors import InputError
 
 if TYPE_CHECKING:
     from cascadevlm.base.labels import LabelSet
+    from cascadevlm.base.remote import Place
+    from cascadevlm.base.tables import ColumnNames
     from cascadevlm.cascade.cascade import Cascade
     from cascadevlm.config.config import Config
     from cascadevlm.evaluation.data import Data
+    from cascadevlm.runs.inputs import Inputs, Named
 
 DEFAULT_POLICY = "entropy > 0.35"
 
-Paths = Annotated[list[Path], typer.Argument(metavar="PATH…", help="Image files, or folders with images.")]
+Paths = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="PATH…",
+        help="Image files and folders with images, or one list or table of images (the same forms as for run). Addresses such as "
+        "https:// and s3:// are possible.",
+    ),
+]
 Labels = Annotated[
     Path | None, typer.Option(help="Class names: a text, CSV or JSON file, or a folder with one subfolder per class.")
 ]
 LabelledData = Annotated[
-    Path,
+    str,
     typer.Argument(
-        help="Labelled images: a folder with one subfolder per class, a table with columns path and label, or a saved dataset."
+        metavar="DATA",
+        help="Labelled images: a folder with one subfolder per class, or a table with a column of images and a column of labels.",
     ),
 ]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Spend money without asking first.")]
@@ -96,15 +107,47 @@ class CascadeOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataOptions:
+class ColumnOptions:
+    """The options that name the columns of a table of images."""
+
+    image: Annotated[
+        str | None,
+        typer.Option(
+            metavar="COLUMN",
+            help="Column of paths, addresses or images in the table.",
+            show_default="image; if there is none, path",
+        ),
+    ] = None
+    id: Annotated[
+        str | None, typer.Option(metavar="COLUMN", help="Column of ids in the table. Results contain the id of every image.")
+    ] = None
+    keep: Annotated[
+        list[str] | None,
+        typer.Option(metavar="COLUMNS", help="Further columns of the table that results contain, for example sku,price."),
+    ] = None
+
+    def columns(self) -> "ColumnNames":
+        """The columns that the options name."""
+        from cascadevlm.base.tables import ColumnNames
+
+        keep = [column.strip() for columns in self.keep or () for column in columns.split(",") if column.strip()]
+        label = getattr(self, "label", None)
+        return ColumnNames(image=self.image, label=label, id=self.id, keep=tuple(dict.fromkeys(keep)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataOptions(ColumnOptions):
     """The options that select labelled images."""
 
+    label: Annotated[
+        str | None, typer.Option(metavar="COLUMN", help="Column of true labels in the table.", show_default="label")
+    ] = None
     split: Annotated[str | None, typer.Option(help="Use only this split of the data.")] = None
     limit: Annotated[
         int | None, typer.Option(min=1, help="Use only this number of images, drawn at random with the class shares of the data.")
     ] = None
 
-    def build(self, config: "Config", data: Path, labels: Path | None, *, bulk: bool = False) -> "tuple[Cascade, Data]":
+    def build(self, config: "Config", data: str | Path, labels: Path | None, *, bulk: bool = False) -> "tuple[Cascade, Data]":
         """The cascade that a configuration describes, and labelled images for it.
 
         Without labels in the configuration, the subfolders of the data folder name the labels. With ``bulk``,
@@ -113,11 +156,13 @@ class DataOptions:
         Raises:
             DataError: if the data cannot be read, or does not fit the labels.
         """
+        from cascadevlm.base.remote import place_of
         from cascadevlm.evaluation.data import read_data
 
-        where = labels or (data if config.labels is None and data.is_dir() else None)
-        cascade = CascadeOptions(labels=where).build(config, bulk=bulk)
-        given = read_data(data, cascade.labels)
+        folder = place_of(data)
+        named = config.labels is None and isinstance(folder, Path) and folder.is_dir()
+        cascade = CascadeOptions(labels=labels or (Path(data) if named else None)).build(config, bulk=bulk)
+        given = read_data(data, cascade.labels, self.columns())
         given = given.split(self.split) if self.split else given
         return cascade, given.subset(self.limit) if self.limit else given
 
@@ -166,7 +211,7 @@ def _expanded(
             yield inspect.Parameter(option, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hints[option])
 
 
-def tell(labels: "LabelSet", images: list[Path]) -> None:
+def tell(labels: "LabelSet", images: Sequence[str | Path]) -> None:
     """Print on stderr which labels are shown with spaces in place of underscores, and which files are not read."""
     renamed = [label for label in labels if "_" in label.name]
     if renamed:
@@ -179,29 +224,62 @@ def tell(labels: "LabelSet", images: list[Path]) -> None:
         typer.echo(line, err=True)
 
 
-def left_out(images: list[Path]) -> str:
+def left_out(images: Sequence[str | Path]) -> str:
     """A sentence that counts the files in folders that look like images and are not read; empty if there are none."""
     from cascadevlm.base.images import images_left_out
+    from cascadevlm.base.remote import place_of
 
-    found = sum(map(images_left_out, filter(Path.is_dir, images)), Counter())
+    folders = [place for place in map(place_of, images) if isinstance(place, Path) and place.is_dir()]
+    found = sum(map(images_left_out, folders), Counter())
     kinds = ", ".join(f"{count} {suffix}" for suffix, count in sorted(found.items()))
     return f"{found.total()} files that look like images are not read ({kinds})." if found else ""
 
 
-def image_files(paths: list[Path]) -> list[Path]:
-    """The given image files, and all image files in the given folders and their subfolders.
+def image_files(paths: Sequence[str | Path]) -> "list[Place]":
+    """The given image files and addresses, and all image files in the given folders and their subfolders.
 
     Raises:
         InputError: if a path does not exist, or a folder contains no images.
     """
+    from cascadevlm.base.remote import place_of
     from cascadevlm.runs.inputs import Inputs
 
-    files: list[Path] = []
-    for path in paths:
-        if not path.exists():
-            raise InputError(f"{str(path)!r} does not exist.", hint="Check the path.")
-        found = [Path(name) for name, _ in Inputs(path)] if path.is_dir() else [path]
+    files: list[Place] = []
+    for place in map(place_of, paths):
+        if not isinstance(place, Path):
+            files.append(place)
+            continue
+        if not place.exists():
+            raise InputError(f"{str(place)!r} does not exist.", hint="Check the path.")
+        found = [Path(name) for name, _ in Inputs(place)] if place.is_dir() else [place]
         if not found:
-            raise InputError(f"The folder {str(path)!r} contains no images.", hint=left_out([path]))
+            raise InputError(f"The folder {str(place)!r} contains no images.", hint=left_out([place]))
         files += found
     return files
+
+
+def images_in(paths: Sequence[str], columns: "ColumnNames") -> "Inputs | list[Named]":
+    """The images of one folder, list or table; or the given image files, and the images in the given folders.
+
+    Raises:
+        InputError: if a path does not exist, a folder contains no images, or other paths or columns are given beside a list.
+    """
+    from cascadevlm.base.image_table import TABLES
+    from cascadevlm.base.remote import name_of, place_of, suffix_of
+    from cascadevlm.base.tables import USUAL
+    from cascadevlm.runs.inputs import Inputs
+
+    places = [place_of(path) for path in paths]
+    lists = [place for place in places if suffix_of(place) in TABLES]
+    one = len(places) == 1 and (bool(lists) or (isinstance(places[0], Path) and places[0].is_dir()))
+    if one:
+        images = Inputs(places[0], columns)
+        if len(images):
+            return images
+        raise InputError(f"{paths[0]!r} contains no images.", hint=left_out(paths) or "Check the path.")
+    if lists:
+        told = f"{name_of(lists[0])!r} is a list of images, but other paths are given, too."
+        raise InputError(told, hint="Give only the list.")
+    if columns != USUAL:
+        raise InputError("Image files have no columns.", hint=f"Give a table, or leave out: {columns}.")
+    return [(name_of(place), place) for place in image_files(paths)]

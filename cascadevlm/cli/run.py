@@ -49,7 +49,14 @@ LOG_SECONDS = 10
 """Seconds between lines in a log, where no progress bar is shown."""
 
 
-Images = Annotated[Path, typer.Argument(help="Folder of images, or a list of images: text, CSV, JSON lines or Parquet.")]
+Images = Annotated[
+    str,
+    typer.Argument(
+        metavar="INPUTS",
+        help="Folder of images, or a list or table of images: text, CSV, TSV, JSON, JSON lines, Parquet or a saved dataset. An "
+        "address such as s3:// or hf:// is possible.",
+    ),
+]
 
 
 @options.grouped()
@@ -57,6 +64,7 @@ def run(
     inputs: Images,
     output: Output,
     given: options.CascadeOptions,
+    named: options.ColumnOptions,
     engine: Engine = "local",
     workers: Workers = None,
     retry_failed: RetryFailed = False,
@@ -78,7 +86,7 @@ def run(
 
     parsed = given.parse()
     cascade = given.build(parsed, bulk=True)
-    images = Inputs(inputs, shuffled=parsed.learn)
+    images = Inputs(inputs, named.columns(), shuffled=parsed.learn)
     if parsed.learn and not images.shuffled:
         typer.echo("Images in a table are taken in its order: with learn = true, shuffle the rows of the table first.", err=True)
     options.tell(cascade.labels, [inputs])
@@ -86,7 +94,7 @@ def run(
         raise InputError("--workers is an option of the cluster.", hint="Add --engine ray, or remove --workers.")
     total = len(images)
     if not total:
-        raise DataError(f"{str(inputs)!r} contains no images.", hint="Check the path and the formats of the images.")
+        raise DataError(f"{inputs!r} contains no images.", hint="Check the path and the formats of the images.")
     if not yes:
         left = images_left(output, total, dollars=cascade.ledger.cap_dollars, retry_failed=retry_failed)
         confirm(parsed, cascade, images, left)

@@ -147,7 +147,7 @@ def _study(
     studied: "Callable[..., Study]",
     given: options.CascadeOptions,
     part: options.DataOptions,
-    data: Path,
+    data: str,
     output: Path | None,
     *,
     yes: bool,

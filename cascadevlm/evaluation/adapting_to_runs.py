@@ -73,7 +73,7 @@ def read_said(folder: Path) -> Said:
     calibration = read_calibration(config.calibration) if config.calibration else None
     if calibration is not None and config.stage:
         calibration.judge_of(0, config.stage[0].model_dump(mode="json"))
-    predictions = predictions_of(folder, table_of(manifest.inputs))
+    predictions = predictions_of(folder, table_of(manifest.inputs, manifest.columns))
     lines: list[JudgedLine] = []
     images: list[ImageSource] = []
     digests = set()

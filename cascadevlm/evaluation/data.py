@@ -1,9 +1,10 @@
 """Labelled images from folders, tables and datasets of other libraries."""
 
-import csv
+import threading
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Protocol, TypeAlias, cast, runtime_checkable
 
@@ -12,15 +13,15 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from cascadevlm.base.errors import DataError
-from cascadevlm.base.images import ImageSource, file_name, image_files
+from cascadevlm.base.files import valid_text
+from cascadevlm.base.image_table import About, ImageTable, read_table, text_of
+from cascadevlm.base.images import ImageSource, image_files
 from cascadevlm.base.labels import LabelSet, words
-from cascadevlm.base.tables import json_line, stored_image
+from cascadevlm.base.remote import name_of
+from cascadevlm.base.tables import USUAL, ColumnNames, few, stored_image
 
-MOST_SHOWN = 5
-"""Number of cases of each problem that a message names. Further cases are only counted."""
-
-LONGEST_SHOWN = 80
-"""Largest number of characters of a name in a message."""
+STEPS = 1_000
+"""Number of rows of a table that are read over. For a larger step, the rows between are left out."""
 
 
 @runtime_checkable
@@ -62,12 +63,16 @@ class Data:
         names: N names of the images. The name of a file is its path.
         truths: N names of the true labels.
         splits: N names of the splits that the images belong to; "" if the source has no splits.
+        about: the id and the kept columns of each image; empty if there are no such columns.
+        columns: the columns of the table that were read.
     """
 
     images: Sequence[ImageSource]
     names: tuple[str, ...]
     truths: tuple[str, ...]
     splits: tuple[str, ...]
+    about: tuple[About, ...] = ()
+    columns: ColumnNames = USUAL
 
     def __len__(self) -> int:
         return len(self.truths)
@@ -76,7 +81,9 @@ class Data:
         """The images of these rows, in the order of the rows."""
         chosen = rows.tolist()
         names, truths, splits = (tuple(column[row] for row in chosen) for column in (self.names, self.truths, self.splits))
-        return Data(images=_Read(self.images.__getitem__, chosen), names=names, truths=truths, splits=splits)
+        about = tuple(self.about[row] for row in chosen) if self.about else ()
+        images = _Read(self.images.__getitem__, chosen)
+        return replace(self, images=images, names=names, truths=truths, splits=splits, about=about)
 
     def split(self, name: str) -> "Data":
         """The images of one split.
@@ -86,7 +93,7 @@ class Data:
         """
         if name not in self.splits:
             known = sorted(set(self.splits) - {""})
-            raise DataError(f"The data has no split {name!r}.", hint=f"Splits of the data: {_few(known) or 'none'}.")
+            raise DataError(f"The data has no split {name!r}.", hint=f"Splits of the data: {few(known) or 'none'}.")
         return self.take(np.flatnonzero(np.array(self.splits) == name))
 
     def subset(self, size: int, *, seed: int = 0) -> "Data":
@@ -128,28 +135,28 @@ def stratified(truths: Sequence[str], size: int, *, seed: int) -> NDArray[np.boo
     return chosen
 
 
-def read_data(source: Source | str, labels: LabelSet) -> Data:
+def read_data(source: Source | str, labels: LabelSet, columns: ColumnNames = USUAL) -> Data:
     """Read labelled images, and check all of them.
 
     Args:
         source: one of these:
 
             - a folder with one subfolder per class;
-            - a table (CSV, JSON lines or Parquet) with the columns ``path`` (relative to the table), ``label`` and, optionally,
-              ``split``;
-            - a folder written by ``save_to_disk`` of ``datasets``;
+            - a table in one of the forms that `cascadevlm.runs.inputs.Inputs` reads, with a column of images, a column of labels
+              and, optionally, a column ``split``;
             - a ``datasets.Dataset``, or a mapping of several by the names of their splits;
             - a dataset in the form of torchvision.
         labels: the label set. Truths may be names or aliases.
+        columns: the columns of a table. Default: the usual columns.
 
     Raises:
         DataError: if the source is not labelled data. One message names labels that are not in the label set, missing files, and
             images that occur more than once.
     """
-    if isinstance(source, str):
-        source = Path(source)
-    if isinstance(source, Path):
-        data = _of_path(source)
+    if isinstance(source, str | Path):
+        data = _of_path(source, columns)
+    elif columns != USUAL:
+        raise DataError("Columns can only be named for a table.", hint="Give the path of a table.")
     elif isinstance(source, ImageDataset):
         data = _of_image_dataset(source)
     elif isinstance(source, HubDataset | Mapping):
@@ -160,84 +167,44 @@ def read_data(source: Source | str, labels: LabelSet) -> Data:
     return _checked(data, labels)
 
 
-def _of_path(path: Path) -> Data:
-    if not path.exists():
-        raise DataError(f"{str(path)!r} does not exist.", hint="Check the path.")
-    if not path.is_dir():
-        return _of_table(path)
-    if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
-        return _of_hub(_load_saved(path))
+def _of_path(path: str | Path, columns: ColumnNames) -> Data:
+    table = read_table(path, columns, labelled=True)
+    if table is not None:
+        return _of_table(table)
+    folder = Path(path)
     files = [
-        (file, folder.name)
-        for folder in sorted(path.iterdir())
-        if folder.is_dir()
-        for file in image_files(folder)
-        if not any(part.startswith(".") for part in file.relative_to(path).parts)
+        (file, below.name)
+        for below in sorted(folder.iterdir())
+        if below.is_dir()
+        for file in image_files(below)
+        if not any(part.startswith(".") for part in file.relative_to(folder).parts)
     ]
-    return _of_files([file for file, _ in files], [name for _, name in files], [""] * len(files))
+    return _of_files([file for file, _ in files], [name for _, name in files])
 
 
-def _of_files(files: Sequence[Path], truths: Sequence[str], splits: Sequence[str]) -> Data:
-    return Data(images=tuple(files), names=tuple(map(file_name, files)), truths=tuple(truths), splits=tuple(splits))
+def _of_files(files: Sequence[Path], truths: Sequence[str]) -> Data:
+    names = tuple(valid_text(str(file)) for file in files)
+    return Data(images=tuple(files), names=names, truths=tuple(truths), splits=("",) * len(files))
 
 
-def _of_table(path: Path) -> Data:
-    readers = {".csv": _csv_columns, ".jsonl": _jsonl_columns, ".parquet": _parquet_columns}
-    if not path.is_file() or path.suffix.lower() not in readers:
-        raise DataError(f"{str(path)!r} is not a folder and not a table.", hint=f"Known tables: {', '.join(readers)}.")
-    try:
-        columns = readers[path.suffix.lower()](path)
-    except (OSError, ValueError, csv.Error) as exc:  # errors of Arrow and JSON are ValueErrors
-        raise DataError(
-            f"{str(path)!r} cannot be read: {_shortened(str(exc).partition(chr(10))[0])}.", hint="Check the content of the file."
-        ) from exc
-    for column in ("path", "label"):
-        if column not in columns:
-            raise DataError(f"{str(path)!r} has no column {column!r}.", hint=f"Its columns: {_few([*columns]) or 'none'}.")
-    files, truths = ([_text(value) for value in columns[name]] for name in ("path", "label"))
-    splits = [_text(value) for value in columns.get("split", [None] * len(files))]
-    return _of_files([path.parent / file for file in files], truths, splits)
-
-
-def _csv_columns(path: Path) -> dict[str, list[object]]:
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file)
-        rows = list(reader)
-        return {name: [row[name] for row in rows] for name in reader.fieldnames or ()}
-
-
-def _jsonl_columns(path: Path) -> dict[str, list[object]]:
-    with path.open(encoding="utf-8-sig") as file:
-        rows = [_json_object(line, number) for number, line in enumerate(file, start=1) if line.strip()]
-    return {name: [row.get(name) for row in rows] for name in dict.fromkeys(name for row in rows for name in row)}
-
-
-def _json_object(line: str, number: int) -> dict[str, object]:
-    row = json_line(line, number)
-    if not isinstance(row, dict):
-        raise ValueError(f"line {number} is not a JSON object")
-    return row
-
-
-def _parquet_columns(path: Path) -> dict[str, list[object]]:
-    import pyarrow.parquet
-
-    with pyarrow.parquet.ParquetFile(path) as file:
-        columns: dict[str, list[object]] = {name: [] for name in file.schema_arrow.names}
-        wanted = [name for name in ("path", "label", "split") if name in columns]  # other columns may contain images
-        columns.update(file.read(columns=wanted).to_pydict())
-        return columns
-
-
-def _text(value: object) -> str:
-    return "" if value is None else str(value)
+def _of_table(table: ImageTable) -> Data:
+    table.require_ids()
+    entries = [*table.entries(whole=False)]
+    return Data(
+        images=_InTable(table, len(entries)) if table.contains_images else tuple(entry.source for entry in entries),
+        names=tuple(valid_text(entry.name) for entry in entries),
+        truths=tuple(entry.truth for entry in entries),
+        splits=tuple(entry.split for entry in entries),
+        about=tuple(entry.about for entry in entries) if table.columns.told else (),
+        columns=table.columns,
+    )
 
 
 def _of_image_dataset(source: ImageDataset) -> Data:
     samples = getattr(source, "samples", None)  # paths of an ImageFolder, because its items raise errors for unreadable files
     if samples is not None:
         truths = [source.classes[number] for _, number in samples]
-        return _of_files([Path(file) for file, _ in samples], truths, [""] * len(truths))
+        return _of_files([Path(file) for file, _ in samples], truths)
     rows = range(len(source))
     targets = getattr(source, "targets", None)  # the classes, without reading the images
     numbers = targets if targets is not None else [source[row][1] for row in rows]
@@ -274,10 +241,10 @@ def _of_hub_dataset(source: HubDataset, split: str) -> Data:
     image = next((name for name, kind in kinds.items() if kind == "Image"), None)
     label = next((name for name, kind in kinds.items() if kind == "ClassLabel"), "label" if "label" in kinds else None)
     if image is None or label is None:
-        raise DataError("The dataset has no column of images or no column of classes.", hint=f"Its columns: {_few([*kinds])}.")
+        raise DataError("The dataset has no column of images or no column of classes.", hint=f"Its columns: {few([*kinds])}.")
     names = getattr(source.features[label], "names", None)
     column = cast(Mapping[str, Sequence[object]], source)[label]  # reads this column only
-    truths = (names[value] if names and isinstance(value, int) and value >= 0 else _text(value) for value in column)
+    truths = (names[value] if names and isinstance(value, int) and value >= 0 else text_of(value) for value in column)
     as_stored = cast(Callable[..., object], type(source.features[image]))(
         decode=False
     )  # decoding would raise for unreadable images
@@ -290,36 +257,24 @@ def _of_hub_dataset(source: HubDataset, split: str) -> Data:
     )
 
 
-def _load_saved(path: Path) -> HubDataset | Mapping[str, HubDataset]:
-    try:
-        import datasets
-    except ModuleNotFoundError as exc:
-        raise DataError(f"{str(path)!r} needs the package 'datasets'.", hint="Install it: pip install datasets") from exc
-    try:
-        return cast(HubDataset, datasets.load_from_disk(str(path)))
-    except (OSError, ValueError, KeyError, TypeError) as exc:
-        raise DataError(
-            f"{str(path)!r} is not a saved dataset: {_shortened(str(exc).partition(chr(10))[0])}.",
-            hint="Write the folder with save_to_disk of the package datasets.",
-        ) from exc
-
-
 def _checked(data: Data, labels: LabelSet) -> Data:
     """The data. Truths are replaced by their names in the label set."""
     if not len(data):
         raise DataError("The data contains no images.", hint="A folder of labelled images needs one subfolder per class.")
     known = {words(name): label.name for label in labels for name in (label.name, *label.aliases)}
-    files = () if isinstance(data.images, _Read) else cast(Sequence[Path], data.images)
+    images = data.images if isinstance(data.images, tuple) else ()
+    files = [image for image in images if isinstance(image, Path)]
+    same: Sequence[object] = data.images if images and not data.about else data.names
     problems = {
         "labels are not in the label set": sorted(truth for truth in set(data.truths) if words(truth) not in known),
+        "rows have no image": [name for name, image in zip(data.names, images, strict=False) if image == b""],
         "files do not exist": [str(file) for file in dict.fromkeys(files) if not _is_file(file)],
-        "images occur more than once": [name for name, count in Counter(data.names).items() if count > 1],
+        "images occur more than once": [name_of(str(image)) for image, count in Counter(same).items() if count > 1],
     }
-    found = [f"{len(cases)} {what} ({_few(cases)})" for what, cases in problems.items() if cases]
+    found = [f"{len(cases)} {what} ({few(cases)})" for what, cases in problems.items() if cases]
     if found:
         raise DataError(f"The labelled data has errors: {'; '.join(found)}.", hint="Correct the data, or use another label set.")
-    truths = tuple(known[words(truth)] for truth in data.truths)
-    return Data(images=data.images, names=data.names, truths=truths, splits=data.splits)
+    return replace(data, truths=tuple(known[words(truth)] for truth in data.truths))
 
 
 def _is_file(path: Path) -> bool:
@@ -327,16 +282,6 @@ def _is_file(path: Path) -> bool:
         return path.is_file()
     except OSError:  # a name that is too long for a file
         return False
-
-
-def _few(cases: Sequence[str]) -> str:
-    shown = ", ".join(repr(_shortened(case)) for case in cases[:MOST_SHOWN])
-    return f"{shown}, …" if len(cases) > MOST_SHOWN else shown
-
-
-def _shortened(text: str) -> str:
-    half = LONGEST_SHOWN // 2
-    return text if len(text) <= LONGEST_SHOWN else f"{text[:half]}…{text[-half:]}"
 
 
 class _Read(Sequence[ImageSource]):
@@ -350,3 +295,26 @@ class _Read(Sequence[ImageSource]):
 
     def __getitem__(self, index: int) -> ImageSource:  # type: ignore[override]  # no slices
         return self.read(self.rows[index])
+
+
+class _InTable(Sequence[ImageSource]):
+    """The images inside a table. Rows are read forwards, so images that are used in their order are read once."""
+
+    def __init__(self, table: ImageTable, size: int) -> None:
+        self.table, self.size = table, size
+        self._next = 0
+        self._ahead: Iterator[ImageSource] | None = None
+        self._turn = threading.Lock()
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> ImageSource:  # type: ignore[override]  # no slices
+        row = range(self.size)[index]
+        with self._turn:
+            if self._ahead is None or not self._next <= row < self._next + STEPS:
+                self._ahead = (entry.source for entry in self.table.entries(range(row, self.size)))
+                self._next = row
+            source = next(islice(self._ahead, row - self._next, None))
+            self._next = row + 1
+            return source

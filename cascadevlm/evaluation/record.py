@@ -8,7 +8,7 @@ remaining probability evenly among the other labels. Candidates, recall, margin 
 entropy is a little too high. The probabilities of the other labels are lost.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -22,8 +22,10 @@ from pydantic import BaseModel
 from cascadevlm.base.arrays import NOBODY, Columns
 from cascadevlm.base.errors import CascadeError, DataError
 from cascadevlm.base.files import valid_text
+from cascadevlm.base.image_table import About
 from cascadevlm.base.labels import LabelSet
 from cascadevlm.base.types import Scores, Verdict
+from cascadevlm.evaluation.own_arrays import OWN, OwnArrays, Values, checked_arrays
 from cascadevlm.runs.lines import Asked, LabelledLine, WholeVerdict, read_lines
 from cascadevlm.runs.manifest import NAME, Manifest
 from cascadevlm.runs.run_folder import PREDICTIONS
@@ -146,6 +148,7 @@ class Record:
         decided_by: N values as in `Prediction`; "" if there is no label.
         digests: N digests of the pixels; "" for images that could not be read. Empty for records made of arrays.
         info: the manifest; None for records made of arrays.
+        about: the id and the kept columns of each image; empty if there are no such columns.
         fused: the fused labels, if a calibration was applied (`cascadevlm.evaluation.deciding.decided`).
     """
 
@@ -160,6 +163,57 @@ class Record:
     digests: tuple[str, ...] = ()
     info: Manifest | None = None
     fused: Fused | None = None
+    about: tuple[About, ...] = ()
+
+    @classmethod
+    def from_arrays(
+        cls,
+        scores: NDArray[np.floating],
+        labels: LabelSet | Iterable[str],
+        truths: Values,
+        *,
+        answers: Values | None = None,
+        candidates: NDArray[np.generic] | int | None = None,
+        dollars: NDArray[np.floating] | float = 0.0,
+        names: Sequence[str] | None = None,
+        judge: str = OWN,
+    ) -> "Record":
+        """A record of a scorer's scores and a judge's answers that were recorded elsewhere.
+
+        Labels may be given as names or as columns: numbers from 0, in the order of ``labels``.
+
+        Args:
+            scores: ``(N, C)`` logits, log-probabilities, or probabilities, whose rows are not negative and sum to 1.
+            labels: the C labels.
+            truths: ``(N,)`` true labels.
+            answers: ``(N,)`` answers of the judge. "" or -1: the judge was not asked. "none of these" or -2: the judge chose
+                none of the candidates. Default: no judge.
+            candidates: ``(N, K)`` labels that the judge chose from, in the order in which it saw them; "" or -1 after the last.
+                Or a number K: the K best labels of the scorer. Default: all labels.
+            dollars: cost of each question in US dollars, ``(N,)`` or one number. Default: 0.
+            names: N names of the images. Default: ``#0``, ``#1``, ….
+            judge: the name of the judge.
+
+        Raises:
+            DataError: if the arrays have different lengths, a label is unknown, a score is not finite, or an answer is not one
+                of its candidates.
+        """
+        given = checked_arrays(scores, LabelSet.of(labels), truths, answers, candidates, dollars)
+        size, best = len(given.truths), given.scores.log_probs.argmax(axis=1)
+        answered = np.zeros(size, dtype=bool) if given.answers is None else given.answers >= 0
+        texts = tuple(f"#{number}" for number in range(size)) if names is None else tuple(names)
+        if len(texts) != size or len(set(texts)) != size:
+            raise DataError(f"{len(set(texts))} different names were given for {size} images.", hint="Give one name per image.")
+        return cls(
+            scores=given.scores,
+            readable=np.ones(size, dtype=bool),
+            names=texts,
+            truths=given.truths,
+            stages=() if given.answers is None else (_own_stage(given, given.answers, judge),),
+            predicted=best if given.answers is None else np.where(answered, given.answers, best),
+            probabilities=np.where(answered, np.nan, given.scores.probabilities.max(axis=1).astype(np.float64)),
+            decided_by=tuple("judge" if each else "scorer" for each in answered.tolist()),
+        )
 
     def __len__(self) -> int:
         return len(self.truths)
@@ -178,6 +232,7 @@ class Record:
             digests=_some(self.digests, rows) if self.digests else (),
             info=self.info,
             fused=self.fused and self.fused.take(rows),
+            about=tuple(self.about[row] for row in rows.tolist()) if self.about else (),
         )
 
     @property
@@ -205,6 +260,26 @@ class Record:
         if not self.stages:
             raise DataError("The record has no judge.", hint="Run a cascade with a stage.")
         return self.stages[-1]
+
+
+def _own_stage(given: OwnArrays, answers: Columns, judge: str) -> Judged:
+    """The stage of answers that were recorded elsewhere."""
+    size, asked = len(answers), answers != NOBODY
+    none = np.zeros(size, dtype=np.int64)
+    return Judged(
+        judge=judge,
+        asked=asked,
+        outcomes=tuple(np.select([answers >= 0, asked], ["answered", "none"], "").tolist()),
+        answers=np.maximum(answers, NOBODY),
+        candidates=np.where(asked[:, None], given.candidates, NOBODY),
+        rationales=("",) * size,
+        dollars=given.dollars * asked,
+        seconds=np.zeros(size),
+        input_tokens=none,
+        output_tokens=none,
+        paid=np.zeros(size),
+        none_offered=bool((answers < NOBODY).any()),
+    )
 
 
 def read_record(folder: str | Path) -> Record:
@@ -254,6 +329,7 @@ def read_record(folder: str | Path) -> Record:
             decided_by=tuple(content.decided_by),
             digests=tuple(content.digests),
             info=manifest,
+            about=tuple(content.about) if manifest.columns.told else (),
         )
 
 
@@ -355,6 +431,7 @@ class _Content:
         self.names: list[str] = []
         self.digests: list[str] = []
         self.decided_by: list[str] = []
+        self.about: list[About] = []
         self.truths = np.full(images, NOBODY, dtype=np.int64)
         self.predicted = np.full(images, NOBODY, dtype=np.int64)
         self.probabilities = np.full(images, np.nan)
@@ -366,6 +443,7 @@ class _Content:
         """Add the next line."""
         self.names.append(valid_text(line.path))
         self.digests.append(line.pixels)
+        self.about.append({"id": line.id, "kept": line.kept})
         self.decided_by.append(line.decided_by or "")
         self.truths[number] = self.column[line.truth or ""]
         self.readable[number] = bool(line.candidates)

@@ -4,7 +4,7 @@ Lines of ``predictions.jsonl`` are written as they are read, so memory grows by 
 the images to label next are picked. If the run is not finished, the predictions that exist at the start of the export are
 exported. Relative paths count from the working directory, as in the run.
 
-- Images that the run could not read, or that have disappeared since then, are exported only to CSV.
+- Images that the run could not read, or that have disappeared since then, are exported only to CSV and Parquet.
 - Images without a label because the cascade abstained are unlabelled images in every format.
 - Images in a table are read from the table. Formats that can only name files cannot export them.
 """
@@ -15,10 +15,10 @@ import mmap
 import os
 import tempfile
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import reduce
-from itertools import compress
+from itertools import compress, islice
 from pathlib import Path
 from typing import Literal, TextIO, TypeAlias
 from urllib.parse import quote
@@ -30,15 +30,17 @@ from pydantic import BaseModel, JsonValue, ValidationError
 from cascadevlm.base.bounds import Count, require_number
 from cascadevlm.base.errors import DataError, ImageError, InputError
 from cascadevlm.base.files import valid_text
-from cascadevlm.base.images import size_of
+from cascadevlm.base.images import read_bytes, size_of
+from cascadevlm.base.remote import Place, is_address, name_of, place_of
+from cascadevlm.base.tables import USUAL, ColumnNames
 from cascadevlm.decision.picking import most_instructive
 from cascadevlm.runs.inputs import Inputs
-from cascadevlm.runs.lines import Line, read_lines
+from cascadevlm.runs.lines import ROWS_AT_ONCE, KeptTypes, Line, read_lines
 from cascadevlm.runs.manifest import NAME
 from cascadevlm.runs.run_folder import PREDICTIONS
 
-COLUMNS = ("path", "label", "probability", "decided_by", "escalated", "outcome", "dollars", "error")
-"""The columns of tables."""
+COLUMNS = ("path", "id", "label", "probability", "decided_by", "escalated", "outcome", "dollars", "error")
+"""The columns of tables. The column ``id`` exists only if the images have ids. Kept columns follow."""
 
 LEFT_OUT, UNLABELLED, LABELLED = range(3)
 """What becomes of a line: it is left out, or exported without or with a label."""
@@ -52,10 +54,11 @@ class _Named(BaseModel):
 
 
 class _Described(BaseModel):
-    """The part of a run's manifest that is used: the labels, and the path of the inputs ("" if it is not known)."""
+    """The part of a run's manifest that is used: the labels, the path of the inputs ("" if it is not known), the columns."""
 
     labels: list[_Named]
     inputs: str = ""
+    columns: ColumnNames = USUAL
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,24 +83,24 @@ class Predictions:
         """
         return read_lines(self.file, Line, self.end)
 
-    def with_images(self) -> Iterator[tuple[int, Line, Path | bytes]]:
-        """The lines with their numbers, and the path or the bytes of the image.
+    def with_images(self) -> Iterator[tuple[int, Line, Place | bytes]]:
+        """The lines with their numbers, and the path, the address or the bytes of the image.
 
         Raises:
             DataError: if the table contains other images than during the run.
         """
         if self.table is None:
-            yield from ((number, line, Path(line.path)) for number, line in self)
+            yield from ((number, line, place_of(line.path)) for number, line in self)
             return
         rows = iter(self.table)
         for number, line in self:
             name, image = next(rows, ("", b""))
             if name != line.path:
-                raise DataError(
-                    f"Row {number - 1} of {str(self.table.path)!r} was {line.path!r} in the run and is now {name or 'gone'!r}.",
-                    hint="Export with the same table as in the run.",
+                told = (
+                    f"Row {number - 1} of {name_of(self.table.path)!r} was {line.path!r} in the run and is now {name or 'gone'!r}"
                 )
-            yield number, line, image if isinstance(image, bytes) else Path(line.path)
+                raise DataError(f"{told}.", hint="Export with the same table as in the run.")
+            yield number, line, image if isinstance(image, bytes) else place_of(line.path)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,20 +112,28 @@ class Chosen:
         labels: names of the label set.
         predictions: all predictions of the run.
         wanted: for each line, `LEFT_OUT`, `UNLABELLED` or `LABELLED`.
+        kept: the types of the kept columns.
+        columns: those of `COLUMNS` that tables have.
     """
 
     name: str
     labels: tuple[str, ...]
     predictions: Predictions
     wanted: bytearray
+    kept: KeptTypes
+    columns: tuple[str, ...]
 
     def __iter__(self) -> Iterator[tuple[int, Line]]:
         """The lines with their numbers in the file, from 1."""
         return compress(self.predictions, self.wanted)
 
-    def with_images(self) -> Iterator[tuple[int, Line, Path | bytes]]:
-        """The lines with their numbers, and the path or the bytes of the image."""
+    def with_images(self) -> Iterator[tuple[int, Line, Place | bytes]]:
+        """The lines with their numbers, and the path, the address or the bytes of the image."""
         return compress(self.predictions.with_images(), self.wanted)
+
+    def cells(self, line: Line, taken: Collection[str] = COLUMNS) -> dict[str, JsonValue]:
+        """The row of a line in a table: the values of `columns`, and of the kept columns. ``taken`` as in `KeptTypes.names`."""
+        return {name: getattr(line, name) for name in self.columns} | self.kept.cells(line, taken)
 
 
 Images: TypeAlias = Literal["none", "any", "files"]
@@ -203,10 +214,11 @@ def export(run: str | Path, to: str, output: str | Path, *, review: bool = False
 def _choose(run: Path, to: str, *, review: bool, label_next: int | None) -> tuple[Chosen, int]:
     """The predictions to export, and the number of images that are left out because they cannot be read."""
     form, described = FORMATS[to], _description_of(run)
-    said = predictions_of(run, table_of(described.inputs) if form.images == "any" else None)
+    said = predictions_of(run, table_of(described.inputs, described.columns) if form.images == "any" else None)
     labels = tuple(label.name for label in described.labels)
     known, occurring, asked_for, wanted = set(labels), set[str](), 0, bytearray()
     certainties, guesses, columns = array("d"), array("q"), dict[str, int]()
+    kept, have_ids = KeptTypes(), False
     for number, line, image in said.with_images():
         named = {line.label} if line.label is not None else set()
         if known and not named <= known:
@@ -214,12 +226,14 @@ def _choose(run: Path, to: str, *, review: bool, label_next: int | None) -> tupl
                 f"{str(said.file)!r}, line {number}: {line.label!r} is not in the label set of the run.",
                 hint="Use the unchanged folder of a run.",
             )
+        kept.add(line)
+        have_ids = have_ids or line.id is not None
         occurring |= named | {candidate.label for candidate in line.candidates}
         if (review and not line.abstained) or (label_next and not line.candidates):
             wanted.append(LEFT_OUT)
             continue
         asked_for += 1
-        readable = form.images == "none" or (bool(line.candidates) and _is_there(image))
+        readable = form.images == "none" or (bool(line.candidates) and _is_there(image, form.images))
         wanted.append(LEFT_OUT if not readable else UNLABELLED if line.label is None else LABELLED)
         if label_next and readable:
             best = min(line.candidates, key=lambda candidate: candidate.rank)
@@ -237,11 +251,22 @@ def _choose(run: Path, to: str, *, review: bool, label_next: int | None) -> tupl
     if label_next:
         rows = np.frombuffer(wanted, dtype=np.uint8)
         rows[np.flatnonzero(rows)[~most_instructive(np.array(certainties), np.array(guesses), label_next)]] = LEFT_OUT
-    return Chosen(name=run.resolve().name, labels=labels or tuple(sorted(occurring)), predictions=said, wanted=wanted), left_out
+    chosen = Chosen(
+        name=run.resolve().name,
+        labels=labels or tuple(sorted(occurring)),
+        predictions=said,
+        wanted=wanted,
+        kept=kept,
+        columns=tuple(name for name in COLUMNS if have_ids or name != "id"),
+    )
+    return chosen, left_out
 
 
-def _is_there(image: Path | bytes) -> bool:
-    return image.is_file() if isinstance(image, Path) else bool(image)
+def _is_there(image: Place | bytes, needed: Images) -> bool:
+    """Whether an image can be exported. An image at an address is not downloaded to find this out."""
+    if isinstance(image, Path):
+        return image.is_file()
+    return bool(image) and (needed != "files" or isinstance(image, bytes))
 
 
 def predictions_of(run: Path, table: Inputs | None) -> Predictions:
@@ -280,16 +305,25 @@ def _description_of(run: Path) -> _Described:
         ) from exc
 
 
-def table_of(inputs: str) -> Inputs | None:
-    """The table that contains the images of a run; None if the images are files or the table does not exist any more."""
-    path = Path(inputs)
-    table = Inputs(path) if path.suffix and path.is_file() else None
-    return table if table is not None and table.holds_images else None
+def table_of(inputs: str, columns: ColumnNames) -> Inputs | None:
+    """The table that contains the images of a run; None if the images are files or the table does not exist any more.
+
+    Args:
+        inputs: the inputs in the manifest of the run.
+        columns: the columns in the manifest.
+    """
+    if not (is_address(inputs) or Path(inputs).is_absolute()):
+        return None
+    try:
+        table = Inputs(inputs, columns)
+    except DataError:
+        return None
+    return table if table.holds_images else None
 
 
 def _unreadable(file: Path, to: str, described: _Described) -> DataError:
     """The error if no image can be exported in a format."""
-    if table_of(described.inputs) is not None and FORMATS[to].images == "files":
+    if table_of(described.inputs, described.columns) is not None and FORMATS[to].images == "files":
         others = ", ".join(name for name, form in FORMATS.items() if form.images != "files")
         told = f"The images are inside {described.inputs!r}, and the format {to!r} can only name files."
         return DataError(told, hint=f"Formats that need no files are {others}.")
@@ -303,22 +337,41 @@ def absolute(line: Line) -> Path:
     return Path(os.path.normpath(Path(line.path).absolute()))
 
 
-def columns_of(line: Line) -> dict[str, JsonValue]:
-    """The values of the columns in `COLUMNS`."""
-    return {name: getattr(line, name) for name in COLUMNS}
-
-
 def write_csv(chosen: Chosen, output: Path) -> str:
-    """Write a table with `COLUMNS`. A text that a spreadsheet would read as a formula gets an apostrophe in front."""
+    """Write a table with `COLUMNS` and the kept columns. A text that a spreadsheet would read as a formula gets an apostrophe in
+    front.
+    """
 
     def cell(value: JsonValue) -> JsonValue:
         return f"'{value}" if isinstance(value, str) and value.startswith(FORMULA) else value
 
     with output.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file:
-        table = csv.DictWriter(file, COLUMNS)
+        table = csv.DictWriter(file, [*chosen.columns, *chosen.kept.names(COLUMNS).values()])
         table.writeheader()
-        table.writerows({name: cell(value) for name, value in columns_of(line).items()} for _, line in chosen)
+        table.writerows({name: cell(value) for name, value in chosen.cells(line).items()} for _, line in chosen)
     return "It is UTF-8 with a header line."
+
+
+_TYPES = {"probability": "float64", "escalated": "bool", "dollars": "float64"}
+"""The types of `COLUMNS` that are not texts, by their names in Arrow and ``datasets``."""
+
+
+def write_parquet(chosen: Chosen, output: Path) -> str:
+    """Write a Parquet table with `COLUMNS` and the kept columns, which keep their types."""
+    import pyarrow
+    import pyarrow.parquet
+
+    kinds = {name: pyarrow.type_for_alias(_TYPES.get(name, "string")) for name in chosen.columns}
+    schema = pyarrow.schema(kinds | chosen.kept.schema(COLUMNS))
+    rows = (_valid(chosen.cells(line)) for _, line in chosen)
+    with pyarrow.parquet.ParquetWriter(output, schema) as writer:
+        while some := list(islice(rows, ROWS_AT_ONCE)):
+            writer.write_table(pyarrow.Table.from_pylist(some, schema=schema))
+    return "Load it: pandas.read_parquet(FILE)."
+
+
+def _valid(cells: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
+    return {name: valid_text(value) if isinstance(value, str) else value for name, value in cells.items()}
 
 
 def write_hf(chosen: Chosen, output: Path) -> str:
@@ -334,15 +387,16 @@ def write_hf(chosen: Chosen, output: Path) -> str:
         import datasets
     except ModuleNotFoundError as exc:
         raise DataError("The format 'hf' needs the package 'datasets'.", hint="Install it: pip install datasets") from exc
-    kinds = {"probability": "float64", "escalated": "bool", "dollars": "float64"}
-    columns = {name: datasets.Value(kinds.get(name, "string")) for name in COLUMNS}
+    columns = {name: datasets.Value(_TYPES.get(name, "string")) for name in chosen.columns}
+    taken = (*COLUMNS, "image")
+    columns |= {name: datasets.Value(chosen.kept.type_of(column)) for column, name in chosen.kept.names(taken).items()}
     columns |= {"image": datasets.Image(), "label": datasets.ClassLabel(names=list(chosen.labels))}
 
     def examples() -> Iterator[dict[str, object]]:
         for _, line, image in chosen.with_images():
-            texts = {name: valid_text(value) if isinstance(value, str) else value for name, value in columns_of(line).items()}
-            content = image if isinstance(image, bytes) else image.read_bytes()
-            yield {**texts, "image": {"bytes": content, "path": valid_text(Path(line.path).name)}}
+            content = image if isinstance(image, bytes) else read_bytes(image)
+            stored = {"bytes": content, "path": valid_text(Path(line.path).name)}
+            yield {**_valid(chosen.cells(line, taken)), "image": stored}
 
     try:
         made = datasets.Dataset.from_generator(
@@ -365,9 +419,11 @@ def write_coco(chosen: Chosen, output: Path) -> str:
     """
     category = {name: number for number, name in enumerate(chosen.labels, start=1)}
 
-    def image(number: int, line: Line, source: Path | bytes) -> dict[str, JsonValue]:
+    def image(number: int, line: Line, source: Place | bytes) -> dict[str, JsonValue]:
         width, height = size_of(source)
-        return {"id": number, "file_name": line.path, "width": width, "height": height}
+        fields: dict[str, JsonValue] = {"id": number, "file_name": line.path, "width": width, "height": height}
+        ids = {} if line.id is None else {"input.id": line.id}
+        return fields | ids | chosen.kept.cells(line, fields)
 
     with output.open("w", encoding="utf-8") as file:
         file.write(f'{{"info": {json.dumps({"description": f"Predictions of {chosen.name}"})},\n"categories": ')
@@ -397,7 +453,7 @@ def write_label_studio(chosen: Chosen, output: Path) -> str:
 
     def task(line: Line) -> dict[str, JsonValue]:
         place = quote(os.fsencode(absolute(line).relative_to(storage.parent).as_posix()))
-        data: JsonValue = {**columns_of(line), "image": f"/data/local-files/?d={place}"}
+        data: JsonValue = {**chosen.cells(line), "image": f"/data/local-files/?d={place}"}
         if line.label is None:
             return {"data": data}
         choice: JsonValue = {"from_name": "label", "to_name": "image", "type": "choices", "value": {"choices": [line.label]}}
@@ -454,6 +510,7 @@ def _write_joined(file: TextIO, opening: str, items: Iterable[str], closing: str
 
 FORMATS: Mapping[str, Format] = {
     "csv": Format(write=write_csv, images="none"),
+    "parquet": Format(write=write_parquet, images="none"),
     "hf": Format(write=write_hf, images="any"),
     "coco": Format(write=write_coco, images="any"),
     "label-studio": Format(write=write_label_studio, images="files"),

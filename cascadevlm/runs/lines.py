@@ -4,11 +4,11 @@ lines, and reads them for counts, exports, reports and records.
 
 import json
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, Self, TypeVar
+from typing import TYPE_CHECKING, BinaryIO, Literal, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,7 @@ from pydantic_core import PydanticSerializationError, to_json
 
 from cascadevlm.base.errors import DataError
 from cascadevlm.base.files import valid_text
+from cascadevlm.base.tables import USUAL, ColumnNames
 from cascadevlm.base.types import DecidedBy, Outcome, Prediction, Question, Usage, Verdict
 
 if TYPE_CHECKING:
@@ -104,6 +105,8 @@ class Line(BaseModel):
     Attributes:
         digest: the sha256 of the image's file; "" if the image is not a file or could not be scored.
         truth: name of the true label; None if the images have no labels.
+        id: the id of the image; None if the images have no ids.
+        kept: the values of the kept columns of the image's row, by column.
     """
 
     path: InstanceOf[str]
@@ -118,6 +121,8 @@ class Line(BaseModel):
     error: InstanceOf[str]
     digest: str = ""
     truth: InstanceOf[str] | None = None
+    id: InstanceOf[str] | None = None
+    kept: dict[InstanceOf[str], InstanceOf[str] | JsonValue] = {}
 
     @classmethod
     def read(cls, text: str | bytes) -> Self:
@@ -276,36 +281,85 @@ def failure_of(prediction: Prediction | Line) -> str:
     return next((verdict.error for verdict in prediction.verdicts if verdict.outcome in ("failed", "refused", "unparsed")), "")
 
 
-def write_table(lines: Path, table: Path, order: NDArray[np.int64] | None = None) -> None:
+def write_table(lines: Path, table: Path, order: NDArray[np.int64] | None = None, columns: ColumnNames = USUAL) -> None:
     """Write the predictions as a Parquet table. The table is written completely or not at all.
 
     Args:
         lines: the file of the predictions.
         table: the table.
         order: as for `read_lines`.
+        columns: the columns of the images' table whose values the lines contain.
     """
     import pyarrow
     import pyarrow.parquet
 
-    schema, unfinished = table_schema(), table.with_name(f"{table.name}.part")
+    kept = KeptTypes(columns.keep)
+    if columns.keep:
+        for _, line in read_lines(lines, Line):
+            kept.add(line)
+    schema, unfinished = table_schema(columns, kept), table.with_name(f"{table.name}.part")
     with pyarrow.parquet.ParquetWriter(unfinished, schema) as writer:
-        rows = (_row(line) for _, line in read_lines(lines, Line, order=order))
+        rows = (_row(line) | kept.cells(line, _COLUMNS) for _, line in read_lines(lines, Line, order=order))
         while some := list(islice(rows, ROWS_AT_ONCE)):
             writer.write_table(pyarrow.Table.from_pylist(some, schema=schema))
     unfinished.replace(table)
 
 
-def table_schema() -> "pyarrow.Schema":
+_TEXTS = ("path", "truth", "label", "decided_by", "outcome", "judge", "rationale", "error")
+_COLUMNS = frozenset((*_TEXTS, "id", "probability", "escalated", "dollars", "candidates", "reasons"))
+
+
+def table_schema(columns: ColumnNames, kept: "KeptTypes") -> "pyarrow.Schema":
     """The columns of ``predictions.parquet``."""
     from pyarrow import bool_, float64, int64, list_, schema, string, struct
 
-    texts = dict.fromkeys(("path", "truth", "label", "decided_by", "outcome", "judge", "rationale", "error"), string())
     candidate = struct({"label": string(), "probability": float64(), "rank": int64()}.items())
     return schema(
-        texts
+        dict.fromkeys((*(["id"] if columns.id is not None else []), *_TEXTS), string())
         | {"probability": float64(), "escalated": bool_(), "dollars": float64()}
         | {"candidates": list_(candidate), "reasons": list_(string())}
+        | kept.schema(_COLUMNS)
     )
+
+
+class KeptTypes:
+    """The types of the values of kept columns: per column, one type that holds all values of the column."""
+
+    def __init__(self, columns: Iterable[str] = ()) -> None:
+        self._seen: dict[str, set[type]] = {column: set() for column in columns}
+
+    def add(self, line: Line) -> None:
+        """Take the values of a line into account."""
+        for column, value in line.kept.items():
+            too_large = isinstance(value, int) and abs(value) >= 1 << 63
+            self._seen.setdefault(column, set()).add(str if too_large else type(value))
+
+    def type_of(self, column: str) -> Literal["bool", "int64", "float64", "string"]:
+        """The type of a column, by the name that Arrow and ``datasets`` use. Values of different types become text."""
+        seen = self._seen[column] - {type(None)}
+        if seen == {bool}:
+            return "bool"
+        if seen == {int}:
+            return "int64"
+        return "float64" if seen and seen <= {int, float} else "string"
+
+    def names(self, taken: Collection[str]) -> dict[str, str]:
+        """The name of each kept column in a table. If ``taken`` contains the name of a column, ``input.`` is put before it."""
+        return {column: f"input.{column}" if column in taken else column for column in self._seen}
+
+    def schema(self, taken: Collection[str]) -> "dict[str, pyarrow.DataType]":
+        """The Arrow type of each kept column, by its name in a table with the columns ``taken``."""
+        import pyarrow
+
+        return {name: pyarrow.type_for_alias(self.type_of(column)) for column, name in self.names(taken).items()}
+
+    def cells(self, line: Line, taken: Collection[str]) -> dict[str, JsonValue]:
+        """The values of a line's kept columns, by their names in a table with the columns ``taken``."""
+        cells: dict[str, JsonValue] = {}
+        for column, name in self.names(taken).items():
+            value = line.kept.get(column)
+            cells[name] = valid_text(str(value)) if value is not None and self.type_of(column) == "string" else value
+        return cells
 
 
 def _row(line: Line) -> dict[str, object]:
@@ -313,6 +367,7 @@ def _row(line: Line) -> dict[str, object]:
     last = line.verdict
     texts = {
         "path": line.path,
+        "id": line.id,
         "truth": line.truth,
         "label": line.label,
         "decided_by": line.decided_by,

@@ -13,14 +13,16 @@ from cascadevlm.base.environment import machine, versions
 from cascadevlm.base.errors import DataError
 from cascadevlm.base.files import valid_text, write_whole
 from cascadevlm.base.labels import Label
+from cascadevlm.base.remote import name_of
 from cascadevlm.base.secrets import without_secrets
+from cascadevlm.base.tables import USUAL, ColumnNames
 from cascadevlm.cascade.cascade import Cascade
 from cascadevlm.config.config import Config
 from cascadevlm.decision.calibration import Calibration
 from cascadevlm.judges.cache import key_of
 from cascadevlm.policies.base import as_policy
 from cascadevlm.policies.rules import Always
-from cascadevlm.runs.inputs import Inputs, Labelled, Named
+from cascadevlm.runs.inputs import Inputs, Labelled, Named, columns_of
 
 NAME = "manifest.json"
 
@@ -29,7 +31,8 @@ class Manifest(BaseModel):
     """``manifest.json``.
 
     Attributes:
-        inputs: path of the images, or the kind of their source.
+        inputs: path or address of the images, or the kind of their source.
+        columns: the columns of the table that the images were read from.
         labelled: true if the images have true labels; the folder is then a record.
         stages: the spec of the judge of each stage.
         asks_all: true if every judge is asked about every image, even if the policies of the configuration do not escalate it.
@@ -46,6 +49,7 @@ class Manifest(BaseModel):
     config: dict[str, JsonValue]
     labels: list[Label]
     inputs: str
+    columns: ColumnNames = USUAL
     labelled: bool = False
     stages: list[str] = []
     asks_all: bool = False
@@ -63,7 +67,8 @@ class Manifest(BaseModel):
         return cls(
             config=without_secrets(config),
             labels=list(cascade.labels),
-            inputs=valid_text(str(inputs.path.absolute())) if isinstance(inputs, Inputs) else type(inputs).__name__,
+            inputs=_place(inputs) if isinstance(inputs, Inputs) else type(inputs).__name__,
+            columns=columns_of(inputs),
             labelled=isinstance(inputs, Labelled),
             stages=[stage.judge.spec for stage in cascade.stages],
             asks_all=all(isinstance(as_policy(stage.policy), Always) for stage in cascade.stages),
@@ -109,6 +114,8 @@ class Manifest(BaseModel):
         names = {**self.contents, **other.contents}
         found += [f"the content of {name} differs" for name in names if self.contents.get(name) != other.contents.get(name)]
         found += ["the labels differ"] * (self.labels != other.labels)
+        if self.columns != other.columns:
+            found.append(f"its images were read with {self.columns} and are now read with {other.columns}")
         if self.labelled != other.labelled:
             found.append(f"its images {'have true' if self.labelled else 'have no true'} labels")
         if self.asks_all != other.asks_all:
@@ -157,6 +164,11 @@ class Manifest(BaseModel):
         manifest = self.model_copy(update=learned)
         manifest.write(folder)
         return manifest
+
+
+def _place(inputs: Inputs) -> str:
+    place = inputs.path
+    return valid_text(str(place.absolute())) if isinstance(place, Path) else name_of(place)
 
 
 def require_same(folder: Path, differences: list[str]) -> None:

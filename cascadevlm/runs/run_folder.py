@@ -5,8 +5,9 @@
     manifest.json         the frozen configuration, the labels, digests of the files that the configuration
                           names, the scorer's fingerprint, the judges' identities, versions, and the start time of the run
     predictions.jsonl     one line per image in the order of the decisions, which is the order of the input unless the input is
-                          shuffled: `Prediction.to_dict`, the digest of the image's file, and a checksum.
-                          In a record also the true label, the split, the digest of the pixels and the question to each judge
+                          shuffled: `Prediction.to_dict`, the digest of the image's file, the id and the kept columns of the
+                          image's row, and a checksum. In a record also the true label, the split, the digest of the pixels and
+                          the question to each judge
     failures.jsonl        images that could not be read, and images whose question got no answer
     ledger.jsonl          the amounts that were reserved for judges, and the amounts that judges billed
     progress.json         position of the decisions at the last flush of the predictions
@@ -55,13 +56,14 @@ from pydantic import JsonValue, TypeAdapter, ValidationError
 
 from cascadevlm.base.errors import DataError, ImageError
 from cascadevlm.base.files import write_whole, writing_to
+from cascadevlm.base.image_table import About
 from cascadevlm.base.types import NANODOLLARS, Prediction, Question, Scores, Verdict
 from cascadevlm.cascade.engine import BEGINNING, Checkpoint
 from cascadevlm.cascade.observer import Observer
 from cascadevlm.judges.base import Judge
 from cascadevlm.judges.budget import DurableLedger, line_of_ledger
 from cascadevlm.runs import manifest as manifests
-from cascadevlm.runs.inputs import Labelled, Named, names
+from cascadevlm.runs.inputs import Labelled, Named, about, names
 from cascadevlm.runs.learned_file import read_learned, write_learned
 from cascadevlm.runs.lines import Asked, LabelledLine, Line, checked, failure_of, line_of, with_checksum, write_table
 from cascadevlm.runs.manifest import Manifest
@@ -161,6 +163,8 @@ class RunFolder(Observer):
         self._learned_at = 0
         self._predictions = predictions
         self._failures = failures
+        self._inputs = inputs
+        self._about: Iterator[About] | None = None
         self._labelled = inputs if isinstance(inputs, Labelled) else None
         self._scores = scores
         self._finished = (folder / TABLE).exists() and (manifest.labelled or (folder / SUMMARY).exists())
@@ -237,7 +241,8 @@ class RunFolder(Observer):
             DataError: if the predictions are of other images or labels, or cost more than the ledger contains.
         """
         path = self.folder / PREDICTIONS
-        images = zip(names(inputs), inputs.truths if isinstance(inputs, Labelled) else repeat(None), strict=False)
+        truths = inputs.truths if isinstance(inputs, Labelled) else repeat(None)
+        images = zip(names(inputs), truths, about(inputs), strict=False)
         sound = 0
         dollars = 0.0
         with path.open("rb") as lines:
@@ -248,7 +253,7 @@ class RunFolder(Observer):
                         damage = f"The predictions were damaged after {count} images; all later predictions are made again."
                         warnings.warn(damage, RuntimeWarning, stacklevel=2)
                     break
-                self._require_same(read, *next(images, ("", None)))
+                self._require_same(read, *next(images, ("", None, {})))
                 if self._is_outdated(read, raised=raised) or (retry_failed and read.failed):
                     break
                 sound += len(line)
@@ -276,8 +281,8 @@ class RunFolder(Observer):
             return None
         return labelled if self._scores.holds(self.tally.images, labelled.scores, labelled.embedding) else None
 
-    def _require_same(self, line: Line, name: str, truth: str | None) -> None:
-        """Raise DataError if the next image has another name or true label than the line."""
+    def _require_same(self, line: Line, name: str, truth: str | None, told_of: About) -> None:
+        """Raise DataError if the next image has another name, true label or id than the line."""
         number, folder = self.tally.images, str(self.folder)
         if name != line.path:
             raise DataError(
@@ -286,6 +291,9 @@ class RunFolder(Observer):
             )
         if truth != line.truth:
             told = f"The true label of image {number} of {folder!r} was {line.truth!r} and is now {truth!r}."
+            raise DataError(told, hint="Give another folder.")
+        if told_of.get("id") != line.id:
+            told = f"The id of image {number} of {folder!r} was {line.id!r} and is now {told_of.get('id')!r}."
             raise DataError(told, hint="Give another folder.")
 
     def _is_outdated(self, line: Line, *, raised: bool) -> bool:
@@ -380,7 +388,10 @@ class RunFolder(Observer):
         """Write the next prediction. It is safe after the next flush."""
         number = self.tally.images
         with writing_to(self.folder):
-            line = line_of(prediction, {"path": path} | self._known.pop(number, {}) | self._of_record(number, prediction))
+            if self._about is None:
+                self._about = about(self._inputs, number)
+            known = {"path": path, **next(self._about, {}), **self._known.pop(number, {})}
+            line = line_of(prediction, known | self._of_record(number, prediction))
             if self._finished:
                 self._unfinish()
             self._predictions.write(line)
@@ -441,7 +452,8 @@ class RunFolder(Observer):
         if self._finished:
             return
         with writing_to(self.folder):
-            write_table(self.folder / PREDICTIONS, self.folder / TABLE, None if order is None else np.argsort(order))
+            places = None if order is None else np.argsort(order)
+            write_table(self.folder / PREDICTIONS, self.folder / TABLE, places, self.manifest.columns)
             if not self.manifest.labelled:
                 write_whole(self.folder / SUMMARY, json.dumps(self.tally.to_dict(), indent=2) + "\n")
         self._finished = True

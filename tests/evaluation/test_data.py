@@ -24,7 +24,8 @@ from cascadevlm import Cascade
 from cascadevlm.base.errors import DataError
 from cascadevlm.base.images import ImageSource, load_image
 from cascadevlm.base.labels import Label, LabelSet
-from cascadevlm.evaluation.data import LONGEST_SHOWN, Data, read_data, stratified
+from cascadevlm.base.tables import LONGEST_SHOWN
+from cascadevlm.evaluation.data import Data, read_data, stratified
 from cascadevlm.judges.support import SupportSet
 from cascadevlm.runs.inputs import Inputs
 from cascadevlm.testing import FakeScorer, noise
@@ -73,7 +74,7 @@ def write_jsonl(path: Path, rows: Sequence[dict[str, str]]) -> None:
 
 
 def write_parquet(path: Path, rows: Sequence[dict[str, str]]) -> None:
-    table = pyarrow.Table.from_pylist([{**row, "image": b"..."} for row in rows])
+    table = pyarrow.Table.from_pylist([{**row, "thumbnail": b"..."} for row in rows])
     label = table.column("label").dictionary_encode()  # as pandas writes categories
     pyarrow.parquet.write_table(table.set_column(table.column_names.index("label"), "label", label), path)
 
@@ -283,17 +284,22 @@ def test_what_is_told_is_bounded(folder: Path) -> None:
     ("name", "content", "told"),
     [
         ("data.csv", "file,label\nx,ant\n", r"has no column 'path'\. Its columns: 'file', 'label'\."),
+        ("data.csv", "paths,label\nx,ant\n", r"has no column 'path'\. Did you mean 'paths'\? Its columns: 'paths', 'label'\."),
         ("data.csv", "path,class\nx,ant\n", r"has no column 'label'"),
         ("data.csv", "", r"has no column 'path'\. Its columns: none\."),
         ("data.csv", "path,label\n", "contains no images"),
-        ("data.csv", b"path,label\n\xff,ant\n", "cannot be read"),
+        ("data.csv", b"path,label\n\xff,ant\n", "1 files do not exist"),
         ("data.csv", "path,label\nx\n", r"1 labels are not in the label set \(''\)"),
-        ("data.csv", "path,label\n,ant\n", "1 files do not exist"),
+        ("data.csv", "path,label\n,ant\n", r"1 rows have no image \('#0'\)"),
         ("data.jsonl", '{"path": 1\n', "cannot be read"),
-        ("data.jsonl", "\n[1, 2]\n", "line 2 is not a JSON object"),
-        ("data.jsonl", '{"image": "x"}\n', "has no column 'path'"),
+        (
+            "data.jsonl",
+            '{"label": "ant", "path": "x"}\n[1, 2]\n',
+            r"line 2 contains in its column 'path' \[1, 2\], which is neither",
+        ),
+        ("data.jsonl", '{"image": "x"}\n', "has no column 'label'"),
         ("data.parquet", "no parquet", "cannot be read"),
-        ("data.xlsx", "", r"is not a folder and not a table\. Known tables: \.csv, \.jsonl, \.parquet\."),
+        ("data.xlsx", "", r"is neither a folder nor a list of images\. The name of a list ends in \.txt, \.csv"),
     ],
 )
 def test_what_is_no_table(tmp_path: Path, name: str, content: str | bytes, told: str) -> None:
@@ -317,7 +323,7 @@ def test_what_is_no_data(tmp_path: Path, folder: Path) -> None:
     for source, told in [
         (tmp_path / "nowhere", "does not exist"),
         (tmp_path / "empty", r"contains no images\. A folder of labelled images needs one subfolder per class"),
-        (tmp_path / "broken", "is not a saved dataset"),
+        (tmp_path / "broken", "broken' cannot be read"),
         (no_classes, r"no column of images or no column of classes\. Its columns: 'text'"),
         ({"train": 1}, "are not datasets"),
         (hub(folder).to_iterable_dataset(), "type IterableDataset is not labelled data"),
@@ -411,5 +417,5 @@ def test_a_line_that_is_too_deep_is_told_by_its_number(tmp_path: Path) -> None:
 
 def test_a_pipe_is_no_table(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "table.csv")
-    with pytest.raises(DataError, match="is not a folder and not a table"):
+    with pytest.raises(DataError, match="is neither a folder nor a list of images"):
         read_data(tmp_path / "table.csv", LABELS)

@@ -240,9 +240,11 @@ def test_memory_does_not_grow_with_the_predictions(run: Path, tmp_path: Path, to
     few = write_lines(tmp_path / "few", predictions(run / "images"))
     many = write_lines(tmp_path / "many", predictions(run / "images") * 400)
     assert many.stat().st_size > 1_000_000
+    if to == "parquet":
+        export(few, to, tmp_path / "first")  # loads pyarrow
     tries = range(2)  # the interpreter's own tables grow in leaps, now and then
     least = min(peak(few, tmp_path / f"few-{each}") for each in tries)
-    assert min(peak(many, tmp_path / f"many-{each}") for each in tries) < least + 200_000
+    assert min(peak(many, tmp_path / f"many-{each}") for each in tries) < least + (2_000_000 if to == "parquet" else 200_000)
 
 
 @pytest.mark.parametrize(
@@ -299,7 +301,7 @@ def test_a_run_that_is_going_on_is_exported_as_it_stood(
 
     monkeypatch.setattr(Line, "model_validate", growing)
     done = export(run, to, tmp_path / "out")
-    assert done.images == (5 if to == "csv" else 3)
+    assert done.images == (5 if FORMATS[to].images == "none" else 3)
     if to == "coco":
         written = json.loads((tmp_path / "out").read_text())
         assert [len(written[part]) for part in ("images", "annotations")] == [3, 2]
@@ -353,7 +355,7 @@ def test_a_table_may_be_named_from_anywhere(tmp_path: Path, monkeypatch: pytest.
 def test_what_can_only_name_files_says_so_of_images_in_a_table(table_run: Path, tmp_path: Path, to: str) -> None:
     (tmp_path / "file.png").unlink()
     with pytest.raises(
-        DataError, match=rf"are inside .*images.parquet', and the format '{to}' can only name files\. .* csv, hf, coco"
+        DataError, match=rf"are inside .*images.parquet', and the format '{to}' can only name files\. .* csv, parquet, hf, coco"
     ):
         export(table_run, to, tmp_path / "out")
 

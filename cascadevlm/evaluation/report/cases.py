@@ -14,6 +14,7 @@ from pydantic import JsonValue
 from cascadevlm.base.arrays import NOBODY
 from cascadevlm.base.errors import ImageError
 from cascadevlm.base.images import load_image, pixel_digest
+from cascadevlm.base.remote import place_of
 from cascadevlm.evaluation.metrics import Bools
 from cascadevlm.evaluation.record import Record
 from cascadevlm.policies import measures
@@ -144,7 +145,7 @@ def _thumbnail(image: tuple[str, str]) -> str:
     """
     name, digest = image
     try:
-        loaded = load_image(Path(name))
+        loaded = load_image(place_of(name))
     except ImageError:
         return ""
     if digest and pixel_digest(loaded) != digest:

@@ -14,6 +14,7 @@ from pydantic import BaseModel, JsonValue, ValidationError
 
 from cascadevlm.base.errors import ImageError
 from cascadevlm.base.images import ImageSource, load_image
+from cascadevlm.base.remote import place_of
 from cascadevlm.base.types import DecidedBy, Outcome
 from cascadevlm.evaluation import plots
 from cascadevlm.evaluation.report.cases import MOST_CASES, MOST_IN_ALL, drawn
@@ -252,10 +253,10 @@ def _case(line: Line, labels: dict[str, int]) -> dict[str, JsonValue]:
 def _thumbnails(run: BulkRun, rows: list[Numbered]) -> dict[int, str]:
     """Thumbnails by the number of the image. Images that were removed or replaced have no thumbnail."""
     names = {number: line.path for number, line in rows if line.candidates}
-    table = table_of(run.manifest.inputs)
+    table = table_of(run.manifest.inputs, run.manifest.columns)
     images: Iterator[tuple[int, tuple[str, ImageSource]]]
     if table is None:
-        images = ((number, (name, Path(name))) for number, name in names.items())
+        images = ((number, (name, place_of(name))) for number, name in names.items())
     else:
         images = zip(sorted(names), table.rows(names), strict=False)
     return {number: _thumbnail(source) for number, (name, source) in images if name == names[number]}

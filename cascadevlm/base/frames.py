@@ -1,0 +1,133 @@
+"""Data frames of pandas, Polars and Arrow: columns of images in, columns of predictions out."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Literal, TypeAlias, TypeVar, cast
+
+from cascadevlm.base.errors import InputError
+from cascadevlm.base.images import ImageSource
+from cascadevlm.base.tables import few, nearest_column, stored_image
+from cascadevlm.base.types import Prediction
+
+if TYPE_CHECKING:
+    import narwhals
+    from narwhals.typing import IntoDataFrame, IntoSeries
+
+FrameT = TypeVar("FrameT", bound="IntoDataFrame")
+
+Backend: TypeAlias = Literal["pandas", "polars", "pyarrow"]
+"""The library of a new frame."""
+
+Cells: TypeAlias = str | float | bool | None
+
+COLUMNS = ("label", "probability", "decided_by", "escalated", "outcome", "dollars", "error")
+"""The columns that a frame of predictions has."""
+
+
+class ImageFrame:
+    """A frame with a column of images.
+
+    Args:
+        frame: a pandas or Polars data frame, or an Arrow table.
+        column: the column of paths, addresses or encoded images.
+
+    Attributes:
+        images: the images. Empty bytes stand for a row without an image.
+
+    Raises:
+        InputError: if the argument is not a frame, has no such column, or contains something else than images.
+    """
+
+    def __init__(self, frame: object, column: str | None) -> None:
+        import narwhals
+
+        try:
+            self._frame = narwhals.from_native(cast("IntoDataFrame", frame), eager_only=True)
+        except TypeError as exc:
+            told = f"images is a {type(frame).__name__}, from which no column can be read."
+            raise InputError(
+                told, hint="Give a pandas or Polars data frame or an Arrow table; a lazy frame: frame.collect()."
+            ) from exc
+        if column is None:
+            told = f"images is a table ({type(frame).__name__}), and its column of images is not named."
+            raise InputError(told, hint=f"Add image=COLUMN. Its columns: {few(self._frame.columns)}.")
+        if column not in self._frame.columns:
+            raise InputError(f"The table has no column {column!r}.", hint=nearest_column(column, self._frame.columns))
+        self.images: list[ImageSource] = [_image(value, column, row) for row, value in enumerate(self._frame[column].to_list())]
+
+    def with_predictions(self, predictions: Sequence[Prediction]) -> object:
+        """A frame of the same kind: its own columns, and `COLUMNS`. An own column whose name is in `COLUMNS` gets ``input.`` in
+        front of its name.
+
+        Raises:
+            InputError: if the number of rows has changed since the images were read.
+        """
+        if len(self._frame) != len(predictions):
+            told = f"The table had {len(predictions)} rows when it was read, and has {len(self._frame)} rows now."
+            raise InputError(told, hint="Do not change the table during the call.")
+        own = self._frame.rename({name: f"input.{name}" for name in self._frame.columns if name in COLUMNS})
+        new = [_series(name, values, self._frame.implementation) for name, values in _columns(predictions).items()]
+        return own.with_columns(*new).to_native()
+
+
+def is_table(images: object) -> bool:
+    """Returns True for a data frame, a table, or a mapping of columns."""
+    kind = type(images)  # a lazy frame of Polars warns if its own columns are asked for
+    return isinstance(images, Mapping) or hasattr(kind, "columns") or hasattr(kind, "column_names")
+
+
+def _image(value: object, column: str, row: int) -> ImageSource:
+    try:
+        return stored_image(None if isinstance(value, float) else value)  # pandas stores NaN for a missing value
+    except ValueError as exc:
+        raise InputError(f"Row {row} of the table, counted from 0, contains in its column {column!r} {exc}.") from exc
+
+
+def _columns(predictions: Sequence[Prediction]) -> dict[str, list[Cells]]:
+    """The columns of predictions, by name."""
+    return {
+        "label": [each.label for each in predictions],
+        "probability": [each.probability for each in predictions],
+        "decided_by": [each.decided_by for each in predictions],
+        "escalated": [each.escalated for each in predictions],
+        "outcome": [each.verdict.outcome if each.verdict else None for each in predictions],
+        "dollars": [each.cost.dollars for each in predictions],
+        "error": [each.error for each in predictions],
+    }
+
+
+def _series(name: str, values: Sequence[Cells], backend: "Backend | narwhals.Implementation") -> "narwhals.Series[IntoSeries]":
+    """A column of booleans, numbers or texts. Its type is the type of its values; without values, the type is text."""
+    import narwhals
+
+    kinds = {type(value) for value in values} - {type(None)}
+    types: dict[type, narwhals.dtypes.DType] = {bool: narwhals.Boolean(), int: narwhals.Int64(), float: narwhals.Float64()}
+    kind = types.get(next(iter(kinds)), narwhals.String()) if len(kinds) == 1 else narwhals.String()
+    return narwhals.new_series(name, [*values], kind, backend=backend)
+
+
+def frame_of(columns: Mapping[str, Sequence[Cells]], backend: Backend) -> object:
+    """A new frame of these columns.
+
+    Raises:
+        InputError: if the library is not installed.
+    """
+    import narwhals
+
+    try:
+        series = [_series(name, values, backend) for name, values in columns.items()]
+        return narwhals.from_dict({each.name: each for each in series}).to_native()
+    except ImportError as exc:
+        raise InputError(f"The package {backend!r} is not installed.", hint="Install it, or use backend='pyarrow'.") from exc
+
+
+def predictions_frame(predictions: Sequence[Prediction], backend: Backend = "pandas") -> object:
+    """Predictions as a frame, one row per image: ``path``, and the columns in `COLUMNS`.
+
+    Args:
+        predictions: the predictions.
+        backend: the library of the frame: "pandas", "polars" or "pyarrow". Default: "pandas".
+
+    Raises:
+        InputError: if the library is not installed.
+    """
+    return frame_of({"path": [each.path for each in predictions], **_columns(predictions)}, backend)
