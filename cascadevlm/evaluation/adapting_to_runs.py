@@ -20,9 +20,9 @@ from cascadevlm.decision.means import Sums
 from cascadevlm.decision.scorer_calibration import ScorerCalibration
 from cascadevlm.decision.teaching import UNJUDGED, Labelled, Taught
 from cascadevlm.evaluation.adapting import Adapted, measured
-from cascadevlm.runs.export import predictions_of, table_of
 from cascadevlm.runs.lines import JudgedLine, read_lines
 from cascadevlm.runs.manifest import Manifest
+from cascadevlm.runs.predictions import predictions_of, table_of
 from cascadevlm.runs.run_folder import PREDICTIONS
 from cascadevlm.scorers.adapters import Made
 

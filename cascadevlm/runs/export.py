@@ -11,7 +11,6 @@ exported. Relative paths count from the working directory, as in the run.
 
 import csv
 import json
-import mmap
 import os
 import tempfile
 from array import array
@@ -31,13 +30,12 @@ from cascadevlm.base.bounds import Count, require_number
 from cascadevlm.base.errors import DataError, ImageError, InputError
 from cascadevlm.base.files import valid_text
 from cascadevlm.base.images import read_bytes, size_of
-from cascadevlm.base.remote import Place, is_address, name_of, place_of
+from cascadevlm.base.remote import Place
 from cascadevlm.base.tables import USUAL, ColumnNames
 from cascadevlm.decision.picking import most_instructive
-from cascadevlm.runs.inputs import Inputs
-from cascadevlm.runs.lines import ROWS_AT_ONCE, KeptTypes, Line, read_lines
+from cascadevlm.runs.lines import ROWS_AT_ONCE, KeptTypes, Line
 from cascadevlm.runs.manifest import NAME
-from cascadevlm.runs.run_folder import PREDICTIONS
+from cascadevlm.runs.predictions import Predictions, predictions_of, table_of
 
 COLUMNS = ("path", "id", "label", "probability", "decided_by", "escalated", "outcome", "dollars", "error")
 """The columns of tables. The column ``id`` exists only if the images have ids. Kept columns follow."""
@@ -59,48 +57,6 @@ class _Described(BaseModel):
     labels: list[_Named]
     inputs: str = ""
     columns: ColumnNames = USUAL
-
-
-@dataclass(frozen=True, kw_only=True)
-class Predictions:
-    """The predictions of a file with one JSON object per line. Each iteration reads the file again.
-
-    Attributes:
-        file: the file. It may grow during the export.
-        end: number of bytes to read.
-        table: the table that contains the images, one row per line; None if the images are files.
-    """
-
-    file: Path
-    end: int
-    table: Inputs | None
-
-    def __iter__(self) -> Iterator[tuple[int, Line]]:
-        """The lines with their numbers in the file, from 1.
-
-        Raises:
-            DataError: if a line is not a prediction.
-        """
-        return read_lines(self.file, Line, self.end)
-
-    def with_images(self) -> Iterator[tuple[int, Line, Place | bytes]]:
-        """The lines with their numbers, and the path, the address or the bytes of the image.
-
-        Raises:
-            DataError: if the table contains other images than during the run.
-        """
-        if self.table is None:
-            yield from ((number, line, place_of(line.path)) for number, line in self)
-            return
-        rows = iter(self.table)
-        for number, line in self:
-            name, image = next(rows, ("", b""))
-            if name != line.path:
-                told = (
-                    f"Row {number - 1} of {name_of(self.table.path)!r} was {line.path!r} in the run and is now {name or 'gone'!r}"
-                )
-                raise DataError(f"{told}.", hint="Export with the same table as in the run.")
-            yield number, line, image if isinstance(image, bytes) else place_of(line.path)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -269,28 +225,6 @@ def _is_there(image: Place | bytes, needed: Images) -> bool:
     return bool(image) and (needed != "files" or isinstance(image, bytes))
 
 
-def predictions_of(run: Path, table: Inputs | None) -> Predictions:
-    """The predictions in a file or a folder.
-
-    Raises:
-        DataError: if there are no predictions.
-    """
-    if not run.exists():
-        raise DataError(f"{str(run)!r} does not exist.", hint="Check the path.")
-    file = run / PREDICTIONS if run.is_dir() else run
-    if not file.exists():
-        raise DataError(f"{str(run)!r} contains no predictions.", hint=f"Give the folder of a run, which contains {PREDICTIONS}.")
-    return Predictions(file=file, end=_whole_lines(file) if run.is_dir() else file.stat().st_size, table=table)
-
-
-def _whole_lines(file: Path) -> int:
-    """Number of bytes of all complete lines. The last line may be incomplete."""
-    if not file.stat().st_size:
-        return 0
-    with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        return content.rfind(b"\n") + 1
-
-
 def _description_of(run: Path) -> _Described:
     """The part of the manifest in a folder; empty if there is no manifest."""
     found = run / NAME
@@ -303,22 +237,6 @@ def _description_of(run: Path) -> _Described:
             f"{str(found)!r} does not contain a valid label set: {exc.errors()[0]['msg']}.",
             hint="Use the unchanged folder of a run.",
         ) from exc
-
-
-def table_of(inputs: str, columns: ColumnNames) -> Inputs | None:
-    """The table that contains the images of a run; None if the images are files or the table does not exist any more.
-
-    Args:
-        inputs: the inputs in the manifest of the run.
-        columns: the columns in the manifest.
-    """
-    if not (is_address(inputs) or Path(inputs).is_absolute()):
-        return None
-    try:
-        table = Inputs(inputs, columns)
-    except DataError:
-        return None
-    return table if table.holds_images else None
 
 
 def _unreadable(file: Path, to: str, described: _Described) -> DataError:

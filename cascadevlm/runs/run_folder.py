@@ -289,12 +289,11 @@ class RunFolder(Observer):
                 f"Image {number} of {folder!r} was {line.path!r} and is now {name or 'gone'!r}.",
                 hint="Images may only be added after the last image. For other images, give another folder.",
             )
-        if truth != line.truth:
-            told = f"The true label of image {number} of {folder!r} was {line.truth!r} and is now {truth!r}."
-            raise DataError(told, hint="Give another folder.")
-        if told_of.get("id") != line.id:
-            told = f"The id of image {number} of {folder!r} was {line.id!r} and is now {told_of.get('id')!r}."
-            raise DataError(told, hint="Give another folder.")
+        same = [("true label", line.truth, truth), ("id", line.id, told_of.get("id"))]
+        for what, before, now in same:
+            if before != now:
+                told = f"The {what} of image {number} of {folder!r} was {before!r} and is now {now!r}."
+                raise DataError(told, hint="Give another folder.")
 
     def _is_outdated(self, line: Line, *, raised: bool) -> bool:
         """True if the image of a line was changed, or if it was skipped and the cap was raised."""

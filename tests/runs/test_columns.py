@@ -206,6 +206,15 @@ def test_ids_and_kept_columns_reach_every_output(tmp_path: Path) -> None:
     assert (image["id"], image["input.id"], image["price"]) == (1, "A-1", 3.5)
 
 
+@pytest.mark.parametrize("name", ["comma.csv", "paths.parquet"])
+def test_shuffled_images_keep_their_own_ids(tmp_path: Path, name: str) -> None:
+    FORMS[name](tmp_path / name, rows(tmp_path))
+    inputs = Inputs(tmp_path / name, COLUMNS, shuffled=True)
+    of_name = dict(zip(Inputs(tmp_path / name, COLUMNS).names(), SKUS, strict=True))
+    assert [of_name[image] for image in inputs.names()] == [told["id"] for told in inputs.about()]
+    assert [told["id"] for told in inputs.about(range(1, 3))] == [of_name[image] for image in inputs.names()][1:]
+
+
 def test_a_record_has_the_ids_and_kept_columns(tmp_path: Path) -> None:
     parquet(tmp_path / "table.parquet", rows(tmp_path))
     data = read_data(tmp_path / "table.parquet", LABELS, COLUMNS)

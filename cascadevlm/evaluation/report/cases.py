@@ -12,7 +12,7 @@ from PIL import Image
 from pydantic import JsonValue
 
 from cascadevlm.base.arrays import NOBODY
-from cascadevlm.base.errors import ImageError
+from cascadevlm.base.errors import BackendError, ImageError
 from cascadevlm.base.images import load_image, pixel_digest
 from cascadevlm.base.remote import place_of
 from cascadevlm.evaluation.metrics import Bools
@@ -146,7 +146,7 @@ def _thumbnail(image: tuple[str, str]) -> str:
     name, digest = image
     try:
         loaded = load_image(place_of(name))
-    except ImageError:
+    except (BackendError, ImageError):
         return ""
     if digest and pixel_digest(loaded) != digest:
         return ""

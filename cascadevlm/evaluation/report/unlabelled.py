@@ -12,16 +12,16 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, JsonValue, ValidationError
 
-from cascadevlm.base.errors import ImageError
+from cascadevlm.base.errors import BackendError, ImageError
 from cascadevlm.base.images import ImageSource, load_image
 from cascadevlm.base.remote import place_of
 from cascadevlm.base.types import DecidedBy, Outcome
 from cascadevlm.evaluation import plots
 from cascadevlm.evaluation.report.cases import MOST_CASES, MOST_IN_ALL, drawn
 from cascadevlm.evaluation.report.page import Drawing, rendered
-from cascadevlm.runs.export import predictions_of, table_of
 from cascadevlm.runs.lines import Line
 from cascadevlm.runs.manifest import NAME, Manifest
+from cascadevlm.runs.predictions import predictions_of, table_of
 from cascadevlm.runs.run_folder import SUMMARY, Tally
 
 SURE = 0.9
@@ -265,7 +265,7 @@ def _thumbnails(run: BulkRun, rows: list[Numbered]) -> dict[int, str]:
 def _thumbnail(source: ImageSource) -> str:
     try:
         return drawn(load_image(source))
-    except ImageError:
+    except (BackendError, ImageError):
         return ""
 
 
