@@ -22,6 +22,9 @@ Cells: TypeAlias = str | float | bool | None
 COLUMNS = ("label", "probability", "decided_by", "escalated", "outcome", "dollars", "error")
 """The columns that a frame of predictions has."""
 
+KINDS: Mapping[str, type] = {"probability": float, "escalated": bool, "dollars": float}
+"""The types of columns without any value that are not texts."""
+
 
 class ImageFrame:
     """A frame with a column of images.
@@ -52,7 +55,9 @@ class ImageFrame:
             raise InputError(told, hint=f"Add image=COLUMN. Its columns: {few(self._frame.columns)}.")
         if column not in self._frame.columns:
             raise InputError(f"The table has no column {column!r}.", hint=nearest_column(column, self._frame.columns))
-        self.images: list[ImageSource] = [_image(value, column, row) for row, value in enumerate(self._frame[column].to_list())]
+        cells = self._frame[column]
+        rows = enumerate(zip(cells.to_list(), cells.is_null().to_list(), strict=True))
+        self.images: list[ImageSource] = [b"" if empty else _image(value, column, row) for row, (value, empty) in rows]
 
     def with_predictions(self, predictions: Sequence[Prediction]) -> object:
         """A frame of the same kind: its own columns, and `COLUMNS`. An own column whose name is in `COLUMNS` gets ``input.`` in
@@ -64,8 +69,9 @@ class ImageFrame:
         if len(self._frame) != len(predictions):
             told = f"The table had {len(predictions)} rows when it was read, and has {len(self._frame)} rows now."
             raise InputError(told, hint="Do not change the table during the call.")
+        backend = cast(Backend, self._frame.implementation.value)
         own = self._frame.rename({name: f"input.{name}" for name in self._frame.columns if name in COLUMNS})
-        new = [_series(name, values, self._frame.implementation) for name, values in _columns(predictions).items()]
+        new = [_series(name, values, backend) for name, values in _columns(predictions).items()]
         return own.with_columns(*new).to_native()
 
 
@@ -77,7 +83,7 @@ def is_table(images: object) -> bool:
 
 def _image(value: object, column: str, row: int) -> ImageSource:
     try:
-        return stored_image(None if isinstance(value, float) else value)  # pandas stores NaN for a missing value
+        return stored_image(value)
     except ValueError as exc:
         raise InputError(f"Row {row} of the table, counted from 0, contains in its column {column!r} {exc}.") from exc
 
@@ -95,14 +101,15 @@ def _columns(predictions: Sequence[Prediction]) -> dict[str, list[Cells]]:
     }
 
 
-def _series(name: str, values: Sequence[Cells], backend: "Backend | narwhals.Implementation") -> "narwhals.Series[IntoSeries]":
-    """A column of booleans, numbers or texts. Its type is the type of its values; without values, the type is text."""
+def _series(name: str, values: Sequence[Cells], backend: Backend) -> "narwhals.Series[IntoSeries]":
+    """A column of one type. Whole and other numbers together become floats, and other mixtures become texts."""
     import narwhals
 
     kinds = {type(value) for value in values} - {type(None)}
-    types: dict[type, narwhals.dtypes.DType] = {bool: narwhals.Boolean(), int: narwhals.Int64(), float: narwhals.Float64()}
-    kind = types.get(next(iter(kinds)), narwhals.String()) if len(kinds) == 1 else narwhals.String()
-    return narwhals.new_series(name, [*values], kind, backend=backend)
+    kind = next(iter(kinds)) if len(kinds) == 1 else float if kinds == {int, float} else str if kinds else KINDS.get(name, str)
+    types = {bool: narwhals.Boolean(), int: narwhals.Int64(), float: narwhals.Float64(), str: narwhals.String()}
+    cells = [None if value is None else kind(value) for value in values]
+    return narwhals.new_series(name, cells, types[kind], backend=backend)
 
 
 def frame_of(columns: Mapping[str, Sequence[Cells]], backend: Backend) -> object:

@@ -7,8 +7,9 @@ followed, because the address may contain credentials.
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from functools import cache, partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, TypeAlias, TypeGuard, TypeVar
@@ -51,6 +52,8 @@ AT_ONCE = 32
 """Maximum number of downloads at the same time."""
 
 PART_BYTES = 1 << 20
+
+INSTALL = "Install it: pip install 'cascadevlm[remote]'"
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")
 _HTTP = ("http", "https")
@@ -145,15 +148,16 @@ def download(address: str) -> Downloaded:
     return content
 
 
-def _joined(read: Callable[[str], Iterator[bytes]], address: str, ends_at: float) -> bytes:
+def _joined(read: Callable[[str], Generator[bytes, None, None]], address: str, ends_at: float) -> bytes:
     """All parts of a content, within `MAX_DOWNLOAD` and the time."""
     content = bytearray()
-    for part in read(address):
-        content += part
-        if len(content) > MAX_DOWNLOAD:
-            raise ValueError(f"it is larger than {MAX_DOWNLOAD >> 20} MB")
-        if time.monotonic() > ends_at:
-            raise ValueError(f"it takes longer than {DOWNLOAD_SECONDS:.0f} seconds")
+    with closing(read(address)) as parts:
+        for part in parts:
+            content += part
+            if len(content) > MAX_DOWNLOAD:
+                raise ValueError(f"it is larger than {MAX_DOWNLOAD >> 20} MB")
+            if time.monotonic() > ends_at:
+                raise ValueError(f"it takes longer than {DOWNLOAD_SECONDS:.0f} seconds")
     return bytes(content)
 
 
@@ -168,7 +172,7 @@ def _client() -> "httpx2.Client":
     )
 
 
-def _http_parts(address: str) -> Iterator[bytes]:
+def _http_parts(address: str) -> Generator[bytes, None, None]:
     import httpx2
 
     try:
@@ -211,7 +215,7 @@ def _redirected(url: "httpx2.URL", target: "httpx2.URL") -> "httpx2.URL":
     return target
 
 
-def _file_parts(address: str) -> Iterator[bytes]:
+def _file_parts(address: str) -> Generator[bytes, None, None]:
     system, path = file_system(address)
     try:
         with system.open(path, "rb") as file:
@@ -261,6 +265,10 @@ def file_system(address: str) -> "tuple[AbstractFileSystem, str]":
 
     require_allowed(address)
     scheme = scheme_of(address)
+    if scheme in _HTTP:
+        raise BackendError(
+            f"{shown_address(address)!r} is not an image, and only images are read over https.", hint="Download it."
+        )
     try:
         system, path = url_to_fs(address)
     except ImportError as exc:
@@ -272,15 +280,10 @@ def file_system(address: str) -> "tuple[AbstractFileSystem, str]":
     return system, str(path)
 
 
-INSTALL = "Install it: pip install 'cascadevlm[remote]'"
-
-
-def opened(place: Place, *, buffer: int = -1) -> IO[bytes]:
+def opened(place: Place) -> IO[bytes]:
     """A file, opened for reading. Raises: OSError: if it cannot be read."""
     if isinstance(place, Path):
-        return place.open("rb", buffering=buffer)
-    if scheme_of(place) in _HTTP:
-        raise OSError("tables are not read over http; download it first")
+        return place.open("rb")
     system, path = file_system(place)
     file: IO[bytes] = system.open(path, "rb")
     return file

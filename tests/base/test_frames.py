@@ -11,7 +11,7 @@ import pytest
 
 from cascadevlm import Cascade
 from cascadevlm.base.errors import InputError
-from cascadevlm.base.frames import COLUMNS, Backend, ImageFrame, predictions_frame
+from cascadevlm.base.frames import COLUMNS, Backend, ImageFrame, frame_of, predictions_frame
 from cascadevlm.base.types import Prediction
 from cascadevlm.testing import FakeScorer, noise
 
@@ -81,6 +81,8 @@ def test_what_is_no_frame_is_told() -> None:
         CASCADE.classify(polars.LazyFrame({"path": ["a.png"]}), image="path")  # type: ignore[type-var]
     with pytest.raises(InputError, match="Row 1 of the table, counted from 0, contains in its column 'path' 5, which is neither"):
         CASCADE.classify(pandas.DataFrame({"path": ["a.png", 5]}), image="path")
+    with pytest.raises(InputError, match=r"Row 0 of the table, counted from 0, contains in its column 'path' 2\.5, which is"):
+        CASCADE.classify(pandas.DataFrame({"path": [2.5]}), image="path")
 
 
 def test_a_frame_that_changes_its_length_is_refused() -> None:
@@ -99,3 +101,7 @@ def test_predictions_are_a_frame(kind: Backend) -> None:
     assert isinstance(frame, type(empty))
     names = empty.column_names if isinstance(empty, pyarrow.Table) else [*empty.columns]  # type: ignore[attr-defined]
     assert names == ["path", *COLUMNS]
+    mixed = frame_of({"numbers": [1, 2.5, None], "all": [1, "x", True], "probability": [None] * 3}, kind)
+    assert column(mixed, "numbers") == [1.0, 2.5, None]
+    assert column(mixed, "all") == ["1", "x", "True"]
+    assert column(mixed, "probability") == [None] * 3

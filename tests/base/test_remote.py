@@ -160,6 +160,12 @@ def test_only_this_machine_is_asked_if_others_are_forbidden(monkeypatch: pytest.
         assert "hunter2" not in str(caught.value)
 
 
+def test_only_images_are_read_over_https(server: Server) -> None:
+    for name in ("table.csv", "folder"):
+        with pytest.raises(BackendError, match="is not an image, and only images are read over https"):
+            Inputs(f"{server.address}/{name}")
+
+
 def test_a_missing_package_stops_the_run_with_its_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv(LOCAL_ONLY)
     (tmp_path / "list.txt").write_text("oci://bucket/a.png\n")
