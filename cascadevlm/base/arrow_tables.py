@@ -137,6 +137,10 @@ class ColumnarTable(Table):
     def label(self) -> str:
         return self._of_kind("ClassLabel") or super().label
 
+    @property
+    def folder(self) -> Place:
+        return super().folder if self.parts[0].place == self.place else self.place
+
     def where(self, row: Row) -> str:
         return f"row {row.where}, counted from 0,"
 

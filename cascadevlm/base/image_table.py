@@ -16,7 +16,7 @@ from cascadevlm.base.annotation_files import AnnotationFile
 from cascadevlm.base.arrow_tables import ParquetTable, Part, parquet_below, parquet_files, saved_dataset
 from cascadevlm.base.errors import DataError
 from cascadevlm.base.images import SUFFIXES, ImageSource
-from cascadevlm.base.remote import Place, beside, file_system, files_below, is_address, name_of, place_of, suffix_of
+from cascadevlm.base.remote import Place, file_system, files_below, inside, is_address, name_of, place_of, suffix_of
 from cascadevlm.base.tables import (
     EVERY,
     USUAL,
@@ -172,7 +172,7 @@ class ImageTable:
         except ValueError as exc:
             raise ValueError(f"{self.table.where(row)} contains in its column {self.image!r} {exc}") from exc
         path = cell.get("path") if isinstance(cell, Mapping) else cell
-        place = beside(self.table.place, path) if isinstance(path, str) and path else None
+        place = inside(self.table.folder, path) if isinstance(path, str) and path else None
         if isinstance(place, Path) and self.image != "path":
             place = place.absolute()  # so that the name does not depend on the working directory
         if place is not None and isinstance(cell, str):

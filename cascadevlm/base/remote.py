@@ -85,11 +85,11 @@ def place_of(text: str | Path) -> Place:
     return text if is_address(text) else Path(text)
 
 
-def beside(place: Place, name: str) -> Place:
-    """The place that a name in a table means. Relative names count from the folder of the table."""
+def inside(folder: Place, name: str) -> Place:
+    """The place of a name, which is an address, or a path that is absolute or relative to a folder."""
     if is_address(name):
         return name
-    return place.parent / name if isinstance(place, Path) else f"{place.rpartition('/')[0]}/{name}"
+    return folder / name if isinstance(folder, Path) else f"{folder.rstrip('/')}/{name}"
 
 
 def name_of(place: Place) -> str:

@@ -110,6 +110,11 @@ class Table(ABC):
     def label(self) -> str:
         return "label"
 
+    @property
+    def folder(self) -> Place:
+        """The folder from which relative paths in the table count."""
+        return self.place.parent if isinstance(self.place, Path) else self.place.rpartition("/")[0]
+
     def is_binary(self, column: str) -> bool:
         """True if the cells of a column contain the bytes of images."""
         return False

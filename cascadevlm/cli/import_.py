@@ -12,8 +12,6 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-FORMS = "names in a text file with one value per line or in FILE:COLUMN of a table, or names or numbers in a .npy file"
-
 
 def import_(
     output: Annotated[Path, typer.Option("--output", "-o", help="New folder for the record.")],
@@ -24,12 +22,12 @@ def import_(
     labels: Annotated[
         Path, typer.Option(help="The C class names, in the order of the scores. The forms are the same as for run.")
     ],
-    truths: Annotated[str, typer.Option(metavar="FILE", help=f"N true labels: {FORMS}.")],
+    truths: Annotated[str, typer.Option(metavar="FILE", help="N true labels.")],
     answers: Annotated[
         str | None,
         typer.Option(
             metavar="FILE",
-            help=f"N answers of a judge: {FORMS}. Empty or -1: it was not asked. 'none of these' or -2: it chose none.",
+            help="N answers of a judge. Empty or -1: the judge was not asked. 'none of these' or -2: it chose no candidate.",
             show_default="no judge",
         ),
     ] = None,
@@ -42,14 +40,15 @@ def import_(
         ),
     ] = None,
     dollars: Annotated[float, typer.Option(min=0, help="Cost of each question, in US dollars.")] = 0.0,
-    names: Annotated[
-        str | None, typer.Option(metavar="FILE", help=f"N names of the images: {FORMS}.", show_default="#0, #1, …")
-    ] = None,
+    names: Annotated[str | None, typer.Option(metavar="FILE", help="N names of the images.", show_default="#0, #1, …")] = None,
     judge: Annotated[str, typer.Option(help="Name of the judge.")] = "own:answers",
     as_json: options.AsJson = False,
 ) -> None:
     """Make a record from scores and answers that were recorded elsewhere. All commands that read records can use it: sweep,
     calibrate, compare, study and report.
+
+    FILE is a text file with one value per line, a column of a table (write FILE:COLUMN), or a .npy file of names or numbers.
+    Numbers are columns of the scores, from 0.
     """
     from cascadevlm.base.labels import LabelSet
     from cascadevlm.evaluation.record import Record
