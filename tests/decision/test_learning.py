@@ -10,11 +10,13 @@ from scipy.special import log_softmax
 
 from cascadevlm.base.arrays import Columns
 from cascadevlm.base.errors import InputError
+from cascadevlm.decision import learning as learning_module
+from cascadevlm.decision.conformal import Conformal
 from cascadevlm.decision.judge_fit import fit_judge
 from cascadevlm.decision.judge_model import Answers, Bools, JudgeModel
 from cascadevlm.decision.learning import LONGEST, Learned, Learning
 from cascadevlm.decision.means import Sums
-from cascadevlm.decision.scorer_calibration import Floats, ScorerCalibration
+from cascadevlm.decision.scorer_calibration import FOLDS, CrossFit, Floats, ScorerCalibration
 from cascadevlm.decision.teaching import UNJUDGED, Labelled, Scored, Transduced, transduced
 
 CLASSES, DIMENSIONS, OWN, BATCH = 6, 16, 60, 16
@@ -303,3 +305,34 @@ def test_a_judge_that_answers_at_random_does_no_harm() -> None:
         _, right, fixed = both_ways(made, judge(seed, made, accuracy=1 / CLASSES))
         losses.append(fixed - right)
     assert np.mean(losses) < 0.01
+
+
+def test_lists_keep_their_coverage_while_a_run_learns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over 200 draws of the labelled images and of the run. A judge right on 85 % is asked about the least sure images."""
+    monkeypatch.setattr(learning_module, "PERIOD", 48)
+    coverage, images = 0.9, 192
+    covered, better = [], []
+
+    async def draw(seed: int) -> None:
+        made, rng = Made.up(seed, OWN + images), np.random.default_rng(seed)
+        own, identity = slice(0, OWN), ScorerCalibration.identity(CLASSES)
+        fit = CrossFit(calibration=identity, held_out=made.log_probs[own], without=(identity,) * FOLDS)
+        labelled = Labelled(embeddings=made.embeddings[own], truths=made.truths[own], fit=fit)
+        learning, row = Learning(labelled, BATCH), np.arange(BATCH)
+        for begin in range(0, images, BATCH):
+            truths, scored = made.truths[OWN + begin : OWN + begin + BATCH], made.rows(begin, begin + BATCH)
+            taught = await learning.taught(begin)
+            before = taught(*scored)
+            rule = Conformal.fit(np.exp(taught.held_out), labelled.truths, coverage=coverage)
+            if begin >= images // 2:
+                covered.append(rule.sets(np.exp(before))[row, truths].mean())
+                better.append((before.argmax(axis=1) == truths).mean() - (scored[0].argmax(axis=1) == truths).mean())
+            judged = before.max(axis=1) <= np.sort(before.max(axis=1))[3]
+            said = np.where(rng.random(BATCH) < 0.85, truths, rng.integers(0, CLASSES, BATCH))
+            after = log_softmax(before + 3 * np.eye(CLASSES)[said], axis=1)
+            await learning.take(*scored, np.exp(after), judged, begin)
+
+    for seed in range(200):
+        asyncio.run(draw(seed))
+    assert np.mean(better) > 0.05
+    assert np.mean(covered) == pytest.approx(coverage, abs=0.015)
