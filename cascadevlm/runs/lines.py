@@ -104,6 +104,7 @@ class Line(BaseModel):
 
     Attributes:
         digest: the sha256 of the image's file; "" if the image is not a file or could not be scored.
+        content: the digest of an image that is not a file (`Prepared.digest`); "" if it could not be scored.
         truth: name of the true label; None if the images have no labels.
         id: the id of the image; None if the images have no ids.
         kept: the values of the kept columns of the image's row, by column.
@@ -120,6 +121,7 @@ class Line(BaseModel):
     cost: LineCost
     error: InstanceOf[str]
     digest: str = ""
+    content: str = ""
     truth: InstanceOf[str] | None = None
     id: InstanceOf[str] | None = None
     kept: dict[InstanceOf[str], InstanceOf[str] | JsonValue] = {}
