@@ -11,11 +11,12 @@ from pydantic import JsonValue
 
 from cascadevlm.base import loop
 from cascadevlm.base.errors import RunError
+from cascadevlm.base.image_table import About
 from cascadevlm.base.images import ImageSource
 from cascadevlm.cascade.cascade import Cascade
 from cascadevlm.cascade.engine import Run
 from cascadevlm.judges.cache import DiskStore
-from cascadevlm.runs.inputs import Inputs, Labelled, Named, after
+from cascadevlm.runs.inputs import Inputs, Labelled, Named, about, after
 from cascadevlm.runs.manifest import Manifest
 from cascadevlm.runs.run_folder import RunFolder, Tally
 
@@ -110,20 +111,20 @@ async def _append(run: Run, inputs: Iterable[Named] | Labelled, folder: RunFolde
     """Write every prediction that is not in the folder yet."""
     number = first = folder.checkpoint.images
     known = folder.tally.images
-    begun: deque[str] = deque()
+    begun: deque[tuple[str, About]] = deque()
 
     def sources() -> Iterator[ImageSource]:
-        for name, source in after(inputs, first):
-            begun.append(name)
+        for (name, source), told in zip(after(inputs, first), about(inputs, first), strict=False):
+            begun.append((name, told))
             yield source
 
     total = len(inputs) if isinstance(inputs, Sized) else None
     async with aclosing(run.predictions(sources(), total)) as predictions:
         async for prediction in predictions:
-            name = begun.popleft()
+            name, told = begun.popleft()
             number += 1
             if number > known:
-                folder.append(name, prediction)
+                folder.append(name, told, prediction)
                 progress(folder.tally)
 
 

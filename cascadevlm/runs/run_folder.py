@@ -5,9 +5,8 @@
     manifest.json         the frozen configuration, the labels, digests of the files that the configuration
                           names, the scorer's fingerprint, the judges' identities, versions, and the start time of the run
     predictions.jsonl     one line per image in the order of the decisions, which is the order of the input unless the input is
-                          shuffled: `Prediction.to_dict`, the digest of the image's file, the id and the kept columns of the
-                          image's row, and a checksum. In a record also the true label, the split, the digest of the pixels and
-                          the question to each judge
+                          shuffled: `Prediction.to_dict`, the digest of the image's file, its id and kept columns, and a checksum.
+                          In a record also the true label, the split, the digest of the pixels and the question to each judge
     failures.jsonl        images that could not be read, and images whose question got no answer
     ledger.jsonl          the amounts that were reserved for judges, and the amounts that judges billed
     progress.json         position of the decisions at the last flush of the predictions
@@ -166,8 +165,6 @@ class RunFolder(Observer):
         self._keys = array("Q")  # of the images with predictions, in 8 bytes each
         self._predictions = predictions
         self._failures = failures
-        self._inputs = inputs
-        self._about: Iterator[About] | None = None
         self._labelled = inputs if isinstance(inputs, Labelled) else None
         self._scores = scores
         self._finished = (folder / TABLE).exists() and (manifest.labelled or (folder / SUMMARY).exists())
@@ -244,8 +241,7 @@ class RunFolder(Observer):
             DataError: if the predictions are of other images or labels, or cost more than the ledger contains.
         """
         path = self.folder / PREDICTIONS
-        truths = inputs.truths if isinstance(inputs, Labelled) else repeat(None)
-        images = zip(names(inputs), truths, about(inputs), strict=False)
+        images = zip(names(inputs), self._labelled.truths if self._labelled else repeat(None), about(inputs), strict=False)
         sound = 0
         dollars = 0.0
         with path.open("rb") as lines:
@@ -293,8 +289,7 @@ class RunFolder(Observer):
                 f"Image {number} of {folder!r} was {line.path!r} and is now {name or 'gone'!r}.",
                 hint="Images may only be added after the last image. For other images, give another folder.",
             )
-        same = [("true label", line.truth, truth), ("id", line.id, told_of.get("id"))]
-        for what, before, now in same:
+        for what, before, now in (("true label", line.truth, truth), ("id", line.id, told_of.get("id"))):
             if before != now:
                 told = f"The {what} of image {number} of {folder!r} was {before!r} and is now {now!r}."
                 raise DataError(told, hint="Give another folder.")
@@ -390,14 +385,12 @@ class RunFolder(Observer):
         if self._labelled is not None and number >= self.tally.images and (verdict.valid or stage not in self._asked[number]):
             self._asked[number][stage] = Asked.of(question)
 
-    def append(self, path: str, prediction: Prediction) -> None:
-        """Write the next prediction. It is safe after the next flush."""
+    def append(self, path: str, told: About, prediction: Prediction) -> None:
+        """Write the next prediction, with what is told of its image. It is safe after the next flush."""
         number = self.tally.images
         with writing_to(self.folder):
-            if self._about is None:
-                self._about = about(self._inputs, number)
-            known = {"path": path, **next(self._about, {}), **self._known.pop(number, {})}
-            line = line_of(prediction, known | self._of_record(number, prediction))
+            known = self._known.pop(number, {}) | self._of_record(number, prediction)
+            line = line_of(prediction, {"path": path, **told, **known})
             if self._finished:
                 self._unfinish()
             self._predictions.write(line)
