@@ -47,7 +47,7 @@ class OwnArrays:
 
 
 def checked_arrays(
-    scores: NDArray[np.floating],
+    scores: NDArray[np.generic],
     labels: LabelSet,
     truths: Values,
     answers: Values | None,
@@ -79,7 +79,10 @@ def checked_arrays(
 SAME_LENGTH = "All arrays must have one row per image, in the same order."
 
 
-def _scores(scores: NDArray[np.floating], labels: LabelSet) -> Scores:
+def _scores(given: NDArray[np.generic], labels: LabelSet) -> Scores:
+    if given.dtype.kind not in "fiu":
+        raise DataError(f"scores has the type {given.dtype}; scores are numbers.", hint="Give logits or probabilities.")
+    scores = given.astype(np.float64)
     if scores.ndim != 2 or scores.shape[1] != len(labels) or not len(scores):
         found = f"scores has the shape {scores.shape}, not (N, {len(labels)})"
         raise DataError(f"{found}: one row per image and one column per label.", hint="Check the order and number of labels.")

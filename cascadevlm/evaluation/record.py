@@ -168,7 +168,7 @@ class Record:
     @classmethod
     def from_arrays(
         cls,
-        scores: NDArray[np.floating],
+        scores: NDArray[np.generic],
         labels: LabelSet | Iterable[str],
         truths: Values,
         *,

@@ -1,10 +1,12 @@
 """Writes a record that was made of arrays into a folder, in the form that every command reads."""
 
+from collections.abc import Mapping
 from contextlib import closing
 from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
+from pydantic import JsonValue
 
 from cascadevlm.base.arrays import NOBODY
 from cascadevlm.base.environment import machine, versions
@@ -58,9 +60,9 @@ def write_record(record: Record, folder: str | Path) -> None:
         manifest.write(folder)
 
 
-def _line(record: Record, number: int, checksums: dict[str, int]) -> bytes:
+def _line(record: Record, number: int, checksums: Mapping[str, JsonValue]) -> bytes:
     verdicts = tuple(_verdict(record, place, number) for place, stage in enumerate(record.stages) if stage.outcomes[number])
-    asked = [
+    asked: list[JsonValue] = [
         {"candidates": _shown(record, stage, number), "prompt": "", "offer_none": stage.none_offered, "exemplars": []}
         for stage in record.stages
         if stage.outcomes[number]
@@ -76,10 +78,10 @@ def _line(record: Record, number: int, checksums: dict[str, int]) -> bytes:
         verdicts=verdicts,
     )
     truth = record.labels.names[int(record.truths[number])]
-    return line_of(prediction, {"truth": truth, "split": "", "questions": [*asked], **checksums})
+    return line_of(prediction, {"truth": truth, "split": "", "questions": asked, **checksums})
 
 
-def _shown(record: Record, stage: Judged, number: int) -> list[str]:
+def _shown(record: Record, stage: Judged, number: int) -> list[JsonValue]:
     return [record.labels.names[column] for column in stage.candidates[number].tolist() if column != NOBODY]
 
 

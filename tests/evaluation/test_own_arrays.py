@@ -84,6 +84,7 @@ def test_images_without_a_question_and_without_a_choice() -> None:
     [
         ({"scores": np.zeros((3, 2))}, r"scores has the shape \(3, 2\), not \(N, 3\)"),
         ({"scores": np.full((3, 3), np.nan)}, "scores contains NaN or infinity"),
+        ({"scores": np.array([["a"] * 3] * 3)}, "scores has the type <U1; scores are numbers"),
         ({"truths": [0, 1]}, r"truths has the shape \(2,\), and there are 3 images"),
         ({"truths": ["ant", "bee", "bees"]}, r"truths contains 'bees', which is not in the label set .* Did you mean 'bee'\?"),
         ({"truths": ["ant", "bee", ""]}, "truths contains '', which is not in the label set"),
