@@ -797,7 +797,7 @@ def test_inputs_are_images_in_a_table(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "text", "told"),
     [
-        ("list.csv", "file\nx.png\n", "no text in its column 'path'"),
+        ("list.csv", "file\nx.png\n", r"has no column 'path'\. Its columns: 'file'\."),
         ("list.jsonl", "{", "cannot be read"),
         ("list.parquet", "no table", "cannot be read"),
         ("list.xlsx", "", "neither a folder nor a list"),
