@@ -12,7 +12,7 @@ from cascadevlm.base.errors import ConfigError
 from cascadevlm.base.types import Scores
 from cascadevlm.decision.calibration import Calibration
 from cascadevlm.decision.learning import LEAST, Learned, Learning
-from cascadevlm.decision.teaching import Labelled
+from cascadevlm.decision.teaching import Labelled, Transduced
 
 MOST_BYTES = 60_000_000
 """Largest size of what a run keeps of what it learned."""
@@ -30,6 +30,7 @@ class Learner:
         calibration: its labelled images are what learning starts from; its scorer's scores are adapted.
         batch_size: of the run.
         start: what the run had learned where it goes on. Default: a new run.
+        unlabelled: what all images of the run taught before the run. Default: they were not looked at before.
 
     Raises:
         ConfigError: as `require_support`.
@@ -39,10 +40,12 @@ class Learner:
         RuntimeWarning: once, if the images seem to come class by class.
     """
 
-    def __init__(self, calibration: Calibration, batch_size: int, start: Learned | None = None) -> None:
+    def __init__(
+        self, calibration: Calibration, batch_size: int, start: Learned | None = None, unlabelled: Transduced | None = None
+    ) -> None:
         self.calibration = calibration
         self.labelled = require_support(calibration)
-        self.learning = Learning(self.labelled, batch_size, start=start)
+        self.learning = Learning(self.labelled, batch_size, start=start, unlabelled=unlabelled)
         self._scored: dict[int, tuple[Scores, Scores]] = {}
         self._warned = False
 
@@ -59,14 +62,10 @@ class Learner:
             begin: number of the first image of the batch in the run.
 
         Raises:
-            ConfigError: if the scores are calibrated already, or have no embeddings.
+            ConfigError: as `require_teachable`.
         """
-        if scores.fingerprint == self.calibration.calibrated_fingerprint:
-            hint = "Give the cascade the scorer itself, without its calibration."
-            raise ConfigError("learn = true calibrates the scores itself, and these scores are calibrated already.", hint=hint)
-        if scores.embeddings is None:
-            hint = "Use an open_clip or hf scorer, or set learn = false."
-            raise ConfigError(f"The scorer {scores.fingerprint!r} makes no embeddings, which learn = true needs.", hint=hint)
+        require_teachable(scores, self.calibration)
+        assert scores.embeddings is not None
         taught = await self.learning.taught(begin)
         log_probs = taught(scores.log_probs, scores.embeddings).astype(np.float32)
         adapted = replace(scores, log_probs=log_probs, fingerprint=f"{scores.fingerprint}|learning")
@@ -96,7 +95,7 @@ class Learner:
             said = np.log(np.maximum(np.stack(beliefs), LEAST)) - decided.log_probs
             before_shift = np.exp(log_softmax(adapted.log_probs + said, axis=1))
             await self.learning.take(scores.log_probs, scores.embeddings, before_shift, np.array(judged), begin)
-        if self.learned.images != period:
+        if self.learned.images != period and self.learning.unlabelled is None:  # else, no order is harmful
             self._warn_if_sorted()
 
     def _warn_if_sorted(self) -> None:
@@ -112,6 +111,16 @@ class Learner:
                 RuntimeWarning,
                 stacklevel=2,
             )
+
+
+def require_teachable(scores: Scores, calibration: Calibration) -> None:
+    """Raises ConfigError if a run cannot learn from scores: they are calibrated already, or have no embeddings."""
+    if scores.fingerprint == calibration.calibrated_fingerprint:
+        hint = "Give the cascade the scorer itself, without its calibration."
+        raise ConfigError("learn = true calibrates the scores itself, and these scores are calibrated already.", hint=hint)
+    if scores.embeddings is None:
+        hint = "Use an open_clip or hf scorer, or set learn = false."
+        raise ConfigError(f"The scorer {scores.fingerprint!r} makes no embeddings, which learn = true needs.", hint=hint)
 
 
 def require_support(calibration: Calibration) -> Labelled:
