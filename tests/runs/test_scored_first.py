@@ -54,9 +54,9 @@ def test_the_folder_holds_the_scores_of_all_images_and_the_run_starts_from_what_
     assert np.isnan(found.log_probs[3::50]).all()
     assert not found.embeddings[3::50].any()
 
-    support = made_calibration().support
+    support, scored = made_calibration().support, (scores.log_probs, scores.embeddings)
     assert support is not None
-    unlabelled = transduced(support, lambda: [(scores.log_probs, scores.embeddings)])
+    unlabelled = transduced(support, lambda: [scored])
     expected = cascade().altered(unlabelled=unlabelled).classify([source for _, source in named(images)])
     assert [line["label"] for line in lines(tmp_path)] == [each.label for each in expected]
     found_probabilities = [float(str(line["probability"] or 0)) for line in lines(tmp_path)]
