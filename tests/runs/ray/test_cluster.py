@@ -2,7 +2,9 @@
 process.
 """
 
+import json
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -220,6 +222,13 @@ def test_a_cluster_learns_what_one_process_learns(plugin: Path, tmp_path: Path) 
     run("local", tmp_path / "both", images, both)
     assert lines(tmp_path / "both") == lines(tmp_path / "alone")
     assert 20 < sum(line["verdict"] is not None for line in lines(tmp_path / "both")) < 380
+
+    shutil.rmtree(tmp_path / "images")  # what was learned comes from the folder of the run
+    again = json.loads(command("adapt", tmp_path / "both", "--again", "-o", tmp_path / "again", "--json").stdout)
+    assert (again["images"], again["measured"]) == (400, len(made_calibration().support.truths))  # type: ignore[union-attr]
+    assert [line["path"] for line in lines(tmp_path / "again")] == [line["path"] for line in lines(tmp_path / "both")]
+    adapted = json.loads(command("adapt", tmp_path / "both", "-o", tmp_path / "of run.adapter", "--json").stdout)
+    assert adapted["images"] > 400
 
 
 def test_workers_that_die_and_ctrl_c_cost_no_result(plugin: Path, images: Inputs, tmp_path: Path) -> None:
