@@ -28,6 +28,7 @@ from cascadevlm.cascade.learner import require_support
 from cascadevlm.cascade.observer import Observer
 from cascadevlm.cascade.stage import Stage, require_cascade, require_kind
 from cascadevlm.decision.calibration import Calibration
+from cascadevlm.decision.teaching import Transduced
 from cascadevlm.judges.budget import Ledger
 from cascadevlm.judges.cache import VerdictStore
 from cascadevlm.judges.dependable import DependableJudges
@@ -42,6 +43,8 @@ class Changes(TypedDict, total=False):
             scorer.
         observers: observers of every run (`Observer`).
         calibration: the calibration that runs are compared with to detect drift. It does not change the scorer.
+        learns_from: the calibration from which runs learn; None if they do not learn.
+        unlabelled: what all images of a run taught before the run (`transduced`).
     """
 
     scorer: Scorer
@@ -54,6 +57,8 @@ class Changes(TypedDict, total=False):
     follow_shares: bool
     observers: Sequence[Observer]
     reading: Callable[[int], ReadBatch] | None
+    learns_from: Calibration | None
+    unlabelled: Transduced | None
 
 
 class Cascade(Portable):
@@ -142,6 +147,7 @@ class Cascade(Portable):
         self.learns_from = calibration if learn else None
         self.observers = observers
         self.reading: Callable[[int], ReadBatch] | None = None
+        self.unlabelled: Transduced | None = None
 
     def __copy__(self) -> Self:
         """A copy shares the judges and their limits with the original. A deep copy does not."""
@@ -232,6 +238,7 @@ class Cascade(Portable):
             drift=Drift(self.calibration, self.stages) if self.calibration else None,
             shares=self.calibration.shares if self.calibration and self.follow_shares else None,
             learns_from=self.learns_from,
+            unlabelled=self.unlabelled,
         )
         return Run(settings, start, stopping)
 

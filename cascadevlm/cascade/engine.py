@@ -22,6 +22,7 @@ from pydantic import Field, InstanceOf
 from cascadevlm.base.errors import ImageError, JudgeError
 from cascadevlm.base.images import ImageSource, path_of
 from cascadevlm.base.labels import LabelSet
+from cascadevlm.base.threads import one_blas_thread
 from cascadevlm.base.types import Prediction, Scores
 from cascadevlm.cascade.candidates import TopK
 from cascadevlm.cascade.drift import Drift
@@ -34,6 +35,7 @@ from cascadevlm.decision.calibration import Calibration
 from cascadevlm.decision.distinct import keys_of
 from cascadevlm.decision.learning import Learned
 from cascadevlm.decision.shares import Following, Seen, Shares
+from cascadevlm.decision.teaching import Transduced
 from cascadevlm.judges.dependable import DependableJudges
 from cascadevlm.policies.base import START, Selection, Spending
 from cascadevlm.scorers.base import Prepared, Scorer, load_once, prepare_in, score_together
@@ -122,6 +124,7 @@ class Settings:
         shares: shares of the classes for which the scores are calibrated; None if the shares of the run are not followed.
         learns_from: the calibration whose labelled images a run that learns starts from; its scorer gives the scores without the
             calibration. None if the run does not learn.
+        unlabelled: what all images of the run taught before the run; None if they were not looked at before.
     """
 
     scorer: Scorer
@@ -137,6 +140,7 @@ class Settings:
     drift: Drift | None = None
     shares: Shares | None = None
     learns_from: Calibration | None = None
+    unlabelled: Transduced | None = None
 
 
 class Run:
@@ -162,7 +166,7 @@ class Run:
         self.learner = (
             None
             if settings.learns_from is None
-            else Learner(settings.learns_from, settings.batch_size, settings.stages, start.learned)
+            else Learner(settings.learns_from, settings.batch_size, settings.stages, start.learned, settings.unlabelled)
         )
         self.total: int | None = None
         self.stages: list[RunningStage] = []
@@ -187,6 +191,8 @@ class Run:
         seen, here = Seen(), self.checkpoint
         observers = self.settings.observers if self.settings.drift is None else [*self.settings.observers, self.settings.drift]
         async with AsyncExitStack() as stack:
+            if self.learner is not None:
+                stack.enter_context(one_blas_thread)
             stack.callback(self.readers.shutdown, wait=False, cancel_futures=True)
             stack.callback(self.scoring.shutdown, wait=False, cancel_futures=True)
             stack.callback(self.taking.shutdown, wait=False, cancel_futures=True)

@@ -103,7 +103,8 @@ def run(
             config=parsed.frozen(cascade).model_dump(mode="json"),
             retry_failed=retry_failed,
             stopping=lambda: bool(stopping),
-            progress=progress,
+            progress=lambda tally: progress(tally.images, f"${tally.spent_dollars:.2f} spent"),
+            scored=lambda images: progress(images, "scored"),
             outlook=lambda sentence: console.print(sentence, markup=False, soft_wrap=True),
         )
     _show(tally, output, as_json=as_json)
@@ -143,8 +144,8 @@ def _show(tally: "Tally", output: Path, *, as_json: bool) -> None:
 
 
 @contextmanager
-def _progress(console: "Console", total: int) -> Iterator[Callable[["Tally"], None]]:
-    """A function that shows how far a run is: as a bar on a terminal, as lines in a log."""
+def _progress(console: "Console", total: int) -> Iterator[Callable[[int, str], None]]:
+    """A function that shows how many images are done, and a few words: as a bar on a terminal, as lines in a log."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
     columns = BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.description}")
@@ -153,15 +154,15 @@ def _progress(console: "Console", total: int) -> Iterator[Callable[["Tally"], No
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("", total=total)
 
-        def show(tally: "Tally") -> None:
+        def show(images: int, what: str) -> None:
             nonlocal shown_at
             if time.monotonic() - shown_at < pause:
                 return
             shown_at = time.monotonic()
             if console.is_terminal:
-                bar.update(task, completed=tally.images, description=f"${tally.spent_dollars:.2f}")
+                bar.update(task, completed=images, description=what)
             else:
-                typer.echo(f"{tally.images} of {total} images, ${tally.spent_dollars:.2f} spent.", err=True)
+                typer.echo(f"{images} of {total} images, {what}.", err=True)
 
         yield show
 
