@@ -22,7 +22,6 @@ from pydantic import Field, InstanceOf
 from cascadevlm.base.errors import ImageError, JudgeError
 from cascadevlm.base.images import ImageSource, path_of
 from cascadevlm.base.labels import LabelSet
-from cascadevlm.base.threads import one_blas_thread
 from cascadevlm.base.types import Prediction, Scores
 from cascadevlm.cascade.candidates import TopK
 from cascadevlm.cascade.drift import Drift
@@ -191,8 +190,6 @@ class Run:
         seen, here = Seen(), self.checkpoint
         observers = self.settings.observers if self.settings.drift is None else [*self.settings.observers, self.settings.drift]
         async with AsyncExitStack() as stack:
-            if self.learner is not None:
-                stack.enter_context(one_blas_thread)
             stack.callback(self.readers.shutdown, wait=False, cancel_futures=True)
             stack.callback(self.scoring.shutdown, wait=False, cancel_futures=True)
             stack.callback(self.taking.shutdown, wait=False, cancel_futures=True)
