@@ -34,6 +34,8 @@ from cascadevlm.decision.judge_model import Bools
 
 Rows = NDArray[np.intp]
 
+Counts = NDArray[np.int64]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Promise:
@@ -77,26 +79,30 @@ def draw(images: int, number: int, seed: int) -> Bools:
     return drawn
 
 
-@lru_cache(maxsize=4096)
-def most_found(images: int, drawn: int, *, allowed: int, level: float) -> int:
+def most_found(images: int, drawn: Counts, *, allowed: int, level: float) -> Counts:
     """c, the largest number of drawn images that may disagree in a prefix that is kept; -1 if no prefix passes the test.
 
     Args:
         images: R, number of images in the order.
-        drawn: n, number of images that are drawn from the order.
+        drawn: `(K,)`, numbers n of images that might be drawn from the order.
         allowed: W, number of kept answers that may not be the judge's.
         level: largest probability that more than W such answers are kept.
+
+    Returns:
+        `(K,)`, c for each n.
     """
-    if images - drawn <= allowed:
-        return drawn
-    least, most = -1, drawn
-    while least < most:
+    least, most = np.full(drawn.shape, -1), drawn
+    while (least < most).any():
         middle = (least + most + 1) // 2
-        if hypergeom.cdf(middle, images, allowed + 1 + middle, drawn) <= level:
-            least = middle
-        else:
-            most = middle - 1
-    return least
+        passed = hypergeom.cdf(middle, images, np.minimum(allowed + 1 + middle, images), drawn) <= level
+        least, most = np.where(passed, middle, least), np.where(passed, most, middle - 1)
+    return np.where(images - drawn <= allowed, drawn, least)
+
+
+@lru_cache(maxsize=4096)
+def most_found_of(images: int, drawn: int, *, allowed: int, level: float) -> int:
+    """c for one number of drawn images: see `most_found`."""
+    return int(most_found(images, np.array([drawn]), allowed=allowed, level=level)[0])
 
 
 def longest_prefix(drawn: Bools, disagrees: Bools, *, allowed: int, level: float) -> int:
@@ -109,7 +115,7 @@ def longest_prefix(drawn: Bools, disagrees: Bools, *, allowed: int, level: float
         level: largest probability that more than W such answers are kept.
     """
     untested = int(np.searchsorted(np.cumsum(~drawn), allowed, side="right"))
-    most = most_found(len(drawn), int(drawn.sum()), allowed=allowed, level=level)
+    most = most_found_of(len(drawn), int(drawn.sum()), allowed=allowed, level=level)
     found = np.flatnonzero(drawn & disagrees)
     if most < 0:
         return untested
