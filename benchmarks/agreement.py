@@ -31,7 +31,8 @@ from scipy.stats import binomtest
 from benchmarks.learning import Stored
 from cascadevlm.base.arrays import NOBODY, Columns
 from cascadevlm.decision.agreement import Promise, draw, longest_prefix
-from cascadevlm.decision.certifying import Certificate, certified_accuracy, certify, first_rows, planned
+from cascadevlm.decision.certified_accuracy import certified_accuracy
+from cascadevlm.decision.certifying import Certificate, certify, first_rows, planned
 from cascadevlm.decision.opinions import Images, most_probable
 
 ESTIMATED_FROM = 200

@@ -16,6 +16,7 @@ the answers that it has stored.
 
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeAlias
 
 import numpy as np
@@ -194,7 +195,7 @@ def certify(images: Images, promise: Promise, *, seed: int = 0) -> Asking:
     while len(more):
         answers[more] = yield more
         asked, first = np.concatenate([asked, more]), first + len(more)
-        plan = plan_test(images, asked, answers[asked], lambda _: allowed, promise.level)
+        plan = plan_test(images, asked, answers[asked], partial(_always, allowed), promise.level)
         kept = len(plan.order) - plan.cost
         worth = first * kept / total < WORTH * plan.cost and 2 * first <= min(MOST_FIRST, total // 2)
         more = shuffled[first : 2 * first] if worth else shuffled[:0]
@@ -205,7 +206,7 @@ def certify(images: Images, promise: Promise, *, seed: int = 0) -> Asking:
         more = plan.order[-(beyond // 2) :]
         answers[more] = yield more
         asked = np.concatenate([asked, more])
-        plan = plan_test(images, asked, answers[asked], lambda _: allowed, promise.level)
+        plan = plan_test(images, asked, answers[asked], partial(_always, allowed), promise.level)
     drawn = draw(len(plan.order), plan.number, seed)
     if plan.number:
         answers[plan.order[drawn]] = yield plan.order[drawn]
@@ -250,7 +251,7 @@ def planned(images: Images, rows: Rows, answers: Columns, promises: Sequence[Pro
     found = []
     for promise in promises:
         allowed = promise.allowed(len(images))
-        plan = plan_test(images, rows, answers, lambda _, allowed=allowed: allowed, promise.level)
+        plan = plan_test(images, rows, answers, partial(_always, allowed), promise.level)
         costs = len(rows) + _uncertain_costs(plan, allowed, promise.level)
         found.append(
             Planned(
@@ -302,6 +303,11 @@ def plan_test(
         number=number,
         costs=costs,
     )
+
+
+def _always(allowed: int, _: float) -> int:
+    """W of a certificate, which does not depend on what is expected."""
+    return allowed
 
 
 def disagreements(log_odds: NDArray[np.floating], fitted: Floats) -> Floats:
@@ -366,54 +372,3 @@ def _uncertain_costs(plan: Plan, allowed: int, level: float) -> Floats:
     found = most_found(len(odds), number, allowed=allowed, level=level)
     values = np.random.default_rng(0).multivariate_normal(plan.fitted, plan.covariance, POSSIBLE)
     return np.concatenate([_costs(disagreements(odds, fitted), number, found).ravel() for fitted in values])
-
-
-@dataclass(frozen=True, kw_only=True)
-class Accuracy:
-    """How often answers are right, on labelled images. Agreement is not accuracy.
-
-    Attributes:
-        labelled: number of labelled images.
-        certified: share of right final answers of a certificate.
-        judge: share of right answers of the judge among the labelled images that it was asked about.
-        fused: share of right final answers if both opinions are fused for each image that was asked about.
-    """
-
-    labelled: int
-    certified: float
-    judge: float
-    fused: float
-
-
-def certified_accuracy(certificate: Certificate, images: Images, answers: Columns, truths: Columns) -> Accuracy:
-    """How often the final answers are right, and how often they would be right if the scorer's opinion counted too.
-
-    Both opinions are fused as products of probabilities. The judge is right with its own share of right answers, and otherwise
-    names any other class. That share is measured on the labelled images that were asked about.
-
-    Args:
-        certificate: of these images.
-        images: of the scorer.
-        answers: `(N,)` answers of the judge, below 0 where it named no class; those of kept images are not used.
-        truths: `(N,)` columns, `NOBODY` where the label is not known.
-    """
-    labelled = truths != NOBODY
-    asked = np.ones(len(images), dtype=bool)
-    asked[certificate.kept] = False
-    final = np.where(asked, answers, certificate.labels)
-    named = asked & labelled & (answers >= 0)
-    right = (float((answers[named] == truths[named]).sum()) + 1) / (named.sum() + 2)
-    fused, bonus = certificate.labels.copy(), np.log(right * max(images.classes - 1, 1) / (1 - right))
-    for some in images.chunks():
-        log_probs = images.log_probs[some] if images.rows is None else images.log_probs[images.rows[some]]
-        log_probs = np.array(log_probs, dtype=np.float64)
-        told = np.flatnonzero(answers[some] >= 0)
-        log_probs[told, answers[some][told]] += bonus
-        fused[some] = log_probs.argmax(axis=1)
-    fused = np.where(asked, fused, certificate.labels)
-    return Accuracy(
-        labelled=int(labelled.sum()),
-        certified=float((final == truths)[labelled].mean()),
-        judge=float((answers == truths)[asked & labelled].mean()),
-        fused=float((fused == truths)[labelled].mean()),
-    )

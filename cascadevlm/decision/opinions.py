@@ -188,7 +188,7 @@ def _mean_of_two(log_probs: Floats, embeddings: NDArray[np.float32], answers: Co
     regression, linear = softmax_regression(log_probs, embeddings, answers), means.linear()
     mean = Linear(
         own=(linear.own + regression.own) / 2,
-        weights=(linear.weights + regression.weights) / 2,
+        weights=((linear.weights + regression.weights) / 2).astype(np.float32),
         bias=(linear.bias + regression.bias) / 2,
     )
     return mean, log_softmax((means.held_out + held_out) / 2, axis=1)

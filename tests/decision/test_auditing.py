@@ -31,7 +31,9 @@ def test_the_lower_end_holds_at_all_times_at_once(drifts: bool) -> None:
     means = np.cumsum(shares) / np.arange(1, length + 1)
     for _ in range(200):
         found = np.cumsum(rng.random(length) < shares)
-        crossed += any(Audit(asked=n, disagreements=int(found[n - 1])).lower(0.1) > means[n - 1] for n in range(20, length + 1, 40))
+        crossed += any(
+            Audit(asked=n, disagreements=int(found[n - 1])).lower(0.1) > means[n - 1] for n in range(20, length + 1, 40)
+        )
     assert binomtest(crossed, 200, 0.1, alternative="greater").pvalue > 0.01
 
 

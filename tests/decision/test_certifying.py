@@ -10,9 +10,9 @@ from scipy.stats import binomtest
 from cascadevlm.base.arrays import NOBODY, Columns
 from cascadevlm.decision import certifying
 from cascadevlm.decision.agreement import Promise, Rows, draw, longest_prefix
+from cascadevlm.decision.certified_accuracy import certified_accuracy
 from cascadevlm.decision.certifying import (
     Certificate,
-    certified_accuracy,
     certify,
     first_rows,
     fit_disagreement,
