@@ -166,7 +166,7 @@ def test_few_images(total: int) -> None:
     for seed in range(5):
         found, _ = certificate(images, truths, seed=seed)
         assert len(found.kept) + found.questions == total
-        assert wrong(found, truths) <= found.allowed or seed < 5
+        assert found.allowed == total // 10
 
 
 def test_a_promise_that_nothing_can_keep_asks_about_everything() -> None:
