@@ -242,6 +242,8 @@ def first_rows(images: int, number: int, seed: int) -> Rows:
 def planned(images: Images, rows: Rows, answers: Columns, promises: Sequence[Promise]) -> list[Planned]:
     """What each of several promises is expected to cost.
 
+    What further answers will teach is not known yet. Where the classes are learned easily, the real cost is lower.
+
     Args:
         images: of the scorer.
         rows: `(n,)` images that were asked about. `first_rows` gives images that a run with the same seed asks about, too.

@@ -207,7 +207,8 @@ def test_the_cost_of_several_promises_is_estimated_from_the_first_answers() -> N
         assert foretold[0].questions < foretold[1].questions < foretold[2].questions
         costs.append([foretold[1].questions, certificate(images, answers, seed=seed)[0].questions])
     estimated, real = np.mean(costs, axis=0)
-    assert estimated == pytest.approx(real, abs=0.05 * 1500)
+    # What further answers will teach is not in the estimate, and these classes are learned easily.
+    assert real - 0.05 * 1500 < estimated < real + 0.15 * 1500
 
 
 def test_disagreement_is_estimated_by_log_odds() -> None:
