@@ -177,12 +177,16 @@ class LlmJudge(HostedJudge):
             "model_options": self.model_options,
         }
 
-    async def prepare(self) -> None:
-        self._connections.get().runs += 1
-        self.require_allowed()
+    def check(self) -> str:
         self._require_images()
         self._require_options()
+        self.require_allowed()
         self._key  # noqa: B018  # raises if there is no key
+        return str(self.price) if self.costs_money else "costs nothing"
+
+    async def prepare(self) -> None:
+        self._connections.get().runs += 1
+        self.check()
 
     async def aclose(self) -> None:
         """Close the client when the last run in this event loop has ended."""

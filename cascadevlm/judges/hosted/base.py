@@ -162,6 +162,12 @@ class HostedJudge(RemoteJudge):
         """The provider and the model whose row in the price tables is valid for this judge. The provider is None if no row is."""
         return PROVIDER_OF_HOST.get(self.host) if self.host else self.provider, self.model
 
+    def check(self) -> str:
+        price = str(self.price)
+        self.require_allowed()
+        self.api_key()
+        return price if self.costs_money else "costs nothing"
+
     @property
     def costs_money(self) -> bool:
         return self.price != FREE
