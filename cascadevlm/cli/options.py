@@ -47,7 +47,7 @@ class CascadeOptions:
         str | None,
         typer.Option(help="Scorer as backend:model. The default scorer is downloaded once.", show_default=DEFAULT_SCORER),
     ] = None
-    judge: Annotated[str | None, typer.Option(help="Judge of the first stage as backend:model, for example hf_chat:aviary.")] = (
+    judge: Annotated[str | None, typer.Option(help="Judge of the first stage as backend:model, for example openai:gpt-4o.")] = (
         None
     )
     policy: Annotated[
