@@ -43,7 +43,7 @@ class Check:
 
 
 Specs = Annotated[
-    list[str] | None, typer.Argument(metavar="[SPEC…]", help="Scorers and judges to check, as backend:model.", show_default=False)
+    list[str] | None, typer.Argument(metavar="SPEC", help="Scorers and judges to check, as backend:model.", show_default=False)
 ]
 
 
