@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from pydantic import JsonValue
 
 from cascadevlm.cli import options
 
 if TYPE_CHECKING:
+    from pydantic import JsonValue
+
     from cascadevlm.judges.base import Judge
     from cascadevlm.scorers.base import Scorer
 
@@ -108,7 +109,7 @@ def _spec_check(spec: str) -> Callable[[], str]:
     return check
 
 
-def _figures() -> dict[str, JsonValue]:
+def _figures() -> "dict[str, JsonValue]":
     """What the machine has."""
     import torch
     from huggingface_hub import constants
@@ -146,7 +147,7 @@ def _size(folder: Path) -> int:
     return total
 
 
-def _show(figures: dict[str, JsonValue], checks: list[Check]) -> None:
+def _show(figures: "dict[str, JsonValue]", checks: list[Check]) -> None:
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -164,7 +165,7 @@ def _show(figures: dict[str, JsonValue], checks: list[Check]) -> None:
     console.print(table)
 
 
-def _words(name: str, value: JsonValue) -> str:
+def _words(name: str, value: "JsonValue") -> str:
     """A figure for people."""
     match name, value:
         case "devices", {"cuda": list(cuda), "mps": mps, "cpus": cpus}:

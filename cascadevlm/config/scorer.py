@@ -75,6 +75,9 @@ class ScorerConfig(Section):
             if getattr(self, name):
                 hint = f'Write {name} beside the spec it is for: use = [{{ use = "open_clip:…", {name} = … }}, "hf:…"].'
                 raise ConfigError(f"scorer.{name} is for one scorer, and scorer.use names {len(sections)}.", hint=hint)
+        for number, section in enumerate(sections):
+            if "use" not in section.model_fields_set:  # the default is for one scorer
+                raise ConfigError(f"The key 'scorer.use.{number}.use' is missing.", hint="Add it.")
         scorers = [section.build() for section in sections]
         return SeveralScorers(scorers, pool=read_pool(self.pool) if self.pool else None)
 
