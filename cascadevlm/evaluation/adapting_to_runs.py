@@ -76,11 +76,12 @@ def read_said(folder: Path) -> Said:
     predictions = predictions_of(folder, table_of(manifest.inputs))
     lines: list[JudgedLine] = []
     images: list[ImageSource] = []
-    digests = set()
+    seen = set()
     judged = read_lines(folder / PREDICTIONS, JudgedLine, predictions.end)
     for (_, line), (_, _, image) in zip(judged, predictions.with_images(), strict=True):
-        if line.candidates and (not line.digest or line.digest not in digests):
-            digests.add(line.digest)
+        digest = line.digest or line.content
+        if line.candidates and digest not in seen:
+            seen.add(digest)
             lines.append(line)
             images.append(image)
     heard = np.array([line.answered for line in lines], dtype=bool)
