@@ -237,7 +237,7 @@ class Config(Section):
     """The whole configuration file.
 
     Attributes:
-        scorer: the scorer.
+        scorer: the scorer. Default: `DEFAULT_SCORER`.
         stage: the stages, in the order in which judges are asked.
         labels: path of a file or folder of labels, or a list of names.
         calibration: path of a calibration file.
@@ -253,7 +253,7 @@ class Config(Section):
         budget: limits for money.
     """
 
-    scorer: ScorerConfig
+    scorer: ScorerConfig = ScorerConfig()
     stage: tuple[StageConfig, ...] = ()
     labels: Annotated[Path | tuple[str, ...] | None, MayChange("the manifest contains the labels")] = None
     calibration: Annotated[Path | None, _BY_DIGEST] = None

@@ -120,6 +120,17 @@ class Scorer(Portable, ABC):
     def score(self, images: Sequence[Image.Image], labels: LabelSet) -> Scores:
         """Score N upright RGB images for C labels. Any thread may call this method, but only one at a time."""
 
+    def check(self) -> str:
+        """Find out whether the first use can work. No model is loaded, and nothing is sent.
+
+        Returns:
+            A remark for people, for example that the model is downloaded at its first use. "" if there is nothing to say.
+
+        Raises:
+            BackendError: if something is missing: a package, a key, a price, or a model on a machine without a connection.
+        """
+        return ""
+
     def load(self) -> None:
         """Load the model, if there is one. Called once, before `prepare`."""
 
