@@ -34,19 +34,18 @@ def import_(
     """
     from cascadevlm.base.files import visible
     from cascadevlm.runs.correction_files import import_corrections
-    from cascadevlm.runs.corrections import describe_conflict
 
     done = import_corrections(file, into, by=by)
-    corrections, conflicts = done.corrections, [*done.corrections.conflicts.items()]
+    corrections, conflicts = done.corrections, done.corrections.described_conflicts
     if as_json:
         counts = {"added": done.added, "known": done.known, "without_label": done.without_label}
-        labelled = {"images": len(corrections.counting), "conflicts": [image for image, _ in conflicts]}
+        labelled = {"images": len(corrections.counting), "conflicts": [*corrections.conflicts]}
         typer.echo(json.dumps(counts | labelled))
         return
     without = f", {done.without_label:,} rows without a label" if done.without_label else ""
     typer.echo(f"{into}: {done.added:,} corrections added, {done.known:,} known already{without}.")
     typer.echo(f"People labelled {len(corrections.counting):,} images. They disagree about {len(conflicts):,}.")
-    for image, said in conflicts[:MOST_SHOWN]:
-        typer.echo(f"  {visible(describe_conflict(image, said))}")
+    for sentence in conflicts[:MOST_SHOWN]:
+        typer.echo(f"  {visible(sentence)}")
     if len(conflicts) > MOST_SHOWN:
         typer.echo(f"  {len(conflicts) - MOST_SHOWN:,} more: cascadevlm report {into} -o report.html")

@@ -5,6 +5,7 @@ nothing is added to the run.
 """
 
 import csv
+import difflib
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -12,9 +13,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from pydantic import JsonValue
+from pydantic import JsonValue, ValidationError
 
-from cascadevlm.base.entry_points import nearest
 from cascadevlm.base.errors import DataError
 from cascadevlm.base.labels import LabelSet, words
 from cascadevlm.base.tables import json_line
@@ -104,7 +104,7 @@ def _require_no_faults(file: Path, stated: list[Said], names: Mapping[str, str],
     problems = {
         "images are not in the run": [f"{image!r} in {where}" for image, where in missing.items()],
         "labels are not in the label set": [
-            f"{name!r} in {where}: {nearest(name, labels.names)}" for name, where in unknown.items()
+            f"{name!r} in {where}, the nearest label is {_nearest(name, labels)!r}" for name, where in unknown.items()
         ],
         "statements name several labels": [each.where for each in stated if len(each.labels) > 1],
         "images occur more than once": [repr(image) for (image, _, _), count in twice.items() if count > 1],
@@ -117,6 +117,10 @@ def _require_no_faults(file: Path, stated: list[Said], names: Mapping[str, str],
     if found:
         hint = "Nothing was imported. Images are named as in the run, or by their absolute paths."
         raise DataError(f"The corrections in {str(file)!r} have errors: {'; '.join(found)}.", hint=hint)
+
+
+def _nearest(name: str, labels: LabelSet) -> str:
+    return difflib.get_close_matches(name, labels.names, n=1, cutoff=0)[0]
 
 
 def _names_in(run: Path, wanted: set[str]) -> dict[str, str]:
@@ -143,6 +147,9 @@ def _read(file: Path) -> list[Said]:
         return [_of_row(number, row, changed) for number, row in _rows(file)]
     except (OSError, ValueError, RecursionError, csv.Error) as exc:  # errors of pydantic, Arrow and JSON are ValueErrors
         why = exc.strerror if isinstance(exc, OSError) and exc.strerror else str(exc).partition("\n")[0].rstrip(".")
+        if isinstance(exc, ValidationError):
+            first = exc.errors()[0]
+            why = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
         raise DataError(f"The corrections in {str(file)!r} cannot be read: {why}.", hint=f"Give {FORMS}.") from exc
 
 

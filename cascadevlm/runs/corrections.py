@@ -92,16 +92,29 @@ class Corrections:
         return {image: [*by_person.values()] for image, by_person in found.items()}
 
     @cached_property
+    def _decided(self) -> dict[str, list[Correction]]:
+        """The standing statements of those who did not skip the image."""
+        decided = {image: [each for each in said if not each.skipped] for image, said in self.standing.items()}
+        return {image: said for image, said in decided.items() if said}
+
+    @cached_property
     def counting(self) -> dict[str, Correction]:
         """For each image with a label from a person, the correction that counts. Every truth that people gave comes from here."""
-        decided = {image: [each for each in said if not each.skipped] for image, said in self.standing.items()}
-        return {image: said[-1] for image, said in decided.items() if said}
+        return {image: said[-1] for image, said in self._decided.items()}
 
     @cached_property
     def conflicts(self) -> dict[str, list[Correction]]:
         """For each image about which people disagree, their standing statements. The last one counts."""
-        decided = {image: [each for each in said if not each.skipped] for image, said in self.standing.items()}
-        return {image: said for image, said in decided.items() if len({each.label for each in said}) > 1}
+        return {image: said for image, said in self._decided.items() if len({each.label for each in said}) > 1}
+
+    @property
+    def described_conflicts(self) -> list[str]:
+        """One sentence per image about which people disagree."""
+        sentences = []
+        for image, said in self.conflicts.items():
+            words = "; ".join(f"{each.by or 'somebody'} said {each.said}" for each in said)
+            sentences.append(f"{image}: {words}, which counts.")
+        return sentences
 
     def applied(self, line: AnyLine) -> AnyLine:
         """The prediction with the label of a person, if a person gave one."""
@@ -109,12 +122,6 @@ class Corrections:
         if found is None:
             return line
         return line.model_copy(update={"label": found.label, "probability": None, "decided_by": "person"})
-
-
-def describe_conflict(image: str, said: list[Correction]) -> str:
-    """One sentence about an image on which people disagree."""
-    words = "; ".join(f"{each.by or 'somebody'} said {each.said}" for each in said)
-    return f"{image}: {words}, which counts."
 
 
 def read_corrections(folder: Path) -> Corrections:

@@ -49,7 +49,7 @@ def config_of(labels: tuple[str, ...]) -> ElementTree.Element:
     ElementTree.SubElement(view, "Choices", name=CHOICE, toName="image", choice="single", required="true", value="$choices")
     shown = {"visibleWhen": "choice-selected", "whenTagName": CHOICE, "whenChoiceValue": ANOTHER}
     hidden = ElementTree.SubElement(view, "View", shown)
-    listed = {"name": OTHER, "toName": "image", "maxUsages": "1", "required": "true", "placeholder": "Search all labels"}
+    listed = {"name": OTHER, "toName": "image", "maxUsages": "1", "minWidth": "400px", "placeholder": "Search all labels"}
     taxonomy = ElementTree.SubElement(hidden, "Taxonomy", listed)
     for name in labels:
         ElementTree.SubElement(taxonomy, "Choice", value=name)
@@ -122,7 +122,7 @@ class _ShortAnnotation(_Data):
 
     id: int
     choice: str | None = None
-    other: list[list[str]] = []
+    other: list[_Value] = []
     annotator: int | None = None
     updated_at: AwareDatetime
 
@@ -147,7 +147,7 @@ def read_annotations(content: list[JsonValue]) -> Iterator[Said]:
                 yield Said(f"task {task.id}", name, labels, person, each.updated_at)
     else:
         for short in _SHORT.validate_python(content):
-            labels = _labels([*filter(None, [short.choice])], short.other)
+            labels = _labels([*filter(None, [short.choice])], [path for value in short.other for path in value.taxonomy])
             yield Said(f"task {short.id}", short.path or short.image, labels, _name_of(short.annotator), short.updated_at)
 
 
