@@ -137,7 +137,7 @@ def read_corrected(folder: Path) -> Corrected:
     return Corrected(
         record=content.record(_scores(lines, labels, manifest.fingerprint or "")),
         paths=paths,
-        random=_random_sample(np.array(keys), np.frombuffer(seen, dtype=np.bool_))[places],
+        random=random_sample(np.array(keys), np.frombuffer(seen, dtype=np.bool_))[places],
         skipped=sum(seen) - len(lines) - len(outside),
         outside=len(outside),
         outside_labelled=sum(line.label is not None for line in outside),
@@ -159,10 +159,19 @@ def _labelled(line: JudgedLine, truth: str | None, offered: list[bool]) -> Label
     return LabelledLine(**{**dict(line), "truth": truth, "split": "", "scores": 0, "questions": questions})
 
 
-def _random_sample(keys: NDArray[np.uint64], seen: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """``(N,)`` booleans: the image is one of the first images in the random order, before the first image that nobody looked at.
+def random_sample(keys: NDArray[np.uint64], seen: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """The largest random sample all of whose images people looked at.
 
-    It does not matter why people looked at an image. A selection by confidence leaves out one of the first images.
+    It does not matter why people looked at an image: the sample consists of the first images in the random order, and ends before
+    the first image that nobody looked at. A selection by confidence soon leaves out an image of this order.
+
+    Args:
+        keys: ``(N,)`` the values of `random_order`.
+        seen: ``(N,)`` booleans: a person looked at the image.
+
+    Returns:
+        ``(N,)`` booleans: the image belongs to the sample. All are false if the sample has fewer than `FEWEST` images and is not
+        the whole run.
     """
     order = np.argsort(keys, kind="stable")
     looked = seen[order]
