@@ -9,6 +9,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
 
@@ -87,14 +88,15 @@ def _answers(address: str) -> bool:
         return False
 
 
-def logged_in(address: str, mail: str, page: str = "/user/login/") -> httpx2.Client:
+@contextmanager
+def logged_in(address: str, mail: str, page: str = "/user/login/") -> Iterator[httpx2.Client]:
     """The session of a person, as in a browser. The page of an invitation makes a new account."""
-    person = httpx2.Client(base_url=address, headers={"Referer": address}, timeout=60)
-    person.get(page)
-    form = {"email": mail, "password": PASSWORD, "csrfmiddlewaretoken": person.cookies["csrftoken"]}
-    assert person.post(page, data=form).status_code == 302
-    person.headers["X-CSRFToken"] = person.cookies["csrftoken"]
-    return person
+    with httpx2.Client(base_url=address, headers={"Referer": address}, timeout=60) as person:
+        person.get(page)
+        form = {"email": mail, "password": PASSWORD, "csrfmiddlewaretoken": person.cookies["csrftoken"]}
+        assert person.post(page, data=form).status_code == 302
+        person.headers["X-CSRFToken"] = person.cookies["csrftoken"]
+        yield person
 
 
 def _result(control: str, kind: str, value: JsonValue) -> JsonValue:
@@ -112,11 +114,14 @@ def label(person: httpx2.Client, task: Mapping[str, object], choice: str, other:
 def test_two_people_correct_a_run_in_label_studio(address: str, images: Path, tmp_path: Path) -> None:
     folder = images.parent / "run"
     run("export", folder, "--to", "label-studio", "--review", "random 30", "-o", tmp_path / "out")
-    ann = logged_in(address, ANN)
-    bob = logged_in(address, BOB, ann.get("/api/invite").json()["invite_url"])
+    with logged_in(address, ANN) as ann, logged_in(address, BOB, ann.get("/api/invite").json()["invite_url"]) as bob:
+        _work_in_label_studio(ann, bob, folder, tmp_path)
+
+
+def _work_in_label_studio(ann: httpx2.Client, bob: httpx2.Client, folder: Path, tmp_path: Path) -> None:
     config = (tmp_path / "out" / "label_config.xml").read_text()
     project = ann.post("/api/projects", json={"title": "birds", "label_config": config, "maximum_annotations": 2}).json()["id"]
-    storage = {"project": project, "path": str(images), "use_blob_urls": True, "title": "images"}
+    storage = {"project": project, "path": str(folder.parent / "images"), "use_blob_urls": True, "title": "images"}
     assert ann.post("/api/storages/localfiles", json=storage).status_code == 201
     given = json.loads((tmp_path / "out" / "tasks.json").read_text())
     done = ann.post(f"/api/projects/{project}/import", json=given).json()
