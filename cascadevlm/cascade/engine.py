@@ -31,11 +31,13 @@ from cascadevlm.cascade.observer import Observer
 from cascadevlm.cascade.running_stage import RunningStage
 from cascadevlm.cascade.stage import Stage
 from cascadevlm.decision.calibration import Calibration
+from cascadevlm.decision.distinct import keys_of
 from cascadevlm.decision.learning import Learned
 from cascadevlm.decision.shares import Following, Seen, Shares
 from cascadevlm.judges.dependable import DependableJudges
 from cascadevlm.policies.base import START, Selection, Spending
 from cascadevlm.scorers.base import Prepared, Scorer, load_once, prepare_in, score_together
+from cascadevlm.scorers.kept import note_digest
 
 T = TypeVar("T")
 
@@ -158,7 +160,9 @@ class Run:
         self.checkpoint = start
         self.following = Following(settings.shares, start.seen, settings.batch_size) if settings.shares else None
         self.learner = (
-            Learner(settings.learns_from, settings.batch_size, start.learned) if settings.learns_from is not None else None
+            None
+            if settings.learns_from is None
+            else Learner(settings.learns_from, settings.batch_size, settings.stages, start.learned)
         )
         self.total: int | None = None
         self.stages: list[RunningStage] = []
@@ -273,6 +277,8 @@ class Run:
 
     async def _prepare_batch(self, batch: Sequence[ImageSource]) -> list[Read]:
         seen = [observer.prepared for observer in self.settings.observers]
+        if self.learner is not None:
+            seen.append(note_digest)
         reading = prepare_in(self.readers, self.settings.scorer, batch, *seen)
         prepared = chain.from_iterable(await asyncio.gather(*map(asyncio.wrap_future, reading)))
         return list(zip(map(path_of, batch), prepared, strict=True))
@@ -293,7 +299,8 @@ class Run:
         numbers = [number for number, _, _ in left]
         calibrated = scores
         if self.learner is not None:
-            calibrated, scores = self.learner.calibration.calibrated(scores), await self.learner.adapted(scores, batch.begin)
+            calibrated, keys = self.learner.calibration.calibrated(scores), keys_of(each.digest for each in scored.images)
+            scores = await self.learner.adapted(scores, batch.begin, keys)
         if self.settings.drift is not None:
             self.settings.drift.scored(numbers, scored.images, calibrated)
         for observer in self.settings.observers:

@@ -81,13 +81,13 @@ def read_said(folder: Path) -> Said:
     lines: list[JudgedLine] = []
     images: list[ImageSource] = []
     truths: list[int] = []
-    digests, corrections = set(), read_corrections(folder).counting
+    seen, corrections = set(), read_corrections(folder).counting
     judged = read_lines(folder / PREDICTIONS, JudgedLine, predictions.end)
     for (_, line), (_, _, image) in zip(judged, predictions.with_images(), strict=True):
-        corrected = corrections.get(line.path)
+        corrected, digest = corrections.get(line.path), line.digest or line.content
         outside = corrected is not None and corrected.label is None
-        if line.candidates and not outside and (not line.digest or line.digest not in digests):
-            digests.add(line.digest)
+        if line.candidates and not outside and digest not in seen:
+            seen.add(digest)
             truths.append(labels.columns[corrected.label] if corrected and corrected.label is not None else NOBODY)
             lines.append(line)
             images.append(image)

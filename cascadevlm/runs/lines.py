@@ -104,6 +104,7 @@ class Line(BaseModel):
     Attributes:
         decided_by: as in `Prediction`. "person" if the label is a correction, which only exports contain.
         digest: the sha256 of the image's file; "" if the image is not a file or could not be scored.
+        content: the digest of an image that is not a file (`Prepared.digest`); "" if it could not be scored.
         truth: name of the true label; None if the images have no labels.
     """
 
@@ -118,6 +119,7 @@ class Line(BaseModel):
     cost: LineCost
     error: InstanceOf[str]
     digest: str = ""
+    content: str = ""
     truth: InstanceOf[str] | None = None
 
     @classmethod

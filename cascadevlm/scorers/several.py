@@ -82,7 +82,7 @@ class SeveralScorers(Scorer):
             source=source,
             pixels=decoded.pixels if decoded else None,
             size=next((part.size for part in parts if part.size), None),
-            file_digest=next((part.file_digest for part in parts if part.file_digest), ""),
+            digest=next((part.digest for part in parts if part.digest), ""),
             parts=parts,
         )
 

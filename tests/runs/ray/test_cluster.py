@@ -25,7 +25,7 @@ from cascadevlm.runs import ray as cluster
 from cascadevlm.runs.inputs import Inputs, Named
 from cascadevlm.runs.ray import Arriving, on_ray
 from cascadevlm.runs.ray.workers import ScoredBatch
-from cascadevlm.runs.run_folder import Tally
+from cascadevlm.runs.run_folder import LEARNED, Tally
 from cascadevlm.testing import noise
 from tests.cli.test_cli import run as command
 from tests.learning import NAMES, insects, made_calibration
@@ -208,7 +208,7 @@ def test_a_cluster_learns_what_one_process_learns(plugin: Path, tmp_path: Path) 
     """Begun by the cluster and gone on with in one process, against one process all along."""
     made_calibration().write(tmp_path / "calibration.json")
     (tmp_path / "images").mkdir()
-    for number, image in enumerate(insects(400)):
+    for number, image in enumerate(insects(250) + insects(150)):  # the last 150 images come for the second time
         image.save(tmp_path / "images" / f"{number:03}.png")
     images, batches = Inputs(tmp_path / "images"), count()
     alone, both = (
@@ -218,6 +218,7 @@ def test_a_cluster_learns_what_one_process_learns(plugin: Path, tmp_path: Path) 
     assert 256 < run("ray", tmp_path / "both", images, both, stopping=lambda: next(batches) == 20).images < 400
     run("local", tmp_path / "both", images, both)
     assert lines(tmp_path / "both") == lines(tmp_path / "alone")
+    assert (tmp_path / "both" / LEARNED).read_bytes() == (tmp_path / "alone" / LEARNED).read_bytes()
     assert 20 < sum(line["verdict"] is not None for line in lines(tmp_path / "both")) < 380
 
 
