@@ -179,6 +179,11 @@ class LabelSet:
         return {name: number for number, name in enumerate(self.names)}
 
     @cached_property
+    def by_words(self) -> dict[str, str]:
+        """The name of each label by the words of its name and of its aliases."""
+        return {words(name): label.name for label in self.labels for name in (*label.aliases, label.name)}
+
+    @cached_property
     def spellings(self) -> frozenset[str]:
         """All names and aliases, in the form of `fold`."""
         return frozenset(fold(name) for label in self.labels for name in (label.name, *label.aliases))

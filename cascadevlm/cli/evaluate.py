@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from cascadevlm.base.errors import InputError
 from cascadevlm.cli import options
 
 if TYPE_CHECKING:
@@ -35,9 +36,18 @@ NOT_OF_THE_POLICY = (
 )
 
 
+Source = Annotated[
+    Path,
+    typer.Argument(
+        help="Labelled images: a folder with one subfolder per class, a table with columns path and label, or a saved dataset. "
+        "Or the folder of a run with labels from people (see the command import), or of a record. These need no options."
+    ),
+]
+
+
 @options.grouped()
 def evaluate(
-    data: options.LabelledData,
+    data: Source,
     given: options.CascadeOptions,
     part: options.DataOptions,
     judge_all: JudgeAll = False,
@@ -46,7 +56,7 @@ def evaluate(
     as_json: options.AsJson = False,
 ) -> None:
     """Measure a cascade on labelled images: accuracy, share of escalated images, errors that the judge corrects and makes,
-    calibration and cost.
+    calibration and cost. For a run, these are the images that people labelled.
 
     If the command is killed or interrupted, the same command with --output continues. The exit code is 1 if no question gets an
     answer.
@@ -58,8 +68,14 @@ def evaluate(
     from cascadevlm.cli.show import evaluation_rows, print_summary
     from cascadevlm.evaluation.evaluate import asking_everything, can_replay, evaluate_replayed, record_run
     from cascadevlm.evaluation.metrics import evaluate as evaluated
+    from cascadevlm.runs.manifest import NAME
     from cascadevlm.runs.run_folder import SUMMARY, images_left
 
+    if (data / NAME).is_file():
+        if (given, part, judge_all, output) != (options.CascadeOptions(), options.DataOptions(), False, None):
+            raise InputError("A run is evaluated as it was made, so options have no effect.", hint="Leave all options out.")
+        _of_run(data, as_json=as_json)
+        return
     parsed = given.parse()
     cascade, labelled = part.build(parsed, data, given.labels)
     options.tell(cascade.labels, [data])
@@ -94,6 +110,29 @@ def evaluate(
             rows["judge, on every image"] = f"{evaluation.judge_accuracy:.1%}"
         print_summary(Console(highlight=False), "Evaluation", rows)
     _require_an_answer(record)
+
+
+def _of_run(folder: Path, *, as_json: bool) -> None:
+    """Show the metrics of a finished run: of a record, or of the images that people labelled."""
+    from rich.console import Console
+
+    from cascadevlm.cli.show import evaluation_rows, print_summary
+    from cascadevlm.evaluation.corrected import read_corrected
+    from cascadevlm.evaluation.evaluate import as_configured, evaluate_part, read_decided
+    from cascadevlm.runs.manifest import Manifest
+
+    if Manifest.read(folder).labelled:
+        record = read_decided(folder)
+        evaluation, sentence = evaluate_part(as_configured(record), record), ""
+    else:
+        corrected = read_corrected(folder)
+        evaluation, sentence = corrected.evaluate(), corrected.describe()
+    if as_json:
+        typer.echo(json.dumps(evaluation.to_dict() | ({"holds_for": sentence} if sentence else {})))
+        return
+    print_summary(Console(highlight=False), "Evaluation", evaluation_rows(evaluation))
+    if sentence:
+        typer.echo(sentence)
 
 
 def _require_an_answer(record: "Record") -> None:
