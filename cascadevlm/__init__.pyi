@@ -1,4 +1,5 @@
 from .api.cascade import Cascade
+from .api.classifier import CascadeClassifier
 from .base.errors import (
     BackendError,
     BudgetExhausted,
@@ -49,6 +50,7 @@ __all__ = [
     "Calibrated",
     "Candidate",
     "Cascade",
+    "CascadeClassifier",
     "CascadeError",
     "ConfigError",
     "CumulativeMass",

@@ -80,12 +80,12 @@ class Cascade(cascade.Cascade):
         labelled = data if isinstance(data, Data) else read_data(data, self.labels)
         with tempfile.TemporaryDirectory() as scratch, progress_bar(len(labelled), shown=progress) as show:
             kept = Path(scratch if folder is None else folder)
-            with self._paying(kept) as running:
+            with self.paying(kept) as running:
                 return measure(
                     running,
                     labelled,
                     kept,
-                    config=self._described(),
+                    config=self.described(),
                     judge_all=judge_all,
                     progress=lambda tally: show(tally.images, tally.spent_dollars),
                 ).evaluation
@@ -122,18 +122,18 @@ class Cascade(cascade.Cascade):
             images = [(str(path), Path(path)) for path in inputs]
         if not (total := len(images)):
             raise DataError(f"{inputs!r} contains no images.", hint="Check the path and the formats of the images.")
-        with progress_bar(total, shown=progress) as show, self._paying(Path(folder)) as running:
+        with progress_bar(total, shown=progress) as show, self.paying(Path(folder)) as running:
             return bulk.run(
                 running,
                 images,
                 Path(folder),
-                config=self._described(),
+                config=self.described(),
                 retry_failed=retry_failed,
                 progress=lambda tally: show(tally.images, tally.spent_dollars),
             )
 
     @contextmanager
-    def _paying(self, folder: Path) -> Iterator[Self]:
+    def paying(self, folder: Path) -> Iterator[Self]:
         """A copy of the cascade for a run into a folder. The run may spend what is left in the ledger of the cascade.
 
         The ledger of the folder counts the earlier sessions of its run, too. While the run lasts, all money that is left is
@@ -149,7 +149,7 @@ class Cascade(cascade.Cascade):
             spent = round((spent_in(folder) - before) * NANODOLLARS)
             self.ledger.settle(left, spent, standing=True)
 
-    def _described(self) -> dict[str, JsonValue]:
+    def described(self) -> dict[str, JsonValue]:
         """What the manifest of a run says about the cascade: its configuration, or the parts that replays of a record need."""
         if self.config is not None:
             return self.config.frozen(self).model_dump(mode="json")

@@ -150,7 +150,7 @@ def test_a_record_of_a_cascade_built_from_objects_can_be_swept_and_calibrated(tm
     assert record.stated.stage[0].policy == str(parse_policy("margin < 0.2"))
     assert len(repr(sweep(record))) < 1500
     assert calibrate(record, Recipe(size=40)).calibration.images == 40
-    assert by_hand(FakeJudge(), policy=look_at_nothing)._described()["stage"] == [
+    assert by_hand(FakeJudge(), policy=look_at_nothing).described()["stage"] == [
         {
             "judge": "fake:fake",
             "policy": None,
