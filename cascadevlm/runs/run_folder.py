@@ -66,7 +66,7 @@ from cascadevlm.cascade.engine import BEGINNING, Checkpoint
 from cascadevlm.cascade.observer import Observer
 from cascadevlm.decision.distinct import keys_of
 from cascadevlm.judges.base import Judge
-from cascadevlm.judges.budget import DurableLedger, line_of_ledger
+from cascadevlm.judges.budget import DurableLedger, line_of_ledger, total_in
 from cascadevlm.runs import manifest as manifests
 from cascadevlm.runs.inputs import Labelled, Named, names
 from cascadevlm.runs.learned_file import read_learned, write_learned
@@ -483,13 +483,12 @@ def images_left(folder: Path, total: int, *, dollars: float | None, retry_failed
 
 
 def spent_in(folder: Path) -> float:
-    """Dollars that all sessions of the run in a folder spent.
+    """Dollars that all sessions of the run in a folder spent. Amounts that are still reserved count as spent.
 
     Raises:
         DataError: if the ledger is damaged.
     """
-    with closing(DurableLedger(None, folder / LEDGER)) as ledger:
-        return ledger.spent_dollars
+    return total_in(folder / LEDGER) / NANODOLLARS
 
 
 def _require_no_other_things(folder: Path) -> None:
