@@ -193,7 +193,7 @@ class JsonLines(TextTable):
         with self.text(errors="strict") as lines:
             for number, line in enumerate(lines, start=1):
                 if line.strip():
-                    value = _json(line, number)
+                    value = json_line(line, number)
                     yield number, value if isinstance(value, dict) else {"path": value}
 
     @cached_property
@@ -211,7 +211,7 @@ JSON_LINES_READ = 1000
 """Number of JSON lines from which the columns are known."""
 
 
-def _json(line: str, number: int) -> object:
+def json_line(line: str, number: int) -> object:
     """The value of one line.
 
     Raises:

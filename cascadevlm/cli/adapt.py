@@ -31,7 +31,7 @@ Source = Annotated[
     Path | None,
     typer.Argument(
         help="Labelled images: a folder of folders, a table with path and label, a saved dataset, or a record from "
-        "evaluate -o. Or the folder of a run, whose judge's answers teach. A record or run needs no further options."
+        "evaluate -o. Or the folder of a run: its judge's answers and labels from people teach. A record or run needs no options."
     ),
 ]
 
@@ -52,6 +52,14 @@ def adapt(
             "pool: how much each of several scorers counts."
         ),
     ] = "means",
+    again: Annotated[
+        bool,
+        typer.Option(
+            "--again",
+            help="Decide a finished run with learn = true again, with all that it learned, and ask nobody. --output is then a "
+            "new folder for the predictions.",
+        ),
+    ] = False,
     as_json: options.AsJson = False,
 ) -> None:
     """Teach the scorer from its embeddings of images, write what was learned to a file, and measure what it gains.
@@ -63,9 +71,13 @@ def adapt(
 
     from cascadevlm.base.errors import InputError
     from cascadevlm.cli.show import print_summary
+    from cascadevlm.runs.corrections import read_corrections
     from cascadevlm.runs.manifest import NAME, Manifest
     from cascadevlm.scorers.adapters import METHODS
 
+    if again:
+        _again(source, output, as_json=as_json)
+        return
     if method not in (*METHODS, "pool"):
         raise InputError(f"There is no method {method!r}.", hint=f"Known: {', '.join(METHODS)}, pool.")
     if source is None and not unlabelled:
@@ -83,6 +95,8 @@ def adapt(
         result = _of_record(source, METHODS[method])
     elif method == "means":
         result = _of_run(source)
+    elif read_corrections(source).counting:
+        result = _of_corrected(source, METHODS[method])
     else:
         raise InputError(f"The method {method!r} needs labels, and a run has none.", hint="Take --method means.")
     result.adapter.write(output)
@@ -91,6 +105,35 @@ def adapt(
         return
     print_summary(Console(highlight=False), f"Adapter ({output})", _rows(result))
     typer.echo(_conclusion(result))
+
+
+def _again(run: Path | None, output: Path, *, as_json: bool) -> None:
+    """Decide a run again, and say what changed."""
+    from rich.console import Console
+
+    from cascadevlm.base.errors import InputError
+    from cascadevlm.base.labels import LabelSet
+    from cascadevlm.cli.show import print_summary
+    from cascadevlm.config.config import Config
+    from cascadevlm.runs.again import decide_again
+    from cascadevlm.runs.manifest import NAME, Manifest
+
+    if run is None or not (run / NAME).is_file():
+        raise InputError("--again needs the folder of a run.", hint="For example: cascadevlm adapt RUN --again -o FOLDER.")
+    manifest = Manifest.read(run)
+    cascade = Config.parse(manifest.config, name=str(run)).build(LabelSet(tuple(manifest.labels)), bulk=True)
+    found = decide_again(run, output, cascade)
+    if as_json:
+        typer.echo(json.dumps(vars(found)))
+        return
+    rows = {
+        "images": str(found.images),
+        "labels changed": str(found.changed),
+        "labelled images of the calibration, each without its own label": str(found.measured),
+        "scorer before the run, right": f"{found.before:.1%}",
+        "scorer after the run, right": f"{found.after:.1%}",
+    }
+    print_summary(Console(highlight=False), f"Predictions in {output}", rows)
 
 
 def _of_images(
@@ -136,9 +179,20 @@ def _of_run(folder: Path) -> "Adapted":
     from cascadevlm.evaluation.adapting_to_runs import adapt_to_run, read_said
 
     said = read_said(folder)
+    if said.scores is not None:
+        return adapt_to_run(said.scores, said)
     config = _bare(said.config)
     scores, readable = embed(config.build(said.labels, bulk=True), said.images)
     return adapt_to_run(scores, said.rows(readable))
+
+
+def _of_corrected(folder: Path, method: "Method") -> "Adapted":
+    """What the images of a run that people labelled teach."""
+    from cascadevlm.evaluation.adapting import adapt as adapted
+    from cascadevlm.evaluation.corrected import read_corrected
+
+    record = read_corrected(folder).scored(lambda config, labels, images: embed(_bare(config).build(labels, bulk=True), images))
+    return adapted(record.scores, [record.labels.names[truth] for truth in record.truths], method=method)
 
 
 def embed(cascade: "Cascade", images: "Sequence[ImageSource]") -> "tuple[Scores, NDArray[np.bool_]]":
@@ -255,8 +309,8 @@ def _conclusion(result: "Adapted") -> str:
     """What to do with the adapter, in words."""
     if result.gain is None:
         return (
-            "Without labelled images, the gain is unknown. To measure it, give labelled images, or a run with a calibration that "
-            "holds some."
+            "No labelled images were left out of the learning, so the gain is unknown. To measure it, give labelled images, or a "
+            "run with a calibration that holds some."
         )
     if not result.gains:
         return "These images show no gain: the interval reaches 0. Do not use the adapter, or try more images."

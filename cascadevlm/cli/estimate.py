@@ -21,6 +21,7 @@ def estimate(
     from rich.console import Console
     from rich.table import Table
 
+    from cascadevlm.cli.money import prices
     from cascadevlm.runs.estimate import estimate as estimated
     from cascadevlm.runs.inputs import Inputs
 
@@ -47,3 +48,5 @@ def estimate(
     console = Console(highlight=False)
     console.print(f"{total} images. The estimate uses a random sample of at most {sample} of them.")
     console.print(table)
+    for line in prices(cascade):
+        console.print(line, markup=False, soft_wrap=True)

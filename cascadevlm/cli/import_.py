@@ -2,104 +2,67 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from cascadevlm.cli import options
+from cascadevlm.cli.own_arrays import ArrayOptions
 
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
+MOST_SHOWN = 5
+"""Number of conflicts that are shown. Further conflicts are only counted."""
 
 
+@options.grouped()
 def import_(
-    output: Annotated[Path, typer.Option("--output", "-o", help="New folder for the record.")],
-    scores: Annotated[
-        Path,
-        typer.Option(help="Scores of N images for C labels: a .npy file, (N, C) logits, log-probabilities or probabilities."),
-    ],
-    labels: Annotated[
-        Path, typer.Option(help="The C class names, in the order of the scores. The forms are the same as for run.")
-    ],
-    truths: Annotated[str, typer.Option(metavar="FILE", help="N true labels.")],
-    answers: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FILE",
-            help="N answers of a judge. Empty or -1: the judge was not asked. 'none of these' or -2: it chose no candidate.",
-            show_default="no judge",
+    given: ArrayOptions,
+    file: Annotated[
+        Path | None,
+        typer.Argument(
+            help="Labels from people: an export of Label Studio (JSON or JSON_MIN) or of FiftyOne (labels.json), a CSV, TSV, "
+            "JSON lines or Parquet file with the columns image, label and, optionally, by and when, or the corrections.jsonl of "
+            "another run. In place of a label: none (none of the labels) or skip."
         ),
     ] = None,
-    candidates: Annotated[
-        str | None,
-        typer.Option(
-            metavar="K|FILE",
-            help="Candidates that the judge saw: K for the K best labels of the scorer, or a .npy file of (N, K) labels.",
-            show_default="all labels",
-        ),
+    into: Annotated[
+        Path | None, typer.Option("--into", metavar="RUN", help="Folder of the run or record that gets the corrections.")
     ] = None,
-    dollars: Annotated[float, typer.Option(min=0, help="Cost of each question, in US dollars.")] = 0.0,
-    names: Annotated[str | None, typer.Option(metavar="FILE", help="N names of the images.", show_default="#0, #1, …")] = None,
-    judge: Annotated[str, typer.Option(help="Name of the judge.")] = "own:answers",
+    by: Annotated[
+        str, typer.Option(metavar="NAME", help="Name of the person, for labels without a name.", show_default="unknown")
+    ] = "",
     as_json: options.AsJson = False,
 ) -> None:
-    """Make a record from scores and answers that were recorded elsewhere. All commands that read records can use it: sweep,
-    calibrate, compare, study and report.
+    """Import labels from people into a run (FILE --into RUN). They count in evaluate, calibrate, adapt, export and report.
 
-    FILE is a text file with one value per line, a column of a table (write FILE:COLUMN), or a .npy file of names or numbers.
-    Numbers are columns of the scores, from 0.
+    The latest label of an image counts. If anything in the file is wrong, nothing is imported. A second import of the same file
+    adds nothing.
+
+    With --scores, make a record from scores and answers that were recorded elsewhere. The commands sweep, calibrate, compare,
+    study and report read it. Values are in a text file with one value per line, in a column of a table (write FILE:COLUMN), or
+    in a .npy file of names or numbers. Numbers are columns of the scores, from 0.
     """
-    from cascadevlm.base.labels import LabelSet
-    from cascadevlm.evaluation.record import Record
-    from cascadevlm.evaluation.write_record import write_record
+    from cascadevlm.base.errors import InputError
+    from cascadevlm.base.files import visible
+    from cascadevlm.runs.correction_files import import_corrections
 
-    said = None if answers is None else _values(answers)
-    shown = None if candidates is None else int(candidates) if candidates.isdecimal() else _array(Path(candidates))
-    record = Record.from_arrays(
-        _array(scores),
-        LabelSet.read(labels),
-        _values(truths),
-        answers=said,
-        candidates=shown,
-        dollars=dollars,
-        names=None if names is None else [str(name) for name in _values(names)],
-        judge=judge,
-    )
-    write_record(record, output)
-    asked = int(record.judged.asked.sum()) if record.stages else 0
-    if as_json:
-        typer.echo(json.dumps({"output": str(output), "images": len(record), "labels": len(record.labels), "asked": asked}))
+    if given != ArrayOptions():
+        if file or into or by:
+            raise InputError("A record is made from arrays, without FILE, --into and --by.", hint="Remove these, or --scores.")
+        given.write(as_json=as_json)
         return
-    typer.echo(f"{output}: a record of {len(record):,} images and {len(record.labels):,} labels, with {asked:,} answers.")
-
-
-def _array(path: Path) -> "NDArray[np.generic]":
-    """The array in a .npy file. Arrays of objects are refused, because NumPy would unpickle them."""
-    import numpy as np
-
-    from cascadevlm.base.errors import DataError
-
-    try:
-        array: NDArray[np.generic] = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as exc:
-        why = f"{exc}".partition("\n")[0].rstrip(".")
-        raise DataError(f"{str(path)!r} is not an array: {why}.", hint="Write it with numpy.save.") from exc
-    return array
-
-
-def _values(text: str) -> "NDArray[np.generic] | list[str]":
-    """The values in a .npy file, in the lines of a text file, or in a column of a table, written as FILE:COLUMN."""
-    from cascadevlm.base.image_table import open_table
-    from cascadevlm.base.tables import reading
-
-    path = Path(text)
-    if path.suffix.lower() == ".npy":
-        return _array(path)
-    file, colon, column = text.rpartition(":")
-    if not path.exists() and colon and (table := open_table(Path(file))) is not None:
-        with reading(table.place):
-            cells = [row.cells.get(column) for row in table.rows([table.require(column)])]
-        return ["" if cell is None else str(cell) for cell in cells]
-    with reading(path):
-        return path.read_text(encoding="utf-8-sig").splitlines()
+    if file is None or into is None:
+        raise InputError("Labels from people need FILE and --into RUN.", hint="To make a record, add --scores.")
+    done = import_corrections(file, into, by=by)
+    corrections, conflicts = done.corrections, done.corrections.described_conflicts
+    if as_json:
+        counts = {"added": done.added, "known": done.known, "without_label": done.without_label}
+        labelled = {"images": len(corrections.counting), "conflicts": [*corrections.conflicts]}
+        typer.echo(json.dumps(counts | labelled))
+        return
+    without = f", {done.without_label:,} rows without a label" if done.without_label else ""
+    typer.echo(f"{into}: {done.added:,} corrections added, {done.known:,} known already{without}.")
+    typer.echo(f"People labelled {len(corrections.counting):,} images. They disagree about {len(conflicts):,}.")
+    for sentence in conflicts[:MOST_SHOWN]:
+        typer.echo(f"  {visible(sentence)}")
+    if len(conflicts) > MOST_SHOWN:
+        typer.echo(f"  {len(conflicts) - MOST_SHOWN:,} more: cascadevlm report {into} -o report.html")

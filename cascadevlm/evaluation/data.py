@@ -261,7 +261,7 @@ def _checked(data: Data, labels: LabelSet) -> Data:
     """The data. Truths are replaced by their names in the label set."""
     if not len(data):
         raise DataError("The data contains no images.", hint="A folder of labelled images needs one subfolder per class.")
-    known = {words(name): label.name for label in labels for name in (label.name, *label.aliases)}
+    known = labels.by_words
     images = data.images if isinstance(data.images, tuple) else ()
     files = [image for image in images if isinstance(image, Path)]
     same: Sequence[object] = data.images if images and not data.about else data.names

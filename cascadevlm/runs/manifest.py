@@ -34,6 +34,7 @@ class Manifest(BaseModel):
         inputs: path or address of the images, or the kind of their source.
         columns: the columns of the table that the images were read from.
         labelled: true if the images have true labels; the folder is then a record.
+        decided_again: true if the predictions were made from those of another run (`cascadevlm.runs.again`).
         stages: the spec of the judge of each stage.
         asks_all: true if every judge is asked about every image, even if the policies of the configuration do not escalate it.
         contents: digests of the files that the configuration names: the calibration and, for every stage, its prompt and
@@ -51,6 +52,7 @@ class Manifest(BaseModel):
     inputs: str
     columns: ColumnNames = USUAL
     labelled: bool = False
+    decided_again: bool = False
     stages: list[str] = []
     asks_all: bool = False
     began: datetime
@@ -118,6 +120,8 @@ class Manifest(BaseModel):
             found.append(f"its images were read with {self.columns} and are now read with {other.columns}")
         if self.labelled != other.labelled:
             found.append(f"its images {'have true' if self.labelled else 'have no true'} labels")
+        if self.decided_again != other.decided_again:
+            found.append(f"it was {'' if self.decided_again else 'not '}made from another run by adapt --again")
         if self.asks_all != other.asks_all:
             found.append(f"its judges were {'' if self.asks_all else 'not '}asked about every image")
         return found
