@@ -61,6 +61,9 @@ class Pictures:
     def __init__(self, count: int) -> None:
         self.count = count
 
+    def __len__(self) -> int:
+        return self.count
+
     def __iter__(self) -> Iterator[Named]:
         for number in range(self.count):
             yield f"{number:06}", np.random.default_rng(number).integers(0, 256, (16, 16, 3), dtype=np.uint8)

@@ -34,6 +34,7 @@ from cascadevlm.decision.calibration import Calibration
 from cascadevlm.decision.distinct import keys_of
 from cascadevlm.decision.learning import Learned
 from cascadevlm.decision.shares import Following, Seen, Shares
+from cascadevlm.decision.teaching import Transduced
 from cascadevlm.judges.dependable import DependableJudges
 from cascadevlm.policies.base import START, Selection, Spending
 from cascadevlm.scorers.base import Prepared, Scorer, load_once, prepare_in, score_together
@@ -122,6 +123,7 @@ class Settings:
         shares: shares of the classes for which the scores are calibrated; None if the shares of the run are not followed.
         learns_from: the calibration whose labelled images a run that learns starts from; its scorer gives the scores without the
             calibration. None if the run does not learn.
+        unlabelled: what all images of the run taught before the run; None if they were not looked at before.
     """
 
     scorer: Scorer
@@ -137,6 +139,7 @@ class Settings:
     drift: Drift | None = None
     shares: Shares | None = None
     learns_from: Calibration | None = None
+    unlabelled: Transduced | None = None
 
 
 class Run:
@@ -162,7 +165,7 @@ class Run:
         self.learner = (
             None
             if settings.learns_from is None
-            else Learner(settings.learns_from, settings.batch_size, settings.stages, start.learned)
+            else Learner(settings.learns_from, settings.batch_size, settings.stages, start.learned, settings.unlabelled)
         )
         self.total: int | None = None
         self.stages: list[RunningStage] = []
@@ -398,6 +401,8 @@ class Run:
         except JudgeError as exc:
             result.set_exception(exc)
         else:
+            for observer in self.settings.observers:
+                observer.believed(item.number, item.probabilities())
             wanted = self.following is not None or self.learner is not None
             result.set_result(_Settled(prediction, item.probabilities() if wanted else None))
 

@@ -16,7 +16,7 @@ from cascadevlm.decision.calibration import Calibration
 from cascadevlm.decision.conformal import Conformal
 from cascadevlm.decision.distinct import Keys
 from cascadevlm.decision.learning import LEAST, Learned, Learning
-from cascadevlm.decision.teaching import Labelled, Taught
+from cascadevlm.decision.teaching import Labelled, Taught, Transduced
 
 MOST_BYTES = 60_000_000
 """Largest size of what a run keeps of what it learned."""
@@ -35,6 +35,7 @@ class Learner:
         batch_size: of the run.
         stages: the stages of the cascade. If their candidates have a coverage, the threshold is fitted again for each period.
         start: what the run had learned where it goes on. Default: a new run.
+        unlabelled: what all images of the run taught before the run. Default: they were not looked at before.
 
     Raises:
         ConfigError: as `require_support`.
@@ -45,12 +46,17 @@ class Learner:
     """
 
     def __init__(
-        self, calibration: Calibration, batch_size: int, stages: Sequence[Stage] = (), start: Learned | None = None
+        self,
+        calibration: Calibration,
+        batch_size: int,
+        stages: Sequence[Stage] = (),
+        start: Learned | None = None,
+        unlabelled: Transduced | None = None,
     ) -> None:
         self.calibration = calibration
         self.stages = stages
         self.labelled = require_support(calibration)
-        self.learning = Learning(self.labelled, batch_size, start=start)
+        self.learning = Learning(self.labelled, batch_size, start=start, unlabelled=unlabelled)
         self._scored: dict[int, tuple[Scores, Scores, Keys]] = {}
         self._thresholds: tuple[Taught | None, Mapping[float, float]] = (None, {})
         self._warned = False
@@ -69,26 +75,25 @@ class Learner:
             keys: `(n,)` keys of the images: nothing is learned from an image that came before.
 
         Raises:
-            ConfigError: if the scores are calibrated already, or have no embeddings.
+            ConfigError: as `require_teachable`.
             InputError: if the labelled images are too few for the coverage of the candidates.
         """
-        if scores.fingerprint == self.calibration.calibrated_fingerprint:
-            hint = "Give the cascade the scorer itself, without its calibration."
-            raise ConfigError("learn = true calibrates the scores itself, and these scores are calibrated already.", hint=hint)
-        if scores.embeddings is None:
-            hint = "Use an open_clip or hf scorer, or set learn = false."
-            raise ConfigError(f"The scorer {scores.fingerprint!r} makes no embeddings, which learn = true needs.", hint=hint)
-        taught = await self.learning.taught(begin)
+        require_teachable(scores, self.calibration)
+        adapted = self.scores_by(await self.learning.taught(begin), scores)
+        self._scored[begin] = scores, adapted, keys
+        return adapted
+
+    def scores_by(self, taught: Taught, scores: Scores) -> Scores:
+        """The scores, which have embeddings, with what was learned."""
+        assert scores.embeddings is not None
         if self._thresholds[0] is not taught:
             self._thresholds = taught, thresholds(self.stages, self.labelled, taught)
-        adapted = replace(
+        return replace(
             scores,
             log_probs=taught(scores.log_probs, scores.embeddings).astype(np.float32),
             fingerprint=f"{scores.fingerprint}|learning",
             thresholds=self._thresholds[1],
         )
-        self._scored[begin] = scores, adapted, keys
-        return adapted
 
     async def take(
         self, decided: Scores | None, beliefs: Sequence[NDArray[np.float32]], judged: Sequence[bool], begin: int
@@ -113,7 +118,7 @@ class Learner:
             said = np.log(np.maximum(np.stack(beliefs), LEAST)) - decided.log_probs
             before_shift = np.exp(log_softmax(adapted.log_probs + said, axis=1))
             await self.learning.take(scores.log_probs, scores.embeddings, before_shift, np.array(judged), begin, keys)
-        if self.learned.images != period:
+        if self.learned.images != period and self.learning.unlabelled is None:  # else, no order is harmful
             self._warn_if_sorted()
 
     def _warn_if_sorted(self) -> None:
@@ -143,6 +148,16 @@ def thresholds(stages: Sequence[Stage], labelled: Labelled, taught: Taught) -> M
     coverages = {stage.candidates.rule.coverage for stage in stages if isinstance(stage.candidates, ConformalSet)}
     probabilities = np.exp(taught.held_out)
     return {each: Conformal.fit(probabilities, labelled.truths, coverage=each).threshold for each in coverages}
+
+
+def require_teachable(scores: Scores, calibration: Calibration) -> None:
+    """Raises ConfigError if a run cannot learn from scores: they are calibrated already, or have no embeddings."""
+    if scores.fingerprint == calibration.calibrated_fingerprint:
+        hint = "Give the cascade the scorer itself, without its calibration."
+        raise ConfigError("learn = true calibrates the scores itself, and these scores are calibrated already.", hint=hint)
+    if scores.embeddings is None:
+        hint = "Use an open_clip or hf scorer, or set learn = false."
+        raise ConfigError(f"The scorer {scores.fingerprint!r} makes no embeddings, which learn = true needs.", hint=hint)
 
 
 def require_support(calibration: Calibration) -> Labelled:

@@ -89,7 +89,7 @@ def _show_learning(console: "Console", config: "Config", labels: "LabelSet", ima
     count = images or IMAGES
     console.print(
         f"Drawing {LABELLED + count} birds of {len(labels)} species never seen in training. {LABELLED} labelled birds calibrate "
-        f"three cascades, which then classify the others with {POLICY!r}. This takes a minute or more.\n"
+        f"three cascades, which then classify the others with {POLICY!r}. This takes about two minutes.\n"
     )
     figures = learning_figures(config, labels, count)
     if as_json:

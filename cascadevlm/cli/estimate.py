@@ -31,6 +31,7 @@ def estimate(
     from rich.table import Table
 
     from cascadevlm.base.errors import InputError
+    from cascadevlm.cli.money import prices
     from cascadevlm.runs.estimate import estimate as estimated
     from cascadevlm.runs.inputs import LISTS, Inputs
 
@@ -65,3 +66,5 @@ def estimate(
     console = Console(highlight=False)
     console.print(f"{total} images. The estimate uses a random sample of at most {sample} of them.")
     console.print(table)
+    for line in prices(cascade):
+        console.print(line, markup=False, soft_wrap=True)

@@ -1,7 +1,6 @@
 """``cascadevlm evaluate``."""
 
 import json
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -62,14 +61,13 @@ def evaluate(
     answer.
     """
     from rich.console import Console
-    from rich.progress import Progress
 
+    from cascadevlm.base.progress import progress_bar
     from cascadevlm.cli.money import confirm
     from cascadevlm.cli.show import evaluation_rows, print_summary
-    from cascadevlm.evaluation.evaluate import asking_everything, can_replay, evaluate_replayed, record_run
-    from cascadevlm.evaluation.metrics import evaluate as evaluated
+    from cascadevlm.evaluation.evaluate import asking_everything, measure
     from cascadevlm.runs.manifest import NAME
-    from cascadevlm.runs.run_folder import SUMMARY, images_left
+    from cascadevlm.runs.run_folder import images_left
 
     if (data / NAME).is_file():
         if (given, part, judge_all, output) != (options.CascadeOptions(), options.DataOptions(), False, None):
@@ -79,37 +77,32 @@ def evaluate(
     parsed = given.parse()
     cascade, labelled = part.build(parsed, data, given.labels)
     options.tell(cascade.labels, [data])
-    asking = asking_everything(cascade) if judge_all else cascade
     if not yes:
         total, dollars = len(labelled), cascade.ledger.cap_dollars
         left = images_left(output, total, dollars=dollars, retry_failed=False) if output else total
-        confirm(parsed, asking, labelled.images, left)
-    frozen = parsed.frozen(cascade)
+        confirm(parsed, asking_everything(cascade) if judge_all else cascade, labelled.images, left)
     errors = Console(stderr=True)
-    with tempfile.TemporaryDirectory() as scratch, Progress(console=errors, transient=True) as progress:
-        task = progress.add_task("images", total=len(labelled))
-        record = record_run(
-            asking,
+    with progress_bar(len(labelled)) as show:
+        measured = measure(
+            cascade,
             labelled,
-            output or Path(scratch),
-            config=frozen,
-            progress=lambda tally: progress.update(task, completed=tally.images),
+            output,
+            config=parsed.frozen(cascade).model_dump(mode="json"),
+            judge_all=judge_all,
+            progress=lambda tally: show(tally.images, tally.spent_dollars),
             outlook=lambda sentence: errors.print(sentence, markup=False, soft_wrap=True),
         )
-    replays = judge_all and can_replay(record)
-    if judge_all and not replays:
+    evaluation = measured.evaluation
+    if not measured.of_policy:
         typer.echo(NOT_OF_THE_POLICY, err=True)
-    evaluation = evaluate_replayed(record, cascade.stages[0].policy) if replays else evaluated(record)
-    if output:
-        (output / SUMMARY).write_text(json.dumps(evaluation.to_dict(), indent=2) + "\n", encoding="utf-8")
     if as_json:
         typer.echo(json.dumps(evaluation.to_dict()))
     else:
         rows = evaluation_rows(evaluation)
-        if replays and evaluation.judge_accuracy is not None:
+        if judge_all and measured.of_policy and evaluation.judge_accuracy is not None:
             rows["judge, on every image"] = f"{evaluation.judge_accuracy:.1%}"
         print_summary(Console(highlight=False), "Evaluation", rows)
-    _require_an_answer(record)
+    _require_an_answer(measured.record)
 
 
 def _of_run(folder: Path, *, as_json: bool) -> None:

@@ -2,8 +2,7 @@
 
 import json
 import signal
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
@@ -14,8 +13,6 @@ import typer
 from cascadevlm.cli import options
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from cascadevlm.runs.run_folder import Tally
 
 Output = Annotated[
@@ -42,12 +39,6 @@ RetryFailed = Annotated[
 SIGNALLED = 128
 """Added to the number of the signal that ended a program, this is the exit code of the program: 130 after Ctrl-C."""
 
-SHOWN_PER_SECOND = 10
-"""How often the progress bar is redrawn."""
-
-LOG_SECONDS = 10
-"""Seconds between lines in a log, where no progress bar is shown."""
-
 
 Images = Annotated[Path, typer.Argument(help="Folder of images, or a list of images: text, CSV, JSON lines or Parquet.")]
 
@@ -70,6 +61,7 @@ def run(
     from rich.console import Console
 
     from cascadevlm.base.errors import DataError, InputError
+    from cascadevlm.base.progress import progress_bar
     from cascadevlm.cli.money import confirm
     from cascadevlm.runs import bulk
     from cascadevlm.runs import ray as cluster
@@ -93,7 +85,7 @@ def run(
     console = Console(stderr=True)
     with (
         cluster.on_ray(cascade, parsed, images, workers=workers) if engine == "ray" else nullcontext(cascade) as running,
-        _progress(console, total) as progress,
+        progress_bar(total) as show,
         _stopping_in_order() as stopping,
     ):
         tally = bulk.run(
@@ -103,7 +95,8 @@ def run(
             config=parsed.frozen(cascade).model_dump(mode="json"),
             retry_failed=retry_failed,
             stopping=lambda: bool(stopping),
-            progress=progress,
+            progress=lambda tally: show(tally.images, tally.spent_dollars),
+            scored=lambda images: show(images, None),
             outlook=lambda sentence: console.print(sentence, markup=False, soft_wrap=True),
         )
     _show(tally, output, as_json=as_json)
@@ -140,30 +133,6 @@ def _show(tally: "Tally", output: Path, *, as_json: bool) -> None:
     if skipped := tally.counts["skipped"]:
         hint = "To ask about them, run the same command with a higher budget: --set budget.usd=DOLLARS."
         typer.echo(f"{skipped} images were escalated but not asked about, because the budget was used up. {hint}", err=True)
-
-
-@contextmanager
-def _progress(console: "Console", total: int) -> Iterator[Callable[["Tally"], None]]:
-    """A function that shows how far a run is: as a bar on a terminal, as lines in a log."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-    columns = BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.description}")
-    pause = 1 / SHOWN_PER_SECOND if console.is_terminal else LOG_SECONDS
-    shown_at = time.monotonic()
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("", total=total)
-
-        def show(tally: "Tally") -> None:
-            nonlocal shown_at
-            if time.monotonic() - shown_at < pause:
-                return
-            shown_at = time.monotonic()
-            if console.is_terminal:
-                bar.update(task, completed=tally.images, description=f"${tally.spent_dollars:.2f}")
-            else:
-                typer.echo(f"{tally.images} of {total} images, ${tally.spent_dollars:.2f} spent.", err=True)
-
-        yield show
 
 
 @contextmanager

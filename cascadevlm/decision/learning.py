@@ -17,12 +17,16 @@ from scipy.special import log_softmax
 from cascadevlm.base.errors import InputError
 from cascadevlm.decision.distinct import NONE, Distinct, Keys
 from cascadevlm.decision.judge_model import Bools
-from cascadevlm.decision.means import Sums
-from cascadevlm.decision.teaching import UNJUDGED, Labelled, Taught, Transduced, unjudged
+from cascadevlm.decision.means import Sums, widened
+from cascadevlm.decision.scorer_calibration import Floats
+from cascadevlm.decision.teaching import UNJUDGED, Labelled, Taught, Transduced
 
 PERIOD, LONGEST, GROWTH = 128, 4096, 8
 """Images of the shortest and of the longest period. Between these, a period has an eighth of the images before it, so that the
 cost of learning per image falls in a long run."""
+
+AT_ONCE = 256
+"""Images of a period whose sums are computed together."""
 
 LEAST = 1e-30
 """The least probability that a belief is read as."""
@@ -82,6 +86,7 @@ class Learning:
             )
         self._sums = self.learned.sums
         self._distinct = Distinct(self.learned.keys)
+        self._waiting: list[tuple[NDArray[np.floating], NDArray[np.floating], Floats]] = []
         self._entered = asyncio.Condition()
         begin, taught = self.learned.images, self._teach(self.learned.sums)
         began = taught if self.learned.before is self.learned.sums else self._teach(self.learned.before)
@@ -127,21 +132,37 @@ class Learning:
         new = np.ones(len(embeddings), dtype=bool) if keys is None else self._distinct.take(keys)
         if not new.any():
             return
-        log_probs, embeddings, beliefs, judged = log_probs[new], embeddings[new], beliefs[new], judged[new]
-        opinions = self._taught[period].opinions(log_probs, embeddings)
-        said = np.log(np.maximum(beliefs, LEAST)) - opinions[-1]
-        after = np.exp(log_softmax(opinions + np.where(judged[:, None], said, 0.0), axis=-1))
-        self._sums = self._sums + Sums.of(embeddings, after, np.where(judged, 1.0, UNJUDGED))
+        log_probs, beliefs, judged = log_probs[new], beliefs[new], judged[new]
+        images, weights = widened(embeddings[new]), np.where(judged, 1.0, UNJUDGED)
+        opinions = self._taught[period].opinions(log_probs, images)
+        said = np.log(np.maximum(beliefs[judged], LEAST)) - opinions[-1, judged]
+        opinions[:, judged] = log_softmax(opinions[:, judged] + said, axis=-1)
+        weighted = np.exp(opinions) * weights[:, None].astype(opinions.dtype)
         if self.unlabelled is not None:
-            self._sums = self._sums + unjudged(self.unlabelled.rule, log_probs, embeddings, -UNJUDGED)
+            weighted -= UNJUDGED * np.exp(self.unlabelled.rule.opinions(log_probs, images))
+            weights -= UNJUDGED
+        self._waiting.append((images, weighted, weights))
+        if sum(len(each) for each, _, _ in self._waiting) >= AT_ONCE:
+            self._add_waiting()
+
+    def _add_waiting(self) -> None:
+        """Add the images that wait. Few large products are faster than many small ones."""
+        if self._waiting:
+            images, weighted, weights = zip(*self._waiting, strict=True)
+            self._waiting.clear()
+            x, w = np.concatenate(images), np.concatenate(weights)
+            seconds = (x * w[:, None]).T @ x
+            self._sums = self._sums + Sums.weighted(x, np.concatenate(weighted, axis=1), w, seconds)
 
     def again(self) -> Taught:
         """What all images so far teach: for a finished run, whose images are then decided on anew without a question."""
+        self._add_waiting()
         return self._teach(self._sums)
 
     async def _enter(self, period: int) -> None:
         """Begin a period: what was learned before it is what the next one is scored with."""
         earlier = self.learned.images
+        self._add_waiting()
         self.learned = replace(self.learned, images=period, before=self.learned.sums, sums=self._sums, keys=self._distinct.keys())
         taught = await asyncio.to_thread(self._teach, self._sums)
         async with self._entered:

@@ -76,10 +76,24 @@ class Sums:
         """
         images = np.asarray(embeddings, dtype=np.float64)
         weighted = np.asarray(responsibilities, dtype=np.float64) * weights[:, None]
+        return cls.weighted(images, weighted, weights, (images * weights[:, None]).T @ images)
+
+    @classmethod
+    def weighted(
+        cls, images: NDArray[np.floating], weighted: NDArray[np.floating], weights: NDArray[np.floating], seconds: Floats
+    ) -> "Sums":
+        """The sums of N images from parts that are computed already.
+
+        Args:
+            images: `(N, D)`, embeddings of unit length.
+            weighted: `(..., N, C)`, responsibilities times weights; they may also be differences of these.
+            weights: `(N,)`, the sums of the rows of ``weighted``.
+            seconds: `(D, D)`.
+        """
         return cls(
-            counts=weighted.sum(axis=-2),
-            firsts=np.swapaxes(weighted, -1, -2) @ images,
-            seconds=(images * weights[:, None]).T @ images,
+            counts=weighted.sum(axis=-2, dtype=np.float64),
+            firsts=(np.swapaxes(weighted, -1, -2) @ images).astype(np.float64),
+            seconds=seconds,
             weight=float(weights.sum(dtype=np.float64)),
         )
 
@@ -135,6 +149,11 @@ class Means:
         """g, `(N, C)` nats for each class, from `(N, D)` unit embeddings."""
         found: Floats = (embeddings - self.mean) @ self.directions + self.offsets
         return found
+
+
+def widened(embeddings: NDArray[np.floating]) -> NDArray[np.floating]:
+    """`(N, D)` embeddings for products: `float16` becomes `float32`, which loses nothing; others are unchanged."""
+    return embeddings.astype(np.float32) if embeddings.dtype == np.float16 else embeddings
 
 
 def fit_strength(log_probs: Floats, evidence: Floats, responsibilities: Floats) -> tuple[float, float]:

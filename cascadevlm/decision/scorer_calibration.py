@@ -90,10 +90,13 @@ class ScorerCalibration:
 
     def __call__(self, log_probs: NDArray[np.floating]) -> Floats:
         """``(N, C)`` calibrated log-probabilities from the scorer's ``(N, C)``."""
-        centred = centre(log_probs)
-        logits = self.scale * centred + self.bias
-        calibrated: Floats = log_softmax(logits if self.mixing is None else logits + centred @ self.mixing, axis=1)
+        calibrated: Floats = log_softmax(self.logits(centre(log_probs)), axis=1)
         return calibrated
+
+    def logits(self, centred: Floats) -> Floats:
+        """``(N, C)`` calibrated log-probabilities plus one constant per row, from the scorer's with a mean of 0 (`centre`)."""
+        logits = self.scale * centred + self.bias
+        return logits if self.mixing is None else logits + centred @ self.mixing
 
 
 def floored(log_probs: NDArray[np.floating]) -> Floats:

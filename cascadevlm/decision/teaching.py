@@ -7,7 +7,7 @@ fold; and once from all labels, for the predictions. Otherwise the learned belie
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, reduce
 
 import numpy as np
@@ -16,8 +16,8 @@ from scipy.special import log_softmax
 
 from cascadevlm.base.arrays import Columns, StoredColumns, StoredEmbeddings
 from cascadevlm.base.errors import InputError
-from cascadevlm.decision.means import Means, Sums, fit_strength
-from cascadevlm.decision.scorer_calibration import CrossFit, Floats, ScorerCalibration, cross_fit_scorer, fold_of
+from cascadevlm.decision.means import Means, Sums, fit_strength, widened
+from cascadevlm.decision.scorer_calibration import CrossFit, Floats, ScorerCalibration, centre, cross_fit_scorer, fold_of
 
 UNJUDGED = 0.3
 """Weight of an image that nobody was asked about; an image with a verdict or a label has weight 1."""
@@ -73,9 +73,24 @@ class Taught:
         """`(N, C)` log-probabilities, from all labels."""
         return self.opinion(-1, log_probs, embeddings)
 
-    def opinions(self, log_probs: NDArray[np.floating], embeddings: NDArray[np.floating]) -> Floats:
-        """`(P, N, C)` log-probabilities."""
-        return np.stack([self.opinion(number, log_probs, embeddings) for number in range(len(self.means))])
+    def opinions(self, log_probs: NDArray[np.floating], embeddings: NDArray[np.floating]) -> NDArray[np.floating]:
+        """`(P, N, C)` log-probabilities, `float32` for embeddings of at most 32 bits. One product gives all evidence."""
+        images, (directions, offsets) = widened(embeddings), self._evidence
+        logits: NDArray[np.floating] = images @ directions.astype(images.dtype, copy=False)
+        logits += offsets
+        opinions, centred = logits.reshape(len(logits), len(self.means), -1), centre(log_probs)
+        for number, calibration in enumerate(self.calibrations):
+            opinions[:, number] += self.own * calibration.logits(centred)
+        opinions -= opinions.max(axis=2, keepdims=True)
+        opinions -= np.log(np.exp(opinions).sum(axis=2, keepdims=True))
+        return opinions.swapaxes(0, 1)
+
+    @cached_property
+    def _evidence(self) -> tuple[Floats, Floats]:
+        """`(D, P C)` directions and `(P C,)` offsets of the evidence of all P estimates, both times the strength."""
+        directions = np.hstack([means.directions for means in self.means])
+        offsets = np.concatenate([means.offsets - means.mean @ means.directions for means in self.means])
+        return self.strength * directions, self.strength * offsets
 
     def linear(self) -> Linear:
         """The same as one rule on the scorer's log-probabilities.
@@ -240,14 +255,28 @@ def transduced(labelled: Labelled, chunks: Callable[[], Iterable[Scored]], *, ro
         means=tuple(sums.means() for sums in labelled.support),
         held_out=labelled.fit.held_out,
     )
+    seconds: Floats | None = None
     for remaining in reversed(range(rounds)):
-        sums = reduce(Sums.__add__, (unjudged(rule, *chunk) for chunk in chunks()), labelled.nothing())
+        parts = (unjudged(rule, *chunk, with_seconds=seconds is None) for chunk in chunks())
+        sums = reduce(Sums.__add__, parts, labelled.nothing())
+        seconds = sums.seconds if seconds is None else seconds  # they are the same in every round
+        sums = replace(sums, seconds=seconds)
         fold = labelled.as_unlabelled(rule)
         if remaining:
             rule = labelled.taught(sums, fold)
     return Transduced(sums=sums, fold=fold, rule=rule)
 
 
-def unjudged(rule: Taught, log_probs: NDArray[np.floating], embeddings: NDArray[np.floating], weight: float = UNJUDGED) -> Sums:
-    """P sums of N images, each with what the rule believes of it."""
-    return Sums.of(embeddings, np.exp(rule.opinions(log_probs, embeddings)), np.full(len(embeddings), weight))
+def unjudged(
+    rule: Taught, log_probs: NDArray[np.floating], embeddings: NDArray[np.floating], *, with_seconds: bool = True
+) -> Sums:
+    """P sums of N images, each with what the rule believes of it.
+
+    Args:
+        with_seconds: false to leave `Sums.seconds` at 0.
+    """
+    images, weights = widened(embeddings), np.full(len(embeddings), UNJUDGED)
+    weighted = np.exp(rule.opinions(log_probs, images))
+    weighted *= UNJUDGED
+    wide = images.astype(np.float64) if with_seconds else np.zeros((1, images.shape[1]))
+    return Sums.weighted(images, weighted, weights, UNJUDGED * (wide.T @ wide))

@@ -22,6 +22,7 @@ from pydantic import BaseModel
 from cascadevlm.base.arrays import NOBODY, Columns
 from cascadevlm.base.errors import CascadeError, DataError
 from cascadevlm.base.files import valid_text
+from cascadevlm.base.html import card
 from cascadevlm.base.labels import LabelSet
 from cascadevlm.base.types import Scores, Verdict
 from cascadevlm.runs.corrections import read_corrections
@@ -164,6 +165,21 @@ class Record:
 
     def __len__(self) -> int:
         return len(self.truths)
+
+    def __repr__(self) -> str:
+        return f"Record(images={len(self)}, judges={[stage.judge for stage in self.stages]!r}, labels={self.labels!r})"
+
+    def _repr_html_(self) -> str:
+        right = int((self.predicted == self.truths)[self.readable].sum())
+        rows = {
+            "images": f"{len(self):,} ({int((~self.readable).sum()):,} unreadable)",
+            "labels": f"{len(self.labels):,}",
+            "scorer": self.scores.fingerprint,
+            "judges": [f"{stage.judge}: asked about {int(stage.asked.sum()):,} images" for stage in self.stages],
+            "right": f"{right:,}",
+            "paid": f"${sum(stage.paid.sum() for stage in self.stages):,.4f}",
+        }
+        return card("Record", rows)
 
     def take(self, rows: NDArray[np.intp]) -> "Record":
         """The record of the images of these rows, in this order."""

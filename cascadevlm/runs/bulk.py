@@ -4,7 +4,7 @@ import asyncio
 import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
-from contextlib import aclosing
+from contextlib import aclosing, nullcontext
 from pathlib import Path
 
 from pydantic import JsonValue
@@ -12,12 +12,20 @@ from pydantic import JsonValue
 from cascadevlm.base import loop
 from cascadevlm.base.errors import RunError
 from cascadevlm.base.images import ImageSource
+from cascadevlm.base.threads import one_blas_thread
+from cascadevlm.base.types import Scores
 from cascadevlm.cascade.cascade import Cascade
 from cascadevlm.cascade.engine import Run
+from cascadevlm.cascade.learner import require_support, require_teachable
+from cascadevlm.cascade.observer import Observer
+from cascadevlm.decision.calibration import Calibration
+from cascadevlm.decision.teaching import transduced
 from cascadevlm.judges.cache import DiskStore
 from cascadevlm.runs.inputs import Inputs, Labelled, Named, after
 from cascadevlm.runs.manifest import Manifest
 from cascadevlm.runs.run_folder import RunFolder, Tally
+from cascadevlm.runs.scored_first import score_first
+from cascadevlm.scorers.base import Prepared
 
 LEAST_FREE = 16 << 20
 """Minimum of free bytes on a disk. Below it, no further image is started, but answers to open questions still fit."""
@@ -35,6 +43,7 @@ def run(
     retry_failed: bool = False,
     stopping: Callable[[], bool] = lambda: False,
     progress: Callable[[Tally], None] = lambda tally: None,
+    scored: Callable[[int], None] = lambda images: None,
     outlook: Callable[[str], None] = lambda sentence: None,
 ) -> Tally:
     """Classify images into a folder. The results of an earlier session in the folder are kept, and no stored question is asked
@@ -42,6 +51,9 @@ def run(
 
     If the images have true labels, the folder is a record. Then drift is not watched, and the shares of the classes are not
     followed, because labelled images are often sorted by class.
+
+    A run that learns scores all images before it decides on the first one, and learns from all of them (`transduced`), unless
+    their number is not known beforehand, or they have true labels.
 
     Args:
         cascade: the cascade. Its spending limit covers all sessions together. If the limit is higher than in the session
@@ -54,6 +66,7 @@ def run(
             on earlier images.
         stopping: function that is called before each batch. If it returns true, the run finishes its open questions and ends.
         progress: function that is called after every prediction.
+        scored: function that is called with the number of scored images, if all images are scored before the first decision.
         outlook: function that is called with a sentence about the work that is left, if the folder contains predictions.
 
     Raises:
@@ -63,7 +76,10 @@ def run(
     """
     manifest = Manifest.of(cascade, inputs, config)
     dollars = cascade.ledger.cap_dollars
-    with RunFolder.opened(folder, manifest, inputs, dollars=dollars, retry_failed=retry_failed) as opened:
+    with (
+        RunFolder.opened(folder, manifest, inputs, dollars=dollars, retry_failed=retry_failed) as opened,
+        nullcontext() if cascade.learns_from is None else one_blas_thread,
+    ):
         if sentence := opened.outlook(len(inputs) if isinstance(inputs, Sized) else None):
             outlook(sentence)
         store = DiskStore(folder / "verdicts") if cascade.store is None else cascade.store
@@ -71,12 +87,58 @@ def run(
         lasting = cascade.altered(store=store, ledger=opened.ledger, observers=[*cascade.observers, opened])
         if manifest.labelled:
             lasting = lasting.altered(calibration=None, follow_shares=False)
-        if loop.run(_classify(lasting, inputs, opened, lambda: stopping() or bool(_full(disks)), progress)):
+
+        def ending() -> bool:
+            return stopping() or bool(_full(disks))
+
+        if lasting.learns_from is not None and isinstance(inputs, Sized) and not isinstance(inputs, Labelled):
+            taught = _taught_by_all(lasting, lasting.learns_from, inputs, opened, ending, scored, retry_failed=retry_failed)
+        else:
+            taught = lasting
+        if taught is not None and loop.run(_classify(taught, inputs, opened, ending, progress)):
             opened.finish(inputs.order if isinstance(inputs, Inputs) else None)
         elif full := _full(disks):
             hint = "Free some space, then repeat the same command. The results so far are kept."
             raise RunError(f"The disk of {str(full[0])!r} has less than {LEAST_FREE >> 20} MB left.", hint=hint)
         return opened.tally
+
+
+def _taught_by_all(
+    cascade: Cascade,
+    calibration: Calibration,
+    inputs: Iterable[Named],
+    folder: RunFolder,
+    stopping: Callable[[], bool],
+    progress: Callable[[int], None],
+    *,
+    retry_failed: bool,
+) -> Cascade | None:
+    """The cascade with the scores of all images, and with what they teach; None if the scoring was stopped."""
+    images = score_first(
+        cascade,
+        inputs,
+        folder.folder,
+        began=folder.manifest.began,
+        retry_failed=retry_failed,
+        observers=[_Teachable(calibration)],
+        stopping=stopping,
+        progress=progress,
+    )
+    if images is None:
+        return None
+    unlabelled = transduced(require_support(calibration), images.blocks)
+    return images.given_to(cascade).altered(unlabelled=unlabelled)
+
+
+class _Teachable(Observer):
+    """Checks that a run can learn from the scores."""
+
+    def __init__(self, calibration: Calibration) -> None:
+        self.calibration = calibration
+
+    def scored(self, numbers: Sequence[int], images: Sequence[Prepared], scores: Scores) -> None:
+        require_teachable(scores, self.calibration)
+        self.calibration.calibrated(scores.rows(slice(0, 0)))
 
 
 def _full(folders: Sequence[Path]) -> list[Path]:

@@ -18,11 +18,13 @@
     summary.json          in a run: the counts, written when all predictions exist; in a record: the metrics
     lock                  locked by the process that writes
 
-    scores.npy            only in a record: (N, C) float32, log-probabilities; NaN for images that could not be read. If there are
-                          more than 1,000 labels: (N, 50), the highest log-probabilities in descending order
+    scored.jsonl          only in a run that scores all images before it decides (`cascadevlm.runs.scored_first`): one line per
+                          image, with the checksums of its rows in scores.npy and embeddings.npy
+    scores.npy            in a record, and beside scored.jsonl: (N, C) float32, log-probabilities; NaN for images that could not
+                          be read. In a record of more than 1,000 labels: (N, 50), the highest ones in descending order
     columns.npy           only in a record of more than 1,000 labels: (N, 50) int32, the columns of these labels; -1 for images
                           that could not be read
-    embeddings.npy        only in a record whose scorer gives embeddings: (N, D) float16, rows of length 1; 0 for images that
+    embeddings.npy        beside scores.npy, if the scorer gives embeddings: (N, D) float16, rows of length 1; 0 for images that
                           could not be read
 
 Predictions are only appended. When a run continues, these lines are removed and computed again with the stored answers:
@@ -33,8 +35,9 @@ Predictions are only appended. When a run continues, these lines are removed and
 - all lines from the first image that was skipped because the budget was used up, if the budget was raised;
 - all lines from the first image whose file has another digest now. Only files that changed after the start of the run are read.
 
-A row of ``scores.npy`` or ``embeddings.npy`` is written when its image is scored, and only if the image has no line yet. So a
-record contains the scores from which its predictions were made.
+In a record, a row of ``scores.npy`` or ``embeddings.npy`` is written when its image is scored, and only if the image has no line
+yet. So a record contains the scores from which its predictions were made. Beside ``scored.jsonl``, the rows have the order of the
+decisions, and the scores are those of the scorer, without calibration if the run learns.
 """
 
 import json
@@ -46,6 +49,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field, replace
+from datetime import datetime
 from itertools import repeat
 from pathlib import Path
 from typing import BinaryIO
@@ -62,7 +66,7 @@ from cascadevlm.cascade.engine import BEGINNING, Checkpoint
 from cascadevlm.cascade.observer import Observer
 from cascadevlm.decision.distinct import keys_of
 from cascadevlm.judges.base import Judge
-from cascadevlm.judges.budget import DurableLedger, line_of_ledger
+from cascadevlm.judges.budget import DurableLedger, line_of_ledger, total_in
 from cascadevlm.runs import manifest as manifests
 from cascadevlm.runs.inputs import Labelled, Named, names
 from cascadevlm.runs.learned_file import read_learned, write_learned
@@ -295,7 +299,7 @@ class RunFolder(Observer):
 
     def _is_outdated(self, line: Line, *, raised: bool) -> bool:
         """True if the image of a line was changed, or if it was skipped and the cap was raised."""
-        if line.digest and self._has_changed(line):
+        if line.digest and has_changed(line.path, line.digest, self.manifest.began):
             told = f"The image {line.path!r} was changed after its prediction; this and all later predictions are made again."
             warnings.warn(told, RuntimeWarning, stacklevel=2)
             return True
@@ -303,15 +307,6 @@ class RunFolder(Observer):
             self._raised_from = self.manifest.dollars
             return True
         return False
-
-    def _has_changed(self, line: Line) -> bool:
-        """True if the image's file has changed since the image was classified. A deleted file counts as unchanged."""
-        try:
-            found = Path(line.path).stat()
-            changed_at = max(found.st_mtime, found.st_ctime)  # st_ctime cannot be set back
-            return changed_at > self.manifest.began.timestamp() and digest_of(line.path) != line.digest
-        except (OSError, ValueError, ImageError):
-            return False
 
     def _progress(self) -> Checkpoint:
         """The stored checkpoint. A new run's checkpoint is used if it is damaged, or if predictions before it are missing."""
@@ -455,6 +450,16 @@ class RunFolder(Observer):
         self._finished = True
 
 
+def has_changed(path: str, digest: str, began: datetime) -> bool:
+    """True if a file has changed since a run began and has another digest now. A deleted file counts as unchanged."""
+    try:
+        found = Path(path).stat()
+        changed_at = max(found.st_mtime, found.st_ctime)  # st_ctime cannot be set back
+        return changed_at > began.timestamp() and digest_of(path) != digest
+    except (OSError, ValueError, ImageError):
+        return False
+
+
 def images_left(folder: Path, total: int, *, dollars: float | None, retry_failed: bool) -> int:
     """Number of images that a run may ask judges about: all images without a usable prediction in its folder.
 
@@ -478,13 +483,12 @@ def images_left(folder: Path, total: int, *, dollars: float | None, retry_failed
 
 
 def spent_in(folder: Path) -> float:
-    """Dollars that all sessions of the run in a folder spent.
+    """Dollars that all sessions of the run in a folder spent. Amounts that are still reserved count as spent.
 
     Raises:
         DataError: if the ledger is damaged.
     """
-    with closing(DurableLedger(None, folder / LEDGER)) as ledger:
-        return ledger.spent_dollars
+    return total_in(folder / LEDGER) / NANODOLLARS
 
 
 def _require_no_other_things(folder: Path) -> None:

@@ -88,11 +88,12 @@ class ScoresFile:
     Args:
         folder: folder of the record.
         labels: the C labels.
+        width: number of log-probabilities per image that are kept. Default: `scores_kept`.
     """
 
-    def __init__(self, folder: Path, labels: Sized) -> None:
+    def __init__(self, folder: Path, labels: Sized, width: int | None = None) -> None:
         self.folder = folder
-        self.width = scores_kept(labels)
+        self.width = width or scores_kept(labels)
         self.images = 0
         self.files = [RowFile(folder / SCORES, self.width, np.float32)]
         if self.width < len(labels):

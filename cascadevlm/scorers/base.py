@@ -112,13 +112,26 @@ class Scorer(Portable, ABC):
 
     Attributes:
         requires: the distributions that the backend needs in addition to cascadevlm, by their names on PyPI.
+        spec: the spec string that names this scorer, for example ``"open_clip:aviary"``; "" for a scorer that no spec made.
     """
 
     requires: ClassVar[tuple[str, ...]] = ()
+    spec: str = ""
 
     @abstractmethod
     def score(self, images: Sequence[Image.Image], labels: LabelSet) -> Scores:
         """Score N upright RGB images for C labels. Any thread may call this method, but only one at a time."""
+
+    def check(self) -> str:
+        """Find out whether the first use can work. No model is loaded, and nothing is sent.
+
+        Returns:
+            A remark for people, for example that the model is downloaded at its first use. "" if there is nothing to say.
+
+        Raises:
+            BackendError: if something is missing: a package, a key, a price, or a model on a machine without a connection.
+        """
+        return ""
 
     def load(self) -> None:
         """Load the model, if there is one. Called once, before `prepare`."""

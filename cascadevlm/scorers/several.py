@@ -68,6 +68,9 @@ class SeveralScorers(Scorer):
         self.scorers = tuple(scorers)
         self.pool = pool or EqualPool()
 
+    def check(self) -> str:
+        return "; ".join(filter(None, (scorer.check() for scorer in self.scorers)))
+
     def load(self) -> None:
         for scorer in self.scorers:
             load_once(scorer)

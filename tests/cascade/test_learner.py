@@ -98,8 +98,8 @@ def test_a_run_that_is_stopped_goes_on_with_what_it_learned(tmp_path: Path, poli
         bulk.run(running, images, tmp_path / name, config={}, stopping=partial(next, stop))
 
     run("whole", whole := Naturalist())
-    judges = [Naturalist(seed, jitter=0.01) for seed in range(5)]
-    for judge, batches in zip(judges, (3, 9, 16, 0, 1000), strict=True):
+    judges = [Naturalist(seed, jitter=0.01) for seed in range(6)]
+    for judge, batches in zip(judges, (3, 35, 9, 16, 0, 1000), strict=True):
         run("parts", judge, batches)
     names = ["predictions.jsonl", LEARNED]
     assert [(tmp_path / "whole" / name).read_bytes() for name in names] == [
@@ -138,7 +138,7 @@ def test_an_image_that_comes_again_teaches_nothing_more(tmp_path: Path) -> None:
 @pytest.mark.parametrize("damage", [b"", b"{}", bytes(3000)])
 def test_what_was_learned_is_learned_again_if_the_file_is_damaged(tmp_path: Path, damage: bytes) -> None:
     images: list[Named] = [(str(number), image) for number, image in enumerate(insects(400))]
-    for name, batches in (("whole", 1000), ("parts", 20)):
+    for name, batches in (("whole", 1000), ("parts", 45)):
         stop = (number >= batches for number in range(1000))
         bulk.run(cascade(), images, tmp_path / name, config={}, stopping=partial(next, stop))
     learned = tmp_path / "parts" / LEARNED
@@ -174,7 +174,7 @@ def test_a_run_that_learns_does_not_go_on_as_one_that_does_not(tmp_path: Path) -
 
 def test_a_run_goes_on_with_batches_of_the_size_it_began_with(tmp_path: Path) -> None:
     images: list[Named] = [(str(number), image) for number, image in enumerate(insects(400))]
-    stop = (number >= 20 for number in range(1000))
+    stop = (number >= 45 for number in range(1000))
     bulk.run(cascade(), images, tmp_path, config={}, stopping=partial(next, stop))
     with pytest.raises(InputError, match="in batches of 16 images so far, not of 8"):
         bulk.run(cascade(batch_size=8), images, tmp_path, config={})

@@ -141,7 +141,6 @@ def test_an_unreadable_file_is_one_failed_row(images: Path) -> None:
     ("arguments", "sentence"),
     [
         (["classify", "nowhere.png", "--scorer", "open_clip:aviary", "--labels", "LABELS"], "'nowhere.png' does not exist"),
-        (["classify", "IMAGES"], "No scorer is given"),
         (["classify", "IMAGES", "--scorer", "open_clip:aviary"], "No labels are given"),
         (["classify", "IMAGES", "--scorer", "aviary", "--labels", "LABELS"], "'aviary' is not the spec of a scorer"),
         (["classify", "IMAGES", "--scorer", "open_clop:x", "--labels", "LABELS"], "Did you mean 'open_clip'?"),

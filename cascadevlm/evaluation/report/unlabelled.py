@@ -13,10 +13,11 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, JsonValue, ValidationError
 
 from cascadevlm.base.errors import ImageError
+from cascadevlm.base.html import thumbnail
 from cascadevlm.base.images import ImageSource, load_image
 from cascadevlm.base.types import DecidedBy, Outcome
 from cascadevlm.evaluation import plots
-from cascadevlm.evaluation.report.cases import MOST_CASES, MOST_IN_ALL, drawn
+from cascadevlm.evaluation.report.cases import MOST_CASES, MOST_IN_ALL
 from cascadevlm.evaluation.report.page import Drawing, rendered
 from cascadevlm.runs.corrections import Corrections, read_corrections
 from cascadevlm.runs.export import predictions_of, table_of
@@ -269,7 +270,7 @@ def _thumbnails(run: BulkRun, rows: list[Numbered]) -> dict[int, str]:
 
 def _thumbnail(source: ImageSource) -> str:
     try:
-        return drawn(load_image(source))
+        return thumbnail(load_image(source))
     except ImageError:
         return ""
 

@@ -21,12 +21,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-import numpy as np
-
 from cascadevlm.base.errors import BackendError, CascadeError, DataError, ImageError, RunError
 from cascadevlm.base.images import ImageSource, path_of
 from cascadevlm.base.labels import LabelSet
-from cascadevlm.base.types import Scores
 from cascadevlm.cascade.cascade import Cascade
 from cascadevlm.cascade.engine import Read
 from cascadevlm.cascade.stage import Stage
@@ -35,7 +32,8 @@ from cascadevlm.judges.base import LocalJudge
 from cascadevlm.runs.inputs import Named
 from cascadevlm.runs.ray.judging import SILENT_SECONDS, RemoteJudge, Worker
 from cascadevlm.runs.ray.workers import SAME_FILES, JudgingWorker, ScoredBatch, ScoringWorker, Workplace, list_images, unpacked
-from cascadevlm.scorers.base import Prepared, WrapperScorer
+from cascadevlm.runs.scored_first import Arrived, ScoredElsewhere
+from cascadevlm.scorers.base import Prepared
 
 if TYPE_CHECKING:
     from ray.actor import ActorHandle
@@ -93,7 +91,7 @@ def on_ray(cascade: Cascade, config: Config, inputs: Iterable[Named], *, workers
         cluster = _Cluster.of(cascade, config, inputs, workers)
         judges = [cluster.judge(stage, of_config) for stage, of_config in zip(cascade.stages, config.stage, strict=True)]
         yield cascade.altered(
-            scorer=_ScoredElsewhere(cascade.scorer),
+            scorer=ScoredElsewhere(cascade.scorer),
             stages=[replace(stage, judge=judge) for stage, judge in zip(cascade.stages, judges, strict=True)],
             reading=lambda first: stack.enter_context(closing(Arriving(cluster.scored(first)))),
         )
@@ -187,30 +185,6 @@ class _Cluster:
         )
 
 
-@dataclass(kw_only=True, eq=False)
-class _Arrived(Prepared):
-    """An image that a worker scored. This process reads the image only if a judge is asked about it.
-
-    Attributes:
-        chunk: `(n, C)` the scores of the images that were scored together.
-        row: the row of this image.
-    """
-
-    chunk: Scores
-    row: int
-
-
-class _ScoredElsewhere(WrapperScorer):
-    """A scorer that returns the scores from the workers. It loads no model."""
-
-    def load(self) -> None:
-        pass
-
-    def score_prepared(self, prepared: Sequence[Prepared], labels: LabelSet) -> Scores:
-        arrived = [each for each in prepared if isinstance(each, _Arrived)]
-        return arrived[0].chunk.rows(np.array([each.row for each in arrived]))
-
-
 class Arriving:
     """Returns the batches of images that come back from the workers. It is called once per batch, in order.
 
@@ -249,11 +223,11 @@ class Arriving:
 
 def _arrived(batch: ScoredBatch, sources: Sequence[ImageSource]) -> list[Prepared | ImageError]:
     """The images of a batch. An error stands in place of an image that has no scores."""
-    images: list[_Arrived] = []
+    images: list[Arrived] = []
     if batch.scores is not None:
         scored = [source for source, error in zip(sources, batch.errors, strict=True) if error is None]
         images = [
-            _Arrived(source=source, digest=digest, size=size, chunk=batch.scores, row=row)
+            Arrived(source=source, digest=digest, size=size, chunk=batch.scores, row=row)
             for row, (source, digest, size) in enumerate(zip(scored, batch.digests, batch.sizes, strict=True))
         ]
     left = iter(images)

@@ -2,7 +2,9 @@
 process.
 """
 
+import json
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -205,21 +207,29 @@ def test_a_cluster_says_what_one_process_says(plugin: Path, images: Inputs, serv
 
 
 def test_a_cluster_learns_what_one_process_learns(plugin: Path, tmp_path: Path) -> None:
-    """Begun by the cluster and gone on with in one process, against one process all along."""
+    """Begun in one process, gone on with by the cluster while the images are scored, and finished in one process."""
     made_calibration().write(tmp_path / "calibration.json")
     (tmp_path / "images").mkdir()
     for number, image in enumerate(insects(250) + insects(150)):  # the last 150 images come for the second time
         image.save(tmp_path / "images" / f"{number:03}.png")
-    images, batches = Inputs(tmp_path / "images"), count()
+    images, first, batches = Inputs(tmp_path / "images"), count(), count()
     alone, both = (
         LEARNING.format(calibration=tmp_path / "calibration.json", cache=tmp_path / f"cache {name}") for name in ("alone", "both")
     )
     run("local", tmp_path / "alone", images, alone)
-    assert 256 < run("ray", tmp_path / "both", images, both, stopping=lambda: next(batches) == 20).images < 400
+    run("local", tmp_path / "both", images, both, stopping=lambda: next(first) == 10)
+    assert 256 < run("ray", tmp_path / "both", images, both, stopping=lambda: next(batches) == 15 + 20).images < 400
     run("local", tmp_path / "both", images, both)
     assert lines(tmp_path / "both") == lines(tmp_path / "alone")
     assert (tmp_path / "both" / LEARNED).read_bytes() == (tmp_path / "alone" / LEARNED).read_bytes()
     assert 20 < sum(line["verdict"] is not None for line in lines(tmp_path / "both")) < 380
+
+    shutil.rmtree(tmp_path / "images")  # what was learned comes from the folder of the run
+    again = json.loads(command("adapt", tmp_path / "both", "--again", "-o", tmp_path / "again", "--json").stdout)
+    assert (again["images"], again["measured"]) == (400, len(made_calibration().support.truths))  # type: ignore[union-attr]
+    assert [line["path"] for line in lines(tmp_path / "again")] == [line["path"] for line in lines(tmp_path / "both")]
+    adapted = json.loads(command("adapt", tmp_path / "both", "-o", tmp_path / "of run.adapter", "--json").stdout)
+    assert adapted["images"] > 400
 
 
 def test_workers_that_die_and_ctrl_c_cost_no_result(plugin: Path, images: Inputs, tmp_path: Path) -> None:
