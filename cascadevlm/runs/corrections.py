@@ -158,13 +158,13 @@ def add_corrections(folder: Path, corrections: Iterable[Correction]) -> list[Cor
     """
     with writing_to(folder), filelock.FileLock(folder / LOCK):
         known = {each.statement for each in read_corrections(folder).all}
-        new = [each for each in dict.fromkeys(corrections) if each.statement not in known]
+        new = {each.statement: each for each in corrections if each.statement not in known}
         with (folder / CORRECTIONS).open("ab") as file:
             file.truncate(_whole_lines(folder / CORRECTIONS))
-            file.write(b"".join(each.line for each in new))
+            file.write(b"".join(each.line for each in new.values()))
             file.flush()
             os.fsync(file.fileno())
-    return new
+    return [*new.values()]
 
 
 def _whole_lines(path: Path) -> int:

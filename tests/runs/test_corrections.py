@@ -48,7 +48,7 @@ def test_who_skips_says_nothing_and_takes_back_what_they_said() -> None:
     assert counted(ann, skipped) == {"a": WREN}
     assert counted(ann, said("a", None, "ann", 5, skipped=True)) == {}
     found = Corrections((ann, said("b", None, "ann", 5, skipped=True)))
-    assert (found.standing.keys(), found.counting.keys()) == ({"a", "b"}, {"a"})
+    assert (set(found.standing), set(found.counting)) == ({"a", "b"}, {"a"})
 
 
 def test_people_who_disagree_are_kept_and_told() -> None:
@@ -156,7 +156,7 @@ def test_every_table_is_imported_once(run: Path, images: list[str], tmp_path: Pa
     assert (first.image, first.label, first.by, first.at, first.source) == (images[0], ROBIN, "ann", NOON, str(file))
     assert (second.label, second.skipped, second.by, second.at) == (None, False, "bob", NOON)
     assert (third.label, third.skipped) == (None, True)
-    again = import_corrections(shutil.copy(file, tmp_path / f"copy of {name}"), run, by="bob")
+    again = import_corrections(Path(shutil.copy(file, tmp_path / f"copy of {name}")), run, by="bob")
     assert (again.added, again.known, len(again.corrections.all)) == (0, 3, 3)
 
 
@@ -277,7 +277,7 @@ def test_label_studios_exports_hold_several_people(run: Path, images: list[str],
         (images[1], WREN, False, "user 2"),
         (images[2], None, True, "user 1"),
     ]
-    short = [
+    short: list[JsonValue] = [
         {
             "id": 1,
             "path": images[0],
