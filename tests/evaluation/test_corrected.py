@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from pydantic import JsonValue
 
 from cascadevlm import Cascade, Stage, load_prompt, parse_policy
 from cascadevlm.base.arrays import NOBODY
@@ -35,7 +36,7 @@ from tests.evaluation.test_adapting_to_runs import images as made_up_images
 from tests.learning import LABELS, NAMES, Naturalist, Pixels, insects, truth_of
 
 IMAGES = 120
-CONFIG = {"scorer": {"use": "fake:fake"}, "stage": [{"judge": "fake:fake", "policy": "entropy > 0.3"}]}
+CONFIG: dict[str, JsonValue] = {"scorer": {"use": "fake:fake"}, "stage": [{"judge": "fake:fake", "policy": "entropy > 0.3"}]}
 
 
 @pytest.fixture(scope="module")
