@@ -107,6 +107,7 @@ def test_metrics_of_a_random_sample_are_those_of_its_images(run: Path) -> None:
         [line.verdict is not None and line.verdict.label == truth(line.path) for line in asked]
     )
     assert set(figures.top_k_recall) == {1, 2, 3, 5}
+    assert set(replace(found, candidates=2).evaluate().top_k_recall) == {1, 2}
     hits = [truth(line.path) in [each.label for each in line.ranked[:3]] for line in rows]
     assert figures.top_k_recall[3] == np.mean(hits)
     assert "hold for the whole run" in found.describe()

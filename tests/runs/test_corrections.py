@@ -159,11 +159,7 @@ def test_every_table_is_imported_once(run: Path, images: list[str], tmp_path: Pa
     first, second, third = read_corrections(run).all
     assert (first.image, first.label, first.by, first.at, first.source) == (images[0], ROBIN, "ann", NOON, str(file))
     assert (second.label, second.skipped, second.by, second.at) == (None, False, "bob", NOON)
-<<<<<<< HEAD
     assert (third.label, third.skipped, third.at) == (None, True, NOON.replace(hour=0))
-=======
-    assert (third.label, third.skipped) == (None, True)
->>>>>>> main
     again = import_corrections(Path(shutil.copy(file, tmp_path / f"copy of {name}")), run, by="bob")
     assert (again.added, again.known, len(again.corrections.all)) == (0, 3, 3)
 
