@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from pydantic import JsonValue
 
 from cascadevlm import Cascade, Stage, load_prompt, parse_policy
 from cascadevlm.base.arrays import NOBODY
@@ -35,7 +36,7 @@ from tests.evaluation.test_adapting_to_runs import images as made_up_images
 from tests.learning import LABELS, NAMES, Naturalist, Pixels, insects, truth_of
 
 IMAGES = 120
-CONFIG = {"scorer": {"use": "fake:fake"}, "stage": [{"judge": "fake:fake", "policy": "entropy > 0.3"}]}
+CONFIG: dict[str, JsonValue] = {"scorer": {"use": "fake:fake"}, "stage": [{"judge": "fake:fake", "policy": "entropy > 0.3"}]}
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +107,7 @@ def test_metrics_of_a_random_sample_are_those_of_its_images(run: Path) -> None:
         [line.verdict is not None and line.verdict.label == truth(line.path) for line in asked]
     )
     assert set(figures.top_k_recall) == {1, 2, 3, 5}
+    assert set(replace(found, candidates=2).evaluate().top_k_recall) == {1, 2}
     hits = [truth(line.path) in [each.label for each in line.ranked[:3]] for line in rows]
     assert figures.top_k_recall[3] == np.mean(hits)
     assert "hold for the whole run" in found.describe()

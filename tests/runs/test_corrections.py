@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
 import pyarrow
@@ -96,18 +97,21 @@ def test_a_damaged_line_is_told(tmp_path: Path) -> None:
         read_corrections(tmp_path)
 
 
-def _add(folder: Path, person: int) -> None:
+def _add(folder: Path, start: Barrier) -> None:
     for number in range(20):
-        add_corrections(folder, [said(f"image {number}", WREN, f"person {person}")])
+        start.wait()
+        add_corrections(folder, [said(f"image {number}", WREN, "ann")])
 
 
-def test_several_processes_add_corrections_at_the_same_time(tmp_path: Path) -> None:
-    people = [multiprocessing.get_context("fork").Process(target=_add, args=(tmp_path, person)) for person in range(3)]
+def test_several_processes_may_import_the_same_file_at_the_same_time(tmp_path: Path) -> None:
+    fork = multiprocessing.get_context("fork")
+    start = fork.Barrier(3)
+    people = [fork.Process(target=_add, args=(tmp_path, start)) for _ in range(3)]
     for each in people:
         each.start()
     for each in people:
         each.join()
-    assert len(read_corrections(tmp_path).all) == 60
+    assert [each.image for each in read_corrections(tmp_path).all] == [f"image {number}" for number in range(20)]
 
 
 @pytest.fixture
@@ -155,7 +159,7 @@ def test_every_table_is_imported_once(run: Path, images: list[str], tmp_path: Pa
     first, second, third = read_corrections(run).all
     assert (first.image, first.label, first.by, first.at, first.source) == (images[0], ROBIN, "ann", NOON, str(file))
     assert (second.label, second.skipped, second.by, second.at) == (None, False, "bob", NOON)
-    assert (third.label, third.skipped) == (None, True)
+    assert (third.label, third.skipped, third.at) == (None, True, NOON.replace(hour=0))
     again = import_corrections(Path(shutil.copy(file, tmp_path / f"copy of {name}")), run, by="bob")
     assert (again.added, again.known, len(again.corrections.all)) == (0, 3, 3)
 
