@@ -90,7 +90,8 @@ def decide_again(run: Path, output: Path, cascade: Cascade) -> Again:
                 predictions = {item.number: item.concluded(cascade.on_failure, cascade.accept) for item in items}
                 for number, line in enumerate(lines, start=begin):
                     prediction = predictions.get(number) or Prediction(path=line.path, error=line.error)
-                    folder.append(line.path, prediction)
+                    told = line.model_dump(include={"id", "kept"}, exclude_unset=True)
+                    folder.append(line.path, told, prediction)
                     changed += prediction.label != line.label
             folder.checkpoint = Checkpoint(images=folder.tally.images)
             folder.finish(_order(run))
