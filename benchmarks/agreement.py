@@ -1,0 +1,182 @@
+"""What a certificate costs: ``python -m benchmarks.agreement --embeddings FOLDER --recorded FOLDER``.
+
+A folder of embeddings is that of `benchmarks.learning`, and a folder of recorded predictions is that of `benchmarks.decision`.
+The judge saw all labels at once, so its answer stands whatever it is shown.
+
+One line of JSON per set, number of copies of each image, T and delta, as means over the draws:
+
+- asked: share of the images that the judge is asked about, teaching and testing included, and its standard error;
+- planned: the same, as planned before the test; estimated: as estimated from the first 200 answers;
+- broken: number of draws with more final answers that are not the judge's than promised;
+- right, judge and fused: where the truth is known, share of right final answers, of right answers of the judge, and of right
+  answers of both opinions fused by the class's log-odds;
+- BARGAIN: share of the images that its oracle is asked about, on the scorer's own probabilities, and broken promises.
+
+``--law`` adds many draws of the test alone, for the orders that some draws taught, and for reversed and random orders.
+"""
+
+import json
+import subprocess
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+from scipy.special import log_softmax
+from scipy.stats import binomtest
+
+from benchmarks.learning import Stored
+from cascadevlm.base.arrays import NOBODY, Columns
+from cascadevlm.decision.agreement import Promise, draw, longest_prefix
+from cascadevlm.decision.certified_accuracy import certified_accuracy
+from cascadevlm.decision.certifying import Certificate, certify, first_rows, planned
+from cascadevlm.decision.opinions import Images, most_probable
+
+ESTIMATED_FROM = 200
+"""Number of answers that the cost is estimated from."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judged:
+    """A set of images with the answers of a judge."""
+
+    name: str
+    images: Images
+    answers: Columns
+    truths: Columns
+
+    def copies(self, number: int) -> "Judged":
+        """Every image so many times."""
+        embeddings = self.images.embeddings
+        return Judged(
+            name=self.name,
+            images=Images(
+                log_probs=np.tile(self.images.log_probs, (number, 1)),
+                embeddings=None if embeddings is None else np.tile(embeddings, (number, 1)),
+            ),
+            answers=np.tile(self.answers, number),
+            truths=np.tile(self.truths, number),
+        )
+
+
+def of_embeddings(folder: Path) -> Judged:
+    stored = Stored.read(folder)
+    weak = bool((stored.scored(1).argmax(axis=1) == stored.truths).mean() < 0.2)
+    images = Images(log_probs=stored.scored(1 + weak).astype(np.float32), embeddings=stored.embeddings.astype(np.float32))
+    return Judged(name=stored.name, images=images, answers=stored.answers, truths=stored.truths)
+
+
+def of_record(folder: Path) -> Judged:
+    """SigLIP-large with descriptions, and gpt-4o."""
+    probabilities = np.load(folder / "scores_siglip-large-384_descriptions.npy").astype(np.float64)
+    log_probs = log_softmax(np.log(probabilities / (1 - probabilities)), axis=1)
+    answers = np.maximum(np.load(folder / "answers_gpt-4o.npy").astype(np.int64), NOBODY)
+    return Judged(name=folder.name, images=Images(log_probs=log_probs), answers=answers, truths=np.load(folder / "truth.npy"))
+
+
+def certificate(judged: Judged, promise: Promise, seed: int) -> Certificate:
+    asking = certify(judged.images, promise, seed=seed)
+    rows = next(asking)
+    while True:
+        try:
+            rows = asking.send(judged.answers[rows])
+        except StopIteration as end:
+            found: Certificate = end.value
+            return found
+
+
+def figures(judged: Judged, promise: Promise, draws: int) -> dict[str, object]:
+    asked, foretold, estimated, broken, right = [], [], [], 0, []
+    began, total = time.process_time(), len(judged.images)
+    for seed in range(draws):
+        found = certificate(judged, promise, seed)
+        asked.append(found.questions / total)
+        foretold.append(found.planned / total)
+        broken += int((found.labels[found.kept] != judged.answers[found.kept]).sum()) > found.allowed
+        right.append(certified_accuracy(found, judged.images, judged.answers, judged.truths))
+        first = first_rows(total, ESTIMATED_FROM, seed)
+        estimated.append(planned(judged.images, first, judged.answers[first], [promise])[0].questions / total)
+    return {
+        "asked": round(float(np.mean(asked)), 4),
+        "standard error": round(float(np.std(asked) / np.sqrt(draws)), 4),
+        "planned": round(float(np.mean(foretold)), 4),
+        "estimated": round(float(np.mean(estimated)), 4),
+        "broken": broken,
+        "draws": draws,
+        "right": round(float(np.mean([each.certified for each in right])), 4),
+        "judge": round(float(np.mean([each.judge for each in right])), 4),
+        "fused": round(float(np.mean([each.fused for each in right])), 4),
+        "seconds per draw": round((time.process_time() - began) / draws, 2),
+    }
+
+
+def law(judged: Judged, promise: Promise, draws: int, orders: int = 4) -> dict[str, object]:
+    """Draws of the test alone, of fixed orders."""
+    broken = dict.fromkeys(("taught", "reversed", "random"), 0)
+    for number in range(orders):
+        found = certificate(judged, promise, number)
+        disagrees = found.labels[found.order] != judged.answers[found.order]
+        drawn = max(int(found.drawn.sum()), len(found.order) // 20)
+        shuffled = np.random.default_rng(number).permutation(disagrees)
+        for order, values in (("taught", disagrees), ("reversed", disagrees[::-1]), ("random", shuffled)):
+            for seed in range(draws // orders):
+                test = draw(len(values), drawn, 1000 * number + seed)
+                prefix = longest_prefix(test, test & values, allowed=found.allowed, level=promise.level)
+                broken[order] += int((values & ~test)[:prefix].sum()) > found.allowed
+    total = draws // orders * orders
+    values = {order: binomtest(count, total, promise.level, alternative="greater").pvalue for order, count in broken.items()}
+    return {"law, draws": total, "broken": broken, "p": {order: round(value, 3) for order, value in values.items()}}
+
+
+def bargain(judged: Judged, promise: Promise, draws: int) -> dict[str, object]:
+    labels, odds = most_probable(np.asarray(judged.images.log_probs, dtype=np.float64))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "scored.npz"
+        np.savez(path, labels=labels, confidences=1 / (1 + np.exp(-odds)), answers=judged.answers)
+        script = Path(__file__).with_name("bargain_asked.py")
+        command = ["uv", "run", "--no-project", "--python", "3.11", "--with", "bargain", "python", str(script), str(path)]
+        wanted = json.dumps({"target": promise.agreement, "delta": promise.level, "seeds": list(range(draws))})
+        done = subprocess.run(command, input=wanted, capture_output=True, text=True, check=True)
+    found = np.array([json.loads(line) for line in done.stdout.splitlines()])
+    asked, wrong = found[:, 0], found[:, 1]
+    return {"asked": round(float(asked.mean()), 4), "broken": int((wrong > promise.allowed(len(odds))).sum()), "draws": draws}
+
+
+def main(
+    embeddings: Annotated[Path | None, typer.Option(help="Folder with one folder per set.")] = None,
+    recorded: Annotated[Path | None, typer.Option(help="Folder of one record.")] = None,
+    draws: Annotated[int, typer.Option(help="Draws with full teaching per line.")] = 20,
+    copies: Annotated[str, typer.Option(help="How many times every image is there; separated by commas.")] = "1,20",
+    agreements: Annotated[str, typer.Option(help="Values of T, separated by commas.")] = "0.9,0.95,0.8",
+    deltas: Annotated[str, typer.Option(help="Values of delta, separated by commas.")] = "0.05,0.1",
+    only: Annotated[str, typer.Option(help="Name of one set. Default: all sets.")] = "",
+    law_draws: Annotated[int, typer.Option("--law", help="Draws of the test alone per line. Default: none.")] = 0,
+    bargain_draws: Annotated[int, typer.Option("--bargain", help="Draws of BARGAIN per line. Default: none.")] = 0,
+) -> None:
+    sets = [of_embeddings(folder) for folder in sorted(embeddings.iterdir()) if folder.is_dir()] if embeddings else []
+    sets += [of_record(recorded)] if recorded else []
+    for delta in map(float, deltas.split(",")):
+        for number in map(int, copies.split(",")):
+            for agreement in map(float, agreements.split(",")):
+                for judged in sets:
+                    if not only or judged.name in only.split(","):
+                        promise = Promise(agreement=agreement, confidence=round(1 - delta, 6))
+                        _tell(judged.copies(number), promise, draws, law_draws, bargain_draws, number)
+
+
+def _tell(judged: Judged, promise: Promise, draws: int, law_draws: int, bargain_draws: int, copies: int) -> None:
+    found: dict[str, object] = {"set": judged.name, "copies": copies, "T": promise.agreement, "delta": promise.level}
+    if draws:
+        found |= figures(judged, promise, draws)
+    if law_draws:
+        found["law"] = law(judged, promise, law_draws)
+    if bargain_draws:
+        found["BARGAIN"] = bargain(judged, promise, bargain_draws)
+    print(json.dumps(found), flush=True)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,196 @@
+"""Promises about one class: recall and precision, by the law of `agreement`. And promises about accuracy, with labels of people.
+
+Recall. An image is positive if the judge names the class. Order the images by the class's probability, least likely first. The
+answer without asking is "not this class", so a positive image disagrees. Let F be the number of positive images that are known.
+If U positive images are never asked about, the recall is F / (F + U). It is at least r if U is at most
+W(F) = floor(F (1 - r) / r). The prefix that is not asked about may have c(W(F)) drawn positive images, with c as in
+`most_found`. Questions go on from the most likely image downwards, until the prefix is so short.
+
+Proof. Let there be P positive images, and V the largest number of missed ones with a recall of at least r. Suppose that the
+questions stop with U > V. Then F = P - U is so small that W(F) <= V. So the prefix has at most c(V) drawn positive images and
+more than V that are not drawn, and the law bounds this probability for the fixed number V, for all prefixes at once.
+
+Precision. The most likely images are accepted without asking. The hypothesis "more than (1 - q) e of the first e are not
+positive" is tested for lengths e that are fixed before the answers, shortest first, up to the first that is not rejected: each
+test can use the full level (fixed-sequence testing). Accuracy is the same promise in other words: an image is wrong if the
+label of a person is another one, and the labelled images were drawn at random.
+"""
+
+import math
+from collections.abc import Generator
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import TypeAlias
+
+import numpy as np
+from scipy.stats import hypergeom
+
+from cascadevlm.base.arrays import NOBODY, Columns
+from cascadevlm.decision.agreement import Rows, draw, longest_prefix
+from cascadevlm.decision.certifying import BEYOND, FIRST, LEAST_STEP, first_rows, plan_test
+from cascadevlm.decision.guarantee import require_probability
+from cascadevlm.decision.judge_model import Bools
+from cascadevlm.decision.opinions import Images, Rule
+
+LENGTHS = 60
+"""Number of prefixes whose precision is tested."""
+
+STEPS = 200
+"""The questions below the border are asked in about so many steps."""
+
+Seeking: TypeAlias = Generator[Rows, Columns, "Found"]
+"""Yields numbers of images to ask about. Is sent one column per image, or a negative number where the judge names no class."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """What is promised about a class.
+
+    Attributes:
+        recall: r, the least share of the positive images that is found, above 0 and below 1.
+        precision: q, the least share of positive images among the found ones; None if each found image is asked about.
+        confidence: the least probability that both promises are kept.
+
+    Raises:
+        InputError: if a number is out of its range.
+    """
+
+    recall: float
+    precision: float | None = None
+    confidence: float = 0.95
+
+    def __post_init__(self) -> None:
+        require_probability("recall", self.recall)
+        require_probability("confidence", self.confidence)
+        if self.precision is not None:
+            require_probability("precision", self.precision)
+
+    @property
+    def level(self) -> float:
+        """The largest probability that one of the promises is broken. Two promises have half of it each."""
+        return float((1 - Fraction(str(self.confidence))) / (1 if self.precision is None else 2))
+
+    def missable(self, known: float) -> int:
+        """W(F), the number of positive images that may be missed if F are known."""
+        recall = Fraction(str(self.recall))
+        return math.floor(Fraction(known) * (1 - recall) / recall)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Found:
+    """The images of a class. Numbers of images are positions in `Images.rows`.
+
+    Attributes:
+        wanted: what is promised.
+        column: the class.
+        named: images that the judge was asked about and named the class for.
+        accepted: images that are taken for the class without asking. Empty without a promise of precision.
+        asked: all images that the judge was asked about.
+        rule: gives the log-probabilities that the images were ordered by.
+    """
+
+    wanted: Wanted
+    column: int
+    named: Rows
+    accepted: Rows
+    asked: Rows
+    rule: Rule
+
+
+def precise_prefix(drawn: Bools, wrong: Bools, *, share: float, level: float) -> int:
+    """The length of the longest prefix that has at most a share of wrong images, with a probability of at least 1 - level.
+
+    The tests begin with the shortest prefix that could pass with half of the allowed share of wrong images among the drawn ones.
+    This start depends on the draw, and not on what is wrong.
+
+    Args:
+        drawn: `(N,)`, surest first: a uniform random sample without replacement.
+        wrong: `(N,)`; only the values of drawn images are used.
+        share: largest share of wrong images in the prefix.
+        level: largest probability that the prefix has more.
+    """
+    most = Fraction(str(share))
+    lengths = np.unique(np.linspace(0, len(drawn), LENGTHS + 1).astype(np.int64)[1:])
+    lengths = lengths[lengths > 0]
+    counted = np.cumsum(drawn)[lengths - 1]
+    allowed = np.array([math.floor(most * int(length)) for length in lengths], dtype=np.int64)
+    powerful = hypergeom.cdf(np.floor(counted * share / 2), lengths, allowed + 1, counted) <= level
+    begin = int(powerful.argmax()) if powerful.any() else len(lengths)
+    found = np.cumsum(drawn & wrong)[lengths - 1]
+    passed = np.logical_and.accumulate(hypergeom.cdf(found, lengths, allowed + 1, counted)[begin:] <= level)
+    return int(lengths[begin:][passed][-1]) if passed.any() else 0
+
+
+def find(images: Images, column: int, wanted: Wanted, *, seed: int = 0) -> Seeking:
+    """Find the images of a class, by questions to the judge.
+
+    Args:
+        images: of the scorer.
+        column: the class.
+        wanted: what is promised.
+        seed: seed of all draws.
+
+    Yields:
+        `(n,)` numbers of images to ask about. No image is asked about twice.
+
+    Receives:
+        `(n,)` answers of the judge: columns, or negative numbers for "none of these", refused, unparsed and failed.
+
+    Returns:
+        What was found. No further question is needed.
+    """
+    total = len(images)
+    answers, asked = np.full(total, NOBODY, dtype=np.int64), np.zeros(0, dtype=np.intp)
+    more = first_rows(total, min(FIRST, total // 4), seed)
+    while len(more):
+        answers[more] = yield more
+        asked = np.concatenate([asked, more])
+        known = int((answers == column).sum())
+
+        def allowed(expected: float, known: int = known) -> int:
+            return wanted.missable(known + max(0.0, expected - math.sqrt(expected)))
+
+        plan = plan_test(images, asked, answers[asked], allowed, wanted.level, column)
+        beyond = len(plan.order) - int(np.searchsorted(plan.expected, BEYOND * allowed(float(plan.expected[-1]))))
+        early = wanted.precision is None and beyond // 2 >= max(LEAST_STEP * total, 1)
+        more = plan.order[-(beyond // 2) :] if early else more[:0]
+    order, drawn = plan.order, draw(len(plan.order), plan.number, seed)
+    if plan.number:
+        answers[order[drawn]] = yield order[drawn]
+    accepted = np.zeros(len(order), dtype=bool)
+    if wanted.precision is not None:
+        others = (answers[order] != column)[::-1]
+        share = float(1 - Fraction(str(wanted.precision)))
+        length = precise_prefix(drawn[::-1], others, share=share, level=wanted.level)
+        accepted[len(order) - length :] = True
+    end, step = len(order) - int(accepted.sum()), -(-len(order) // STEPS)
+    sure = _surely_positive(accepted, drawn, answers[order] == column, wanted)
+    while True:
+        positive = answers[order] == column
+        known = int((answers == column).sum()) + sure
+        prefix = longest_prefix(drawn, drawn & positive, allowed=wanted.missable(known), level=wanted.level)
+        if prefix >= end:
+            break
+        begin = max(prefix, end - step)
+        rows = order[begin:end][~drawn[begin:end]]
+        if len(rows):
+            answers[rows] = yield rows
+        end = begin
+    asked = np.concatenate([asked, order[drawn], order[end:][~drawn[end:] & ~accepted[end:]]])
+    return Found(
+        wanted=wanted,
+        column=column,
+        named=np.flatnonzero(answers == column),
+        accepted=order[accepted & ~drawn],
+        asked=asked,
+        rule=plan.opinion.rule,
+    )
+
+
+def _surely_positive(accepted: Bools, drawn: Bools, positive: Bools, wanted: Wanted) -> int:
+    """The least number of positive images among the accepted ones that are not asked about, if the promise of precision holds."""
+    if wanted.precision is None:
+        return 0
+    length, asked = int(accepted.sum()), accepted & drawn
+    wrong = math.floor((1 - Fraction(str(wanted.precision))) * length) - int((asked & ~positive).sum())
+    return max(0, length - int(asked.sum()) - max(0, wrong))
