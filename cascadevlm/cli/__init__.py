@@ -23,6 +23,7 @@ from cascadevlm.cli import (
     run,
     study,
     sweep,
+    verify,
 )
 
 WORK_FAILED = 1
@@ -57,6 +58,7 @@ def options(
 app.command()(demo.demo)
 app.command()(classify.classify)
 app.command()(run.run)
+app.command()(verify.verify)
 app.command()(estimate.estimate)
 app.command()(evaluate.evaluate)
 app.command()(sweep.sweep)

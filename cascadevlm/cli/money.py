@@ -41,7 +41,8 @@ def confirm(config: Config, cascade: Cascade, images: Sequence[ImageSource] | In
     if most <= limit:
         return
     calls = sum(each.calls for each in estimates)
-    message = f"This run asks hosted judges about {calls} questions, for about ${usual:.2f}, and at most about ${most:.2f}."
+    number = calls if config.agreement is None else f"at most {calls}"
+    message = f"This run asks hosted judges about {number} questions, for about ${usual:.2f}, and at most about ${most:.2f}."
     if not sys.stdin.isatty():
         raise InputError(message, hint=f"Add --yes to continue, or a cap that needs no confirmation: --set budget.usd={limit:g}.")
     typer.confirm(f"{message} Continue?", abort=True, err=True)

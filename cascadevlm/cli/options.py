@@ -13,6 +13,8 @@ import typer
 from cascadevlm.base.errors import InputError
 
 if TYPE_CHECKING:
+    from pydantic import JsonValue
+
     from cascadevlm.base.labels import LabelSet
     from cascadevlm.cascade.cascade import Cascade
     from cascadevlm.config.config import Config
@@ -60,8 +62,11 @@ class CascadeOptions:
         typer.Option("--set", metavar="KEY=VALUE", help="Any key of the configuration, for example on_failure=abstain."),
     ] = None
 
-    def parse(self) -> "Config":
+    def parse(self, also: "Mapping[str, JsonValue] | None" = None) -> "Config":
         """The configuration that the options describe.
+
+        Args:
+            also: values of further keys. None stands for a key without a value.
 
         Raises:
             InputError: if an option is wrong, or the configuration is not valid.
@@ -69,10 +74,12 @@ class CascadeOptions:
         from cascadevlm.config.config import Config, override, read_toml, toml_value
 
         data = read_toml(self.config) if self.config else {}
-        overrides = {
+        given = {key: value for key, value in (also or {}).items() if value is not None}
+        selects = self.policy or (DEFAULT_POLICY if self.judge and not self.config and "agreement.agree" not in given else None)
+        overrides = given | {
             "scorer.use": self.scorer,
             "stage.0.judge": self.judge,
-            "stage.0.policy": self.policy or (DEFAULT_POLICY if self.judge and not self.config else None),
+            "stage.0.policy": selects,
             "stage.0.candidates": self.candidates,
             "stage.0.prompt": self.prompt,
         }

@@ -39,8 +39,20 @@ RetryFailed = Annotated[
     ),
 ]
 
+Agree = Annotated[
+    float | None,
+    typer.Option(
+        help="Certify that at least this share of the labels are the judge's, for example 0.95. The run then selects the images "
+        "to escalate itself.",
+        show_default="no certificate",
+    ),
+]
+Confidence = Annotated[float | None, typer.Option(help="Least probability that the certificate is true.", show_default="0.95")]
+
 SIGNALLED = 128
 """Added to the number of the signal that ended a program, this is the exit code of the program: 130 after Ctrl-C."""
+
+AGREEMENT_IS_NOT_ACCURACY = "Agreement with the judge is not accuracy: where the judge is wrong, the labels are wrong."
 
 SHOWN_PER_SECOND = 10
 """How often the progress bar is redrawn."""
@@ -59,6 +71,8 @@ def run(
     given: options.CascadeOptions,
     engine: Engine = "local",
     workers: Workers = None,
+    agree: Agree = None,
+    confidence: Confidence = None,
     retry_failed: RetryFailed = False,
     yes: options.Yes = False,
     as_json: options.AsJson = False,
@@ -73,13 +87,15 @@ def run(
     from cascadevlm.cli.money import confirm
     from cascadevlm.runs import bulk
     from cascadevlm.runs import ray as cluster
+    from cascadevlm.runs.certified import questions_left
     from cascadevlm.runs.inputs import Inputs
     from cascadevlm.runs.run_folder import images_left
 
-    parsed = given.parse()
+    parsed = given.parse({"agreement.agree": agree, "agreement.confidence": confidence})
     cascade = given.build(parsed, bulk=True)
-    images = Inputs(inputs, shuffled=parsed.learn)
-    if parsed.learn and not images.shuffled:
+    learns = parsed.learn and parsed.agreement is None
+    images = Inputs(inputs, shuffled=learns)
+    if learns and not images.shuffled:
         typer.echo("Images in a table are taken in its order: with learn = true, shuffle the rows of the table first.", err=True)
     options.tell(cascade.labels, [inputs])
     if workers and engine == "local":
@@ -89,6 +105,8 @@ def run(
         raise DataError(f"{str(inputs)!r} contains no images.", hint="Check the path and the formats of the images.")
     if not yes:
         left = images_left(output, total, dollars=cascade.ledger.cap_dollars, retry_failed=retry_failed)
+        if parsed.agreement is not None:
+            left = min(left, questions_left(output, total))
         confirm(parsed, cascade, images, left)
     console = Console(stderr=True)
     with (
@@ -101,10 +119,12 @@ def run(
             images,
             output,
             config=parsed.frozen(cascade).model_dump(mode="json"),
+            agreement=parsed.agreement,
             retry_failed=retry_failed,
             stopping=lambda: bool(stopping),
             progress=lambda tally: progress(tally.images, f"${tally.spent_dollars:.2f} spent"),
             scored=lambda images: progress(images, "scored"),
+            asked=lambda images: progress(images, "asked"),
             outlook=lambda sentence: console.print(sentence, markup=False, soft_wrap=True),
         )
     _show(tally, output, as_json=as_json)
@@ -138,6 +158,8 @@ def _show(tally: "Tally", output: Path, *, as_json: bool) -> None:
     else:
         failures = {"failures": f"{tally.failures}, in {FAILURES}"} if tally.failures else {}
         print_summary(Console(highlight=False), f"Run in {output}", tally_rows(tally) | failures)
+        if tally.certificate:
+            typer.echo(f"{tally.certificate.sentence} {AGREEMENT_IS_NOT_ACCURACY}")
     if skipped := tally.counts["skipped"]:
         hint = "To ask about them, run the same command with a higher budget: --set budget.usd=DOLLARS."
         typer.echo(f"{skipped} images were escalated but not asked about, because the budget was used up. {hint}", err=True)

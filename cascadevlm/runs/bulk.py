@@ -18,9 +18,11 @@ from cascadevlm.cascade.cascade import Cascade
 from cascadevlm.cascade.engine import Run
 from cascadevlm.cascade.learner import require_support, require_teachable
 from cascadevlm.cascade.observer import Observer
+from cascadevlm.config.agreement import AgreementConfig
 from cascadevlm.decision.calibration import Calibration
 from cascadevlm.decision.teaching import transduced
 from cascadevlm.judges.cache import DiskStore
+from cascadevlm.runs.certified import run_certified
 from cascadevlm.runs.inputs import Inputs, Labelled, Named, after
 from cascadevlm.runs.manifest import Manifest
 from cascadevlm.runs.run_folder import RunFolder, Tally
@@ -40,10 +42,12 @@ def run(
     folder: Path,
     *,
     config: Mapping[str, JsonValue],
+    agreement: AgreementConfig | None = None,
     retry_failed: bool = False,
     stopping: Callable[[], bool] = lambda: False,
     progress: Callable[[Tally], None] = lambda tally: None,
     scored: Callable[[int], None] = lambda images: None,
+    asked: Callable[[int], None] = lambda images: None,
     outlook: Callable[[str], None] = lambda sentence: None,
 ) -> Tally:
     """Classify images into a folder. The results of an earlier session in the folder are kept, and no stored question is asked
@@ -61,12 +65,14 @@ def run(
         inputs: the images, in an order that does not change (see `Inputs`), or labelled images.
         folder: the folder of the run (see `cascadevlm.runs.run_folder`).
         config: the configuration. A folder of a run with another configuration is refused.
+        agreement: what the run certifies (`cascadevlm.runs.certified`). Default: nothing.
         retry_failed: true to classify the first failed image and all images after it again, with the stored answers. An image
             failed if it could not be read, or if its question failed. The images after it are included because decisions depend
             on earlier images.
         stopping: function that is called before each batch. If it returns true, the run finishes its open questions and ends.
         progress: function that is called after every prediction.
         scored: function that is called with the number of scored images, if all images are scored before the first decision.
+        asked: function that is called with the number of images that the judge was asked about, if the run has a certificate.
         outlook: function that is called with a sentence about the work that is left, if the folder contains predictions.
 
     Raises:
@@ -88,11 +94,25 @@ def run(
         def ending() -> bool:
             return stopping() or bool(_full(disks))
 
-        if lasting.learns_from is not None and isinstance(inputs, Sized) and not isinstance(inputs, Labelled):
-            taught = _taught_by_all(lasting, lasting.learns_from, inputs, opened, ending, scored)
+        if agreement is not None:
+            done = run_certified(
+                lasting,
+                agreement,
+                inputs,
+                opened,
+                retry_failed=retry_failed,
+                stopping=ending,
+                scored=scored,
+                asked=asked,
+                outlook=outlook,
+            )
         else:
-            taught = lasting
-        if taught is not None and loop.run(_classify(taught, inputs, opened, ending, progress)):
+            if lasting.learns_from is not None and isinstance(inputs, Sized) and not isinstance(inputs, Labelled):
+                taught = _taught_by_all(lasting, lasting.learns_from, inputs, opened, ending, scored)
+            else:
+                taught = lasting
+            done = taught is not None and loop.run(_classify(taught, inputs, opened, ending, progress))
+        if done:
             opened.finish(inputs.order if isinstance(inputs, Inputs) else None)
         elif full := _full(disks):
             hint = "Free some space, then repeat the same command. The results so far are kept."

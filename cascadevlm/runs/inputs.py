@@ -211,6 +211,11 @@ def after(inputs: Iterable[Named] | Labelled, first: int) -> Iterator[Named]:
     return inputs.rows(range(first, sys.maxsize)) if isinstance(inputs, Inputs) else islice(inputs, first, None)
 
 
+def some(inputs: Iterable[Named], wanted: Container[int]) -> Iterator[Named]:
+    """The images with these numbers, from 0, in order."""
+    return inputs.rows(wanted) if isinstance(inputs, Inputs) else (each for n, each in enumerate(inputs) if n in wanted)
+
+
 def _digest(name: str) -> bytes:
     return hashlib.sha256(name.encode(errors="surrogatepass")).digest()
 

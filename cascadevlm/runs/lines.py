@@ -204,7 +204,11 @@ class LabelledLine(JudgedLine):
 
 def line_of(prediction: Prediction, known: Mapping[str, JsonValue]) -> bytes:
     """The line of a prediction. ``known`` contains the other fields of `Line`."""
-    content = {**prediction.to_dict(), **known}
+    return line_with({**prediction.to_dict(), **known})
+
+
+def line_with(content: Mapping[str, JsonValue]) -> bytes:
+    """The line of the fields of a prediction."""
     try:
         return with_checksum(to_json(content))
     except PydanticSerializationError:  # texts may contain invalid Unicode: see `Line.read`

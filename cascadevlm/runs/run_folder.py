@@ -44,12 +44,13 @@ import os
 import threading
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
 from itertools import repeat
 from pathlib import Path
+from types import MappingProxyType
 from typing import BinaryIO
 
 import filelock
@@ -65,9 +66,10 @@ from cascadevlm.cascade.observer import Observer
 from cascadevlm.judges.base import Judge
 from cascadevlm.judges.budget import DurableLedger, line_of_ledger
 from cascadevlm.runs import manifest as manifests
+from cascadevlm.runs.certificate import Facts, Missing, read_certificate
 from cascadevlm.runs.inputs import Labelled, Named, names
 from cascadevlm.runs.learned_file import read_learned, write_learned
-from cascadevlm.runs.lines import Asked, LabelledLine, Line, checked, failure_of, line_of, with_checksum, write_table
+from cascadevlm.runs.lines import Asked, LabelledLine, Line, checked, failure_of, line_of, line_with, with_checksum, write_table
 from cascadevlm.runs.manifest import Manifest
 from cascadevlm.runs.scores_file import ScoresFile
 from cascadevlm.scorers.base import Prepared
@@ -83,6 +85,7 @@ SUM_ERROR = 1e-6
 """Tolerance for sums of floats, in US dollars."""
 
 _CHECKPOINT = TypeAdapter(Checkpoint)
+_NOTHING: Mapping[str, JsonValue] = MappingProxyType({})
 _BEFORE_THE_MANIFEST = {"lock", f"{manifests.NAME}.part"}
 """Files that a process may leave behind if it is killed before it writes its manifest."""
 
@@ -102,6 +105,7 @@ class Tally:
         requests: number of requests to judges.
         saved_dollars: dollars that answers from the cache would have cost.
         spent_dollars: dollars in the ledger, over all sessions of the run.
+        certificate: the certificate of the run, or what is missing for it; None if the run has no certificate.
     """
 
     images: int = 0
@@ -113,10 +117,13 @@ class Tally:
     requests: int = 0
     saved_dollars: float = 0.0
     spent_dollars: float = 0.0
+    certificate: Facts | Missing | None = None
 
     def to_dict(self) -> dict[str, JsonValue]:
         """The counts as JSON-serialisable data."""
-        return vars(self) | {"counts": dict(self.counts)}
+        known = {name: value for name, value in vars(self).items() if name != "certificate"}
+        stated = {"certificate": self.certificate.model_dump(mode="json")} if self.certificate else {}
+        return known | {"counts": dict(self.counts)} | stated
 
     @property
     def in_vain(self) -> bool:
@@ -144,6 +151,7 @@ class RunFolder(Observer):
         ledger: the budget of all sessions of the run.
         tally: counts of the predictions in the folder.
         checkpoint: the position from which decisions continue. It is never after the last prediction in the folder.
+        finished: true if the table and the summary are written.
     """
 
     def __init__(
@@ -167,8 +175,10 @@ class RunFolder(Observer):
         self._failures = failures
         self._labelled = inputs if isinstance(inputs, Labelled) else None
         self._scores = scores
-        self._finished = (folder / TABLE).exists() and (manifest.labelled or (folder / SUMMARY).exists())
+        self.finished = (folder / TABLE).exists() and (manifest.labelled or (folder / SUMMARY).exists())
         self._raised_from: float | None = None
+        if self.finished and not manifest.labelled:
+            self.tally.certificate = read_certificate(folder / SUMMARY)
         self._known: dict[int, dict[str, JsonValue]] = {}
         self._asked: defaultdict[int, dict[int, Asked]] = defaultdict(dict)
         self._flushing = threading.RLock()
@@ -223,7 +233,7 @@ class RunFolder(Observer):
                 inputs=inputs,
                 scores=scores,
             )
-            if not opened._finished:
+            if not opened.finished:
                 opened._unfinish()
             opened._keep_what_is_sound(inputs, retry_failed, raised=agreed.is_raised_by(dollars))
             opened.manifest = agreed.with_cap(dollars, folder)
@@ -348,14 +358,23 @@ class RunFolder(Observer):
             if image.features is not None:
                 image.forget_large()
 
+    def fingerprinted(self, fingerprint: str) -> None:
+        """Store the fingerprint of the scorer.
+
+        Raises:
+            DataError: if the run was started with another scorer.
+        """
+        with writing_to(self.folder):
+            self.manifest = self.manifest.with_fingerprint(fingerprint, self.folder)
+
     def scored(self, numbers: Sequence[int], images: Sequence[Prepared], scores: Scores) -> None:
         """Store the fingerprint of the scorer and, for images without a line, the digests and the scores.
 
         Raises:
             DataError: if the run was started with another scorer.
         """
+        self.fingerprinted(scores.fingerprint)
         with writing_to(self.folder):
-            self.manifest = self.manifest.with_fingerprint(scores.fingerprint, self.folder)
             embeddings = repeat(None) if scores.embeddings is None else scores.embeddings
             for number, image, log_probs, embedding in zip(numbers, images, scores.log_probs, embeddings, strict=False):
                 if number < self.tally.images:
@@ -371,16 +390,33 @@ class RunFolder(Observer):
         if self._labelled is not None and number >= self.tally.images and (verdict.valid or stage not in self._asked[number]):
             self._asked[number][stage] = Asked.of(question)
 
-    def append(self, path: str, prediction: Prediction) -> None:
-        """Write the next prediction. It is safe after the next flush."""
+    def append(self, path: str, prediction: Prediction, also: Mapping[str, JsonValue] = _NOTHING) -> None:
+        """Write the next prediction. It is safe after the next flush. ``also`` contains further fields of the line."""
         number = self.tally.images
+        known = self._known.pop(number, {}) | self._of_record(number, prediction)
+        self._write(path, prediction, line_of(prediction, {"path": path} | known | dict(also)))
+
+    def append_again(self, path: str, content: Mapping[str, JsonValue]) -> None:
+        """Write a prediction that was made before as the next prediction. ``content`` contains the fields of its line."""
+        line = line_with({**content, "path": path})
+        self._write(path, Line.read(line), line)
+
+    def _write(self, path: str, prediction: Prediction | Line, line: bytes) -> None:
         with writing_to(self.folder):
-            line = line_of(prediction, {"path": path} | self._known.pop(number, {}) | self._of_record(number, prediction))
-            if self._finished:
+            if self.finished:
                 self._unfinish()
             self._predictions.write(line)
             self._count(path, prediction)
         self.tally.spent_dollars = self.ledger.spent_dollars
+
+    def begin_again(self) -> None:
+        """Remove all predictions."""
+        with writing_to(self.folder):
+            self._unfinish()
+            for file in (self._predictions, self._failures):
+                file.seek(0)
+                file.truncate()
+        self.tally = Tally(spent_dollars=self.ledger.spent_dollars)
 
     def _of_record(self, number: int, prediction: Prediction) -> dict[str, JsonValue]:
         """The fields of a labelled image's line, except its digests and checksums."""
@@ -400,7 +436,7 @@ class RunFolder(Observer):
         """Delete the summary and the table, because they no longer match the predictions."""
         for name in (SUMMARY, TABLE):
             (self.folder / name).unlink(missing_ok=True)
-        self._finished = False
+        self.finished = False
 
     def _count(self, path: str, prediction: Prediction | Line) -> None:
         if failure := failure_of(prediction):
@@ -433,13 +469,13 @@ class RunFolder(Observer):
             order: `(N,)` places in the table of the N predictions. Default: the order of the predictions.
         """
         self.flush(self.checkpoint)
-        if self._finished:
+        if self.finished:
             return
         with writing_to(self.folder):
             write_table(self.folder / PREDICTIONS, self.folder / TABLE, None if order is None else np.argsort(order))
             if not self.manifest.labelled:
                 write_whole(self.folder / SUMMARY, json.dumps(self.tally.to_dict(), indent=2) + "\n")
-        self._finished = True
+        self.finished = True
 
 
 def has_changed(path: str, digest: str, began: datetime) -> bool:

@@ -21,6 +21,7 @@ from datetime import datetime
 from functools import cached_property
 from itertools import islice, repeat
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,6 +46,9 @@ from cascadevlm.scorers.kept import note_file_digest
 SCORED = "scored.jsonl"
 AT_ONCE = 1024
 """Number of images of a block of `ScoredImages.blocks`."""
+
+Numbers: TypeAlias = NDArray[np.intp]
+"""Numbers of images, from 0."""
 
 SAME = "This run looks at all its images before it decides: give the same images, or another folder."
 
@@ -98,33 +102,46 @@ class ScoredImages:
         found: NDArray[np.float16] = np.load(self.folder / EMBEDDINGS, mmap_mode="r", allow_pickle=False)
         return found
 
-    def rows(self, begin: int, end: int) -> Scores:
-        """The scores of the images from number ``begin`` to before ``end`` that could be read, in memory."""
-        log_probs = np.array(self.log_probs[begin:end])
+    def rows(self, numbers: Numbers) -> Scores:
+        """The scores of those images with the given numbers that could be read, in memory."""
+        log_probs = np.array(self.log_probs[numbers])
         readable = ~np.isnan(log_probs[:, 0])
-        embeddings = None if self.embeddings is None else self.embeddings[begin:end][readable]
+        embeddings = None if self.embeddings is None else self.embeddings[numbers][readable]
         return Scores(log_probs=log_probs[readable], labels=self.labels, fingerprint=self.fingerprint, embeddings=embeddings)
 
     def blocks(self) -> Iterator[tuple[NDArray[np.float32], NDArray[np.float16]]]:
         """The log-probabilities and embeddings of the images that could be read, in order, `AT_ONCE` images at a time."""
         for begin in range(0, len(self.log_probs), AT_ONCE):
-            scores = self.rows(begin, begin + AT_ONCE)
+            scores = self.rows(np.arange(begin, min(begin + AT_ONCE, len(self.log_probs))))
             if scores.embeddings is not None:
                 yield scores.log_probs, scores.embeddings
 
-    def given_to(self, cascade: Cascade) -> Cascade:
-        """A copy of the cascade whose runs get these scores. An image is read only if a judge is asked about it."""
-        return cascade.altered(scorer=ScoredElsewhere(cascade.scorer), reading=self._reading)
+    def given_to(self, cascade: Cascade, numbers: Numbers | None = None) -> Cascade:
+        """A copy of the cascade whose runs get these scores. An image is read only if a judge is asked about it.
 
-    def _reading(self, first: int) -> ReadBatch:
-        lines = (line for line, _ in islice(_lines(self.folder), first, None))
-        position = first
+        Args:
+            cascade: the cascade.
+            numbers: numbers of the images of the runs, in ascending order. Default: all images.
+        """
+        own = np.arange(len(self.log_probs)) if numbers is None else numbers
+        return cascade.altered(scorer=ScoredElsewhere(cascade.scorer), reading=lambda first: self._reading(own[first:]))
+
+    def lines(self, numbers: Numbers) -> Iterator[ScoredLine]:
+        """The lines of the images with the given numbers, which are in ascending order."""
+        wanted = iter(numbers.tolist())
+        number = next(wanted, None)
+        with (self.folder / SCORED).open("rb") as lines:
+            for place, line in enumerate(lines):
+                if place == number:
+                    yield ScoredLine.model_validate(json.loads(line))
+                    number = next(wanted, None)
+
+    def _reading(self, numbers: Numbers) -> ReadBatch:
+        lines, left = self.lines(numbers), numbers
 
         async def read(sources: Sequence[ImageSource]) -> list[Read]:
-            nonlocal position
-            some = list(islice(lines, len(sources)))
-            scores = self.rows(position, position + len(sources))
-            position += len(sources)
+            nonlocal left
+            scores, left = self.rows(left[: len(sources)]), left[len(sources) :]
             rows = iter(range(len(scores)))
             return [
                 (
@@ -133,7 +150,7 @@ class ScoredImages:
                     if line.error
                     else Arrived(source=source, file_digest=line.digest, size=line.size, chunk=scores, row=next(rows)),
                 )
-                for source, line in zip(sources, some, strict=True)
+                for source, line in zip(sources, islice(lines, len(sources)), strict=True)
             ]
 
         return read
