@@ -12,7 +12,7 @@ from cascadevlm.base.errors import ConfigError
 from cascadevlm.base.types import Scores
 from cascadevlm.decision.calibration import Calibration
 from cascadevlm.decision.learning import LEAST, Learned, Learning
-from cascadevlm.decision.teaching import Labelled, Transduced
+from cascadevlm.decision.teaching import Labelled, Taught, Transduced
 
 MOST_BYTES = 60_000_000
 """Largest size of what a run keeps of what it learned."""
@@ -65,12 +65,15 @@ class Learner:
             ConfigError: as `require_teachable`.
         """
         require_teachable(scores, self.calibration)
-        assert scores.embeddings is not None
-        taught = await self.learning.taught(begin)
-        log_probs = taught(scores.log_probs, scores.embeddings).astype(np.float32)
-        adapted = replace(scores, log_probs=log_probs, fingerprint=f"{scores.fingerprint}|learning")
+        adapted = self.scores_by(await self.learning.taught(begin), scores)
         self._scored[begin] = scores, adapted
         return adapted
+
+    def scores_by(self, taught: Taught, scores: Scores) -> Scores:
+        """The scores, which have embeddings, with what was learned."""
+        assert scores.embeddings is not None
+        log_probs = taught(scores.log_probs, scores.embeddings).astype(np.float32)
+        return replace(scores, log_probs=log_probs, fingerprint=f"{scores.fingerprint}|learning")
 
     async def take(
         self, decided: Scores | None, beliefs: Sequence[NDArray[np.float32]], judged: Sequence[bool], begin: int

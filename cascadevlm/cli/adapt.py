@@ -52,6 +52,14 @@ def adapt(
             "pool: how much each of several scorers counts."
         ),
     ] = "means",
+    again: Annotated[
+        bool,
+        typer.Option(
+            "--again",
+            help="Decide a finished run with learn = true again, with all that it learned, and ask nobody. --output is then a "
+            "new folder for the predictions.",
+        ),
+    ] = False,
     as_json: options.AsJson = False,
 ) -> None:
     """Teach the scorer from its embeddings of images, write what was learned to a file, and measure what it gains.
@@ -66,6 +74,9 @@ def adapt(
     from cascadevlm.runs.manifest import NAME, Manifest
     from cascadevlm.scorers.adapters import METHODS
 
+    if again:
+        _again(source, output, as_json=as_json)
+        return
     if method not in (*METHODS, "pool"):
         raise InputError(f"There is no method {method!r}.", hint=f"Known: {', '.join(METHODS)}, pool.")
     if source is None and not unlabelled:
@@ -91,6 +102,35 @@ def adapt(
         return
     print_summary(Console(highlight=False), f"Adapter ({output})", _rows(result))
     typer.echo(_conclusion(result))
+
+
+def _again(run: Path | None, output: Path, *, as_json: bool) -> None:
+    """Decide a run again, and say what changed."""
+    from rich.console import Console
+
+    from cascadevlm.base.errors import InputError
+    from cascadevlm.base.labels import LabelSet
+    from cascadevlm.cli.show import print_summary
+    from cascadevlm.config.config import Config
+    from cascadevlm.runs.again import decide_again
+    from cascadevlm.runs.manifest import NAME, Manifest
+
+    if run is None or not (run / NAME).is_file():
+        raise InputError("--again needs the folder of a run.", hint="For example: cascadevlm adapt RUN --again -o FOLDER.")
+    manifest = Manifest.read(run)
+    cascade = Config.parse(manifest.config, name=str(run)).build(LabelSet(tuple(manifest.labels)), bulk=True)
+    found = decide_again(run, output, cascade)
+    if as_json:
+        typer.echo(json.dumps(vars(found)))
+        return
+    rows = {
+        "images": str(found.images),
+        "labels changed": str(found.changed),
+        "labelled images of the calibration, each without its own label": str(found.measured),
+        "scorer before the run, right": f"{found.before:.1%}",
+        "scorer after the run, right": f"{found.after:.1%}",
+    }
+    print_summary(Console(highlight=False), f"Predictions in {output}", rows)
 
 
 def _of_images(
@@ -136,6 +176,8 @@ def _of_run(folder: Path) -> "Adapted":
     from cascadevlm.evaluation.adapting_to_runs import adapt_to_run, read_said
 
     said = read_said(folder)
+    if said.scores is not None:
+        return adapt_to_run(said.scores, said)
     config = _bare(said.config)
     scores, readable = embed(config.build(said.labels, bulk=True), said.images)
     return adapt_to_run(scores, said.rows(readable))

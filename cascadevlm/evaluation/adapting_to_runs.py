@@ -24,6 +24,7 @@ from cascadevlm.runs.export import predictions_of, table_of
 from cascadevlm.runs.lines import JudgedLine, read_lines
 from cascadevlm.runs.manifest import Manifest
 from cascadevlm.runs.run_folder import PREDICTIONS
+from cascadevlm.runs.scored_first import SCORED, ScoredImages
 from cascadevlm.scorers.adapters import Made
 
 ROUNDS = 2
@@ -41,6 +42,7 @@ class Said:
         labels: the label set of the run.
         config: the configuration of the run.
         calibration: the calibration of the run; None if there was none.
+        scores: the scores of the N images in the folder of the run; None if there are none without calibration and adapter.
     """
 
     images: list[ImageSource]
@@ -49,11 +51,13 @@ class Said:
     labels: LabelSet
     config: Config
     calibration: Calibration | None
+    scores: Scores | None = None
 
     def rows(self, index: Bools) -> "Said":
         """The same for some of the images."""
         images = [self.images[row] for row in np.flatnonzero(index)]
-        return replace(self, images=images, answers=self.answers.rows(index), heard=self.heard[index])
+        scores = self.scores and self.scores.rows(index)
+        return replace(self, images=images, answers=self.answers.rows(index), heard=self.heard[index], scores=scores)
 
 
 def read_said(folder: Path) -> Said:
@@ -76,13 +80,15 @@ def read_said(folder: Path) -> Said:
     predictions = predictions_of(folder, table_of(manifest.inputs))
     lines: list[JudgedLine] = []
     images: list[ImageSource] = []
+    numbers: list[int] = []
     digests = set()
     judged = read_lines(folder / PREDICTIONS, JudgedLine, predictions.end)
-    for (_, line), (_, _, image) in zip(judged, predictions.with_images(), strict=True):
+    for (number, line), (_, _, image) in zip(judged, predictions.with_images(), strict=True):
         if line.candidates and (not line.digest or line.digest not in digests):
             digests.add(line.digest)
             lines.append(line)
             images.append(image)
+            numbers.append(number - 1)
     heard = np.array([line.answered for line in lines], dtype=bool)
     return Said(
         images=images,
@@ -91,7 +97,17 @@ def read_said(folder: Path) -> Said:
         labels=labels,
         config=config,
         calibration=calibration,
+        scores=_kept_scores(folder, labels, numbers) if (folder / SCORED).exists() else None,
     )
+
+
+def _kept_scores(folder: Path, labels: LabelSet, numbers: list[int]) -> Scores | None:
+    """The scores of images that a run scored before it decided; None if they contain a calibration or an adapter."""
+    kept = ScoredImages.read(folder, labels)
+    if kept.embeddings is None or any(part in kept.fingerprint for part in ("|adapter=", "|calibrated=")):
+        return None
+    log_probs, embeddings = kept.log_probs[numbers], kept.embeddings[numbers]
+    return Scores(log_probs=log_probs, labels=labels, fingerprint=kept.fingerprint, embeddings=embeddings)
 
 
 def _answers(lines: list[JudgedLine], labels: LabelSet, *, none_offered: bool) -> Answers:

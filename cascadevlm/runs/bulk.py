@@ -108,7 +108,7 @@ def run(
             )
         else:
             if lasting.learns_from is not None and isinstance(inputs, Sized) and not isinstance(inputs, Labelled):
-                taught = _taught_by_all(lasting, lasting.learns_from, inputs, opened, ending, scored)
+                taught = _taught_by_all(lasting, lasting.learns_from, inputs, opened, ending, scored, retry_failed=retry_failed)
             else:
                 taught = lasting
             done = taught is not None and loop.run(_classify(taught, inputs, opened, ending, progress))
@@ -127,10 +127,20 @@ def _taught_by_all(
     folder: RunFolder,
     stopping: Callable[[], bool],
     progress: Callable[[int], None],
+    *,
+    retry_failed: bool,
 ) -> Cascade | None:
     """The cascade with the scores of all images, and with what they teach; None if the scoring was stopped."""
-    check, began = _Teachable(calibration), folder.manifest.began
-    images = score_first(cascade, inputs, folder.folder, began=began, observers=[check], stopping=stopping, progress=progress)
+    images = score_first(
+        cascade,
+        inputs,
+        folder.folder,
+        began=folder.manifest.began,
+        retry_failed=retry_failed,
+        observers=[_Teachable(calibration)],
+        stopping=stopping,
+        progress=progress,
+    )
     if images is None:
         return None
     with one_blas_thread:

@@ -63,7 +63,7 @@ def run_certified(
         agreement: what is certified.
         inputs: the images. Their number must be known.
         folder: the folder.
-        retry_failed: true to ask again from the first failed question on.
+        retry_failed: true to read unreadable images again, and to ask again from the first failed question on.
         stopping: function that is called before each batch. If it returns true, the run ends.
         scored: function that is called with the number of scored images.
         asked: function that is called with the number of images that the judge was asked about.
@@ -76,7 +76,15 @@ def run_certified(
         raise DataError("A certificate needs all images of a run before the first question.", hint="Give a folder or a list.")
     if folder.finished and folder.tally.images == len(inputs):
         return True
-    images = score_first(cascade, inputs, folder.folder, began=folder.manifest.began, stopping=stopping, progress=scored)
+    images = score_first(
+        cascade,
+        inputs,
+        folder.folder,
+        began=folder.manifest.began,
+        retry_failed=retry_failed,
+        stopping=stopping,
+        progress=scored,
+    )
     if images is None:
         return False
     folder.fingerprinted(images.fingerprint)
@@ -154,7 +162,7 @@ class Asking:
         rule = self.stage.candidates
         columns = np.full((len(self.images.log_probs), min(rule.most(), len(self.images.labels))), NOBODY, dtype=np.int64)
         for some_numbers in np.array_split(self.readable, len(self.readable) // AT_ONCE + 1):
-            found = rule.columns(self.images.rows(some_numbers))
+            found = rule.columns(self.images.some(some_numbers))
             columns[some_numbers, : found.shape[1]] = found
         return columns
 
@@ -229,7 +237,7 @@ class Asking:
         lines = self.images.lines(np.arange(total))
         for begin in range(0, total, AT_ONCE):
             numbers = np.arange(begin, min(begin + AT_ONCE, total))
-            chosen = iter(self.stage.candidates.choose(self.images.rows(numbers[unasked[numbers]])))
+            chosen = iter(self.stage.candidates.choose(self.images.some(numbers[unasked[numbers]])))
             for number, line in zip(numbers.tolist(), lines, strict=False):
                 standing = None if standings is None or line.error else standings[number]
                 also: dict[str, JsonValue] = {} if standing is None else {"certificate": standing.model_dump()}

@@ -31,6 +31,7 @@ class Manifest(BaseModel):
     Attributes:
         inputs: path of the images, or the kind of their source.
         labelled: true if the images have true labels; the folder is then a record.
+        decided_again: true if the predictions were made from those of another run (`cascadevlm.runs.again`).
         stages: the spec of the judge of each stage.
         asks_all: true if every judge is asked about every image, even if the policies of the configuration do not escalate it.
         contents: digests of the files that the configuration names: the calibration and, for every stage, its prompt and
@@ -47,6 +48,7 @@ class Manifest(BaseModel):
     labels: list[Label]
     inputs: str
     labelled: bool = False
+    decided_again: bool = False
     stages: list[str] = []
     asks_all: bool = False
     began: datetime
@@ -111,6 +113,8 @@ class Manifest(BaseModel):
         found += ["the labels differ"] * (self.labels != other.labels)
         if self.labelled != other.labelled:
             found.append(f"its images {'have true' if self.labelled else 'have no true'} labels")
+        if self.decided_again != other.decided_again:
+            found.append(f"it was {'' if self.decided_again else 'not '}made from another run by adapt --again")
         if self.asks_all != other.asks_all:
             found.append(f"its judges were {'' if self.asks_all else 'not '}asked about every image")
         return found

@@ -21,7 +21,7 @@ from datetime import datetime
 from functools import cached_property
 from itertools import islice, repeat
 from pathlib import Path
-from typing import TypeAlias
+from typing import Self, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -88,6 +88,19 @@ class ScoredImages:
     labels: LabelSet
     fingerprint: str
 
+    @classmethod
+    def read(cls, folder: Path, labels: LabelSet) -> Self:
+        """The scores in the folder of a run that scored all its images.
+
+        Raises:
+            DataError: if the scores are damaged.
+        """
+        lines = [line.fingerprint for line, _ in _lines(folder)]
+        found = cls(folder=folder, labels=labels, fingerprint=next(filter(None, lines), ""))
+        if len(lines) != len(found.log_probs):
+            raise DataError(f"{str(folder / SCORED)!r} is damaged.", hint="Repeat the command that made the run.")
+        return found
+
     @cached_property
     def log_probs(self) -> NDArray[np.float32]:
         """``(N, C) float32``; NaN for images that could not be read."""
@@ -102,7 +115,11 @@ class ScoredImages:
         found: NDArray[np.float16] = np.load(self.folder / EMBEDDINGS, mmap_mode="r", allow_pickle=False)
         return found
 
-    def rows(self, numbers: Numbers) -> Scores:
+    def rows(self, begin: int, end: int) -> Scores:
+        """The scores of the images from number ``begin`` to before ``end`` that could be read, in memory."""
+        return self.some(slice(begin, end))
+
+    def some(self, numbers: Numbers | slice) -> Scores:
         """The scores of those images with the given numbers that could be read, in memory."""
         log_probs = np.array(self.log_probs[numbers])
         readable = ~np.isnan(log_probs[:, 0])
@@ -112,7 +129,7 @@ class ScoredImages:
     def blocks(self) -> Iterator[tuple[NDArray[np.float32], NDArray[np.float16]]]:
         """The log-probabilities and embeddings of the images that could be read, in order, `AT_ONCE` images at a time."""
         for begin in range(0, len(self.log_probs), AT_ONCE):
-            scores = self.rows(np.arange(begin, min(begin + AT_ONCE, len(self.log_probs))))
+            scores = self.rows(begin, begin + AT_ONCE)
             if scores.embeddings is not None:
                 yield scores.log_probs, scores.embeddings
 
@@ -141,7 +158,7 @@ class ScoredImages:
 
         async def read(sources: Sequence[ImageSource]) -> list[Read]:
             nonlocal left
-            scores, left = self.rows(left[: len(sources)]), left[len(sources) :]
+            scores, left = self.some(left[: len(sources)]), left[len(sources) :]
             rows = iter(range(len(scores)))
             return [
                 (
@@ -186,6 +203,7 @@ def score_first(
     folder: Path,
     *,
     began: datetime,
+    retry_failed: bool = False,
     observers: Sequence[Observer] = (),
     stopping: Callable[[], bool] = lambda: False,
     progress: Callable[[int], None] = lambda images: None,
@@ -197,6 +215,7 @@ def score_first(
         inputs: the images. Their number must be known (`Sized`).
         folder: the locked folder of the run.
         began: when the run was started. Files that changed since then are scored again, with all images after them.
+        retry_failed: true to read images that could not be read again, and to score all images after the first one again.
         observers: further observers of the scores, for example a check that raises an error.
         stopping: function that is called before each batch. If it returns true, the work ends.
         progress: function that is called with the number of scored images after each image.
@@ -210,7 +229,7 @@ def score_first(
     """
     assert isinstance(inputs, Sized)
     with writing_to(folder), closing(_Writer(folder, cascade.labels, len(inputs))) as writer:
-        writer.keep_what_is_sound(names(inputs), began, cascade.batch_size)
+        writer.keep_what_is_sound(names(inputs), began, cascade.batch_size, retry_failed=retry_failed)
         alone = cascade.altered(
             stages=(), calibration=None, follow_shares=False, learns_from=None, observers=[*observers, writer]
         )
@@ -265,7 +284,7 @@ class _Writer(Observer):
                 f"The run in {str(self.folder)!r} was started with {before} images; there are now {self.total}.", hint=SAME
             )
 
-    def keep_what_is_sound(self, expected: Iterator[str], began: datetime, batch_size: int) -> None:
+    def keep_what_is_sound(self, expected: Iterator[str], began: datetime, batch_size: int, *, retry_failed: bool) -> None:
         """Count the images that need not be scored again: whole batches with right checksums and unchanged files.
 
         Raises:
@@ -277,7 +296,7 @@ class _Writer(Observer):
                 raise DataError(
                     f"Image {self.images} of {str(self.folder)!r} was {line.path!r} and is now {name or 'gone'!r}.", hint=SAME
                 )
-            if not self._rows.holds(self.images, line.scores, line.embedding):
+            if (retry_failed and line.error) or not self._rows.holds(self.images, line.scores, line.embedding):
                 break
             if line.digest and has_changed(line.path, line.digest, began):
                 told = f"The image {line.path!r} was changed after it was scored; it and all later images are scored again."

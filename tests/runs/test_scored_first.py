@@ -54,13 +54,13 @@ def test_the_folder_holds_the_scores_of_all_images_and_the_run_starts_from_what_
     assert np.isnan(found.log_probs[3::50]).all()
     assert not found.embeddings[3::50].any()
 
-    support = made_calibration().support
+    support, scored = made_calibration().support, (scores.log_probs, scores.embeddings)
     assert support is not None
-    unlabelled = transduced(support, lambda: [(scores.log_probs, scores.embeddings)])
+    unlabelled = transduced(support, lambda: [scored])
     expected = cascade().altered(unlabelled=unlabelled).classify([source for _, source in named(images)])
     assert [line["label"] for line in lines(tmp_path)] == [each.label for each in expected]
-    probabilities = [[line["probability"] or 0.0 for line in lines(tmp_path)], [each.probability or 0.0 for each in expected]]
-    np.testing.assert_allclose(*probabilities, atol=1e-4)
+    found_probabilities = [float(str(line["probability"] or 0)) for line in lines(tmp_path)]
+    np.testing.assert_allclose(found_probabilities, [each.probability or 0.0 for each in expected], atol=1e-4)
     assert [line["label"] for line in lines(tmp_path)] != [
         each.label for each in cascade().classify([source for _, source in named(images)])
     ]
@@ -186,6 +186,20 @@ def test_a_file_that_was_changed_is_scored_again(tmp_path: Path) -> None:
     bulk.run(cascade(), Inputs(inputs.path, shuffled=True), tmp_path / "whole", config={})
     for name in FILES:
         assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+
+
+def test_failed_images_are_read_again_if_this_is_wanted(tmp_path: Path) -> None:
+    inputs = files(tmp_path / "images", 60)
+    first = Path(next(iter(inputs))[0])
+    content = first.read_bytes()
+    first.write_bytes(b"torn")
+    assert bulk.run(cascade(), inputs, tmp_path / "run", config={}).counts["unreadable"] == 1
+    first.write_bytes(content)
+    assert bulk.run(cascade(), inputs, tmp_path / "run", config={}, retry_failed=True).counts["unreadable"] == 0
+    bulk.run(cascade(), Inputs(inputs.path, shuffled=True), tmp_path / "whole", config={})
+    for name in FILES[1:]:
+        assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+    assert [line["label"] for line in lines(tmp_path / "run")] == [line["label"] for line in lines(tmp_path / "whole")]
 
 
 def test_another_scorer_is_refused_and_so_are_scores_from_which_nothing_can_be_learned(tmp_path: Path) -> None:

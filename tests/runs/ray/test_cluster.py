@@ -205,17 +205,18 @@ def test_a_cluster_says_what_one_process_says(plugin: Path, images: Inputs, serv
 
 
 def test_a_cluster_learns_what_one_process_learns(plugin: Path, tmp_path: Path) -> None:
-    """Begun by the cluster and gone on with in one process, against one process all along."""
+    """Begun in one process, gone on with by the cluster while the images are scored, and finished in one process."""
     made_calibration().write(tmp_path / "calibration.json")
     (tmp_path / "images").mkdir()
     for number, image in enumerate(insects(400)):
         image.save(tmp_path / "images" / f"{number:03}.png")
-    images, batches = Inputs(tmp_path / "images"), count()
+    images, first, batches = Inputs(tmp_path / "images"), count(), count()
     alone, both = (
         LEARNING.format(calibration=tmp_path / "calibration.json", cache=tmp_path / f"cache {name}") for name in ("alone", "both")
     )
     run("local", tmp_path / "alone", images, alone)
-    assert 256 < run("ray", tmp_path / "both", images, both, stopping=lambda: next(batches) == 20).images < 400
+    run("local", tmp_path / "both", images, both, stopping=lambda: next(first) == 10)
+    assert 256 < run("ray", tmp_path / "both", images, both, stopping=lambda: next(batches) == 15 + 20).images < 400
     run("local", tmp_path / "both", images, both)
     assert lines(tmp_path / "both") == lines(tmp_path / "alone")
     assert 20 < sum(line["verdict"] is not None for line in lines(tmp_path / "both")) < 380

@@ -1,0 +1,169 @@
+"""Deciding a finished run again: with all that it learned, and without a further question.
+
+A run that learns decides each image with what it had learned until then. `decide_again` goes through the same images with what
+the whole run taught. A judge's answers are kept, and are fused with the new scores. No image is read: the folder of the run
+contains the scores and embeddings.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cascadevlm.base import loop
+from cascadevlm.base.errors import DataError
+from cascadevlm.base.files import valid_text
+from cascadevlm.base.threads import one_blas_thread
+from cascadevlm.base.types import Candidate, Prediction, Scores
+from cascadevlm.cascade.candidates import TopK, as_scored
+from cascadevlm.cascade.cascade import Cascade
+from cascadevlm.cascade.engine import BEGINNING, Checkpoint
+from cascadevlm.cascade.item import Item, rank
+from cascadevlm.cascade.learner import Learner, require_support
+from cascadevlm.decision.calibration import Calibration
+from cascadevlm.decision.teaching import transduced
+from cascadevlm.runs.learned_file import read_learned
+from cascadevlm.runs.lines import JudgedLine, read_lines
+from cascadevlm.runs.manifest import Manifest
+from cascadevlm.runs.run_folder import LEARNED, PREDICTIONS, SUMMARY, TABLE, RunFolder
+from cascadevlm.runs.scored_first import SCORED, ScoredImages
+from cascadevlm.scorers.base import Prepared
+
+
+@dataclass(frozen=True, kw_only=True)
+class Again:
+    """The result of deciding a run again.
+
+    Attributes:
+        images: number of images.
+        changed: number of images whose label is another one now.
+        measured: number of labelled images of the calibration.
+        before: share of these that the scorer gets right before the run, each without its own label.
+        after: the same after the run.
+    """
+
+    images: int
+    changed: int
+    measured: int
+    before: float
+    after: float
+
+
+def decide_again(run: Path, output: Path, cascade: Cascade) -> Again:
+    """Decide a finished run again, and write the predictions into another folder, which has the form of a run's folder.
+
+    Args:
+        run: folder of a finished run that learned, and that scored all its images first.
+        output: a new or empty folder.
+        cascade: the cascade of the run. Its judges are not asked.
+
+    Raises:
+        DataError: if the run did not learn, did not score all its images first, is not finished, had several stages or followed
+            the shares of the classes; if the output is not a new folder.
+    """
+    calibration = _require_learned(run, cascade)
+    manifest = Manifest.read(run)
+    images = ScoredImages.read(run, cascade.labels)
+    with one_blas_thread:
+        unlabelled = transduced(require_support(calibration), images.blocks)
+        noted = read_learned(run / LEARNED) if (run / LEARNED).exists() else BEGINNING
+        learner = Learner(calibration, cascade.batch_size, noted.learned, unlabelled)
+        loop.run(_finish_learning(learner, cascade, run, images, noted))
+        taught = learner.learning.again()
+        truths, changed = learner.labelled.truths, 0
+        start = learner.labelled.taught(learner.labelled.nothing())
+        new = manifest.model_copy(update={"began": datetime.now(UTC), "decided_again": True})
+        with RunFolder.opened(output, new, ()) as folder:
+            for begin, lines in _batches(run, images, 0, cascade.batch_size):
+                scores = images.rows(begin, begin + len(lines))
+                items: list[Item] = []
+                if len(scores) and scores.embeddings is not None:
+                    decided = learner.scores_by(taught, scores)
+                    items = _heard(cascade, decided, lines, begin)
+                    folder.scored([item.number for item in items], [item.prepared for item in items], decided)
+                predictions = {item.number: item.concluded(cascade.on_failure, cascade.accept) for item in items}
+                for number, line in enumerate(lines, start=begin):
+                    prediction = predictions.get(number) or Prediction(path=line.path, error=line.error)
+                    folder.append(line.path, prediction)
+                    changed += prediction.label != line.label
+            folder.checkpoint = Checkpoint(images=folder.tally.images)
+            folder.finish(_order(run))
+    return Again(
+        images=len(images.log_probs),
+        changed=changed,
+        measured=len(truths),
+        before=float((start.held_out.argmax(axis=1) == truths).mean()),
+        after=float((taught.held_out.argmax(axis=1) == truths).mean()),
+    )
+
+
+def _require_learned(run: Path, cascade: Cascade) -> Calibration:
+    hint = "Start a run with learn = true over a folder, a list or a table."
+    if cascade.learns_from is None or not (run / SCORED).exists():
+        what = "did not learn" if cascade.learns_from is None else "did not score all its images before it decided"
+        raise DataError(f"The run in {str(run)!r} {what}, so it cannot be decided again.", hint=hint)
+    if not (run / SUMMARY).exists():
+        raise DataError(f"The run in {str(run)!r} is not finished.", hint="Repeat the command that started it.")
+    if len(cascade.stages) > 1 or cascade.follow_shares:
+        what = "several stages" if len(cascade.stages) > 1 else "follow_shares = true"
+        raise DataError(f"A run with {what} cannot be decided again.", hint="Use one stage and follow_shares = false.")
+    return cascade.learns_from
+
+
+async def _finish_learning(learner: Learner, cascade: Cascade, run: Path, images: ScoredImages, noted: Checkpoint) -> None:
+    """Learn from the images after the last checkpoint, as the run did."""
+    for begin, lines in _batches(run, images, noted.images, cascade.batch_size):
+        scores = images.rows(begin, begin + len(lines))
+        adapted = await learner.adapted(scores, begin) if len(scores) else None
+        items = [] if adapted is None else _heard(cascade, adapted, lines, begin)
+        answered = [any(verdict.valid for verdict in item.verdicts) for item in items]
+        await learner.take(adapted, [item.probabilities() for item in items], answered, begin)
+
+
+def _batches(run: Path, images: ScoredImages, first: int, size: int) -> Iterator[tuple[int, list[JudgedLine]]]:
+    """The lines of the predictions from number ``first``, in batches, each with the number of its first image."""
+    lines = (line for _, line in islice(read_lines(run / PREDICTIONS, JudgedLine), first, None))
+    for begin in range(first, len(images.log_probs), size):
+        yield begin, list(islice(lines, size))
+
+
+def _heard(cascade: Cascade, scores: Scores, lines: Sequence[JudgedLine], begin: int) -> list[Item]:
+    """The n readable images of a batch with `(n, C)` scores, as after the stages: with candidates and the run's answers."""
+    numbered = [(number, line) for number, line in enumerate(lines, start=begin) if line.candidates]
+    items = [
+        Item(
+            number=number,
+            path=line.path,
+            prepared=Prepared(source=line.path, file_digest=line.digest),
+            chunk=scores,
+            row=row,
+            reasons=[*line.reasons],
+        )
+        for row, (number, line) in enumerate(numbered)
+    ]
+    rank(cascade.stages[0].candidates if cascade.stages else TopK(), items)
+    by_name = {label.name: label for label in scores.labels}
+    for item, (_, line) in zip(items, numbered, strict=True):
+        if line.verdict is None:
+            continue
+        shown = (Candidate(label=by_name[each.label], probability=0.0, rank=1) for each in line.candidates)
+        item.candidates = tuple(as_scored(item.scores, candidate) for candidate in shown)
+        item.verdicts.append(line.verdict.to_verdict())
+        item.hear(cascade.stages[0], item.verdicts[-1])
+    return items
+
+
+def _order(run: Path) -> NDArray[np.int64]:
+    """`(N,)` the place in the table of each prediction. Files that are listed twice have the same prediction."""
+    import pyarrow.parquet
+
+    names = pyarrow.parquet.read_table(run / TABLE, columns=["path"])["path"].to_pylist()
+    places: dict[str, list[int]] = {}
+    for place, name in reversed([*enumerate(names)]):
+        places.setdefault(name, []).append(place)
+    lines = (line for _, line in read_lines(run / PREDICTIONS, JudgedLine))
+    return np.array([places[valid_text(line.path)].pop() for line in lines], dtype=np.int64)
