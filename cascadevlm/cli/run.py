@@ -111,7 +111,7 @@ def run(
     console = Console(stderr=True)
     with (
         cluster.on_ray(cascade, parsed, images, workers=workers) if engine == "ray" else nullcontext(cascade) as running,
-        _progress(console, total) as progress,
+        showing_progress(console, total) as progress,
         _stopping_in_order() as stopping,
     ):
         tally = bulk.run(
@@ -166,7 +166,7 @@ def _show(tally: "Tally", output: Path, *, as_json: bool) -> None:
 
 
 @contextmanager
-def _progress(console: "Console", total: int) -> Iterator[Callable[[int, str], None]]:
+def showing_progress(console: "Console", total: int) -> Iterator[Callable[[int, str], None]]:
     """A function that shows how many images are done, and a few words: as a bar on a terminal, as lines in a log."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 

@@ -191,7 +191,7 @@ def certify(images: Images, promise: Promise, *, seed: int = 0) -> Asking:
     total, allowed = len(images), promise.allowed(len(images))
     answers, asked = np.full(total, NOBODY, dtype=np.int64), np.zeros(0, dtype=np.intp)
     shuffled = first_rows(total, total, seed)
-    more, first = shuffled[: max(1, min(FIRST, total // 4))], 0
+    more, first = shuffled[: opening(total)], 0
     while len(more):
         answers[more] = yield more
         asked, first = np.concatenate([asked, more]), first + len(more)
@@ -226,6 +226,11 @@ def certify(images: Images, promise: Promise, *, seed: int = 0) -> Asking:
         labels=plan.labels,
         log_odds=plan.log_odds,
     )
+
+
+def opening(images: int) -> int:
+    """Number of random images that are asked about first, out of N images."""
+    return max(1, min(FIRST, images // 4))
 
 
 def first_rows(images: int, number: int, seed: int) -> Rows:
@@ -346,6 +351,8 @@ def _cheapest(expected: Floats, allowed: int, level: float) -> tuple[int, Floats
     """
     images = len(expected)
     number, costs = 0, np.full(len(QUANTILES), float(images - min(allowed, images)))
+    if images <= allowed:
+        return number, costs
     numbers = np.unique(np.ceil(SHARES * images).astype(np.int64))
     found = most_found(images, numbers, allowed=allowed, level=level)
     numbers, found = numbers[found >= 0], found[found >= 0]
