@@ -9,10 +9,10 @@ and embeddings with 96 dimensions.
 **Purpose.** It shows and tests cascades without a download. Its resolution is low on purpose: at 28 x 28 pixels, the wing
 pattern that distinguishes look-alikes is often not visible, so the scorer is uncertain for such images.
 
-**Limits.** It knows only birds drawn by `training/birds.py` and their systematic names. On photographs, and for other names,
+**Limits.** It knows only birds drawn by `aviary/birds.py` and their systematic names. On photographs, and for other names,
 its scores have no meaning.
 
-**Data.** 38,400 images of 192 species, drawn by `training/birds.py` (seed 1). 48 other species, which form complete families
+**Data.** 38,400 images of 192 species, drawn by `aviary/birds.py` (seed 1). 48 other species, which form complete families
 of look-alikes, were not used in training: the model saw neither their images nor their names. The bundled images and all
 figures in the README show these 48 species.
 
@@ -29,10 +29,10 @@ tokens, and a chat template.
 **Purpose.** It shows and tests cascades without a download. It is used with the same prompts and the same code as a LLaVA
 model with seven billion parameters.
 
-**Limits.** It answers only cascadevlm's own prompts, about birds drawn by `training/birds.py`. For any other question or
+**Limits.** It answers only cascadevlm's own prompts, about birds drawn by `aviary/birds.py`. For any other question or
 image, its answer has no meaning. It was trained with 2 to 10 candidates.
 
-**Data.** 28,800 images of 800 species, drawn by `training/birds.py` (seed 5): all combinations of attributes, except the
+**Data.** 28,800 images of 800 species, drawn by `aviary/birds.py` (seed 5): all combinations of attributes, except the
 held-out families of look-alikes (same crown, breast and genus). The 48 species of the bundled images and of all figures in
 the README belong to the held-out families, so neither their images nor their names were used in training. With fewer training
 species, the judge learned to guess the genus from the colours. The images are used in questions made from the project's

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from training.birds import Species, render
+from cascadevlm_backends.aviary.birds import Species, render
 
 SCORER_SIZE = 28
 JUDGE_SIZE = 96

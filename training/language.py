@@ -25,9 +25,9 @@ import cascadevlm_prompts
 from cascadevlm.base.labels import Label
 from cascadevlm.base.types import Candidate, Exemplar, Question
 from cascadevlm.judges.prompt import NONE_OF_THESE, packaged_prompt, render
+from cascadevlm_backends.aviary.birds import BREASTS, CROWNS, GENERA, WINGS, Species, practice_species
 from training import tokenizer as tokenizers
 from training import vision
-from training.birds import BREASTS, CROWNS, GENERA, WINGS, Species, practice_species
 from training.data import JUDGE_SIZE, Pixels
 
 IMAGE_TOKEN = "<image>"

@@ -6,8 +6,8 @@ import torch
 from safetensors import safe_open
 
 import cascadevlm_backends.aviary
+from cascadevlm_backends.aviary.birds import individuals, practice_species, species
 from training import cards, data, language, scorer, vision
-from training.birds import individuals, practice_species, species
 from training.render import SAMPLE_SEED
 
 BUILD = Path(__file__).parent / "build"

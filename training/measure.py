@@ -21,7 +21,7 @@ from cascadevlm.config.config import Config, read_toml
 from cascadevlm.judges.cache import MemoryStore
 from cascadevlm.policies.measures import entropy
 from cascadevlm.policies.rules import Always
-from training.birds import species
+from cascadevlm_backends.aviary.birds import species
 from training.render import TEST_SEED, render_files
 
 AVIARY = Path(next(iter(cascadevlm_backends.aviary.__path__)))

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from training.birds import individuals, species
+from cascadevlm_backends.aviary.birds import individuals, species
 
 TEST_SEED = 2
 SAMPLE_SEED = 3

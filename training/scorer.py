@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch.nn import functional as F
 
+from cascadevlm_backends.aviary.birds import species
 from training import tokenizer as tokenizers
-from training.birds import species
 from training.data import SCORER_SIZE, Pixels
 
 CONTEXT_LENGTH = 24

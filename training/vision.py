@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from training.birds import BREASTS, CROWNS, GENERA, WINGS, Species
+from cascadevlm_backends.aviary.birds import BREASTS, CROWNS, GENERA, WINGS, Species
 from training.data import JUDGE_SIZE, Pixels
 
 BATCH = 128

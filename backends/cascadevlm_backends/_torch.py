@@ -31,6 +31,40 @@ def first_line(error: Exception) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
+WEIGHT_FILES = frozenset({".safetensors", ".bin", ".pt", ".pth"})
+
+
+def on_this_machine(repository: str) -> bool:
+    """True if the hub's cache contains weights of this repository, for example ``"google/siglip2-base-patch16-224"``."""
+    from huggingface_hub import constants
+
+    folder = Path(constants.HF_HUB_CACHE) / f"models--{repository.replace('/', '--')}" / "snapshots"
+    return any(file.suffix in WEIGHT_FILES for file in folder.rglob("*"))
+
+
+def not_downloaded(model: str, reason: str) -> BackendError:
+    """The error for a model that is not on this machine and cannot be downloaded."""
+    return BackendError(
+        f"The model {model!r} is not on this machine, and it cannot be downloaded: {reason}.",
+        hint="Connect this machine to huggingface.co once, or use a model in a folder.",
+    )
+
+
+def check_download(model: str, repository: str) -> str:
+    """A remark if a model of the hub must still be downloaded; "" if the model is on this machine.
+
+    Raises:
+        BackendError: if the model must be downloaded, and ``HF_HUB_OFFLINE`` is set.
+    """
+    from huggingface_hub import constants
+
+    if on_this_machine(repository):
+        return ""
+    if constants.HF_HUB_OFFLINE:
+        raise not_downloaded(model, "HF_HUB_OFFLINE is set")
+    return "is downloaded from the Hugging Face hub at its first use"
+
+
 def choose_device(device: str | None) -> str:
     """The given device; for None, the best available device: cuda, then mps, then cpu.
 

@@ -17,10 +17,11 @@ from cascadevlm.base.encoding import ImageLimits
 from cascadevlm.base.errors import FatalError, JudgeError, PermanentError, TransientError
 from cascadevlm.base.secrets import without_login
 from cascadevlm.base.types import Question, Verdict
-from cascadevlm.judges.hosted.base import BatchLimits, Form, HostedJudge, PriceOption
+from cascadevlm.judges.hosted.base import Form, PriceOption
 from cascadevlm.judges.hosted.connection import HAS_AIOHTTP
 from cascadevlm.judges.hosted.errors import ErrorResponse
 from cascadevlm.judges.hosted.replies import Reply, answer_schema, believed_usage, reported, texts_of
+from cascadevlm.judges.hosted.sdk import BatchLimits, SdkJudge
 from cascadevlm.judges.hosted.transport import time_limits
 from cascadevlm.judges.prompt import Message, Part, render
 
@@ -38,7 +39,7 @@ Effort = Literal["low", "medium", "high", "xhigh", "max"]
 TOOL = "answer"
 
 
-class AnthropicJudge(HostedJudge):
+class AnthropicJudge(SdkJudge):
     """A model behind Anthropic's API.
 
     Args:

@@ -18,6 +18,7 @@ from cascadevlm.base.errors import BackendError
 from cascadevlm.scorers.base import DEFAULT_TEMPLATES, EmbeddingScorer, Prepared
 from cascadevlm_backends._torch import (
     DtypeName,
+    check_download,
     choose_device,
     choose_dtype,
     directory_digest,
@@ -96,6 +97,9 @@ class HfScorer(EmbeddingScorer):
         self.device = device
         self.dtype: DtypeName = dtype
         self.revision = revision
+
+    def check(self) -> str:
+        return "" if Path(self.model).is_dir() else check_download(self.model, self.model)
 
     def load(self) -> None:
         self._loaded  # noqa: B018  # loads it

@@ -26,7 +26,14 @@ from cascadevlm.base.types import Question, Usage, Verdict
 from cascadevlm.judges.answers import after_thoughts
 from cascadevlm.judges.base import LocalJudge, verdict_from_text
 from cascadevlm.judges.prompt import Message, answer_format, options, render
-from cascadevlm_backends._torch import DtypeName, choose_device, choose_dtype, directory_digest, hide_progress_in_logs
+from cascadevlm_backends._torch import (
+    DtypeName,
+    check_download,
+    choose_device,
+    choose_dtype,
+    directory_digest,
+    hide_progress_in_logs,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -180,6 +187,9 @@ class HfChatJudge(LocalJudge):
         self.revision = revision
         self.temperature = temperature
         self.max_tokens = max_tokens
+
+    def check(self) -> str:
+        return "" if Path(self._source).is_dir() else check_download(self.model, self.model)
 
     async def prepare(self) -> None:
         await asyncio.to_thread(lambda: (self._loaded, self._identity))

@@ -18,7 +18,16 @@ from PIL import Image
 from cascadevlm.base.entry_points import nearest
 from cascadevlm.base.errors import BackendError
 from cascadevlm.scorers.base import DEFAULT_TEMPLATES, EmbeddingScorer, Prepared
-from cascadevlm_backends._torch import DtypeName, choose_device, choose_dtype, first_line, text_blocks
+from cascadevlm_backends._torch import (
+    DtypeName,
+    check_download,
+    choose_device,
+    choose_dtype,
+    first_line,
+    not_downloaded,
+    on_this_machine,
+    text_blocks,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -84,6 +93,24 @@ class OpenClipScorer(EmbeddingScorer):
         self.device = device
         self.dtype: DtypeName = dtype
 
+    def check(self) -> str:
+        name, _ = self._name_and_pretrained()
+        folder = Path(name.removeprefix("local-dir:"))
+        if name.startswith("local-dir:") and not folder.is_dir():
+            raise BackendError(f"The folder {str(folder)!r} of the model does not exist.", hint="Check the path.")
+        return check_download(self.model, self._repository) if self._repository else ""
+
+    @property
+    def _repository(self) -> str:
+        """The only repository on the hub that has the model. "" if the model also comes from elsewhere."""
+        import open_clip
+
+        name, pretrained = self._name_and_pretrained()
+        if pretrained is None:
+            return name.removeprefix("hf-hub:") if name.startswith("hf-hub:") else ""
+        source = open_clip.get_pretrained_cfg(name, pretrained)
+        return "" if source.get("url") else "/".join(source["hf_hub"].split("/")[:2])
+
     def load(self) -> None:
         self._loaded  # noqa: B018  # loads it
 
@@ -131,6 +158,7 @@ class OpenClipScorer(EmbeddingScorer):
         device = choose_device(self.device)
         dtype = choose_dtype(device, self.dtype)
         name, pretrained = self._name_and_pretrained()
+        self.check()
         precision = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
         try:
             model, _, preprocess = open_clip.create_model_and_transforms(
@@ -139,6 +167,8 @@ class OpenClipScorer(EmbeddingScorer):
             tokenize = open_clip.get_tokenizer(name)
         except Exception as exc:  # open_clip raises errors of many types for wrong files
             reason = first_line(exc).removesuffix(".")
+            if self._repository and not on_this_machine(self._repository):
+                raise not_downloaded(self.model, reason) from exc
             raise BackendError(
                 f"open_clip cannot load {self.model!r}: {reason}.",
                 hint="Check the name of the model, and the folder or the connection to the hub.",

@@ -21,10 +21,11 @@ from cascadevlm.base.errors import BackendError, FatalError, JudgeError, Permane
 from cascadevlm.base.secrets import without_login
 from cascadevlm.base.types import Question, Usage, Verdict
 from cascadevlm.judges.answers import after_thoughts, read_answer
-from cascadevlm.judges.hosted.base import BatchLimits, Form, HostedJudge, PriceOption
+from cascadevlm.judges.hosted.base import Form, PriceOption
 from cascadevlm.judges.hosted.connection import HAS_AIOHTTP
 from cascadevlm.judges.hosted.errors import ErrorResponse
 from cascadevlm.judges.hosted.replies import Reply, answer_schema, believed_usage, choices, normalised, reported, texts_of
+from cascadevlm.judges.hosted.sdk import BatchLimits, SdkJudge
 from cascadevlm.judges.hosted.transport import time_limits
 from cascadevlm.judges.prompt import Message, Part, options, render
 
@@ -57,7 +58,7 @@ LIMIT_NOT_TAKEN = re.compile(
 FILTERED = "The provider's content filter stopped the answer."
 
 
-class OpenAIJudge(HostedJudge):
+class OpenAIJudge(SdkJudge):
     """A model behind OpenAI's API or an API with the same protocol.
 
     Args:
@@ -401,10 +402,16 @@ def _of_response(response: "Response") -> Reply:
 
 
 def _usage(body: object, into: str = "input", out: str = "output") -> Usage | None:
-    """The usage that a response reports. Chat Completions uses other names for input and output."""
+    """The usage that a response reports. Chat Completions uses other names for input and output.
+
+    Gemini's endpoint counts thoughts in the total number of tokens, but not in the output. Thoughts are billed as output.
+    """
+    read, wrote, total = (reported(body, "usage", f"{name}_tokens") for name in (into, out, "total"))
+    if isinstance(read, int) and isinstance(wrote, int) and isinstance(total, int):
+        wrote = max(wrote, total - read)
     return believed_usage(
-        input_tokens=reported(body, "usage", f"{into}_tokens"),
-        output_tokens=reported(body, "usage", f"{out}_tokens"),
+        input_tokens=read,
+        output_tokens=wrote,
         cached=reported(body, "usage", f"{into}_tokens_details", "cached_tokens"),
         written=reported(body, "usage", f"{into}_tokens_details", "cache_write_tokens"),
     )

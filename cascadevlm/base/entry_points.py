@@ -52,7 +52,7 @@ def describe(kind: Kind, point: EntryPoint) -> dict[str, str]:
     package = f"{point.dist.name} {point.dist.version}" if point.dist else ""
     try:
         required = getattr(load(point), "requires", ())
-        missing = [name for name in required if not _is_installed(name)]
+        missing = [name for name in required if not is_installed(name)]
         needs = f"pip install {' '.join(missing)}" if missing else "nothing more"
     except BackendError as exc:
         needs = str(exc)
@@ -64,7 +64,8 @@ def describe(kind: Kind, point: EntryPoint) -> dict[str, str]:
     }
 
 
-def _is_installed(distribution: str) -> bool:
+def is_installed(distribution: str) -> bool:
+    """True if a distribution is installed, by its name on PyPI."""
     try:
         version(distribution)
     except PackageNotFoundError:

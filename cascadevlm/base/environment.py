@@ -3,7 +3,7 @@
 import platform
 from importlib.metadata import PackageNotFoundError, version
 
-PACKAGES = ("cascadevlm", "torch", "transformers", "open_clip_torch", "openai", "anthropic")
+PACKAGES = ("cascadevlm", "torch", "transformers", "open_clip_torch", "openai", "anthropic", "genai-prices", "llm")
 """Packages whose versions are recorded if they are installed."""
 
 

@@ -9,6 +9,8 @@ class OneBlasThread:
 
     Their BLAS is OpenBLAS. Its threads wait actively for each other. Beside a model that uses all cores, a product in two threads
     can take ten times as long as in one thread. The limit holds for the whole process. The threads of PyTorch are not limited.
+
+    Open the block in the main thread: OpenBLAS does not obey another thread.
     """
 
     def __init__(self) -> None:

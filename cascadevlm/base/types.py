@@ -35,6 +35,8 @@ class Scores:
         fingerprint: text that identifies the model, its revision and preprocessing, the texts of the labels, and the adapter if
             there is one.
         embeddings: ``(N, D) float16``, the embeddings of the images, rows of length 1. None if the scorer makes none.
+        thresholds: for each coverage of lists of candidates, the threshold that was fitted for these scores
+            (`Conformal.threshold`). It replaces the threshold of the calibration. Empty unless the scorer learns.
 
     Raises:
         ValueError: if ``log_probs`` or ``embeddings`` has a wrong shape, or ``log_probs`` contains NaN.
@@ -44,6 +46,7 @@ class Scores:
     labels: LabelSet
     fingerprint: str
     embeddings: NDArray[np.float16] | None = None
+    thresholds: Mapping[float, float] = field(default_factory=dict)
 
     @classmethod
     def from_logits(

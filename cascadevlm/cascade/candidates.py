@@ -117,7 +117,8 @@ class ConformalSet(CandidateRule):
     promises.
 
     If the rule has a threshold per class, the promise holds for each class. There are at least ``minimum`` and at most
-    ``maximum`` labels. If ``maximum`` shortens a list, the promise does not hold for it.
+    ``maximum`` labels. If ``maximum`` shortens a list, the promise does not hold for it. Scores that changed while a cascade
+    learned have a threshold of their own (`Scores.thresholds`).
     """
 
     rule: Conformal
@@ -135,7 +136,8 @@ class ConformalSet(CandidateRule):
 
     def columns(self, scores: Scores) -> Columns:
         if self.rule.class_thresholds is None:
-            return super().columns(scores)
+            threshold = scores.thresholds.get(self.rule.coverage, self.rule.threshold)
+            return CandidateRule.columns(replace(self, rule=replace(self.rule, threshold=threshold)), scores)
         inside = self.rule.sets(scores.probabilities, minimum=self.minimum, maximum=self.maximum)
         best = _best(np.where(inside, scores.log_probs, -np.inf), min(self.maximum, len(scores.labels)))
         return np.where(np.take_along_axis(inside, best, axis=1), best, NOBODY)

@@ -133,7 +133,7 @@ class Cascade(Portable):
         require_cascade(self.stages, routing=routing)
         if learn and calibration is not None:
             require_support(calibration)
-            _require_no_coverage(self.stages)
+            _require_one_threshold(self.stages)
         self.scorer = CalibratedScorer(scorer, calibration) if calibration and not learn else scorer
         self.labels = LabelSet.of(labels)
         self.on_failure: OnFailure = on_failure
@@ -243,12 +243,13 @@ class Cascade(Portable):
         return Run(settings, start, stopping)
 
 
-def _require_no_coverage(stages: Sequence[Stage]) -> None:
-    """Raises ConfigError if lists of candidates have a coverage: its threshold is for scores without what a run learned."""
+def _require_one_threshold(stages: Sequence[Stage]) -> None:
+    """Raises ConfigError if lists of candidates have a threshold per class: a class has too few labelled images to fit its
+    threshold again and again."""
     for stage in stages:
-        if isinstance(stage.candidates, ConformalSet):
-            hint = 'Use candidates = "best", a number, or a mass; or set learn = false.'
-            raise ConfigError("With learn = true, no coverage of the candidates can be promised.", hint=hint)
+        if isinstance(stage.candidates, ConformalSet) and stage.candidates.rule.class_thresholds is not None:
+            hint = "Calibrate without --class-conditional, or set learn = false."
+            raise ConfigError("With learn = true, candidates cannot have a coverage per class.", hint=hint)
 
 
 def _is_one(images: ImageSource | Iterable[ImageSource]) -> TypeGuard[ImageSource]:

@@ -22,7 +22,6 @@ from pydantic import Field, InstanceOf
 from cascadevlm.base.errors import ImageError, JudgeError
 from cascadevlm.base.images import ImageSource, path_of
 from cascadevlm.base.labels import LabelSet
-from cascadevlm.base.threads import one_blas_thread
 from cascadevlm.base.types import Prediction, Scores
 from cascadevlm.cascade.candidates import TopK
 from cascadevlm.cascade.drift import Drift
@@ -32,12 +31,14 @@ from cascadevlm.cascade.observer import Observer
 from cascadevlm.cascade.running_stage import RunningStage
 from cascadevlm.cascade.stage import Stage
 from cascadevlm.decision.calibration import Calibration
+from cascadevlm.decision.distinct import keys_of
 from cascadevlm.decision.learning import Learned
 from cascadevlm.decision.shares import Following, Seen, Shares
 from cascadevlm.decision.teaching import Transduced
 from cascadevlm.judges.dependable import DependableJudges
 from cascadevlm.policies.base import START, Selection, Spending
 from cascadevlm.scorers.base import Prepared, Scorer, load_once, prepare_in, score_together
+from cascadevlm.scorers.kept import note_digest
 
 T = TypeVar("T")
 
@@ -162,9 +163,9 @@ class Run:
         self.checkpoint = start
         self.following = Following(settings.shares, start.seen, settings.batch_size) if settings.shares else None
         self.learner = (
-            Learner(settings.learns_from, settings.batch_size, start.learned, settings.unlabelled)
-            if settings.learns_from is not None
-            else None
+            None
+            if settings.learns_from is None
+            else Learner(settings.learns_from, settings.batch_size, settings.stages, start.learned, settings.unlabelled)
         )
         self.total: int | None = None
         self.stages: list[RunningStage] = []
@@ -189,8 +190,6 @@ class Run:
         seen, here = Seen(), self.checkpoint
         observers = self.settings.observers if self.settings.drift is None else [*self.settings.observers, self.settings.drift]
         async with AsyncExitStack() as stack:
-            if self.learner is not None:
-                stack.enter_context(one_blas_thread)
             stack.callback(self.readers.shutdown, wait=False, cancel_futures=True)
             stack.callback(self.scoring.shutdown, wait=False, cancel_futures=True)
             stack.callback(self.taking.shutdown, wait=False, cancel_futures=True)
@@ -281,6 +280,8 @@ class Run:
 
     async def _prepare_batch(self, batch: Sequence[ImageSource]) -> list[Read]:
         seen = [observer.prepared for observer in self.settings.observers]
+        if self.learner is not None:
+            seen.append(note_digest)
         reading = prepare_in(self.readers, self.settings.scorer, batch, *seen)
         prepared = chain.from_iterable(await asyncio.gather(*map(asyncio.wrap_future, reading)))
         return list(zip(map(path_of, batch), prepared, strict=True))
@@ -301,7 +302,8 @@ class Run:
         numbers = [number for number, _, _ in left]
         calibrated = scores
         if self.learner is not None:
-            calibrated, scores = self.learner.calibration.calibrated(scores), await self.learner.adapted(scores, batch.begin)
+            calibrated, keys = self.learner.calibration.calibrated(scores), keys_of(each.digest for each in scored.images)
+            scores = await self.learner.adapted(scores, batch.begin, keys)
         if self.settings.drift is not None:
             self.settings.drift.scored(numbers, scored.images, calibrated)
         for observer in self.settings.observers:

@@ -1,7 +1,7 @@
 """The learning of a run, between the engine, which has scores and verdicts, and `Learning`, which is mathematics."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -10,7 +10,11 @@ from scipy.special import log_softmax
 
 from cascadevlm.base.errors import ConfigError
 from cascadevlm.base.types import Scores
+from cascadevlm.cascade.candidates import ConformalSet
+from cascadevlm.cascade.stage import Stage
 from cascadevlm.decision.calibration import Calibration
+from cascadevlm.decision.conformal import Conformal
+from cascadevlm.decision.distinct import Keys
 from cascadevlm.decision.learning import LEAST, Learned, Learning
 from cascadevlm.decision.teaching import Labelled, Taught, Transduced
 
@@ -29,6 +33,7 @@ class Learner:
     Args:
         calibration: its labelled images are what learning starts from; its scorer's scores are adapted.
         batch_size: of the run.
+        stages: the stages of the cascade. If their candidates have a coverage, the threshold is fitted again for each period.
         start: what the run had learned where it goes on. Default: a new run.
         unlabelled: what all images of the run taught before the run. Default: they were not looked at before.
 
@@ -41,12 +46,19 @@ class Learner:
     """
 
     def __init__(
-        self, calibration: Calibration, batch_size: int, start: Learned | None = None, unlabelled: Transduced | None = None
+        self,
+        calibration: Calibration,
+        batch_size: int,
+        stages: Sequence[Stage] = (),
+        start: Learned | None = None,
+        unlabelled: Transduced | None = None,
     ) -> None:
         self.calibration = calibration
+        self.stages = stages
         self.labelled = require_support(calibration)
         self.learning = Learning(self.labelled, batch_size, start=start, unlabelled=unlabelled)
-        self._scored: dict[int, tuple[Scores, Scores]] = {}
+        self._scored: dict[int, tuple[Scores, Scores, Keys]] = {}
+        self._thresholds: tuple[Taught | None, Mapping[float, float]] = (None, {})
         self._warned = False
 
     @property
@@ -54,26 +66,34 @@ class Learner:
         """What the run had learned at the beginning of the period of the latest batch with verdicts."""
         return self.learning.learned
 
-    async def adapted(self, scores: Scores, begin: int) -> Scores:
+    async def adapted(self, scores: Scores, begin: int, keys: Keys) -> Scores:
         """The scores of a batch with what was learned for its period. Waits until that is known.
 
         Args:
             scores: the scorer's, not calibrated, with embeddings.
             begin: number of the first image of the batch in the run.
+            keys: `(n,)` keys of the images: nothing is learned from an image that came before.
 
         Raises:
             ConfigError: as `require_teachable`.
+            InputError: if the labelled images are too few for the coverage of the candidates.
         """
         require_teachable(scores, self.calibration)
         adapted = self.scores_by(await self.learning.taught(begin), scores)
-        self._scored[begin] = scores, adapted
+        self._scored[begin] = scores, adapted, keys
         return adapted
 
     def scores_by(self, taught: Taught, scores: Scores) -> Scores:
         """The scores, which have embeddings, with what was learned."""
         assert scores.embeddings is not None
-        log_probs = taught(scores.log_probs, scores.embeddings).astype(np.float32)
-        return replace(scores, log_probs=log_probs, fingerprint=f"{scores.fingerprint}|learning")
+        if self._thresholds[0] is not taught:
+            self._thresholds = taught, thresholds(self.stages, self.labelled, taught)
+        return replace(
+            scores,
+            log_probs=taught(scores.log_probs, scores.embeddings).astype(np.float32),
+            fingerprint=f"{scores.fingerprint}|learning",
+            thresholds=self._thresholds[1],
+        )
 
     async def take(
         self, decided: Scores | None, beliefs: Sequence[NDArray[np.float32]], judged: Sequence[bool], begin: int
@@ -93,11 +113,11 @@ class Learner:
             empty = np.empty((0, len(self.calibration.labels)))
             await self.learning.take(empty, nothing.embeddings[:0], empty, np.empty(0, dtype=bool), begin)
         else:
-            scores, adapted = self._scored.pop(begin)
+            scores, adapted, keys = self._scored.pop(begin)
             assert scores.embeddings is not None
             said = np.log(np.maximum(np.stack(beliefs), LEAST)) - decided.log_probs
             before_shift = np.exp(log_softmax(adapted.log_probs + said, axis=1))
-            await self.learning.take(scores.log_probs, scores.embeddings, before_shift, np.array(judged), begin)
+            await self.learning.take(scores.log_probs, scores.embeddings, before_shift, np.array(judged), begin, keys)
         if self.learned.images != period and self.learning.unlabelled is None:  # else, no order is harmful
             self._warn_if_sorted()
 
@@ -114,6 +134,20 @@ class Learner:
                 RuntimeWarning,
                 stacklevel=2,
             )
+
+
+def thresholds(stages: Sequence[Stage], labelled: Labelled, taught: Taught) -> Mapping[float, float]:
+    """For each coverage of the stages' candidates, the threshold for scores by what was learned (`Conformal.threshold`).
+
+    It is fitted to the labelled images, each scored without what its own label taught. The coverage is kept if these images and
+    the images of the run are in random order together. In a run that is sorted, or whose images change, it is not kept.
+
+    Raises:
+        InputError: if the labelled images are too few for a coverage.
+    """
+    coverages = {stage.candidates.rule.coverage for stage in stages if isinstance(stage.candidates, ConformalSet)}
+    probabilities = np.exp(taught.held_out)
+    return {each: Conformal.fit(probabilities, labelled.truths, coverage=each).threshold for each in coverages}
 
 
 def require_teachable(scores: Scores, calibration: Calibration) -> None:

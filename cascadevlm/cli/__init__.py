@@ -16,9 +16,11 @@ from cascadevlm.cli import (
     classify,
     compare,
     demo,
+    doctor,
     estimate,
     evaluate,
     export,
+    init,
     report,
     run,
     study,
@@ -56,6 +58,8 @@ def options(
 
 
 app.command()(demo.demo)
+app.command()(init.init)
+app.command()(doctor.doctor)
 app.command()(classify.classify)
 app.command()(run.run)
 app.command()(verify.verify)

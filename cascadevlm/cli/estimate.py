@@ -44,6 +44,7 @@ def estimate(
     from rich.table import Table
 
     from cascadevlm.base.errors import InputError
+    from cascadevlm.cli.money import prices
     from cascadevlm.runs.estimate import estimate as estimated
     from cascadevlm.runs.inputs import LISTS, Inputs
 
@@ -81,6 +82,8 @@ def estimate(
     console = Console(highlight=False)
     console.print(f"{total} images. The estimate uses a random sample of at most {sample} of them.")
     console.print(table)
+    for line in prices(cascade):
+        console.print(line, markup=False, soft_wrap=True)
 
 
 def _shares(text: str) -> list[float]:
@@ -106,7 +109,7 @@ def _certificates(
     from rich.table import Table
 
     from cascadevlm.base.errors import InputError
-    from cascadevlm.cli.money import confirm
+    from cascadevlm.cli.money import confirm, prices
     from cascadevlm.cli.run import showing_progress
     from cascadevlm.decision.certifying import opening
     from cascadevlm.runs.estimate_agreement import estimate_agreement
@@ -144,3 +147,5 @@ def _certificates(
     console = Console(highlight=False)
     console.print(f"{estimates[0].images} images. The estimate uses the answers to {estimates[0].asked} of them.")
     console.print(table)
+    for line in prices(cascade):
+        console.print(line, markup=False, soft_wrap=True)

@@ -10,6 +10,7 @@ from cascadevlm.base.errors import InputError
 from cascadevlm.base.images import ImageSource
 from cascadevlm.cascade.cascade import Cascade
 from cascadevlm.config.config import Config
+from cascadevlm.judges.hosted.base import HostedJudge
 from cascadevlm.runs.estimate import SAMPLE, estimate
 from cascadevlm.runs.inputs import Inputs
 
@@ -43,6 +44,14 @@ def confirm(config: Config, cascade: Cascade, images: Sequence[ImageSource] | In
     calls = sum(each.calls for each in estimates)
     number = calls if config.agreement is None else f"at most {calls}"
     message = f"This run asks hosted judges about {number} questions, for about ${usual:.2f}, and at most about ${most:.2f}."
+    for line in prices(cascade):
+        typer.echo(line, err=True)
     if not sys.stdin.isatty():
         raise InputError(message, hint=f"Add --yes to continue, or a cap that needs no confirmation: --set budget.usd={limit:g}.")
     typer.confirm(f"{message} Continue?", abort=True, err=True)
+
+
+def prices(cascade: Cascade) -> list[str]:
+    """One line per judge that costs money: its price, and the table of prices that it comes from."""
+    judges = [stage.judge for stage in cascade.stages if isinstance(stage.judge, HostedJudge)]
+    return [f"Price of {judge.spec}: {judge.price}" for judge in judges if judge.costs_money]

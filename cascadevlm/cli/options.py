@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, get_type_hints
 import typer
 
 from cascadevlm.base.errors import InputError
+from cascadevlm.config import DEFAULT_SCORER
 
 if TYPE_CHECKING:
     from pydantic import JsonValue
@@ -44,10 +45,11 @@ class CascadeOptions:
     config: Annotated[
         Path | None, typer.Option(help="TOML file with the configuration. The options below override its values.")
     ] = None
-    scorer: Annotated[str | None, typer.Option(help="Scorer as backend:model, for example open_clip:ViT-B-16-SigLIP2/webli.")] = (
-        None
-    )
-    judge: Annotated[str | None, typer.Option(help="Judge of the first stage as backend:model, for example hf_chat:aviary.")] = (
+    scorer: Annotated[
+        str | None,
+        typer.Option(help="Scorer as backend:model. The default scorer is downloaded once.", show_default=DEFAULT_SCORER),
+    ] = None
+    judge: Annotated[str | None, typer.Option(help="Judge of the first stage as backend:model, for example openai:gpt-4o.")] = (
         None
     )
     policy: Annotated[
@@ -91,8 +93,6 @@ class CascadeOptions:
             if not equals:
                 raise InputError(f"--set {setting!r} has no '='.", hint="Write KEY=VALUE.")
             override(data, key.strip(), toml_value(text))
-        if "scorer" not in data:
-            raise InputError("No scorer is given.", hint="Add --scorer or --config, for example --scorer open_clip:aviary.")
         return Config.parse(data, name=str(self.config or "options"))
 
     def build(self, config: "Config", *, bulk: bool = False) -> "Cascade":

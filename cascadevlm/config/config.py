@@ -238,7 +238,7 @@ class Config(Section):
     """The whole configuration file.
 
     Attributes:
-        scorer: the scorer.
+        scorer: the scorer. Default: `DEFAULT_SCORER`.
         stage: the stages, in the order in which judges are asked.
         labels: path of a file or folder of labels, or a list of names.
         calibration: path of a calibration file.
@@ -256,7 +256,7 @@ class Config(Section):
             from the answers; `learn` has no effect then.
     """
 
-    scorer: ScorerConfig
+    scorer: ScorerConfig = ScorerConfig()
     stage: tuple[StageConfig, ...] = ()
     labels: Annotated[Path | tuple[str, ...] | None, MayChange("the manifest contains the labels")] = None
     calibration: Annotated[Path | None, _BY_DIGEST] = None

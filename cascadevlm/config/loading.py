@@ -11,6 +11,7 @@ from cascadevlm.base.entry_points import Option, installed, load, nearest
 from cascadevlm.base.errors import BackendError, PromptError
 from cascadevlm.base.secrets import without_secrets
 from cascadevlm.base.types import Prompt
+from cascadevlm.config import DEFAULT_SCORER
 from cascadevlm.judges.base import Judge
 from cascadevlm.judges.prompt import packaged_prompt, read_prompt
 from cascadevlm.scorers.base import Scorer
@@ -42,7 +43,8 @@ def _load(kind: Literal["scorers", "judges"], spec: str, options: dict[str, Opti
     backend, colon, model = spec.partition(":")
     what = kind.removesuffix("s")
     if not colon or not model:
-        raise BackendError(f"{spec!r} is not the spec of a {what}.", hint="Write backend:model, such as 'open_clip:aviary'.")
+        example = DEFAULT_SCORER if kind == "scorers" else "openai:gpt-4o"
+        raise BackendError(f"{spec!r} is not the spec of a {what}.", hint=f"Write backend:model, such as {example!r}.")
     points = installed(kind)
     if backend not in points:
         raise BackendError(f"There is no {what} backend {backend!r}.", hint=nearest(backend, points))

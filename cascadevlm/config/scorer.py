@@ -6,6 +6,7 @@ from typing import Annotated
 from pydantic import BeforeValidator, Discriminator, Field, JsonValue, Tag
 
 from cascadevlm.base.errors import ConfigError
+from cascadevlm.config import DEFAULT_SCORER
 from cascadevlm.config.loading import load_scorer
 from cascadevlm.config.section import MayChange, Options, Section
 from cascadevlm.decision.pooling import read_pool
@@ -29,7 +30,8 @@ class ScorerConfig(Section):
     """``[scorer]``: the scorer.
 
     Attributes:
-        use: the spec, ``backend:model``; or a list of specs, or of sections like this one, for several scorers as one.
+        use: the spec, ``backend:model``; or a list of specs, or of sections like this one, for several scorers as one. Default:
+            `DEFAULT_SCORER`.
         templates: prompt templates, if the backend supports them. Default: the templates of the backend.
         options: options of the backend.
         adapter: file of an adapter that ``cascadevlm adapt`` made for this scorer. Default: no adapter.
@@ -39,7 +41,7 @@ class ScorerConfig(Section):
     use: Annotated[
         Annotated[str, Tag("[one]")] | Annotated[tuple["ScorerConfig", ...], BeforeValidator(_specs_alone), Tag("[several]")],
         Discriminator(_one_or_several),
-    ]
+    ] = DEFAULT_SCORER
     templates: list[str] | None = None
     options: Annotated[Options, _BY_FINGERPRINT] = Field(default_factory=dict)
     adapter: Annotated[Path | None, _BY_FINGERPRINT] = None
@@ -73,6 +75,9 @@ class ScorerConfig(Section):
             if getattr(self, name):
                 hint = f'Write {name} beside the spec it is for: use = [{{ use = "open_clip:…", {name} = … }}, "hf:…"].'
                 raise ConfigError(f"scorer.{name} is for one scorer, and scorer.use names {len(sections)}.", hint=hint)
+        for number, section in enumerate(sections):
+            if "use" not in section.model_fields_set:  # the default is for one scorer
+                raise ConfigError(f"The key 'scorer.use.{number}.use' is missing.", hint="Add it.")
         scorers = [section.build() for section in sections]
         return SeveralScorers(scorers, pool=read_pool(self.pool) if self.pool else None)
 

@@ -247,6 +247,8 @@ def first_rows(images: int, number: int, seed: int) -> Rows:
 def planned(images: Images, rows: Rows, answers: Columns, promises: Sequence[Promise]) -> list[Planned]:
     """What each of several promises is expected to cost.
 
+    What further answers will teach is not known yet. Where the classes are learned easily, the real cost is lower.
+
     Args:
         images: of the scorer.
         rows: `(n,)` images that were asked about. `first_rows` gives images that a run with the same seed asks about, too.
@@ -295,7 +297,7 @@ def plan_test(
     others = np.flatnonzero(rest)
     order = others[np.argsort(-log_odds[others], kind="stable")]
     expected = disagreements(log_odds[order], fitted)
-    most = allowed(float(expected[-1]) if len(expected) else 0.0)
+    most = allowed(float(expected.max(initial=0.0)))
     number, costs = _cheapest(expected, most, level)
     return Plan(
         opinion=opinion,
@@ -356,7 +358,7 @@ def _cheapest(expected: Floats, allowed: int, level: float) -> tuple[int, Floats
     numbers = np.unique(np.ceil(SHARES * images).astype(np.int64))
     found = most_found(images, numbers, allowed=allowed, level=level)
     numbers, found = numbers[found >= 0], found[found >= 0]
-    if not len(numbers):
+    if images <= allowed or not len(numbers):
         return number, costs
     tested = _costs(expected, numbers, found)
     best = int(tested.mean(axis=1).argmin())

@@ -141,7 +141,7 @@ def find(images: Images, column: int, wanted: Wanted, *, seed: int = 0) -> Seeki
     """
     total = len(images)
     answers, asked = np.full(total, NOBODY, dtype=np.int64), np.zeros(0, dtype=np.intp)
-    more = first_rows(total, min(FIRST, total // 4), seed)
+    more = first_rows(total, max(1, min(FIRST, total // 4)), seed)
     while len(more):
         answers[more] = yield more
         asked = np.concatenate([asked, more])
@@ -151,7 +151,7 @@ def find(images: Images, column: int, wanted: Wanted, *, seed: int = 0) -> Seeki
             return wanted.missable(known + max(0.0, expected - math.sqrt(expected)))
 
         plan = plan_test(images, asked, answers[asked], allowed, wanted.level, column)
-        beyond = len(plan.order) - int(np.searchsorted(plan.expected, BEYOND * allowed(float(plan.expected[-1]))))
+        beyond = len(plan.order) - int(np.searchsorted(plan.expected, BEYOND * allowed(float(plan.expected.max(initial=0.0)))))
         early = wanted.precision is None and beyond // 2 >= max(LEAST_STEP * total, 1)
         more = plan.order[-(beyond // 2) :] if early else more[:0]
     order, drawn = plan.order, draw(len(plan.order), plan.number, seed)

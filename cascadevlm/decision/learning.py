@@ -8,13 +8,14 @@ whatever the latencies of the judges.
 """
 
 import asyncio
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.special import log_softmax
 
 from cascadevlm.base.errors import InputError
+from cascadevlm.decision.distinct import NONE, Distinct, Keys
 from cascadevlm.decision.judge_model import Bools
 from cascadevlm.decision.means import Sums, widened
 from cascadevlm.decision.scorer_calibration import Floats
@@ -40,12 +41,14 @@ class Learned:
         batch_size: of the run.
         before: P sums of the images before the previous period: what this period is scored with.
         sums: P sums of the images before this period.
+        keys: keys of the images before this period (`Distinct`).
     """
 
     images: int = 0
     batch_size: int
     before: Sums
     sums: Sums
+    keys: Keys = field(default_factory=lambda: NONE)
 
 
 class Learning:
@@ -82,6 +85,7 @@ class Learning:
                 hint="Continue with the batch_size that the run began with.",
             )
         self._sums = self.learned.sums
+        self._distinct = Distinct(self.learned.keys)
         self._waiting: list[tuple[NDArray[np.floating], NDArray[np.floating], Floats]] = []
         self._entered = asyncio.Condition()
         begin, taught = self.learned.images, self._teach(self.learned.sums)
@@ -109,8 +113,9 @@ class Learning:
         beliefs: NDArray[np.floating],
         judged: Bools,
         begin: int,
+        keys: Keys | None = None,
     ) -> None:
-        """Add the images of a batch; batch by batch, in order. Images that were unreadable, or that came before, are left out.
+        """Add the images of a batch; batch by batch, in order. Images that came before in the run are left out.
 
         Args:
             log_probs: `(N, C)`, the scorer's, not calibrated.
@@ -118,14 +123,17 @@ class Learning:
             beliefs: `(N, C)` probabilities after the verdicts, before any shift to other shares of the classes; one-hot where a
                 person gave the label. Rows of images that are not judged are not looked at.
             judged: `(N,)`, whether a judge or a person said something.
-            begin: number of images of the run before the batch, those left out too.
+            begin: number of images of the run before the batch, with those that are unreadable.
+            keys: `(N,)`. Default: all images are different.
         """
         period = self.period_of(begin)
         if period > self.learned.images:
             await self._enter(period)
-        if not len(embeddings):
+        new = np.ones(len(embeddings), dtype=bool) if keys is None else self._distinct.take(keys)
+        if not new.any():
             return
-        images, weights = widened(embeddings), np.where(judged, 1.0, UNJUDGED)
+        log_probs, beliefs, judged = log_probs[new], beliefs[new], judged[new]
+        images, weights = widened(embeddings[new]), np.where(judged, 1.0, UNJUDGED)
         opinions = self._taught[period].opinions(log_probs, images)
         said = np.log(np.maximum(beliefs[judged], LEAST)) - opinions[-1, judged]
         opinions[:, judged] = log_softmax(opinions[:, judged] + said, axis=-1)
@@ -155,7 +163,7 @@ class Learning:
         """Begin a period: what was learned before it is what the next one is scored with."""
         earlier = self.learned.images
         self._add_waiting()
-        self.learned = Learned(images=period, batch_size=self.learned.batch_size, before=self.learned.sums, sums=self._sums)
+        self.learned = replace(self.learned, images=period, before=self.learned.sums, sums=self._sums, keys=self._distinct.keys())
         taught = await asyncio.to_thread(self._teach, self._sums)
         async with self._entered:
             self._taught[self._next(period)] = taught

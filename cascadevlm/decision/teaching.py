@@ -184,10 +184,17 @@ class Labelled:
 
     @cached_property
     def support(self) -> tuple[Sums, ...]:
-        """P sums of the labelled images: without each fold, and of all images."""
-        inside = [fold_of(len(self.truths)) != fold for fold in range(len(self.fit.without))]
-        inside.append(np.ones(len(self.truths), dtype=bool))
-        return tuple(Sums.of(self.embeddings[rows], self.responsibilities[rows], np.ones(rows.sum())) for rows in inside)
+        """P sums of the labelled images: without each fold, and of all images.
+
+        In the sums of all images, each image has the weight of the share of images that are not in a fold. So all P sums have the
+        same weight. The evidence grows with this weight, and its strength is fitted to the sums without a fold: with a larger
+        weight, the predictions would be over-confident.
+        """
+        folds = len(self.fit.without)
+        inside = [fold_of(len(self.truths)) != fold for fold in range(folds)]
+        without = [Sums.of(self.embeddings[rows], self.responsibilities[rows], np.ones(rows.sum())) for rows in inside]
+        weights = np.full(len(self.truths), 1 - 1 / folds if folds else 1.0)
+        return (*without, Sums.of(self.embeddings, self.responsibilities, weights))
 
     def nothing(self) -> Sums:
         """P sums of no further image."""

@@ -81,11 +81,12 @@ def read_said(folder: Path) -> Said:
     lines: list[JudgedLine] = []
     images: list[ImageSource] = []
     numbers: list[int] = []
-    digests = set()
+    seen = set()
     judged = read_lines(folder / PREDICTIONS, JudgedLine, predictions.end)
     for (number, line), (_, _, image) in zip(judged, predictions.with_images(), strict=True):
-        if line.candidates and (not line.digest or line.digest not in digests):
-            digests.add(line.digest)
+        digest = line.digest or line.content
+        if line.candidates and digest not in seen:
+            seen.add(digest)
             lines.append(line)
             images.append(image)
             numbers.append(number - 1)

@@ -97,6 +97,17 @@ class Judge(Portable, ABC):
         """
         return Quote()
 
+    def check(self) -> str:
+        """Find out whether the first use can work. No model is loaded, and nothing is sent.
+
+        Returns:
+            A remark for people, for example that the model is downloaded at its first use. "" if there is nothing to say.
+
+        Raises:
+            BackendError: if something is missing: a package, a key, a price, or a model on a machine without a connection.
+        """
+        return ""
+
     async def prepare(self) -> None:
         """Get ready for a run. Called once, at the beginning of a run.
 

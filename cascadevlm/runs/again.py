@@ -5,8 +5,8 @@ the whole run taught. A judge's answers are kept, and are fused with the new sco
 contains the scores and embeddings.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
@@ -25,6 +25,8 @@ from cascadevlm.cascade.engine import BEGINNING, Checkpoint
 from cascadevlm.cascade.item import Item, rank
 from cascadevlm.cascade.learner import Learner, require_support
 from cascadevlm.decision.calibration import Calibration
+from cascadevlm.decision.distinct import Keys, keys_of
+from cascadevlm.decision.learning import Learned
 from cascadevlm.decision.teaching import transduced
 from cascadevlm.runs.learned_file import read_learned
 from cascadevlm.runs.lines import JudgedLine, read_lines
@@ -71,7 +73,7 @@ def decide_again(run: Path, output: Path, cascade: Cascade) -> Again:
     with one_blas_thread:
         unlabelled = transduced(require_support(calibration), images.blocks)
         noted = read_learned(run / LEARNED) if (run / LEARNED).exists() else BEGINNING
-        learner = Learner(calibration, cascade.batch_size, noted.learned, unlabelled)
+        learner = Learner(calibration, cascade.batch_size, cascade.stages, _with_keys(noted.learned, run), unlabelled)
         loop.run(_finish_learning(learner, cascade, run, images, noted))
         taught = learner.learning.again()
         truths, changed = learner.labelled.truths, 0
@@ -118,10 +120,23 @@ async def _finish_learning(learner: Learner, cascade: Cascade, run: Path, images
     """Learn from the images after the last checkpoint, as the run did."""
     for begin, lines in _batches(run, images, noted.images, cascade.batch_size):
         scores = images.rows(begin, begin + len(lines))
-        adapted = await learner.adapted(scores, begin) if len(scores) else None
+        adapted = await learner.adapted(scores, begin, _keys(lines)) if len(scores) else None
         items = [] if adapted is None else _heard(cascade, adapted, lines, begin)
         answered = [any(verdict.valid for verdict in item.verdicts) for item in items]
         await learner.take(adapted, [item.probabilities() for item in items], answered, begin)
+
+
+def _with_keys(learned: Learned | None, run: Path) -> Learned | None:
+    """What a run had learned, with the keys of the images before, which its file does not contain."""
+    if learned is None:
+        return None
+    lines = (line for _, line in islice(read_lines(run / PREDICTIONS, JudgedLine), learned.images))
+    return replace(learned, keys=_keys(lines))
+
+
+def _keys(lines: Iterable[JudgedLine]) -> Keys:
+    """``(n,)`` keys of the n readable images."""
+    return keys_of(line.digest or line.content for line in lines if line.candidates)
 
 
 def _batches(run: Path, images: ScoredImages, first: int, size: int) -> Iterator[tuple[int, list[JudgedLine]]]:
@@ -138,7 +153,7 @@ def _heard(cascade: Cascade, scores: Scores, lines: Sequence[JudgedLine], begin:
         Item(
             number=number,
             path=line.path,
-            prepared=Prepared(source=line.path, file_digest=line.digest),
+            prepared=Prepared(source=line.path, digest=line.digest),
             chunk=scores,
             row=row,
             reasons=[*line.reasons],

@@ -4,7 +4,7 @@ import asyncio
 import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
-from contextlib import aclosing
+from contextlib import aclosing, nullcontext
 from pathlib import Path
 
 from pydantic import JsonValue
@@ -82,7 +82,10 @@ def run(
     """
     manifest = Manifest.of(cascade, inputs, config)
     dollars = cascade.ledger.cap_dollars
-    with RunFolder.opened(folder, manifest, inputs, dollars=dollars, retry_failed=retry_failed) as opened:
+    with (
+        RunFolder.opened(folder, manifest, inputs, dollars=dollars, retry_failed=retry_failed) as opened,
+        nullcontext() if cascade.learns_from is None else one_blas_thread,
+    ):
         if sentence := opened.outlook(len(inputs) if isinstance(inputs, Sized) else None):
             outlook(sentence)
         store = DiskStore(folder / "verdicts") if cascade.store is None else cascade.store
@@ -143,8 +146,7 @@ def _taught_by_all(
     )
     if images is None:
         return None
-    with one_blas_thread:
-        unlabelled = transduced(require_support(calibration), images.blocks)
+    unlabelled = transduced(require_support(calibration), images.blocks)
     return images.given_to(cascade).altered(unlabelled=unlabelled)
 
 

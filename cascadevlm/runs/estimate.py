@@ -13,6 +13,7 @@ from cascadevlm.base.errors import ImageError, InputError
 from cascadevlm.base.images import ImageSource
 from cascadevlm.base.types import NANODOLLARS, Scores
 from cascadevlm.cascade.cascade import Cascade
+from cascadevlm.cascade.learner import require_support, thresholds
 from cascadevlm.cascade.stage import Stage
 from cascadevlm.judges.base import Judge, Quote
 from cascadevlm.policies.base import Selection, Spending, as_budgeted
@@ -102,7 +103,9 @@ def estimate(
     chosen = np.sort(np.random.default_rng(seed).permutation(len(images))[:sample])
     readable, scores = _scored(cascade, [images[index] for index in chosen])
     if cascade.learns_from is not None:
-        scores = replace(cascade.learns_from, teaches=True).calibrated(scores)
+        labelled = require_support(cascade.learns_from)
+        fitted = thresholds(cascade.stages, labelled, labelled.taught(labelled.nothing()))
+        scores = replace(replace(cascade.learns_from, teaches=True).calibrated(scores), thresholds=fitted)
     scored = _Sample(size=len(chosen), total=len(images) if total is None else total, readable=readable, scores=scores)
     reached, kept = np.ones(len(readable), dtype=bool), 1.0
     estimates = []

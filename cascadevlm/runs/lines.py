@@ -103,6 +103,7 @@ class Line(BaseModel):
 
     Attributes:
         digest: the sha256 of the image's file; "" if the image is not a file or could not be scored.
+        content: the digest of an image that is not a file (`Prepared.digest`); "" if it could not be scored.
         truth: name of the true label; None if the images have no labels.
     """
 
@@ -117,6 +118,7 @@ class Line(BaseModel):
     cost: LineCost
     error: InstanceOf[str]
     digest: str = ""
+    content: str = ""
     truth: InstanceOf[str] | None = None
 
     @classmethod

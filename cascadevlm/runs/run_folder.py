@@ -43,10 +43,11 @@ import json
 import os
 import threading
 import warnings
+from array import array
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from itertools import repeat
 from pathlib import Path
@@ -63,6 +64,7 @@ from cascadevlm.base.files import write_whole, writing_to
 from cascadevlm.base.types import NANODOLLARS, Prediction, Question, Scores, Verdict
 from cascadevlm.cascade.engine import BEGINNING, Checkpoint
 from cascadevlm.cascade.observer import Observer
+from cascadevlm.decision.distinct import keys_of
 from cascadevlm.judges.base import Judge
 from cascadevlm.judges.budget import DurableLedger, line_of_ledger
 from cascadevlm.runs import manifest as manifests
@@ -73,7 +75,7 @@ from cascadevlm.runs.lines import Asked, LabelledLine, Line, checked, failure_of
 from cascadevlm.runs.manifest import Manifest
 from cascadevlm.runs.scores_file import ScoresFile
 from cascadevlm.scorers.base import Prepared
-from cascadevlm.scorers.kept import file_digest, note_file_digest
+from cascadevlm.scorers.kept import digest_of, note_digest
 
 FAILURES = "failures.jsonl"
 PREDICTIONS = "predictions.jsonl"
@@ -171,6 +173,7 @@ class RunFolder(Observer):
         self.tally = Tally(spent_dollars=ledger.spent_dollars)
         self.checkpoint = BEGINNING
         self._learned_at = 0
+        self._keys = array("Q")  # of the images with predictions, in 8 bytes each
         self._predictions = predictions
         self._failures = failures
         self._labelled = inputs if isinstance(inputs, Labelled) else None
@@ -267,6 +270,7 @@ class RunFolder(Observer):
                     break
                 sound += len(line)
                 dollars += read.cost.dollars
+                self._keys.extend(keys_of([read.digest or read.content]).tolist())
                 self._count(read.path, read)
         if dollars > self.ledger.spent_dollars + SUM_ERROR:
             spent = f"${self.ledger.spent_dollars:.6f} instead of ${dollars:.6f}"
@@ -324,7 +328,10 @@ class RunFolder(Observer):
             return BEGINNING
         if noted.images <= self.tally.images:
             self._learned_at = noted.images
-            return noted
+            if noted.learned is None:
+                return noted
+            keys = np.array(self._keys[: noted.images], dtype=np.uint64)
+            return replace(noted, learned=replace(noted.learned, keys=keys))
         path.unlink()  # other predictions may soon be written before it
         return BEGINNING
 
@@ -352,7 +359,7 @@ class RunFolder(Observer):
 
     def prepared(self, image: Prepared) -> None:
         """Compute the digests in the reader threads."""
-        note_file_digest(image)
+        note_digest(image)
         if self._scores is not None:
             image.image_digest  # noqa: B018  # is kept
             if image.features is not None:
@@ -379,7 +386,7 @@ class RunFolder(Observer):
             for number, image, log_probs, embedding in zip(numbers, images, scores.log_probs, embeddings, strict=False):
                 if number < self.tally.images:
                     continue
-                self._known[number] = {"digest": image.file_digest} if image.file_digest else {}
+                self._known[number] = {"digest" if isinstance(image.source, str | Path) else "content": image.digest}
                 if self._scores is not None:
                     self._known[number] |= {"pixels": image.image_digest, **self._scores.write(number, log_probs, embedding)}
 
@@ -483,7 +490,7 @@ def has_changed(path: str, digest: str, began: datetime) -> bool:
     try:
         found = Path(path).stat()
         changed_at = max(found.st_mtime, found.st_ctime)  # st_ctime cannot be set back
-        return changed_at > began.timestamp() and file_digest(path) != digest
+        return changed_at > began.timestamp() and digest_of(path) != digest
     except (OSError, ValueError, ImageError):
         return False
 

@@ -36,12 +36,14 @@ from cascadevlm.base.types import Scores
 from cascadevlm.cascade.cascade import Cascade
 from cascadevlm.cascade.engine import Checkpoint, Read, ReadBatch, Run
 from cascadevlm.cascade.observer import Observer
+from cascadevlm.decision.distinct import NONE, Distinct, keys_of
+from cascadevlm.decision.judge_model import Bools
 from cascadevlm.runs.inputs import Named, after, names
 from cascadevlm.runs.lines import checked, with_checksum
 from cascadevlm.runs.run_folder import has_changed
 from cascadevlm.runs.scores_file import EMBEDDINGS, SCORES, ScoresFile
 from cascadevlm.scorers.base import Prepared, WrapperScorer
-from cascadevlm.scorers.kept import note_file_digest
+from cascadevlm.scorers.kept import note_digest
 
 SCORED = "scored.jsonl"
 AT_ONCE = 1024
@@ -58,7 +60,7 @@ class ScoredLine(BaseModel):
 
     Attributes:
         error: the reason why the image has no scores; "" if it has scores.
-        digest: the sha256 of the image's file; "" if the image is not a file.
+        digest: the image's digest (`Prepared.digest`); "" if the image has no scores.
         size: width and height in pixels; None if the image was not decoded.
         fingerprint: the fingerprint of the scorer; "" if the image has no scores.
         scores: checksum of the image's row in ``scores.npy``.
@@ -126,12 +128,21 @@ class ScoredImages:
         embeddings = None if self.embeddings is None else self.embeddings[numbers][readable]
         return Scores(log_probs=log_probs[readable], labels=self.labels, fingerprint=self.fingerprint, embeddings=embeddings)
 
+    @cached_property
+    def distinct(self) -> Bools:
+        """``(N,)`` booleans: the image could be read, and no image with the same digest came before it."""
+        seen, parts, lines = Distinct(NONE), [], (line for line, _ in _lines(self.folder))
+        while some := list(islice(lines, AT_ONCE)):
+            readable = np.array([not line.error for line in some])
+            parts.append(readable & seen.take(keys_of(line.digest for line in some)))
+        return np.concatenate(parts) if parts else np.empty(0, dtype=bool)
+
     def blocks(self) -> Iterator[tuple[NDArray[np.float32], NDArray[np.float16]]]:
-        """The log-probabilities and embeddings of the images that could be read, in order, `AT_ONCE` images at a time."""
+        """The log-probabilities and embeddings of the `distinct` images, in order, from `AT_ONCE` images at a time."""
         for begin in range(0, len(self.log_probs), AT_ONCE):
-            scores = self.rows(begin, begin + AT_ONCE)
-            if scores.embeddings is not None:
-                yield scores.log_probs, scores.embeddings
+            rows = begin + np.flatnonzero(self.distinct[begin : begin + AT_ONCE])
+            if self.embeddings is not None:
+                yield self.log_probs[rows], self.embeddings[rows]
 
     def given_to(self, cascade: Cascade, numbers: Numbers | None = None) -> Cascade:
         """A copy of the cascade whose runs get these scores. An image is read only if a judge is asked about it.
@@ -165,7 +176,7 @@ class ScoredImages:
                     path_of(source),
                     ImageError(line.error)
                     if line.error
-                    else Arrived(source=source, file_digest=line.digest, size=line.size, chunk=scores, row=next(rows)),
+                    else Arrived(source=source, digest=line.digest, size=line.size, chunk=scores, row=next(rows)),
                 )
                 for source, line in zip(sources, islice(lines, len(sources)), strict=True)
             ]
@@ -310,7 +321,7 @@ class _Writer(Observer):
         self._lines.truncate(end)
 
     def prepared(self, image: Prepared) -> None:
-        note_file_digest(image)
+        note_digest(image)
 
     def scored(self, numbers: Sequence[int], images: Sequence[Prepared], scores: Scores) -> None:
         """Write the rows of images that were scored together.
@@ -328,7 +339,7 @@ class _Writer(Observer):
         embeddings = repeat(None) if scores.embeddings is None else scores.embeddings
         for number, image, log_probs, embedding in zip(numbers, images, scores.log_probs, embeddings, strict=False):
             self._known[number] = {
-                "digest": image.file_digest,
+                "digest": image.digest,
                 "size": None if image.size is None else [*image.size],
                 "fingerprint": scores.fingerprint,
                 **self._rows.write(number, log_probs, embedding),

@@ -45,14 +45,15 @@ class Prepared:
         source: the image as it was given, for example its path.
         features: result of the scorer's preprocessing of the image; None if the scorer has no preprocessing.
         pixels: the image, upright and RGB; None if the pixels are not in memory.
-        file_digest: the sha256 of the image's file; "" if it is not known.
+        digest: the sha256 of the image's file or bytes, in hexadecimal; for other images, the digest of the pixels. "" if it is
+            not known.
         size: width and height in pixels; None before the image is first read. It stays known after the pixels are released.
     """
 
     source: ImageSource
     features: NDArray[np.uint8 | np.float32] | None = None
     pixels: Image.Image | None = None
-    file_digest: str = ""
+    digest: str = ""
     size: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
@@ -118,6 +119,17 @@ class Scorer(Portable, ABC):
     @abstractmethod
     def score(self, images: Sequence[Image.Image], labels: LabelSet) -> Scores:
         """Score N upright RGB images for C labels. Any thread may call this method, but only one at a time."""
+
+    def check(self) -> str:
+        """Find out whether the first use can work. No model is loaded, and nothing is sent.
+
+        Returns:
+            A remark for people, for example that the model is downloaded at its first use. "" if there is nothing to say.
+
+        Raises:
+            BackendError: if something is missing: a package, a key, a price, or a model on a machine without a connection.
+        """
+        return ""
 
     def load(self) -> None:
         """Load the model, if there is one. Called once, before `prepare`."""

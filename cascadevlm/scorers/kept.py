@@ -170,9 +170,8 @@ def kept_labels(scorer: EmbeddingScorer, names: Sequence[str], *, folder: Path) 
 
 @dataclass(kw_only=True, eq=False)
 class _Known(Prepared):
-    """An image with its digest and, if it was embedded before, its embedding."""
+    """An image with, if it was embedded before, its embedding."""
 
-    digest: bytes
     embedding: Embedding | None = None
 
 
@@ -206,10 +205,9 @@ class CachedEmbeddings(Scorer):
 
     def prepare(self, source: ImageSource) -> Prepared:
         content, digest = _content_and_digest(source)
-        of_file = digest.hex() if isinstance(source, str | Path) else ""
         embedding = self._kept(digest)
         if embedding is not None:
-            return _Known(source=source, digest=digest, file_digest=of_file, embedding=embedding)
+            return _Known(source=source, digest=digest, embedding=embedding)
         try:
             prepared = self.wrapped.prepare(content)
         except ImageError:
@@ -220,7 +218,6 @@ class CachedEmbeddings(Scorer):
             pixels=prepared.pixels,
             size=prepared.size,
             digest=digest,
-            file_digest=of_file,
         )
 
     def score(self, images: Sequence[Image.Image], labels: LabelSet) -> Scores:
@@ -232,12 +229,13 @@ class CachedEmbeddings(Scorer):
         if new:
             for each, row in zip(new, self.wrapped.embed_prepared(new), strict=True):
                 each.embedding = row
-            self._keep({each.digest: row for each in new if (row := each.embedding) is not None and np.isfinite(row).all()})
+            finite = {each.digest: row for each in new if (row := each.embedding) is not None and np.isfinite(row).all()}
+            self._keep({bytes.fromhex(digest): row for digest, row in finite.items()})
         return self.wrapped.score_embeddings(np.array([each.embedding for each in known]), labels)
 
-    def _kept(self, digest: bytes) -> Embedding | None:
+    def _kept(self, digest: str) -> Embedding | None:
         try:
-            return self.store.get(digest)
+            return self.store.get(bytes.fromhex(digest))
         except DAMAGE as exc:
             self._keep_no_more(f"The embeddings in {str(self.store.folder)!r} are damaged: {exc}. Delete this folder.")
             return None
@@ -257,30 +255,30 @@ class CachedEmbeddings(Scorer):
             warnings.warn(why, RuntimeWarning, stacklevel=2)
 
 
-def note_file_digest(image: Prepared) -> None:
-    """Note the digest of a prepared image's file, if the image is a file and the digest is not known yet.
+def note_digest(image: Prepared) -> None:
+    """Note the digest of a prepared image, if it is not known yet.
 
     Raises:
-        ImageError: if the file cannot be read.
+        ImageError: if the image cannot be read.
     """
-    if isinstance(image.source, str | Path) and not image.file_digest:
-        image.file_digest = file_digest(image.source)
+    if not image.digest:
+        image.digest = digest_of(image.source) if isinstance(image.source, str | Path | bytes) else image.image_digest
 
 
-def file_digest(path: str | Path) -> str:
+def digest_of(source: str | Path | bytes) -> str:
     """The sha256 of an image's file, in hexadecimal.
 
     Raises:
         ImageError: if the file cannot be read.
     """
-    return _content_and_digest(path)[1].hex()
+    return _content_and_digest(source)[1]
 
 
-def _content_and_digest(source: ImageSource) -> tuple[ImageSource, bytes]:
-    """The content of an image, and its sha256. A file is read once: its bytes are returned."""
+def _content_and_digest(source: ImageSource) -> tuple[ImageSource, str]:
+    """The content of an image, and its sha256 in hexadecimal. A file is read once: its bytes are returned."""
     if isinstance(source, str | Path):
         source = read_bytes(source)
     if isinstance(source, bytes):
-        return source, hashlib.sha256(source).digest()
+        return source, hashlib.sha256(source).hexdigest()
     image = load_image(source)
-    return image, bytes.fromhex(pixel_digest(image))
+    return image, pixel_digest(image)

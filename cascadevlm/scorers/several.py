@@ -68,6 +68,9 @@ class SeveralScorers(Scorer):
         self.scorers = tuple(scorers)
         self.pool = pool or EqualPool()
 
+    def check(self) -> str:
+        return "; ".join(filter(None, (scorer.check() for scorer in self.scorers)))
+
     def load(self) -> None:
         for scorer in self.scorers:
             load_once(scorer)
@@ -82,7 +85,7 @@ class SeveralScorers(Scorer):
             source=source,
             pixels=decoded.pixels if decoded else None,
             size=next((part.size for part in parts if part.size), None),
-            file_digest=next((part.file_digest for part in parts if part.file_digest), ""),
+            digest=next((part.digest for part in parts if part.digest), ""),
             parts=parts,
         )
 

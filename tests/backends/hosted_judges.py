@@ -12,6 +12,7 @@ from cascadevlm.base.images import ImageSource
 from cascadevlm.judges.budget import Ledger
 from cascadevlm.judges.cache import VerdictStore
 from cascadevlm.judges.hosted.base import HostedJudge
+from cascadevlm.judges.hosted.sdk import SdkJudge
 from cascadevlm.testing import FakeScorer, noise
 from cascadevlm_backends.anthropic import AnthropicJudge
 from cascadevlm_backends.openai import OpenAIJudge
@@ -23,19 +24,19 @@ USAGE = (300, 20)
 BILL = 300 * 1000 + 20 * 10_000
 """Cost in nanodollars of the usage that the servers report, at this price."""
 
-Make: TypeAlias = Callable[..., HostedJudge]
+Make: TypeAlias = Callable[..., SdkJudge]
 
 
-def chat(server: JudgeServer, **options: object) -> HostedJudge:
+def chat(server: JudgeServer, **options: object) -> SdkJudge:
     options = {"base_url": server.openai_url, "price": PRICE, "structured": True, **options}
     return OpenAIJudge("gpt-4o", **options)  # type: ignore[arg-type]
 
 
-def responses(server: JudgeServer, **options: object) -> HostedJudge:
+def responses(server: JudgeServer, **options: object) -> SdkJudge:
     return chat(server, api="responses", **options)
 
 
-def messages(server: JudgeServer, **options: object) -> HostedJudge:
+def messages(server: JudgeServer, **options: object) -> SdkJudge:
     options = {"base_url": server.anthropic_url, "price": PRICE, **options}
     return AnthropicJudge("claude-sonnet-5", **options)  # type: ignore[arg-type]
 

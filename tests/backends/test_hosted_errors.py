@@ -13,12 +13,12 @@ import openai
 import pytest
 
 from cascadevlm.base.errors import FatalError, JudgeError, PermanentError, RateLimited, Refused, TransientError
-from cascadevlm.judges.hosted.base import HostedJudge
 from cascadevlm.judges.hosted.errors import ErrorResponse, error_of_response, translate
+from cascadevlm.judges.hosted.sdk import SdkJudge
 from cascadevlm_backends.anthropic import AnthropicJudge
 from cascadevlm_backends.openai import OpenAIJudge
 
-SDKS: list[tuple[ModuleType, type[Exception], type[HostedJudge]]] = [
+SDKS: list[tuple[ModuleType, type[Exception], type[SdkJudge]]] = [
     (openai, openai.OpenAIError, OpenAIJudge),
     (anthropic, anthropic.AnthropicError, AnthropicJudge),
 ]
@@ -54,7 +54,7 @@ def _below(kind: type[Exception]) -> Iterator[type[Exception]]:
 
 @EITHER
 def test_every_exception_of_a_request_may_pass_and_every_other_one_is_fatal(
-    sdk: ModuleType, root: type[Exception], judge: type[HostedJudge]
+    sdk: ModuleType, root: type[Exception], judge: type[SdkJudge]
 ) -> None:
     found = exceptions(sdk, root)
     assert len(found) > 15
@@ -76,7 +76,7 @@ def raised(kind: type[Exception], status: int, body: object = None) -> Exception
 
 
 @EITHER
-def test_a_status_is_what_counts(sdk: ModuleType, root: type[Exception], judge: type[HostedJudge]) -> None:
+def test_a_status_is_what_counts(sdk: ModuleType, root: type[Exception], judge: type[SdkJudge]) -> None:
     base = sdk.APIStatusError
     kinds = [kind for kind in exceptions(sdk, root) if issubclass(kind, base)]
     statuses = [(kind, getattr(kind, "status_code", None)) for kind in kinds]
@@ -260,7 +260,7 @@ RESPONSES = [
 def test_the_table(
     sdk: ModuleType,
     root: type[Exception],
-    judge: type[HostedJudge],
+    judge: type[SdkJudge],
     kind: type[JudgeError],
     retryable: bool,
     status: int,
@@ -302,7 +302,7 @@ REQUEST = httpx2.Request("POST", "https://example.org/v1")
 
 
 @EITHER
-def test_what_has_no_status(sdk: ModuleType, root: type[Exception], judge: type[HostedJudge]) -> None:
+def test_what_has_no_status(sdk: ModuleType, root: type[Exception], judge: type[SdkJudge]) -> None:
     answer = httpx2.Response(200, request=REQUEST)
     cases: list[tuple[Exception, type[JudgeError], bool]] = [
         (sdk.APITimeoutError(request=REQUEST), TransientError, True),
@@ -345,7 +345,7 @@ def test_a_message_never_holds_the_key() -> None:
 @pytest.mark.parametrize("through", [OpenAIJudge, AnthropicJudge])
 @pytest.mark.parametrize("has_aiohttp", [True, False])
 def test_a_server_that_is_not_there_has_billed_nothing(
-    through: type[HostedJudge], has_aiohttp: bool, monkeypatch: pytest.MonkeyPatch
+    through: type[SdkJudge], has_aiohttp: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Both transports recognise a refused connection. It is fatal if the server has never answered."""
     for backend in ("openai", "anthropic"):

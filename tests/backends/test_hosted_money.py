@@ -8,11 +8,12 @@ from contextlib import suppress
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import JsonValue
 
 from cascadevlm.base.errors import BudgetExhausted, FatalError, JudgeError
 from cascadevlm.base.types import NANODOLLARS
 from cascadevlm.judges.budget import Ledger, Metered
-from cascadevlm.judges.hosted.base import HostedJudge
+from cascadevlm.judges.hosted.sdk import SdkJudge
 from cascadevlm.testing import question
 from tests.backends.hosted_judges import BILL, EITHER, EVERY, USAGE, Make, cascade, chat, images, messages, no_waiting, responses
 from tests.server import Fault, JudgeServer
@@ -66,9 +67,9 @@ class Till:
     def __init__(self, server: JudgeServer, runner: asyncio.Runner) -> None:
         self.server = server
         self.run = runner.run
-        self.judges: dict[tuple[Make, str], HostedJudge] = {}
+        self.judges: dict[tuple[Make, str], SdkJudge] = {}
 
-    def judge(self, make: Make, **options: object) -> HostedJudge:
+    def judge(self, make: Make, **options: object) -> SdkJudge:
         return self.judges.setdefault((make, repr(options)), make(self.server, **options))
 
 
@@ -221,3 +222,23 @@ async def test_the_worst_case_holds_the_names_of_a_schema_in_ascii(make: Make) -
     async with JudgeServer() as server:
         most, _ = make(server).most_tokens(question(names))
     assert most >= sum(len(name.encode()) + len(json.dumps(name)) for name in names)
+
+
+async def test_thoughts_that_only_the_total_counts_are_paid_for() -> None:
+    """Gemini's endpoint for OpenAI's protocol reports completion tokens without thoughts, and total tokens with thoughts."""
+    usage: JsonValue = {"prompt_tokens": 300, "completion_tokens": 20, "total_tokens": 340}
+    message: JsonValue = {"role": "assistant", "content": "ANSWER: red finch"}
+    body: JsonValue = {
+        "id": "1",
+        "object": "chat.completion",
+        "created": 1,
+        "model": "m",
+        "usage": usage,
+        "choices": [{"index": 0, "finish_reason": "stop", "message": message}],
+    }
+    async with JudgeServer(faults=[Fault("body", body=body)]) as server:
+        judge = chat(server, structured=False)
+        verdict = await judge.judge(question())
+        await judge.disconnect()
+    assert (verdict.usage.input_tokens, verdict.usage.output_tokens) == (300, 40)
+    assert verdict.usage.dollars * NANODOLLARS == pytest.approx(300 * 1_000 + 40 * 10_000)

@@ -21,7 +21,7 @@ from cascadevlm.judges.base import Judge
 from cascadevlm.judges.budget import Ledger
 from cascadevlm.judges.cache import MemoryStore, key_of, question_payload
 from cascadevlm.judges.dependable import dependable
-from cascadevlm.judges.hosted.base import HostedJudge
+from cascadevlm.judges.hosted.sdk import SdkJudge
 from cascadevlm.testing import JudgeContract, noise, picture, question
 from tests.backends.hosted_judges import BILL, EITHER, EVERY, USAGE, Make, cascade, chat, messages, no_waiting, responses
 from tests.server import Conversation, Fault, JudgeServer, Received
@@ -38,7 +38,7 @@ class HostedContract(JudgeContract):
 
     @pytest.fixture(autouse=True)
     async def serve(self) -> AsyncIterator[None]:
-        self.made: list[HostedJudge] = []
+        self.made: list[SdkJudge] = []
         with JudgeServer() as self.server:
             yield
             for judge in self.made:

@@ -16,8 +16,9 @@ from cascadevlm.base.errors import BackendError, FatalError, PermanentError
 from cascadevlm.base.images import ImageSource
 from cascadevlm.base.types import NANODOLLARS, Usage
 from cascadevlm.judges.budget import Ledger
-from cascadevlm.judges.hosted.base import HostedJudge
+from cascadevlm.judges.hosted.base import FIXED_TOKENS, input_bytes
 from cascadevlm.judges.hosted.connection import LOCAL_ONLY
+from cascadevlm.judges.hosted.sdk import SdkJudge
 from cascadevlm.judges.pricing import FREE, find_price
 from cascadevlm.testing import noise, question
 from cascadevlm_backends.anthropic import AnthropicJudge
@@ -32,9 +33,9 @@ BOTH = pytest.mark.parametrize("spec", SPECS)
 KEYS = {"openai": "OPENAI_API_KEY", "anthropic": "ANTHROPIC_API_KEY"}
 
 
-def load(spec: str, **options: object) -> HostedJudge:
+def load(spec: str, **options: object) -> SdkJudge:
     judge = load_judge(spec, **options)  # type: ignore[arg-type]
-    assert isinstance(judge, HostedJudge)
+    assert isinstance(judge, SdkJudge)
     return judge
 
 
@@ -143,6 +144,21 @@ def test_a_price_of_ones_own_is_on_top_of_the_table(spec: str) -> None:
     assert mine.nanodollars(usage) == (known.input + 1) * NANODOLLARS < known.nanodollars(usage)
 
 
+GEMINI = "https://generativelanguage.googleapis.com/v1beta/openai/"
+
+
+def test_gemini_has_its_price_at_its_own_address() -> None:
+    judge = load("openai:gemini-2.5-flash", base_url=GEMINI, api_key_env="GEMINI_API_KEY")
+    assert judge.price == find_price("google", "gemini-2.5-flash")
+    large = question(image=noise(1, (1024, 1024)))
+    assert judge.most_tokens(large)[0] - input_bytes(large) == 2304 + FIXED_TOKENS
+    for model, url in (("gemini-2.5-flash", "https://generativelanguage.googleapis.com.example.org"), ("gpt-4o", GEMINI)):
+        with pytest.raises(BackendError, match="unknown"):
+            _ = load(f"openai:{model}", base_url=url).price
+    with pytest.raises(BackendError, match="unknown"):
+        _ = load("openai:gemini-2.5-flash").price  # OpenAI does not have this model
+
+
 @pytest.mark.parametrize("url", ["http://localhost:8000/v1", "http://127.0.0.1/v1", "http://[::1]:80/v1"])
 @BOTH
 def test_this_machine_is_free_and_needs_no_key(spec: str, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,7 +202,7 @@ async def test_money_that_is_gone_stops_requests(make: Make) -> None:
     assert ledger.cap - ledger._spent < 2 * judge.quote(question()).worst_case  # no more was left unused than a question may cost
 
 
-def own_clients() -> list[HostedJudge]:
+def own_clients() -> list[SdkJudge]:
     elsewhere = "https://example.org/v1"
     gpt = [openai.AsyncOpenAI(api_key="k", base_url=url, max_retries=0) for url in (elsewhere, None)]
     claude = [anthropic.AsyncAnthropic(api_key="k", base_url=url, max_retries=0) for url in (elsewhere, None)]
@@ -260,7 +276,7 @@ async def test_two_runs_at_once_share_the_connections(make: Make) -> None:
         short, long = await asyncio.gather(asking.aclassify(images(1)), asking.aclassify(images(12)[2:]))
         assert [prediction.decided_by for prediction in (*short, *long)] == ["judge"] * 11
         judge = asking.stages[0].judge
-        assert isinstance(judge, HostedJudge)
+        assert isinstance(judge, SdkJudge)
         assert judge._connections.pop() is None
 
 

@@ -23,8 +23,7 @@ from cascadevlm.evaluation.evaluate import record_run
 from cascadevlm.judges.budget import Ledger
 from cascadevlm.judges.cache import DiskStore, question_payload
 from cascadevlm.judges.hosted import transport
-from cascadevlm.judges.hosted.base import HostedJudge
-from cascadevlm.judges.hosted.connection import Client
+from cascadevlm.judges.hosted.sdk import Client, SdkJudge
 from cascadevlm.runs import bulk
 from cascadevlm.testing import noise, question
 from cascadevlm_backends.anthropic import AnthropicJudge
@@ -41,19 +40,19 @@ def transports(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
         monkeypatch.setattr(f"cascadevlm_backends.{backend}.HAS_AIOHTTP", request.param == "aiohttp")
 
 
-async def asked(judge: HostedJudge) -> object:
+async def asked(judge: SdkJudge) -> object:
     try:
         return await judge.judge(QUESTION)
     finally:
         await judge.disconnect()
 
 
-def at(make: Make, url: str, *, timeout: float = 20) -> HostedJudge:
+def at(make: Make, url: str, *, timeout: float = 20) -> SdkJudge:
     """A judge with an address that is not a `JudgeServer`."""
     return (AnthropicJudge if make is messages else OpenAIJudge)("any", base_url=url, timeout=timeout)
 
 
-def own_client(make: Make, server: JudgeServer) -> HostedJudge:
+def own_client(make: Make, server: JudgeServer) -> SdkJudge:
     """A judge with the user's own client, which would follow redirects."""
     if make is messages:
         claude = anthropic.AsyncAnthropic(api_key="k", base_url=server.anthropic_url, max_retries=0)
@@ -162,7 +161,7 @@ async def test_a_compressed_answer_is_read(encoding: str | None) -> None:
         await web.TCPSite(runner, "127.0.0.1", 0).start()
         url = "http://{}:{}/v1".format(*runner.addresses[0])
         judge = load_judge("openai:any", base_url=url, structured=False)
-        assert isinstance(judge, HostedJudge)
+        assert isinstance(judge, SdkJudge)
         if encoding == "br":
             with pytest.raises(TransientError, match="the encoding 'br', not in gzip"):
                 await asked(judge)
@@ -182,7 +181,7 @@ def with_login(url: str) -> str:
     return url.replace("http://", f"http://{USER}:{PASSWORD}@")
 
 
-def secretive(make: Make, server: JudgeServer) -> HostedJudge:
+def secretive(make: Make, server: JudgeServer) -> SdkJudge:
     url = with_login(server.anthropic_url if make is messages else server.openai_url)
     return make(server, base_url=url, headers={"X-Token": f"Token {TOKEN}"})
 
@@ -225,7 +224,7 @@ async def test_a_server_that_repeats_secrets_is_not_quoted(make: Make, status: i
         url = with_login("http://{}:{}/v1".format(*runner.addresses[0]))
         spec = "anthropic:claude-sonnet-5" if make is messages else "openai:gpt-4o"
         judge = load_judge(spec, base_url=url, price=0, headers={"X-Token": f"Token {TOKEN}"})
-        assert isinstance(judge, HostedJudge)
+        assert isinstance(judge, SdkJudge)
         with pytest.raises(Exception, match=r"\*\*\*") as caught:
             await asked(judge)
         cause = caught.value.__cause__
@@ -246,7 +245,7 @@ def test_a_wrong_address_is_told_without_its_login() -> None:
     unquoted = [f"http://{USER}:{part}{PASSWORD}@host/v1" for part in ("a/", "a#", "a?")]
     for address in (*(each.format(f"{USER}:{PASSWORD}") for each in wrong), *unquoted):
         judge = load_judge("openai:any", base_url=address)
-        assert isinstance(judge, HostedJudge)
+        assert isinstance(judge, SdkJudge)
         with pytest.raises(BackendError, match="is not an address") as caught:
             _ = judge.price
         assert_no_secret(str(caught.value))

@@ -14,8 +14,10 @@ from cascadevlm.judges.cache import key_of, question_payload
 from cascadevlm.testing import question
 from cascadevlm_backends.anthropic import AnthropicJudge
 from cascadevlm_backends.hf_chat import HfChatJudge
+from cascadevlm_backends.llm import LlmJudge
 from cascadevlm_backends.openai import OpenAIJudge
 from cascadevlm_backends.recorded import RecordedJudge
+from tests.backends.test_llm import Parrot
 from tests.judges.test_cache import key
 
 HERE = "http://localhost:9/v1"
@@ -45,6 +47,7 @@ CHANGES: Mapping[type[Judge], Mapping[str, object]] = {
         "max_tokens": 7,
     },
     HfChatJudge: {"model": "other", "mode": "likelihood", "dtype": "bfloat16", "temperature": 0.5, "max_tokens": 7},
+    LlmJudge: {"model": "other", "structured": True, "max_tokens": 7, "model_options": {"temperature": 0.5}},
     RecordedJudge: {"model": "other"},
 }
 """Another value of each option that changes an answer."""
@@ -70,6 +73,7 @@ UNCHANGED: Mapping[type[Judge], Mapping[str, tuple[object, str]]] = {
         "revision": (None, "is told by the commit that it leads to"),
         "batch_size": (2, "changes rounding alone"),
     },
+    LlmJudge: {name: unchanged for name, unchanged in HOSTED_UNCHANGED.items() if name != "headers"},
     RecordedJudge: {},
 }
 """Another value of each option that changes no answer, and the reason."""
@@ -86,6 +90,12 @@ def made(kind: Callable[..., Judge], tmp_path: Path, options: Mapping[str, objec
         judge = kind(model)
         vars(judge)["_verdicts"] = {}
         return judge
+    if kind is LlmJudge:
+        of_model = options.pop("model_options", {})
+        assert isinstance(of_model, dict)
+        asking = kind(model, **options, **of_model)  # type: ignore[arg-type]
+        vars(asking)["_model"] = Parrot()
+        return asking
     return kind(model, **{"base_url": HERE, **options})
 
 

@@ -121,7 +121,7 @@ def test_fingerprints_tell_weights_and_templates_apart(models_folder: Path) -> N
         ("ViT-B-33/openai", "does not know the model 'ViT-B-33'. Did you mean 'ViT-B-32'"),
         ("ViT-B-32", "Write ViT-B-32/TAG with one of the tags openai"),
         ("ViT-B-32/opennai", "has no weights 'opennai'"),
-        ("local-dir:/nowhere", "cannot load 'local-dir:/nowhere'"),
+        ("local-dir:/nowhere", "The folder '/nowhere' of the model does not exist"),
     ],
 )
 def test_models_that_cannot_be_had(model: str, sentence: str) -> None:

@@ -15,8 +15,8 @@ from cascadevlm.base.errors import BackendError, BudgetExhausted, FatalError, Ju
 from cascadevlm.base.types import Exemplar, Question, Verdict
 from cascadevlm.judges.budget import Ledger
 from cascadevlm.judges.cache import MemoryStore, Payload
-from cascadevlm.judges.hosted.base import HostedJudge
 from cascadevlm.judges.hosted.replies import Reply
+from cascadevlm.judges.hosted.sdk import SdkJudge
 from cascadevlm.judges.support import SupportSet
 from cascadevlm.judges.voting import Repairing
 from cascadevlm.policies.rules import Always
@@ -96,11 +96,11 @@ async def test_a_repair_that_fails_keeps_what_the_first_answer_cost(error: Judge
 async def test_a_paid_endpoint_that_tells_no_usage_is_billed_the_worst_case() -> None:
     asked = question()
     judge = load_judge("openai:x", base_url="http://localhost:9", price={"input": 1, "output": 2})
-    assert isinstance(judge, HostedJudge)
+    assert isinstance(judge, SdkJudge)
     dollars = judge.read(Reply(text="ANSWER: A", usage=None), asked).usage.dollars
     assert dollars * 1e9 == pytest.approx(judge.quote(asked).worst_case)
     free = load_judge("openai:x", base_url="http://localhost:9")
-    assert isinstance(free, HostedJudge)
+    assert isinstance(free, SdkJudge)
     assert free.read(Reply(text="ANSWER: A", usage=None), asked).usage.dollars == 0
 
 

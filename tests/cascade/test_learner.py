@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -12,7 +12,7 @@ import pytest
 from numpy.typing import NDArray
 from pydantic import JsonValue
 
-from cascadevlm import Cascade, Observer, Prediction, Recipe, Scores, TopK, calibrate
+from cascadevlm import Candidate, Cascade, Observer, Prediction, Recipe, Scores, calibrate
 from cascadevlm.base.errors import ConfigError, DataError, InputError
 from cascadevlm.base.images import ImageSource
 from cascadevlm.cascade import learner
@@ -23,6 +23,7 @@ from cascadevlm.cascade.learner import Learner
 from cascadevlm.config.config import Config
 from cascadevlm.decision import shares
 from cascadevlm.decision.conformal import Conformal
+from cascadevlm.decision.distinct import keys_of
 from cascadevlm.decision.learning import PERIOD
 from cascadevlm.evaluation.data import Data
 from cascadevlm.evaluation.record import read_record
@@ -30,10 +31,11 @@ from cascadevlm.evaluation.sharing import sharing
 from cascadevlm.runs import bulk
 from cascadevlm.runs.estimate import estimate
 from cascadevlm.runs.inputs import Inputs, Named
+from cascadevlm.runs.learned_file import read_learned
 from cascadevlm.runs.run_folder import LEARNED
 from cascadevlm.scorers.base import Prepared
 from cascadevlm.testing import FakeJudge, FakeScorer
-from tests.learning import LABELS, NAMES, Naturalist, Pixels, cascade, insects, made_calibration, truth_of
+from tests.learning import LABELS, NAMES, OWN, Naturalist, Pixels, cascade, insects, made_calibration, truth_of
 
 
 def told(predictions: Sequence[Prediction]) -> list[object]:
@@ -106,6 +108,33 @@ def test_a_run_that_is_stopped_goes_on_with_what_it_learned(tmp_path: Path, poli
     assert sum(len(judge.questions) for judge in judges) == len(whole.questions)
 
 
+def test_an_image_that_comes_again_teaches_nothing_more(tmp_path: Path) -> None:
+    """Whether it comes as a file, as the bytes of a file or as pixels, and whether the run is left in between."""
+    different = insects(200)
+    paths = [tmp_path / f"{number}.png" for number in range(200)]
+    for image, path in zip(different, paths, strict=True):
+        image.save(path)
+    sources: list[list[ImageSource]] = [[*different], [*paths], [path.read_bytes() for path in paths]]
+    predicted = []
+    for kind, images in enumerate(sources):
+        again = [*images, *insects(184, seed=1)] + images
+        named = [(str(number), source) for number, source in enumerate(again)]
+        for name, batches in ((f"whole {kind}", [1000]), (f"parts {kind}", [9, 17, 4, 1000])):
+            for each in batches:
+                stop = (number >= each for number in range(1000))
+                bulk.run(cascade(), named, tmp_path / name, config={}, stopping=partial(next, stop))
+        whole, parts = (tmp_path / f"{name} {kind}" for name in ("whole", "parts"))
+        for name in ("predictions.jsonl", LEARNED):
+            assert (whole / name).read_bytes() == (parts / name).read_bytes()
+        learned = read_learned(whole / LEARNED).learned
+        assert learned is not None
+        assert learned.images == 512
+        assert learned.sums.weight == learned.before.weight, "the latest period has no new image"
+        lines = (whole / "predictions.jsonl").read_text().splitlines()
+        predicted.append([json.loads(line)["probability"] for line in lines])
+    np.testing.assert_allclose(predicted[1:], predicted[:1] * 2)
+
+
 @pytest.mark.parametrize("damage", [b"", b"{}", bytes(3000)])
 def test_what_was_learned_is_learned_again_if_the_file_is_damaged(tmp_path: Path, damage: bytes) -> None:
     images: list[Named] = [(str(number), image) for number, image in enumerate(insects(400))]
@@ -173,10 +202,12 @@ class Told(Observer):
     def __init__(self) -> None:
         self.fingerprints: set[str] = set()
         self.log_probs: list[NDArray[np.float32]] = []
+        self.thresholds: list[float] = []
 
     def scored(self, numbers: Sequence[int], images: Sequence[Prepared], scores: Scores) -> None:
         self.fingerprints.add(scores.fingerprint)
         self.log_probs.append(scores.log_probs)
+        self.thresholds.extend(scores.thresholds.values())
 
 
 def test_observers_see_what_was_learned_and_drift_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -206,7 +237,7 @@ async def test_what_is_learned_does_not_contain_the_shift_to_other_shares() -> N
     sums = []
     for each in (np.zeros(len(NAMES)), shift):
         learning = Learner(made_calibration(), 16)
-        adapted = await learning.adapted(scores, 0)
+        adapted = await learning.adapted(scores, 0, keys_of([""] * 16))
         decided = Scores.from_logits(adapted.log_probs + each, LABELS, "shifted")
         beliefs = Scores.from_logits(decided.log_probs + said, LABELS, "judged").probabilities
         await learning.take(decided, list(beliefs), [True] * 16, 0)
@@ -259,13 +290,62 @@ def test_scores_are_those_of_the_calibration_with_embeddings_and_not_yet_calibra
         Cascade(Bare(), [], **options).classify(images)  # type: ignore[arg-type]
 
 
-def test_a_coverage_of_candidates_cannot_be_promised() -> None:
+def covering(coverage: float, thresholds: NDArray[np.float64] | None = None, **options: object) -> Cascade:
+    """A cascade that learns, whose candidates have a coverage. The threshold of its rule would take all labels."""
     (stage,) = cascade().stages
-    covering = replace(stage, candidates=ConformalSet(rule=Conformal(coverage=0.9, threshold=0.9)))
-    options = {"labels": LABELS, "calibration": made_calibration(), "learn": True}
-    with pytest.raises(ConfigError, match="no coverage of the candidates can be promised"):
-        Cascade(Pixels(), [covering], **options)  # type: ignore[arg-type]
-    Cascade(Pixels(), [replace(stage, candidates=TopK(k=3))], **options)  # type: ignore[arg-type]
+    rule = Conformal(coverage=coverage, threshold=1.0, class_thresholds=thresholds)
+    stage = replace(stage, candidates=ConformalSet(rule=rule, minimum=1))
+    given = {"labels": LABELS, "calibration": made_calibration(), "learn": True, "batch_size": 16} | options
+    return Cascade(Pixels(), [stage], **given)  # type: ignore[arg-type]
+
+
+def test_lists_with_a_coverage_have_a_threshold_that_is_fitted_again_in_each_period() -> None:
+    images, seen = insects(5 * PERIOD), Told()
+    predictions = covering(0.9, observers=[seen]).classify(images)
+    probabilities, truths = np.exp(np.concatenate(seen.log_probs)), np.array([truth_of(image) for image in images])
+    assert len({*seen.thresholds}) == 4, "the first two periods are scored by what was learned before the run"
+    for begin, threshold in zip(range(0, len(images), 16), seen.thresholds, strict=True):
+        rows = slice(begin, begin + 16)
+        inside = Conformal(coverage=0.9, threshold=threshold).sets(probabilities[rows])
+        assert [len(each.candidates) for each in predictions[rows]] == inside.sum(axis=1).tolist()
+    sets = [{each.label.name for each in prediction.candidates} for prediction in predictions]
+    covered = np.array([NAMES[truth] in names for truth, names in zip(truths, sets, strict=True)])
+    assert covered.mean() > 0.85
+    sizes = np.array([len(names) for names in sets])
+    assert sizes[4 * PERIOD :].mean() < sizes[:PERIOD].mean() < len(NAMES) - 1
+
+
+def test_an_estimate_has_the_threshold_of_the_first_images() -> None:
+    images, seen = insects(64), Told()
+    predictions = covering(0.9, observers=[seen]).classify(images)
+    lists: list[int] = []
+    learning = covering(0.9)
+    (stage,) = learning.stages
+    monitored = replace(stage, candidates=Counted(rule=stage.candidates.rule, minimum=1, lists=lists))  # type: ignore[attr-defined]
+    estimate(learning.altered(stages=[monitored]), images)
+    assert lists[: len(images)] == [len(each.candidates) for each in predictions]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counted(ConformalSet):
+    """Notes the lengths of the lists that it makes."""
+
+    lists: list[int]
+
+    def choose(self, scores: Scores) -> list[tuple[Candidate, ...]]:
+        chosen = super().choose(scores)
+        self.lists.extend(map(len, chosen))
+        return chosen
+
+
+def test_a_coverage_per_class_is_refused() -> None:
+    with pytest.raises(ConfigError, match="candidates cannot have a coverage per class"):
+        covering(0.9, np.full(len(NAMES), 0.9))
+
+
+def test_a_coverage_for_which_the_labelled_images_are_too_few_is_refused() -> None:
+    with pytest.raises(InputError, match=f"{OWN} labelled images support a coverage of at most 0.962, not 0.99"):
+        covering(0.99).classify(insects(4))
 
 
 def test_a_cascade_that_learns_shares_its_scorer_with_none_that_does_not() -> None:

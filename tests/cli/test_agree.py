@@ -20,7 +20,8 @@ def hosted(tmp_path: Path) -> Iterator[list[str | Path]]:
     """Options of a cascade with a judge that costs money."""
     with JudgeServer() as server:
         yield [
-            *("--labels", AVIARY / "labels.txt", "--scorer", "open_clip:aviary", "--judge", "openai:gpt-4o"),
+            *("--labels", AVIARY / "labels.txt", "--scorer", "open_clip:aviary", "--judge", "openai:priced"),
+            *("--set", "stage.0.options.price={ input = 1, output = 1 }"),
             *("--set", f"stage.0.options.base_url={server.openai_url}", "--set", f"cache.folder={tmp_path / 'cache'}"),
         ]
 

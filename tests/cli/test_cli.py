@@ -14,7 +14,10 @@ from unittest.mock import patch
 import pytest
 from PIL import Image
 
+from cascadevlm.base.labels import LabelSet
 from cascadevlm.cli import main
+from cascadevlm.cli.demo_learning import learning_figures
+from cascadevlm.config.config import Config, read_toml
 
 Done = subprocess.CompletedProcess[str]
 
@@ -62,6 +65,21 @@ def test_demo_runs_the_real_cascade() -> None:
     assert figures["cascade_accuracy"] > figures["scorer_top1"] + 0.1
     assert 0 < figures["escalated"] < 0.7
     assert figures["judge_calls"] >= figures["escalated"] * 48
+
+
+def test_demo_compares_a_cascade_that_learns_with_cascades_that_do_not() -> None:
+    with resources.as_file(resources.files("cascadevlm_backends") / "aviary") as folder:
+        config = Config.parse(read_toml(folder / "cascade.toml"))
+        labels = LabelSet.of(path.stem for path in sorted((folder / "images").glob("*.jpg")))
+    compared = learning_figures(config, labels, 40, labelled=60)
+    figures, ways = compared.to_dict(), compared.ways
+    assert {*ways} == {"fixed", "support", "learning"}
+    assert {way.asked for way in ways.values()} == {0.2}
+    assert figures["learning_gain"] == pytest.approx(
+        compared.ways["learning"].right.mean() - compared.ways["support"].right.mean()
+    )
+    assert compared.interval[0] <= compared.gain <= compared.interval[1]
+    assert "at least 2 images" in run("demo", "--learn", "--images", "1", check=False).stderr
 
 
 def test_demo_shows_every_image_and_a_summary() -> None:
@@ -123,7 +141,6 @@ def test_an_unreadable_file_is_one_failed_row(images: Path) -> None:
     ("arguments", "sentence"),
     [
         (["classify", "nowhere.png", "--scorer", "open_clip:aviary", "--labels", "LABELS"], "'nowhere.png' does not exist"),
-        (["classify", "IMAGES"], "No scorer is given"),
         (["classify", "IMAGES", "--scorer", "open_clip:aviary"], "No labels are given"),
         (["classify", "IMAGES", "--scorer", "aviary", "--labels", "LABELS"], "'aviary' is not the spec of a scorer"),
         (["classify", "IMAGES", "--scorer", "open_clop:x", "--labels", "LABELS"], "Did you mean 'open_clip'?"),

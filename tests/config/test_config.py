@@ -6,6 +6,7 @@ from pydantic import JsonValue
 from cascadevlm.base.errors import ConfigError, InputError
 from cascadevlm.base.labels import LabelSet
 from cascadevlm.cascade.candidates import CumulativeMass, TopK
+from cascadevlm.config import DEFAULT_SCORER
 from cascadevlm.config.config import Config, override, read_toml, toml_value
 from cascadevlm.policies.rules import EntropyAbove
 from cascadevlm.scorers.kept import CachedEmbeddings
@@ -67,10 +68,8 @@ def test_lists_of_one_length_have_no_bounds(candidates: JsonValue) -> None:
         (data(candidates={"k": 2.5}), 'a whole number of at least 1, or "best" (given: 2.5).'),
         (data(support={"folder": "x", "shot": 1}), "The key 'stage.0.support.shot' is unknown. Did you mean 'shots'?"),
         ({"scorer": {"use": "x:y"}, "budget": {"us": 3}}, "The key 'budget.us' is unknown. Did you mean 'usd'?"),
-        ({"stage": []}, "The key 'scorer' is missing."),
-        ({"scorer": {}}, "The key 'scorer.use' is missing."),
         ({"scorer": {"use": 5}}, "scorer.use: Input should be a valid string (given: 5)."),
-        ({"scorer": {"use": ["x:y", {"us": "x:y"}]}}, "The key 'scorer.use.1.use' is missing."),
+        ({"scorer": {"use": ["x:y", {"us": "x:y"}]}}, "The key 'scorer.use.1.us' is unknown. Did you mean 'use'?"),
         ({"scorer": {"use": ["x:y", {"use": "x:z", "template": []}]}}, "The key 'scorer.use.1.template' is unknown."),
     ],
 )
@@ -79,6 +78,14 @@ def test_mistakes_name_the_key_and_the_fix(wrong: dict[str, JsonValue], sentence
         Config.parse(wrong, name="my.toml")
     assert sentence in str(caught.value)
     assert str(caught.value).startswith("my.toml: ")
+
+
+@pytest.mark.parametrize("given", [{}, {"scorer": {}}, {"scorer": {"templates": ["a {label}"]}}])
+def test_a_scorer_that_is_not_named_is_the_default(given: dict[str, JsonValue]) -> None:
+    assert Config.parse(given).scorer.use == DEFAULT_SCORER
+    several = Config.parse({"scorer": {"use": ["open_clip:aviary", {"templates": ["a {label}"]}]}, "labels": ["a", "b"]})
+    with pytest.raises(ConfigError, match=r"The key 'scorer.use.1.use' is missing\. Add it"):
+        several.build()
 
 
 def test_labels_are_wanted() -> None:

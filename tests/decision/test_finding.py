@@ -88,6 +88,14 @@ def test_no_image_is_asked_about_twice() -> None:
     assert sorted(found.named.tolist()) == [row for row in sorted(asked) if answers[row] == 1]
 
 
+@pytest.mark.parametrize("total", [1, 2, 9])
+def test_few_images(total: int) -> None:
+    images, answers = world(5, images=total)
+    found, asked = found_in(images, answers, Wanted(recall=0.9), 0)
+    assert recall(found, answers) == 1 or not answers.any()
+    assert len(asked) <= total
+
+
 def test_a_judge_that_never_names_the_class_finds_nothing() -> None:
     images, answers = world(3)
     found, asked = found_in(images, np.full_like(answers, NOBODY), Wanted(recall=0.9), 0)

@@ -740,7 +740,7 @@ def test_only_files_that_were_changed_since_the_run_began_are_read_again(
 ) -> None:
     time.sleep(0.02)  # clocks of files are coarse
     bulk.run(cascade(), files, tmp_path / "run", config={})
-    monkeypatch.setattr(run_folder, "file_digest", lambda path: pytest.fail(f"{path} is read"))
+    monkeypatch.setattr(run_folder, "digest_of", lambda path: pytest.fail(f"{path} is read"))
     bulk.run(cascade(), files, tmp_path / "run", config={})
 
 

@@ -15,7 +15,8 @@ from cascadevlm.base.labels import LabelSet
 from cascadevlm.base.types import NANODOLLARS, Exemplar, Question, Scores
 from cascadevlm.decision.judge_model import JudgeModel
 from cascadevlm.judges.base import Judge, Quote
-from cascadevlm.judges.hosted.base import HostedJudge, input_bytes
+from cascadevlm.judges.hosted.base import input_bytes
+from cascadevlm.judges.hosted.sdk import SdkJudge
 from cascadevlm.judges.support import SupportSet
 from cascadevlm.policies.base import PolicyLike, Selection
 from cascadevlm.runs.estimate import Estimate, estimate
@@ -38,7 +39,7 @@ def mixture(sure: int, unsure: int) -> list[ImageSource]:
     return [*[picture(SURE)] * sure, *[picture(UNSURE)] * unsure]
 
 
-def hosted(**options: object) -> HostedJudge:
+def hosted(**options: object) -> SdkJudge:
     return OpenAIJudge("gpt-9", base_url="http://127.0.0.1:1/v1", **{"price": ROUND, **options})  # type: ignore[arg-type]
 
 

@@ -1,4 +1,4 @@
-"""Base class of judges behind an API that charges by the token: prices, requests, answers, batches."""
+"""Base class of judges behind an API that charges by the token: prices, requests, answers."""
 
 import asyncio
 import re
@@ -7,7 +7,6 @@ from abc import abstractmethod
 from collections.abc import Awaitable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import ClassVar, TypeAlias
 
 from PIL import Image
@@ -20,10 +19,9 @@ from cascadevlm.base.secrets import is_address
 from cascadevlm.base.types import NANODOLLARS, Exemplar, Question, Usage, Verdict
 from cascadevlm.judges.answers import concluding_answer, is_json_answer
 from cascadevlm.judges.base import Quote, before_sending, verdict_from_text
-from cascadevlm.judges.hosted.connection import Client, ConnectedJudge
-from cascadevlm.judges.hosted.errors import ErrorResponse, translate
+from cascadevlm.judges.hosted.connection import RemoteJudge
 from cascadevlm.judges.hosted.replies import Reply
-from cascadevlm.judges.pricing import FREE, Price, find_price
+from cascadevlm.judges.pricing import FREE, PROVIDER_OF_HOST, Price, find_price
 from cascadevlm.judges.prompt import answer_format, once_per_question, options, render
 
 FIXED_TOKENS = 600
@@ -45,14 +43,6 @@ UNKNOWN_IMAGE_PIXELS_PER_TOKEN = 14 * 14
 
 UNKNOWN_SMALL_IMAGE_TOKENS = 5 * 576
 """The worst case of a small image for models without a published rule: LLaVA-NeXT cuts it into five tiles of 576 tokens."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class BatchLimits:
-    """Maximum number of requests and of bytes that a provider accepts in one batch."""
-
-    requests: int
-    bytes: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,12 +77,11 @@ def input_bytes(question: Question) -> int:
     return text + 3 * sum(len(name.encode()) for name in options(question).values())
 
 
-class HostedJudge(ConnectedJudge):
+class HostedJudge(RemoteJudge):
     """A judge behind an API that charges by the token.
 
     Attributes:
         limits: the image sizes that the provider accepts.
-        batch_limits: the batches that the provider accepts.
         model: name of the model at the provider.
         given_price: the price from the configuration.
         max_tokens: maximum number of tokens of an answer. None: see `output_limit`.
@@ -101,7 +90,6 @@ class HostedJudge(ConnectedJudge):
     live: ClassVar[Live] = (("_first", lambda: None),)
 
     limits: ClassVar[ImageLimits]
-    batch_limits: ClassVar[BatchLimits]
 
     def __init__(
         self,
@@ -110,7 +98,6 @@ class HostedJudge(ConnectedJudge):
         base_url: str | None,
         api_key_env: str,
         headers: Mapping[str, str] | None,
-        client: Client | None,
         timeout: float | None,
         price: PriceOption,
         concurrency: int,
@@ -118,7 +105,7 @@ class HostedJudge(ConnectedJudge):
         tokens_per_minute: float | None,
         max_tokens: int | None,
     ) -> None:
-        super().__init__(base_url=base_url, api_key_env=api_key_env, headers=headers, client=client, timeout=timeout)
+        super().__init__(base_url=base_url, api_key_env=api_key_env, headers=headers, timeout=timeout)
         self.spec = f"{self.provider}:{model}"
         self.model = model
         self.given_price = price
@@ -137,8 +124,8 @@ class HostedJudge(ConnectedJudge):
     def price(self) -> Price:
         """The price of the model.
 
-        The given price replaces values of the price table. The table is valid only for the provider's own endpoint. A model on
-        this machine is free if no price is given.
+        The given price replaces values of the price tables. The tables are valid only at the hosts in `PROVIDER_OF_HOST`. A model
+        on this machine is free if no price is given.
 
         Raises:
             BackendError: if the price is unknown or wrong.
@@ -148,7 +135,8 @@ class HostedJudge(ConnectedJudge):
             raise BackendError(f"The base_url of {self.spec!r} is not an address.", hint=hint)  # not shown: it may be secret
         if self.given_price is None and self.is_local:
             return FREE
-        known = find_price(self.provider, self.model) if self.is_own_endpoint else None
+        provider, model = self.priced_as
+        known = find_price(provider, model) if provider else None
         if isinstance(self.given_price, int | float):
             if self.given_price == 0:
                 return FREE
@@ -161,13 +149,24 @@ class HostedJudge(ConnectedJudge):
                 )
             return known
         try:
-            return Price.model_validate({**(known.model_dump() if known else {}), **self.given_price})
+            return Price.model_validate({**(known.model_dump(exclude={"origin"}) if known else {}), **self.given_price})
         except ValidationError as exc:
             problem = exc.errors()[0]
             where = ".".join(map(str, problem["loc"]))
             raise BackendError(
                 f"The price of {self.spec!r} is wrong at {where!r}: {problem['msg']}.", hint="Correct the key price in options."
             ) from exc
+
+    @property
+    def priced_as(self) -> tuple[str | None, str]:
+        """The provider and the model whose row in the price tables is valid for this judge. The provider is None if no row is."""
+        return PROVIDER_OF_HOST.get(self.host) if self.host else self.provider, self.model
+
+    def check(self) -> str:
+        price = str(self.price)
+        self.require_allowed()
+        self.api_key()
+        return price if self.costs_money else "costs nothing"
 
     @property
     def costs_money(self) -> bool:
@@ -288,20 +287,6 @@ class HostedJudge(ConnectedJudge):
             verdict = self._refused(exc)
         return replace(verdict, usage=replace(verdict.usage, seconds=time.perf_counter() - began))
 
-    def read_row(self, row: JsonValue, question: Question) -> Verdict:
-        """The verdict for a row of a batch's results.
-
-        Raises:
-            JudgeError: if the row contains an error in place of an answer.
-        """
-        try:
-            return self.read(self.of_batch_row(row, question), question, batch=True)
-        except ErrorResponse as exc:
-            error = translate(exc, self.errors, secret=self.secret)
-            if isinstance(error, Refused):
-                return self._refused(error)
-            raise error from None
-
     def _refused(self, error: Refused) -> Verdict:
         """The verdict for an error response that concerns one image. Such a response is not billed."""
         return Verdict(outcome="refused", error=str(error), judge=self.spec, usage=Usage(requests=1))
@@ -390,32 +375,3 @@ class HostedJudge(ConnectedJudge):
         if self.price.image is None:
             return width * height // UNKNOWN_IMAGE_PIXELS_PER_TOKEN + 1
         return self.price.image.tokens(width, height)
-
-    @abstractmethod
-    def batch_row(self, key: str, question: Question) -> JsonValue:
-        """The row of a question in a batch. The result of the question has the same ``key``."""
-
-    @abstractmethod
-    async def submit_batch(self, rows: Path, token: str) -> str:
-        """Submit a file of rows, one JSON object per line, and return the id of the batch. `find_batch` finds it by ``token``."""
-
-    @abstractmethod
-    async def find_batch(self, token: str) -> str | None:
-        """The id of the batch that was submitted with this token. None if there is none."""
-
-    @abstractmethod
-    async def batch_results(self, batch_id: str) -> Mapping[str, JsonValue] | None:
-        """The rows of a batch's results by their keys. None while the batch runs. Rows without an answer may be missing.
-
-        Raises:
-            PermanentError: if the provider refused the whole batch.
-        """
-
-    @abstractmethod
-    def of_batch_row(self, row: JsonValue, question: Question) -> Reply:
-        """The reply in a row of results.
-
-        Raises:
-            ErrorResponse: if the row contains an error response.
-            JudgeError: if the row contains no response.
-        """

@@ -1,23 +1,17 @@
-"""The connection of a hosted judge: its endpoint, its key, and one client per event loop."""
+"""How a judge reaches a model behind an API: its endpoint, its key, and the errors of its requests."""
 
 import importlib.util
 import os
 import re
 from abc import abstractmethod
 from collections.abc import Awaitable, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Protocol, TypeVar
+from typing import ClassVar, TypeVar
 from urllib.parse import urlsplit
 
 from cascadevlm.base.errors import BackendError, CascadeError, FatalError, JudgeError
-from cascadevlm.base.loop import PerLoop
-from cascadevlm.base.secrets import credentials_of, login_of, scrubbed, shown_address
+from cascadevlm.base.secrets import credentials_of, scrubbed, shown_address
 from cascadevlm.judges.base import Judge
 from cascadevlm.judges.hosted.errors import translate
-from cascadevlm.judges.hosted.transport import guard
-
-if TYPE_CHECKING:
-    import httpx2
 
 HAS_AIOHTTP = importlib.util.find_spec("aiohttp") is not None
 """Whether the faster transport of the SDKs is installed."""
@@ -31,27 +25,8 @@ NO_KEY = "no-key-needed"
 T = TypeVar("T")
 
 
-class Client(Protocol):
-    """A client of an SDK."""
-
-    _client: "httpx2.AsyncClient"
-
-    @property
-    def base_url(self) -> object: ...
-
-    async def close(self) -> None: ...
-
-
-@dataclass(kw_only=True)
-class _Connection:
-    """The client of one event loop, and the number of runs that use it."""
-
-    client: Client | None = None
-    runs: int = 0
-
-
-class ConnectedJudge(Judge):
-    """A judge that reaches its model through an SDK.
+class RemoteJudge(Judge):
+    """A judge whose model runs behind an API.
 
     Attributes:
         provider: name of the provider. Its prices are valid for its own ``hosts``.
@@ -60,7 +35,6 @@ class ConnectedJudge(Judge):
             the response decides instead.
         base_url: address of the endpoint. None: the provider's own endpoint.
         api_key_env: name of the environment variable that contains the key.
-        client: the user's own client. None: the judge makes one.
         headers: extra headers of every request. They are secret.
         timeout: maximum total time of one request, in seconds. None: no limit.
     """
@@ -75,16 +49,13 @@ class ConnectedJudge(Judge):
         base_url: str | None,
         api_key_env: str,
         headers: Mapping[str, str] | None,
-        client: Client | None,
         timeout: float | None,
     ) -> None:
-        self.base_url = str(client.base_url) if client else base_url
+        self.base_url = base_url
         self.api_key_env = api_key_env
         self.headers = headers
-        self.client = client
         self.timeout = timeout
         self._reached = False  # true after the first connection to the endpoint
-        self._connections: PerLoop[_Connection] = PerLoop(_Connection)
 
     @property
     def endpoint(self) -> str | None:
@@ -128,54 +99,6 @@ class ConnectedJudge(Judge):
                 hint=f"Set {self.api_key_env} without line breaks, typographic quotes, and spaces around the key.",
             )
         return key
-
-    def __getstate__(self) -> dict[str, object]:
-        if self.client is not None:
-            raise BackendError(
-                f"{self.spec!r} has a client that cannot be copied.", hint="Give base_url and headers in place of client."
-            )
-        return super().__getstate__()
-
-    async def prepare(self) -> None:
-        self._connections.get().runs += 1
-        self.costs_money  # noqa: B018  # raises if the price is unknown
-        self.connected()
-
-    async def aclose(self) -> None:
-        """Close the client when the last run in this event loop has ended."""
-        connection = self._connections.get()
-        connection.runs -= 1
-        if connection.runs <= 0:
-            await self.disconnect()
-
-    @abstractmethod
-    def _new_client(self) -> Client:
-        """A client of the SDK.
-
-        Raises:
-            BackendError: if there is no key.
-        """
-
-    def connected(self) -> Client:
-        """The user's own client, or the client of this event loop. The first call makes the client.
-
-        Raises:
-            BackendError: if there is no key, or if ``$CASCADEVLM_LOCAL_ONLY`` is set and the endpoint is on another machine.
-        """
-        connection = self._connections.get()
-        if connection.client is None:
-            self.require_allowed()
-            connection.client = self.client or self._new_client()
-            guard(connection.client._client)
-            if self.client is None and self.endpoint and (login := login_of(self.endpoint)):
-                connection.client._client.auth = login
-        return connection.client
-
-    async def disconnect(self) -> None:
-        """Forget the client of this event loop. Close it, unless it is the user's own."""
-        connection = self._connections.pop()
-        if self.client is None and connection is not None and connection.client is not None:
-            await connection.client.close()
 
     def require_allowed(self) -> None:
         """Refuse to connect to another machine if only this machine is allowed, for example in tests.

@@ -306,7 +306,8 @@ def translate(exc: Exception, errors: Mapping[str, type[JudgeError]], *, secret:
     """
     if isinstance(exc, ErrorResponse):
         return error_of_response(exc.status, exc.body, secret=secret)
-    status, response = getattr(exc, "status_code", None), getattr(exc, "response", None)
+    response = getattr(exc, "response", None)
+    status = getattr(exc, "status_code", getattr(response, "status_code", None))
     if isinstance(status, int) and status >= 300:
         wait = retry_after(response.headers if response is not None else {})
         return error_of_response(status, _body(exc), wait=wait, secret=secret)

@@ -17,7 +17,7 @@ from cascadevlm.cascade.cascade import Cascade
 from cascadevlm.cascade.stage import Stage
 from cascadevlm.judges.budget import Ledger
 from cascadevlm.judges.cache import MemoryStore, Payload, VerdictStore, default_cache_folder, key_of
-from cascadevlm.judges.hosted.base import HostedJudge
+from cascadevlm.judges.hosted.sdk import SdkJudge
 from cascadevlm.runs.batches.batch_judge import BatchJudge
 
 POLL_SECONDS = 30.0
@@ -42,7 +42,7 @@ def _in_batches(stages: Sequence[Stage], folder: Path, ledger: Ledger) -> list[S
     replaced: list[Stage] = []
     names: list[str] = []
     for stage in stages:
-        if isinstance(stage.judge, HostedJudge):
+        if isinstance(stage.judge, SdkJudge):
             name = key_of(dict(stage.judge.identity()))[:16]
             names.append(name)
             judge = BatchJudge(stage.judge, folder / f"{name}-{names.count(name)}", ledger)

@@ -19,7 +19,7 @@ from cascadevlm.base.types import NANODOLLARS, Question, Usage, Verdict
 from cascadevlm.judges.base import Quote, WrapperJudge
 from cascadevlm.judges.budget import Ledger
 from cascadevlm.judges.cache import VerdictStore, at_no_cost, key_of, question_payload
-from cascadevlm.judges.hosted.base import HostedJudge
+from cascadevlm.judges.hosted.sdk import SdkJudge
 from cascadevlm.judges.retry import patient
 
 T = TypeVar("T")
@@ -70,7 +70,7 @@ class BatchJudge(WrapperJudge):
         freed: true if reserved money was released since this was last set to false.
     """
 
-    def __init__(self, wrapped: HostedJudge, folder: Path, ledger: Ledger) -> None:
+    def __init__(self, wrapped: SdkJudge, folder: Path, ledger: Ledger) -> None:
         super().__init__(wrapped)
         self.requests_per_minute = self.tokens_per_minute = None  # these are limits of the direct API
         self.hosted = wrapped

@@ -227,7 +227,7 @@ def _arrived(batch: ScoredBatch, sources: Sequence[ImageSource]) -> list[Prepare
     if batch.scores is not None:
         scored = [source for source, error in zip(sources, batch.errors, strict=True) if error is None]
         images = [
-            Arrived(source=source, file_digest=digest, size=size, chunk=batch.scores, row=row)
+            Arrived(source=source, digest=digest, size=size, chunk=batch.scores, row=row)
             for row, (source, digest, size) in enumerate(zip(scored, batch.digests, batch.sizes, strict=True))
         ]
     left = iter(images)

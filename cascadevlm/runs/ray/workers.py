@@ -26,7 +26,7 @@ from cascadevlm.config.section import Options
 from cascadevlm.judges.base import Judge
 from cascadevlm.runs.inputs import Named, after
 from cascadevlm.scorers.base import Scorer, prepare_in, score_together
-from cascadevlm.scorers.kept import note_file_digest
+from cascadevlm.scorers.kept import note_digest
 
 SAME_FILES = "Every machine of the cluster needs the working directory and the images under the same paths."
 
@@ -63,7 +63,7 @@ class ScoredBatch:
     Attributes:
         paths: N paths; "" for an image that is not a file.
         errors: for each of the N images, the reason why it has no scores; None for the n images that have scores.
-        digests: n sha256 digests of the files; "" for an image that is not a file.
+        digests: n digests of the images (`Prepared.digest`).
         sizes: n widths and heights in pixels; None if the image was not decoded.
         scores: `(n, C)`, with embeddings only if the run learns; None if n is 0.
     """
@@ -139,13 +139,13 @@ class ScoringWorker:
             raise sources
         with self.loading:
             self.scorer  # noqa: B018  # loads it
-        reading = prepare_in(self.readers, self.scorer, sources, note_file_digest)
+        reading = prepare_in(self.readers, self.scorer, sources, note_digest)
         read = list(chain.from_iterable(share.result() for share in reading))
         scored = score_together(self.scorer, read, self.labels)
         return ScoredBatch(
             paths=[path_of(source) for source in sources],
             errors=scored.errors,
-            digests=[each.file_digest for each in scored.images],
+            digests=[each.digest for each in scored.images],
             sizes=[each.size for each in scored.images],
             scores=scored.scores if scored.scores is None or self.config.learn else replace(scored.scores, embeddings=None),
         )

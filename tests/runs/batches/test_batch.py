@@ -25,7 +25,7 @@ from cascadevlm.cascade.item import OnFailure
 from cascadevlm.judges.base import Judge, Quote
 from cascadevlm.judges.budget import Ledger
 from cascadevlm.judges.cache import DiskStore, MemoryStore, VerdictStore
-from cascadevlm.judges.hosted.base import BatchLimits, HostedJudge
+from cascadevlm.judges.hosted.sdk import BatchLimits, SdkJudge
 from cascadevlm.runs.batches.batch import stream_in_batches
 from cascadevlm.runs.batches.batch_judge import MOST_ATTEMPTS, BatchJudge, Chunk
 from cascadevlm.testing import FakeJudge, FakeScorer, noise, question
@@ -47,7 +47,7 @@ IMAGES = [noise(seed) for seed in range(30)]
 both = pytest.mark.parametrize("provider", PROVIDERS)
 
 
-def hosted(server: JudgeServer, provider: Provider, **options: object) -> HostedJudge:
+def hosted(server: JudgeServer, provider: Provider, **options: object) -> SdkJudge:
     options = {"price": PRICE, **options}
     if provider == "openai":
         return OpenAIJudge("gpt-4o", base_url=server.openai_url, **options)  # type: ignore[arg-type]
@@ -164,7 +164,7 @@ async def test_chunks_keep_to_the_limits(provider: Provider, tmp_path: Path, mon
         sent: list[int] = []
         submit = type(judge).submit_batch
 
-        async def measured(self: HostedJudge, rows: Path, token: str) -> str:
+        async def measured(self: SdkJudge, rows: Path, token: str) -> str:
             sent.append(rows.stat().st_size)
             return await submit(self, rows, token)
 
@@ -230,10 +230,10 @@ def kill_in(
 
 BREAKS = {
     "collected, not submitted": (BatchJudge, "submit", False),
-    "submitting, not accepted": (HostedJudge, "submit_batch", False),
-    "accepted, id not saved": (HostedJudge, "submit_batch", True),
+    "submitting, not accepted": (SdkJudge, "submit_batch", False),
+    "accepted, id not saved": (SdkJudge, "submit_batch", True),
     "submitted": (BatchJudge, "submit", True),
-    "polling": (HostedJudge, "batch_results", True),
+    "polling": (SdkJudge, "batch_results", True),
     "results there": (BatchJudge, "wait", True),
 }
 
@@ -246,7 +246,7 @@ async def test_a_run_that_was_killed_goes_on(
 ) -> None:
     async with bench(provider, tmp_path, store=MemoryStore() if kept else None) as one:
         owner, method, after = BREAKS[point]
-        owner = type(hosted(one.server, provider)) if owner is HostedJudge else owner
+        owner = type(hosted(one.server, provider)) if owner is SdkJudge else owner
         kill_in(monkeypatch, owner, method, after=after)
         await killed(one)
         predictions = await one.run()
@@ -281,7 +281,7 @@ async def test_a_transfer_that_never_ends_is_given_up_and_tried_again(
         owner, calls = type(hosted(one.server, provider)), count()
         original = getattr(owner, method)
 
-        async def hanging(self: HostedJudge, *given: object) -> object:
+        async def hanging(self: SdkJudge, *given: object) -> object:
             result = await original(self, *given)
             if next(calls) == 0:
                 await asyncio.sleep(60)
@@ -300,7 +300,7 @@ async def test_batches_of_one_size_are_told_apart(provider: Provider, tmp_path: 
         monkeypatch.setattr(owner, "batch_limits", BatchLimits(requests=10, bytes=10_000_000))
         original = owner.submit_batch
 
-        async def second_dies(self: HostedJudge, rows: Path, token: str) -> str:
+        async def second_dies(self: SdkJudge, rows: Path, token: str) -> str:
             batch_id = await original(self, rows, token)
             if len(one.server.batches) == 2:
                 raise Killed
@@ -499,7 +499,7 @@ async def test_a_row_that_cannot_be_read_counts_as_paid(
     async with bench(provider, tmp_path) as one:
         judge = hosted(one.server, provider)
 
-        def unreadable(self: HostedJudge, row: object, question: object) -> None:
+        def unreadable(self: SdkJudge, row: object, question: object) -> None:
             raise KeyError("choices")
 
         monkeypatch.setattr(type(judge), "of_batch_row", unreadable)
@@ -643,7 +643,7 @@ async def test_a_batch_refused_as_a_whole_stops_the_run_and_not_the_next(
         owner = type(hosted(one.server, provider))
         results = owner.batch_results
 
-        async def refused(self: HostedJudge, batch_id: str) -> None:
+        async def refused(self: SdkJudge, batch_id: str) -> None:
             raise PermanentError(f"{self.spec} refused batch {batch_id}: The token limit is reached.")
 
         monkeypatch.setattr(owner, "batch_results", refused)

@@ -2,7 +2,9 @@
 process.
 """
 
+import json
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -25,7 +27,7 @@ from cascadevlm.runs import ray as cluster
 from cascadevlm.runs.inputs import Inputs, Named
 from cascadevlm.runs.ray import Arriving, on_ray
 from cascadevlm.runs.ray.workers import ScoredBatch
-from cascadevlm.runs.run_folder import Tally
+from cascadevlm.runs.run_folder import LEARNED, Tally
 from cascadevlm.testing import noise
 from tests.cli.test_cli import run as command
 from tests.learning import NAMES, insects, made_calibration
@@ -208,7 +210,7 @@ def test_a_cluster_learns_what_one_process_learns(plugin: Path, tmp_path: Path) 
     """Begun in one process, gone on with by the cluster while the images are scored, and finished in one process."""
     made_calibration().write(tmp_path / "calibration.json")
     (tmp_path / "images").mkdir()
-    for number, image in enumerate(insects(400)):
+    for number, image in enumerate(insects(250) + insects(150)):  # the last 150 images come for the second time
         image.save(tmp_path / "images" / f"{number:03}.png")
     images, first, batches = Inputs(tmp_path / "images"), count(), count()
     alone, both = (
@@ -219,7 +221,15 @@ def test_a_cluster_learns_what_one_process_learns(plugin: Path, tmp_path: Path) 
     assert 256 < run("ray", tmp_path / "both", images, both, stopping=lambda: next(batches) == 15 + 20).images < 400
     run("local", tmp_path / "both", images, both)
     assert lines(tmp_path / "both") == lines(tmp_path / "alone")
+    assert (tmp_path / "both" / LEARNED).read_bytes() == (tmp_path / "alone" / LEARNED).read_bytes()
     assert 20 < sum(line["verdict"] is not None for line in lines(tmp_path / "both")) < 380
+
+    shutil.rmtree(tmp_path / "images")  # what was learned comes from the folder of the run
+    again = json.loads(command("adapt", tmp_path / "both", "--again", "-o", tmp_path / "again", "--json").stdout)
+    assert (again["images"], again["measured"]) == (400, len(made_calibration().support.truths))  # type: ignore[union-attr]
+    assert [line["path"] for line in lines(tmp_path / "again")] == [line["path"] for line in lines(tmp_path / "both")]
+    adapted = json.loads(command("adapt", tmp_path / "both", "-o", tmp_path / "of run.adapter", "--json").stdout)
+    assert adapted["images"] > 400
 
 
 def test_workers_that_die_and_ctrl_c_cost_no_result(plugin: Path, images: Inputs, tmp_path: Path) -> None:

@@ -19,8 +19,8 @@ from cascadevlm.base.types import NANODOLLARS, Exemplar, Question, Usage, Verdic
 from cascadevlm.judges.base import Quote, WrapperJudge
 from cascadevlm.judges.budget import Ledger, Metered
 from cascadevlm.judges.dependable import dependable
-from cascadevlm.judges.hosted.base import HostedJudge
 from cascadevlm.judges.hosted.replies import Reply
+from cascadevlm.judges.hosted.sdk import SdkJudge
 from cascadevlm.judges.retry import Retrying
 from cascadevlm.runs.ray import judging
 from cascadevlm.runs.ray.judging import RemoteJudge, Worker
@@ -233,7 +233,7 @@ async def test_who_gives_up_before_a_worker_is_free_pays_nothing() -> None:
 
 def test_images_are_told_apart_though_their_pixels_stay_here() -> None:
     judge = load_judge("openai:any", base_url="http://localhost:9", price={"input": 1, "output": 2})
-    assert isinstance(judge, HostedJudge)
+    assert isinstance(judge, SdkJudge)
     exemplars = tuple(Exemplar(image=noise(number), label=Label(name=str(number))) for number in range(2))
     asked = replace(question(image=noise(9)), exemplars=exemplars)
     sent = [judge.sent(image, asked).data for image in (asked.image, *(each.image for each in exemplars))]
@@ -249,7 +249,7 @@ def test_images_are_told_apart_though_their_pixels_stay_here() -> None:
 def test_a_worker_knows_the_worst_case_though_the_pixels_stay_here(size: tuple[int, int], rule: dict[str, JsonValue]) -> None:
     """An answer without usage costs the reserved amount."""
     judge = load_judge("openai:any", base_url="http://localhost:9", price={"input": 1, "output": 2, **rule})
-    assert isinstance(judge, HostedJudge)
+    assert isinstance(judge, SdkJudge)
     asked = replace(question(image=noise(1, size)), exemplars=(Exemplar(image=noise(2, size), label=Label(name="owl")),))
     worst = judge.quote(asked).worst_case
     judge.image_digest(asked)
