@@ -353,8 +353,6 @@ def _cheapest(expected: Floats, allowed: int, level: float) -> tuple[int, Floats
     """
     images = len(expected)
     number, costs = 0, np.full(len(QUANTILES), float(images - min(allowed, images)))
-    if images <= allowed:
-        return number, costs
     numbers = np.unique(np.ceil(SHARES * images).astype(np.int64))
     found = most_found(images, numbers, allowed=allowed, level=level)
     numbers, found = numbers[found >= 0], found[found >= 0]

@@ -8,6 +8,7 @@ import json
 import os
 from collections.abc import Sequence
 from datetime import datetime
+from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
@@ -21,7 +22,7 @@ from cascadevlm.base.types import Prediction, Scores
 from cascadevlm.cascade.observer import Observer
 from cascadevlm.judges.base import Judge
 from cascadevlm.runs.lines import Line, checked, line_of
-from cascadevlm.runs.run_folder import RunFolder, has_changed
+from cascadevlm.runs.run_folder import RunFolder, digest_key, has_changed
 from cascadevlm.scorers.base import Prepared
 
 ASKED = "asked.jsonl"
@@ -61,7 +62,7 @@ class AnswersFile(Observer):
         self.dollars = 0.0
         self.numbers: NDArray[np.intp] = np.zeros(0, dtype=np.intp)
         self._begins = np.full(total, -1, dtype=np.int64)
-        self._digests: dict[int, str] = {}
+        self._digests: dict[int, dict[str, JsonValue]] = {}
         self._end = 0
         self._file: BinaryIO = (folder.folder / ASKED).open("a+b")
         self._keep_what_is_sound(folder.manifest.began, retry_failed)
@@ -94,7 +95,8 @@ class AnswersFile(Observer):
         self.folder.ready(stage, judge)
 
     def scored(self, numbers: Sequence[int], images: Sequence[Prepared], scores: Scores) -> None:
-        self._digests |= {number: image.file_digest for number, image in zip(numbers, images, strict=True)}
+        for number, image in zip(numbers, images, strict=True):
+            self._digests[number] = {digest_key(isinstance(image.source, str | Path)): image.digest}
 
     def predicted(self, number: int, prediction: Prediction) -> None:
         """Write the line of an image, unless it was not asked about."""
@@ -102,7 +104,7 @@ class AnswersFile(Observer):
         if not prediction.asked:
             self.skipped += 1
             return
-        line = line_of(prediction, {"number": own} | ({"digest": digest} if digest else {}))
+        line = line_of(prediction, {"number": own, **digest})
         with writing_to(self.folder.folder):
             self._file.write(line)
             self._file.flush()

@@ -40,7 +40,7 @@ from cascadevlm.runs.answers_file import ASKED, AnswersFile
 from cascadevlm.runs.certificate import Facts, Missing, Phase, Standing
 from cascadevlm.runs.inputs import Named, some
 from cascadevlm.runs.lines import checked
-from cascadevlm.runs.run_folder import RunFolder
+from cascadevlm.runs.run_folder import RunFolder, digest_key
 from cascadevlm.runs.scored_first import AT_ONCE, Numbers, ScoredImages, score_first
 
 
@@ -246,7 +246,7 @@ class Asking:
                 elif unasked[number]:
                     candidates = next(chosen)
                     prediction = self._skipped(candidates) if standing is None else _kept(candidates, standing)
-                    folder.append(line.path, prediction, also | ({"digest": line.digest} if line.digest else {}))
+                    folder.append(line.path, prediction, also | {digest_key(line.is_file): line.digest})
                 else:
                     folder.append_again(line.path, self.answers.content(number) | also)
 

@@ -52,7 +52,7 @@ from datetime import datetime
 from itertools import repeat
 from pathlib import Path
 from types import MappingProxyType
-from typing import BinaryIO
+from typing import BinaryIO, Literal
 
 import filelock
 import numpy as np
@@ -386,7 +386,7 @@ class RunFolder(Observer):
             for number, image, log_probs, embedding in zip(numbers, images, scores.log_probs, embeddings, strict=False):
                 if number < self.tally.images:
                     continue
-                self._known[number] = {"digest" if isinstance(image.source, str | Path) else "content": image.digest}
+                self._known[number] = {digest_key(isinstance(image.source, str | Path)): image.digest}
                 if self._scores is not None:
                     self._known[number] |= {"pixels": image.image_digest, **self._scores.write(number, log_probs, embedding)}
 
@@ -483,6 +483,11 @@ class RunFolder(Observer):
             if not self.manifest.labelled:
                 write_whole(self.folder / SUMMARY, json.dumps(self.tally.to_dict(), indent=2) + "\n")
         self.finished = True
+
+
+def digest_key(is_file: bool) -> Literal["digest", "content"]:
+    """The key of an image's digest in its line."""
+    return "digest" if is_file else "content"
 
 
 def has_changed(path: str, digest: str, began: datetime) -> bool:

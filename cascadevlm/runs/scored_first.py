@@ -61,6 +61,7 @@ class ScoredLine(BaseModel):
     Attributes:
         error: the reason why the image has no scores; "" if it has scores.
         digest: the image's digest (`Prepared.digest`); "" if the image has no scores.
+        is_file: true if the image is a file, and not part of a table.
         size: width and height in pixels; None if the image was not decoded.
         fingerprint: the fingerprint of the scorer; "" if the image has no scores.
         scores: checksum of the image's row in ``scores.npy``.
@@ -70,6 +71,7 @@ class ScoredLine(BaseModel):
     path: InstanceOf[str]
     error: InstanceOf[str] = ""
     digest: str = ""
+    is_file: bool = False
     size: tuple[int, int] | None = None
     fingerprint: InstanceOf[str] = ""
     scores: int
@@ -309,7 +311,7 @@ class _Writer(Observer):
                 )
             if (retry_failed and line.error) or not self._rows.holds(self.images, line.scores, line.embedding):
                 break
-            if line.digest and has_changed(line.path, line.digest, began):
+            if line.is_file and has_changed(line.path, line.digest, began):
                 told = f"The image {line.path!r} was changed after it was scored; it and all later images are scored again."
                 warnings.warn(told, RuntimeWarning, stacklevel=2)
                 break
@@ -340,6 +342,7 @@ class _Writer(Observer):
         for number, image, log_probs, embedding in zip(numbers, images, scores.log_probs, embeddings, strict=False):
             self._known[number] = {
                 "digest": image.digest,
+                "is_file": isinstance(image.source, str | Path),
                 "size": None if image.size is None else [*image.size],
                 "fingerprint": scores.fingerprint,
                 **self._rows.write(number, log_probs, embedding),
