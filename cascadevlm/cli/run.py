@@ -16,7 +16,7 @@ from cascadevlm.cli import options
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from cascadevlm.runs.run_folder import Tally
+    from cascadevlm.runs.tally import Tally
 
 Output = Annotated[
     Path, typer.Option("--output", "-o", help="Folder of the run. If it contains an unfinished run, that run continues.")

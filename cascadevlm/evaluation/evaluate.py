@@ -17,7 +17,7 @@ from cascadevlm.policies.base import Policy, PolicyLike
 from cascadevlm.policies.language import parse_policy
 from cascadevlm.policies.rules import Always
 from cascadevlm.runs.bulk import run
-from cascadevlm.runs.run_folder import Tally
+from cascadevlm.runs.tally import Tally
 
 
 def asking_everything(cascade: Cascade) -> Cascade:

@@ -25,8 +25,9 @@ from cascadevlm.judges.cache import DiskStore
 from cascadevlm.runs.certified import run_certified
 from cascadevlm.runs.inputs import Inputs, Labelled, Named, after
 from cascadevlm.runs.manifest import Manifest
-from cascadevlm.runs.run_folder import RunFolder, Tally
+from cascadevlm.runs.run_folder import RunFolder
 from cascadevlm.runs.scored_first import score_first
+from cascadevlm.runs.tally import Tally
 from cascadevlm.scorers.base import Prepared
 
 LEAST_FREE = 16 << 20

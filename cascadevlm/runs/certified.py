@@ -43,6 +43,9 @@ from cascadevlm.runs.lines import checked
 from cascadevlm.runs.run_folder import RunFolder, digest_key
 from cascadevlm.runs.scored_first import AT_ONCE, Numbers, ScoredImages, score_first
 
+WORTH_SAYING = 0.01
+"""A certificate is of little use if this share of the images is right only by both opinions together."""
+
 
 def run_certified(
     cascade: Cascade,
@@ -90,6 +93,8 @@ def run_certified(
     folder.fingerprinted(images.fingerprint)
     with closing(AnswersFile(folder, cascade.labels, len(inputs), retry_failed=retry_failed)) as answers:
         asking = Asking(cascade, images, inputs, answers, stopping=stopping, asked=asked)
+        if sentence := asking.little_use():
+            outlook(sentence)
         certificate = asking.certificate(agreement.promise, agreement.seed, outlook) if len(asking.readable) else None
         answers.sync()
         if certificate is None and not answers.skipped and len(asking.readable):
@@ -165,6 +170,20 @@ class Asking:
             found = rule.columns(self.images.some(some_numbers))
             columns[some_numbers, : found.shape[1]] = found
         return columns
+
+    def little_use(self) -> str:
+        """A sentence if the calibration expects that both opinions together are right more often than the judge; "" if not."""
+        asking = self.stage.asking
+        if asking is None or not len(self.readable):
+            return ""
+        scores = self.images.some(self.readable[:: -(-len(self.readable) // AT_ONCE)])
+        better = float((replace(asking, word_final=False).gain(scores) - asking.gain(scores)).mean())
+        if better < WORTH_SAYING:
+            return ""
+        return (
+            "A certificate of agreement is of little use here: by the calibration, scorer and judge together are right on "
+            f'{better:.1%} more of the images than the judge alone. Without [agreement], fusion = "bayes" uses both.'
+        )
 
     def answers_to(self, rows: NDArray[np.intp]) -> Columns | None:
         """`(n,)` answers of the judge to questions about n readable images; None if some images were not asked about.

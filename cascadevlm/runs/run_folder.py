@@ -44,10 +44,10 @@ import os
 import threading
 import warnings
 from array import array
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from datetime import datetime
 from itertools import repeat
 from pathlib import Path
@@ -68,12 +68,13 @@ from cascadevlm.decision.distinct import keys_of
 from cascadevlm.judges.base import Judge
 from cascadevlm.judges.budget import DurableLedger, line_of_ledger
 from cascadevlm.runs import manifest as manifests
-from cascadevlm.runs.certificate import Facts, Missing, read_certificate
+from cascadevlm.runs.certificate import read_certificate
 from cascadevlm.runs.inputs import Labelled, Named, names
 from cascadevlm.runs.learned_file import read_learned, write_learned
 from cascadevlm.runs.lines import Asked, LabelledLine, Line, checked, failure_of, line_of, line_with, with_checksum, write_table
 from cascadevlm.runs.manifest import Manifest
 from cascadevlm.runs.scores_file import ScoresFile
+from cascadevlm.runs.tally import Tally
 from cascadevlm.scorers.base import Prepared
 from cascadevlm.scorers.kept import digest_of, note_digest
 
@@ -90,59 +91,6 @@ _CHECKPOINT = TypeAdapter(Checkpoint)
 _NOTHING: Mapping[str, JsonValue] = MappingProxyType({})
 _BEFORE_THE_MANIFEST = {"lock", f"{manifests.NAME}.part"}
 """Files that a process may leave behind if it is killed before it writes its manifest."""
-
-
-@dataclass(kw_only=True)
-class Tally:
-    """Counts of a run so far.
-
-    Attributes:
-        images: number of images that have a line in the predictions.
-        counts: numbers of images by result: "kept" if no policy escalated the image, the outcome of the last verdict, or
-            "unreadable".
-        failures: number of images that could not be read or whose question got no answer.
-        abstained: number of readable images without a label.
-        asked: number of images that a judge was asked about. Answers from the cache are counted, too.
-        answered: number of images for which a judge gave an answer.
-        requests: number of requests to judges.
-        saved_dollars: dollars that answers from the cache would have cost.
-        spent_dollars: dollars in the ledger, over all sessions of the run.
-        certificate: the certificate of the run, or what is missing for it; None if the run has no certificate.
-    """
-
-    images: int = 0
-    counts: Counter[str] = field(default_factory=Counter)
-    failures: int = 0
-    abstained: int = 0
-    asked: int = 0
-    answered: int = 0
-    requests: int = 0
-    saved_dollars: float = 0.0
-    spent_dollars: float = 0.0
-    certificate: Facts | Missing | None = None
-
-    def to_dict(self) -> dict[str, JsonValue]:
-        """The counts as JSON-serialisable data."""
-        known = {name: value for name, value in vars(self).items() if name != "certificate"}
-        stated = {"certificate": self.certificate.model_dump(mode="json")} if self.certificate else {}
-        return known | {"counts": dict(self.counts)} | stated
-
-    @property
-    def in_vain(self) -> bool:
-        """True if no image could be read, or no question got an answer."""
-        return 0 < self.images == self.counts["unreadable"] or (self.asked > 0 and not self.answered)
-
-    def add(self, prediction: Prediction | Line) -> None:
-        """Count one more prediction."""
-        verdict, cost = prediction.verdict, prediction.cost
-        self.images += 1
-        self.counts[verdict.outcome if verdict else "kept" if prediction.candidates else "unreadable"] += 1
-        self.failures += bool(failure_of(prediction))
-        self.abstained += bool(prediction.candidates) and prediction.label is None
-        self.asked += prediction.asked
-        self.answered += prediction.answered
-        self.requests += cost.requests
-        self.saved_dollars += cost.saved_dollars
 
 
 class RunFolder(Observer):

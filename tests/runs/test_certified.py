@@ -38,7 +38,8 @@ from cascadevlm.runs import bulk
 from cascadevlm.runs.certificate import Facts, Missing
 from cascadevlm.runs.inputs import Inputs, Named
 from cascadevlm.runs.lines import with_checksum
-from cascadevlm.runs.run_folder import RunFolder, Tally
+from cascadevlm.runs.run_folder import RunFolder
+from cascadevlm.runs.tally import Tally
 from cascadevlm.runs.verify import verify
 from cascadevlm.testing import FakeJudge, FakeScorer, noise
 from tests.calibrations import some_calibration
@@ -463,3 +464,19 @@ def test_every_edit_of_the_certificate_is_found(certified: Path, tmp_path: Path,
     summary["certificate"][name] = value
     (tmp_path / "run" / "summary.json").write_text(json.dumps(summary))
     assert any(f"{name} is" in fault for fault in verify(tmp_path / "run"))
+
+
+@pytest.mark.parametrize(("ability", "said"), [(0.2, True), (9.0, False)])
+def test_a_run_says_where_its_certificate_is_of_little_use(tmp_path: Path, ability: float, said: bool) -> None:
+    model = replace(JudgeModel.prior(4), ability=ability)
+    stage = Stage(judge=FakeJudge(reply=plausible), prompt=load_prompt("select"), model=model)
+    sentences: list[str] = []
+    bulk.run(
+        Cascade(FakeScorer(), [stage], labels=LABELS),
+        Pictures(40),
+        tmp_path,
+        config={"agreement": AGREEMENT.model_dump()},
+        agreement=AGREEMENT,
+        outlook=sentences.append,
+    )
+    assert any("of little use here" in sentence for sentence in sentences) == said

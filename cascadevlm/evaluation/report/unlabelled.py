@@ -21,7 +21,8 @@ from cascadevlm.evaluation.report.page import Drawing, rendered
 from cascadevlm.runs.export import predictions_of, table_of
 from cascadevlm.runs.lines import Line
 from cascadevlm.runs.manifest import NAME, Manifest
-from cascadevlm.runs.run_folder import SUMMARY, Tally
+from cascadevlm.runs.run_folder import SUMMARY
+from cascadevlm.runs.tally import Tally
 
 SURE = 0.9
 """Labels with at least this probability count as sure."""
