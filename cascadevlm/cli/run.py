@@ -49,6 +49,15 @@ Agree = Annotated[
 ]
 Confidence = Annotated[float | None, typer.Option(help="Least probability that the certificate is true.", show_default="0.95")]
 
+Audit = Annotated[
+    float | None,
+    typer.Option(
+        help="Also ask about this share of the images whose label is kept, for example 0.01. The summary tells how many labels "
+        "are not the judge's.",
+        show_default="no audit",
+    ),
+]
+
 SIGNALLED = 128
 """Added to the number of the signal that ended a program, this is the exit code of the program: 130 after Ctrl-C."""
 
@@ -73,6 +82,7 @@ def run(
     workers: Workers = None,
     agree: Agree = None,
     confidence: Confidence = None,
+    audit: Audit = None,
     retry_failed: RetryFailed = False,
     yes: options.Yes = False,
     as_json: options.AsJson = False,
@@ -91,7 +101,7 @@ def run(
     from cascadevlm.runs.inputs import Inputs
     from cascadevlm.runs.run_folder import images_left
 
-    parsed = given.parse({"agreement.agree": agree, "agreement.confidence": confidence})
+    parsed = given.parse({"agreement.agree": agree, "agreement.confidence": confidence, "audit.share": audit})
     cascade = given.build(parsed, bulk=True)
     learns = parsed.learn and parsed.agreement is None
     images = Inputs(inputs, shuffled=learns)
@@ -120,6 +130,7 @@ def run(
             output,
             config=parsed.frozen(cascade).model_dump(mode="json"),
             agreement=parsed.agreement,
+            audit=parsed.audit,
             retry_failed=retry_failed,
             stopping=lambda: bool(stopping),
             progress=lambda tally: progress(tally.images, f"${tally.spent_dollars:.2f} spent"),
@@ -160,6 +171,8 @@ def _show(tally: "Tally", output: Path, *, as_json: bool) -> None:
         print_summary(Console(highlight=False), f"Run in {output}", tally_rows(tally) | failures)
         if tally.certificate:
             typer.echo(f"{tally.certificate.sentence} {AGREEMENT_IS_NOT_ACCURACY}")
+        if tally.audit:
+            typer.echo(tally.audit.sentence)
     if skipped := tally.counts["skipped"]:
         hint = "To ask about them, run the same command with a higher budget: --set budget.usd=DOLLARS."
         typer.echo(f"{skipped} images were escalated but not asked about, because the budget was used up. {hint}", err=True)

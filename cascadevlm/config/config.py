@@ -27,6 +27,7 @@ from cascadevlm.cascade.cascade import Cascade
 from cascadevlm.cascade.item import OnFailure
 from cascadevlm.cascade.stage import Stage
 from cascadevlm.config.agreement import AgreementConfig
+from cascadevlm.config.audit import AuditConfig
 from cascadevlm.config.loading import load_judge, load_prompt
 from cascadevlm.config.scorer import ScorerConfig
 from cascadevlm.config.section import MayChange, Options, Section
@@ -254,6 +255,7 @@ class Config(Section):
         budget: limits for money.
         agreement: a certificate of how many labels of a run are the judge's. Default: no certificate. A certificate always learns
             from the answers; `learn` has no effect then.
+        audit: questions about images whose label was kept. Default: no audit.
     """
 
     scorer: ScorerConfig = ScorerConfig()
@@ -270,6 +272,7 @@ class Config(Section):
     cache: Annotated[CacheConfig, MayChange("the folder of the cache does not change an answer")] = CacheConfig()
     budget: Annotated[BudgetConfig, MayChange("with a higher limit, judges are asked about the skipped images")] = BudgetConfig()
     agreement: AgreementConfig | None = None
+    audit: AuditConfig | None = None
 
     @classmethod
     def parse(cls, data: Mapping[str, JsonValue], *, name: str = "config") -> Self:
@@ -308,6 +311,13 @@ class Config(Section):
             ConfigError: if there are no labels, or if the calibration does not belong to this cascade.
             InputError: if a spec, a policy, a prompt or a path in the configuration is wrong.
         """
+        if self.audit is not None:
+            if self.agreement is not None:
+                raise ConfigError(
+                    "A certificate has tested the labels that it keeps, so it cannot have an audit.",
+                    hint="Use [audit] for later images, in a run with a policy.",
+                )
+            return self.audit.added_to(self.model_copy(update={"audit": None}).build(labels, bulk=bulk))
         if self.agreement is not None:
             cascade = self._for_certificate().build(labels, bulk=bulk)
             self.agreement.require_certifiable(cascade)

@@ -2,6 +2,7 @@
 
 import asyncio
 import shutil
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import aclosing, nullcontext
@@ -19,9 +20,11 @@ from cascadevlm.cascade.engine import Run
 from cascadevlm.cascade.learner import require_support, require_teachable
 from cascadevlm.cascade.observer import Observer
 from cascadevlm.config.agreement import AgreementConfig
+from cascadevlm.config.audit import AuditConfig
 from cascadevlm.decision.calibration import Calibration
 from cascadevlm.decision.teaching import transduced
 from cascadevlm.judges.cache import DiskStore
+from cascadevlm.runs.audit import AuditFigures
 from cascadevlm.runs.certified import run_certified
 from cascadevlm.runs.inputs import Inputs, Labelled, Named, after
 from cascadevlm.runs.manifest import Manifest
@@ -44,6 +47,7 @@ def run(
     *,
     config: Mapping[str, JsonValue],
     agreement: AgreementConfig | None = None,
+    audit: AuditConfig | None = None,
     retry_failed: bool = False,
     stopping: Callable[[], bool] = lambda: False,
     progress: Callable[[Tally], None] = lambda tally: None,
@@ -67,6 +71,7 @@ def run(
         folder: the folder of the run (see `cascadevlm.runs.run_folder`).
         config: the configuration. A folder of a run with another configuration is refused.
         agreement: what the run certifies (`cascadevlm.runs.certified`). Default: nothing.
+        audit: the audit of the cascade's stage. Default: no audit.
         retry_failed: true to classify the first failed image and all images after it again, with the stored answers. An image
             failed if it could not be read, or if its question failed. The images after it are included because decisions depend
             on earlier images.
@@ -115,13 +120,52 @@ def run(
                 taught = _taught_by_all(lasting, lasting.learns_from, inputs, opened, ending, scored, retry_failed=retry_failed)
             else:
                 taught = lasting
-            done = taught is not None and loop.run(_classify(taught, inputs, opened, ending, progress))
+            watch = AuditWatch(audit)
+
+            def told(tally: Tally) -> None:
+                watch.look_at(tally)
+                progress(tally)
+
+            done = taught is not None and loop.run(_classify(taught, inputs, opened, ending, told))
         if done:
+            opened.tally.audit = None if audit is None else figures_of(audit, opened.tally)
             opened.finish(inputs.order if isinstance(inputs, Inputs) else None)
         elif full := _full(disks):
             hint = "Free some space, then repeat the same command. The results so far are kept."
             raise RunError(f"The disk of {str(full[0])!r} has less than {LEAST_FREE >> 20} MB left.", hint=hint)
         return opened.tally
+
+
+class AuditWatch:
+    """Warns once if the audit of a run shows that too few labels are the judge's.
+
+    Args:
+        audit: the audit; None if there is none.
+    """
+
+    def __init__(self, audit: AuditConfig | None) -> None:
+        self.audit = audit
+        self._differing = 0
+
+    def look_at(self, tally: Tally) -> None:
+        """Look at the counts so far.
+
+        Warns:
+            RuntimeWarning: if the promise of the audit is broken.
+        """
+        if self.audit is None or tally.differing == self._differing:
+            return
+        self._differing = tally.differing
+        found = figures_of(self.audit, tally)
+        if found.crossed:
+            warnings.warn(found.sentence, RuntimeWarning, stacklevel=2)
+            self.audit = None
+
+
+def figures_of(audit: AuditConfig, tally: Tally) -> AuditFigures:
+    """What an audit found, from the counts of a run."""
+    images = tally.images - tally.counts["unreadable"]
+    return AuditFigures.of(audit, images=images, kept=tally.audited, disagreements=tally.differing)
 
 
 def _taught_by_all(

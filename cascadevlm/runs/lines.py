@@ -17,7 +17,7 @@ from pydantic_core import PydanticSerializationError, to_json
 
 from cascadevlm.base.errors import DataError
 from cascadevlm.base.files import valid_text
-from cascadevlm.base.types import DecidedBy, Outcome, Prediction, Question, Usage, Verdict
+from cascadevlm.base.types import AUDITED, DecidedBy, Outcome, Prediction, Question, Usage, Verdict
 
 if TYPE_CHECKING:
     import pyarrow
@@ -154,6 +154,10 @@ class Line(BaseModel):
     def abstained(self) -> bool:
         """True if the image could be read and has no label."""
         return self.label is None and bool(self.candidates)
+
+    @property
+    def audited(self) -> bool:
+        return AUDITED in self.reasons
 
     @property
     def asked(self) -> bool:

@@ -5,9 +5,10 @@ from dataclasses import dataclass, field
 
 from pydantic import JsonValue
 
-from cascadevlm.base.types import Prediction
+from cascadevlm.base.types import Candidate, Prediction
+from cascadevlm.runs.audit import AuditFigures
 from cascadevlm.runs.certificate import Facts, Missing
-from cascadevlm.runs.lines import Line, failure_of
+from cascadevlm.runs.lines import Line, LineCandidate, failure_of
 
 
 @dataclass(kw_only=True)
@@ -25,7 +26,10 @@ class Tally:
         requests: number of requests to judges.
         saved_dollars: dollars that answers from the cache would have cost.
         spent_dollars: dollars in the ledger, over all sessions of the run.
+        audited: number of images that the judge was asked about because of an audit.
+        differing: number of these to which the judge did not give the scorer's label.
         certificate: the certificate of the run, or what is missing for it; None if the run has no certificate.
+        audit: what the audit found; None if the run has no audit, or is not complete.
     """
 
     images: int = 0
@@ -37,13 +41,17 @@ class Tally:
     requests: int = 0
     saved_dollars: float = 0.0
     spent_dollars: float = 0.0
+    audited: int = 0
+    differing: int = 0
     certificate: Facts | Missing | None = None
+    audit: AuditFigures | None = None
 
     def to_dict(self) -> dict[str, JsonValue]:
         """The counts as JSON-serialisable data."""
-        known = {name: value for name, value in vars(self).items() if name != "certificate"}
-        stated = {"certificate": self.certificate.model_dump(mode="json")} if self.certificate else {}
-        return known | {"counts": dict(self.counts)} | stated
+        stated = {"certificate": self.certificate, "audit": self.audit}
+        counts = {name: value for name, value in vars(self).items() if name not in (*stated, "audited", "differing")}
+        told = {name: each.model_dump(mode="json") for name, each in stated.items() if each is not None}
+        return counts | {"counts": dict(self.counts)} | told
 
     @property
     def in_vain(self) -> bool:
@@ -60,4 +68,13 @@ class Tally:
         self.asked += prediction.asked
         self.answered += prediction.answered
         self.requests += cost.requests
+        if prediction.audited and verdict and verdict.outcome != "skipped":
+            best = min(prediction.candidates, key=lambda candidate: candidate.rank)
+            self.audited += 1
+            self.differing += verdict.label != name_of(best)
         self.saved_dollars += cost.saved_dollars
+
+
+def name_of(candidate: Candidate | LineCandidate) -> str:
+    """The name of a candidate."""
+    return candidate.label.name if isinstance(candidate, Candidate) else candidate.label
