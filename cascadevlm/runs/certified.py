@@ -38,7 +38,7 @@ from cascadevlm.judges.cache import key_of
 from cascadevlm.policies.rules import Always
 from cascadevlm.runs.answers_file import ASKED, AnswersFile
 from cascadevlm.runs.certificate import Facts, Missing, Phase, Standing
-from cascadevlm.runs.inputs import Named, some
+from cascadevlm.runs.inputs import Labelled, Named, some
 from cascadevlm.runs.lines import checked
 from cascadevlm.runs.run_folder import RunFolder, digest_key
 from cascadevlm.runs.scored_first import AT_ONCE, Numbers, ScoredImages, score_first
@@ -50,7 +50,7 @@ WORTH_SAYING = 0.01
 def run_certified(
     cascade: Cascade,
     agreement: AgreementConfig,
-    inputs: Iterable[Named],
+    inputs: Iterable[Named] | Labelled,
     folder: RunFolder,
     *,
     retry_failed: bool,
@@ -75,6 +75,8 @@ def run_certified(
     Raises:
         DataError: if the number of images is not known, or if the images are not those that were scored before.
     """
+    if isinstance(inputs, Labelled):
+        raise DataError("A certificate is for images without true labels.", hint="Remove [agreement].")
     if not isinstance(inputs, Sized):
         raise DataError("A certificate needs all images of a run before the first question.", hint="Give a folder or a list.")
     if folder.finished and folder.tally.images == len(inputs):

@@ -7,7 +7,7 @@ import re
 import shutil
 import signal
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import repeat
@@ -27,8 +27,8 @@ from cascadevlm import Cascade, Stage, load_prompt
 from cascadevlm.base import loop
 from cascadevlm.base.errors import ConfigError, DataError, PermanentError
 from cascadevlm.base.images import pixel_digest
-from cascadevlm.base.labels import Label
-from cascadevlm.base.types import Candidate, Question
+from cascadevlm.base.labels import Label, LabelSet
+from cascadevlm.base.types import Candidate, Prediction, Question
 from cascadevlm.config.agreement import AgreementConfig
 from cascadevlm.config.config import Config
 from cascadevlm.decision.judge_model import JudgeModel
@@ -37,7 +37,7 @@ from cascadevlm.judges.budget import Ledger
 from cascadevlm.runs import bulk
 from cascadevlm.runs.certificate import Facts, Missing
 from cascadevlm.runs.inputs import Inputs, Named
-from cascadevlm.runs.lines import with_checksum
+from cascadevlm.runs.lines import Line, with_checksum
 from cascadevlm.runs.run_folder import RunFolder
 from cascadevlm.runs.tally import Tally
 from cascadevlm.runs.verify import verify
@@ -196,13 +196,18 @@ def run_until_killed(folder: Path, where: str, count: int) -> None:
     class Judge(FakeJudge):
         concurrency = 1
 
-    with patch.object(FakeScorer, "_logits", autospec=True, side_effect=FakeScorer._logits) as scoring:
-        original = scoring.side_effect
-        scoring.side_effect = lambda *arguments: (note("scored"), original(*arguments))[1]
-        with patch.object(RunFolder, "_count", autospec=True, side_effect=RunFolder._count) as writing:
-            counting = writing.side_effect
-            writing.side_effect = lambda *arguments: (note("written"), counting(*arguments))[1]
-            run(folder / "run", Judge(reply=reply))
+    logits, counted = FakeScorer._logits, RunFolder._count
+
+    def scoring(scorer: FakeScorer, image: Image.Image, labels: LabelSet) -> Sequence[float]:
+        note("scored")
+        return logits(scorer, image, labels)
+
+    def writing(opened: RunFolder, path: str, prediction: Prediction | Line) -> None:
+        note("written")
+        counted(opened, path, prediction)
+
+    with patch.object(FakeScorer, "_logits", scoring), patch.object(RunFolder, "_count", writing):
+        run(folder / "run", Judge(reply=reply))
 
 
 def test_a_run_that_is_killed_in_any_phase_goes_on(tmp_path: Path) -> None:
