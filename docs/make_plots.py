@@ -30,6 +30,17 @@ PAIR = "siglip-base→gpt-4o-mini"
 """The recorded pair whose scorer has the largest differences of bias between classes."""
 
 
+PHASES = (
+    ("kept", plots.BLUE, "kept"),
+    ("tested", plots.ORANGE, "asked: the test"),
+    ("asked", plots.FOREGROUND, "asked after the test"),
+    ("taught", plots.GREEN, "asked before the test"),
+)
+"""Phases of a certificate, with colours and names."""
+
+BARS = 32
+
+
 def reliability(record: Record, calibration: Calibration) -> Figure:
     """A plot of accuracy against confidence, for images that were not used for the calibration.
 
@@ -50,17 +61,6 @@ def reliability(record: Record, calibration: Calibration) -> Figure:
     axes.set_ylim(-2, 102)
     plots._legend(figure, columns=1)
     return figure
-
-
-PHASES = (
-    ("kept", plots.BLUE, "kept"),
-    ("tested", plots.ORANGE, "asked: the test"),
-    ("asked", plots.FOREGROUND, "asked after the test"),
-    ("taught", plots.GREEN, "asked before the test"),
-)
-"""Phases of a certificate, with colours and names."""
-
-BARS = 32
 
 
 def kept_and_asked(standings: Sequence[Standing]) -> Figure:

@@ -95,6 +95,7 @@ def run(
 
     from cascadevlm.base.errors import DataError, InputError
     from cascadevlm.cli.money import confirm
+    from cascadevlm.decision.certifying import testable
     from cascadevlm.runs import bulk
     from cascadevlm.runs import ray as cluster
     from cascadevlm.runs.certified import questions_left
@@ -113,6 +114,12 @@ def run(
     total = len(images)
     if not total:
         raise DataError(f"{str(inputs)!r} contains no images.", hint="Check the path and the formats of the images.")
+    if parsed.agreement is not None and not testable(total, promise := parsed.agreement.promise):
+        typer.echo(
+            f"{total} images are too few for the test of a certificate. The judge is asked about all images except "
+            f"{promise.allowed(total)}.",
+            err=True,
+        )
     if not yes:
         left = images_left(output, total, dollars=cascade.ledger.cap_dollars, retry_failed=retry_failed)
         if parsed.agreement is not None:

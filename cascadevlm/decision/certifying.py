@@ -233,6 +233,18 @@ def opening(images: int) -> int:
     return max(1, min(FIRST, images // 4))
 
 
+def testable(images: int, promise: Promise) -> bool:
+    """False if N images are too few for a test: then at most W answers can be kept.
+
+    Args:
+        images: N, number of images.
+        promise: what is to be certified.
+    """
+    rest, allowed = images - opening(images), promise.allowed(images)
+    numbers = np.unique(np.ceil(SHARES * rest).astype(np.int64))
+    return rest > allowed and bool((most_found(rest, numbers, allowed=allowed, level=promise.level) >= 0).any())
+
+
 def first_rows(images: int, number: int, seed: int) -> Rows:
     """`(n,)` random images, those that a run asks about first.
 

@@ -65,8 +65,12 @@ def test_an_estimate_asks_the_first_questions_and_the_run_does_not_ask_them_agai
 
 def test_money_is_confirmed_first(tmp_path: Path, hosted: list[str | Path]) -> None:
     asked = ("--agree", "0.8", "--set", "budget.ask_above_usd=0")
+    few = run("run", AVIARY / "images", "-o", tmp_path / "run", *hosted, *asked[2:], "--agree", "0.97", check=False)
+    assert "48 images are too few for the test of a certificate. The judge is asked about all images except 1." in few.stderr
+    assert "asks hosted judges about at most 48 questions" in few.stderr
     done = run("run", AVIARY / "images", "-o", tmp_path / "run", *hosted, *asked, check=False)
     assert done.returncode == 2
+    assert "too few" not in done.stderr
     assert "asks hosted judges about at most 48 questions" in done.stderr
     done = run("estimate", AVIARY / "images", *hosted, *asked, check=False)
     assert "asks hosted judges about at most 12 questions" in done.stderr
