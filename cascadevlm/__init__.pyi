@@ -1,3 +1,5 @@
+from .api.cascade import Cascade
+from .api.classifier import CascadeClassifier
 from .base.errors import (
     BackendError,
     BudgetExhausted,
@@ -19,17 +21,22 @@ from .base.errors import (
 from .base.labels import Label, LabelSet
 from .base.types import Candidate, Prediction, Prompt, Question, Scores, Usage, Verdict
 from .cascade.candidates import CumulativeMass, TopK
-from .cascade.cascade import Cascade
 from .cascade.observer import Observer
 from .cascade.stage import Stage
 from .config.loading import load_judge, load_prompt, load_scorer
 from .decision.adapting import fit_adapter
-from .evaluation.calibrating.calibrate import calibrate
+from .evaluation.calibrating.calibrate import Calibrated, calibrate
 from .evaluation.calibrating.recipe import Recipe
 from .evaluation.calibrating.targets import Target
+from .evaluation.data import Data, read_data
+from .evaluation.metrics import Evaluation, evaluate
+from .evaluation.plots import accuracy_deferral, accuracy_dollars, confusion, entropy_histogram, reliability
+from .evaluation.record import Record, read_record
+from .evaluation.sweep import Sweep, sweep, under
 from .judges.base import Judge, LocalJudge, Quote
 from .policies.base import Policy, Spending
 from .policies.language import parse_policy
+from .runs.run_folder import Tally
 from .scorers.adapters import Adapter, read_adapter
 from .scorers.base import EmbeddingScorer, Scorer
 from .scorers.several import SeveralScorers
@@ -40,13 +47,17 @@ __all__ = [
     "Adapter",
     "BackendError",
     "BudgetExhausted",
+    "Calibrated",
     "Candidate",
     "Cascade",
+    "CascadeClassifier",
     "CascadeError",
     "ConfigError",
     "CumulativeMass",
+    "Data",
     "DataError",
     "EmbeddingScorer",
+    "Evaluation",
     "FatalError",
     "ImageError",
     "InputError",
@@ -67,22 +78,35 @@ __all__ = [
     "Quote",
     "RateLimited",
     "Recipe",
+    "Record",
     "RunError",
     "Scorer",
     "Scores",
     "SeveralScorers",
     "Spending",
     "Stage",
+    "Sweep",
+    "Tally",
     "Target",
     "TopK",
     "TransientError",
     "Usage",
     "Verdict",
+    "accuracy_deferral",
+    "accuracy_dollars",
     "calibrate",
+    "confusion",
+    "entropy_histogram",
+    "evaluate",
     "fit_adapter",
     "load_judge",
     "load_prompt",
     "load_scorer",
     "parse_policy",
     "read_adapter",
+    "read_data",
+    "read_record",
+    "reliability",
+    "sweep",
+    "under",
 ]

@@ -17,3 +17,7 @@ def test_a_notebook_runs(path: Path) -> None:
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     assert outputs
     assert not [output for output in outputs if output.output_type == "error"]
+    if path.stem == "ten_thousand_photographs":
+        shown = "".join(output.data.get("text/html", "") for output in outputs if "data" in output)
+        assert "48/48" in shown  # the progress of the run
+        assert shown.count('<img src="data:image/webp') == 2

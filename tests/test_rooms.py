@@ -25,6 +25,7 @@ ROOMS = (
     "evaluation",
     "evaluation.calibrating",
     "evaluation.report",
+    "api",
     "cli",
     "testing",
 )

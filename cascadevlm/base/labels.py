@@ -16,6 +16,10 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as validated_dataclass
 
 from cascadevlm.base.errors import LabelError
+from cascadevlm.base.html import card
+
+FEW = 3
+"""Number of labels in the short form of a label set."""
 
 
 def one_line(text: str) -> str:
@@ -179,6 +183,11 @@ class LabelSet:
         return {name: number for number, name in enumerate(self.names)}
 
     @cached_property
+    def by_words(self) -> dict[str, str]:
+        """The name of each label by the words of its name and of its aliases."""
+        return {words(name): label.name for label in self.labels for name in (*label.aliases, label.name)}
+
+    @cached_property
     def spellings(self) -> frozenset[str]:
         """All names and aliases, in the form of `fold`."""
         return frozenset(fold(name) for label in self.labels for name in (label.name, *label.aliases))
@@ -208,6 +217,13 @@ class LabelSet:
     def digest(self) -> str:
         """The sha256 of the spellings, in hexadecimal."""
         return hashlib.sha256(json.dumps(sorted(self.spellings)).encode()).hexdigest()
+
+    def __repr__(self) -> str:
+        more = ", …" if len(self) > FEW else ""
+        return f"LabelSet({len(self)} labels: {', '.join(map(repr, self.names[:FEW]))}{more})"
+
+    def _repr_html_(self) -> str:
+        return card(f"{len(self)} labels", {"names": self.names})
 
     def __len__(self) -> int:
         return len(self.labels)

@@ -14,6 +14,7 @@ from pydantic import JsonValue
 from scipy.special import log_softmax
 
 from cascadevlm.base.encoding import EncodedImage, ImageLimits
+from cascadevlm.base.html import card
 from cascadevlm.base.images import pixel_digest
 from cascadevlm.base.labels import Label, LabelSet
 
@@ -249,13 +250,13 @@ class Verdict:
 
     outcome: Outcome
     label: str | None = None
-    probabilities: Mapping[str, float] | None = None
-    rationale: str = ""
-    text: str = ""
+    probabilities: Mapping[str, float] | None = field(default=None, repr=False)
+    rationale: str = field(default="", repr=False)
+    text: str = field(default="", repr=False)
     error: str = ""
     judge: str = ""
     stage: int = 0
-    usage: Usage = field(default_factory=Usage)
+    usage: Usage = field(default_factory=Usage, repr=False)
 
     def __post_init__(self) -> None:
         if (self.label is not None) != (self.outcome == "answered"):
@@ -291,10 +292,24 @@ class Prediction:
     label: str | None = None
     probability: float | None = None
     decided_by: DecidedBy | None = None
-    candidates: tuple[Candidate, ...] = ()
-    reasons: tuple[str, ...] = ()
-    verdicts: tuple[Verdict, ...] = ()
+    candidates: tuple[Candidate, ...] = field(default=(), repr=False)
+    reasons: tuple[str, ...] = field(default=(), repr=False)
+    verdicts: tuple[Verdict, ...] = field(default=(), repr=False)
     error: str = ""
+
+    def _repr_html_(self) -> str:
+        sure = "" if self.probability is None else f", probability {self.probability:.2f}"
+        best = sorted(self.candidates, key=lambda candidate: candidate.rank)
+        said = [f"{each.judge} ({each.outcome}): {each.rationale or each.text or each.error}" for each in self.verdicts]
+        rows = {
+            "image": self.path,
+            "decided by": self.decided_by or "",
+            "candidates": [f"{candidate.probability:.2f} {candidate.label.name}" for candidate in best],
+            "escalated" if self.escalated else "kept": self.reasons,
+            "judge": said,
+            "error": self.error,
+        }
+        return card("no label" if self.label is None else f"{self.label}{sure}", rows, path=self.path)
 
     @property
     def escalated(self) -> bool:

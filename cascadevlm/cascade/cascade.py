@@ -15,9 +15,11 @@ from PIL import Image
 from cascadevlm.base import loop
 from cascadevlm.base.bounds import Count, Probability, require_number
 from cascadevlm.base.errors import ConfigError, ImageError, InputError
+from cascadevlm.base.html import MOST_LISTED, card
 from cascadevlm.base.images import CHANNELS, ImageSource
 from cascadevlm.base.labels import Label, LabelSet
 from cascadevlm.base.portable import Portable
+from cascadevlm.base.progress import progress_bar
 from cascadevlm.base.types import Prediction
 from cascadevlm.cascade.candidates import ConformalSet
 from cascadevlm.cascade.drift import Drift
@@ -32,6 +34,7 @@ from cascadevlm.decision.teaching import Transduced
 from cascadevlm.judges.budget import Ledger
 from cascadevlm.judges.cache import VerdictStore
 from cascadevlm.judges.dependable import DependableJudges
+from cascadevlm.policies.base import as_policy
 from cascadevlm.scorers.base import Scorer
 
 
@@ -155,6 +158,26 @@ class Cascade(Portable):
         vars(same).update(vars(self), _judges=self._judges)
         return same
 
+    def __repr__(self) -> str:
+        judges = [stage.judge.spec for stage in self.stages]
+        return f"{type(self).__name__}(scorer={_named(self.scorer)!r}, judges={judges!r}, labels={self.labels!r})"
+
+    def _repr_html_(self) -> str:
+        stages = [
+            f"{stage.judge.spec}, policy {as_policy(stage.policy)}, at most {stage.candidates.most()} candidates, "
+            f"prompt {stage.prompt.name}, decided by {stage.fusion}"
+            for stage in self.stages
+        ]
+        cap, spent = self.ledger.cap_dollars, f"${self.ledger.spent_dollars:.4f} spent"
+        rows = {
+            "scorer": _named(self.scorer),
+            "stages": stages,
+            "labels": f"{len(self.labels)}: {', '.join(self.labels.names[:MOST_LISTED])}",
+            "calibration": "" if self.calibration is None else f"fitted on {self.calibration.images} images",
+            "budget": f"{spent}, no limit" if cap is None else f"{spent} of ${cap:.4f}",
+        }
+        return card("Cascade", rows)
+
     @cached_property
     def _judges(self) -> DependableJudges:
         return DependableJudges(self.store, self.ledger)
@@ -166,22 +189,23 @@ class Cascade(Portable):
         return altered
 
     @overload
-    def classify(self, images: ImageSource) -> Prediction: ...  # type: ignore[overload-overlap]  # a str is one path
+    def classify(self, images: ImageSource, *, progress: bool = False) -> Prediction: ...  # type: ignore[overload-overlap]  # a str is one path
     @overload
-    def classify(self, images: Iterable[ImageSource]) -> list[Prediction]: ...
-    def classify(self, images: ImageSource | Iterable[ImageSource]) -> Prediction | list[Prediction]:
+    def classify(self, images: Iterable[ImageSource], *, progress: bool = False) -> list[Prediction]: ...
+    def classify(self, images: ImageSource | Iterable[ImageSource], *, progress: bool = False) -> Prediction | list[Prediction]:
         """Classify one image, or many.
 
         Args:
             images: one image, or an iterable of images. `(N, H, W, 3)` uint8 is an array of N images. If one of many images
                 cannot be read, its prediction has an error.
+            progress: true to show a progress bar. Default: false.
 
         Raises:
             InputError: if ``images`` is a table, or an array of another shape or dtype.
             ImageError: if a single image cannot be read.
             JudgeError: if a judge cannot work at all, or if a judge failed and ``on_failure`` is "raise".
         """
-        return loop.run(self._classify(images))
+        return loop.run(self._classify(images, progress=progress))
 
     @overload
     async def aclassify(self, images: ImageSource) -> Prediction: ...  # type: ignore[overload-overlap]
@@ -191,9 +215,17 @@ class Cascade(Portable):
         """`classify` for asynchronous callers."""
         return await self._classify(images)
 
-    async def _classify(self, images: ImageSource | Iterable[ImageSource]) -> Prediction | list[Prediction]:
+    async def _classify(
+        self, images: ImageSource | Iterable[ImageSource], *, progress: bool = False
+    ) -> Prediction | list[Prediction]:
         if not _is_one(images):
-            return [prediction async for prediction in self.astream(cast(Iterable[ImageSource], images))]
+            many, predictions, dollars = cast(Iterable[ImageSource], images), [], 0.0
+            with progress_bar(len(many) if isinstance(many, Sized) else None, shown=progress) as show:
+                async for prediction in self.astream(many):
+                    predictions.append(prediction)
+                    dollars += prediction.cost.dollars
+                    show(len(predictions), dollars)
+            return predictions
         (prediction,) = [prediction async for prediction in self.astream([images])]
         if prediction.error and not prediction.candidates:
             raise ImageError(prediction.error)
@@ -242,6 +274,13 @@ class Cascade(Portable):
             unlabelled=self.unlabelled,
         )
         return Run(settings, start, stopping)
+
+
+def _named(scorer: Scorer) -> str:
+    """The spec of a scorer without its wrappers, or the name of its class."""
+    while isinstance(wrapped := getattr(scorer, "wrapped", None), Scorer):
+        scorer = wrapped
+    return scorer.spec or type(scorer).__name__
 
 
 def _require_one_threshold(stages: Sequence[Stage]) -> None:

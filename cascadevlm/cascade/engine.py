@@ -401,6 +401,8 @@ class Run:
         except JudgeError as exc:
             result.set_exception(exc)
         else:
+            for observer in self.settings.observers:
+                observer.believed(item.number, item.probabilities())
             wanted = self.following is not None or self.learner is not None
             result.set_result(_Settled(prediction, item.probabilities() if wanted else None))
 

@@ -2,6 +2,9 @@
 
 from collections.abc import Sequence
 
+import numpy as np
+from numpy.typing import NDArray
+
 from cascadevlm.base.types import Prediction, Question, Scores, Verdict
 from cascadevlm.judges.base import Judge
 from cascadevlm.scorers.base import Prepared
@@ -38,6 +41,14 @@ class Observer:
     def judged(self, number: int, stage: int, question: Question, verdict: Verdict) -> None:
         """The judge of a stage was asked about an image. If the judge chose none of the candidates and is asked about the next
         candidates, this method is called again. All votes on one question are one verdict."""
+
+    def believed(self, number: int, probabilities: NDArray[np.float32]) -> None:
+        """All judges that are asked about an image were asked. Called in any order; not called for an image that cannot be read.
+
+        Args:
+            number: number of the image.
+            probabilities: ``(C,) float32``, the probabilities of the labels after the answers. They sum to 1.
+        """
 
     def predicted(self, number: int, prediction: Prediction) -> None:
         """The prediction of an image is known. Called in the order of the input."""

@@ -20,6 +20,7 @@ from cascadevlm.cli import (
     estimate,
     evaluate,
     export,
+    import_,
     init,
     report,
     run,
@@ -71,6 +72,7 @@ app.command()(adapt.adapt)
 app.command()(compare.compare)
 app.command()(report.report)
 app.command()(export.export)
+app.command("import")(import_.import_)
 app.command()(backends.backends)
 app.add_typer(study.app, name="study")
 app.add_typer(cache.app, name="cache")

@@ -31,7 +31,7 @@ Source = Annotated[
     Path | None,
     typer.Argument(
         help="Labelled images: a folder of folders, a table with path and label, a saved dataset, or a record from "
-        "evaluate -o. Or the folder of a run, whose judge's answers teach. A record or run needs no further options."
+        "evaluate -o. Or the folder of a run: its judge's answers and labels from people teach. A record or run needs no options."
     ),
 ]
 
@@ -71,6 +71,7 @@ def adapt(
 
     from cascadevlm.base.errors import InputError
     from cascadevlm.cli.show import print_summary
+    from cascadevlm.runs.corrections import read_corrections
     from cascadevlm.runs.manifest import NAME, Manifest
     from cascadevlm.scorers.adapters import METHODS
 
@@ -94,6 +95,8 @@ def adapt(
         result = _of_record(source, METHODS[method])
     elif method == "means":
         result = _of_run(source)
+    elif read_corrections(source).counting:
+        result = _of_corrected(source, METHODS[method])
     else:
         raise InputError(f"The method {method!r} needs labels, and a run has none.", hint="Take --method means.")
     result.adapter.write(output)
@@ -181,6 +184,15 @@ def _of_run(folder: Path) -> "Adapted":
     config = _bare(said.config)
     scores, readable = embed(config.build(said.labels, bulk=True), said.images)
     return adapt_to_run(scores, said.rows(readable))
+
+
+def _of_corrected(folder: Path, method: "Method") -> "Adapted":
+    """What the images of a run that people labelled teach."""
+    from cascadevlm.evaluation.adapting import adapt as adapted
+    from cascadevlm.evaluation.corrected import read_corrected
+
+    record = read_corrected(folder).scored(lambda config, labels, images: embed(_bare(config).build(labels, bulk=True), images))
+    return adapted(record.scores, [record.labels.names[truth] for truth in record.truths], method=method)
 
 
 def embed(cascade: "Cascade", images: "Sequence[ImageSource]") -> "tuple[Scores, NDArray[np.bool_]]":
@@ -297,8 +309,8 @@ def _conclusion(result: "Adapted") -> str:
     """What to do with the adapter, in words."""
     if result.gain is None:
         return (
-            "Without labelled images, the gain is unknown. To measure it, give labelled images, or a run with a calibration that "
-            "holds some."
+            "No labelled images were left out of the learning, so the gain is unknown. To measure it, give labelled images, or a "
+            "run with a calibration that holds some."
         )
     if not result.gains:
         return "These images show no gain: the interval reaches 0. Do not use the adapter, or try more images."

@@ -9,6 +9,13 @@ import typer
 from cascadevlm.cli import options
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from cascadevlm.base.images import ImageSource
+    from cascadevlm.base.labels import LabelSet
+    from cascadevlm.base.types import Scores
+    from cascadevlm.config.config import Config
     from cascadevlm.evaluation.calibrating.recipe import Recipe
     from cascadevlm.evaluation.calibrating.unlabelled import Unlabelled
     from cascadevlm.evaluation.record import Record
@@ -124,7 +131,13 @@ WITHOUT_LABELS = (
 
 @options.grouped()
 def calibrate(
-    run: Annotated[Path, typer.Argument(help="Folder of a record from: cascadevlm evaluate --judge-all -o FOLDER.")],
+    run: Annotated[
+        Path,
+        typer.Argument(
+            help="Folder of a record from: cascadevlm evaluate --judge-all -o FOLDER. Or the folder of a run with labels from "
+            "people, see the command import."
+        ),
+    ],
     output: Annotated[
         Path, typer.Option("--output", "-o", help='File for the calibration. A configuration uses it with: calibration = "FILE".')
     ],
@@ -148,9 +161,12 @@ def calibrate(
 
     from cascadevlm.cli.show import calibration_rows, print_summary
     from cascadevlm.evaluation.calibrating.calibrate import calibrate as calibrated
+    from cascadevlm.evaluation.corrected import read_corrected
     from cascadevlm.evaluation.record import read_record
+    from cascadevlm.evaluation.report import is_bulk_run
 
-    recipe, record = given.parse(), read_record(run)
+    recipe, corrected = given.parse(), read_corrected(run) if is_bulk_run(run) else None
+    record = corrected.scored(_embed) if corrected else read_record(run)
     result = calibrated(record, recipe, _beside(record, unlabelled) if unlabelled else None)
     result.calibration.write(output)
     if as_json:
@@ -160,14 +176,22 @@ def calibrate(
     print_summary(Console(highlight=False), title, calibration_rows(result))
     if not result.calibration.labelled:
         typer.echo(WITHOUT_LABELS)
+    if corrected:
+        typer.echo(corrected.describe())
+
+
+def _embed(config: "Config", labels: "LabelSet", images: "list[ImageSource]") -> "tuple[Scores, NDArray[np.bool_]]":
+    """The scores of the images that can be read, from the scorer alone; and for each image whether it can."""
+    from cascadevlm.cli.adapt import alone, embed
+
+    return embed(alone(config).build(labels, bulk=True), images)
 
 
 def _beside(record: "Record", folder: Path) -> "Unlabelled":
     """What the judge of a run said, to be used beside the labelled images of a record."""
-    from cascadevlm.cli.adapt import alone, embed
     from cascadevlm.evaluation.adapting_to_runs import read_said
     from cascadevlm.evaluation.calibrating.unlabelled import Unlabelled
 
     said = read_said(folder)
-    scores, readable = embed(alone(said.config).build(said.labels, bulk=True), said.images)
+    scores, readable = _embed(said.config, said.labels, said.images)
     return Unlabelled.of(record, scores, said.rows(readable))

@@ -109,8 +109,8 @@ def _certificates(
     from rich.table import Table
 
     from cascadevlm.base.errors import InputError
+    from cascadevlm.base.progress import progress_bar
     from cascadevlm.cli.money import confirm, prices
-    from cascadevlm.cli.run import showing_progress
     from cascadevlm.decision.certifying import opening
     from cascadevlm.runs.estimate_agreement import estimate_agreement
     from cascadevlm.runs.inputs import Inputs
@@ -124,13 +124,13 @@ def _certificates(
     if not yes:
         confirm(parsed[0], cascade, images, min(opening(len(images)), len(images)))
     agreements = [each.agreement for each in parsed if each.agreement is not None]
-    with showing_progress(Console(stderr=True), len(images)) as progress:
+    with progress_bar(len(images)) as show:
         estimates = estimate_agreement(
             cascade,
             images,
             agreements,
-            scored=lambda number: progress(number, "scored"),
-            asked=lambda number: progress(number, "asked"),
+            scored=lambda number: show(number, None),
+            asked=show,
         )
     if as_json:
         typer.echo(json.dumps([asdict(each) for each in estimates]))

@@ -1,12 +1,12 @@
 """``cascadevlm evaluate``."""
 
 import json
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from cascadevlm.base.errors import InputError
 from cascadevlm.cli import options
 
 if TYPE_CHECKING:
@@ -35,9 +35,18 @@ NOT_OF_THE_POLICY = (
 )
 
 
+Source = Annotated[
+    Path,
+    typer.Argument(
+        help="Labelled images: a folder with one subfolder per class, a table with columns path and label, or a saved dataset. "
+        "Or the folder of a run with labels from people (see the command import), or of a record. These need no options."
+    ),
+]
+
+
 @options.grouped()
 def evaluate(
-    data: options.LabelledData,
+    data: Source,
     given: options.CascadeOptions,
     part: options.DataOptions,
     judge_all: JudgeAll = False,
@@ -46,54 +55,77 @@ def evaluate(
     as_json: options.AsJson = False,
 ) -> None:
     """Measure a cascade on labelled images: accuracy, share of escalated images, errors that the judge corrects and makes,
-    calibration and cost.
+    calibration and cost. For a run, these are the images that people labelled.
 
     If the command is killed or interrupted, the same command with --output continues. The exit code is 1 if no question gets an
     answer.
     """
     from rich.console import Console
-    from rich.progress import Progress
 
+    from cascadevlm.base.progress import progress_bar
     from cascadevlm.cli.money import confirm
     from cascadevlm.cli.show import evaluation_rows, print_summary
-    from cascadevlm.evaluation.evaluate import asking_everything, can_replay, evaluate_replayed, record_run
-    from cascadevlm.evaluation.metrics import evaluate as evaluated
-    from cascadevlm.runs.run_folder import SUMMARY, images_left
+    from cascadevlm.evaluation.evaluate import asking_everything, measure
+    from cascadevlm.runs.manifest import NAME
+    from cascadevlm.runs.run_folder import images_left
 
+    if (data / NAME).is_file():
+        if (given, part, judge_all, output) != (options.CascadeOptions(), options.DataOptions(), False, None):
+            raise InputError("A run is evaluated as it was made, so options have no effect.", hint="Leave all options out.")
+        _of_run(data, as_json=as_json)
+        return
     parsed = given.parse()
     cascade, labelled = part.build(parsed, data, given.labels)
     options.tell(cascade.labels, [data])
-    asking = asking_everything(cascade) if judge_all else cascade
     if not yes:
         total, dollars = len(labelled), cascade.ledger.cap_dollars
         left = images_left(output, total, dollars=dollars, retry_failed=False) if output else total
-        confirm(parsed, asking, labelled.images, left)
-    frozen = parsed.frozen(cascade)
+        confirm(parsed, asking_everything(cascade) if judge_all else cascade, labelled.images, left)
     errors = Console(stderr=True)
-    with tempfile.TemporaryDirectory() as scratch, Progress(console=errors, transient=True) as progress:
-        task = progress.add_task("images", total=len(labelled))
-        record = record_run(
-            asking,
+    with progress_bar(len(labelled)) as show:
+        measured = measure(
+            cascade,
             labelled,
-            output or Path(scratch),
-            config=frozen,
-            progress=lambda tally: progress.update(task, completed=tally.images),
+            output,
+            config=parsed.frozen(cascade).model_dump(mode="json"),
+            judge_all=judge_all,
+            progress=lambda tally: show(tally.images, tally.spent_dollars),
             outlook=lambda sentence: errors.print(sentence, markup=False, soft_wrap=True),
         )
-    replays = judge_all and can_replay(record)
-    if judge_all and not replays:
+    evaluation = measured.evaluation
+    if not measured.of_policy:
         typer.echo(NOT_OF_THE_POLICY, err=True)
-    evaluation = evaluate_replayed(record, cascade.stages[0].policy) if replays else evaluated(record)
-    if output:
-        (output / SUMMARY).write_text(json.dumps(evaluation.to_dict(), indent=2) + "\n", encoding="utf-8")
     if as_json:
         typer.echo(json.dumps(evaluation.to_dict()))
     else:
         rows = evaluation_rows(evaluation)
-        if replays and evaluation.judge_accuracy is not None:
+        if judge_all and measured.of_policy and evaluation.judge_accuracy is not None:
             rows["judge, on every image"] = f"{evaluation.judge_accuracy:.1%}"
         print_summary(Console(highlight=False), "Evaluation", rows)
-    _require_an_answer(record)
+    _require_an_answer(measured.record)
+
+
+def _of_run(folder: Path, *, as_json: bool) -> None:
+    """Show the metrics of a finished run: of a record, or of the images that people labelled."""
+    from rich.console import Console
+
+    from cascadevlm.cli.show import evaluation_rows, print_summary
+    from cascadevlm.evaluation.corrected import read_corrected
+    from cascadevlm.evaluation.evaluate import as_configured, evaluate_part, read_decided
+    from cascadevlm.runs.manifest import Manifest
+
+    if Manifest.read(folder).labelled:
+        record = read_decided(folder)
+        evaluation, sentence = evaluate_part(as_configured(record), record), ""
+    else:
+        corrected = read_corrected(folder)
+        evaluation, sentence = corrected.evaluate(), corrected.describe()
+    if as_json:
+        typer.echo(json.dumps(evaluation.to_dict() | ({"holds_for": sentence} if sentence else {})))
+        return
+    print_summary(Console(highlight=False), "Evaluation", evaluation_rows(evaluation))
+    if sentence:
+        typer.echo(sentence)
 
 
 def _require_an_answer(record: "Record") -> None:

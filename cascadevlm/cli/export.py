@@ -17,28 +17,28 @@ def export(
         Path, typer.Option("--output", "-o", help="File (csv, coco, fiftyone) or folder (hf, label-studio) to write.")
     ],
     review: Annotated[
-        bool,
-        typer.Option("--review", help="Write only the images from which the cascade abstained, so that a person can label them."),
-    ] = False,
-    label_next: Annotated[
-        int | None,
+        list[str] | None,
         typer.Option(
-            min=1,
-            metavar="N",
-            help="Write only the N images whose labels would teach most: taken from the most uncertain tenth, equally many per "
-            "predicted label where possible. Default: all images.",
+            metavar="SELECTION",
+            help="Write only images for a person to look at: 'confidence < 0.8', abstained, an outcome of a question (answered, "
+            "none, refused, unparsed, failed, skipped), N (the N images whose labels would teach most: from the most uncertain "
+            "tenth, equally many per predicted label where possible), or 'random N' (a random sample, to measure the accuracy). "
+            "May be given more than once; then all must hold. Images that a person looked at already are left out.",
+            show_default="all images",
         ),
     ] = None,
     as_json: options.AsJson = False,
 ) -> None:
     """Write the predictions of a run in the format of another tool.
 
-    hf: a saved Hugging Face dataset. coco: a JSON file in COCO style, with one class per image. label-studio: pre-annotations,
-    and the labelling configuration for them. fiftyone: the labels.json of a FiftyOneImageClassificationDataset.
+    Labels of people come before labels of the cascade: see the command import. The column decided_by says who decided.
+
+    hf: a saved Hugging Face dataset. coco: a JSON file in COCO style, with one class per image. label-studio: tasks with
+    suggestions, and the labelling configuration for them. fiftyone: the labels.json of a FiftyOneImageClassificationDataset.
     """
     from cascadevlm.runs.export import export as exported
 
-    done = exported(run, to, output, review=review, label_next=label_next)
+    done = exported(run, to, output, review=review or ())
     if as_json:
         typer.echo(json.dumps({"output": str(output), "format": to, **asdict(done)}))
         return

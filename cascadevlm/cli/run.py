@@ -2,8 +2,7 @@
 
 import json
 import signal
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
@@ -14,8 +13,6 @@ import typer
 from cascadevlm.cli import options
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from cascadevlm.runs.tally import Tally
 
 Output = Annotated[
@@ -63,12 +60,6 @@ SIGNALLED = 128
 
 AGREEMENT_IS_NOT_ACCURACY = "Agreement with the judge is not accuracy: where the judge is wrong, the labels are wrong."
 
-SHOWN_PER_SECOND = 10
-"""How often the progress bar is redrawn."""
-
-LOG_SECONDS = 10
-"""Seconds between lines in a log, where no progress bar is shown."""
-
 
 Images = Annotated[Path, typer.Argument(help="Folder of images, or a list of images: text, CSV, JSON lines or Parquet.")]
 
@@ -94,6 +85,7 @@ def run(
     from rich.console import Console
 
     from cascadevlm.base.errors import DataError, InputError
+    from cascadevlm.base.progress import progress_bar
     from cascadevlm.cli.money import confirm
     from cascadevlm.decision.certifying import testable
     from cascadevlm.runs import bulk
@@ -128,7 +120,7 @@ def run(
     console = Console(stderr=True)
     with (
         cluster.on_ray(cascade, parsed, images, workers=workers) if engine == "ray" else nullcontext(cascade) as running,
-        showing_progress(console, total) as progress,
+        progress_bar(total) as show,
         _stopping_in_order() as stopping,
     ):
         tally = bulk.run(
@@ -140,9 +132,9 @@ def run(
             audit=parsed.audit,
             retry_failed=retry_failed,
             stopping=lambda: bool(stopping),
-            progress=lambda tally: progress(tally.images, f"${tally.spent_dollars:.2f} spent"),
-            scored=lambda images: progress(images, "scored"),
-            asked=lambda images: progress(images, "asked"),
+            progress=lambda tally: show(tally.images, tally.spent_dollars),
+            scored=lambda images: show(images, None),
+            asked=show,
             outlook=lambda sentence: console.print(sentence, markup=False, soft_wrap=True),
         )
     _show(tally, output, as_json=as_json)
@@ -183,30 +175,6 @@ def _show(tally: "Tally", output: Path, *, as_json: bool) -> None:
     if skipped := tally.counts["skipped"]:
         hint = "To ask about them, run the same command with a higher budget: --set budget.usd=DOLLARS."
         typer.echo(f"{skipped} images were escalated but not asked about, because the budget was used up. {hint}", err=True)
-
-
-@contextmanager
-def showing_progress(console: "Console", total: int) -> Iterator[Callable[[int, str], None]]:
-    """A function that shows how many images are done, and a few words: as a bar on a terminal, as lines in a log."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-    columns = BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.description}")
-    pause = 1 / SHOWN_PER_SECOND if console.is_terminal else LOG_SECONDS
-    shown_at = time.monotonic()
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("", total=total)
-
-        def show(images: int, what: str) -> None:
-            nonlocal shown_at
-            if time.monotonic() - shown_at < pause:
-                return
-            shown_at = time.monotonic()
-            if console.is_terminal:
-                bar.update(task, completed=images, description=what)
-            else:
-                typer.echo(f"{images} of {total} images, {what}.", err=True)
-
-        yield show
 
 
 @contextmanager

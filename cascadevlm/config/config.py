@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal, Self, get_args
+from typing import Annotated, Literal, Self, TypeVar, get_args
 
 from pydantic import (
     BaseModel,
@@ -42,6 +42,8 @@ from cascadevlm.scorers.several import SeveralScorers
 
 _CALIBRATE = 'Make a calibration with cascadevlm calibrate, and set calibration = "FILE".'
 _KEY_PATH = "Write the key as a path, such as stage.0.judge."
+
+AnyCascade = TypeVar("AnyCascade", bound=Cascade)
 
 _SHORT = reprlib.Repr()
 """Writes values in Python notation. Deeply nested and long values are shortened."""
@@ -275,7 +277,7 @@ class Config(Section):
     audit: AuditConfig | None = None
 
     @classmethod
-    def parse(cls, data: Mapping[str, JsonValue], *, name: str = "config") -> Self:
+    def parse(cls, data: Mapping[str, object], *, name: str = "config") -> Self:
         """Make a configuration from the content of a TOML file. All paths are relative to the working directory.
 
         Raises:
@@ -301,11 +303,24 @@ class Config(Section):
         return self.parse(data)
 
     def build(self, labels: LabelSet | None = None, *, bulk: bool = False) -> Cascade:
-        """Build the cascade. Its models are not loaded yet.
+        """Build the cascade. The arguments and errors are the same as in `build_as`."""
+        return self.build_as(Cascade, labels, bulk=bulk)
+
+    def build_as(
+        self,
+        kind: type[AnyCascade],
+        labels: LabelSet | None = None,
+        *,
+        bulk: bool = False,
+        calibration: Calibration | None = None,
+    ) -> AnyCascade:
+        """Build a cascade of a class. Its models are not loaded yet.
 
         Args:
+            kind: the class.
             labels: the label set. Default: the labels of the configuration.
             bulk: True to keep the embeddings of images on disk.
+            calibration: the calibration. Default: the file that the configuration names, if it names one.
 
         Raises:
             ConfigError: if there are no labels, or if the calibration does not belong to this cascade.
@@ -327,7 +342,8 @@ class Config(Section):
                 raise ConfigError("No labels are given.", hint="Set labels (or --labels) to a file with one class name per line.")
             labels = LabelSet.read(self.labels) if isinstance(self.labels, Path) else LabelSet.of(self.labels)
         scorer = self.cache.keeping_embeddings(self.scorer.build(), images=bulk)
-        calibration = read_calibration(self.calibration) if self.calibration else None
+        if calibration is None and self.calibration:
+            calibration = read_calibration(self.calibration)
         if calibration and len(calibration.judges) != len(self.stage):
             raise ConfigError(
                 f"The calibration has {len(calibration.judges)} stages, but the configuration has {len(self.stage)}.",
@@ -340,7 +356,7 @@ class Config(Section):
             settings = self.stage[0].model_dump(mode="json")
             of_run = {"policy": str(stages[0].policy), "fusion": fusion}
             calibration.require_promised(settings | of_run | {"follow_shares": self.follow_shares, "learn": self.learn})
-        return Cascade(
+        return kind(
             scorer,
             stages,
             labels=labels,
@@ -372,6 +388,17 @@ class Config(Section):
         ]
         fusion = cascade.stages[0].fusion if cascade.stages else None
         return self.model_copy(update={"stage": tuple(stages), "fusion": fusion, "accept": cascade.accept})
+
+
+def read_config(source: str | Path | Mapping[str, object]) -> Config:
+    """The configuration in a TOML file, or in a mapping with the same content.
+
+    Raises:
+        ConfigError: if the file cannot be read or is not valid TOML, or if a key is wrong.
+    """
+    if isinstance(source, Mapping):
+        return Config.parse(source)
+    return Config.parse(read_toml(Path(source)), name=str(source))
 
 
 def read_toml(path: Path) -> dict[str, JsonValue]:

@@ -29,7 +29,9 @@ def load_scorer(spec: str, /, **options: Option) -> Scorer:
     Raises:
         BackendError: if the backend is unknown, if its package is missing, or if an option is unknown or has a wrong value.
     """
-    return cast(Scorer, _load("scorers", spec, options))
+    scorer = cast(Scorer, _load("scorers", spec, options))
+    scorer.spec = spec
+    return scorer
 
 
 def load_judge(spec: str, /, **options: Option) -> Judge:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from cascadevlm.base.arrays import NOBODY
+from cascadevlm.base.arrays import NOBODY, Columns
 from cascadevlm.base.errors import ConfigError, DataError
 from cascadevlm.base.images import ImageSource
 from cascadevlm.base.labels import LabelSet
@@ -20,6 +20,7 @@ from cascadevlm.decision.means import Sums
 from cascadevlm.decision.scorer_calibration import ScorerCalibration
 from cascadevlm.decision.teaching import UNJUDGED, Labelled, Taught
 from cascadevlm.evaluation.adapting import Adapted, measured
+from cascadevlm.runs.corrections import read_corrections
 from cascadevlm.runs.export import predictions_of, table_of
 from cascadevlm.runs.lines import JudgedLine, read_lines
 from cascadevlm.runs.manifest import Manifest
@@ -39,6 +40,8 @@ class Said:
         images: the N images.
         answers: of N images; `NOBODY` without an answer, or where the judge was not asked.
         heard: ``(N,)``, whether the judge said something.
+        truths: ``(N,)`` columns of the labels that people gave; `NOBODY` for other images. Images that show none of the labels,
+            as people say, are left out.
         labels: the label set of the run.
         config: the configuration of the run.
         calibration: the calibration of the run; None if there was none.
@@ -48,6 +51,7 @@ class Said:
     images: list[ImageSource]
     answers: Answers
     heard: Bools
+    truths: Columns
     labels: LabelSet
     config: Config
     calibration: Calibration | None
@@ -56,8 +60,14 @@ class Said:
     def rows(self, index: Bools) -> "Said":
         """The same for some of the images."""
         images = [self.images[row] for row in np.flatnonzero(index)]
-        scores = self.scores and self.scores.rows(index)
-        return replace(self, images=images, answers=self.answers.rows(index), heard=self.heard[index], scores=scores)
+        return replace(
+            self,
+            images=images,
+            answers=self.answers.rows(index),
+            heard=self.heard[index],
+            truths=self.truths[index],
+            scores=self.scores and self.scores.rows(index),
+        )
 
 
 def read_said(folder: Path) -> Said:
@@ -81,12 +91,15 @@ def read_said(folder: Path) -> Said:
     lines: list[JudgedLine] = []
     images: list[ImageSource] = []
     numbers: list[int] = []
-    seen = set()
+    truths: list[int] = []
+    seen, corrections = set(), read_corrections(folder).counting
     judged = read_lines(folder / PREDICTIONS, JudgedLine, predictions.end)
     for (number, line), (_, _, image) in zip(judged, predictions.with_images(), strict=True):
-        digest = line.digest or line.content
-        if line.candidates and digest not in seen:
+        corrected, digest = corrections.get(line.path), line.digest or line.content
+        outside = corrected is not None and corrected.label is None
+        if line.candidates and not outside and digest not in seen:
             seen.add(digest)
+            truths.append(labels.columns[corrected.label] if corrected and corrected.label is not None else NOBODY)
             lines.append(line)
             images.append(image)
             numbers.append(number - 1)
@@ -95,6 +108,7 @@ def read_said(folder: Path) -> Said:
         images=images,
         answers=_answers(lines, labels, none_offered=bool(config.stage) and config.stage[0].offer_none),
         heard=heard,
+        truths=np.array(truths, dtype=np.int64),
         labels=labels,
         config=config,
         calibration=calibration,
@@ -130,6 +144,8 @@ def _answers(lines: list[JudgedLine], labels: LabelSet, *, none_offered: bool) -
 def adapt_to_run(scores: Scores, said: Said) -> Adapted:
     """Make an adapter from what is believed of the images after the judge's answers, and measure it.
 
+    A label that a person gave is certain.
+
     With a calibration that holds labelled images, these images teach, too. They measure the gain: what is learned for a labelled
     image is learned without its label. Images of the run that are near-duplicates of labelled images are left out. Without such a
     calibration, the judge's answers are taken as truths, and nothing is measured.
@@ -147,16 +163,17 @@ def adapt_to_run(scores: Scores, said: Said) -> Adapted:
     labelled = _start(scores, calibration)
     apart = np.ones(len(x), dtype=bool)
     if len(labelled.truths):
-        known = labelled.embeddings.astype(np.float32)
+        calibrated = labelled.embeddings.astype(np.float32)
         for begin in range(0, len(x), AT_ONCE):
-            apart[begin : begin + AT_ONCE] = (x[begin : begin + AT_ONCE] @ known.T).max(axis=1) < NEAR_DUPLICATE
+            apart[begin : begin + AT_ONCE] = (x[begin : begin + AT_ONCE] @ calibrated.T).max(axis=1) < NEAR_DUPLICATE
     scores, said, x = scores.rows(apart), said.rows(apart), x[apart]
     start = taught = labelled.taught(labelled.nothing())
     for _ in range(ROUNDS):
         chunks = (slice(begin, begin + AT_ONCE) for begin in range(0, len(x), AT_ONCE))
         sums = (_sums(taught, scores.log_probs[rows], x[rows], said, rows) for rows in chunks)
         taught = labelled.taught(reduce(Sums.__add__, sums, labelled.nothing()))
-    made = Made(method="means", images=len(x) + len(labelled.truths), labelled=len(labelled.truths))
+    known = len(labelled.truths) + int((said.truths != NOBODY).sum())
+    made = Made(method="means", images=len(x) + len(labelled.truths), labelled=known)
     adapter = linear_adapter(taught.linear(), scores.labels, scores.fingerprint, made)
     best = adapter.logits(x, scores.log_probs).argmax(axis=1)
     changed = float((best != scores.log_probs.argmax(axis=1)).mean())
@@ -198,4 +215,7 @@ def _sums(taught: Taught, log_probs: NDArray[np.float32], x: NDArray[np.float32]
         model = said.calibration.judges[0].model
         posteriors = np.stack([model.posterior(each, answers) for each in opinions])
         beliefs = np.exp(np.where(heard[:, None], posteriors, opinions))
-    return Sums.of(x, beliefs, np.where(heard, 1.0, UNJUDGED))
+    truths = said.truths[rows]
+    corrected = truths != NOBODY
+    beliefs[:, corrected] = np.eye(opinions.shape[2])[truths[corrected]]
+    return Sums.of(x, beliefs, np.where(heard | corrected, 1.0, UNJUDGED))

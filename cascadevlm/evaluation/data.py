@@ -308,7 +308,7 @@ def _checked(data: Data, labels: LabelSet) -> Data:
     """The data. Truths are replaced by their names in the label set."""
     if not len(data):
         raise DataError("The data contains no images.", hint="A folder of labelled images needs one subfolder per class.")
-    known = {words(name): label.name for label in labels for name in (label.name, *label.aliases)}
+    known = labels.by_words
     files = () if isinstance(data.images, _Read) else cast(Sequence[Path], data.images)
     problems = {
         "labels are not in the label set": sorted(truth for truth in set(data.truths) if words(truth) not in known),

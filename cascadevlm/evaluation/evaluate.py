@@ -1,12 +1,15 @@
 """Evaluates a cascade on labelled images: makes a record, and computes the metrics of the run or of another policy."""
 
-import shutil
-from collections.abc import Callable
-from dataclasses import replace
+import json
+import tempfile
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from pydantic import JsonValue
+
 from cascadevlm.cascade.cascade import Cascade
-from cascadevlm.config.config import Config
 from cascadevlm.decision.calibration import FUSION_RULES
 from cascadevlm.evaluation.data import Data
 from cascadevlm.evaluation.deciding import BESIDE, calibration_beside, decided
@@ -17,7 +20,59 @@ from cascadevlm.policies.base import Policy, PolicyLike
 from cascadevlm.policies.language import parse_policy
 from cascadevlm.policies.rules import Always
 from cascadevlm.runs.bulk import run
+from cascadevlm.runs.run_folder import SUMMARY
 from cascadevlm.runs.tally import Tally
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """The record of a cascade on labelled images, and its figures.
+
+    Attributes:
+        record: the record. If the judge was asked about every image, it contains these answers, too.
+        evaluation: the figures.
+        of_policy: true if the figures are for the policies of the cascade; false if they are for a judge that was asked about
+            every image.
+    """
+
+    record: Record
+    evaluation: Evaluation
+    of_policy: bool
+
+
+def measure(
+    cascade: Cascade,
+    data: Data,
+    folder: Path | None = None,
+    *,
+    config: Mapping[str, JsonValue],
+    judge_all: bool = False,
+    progress: Callable[[Tally], None] = lambda tally: None,
+    outlook: Callable[[str], None] = lambda sentence: None,
+) -> Measured:
+    """Run a cascade over labelled images, and evaluate the record.
+
+    Args:
+        cascade: the cascade.
+        data: the labelled images.
+        folder: folder of the record. An unfinished run in the folder is continued. Default: the record is not kept on disk.
+        config: the configuration from which the cascade was built. It is stored in the record.
+        judge_all: true to ask every judge about every image. The figures are for the policy of the cascade all the same, if the
+            record can be replayed (`can_replay`).
+        progress: function that is called after every prediction.
+        outlook: function that is called with a sentence about the work that is left, if the folder contains predictions.
+
+    Raises:
+        DataError, RunError, JudgeError: in the same cases as `cascadevlm.runs.bulk.run`.
+    """
+    asking = asking_everything(cascade) if judge_all else cascade
+    with nullcontext(folder) if folder else tempfile.TemporaryDirectory() as kept:
+        record = record_run(asking, data, Path(kept), config=config, progress=progress, outlook=outlook)
+    replays = judge_all and can_replay(record)
+    evaluation = evaluate_replayed(record, cascade.stages[0].policy) if replays else evaluate(record)
+    if folder:
+        (folder / SUMMARY).write_text(json.dumps(evaluation.to_dict(), indent=2) + "\n", encoding="utf-8")
+    return Measured(record=record, evaluation=evaluation, of_policy=replays or not judge_all)
 
 
 def asking_everything(cascade: Cascade) -> Cascade:
@@ -30,7 +85,7 @@ def record_run(
     data: Data,
     folder: Path,
     *,
-    config: Config,
+    config: Mapping[str, JsonValue],
     progress: Callable[[Tally], None] = lambda tally: None,
     outlook: Callable[[str], None] = lambda sentence: None,
 ) -> Record:
@@ -39,7 +94,7 @@ def record_run(
     Args:
         cascade: the cascade.
         data: the labelled images.
-        folder: folder of the record. If the cascade has a calibration, the calibration is copied into the folder.
+        folder: folder of the record. If the cascade has a calibration, the calibration is written into the folder.
         config: the configuration from which the cascade was built. It is stored in the record.
         progress: function that is called after every prediction.
         outlook: function that is called with a sentence about the work that is left, if the folder contains predictions.
@@ -47,10 +102,9 @@ def record_run(
     Raises:
         DataError, RunError, JudgeError: in the same cases as `cascadevlm.runs.bulk.run`.
     """
-    run(cascade, data, folder, config=config.model_dump(mode="json"), progress=progress, outlook=outlook)
-    beside = folder / BESIDE
-    if config.calibration is not None and config.calibration.resolve() != beside.resolve():
-        shutil.copy(config.calibration, beside)
+    run(cascade, data, folder, config=config, progress=progress, outlook=outlook)
+    if cascade.calibration is not None:
+        cascade.calibration.write(folder / BESIDE)
     return read_decided(folder)
 
 

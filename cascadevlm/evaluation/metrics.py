@@ -14,8 +14,10 @@ from numpy.typing import NDArray
 from pydantic import JsonValue
 
 from cascadevlm.base.arrays import NOBODY, Columns
+from cascadevlm.base.html import card
 from cascadevlm.base.types import Outcome
 from cascadevlm.evaluation.record import Judged, Record
+from cascadevlm.evaluation.texts import figures
 
 DEPTHS = (1, 2, 3, 5, 10, 20)
 """The values of k for which `evaluate` reports top-k recall. Values above the number of labels are left out."""
@@ -263,6 +265,13 @@ class Evaluation:
     latency_p95: float | None
     outcomes: dict[str, int]
     per_class: dict[str, ClassEvaluation]
+
+    def __repr__(self) -> str:
+        accuracies = f"cascade_accuracy={self.cascade_accuracy}, scorer_accuracy={self.scorer_accuracy}"
+        return f"Evaluation(images={self.images}, {accuracies}, deferral_rate={self.deferral_rate}, dollars={self.dollars})"
+
+    def _repr_html_(self) -> str:
+        return card("Evaluation", figures(self))
 
     def to_dict(self) -> dict[str, JsonValue]:
         """The evaluation as JSON-serialisable data. Intervals are lists, and the keys of ``top_k_recall`` are strings."""

@@ -22,8 +22,10 @@ from pydantic import BaseModel
 from cascadevlm.base.arrays import NOBODY, Columns
 from cascadevlm.base.errors import CascadeError, DataError
 from cascadevlm.base.files import valid_text
+from cascadevlm.base.html import card
 from cascadevlm.base.labels import LabelSet
 from cascadevlm.base.types import Scores, Verdict
+from cascadevlm.runs.corrections import read_corrections
 from cascadevlm.runs.lines import Asked, LabelledLine, WholeVerdict, read_lines
 from cascadevlm.runs.manifest import NAME, Manifest
 from cascadevlm.runs.run_folder import PREDICTIONS
@@ -164,6 +166,21 @@ class Record:
     def __len__(self) -> int:
         return len(self.truths)
 
+    def __repr__(self) -> str:
+        return f"Record(images={len(self)}, judges={[stage.judge for stage in self.stages]!r}, labels={self.labels!r})"
+
+    def _repr_html_(self) -> str:
+        right = int((self.predicted == self.truths)[self.readable].sum())
+        rows = {
+            "images": f"{len(self):,} ({int((~self.readable).sum()):,} unreadable)",
+            "labels": f"{len(self.labels):,}",
+            "scorer": self.scores.fingerprint,
+            "judges": [f"{stage.judge}: asked about {int(stage.asked.sum()):,} images" for stage in self.stages],
+            "right": f"{right:,}",
+            "paid": f"${sum(stage.paid.sum() for stage in self.stages):,.4f}",
+        }
+        return card("Record", rows)
+
     def take(self, rows: NDArray[np.intp]) -> "Record":
         """The record of the images of these rows, in this order."""
         return Record(
@@ -208,7 +225,8 @@ class Record:
 
 
 def read_record(folder: str | Path) -> Record:
-    """Read the record in a folder.
+    """Read the record in a folder. Labels of people replace the true labels. Images that show none of the labels, as people say,
+    are left out.
 
     Raises:
         DataError: if there is no record, its run is not finished, a part is missing or damaged, or its parts contradict each
@@ -219,7 +237,8 @@ def read_record(folder: str | Path) -> Record:
         labels = LabelSet(tuple(manifest.labels))
         log_probs, columns = _read_scores(folder, labels)
         embeddings = _read_embeddings(folder, len(log_probs))
-        content = _Content(labels, len(manifest.stages), len(log_probs))
+        content, corrections = Content(labels, manifest, len(log_probs)), read_corrections(folder)
+        outside = np.zeros(len(log_probs), dtype=bool)
         for number, line in _lines(folder, len(log_probs)):
             rows = [log_probs[number]] if columns is None else [log_probs[number], columns[number]]
             if line.scores != checksum(*rows):
@@ -230,31 +249,21 @@ def read_record(folder: str | Path) -> Record:
                 raise ValueError(
                     f"{EMBEDDINGS} has another embedding of image {number} than the embedding from which its prediction was made"
                 )
-            content.add(number, line)
+            corrected = corrections.counting.get(line.path)
+            outside[number] = corrected is not None and corrected.label is None
+            content.add(number, line, corrected.label if corrected and corrected.label else line.truth)
         readable = content.readable
         if columns is not None:
             log_probs = _spread(log_probs, columns, len(labels))
         log_probs[~readable] = -np.log(len(labels))
-        return Record(
-            scores=Scores(
-                log_probs=log_probs,
-                labels=labels,
-                fingerprint=manifest.fingerprint or "",
-                embeddings=embeddings if content.embedded[readable].all() else None,
-            ),
-            readable=readable,
-            names=tuple(content.names),
-            truths=content.truths,
-            stages=tuple(
-                _judged(said, judge, len(readable), content.column)
-                for judge, said in zip(manifest.stages, content.said, strict=True)
-            ),
-            predicted=content.predicted,
-            probabilities=content.probabilities,
-            decided_by=tuple(content.decided_by),
-            digests=tuple(content.digests),
-            info=manifest,
+        scores = Scores(
+            log_probs=log_probs,
+            labels=labels,
+            fingerprint=manifest.fingerprint or "",
+            embeddings=embeddings if content.embedded[readable].all() else None,
         )
+        record = content.record(scores)
+        return record.take(np.flatnonzero(~outside)) if outside.any() else record
 
 
 def read_verdicts(folder: str | Path) -> tuple[list[tuple[str, Asked, Verdict]], ...]:
@@ -280,7 +289,7 @@ class _Unfinished(ValueError):
 @contextmanager
 def _reading(folder: Path) -> Iterator[Manifest]:
     """The manifest of a record. Errors in the block become a DataError with one sentence about the record."""
-    hint = "Make a record: cascadevlm evaluate DATA -o RUN."
+    hint = "Make a record: cascadevlm evaluate DATA -o RUN. Or import labels of people: cascadevlm import FILE --into RUN."
     missing = [part for part in (NAME, PREDICTIONS) if not (folder / part).is_file()]
     if missing:
         raise DataError(f"{str(folder)!r} does not contain a complete record: it lacks {' and '.join(missing)}.", hint=hint)
@@ -347,11 +356,14 @@ def _spread(best: NDArray[np.float32], columns: NDArray[np.int32], classes: int)
     return whole
 
 
-class _Content:
-    """Collects N lines as columns and, for each stage, the image, the verdict and the question of each answer."""
+class Content:
+    """Collects the lines of N labelled images as columns and, for each stage, the image, the verdict and the question of each
+    answer.
+    """
 
-    def __init__(self, labels: LabelSet, stages: int, images: int) -> None:
+    def __init__(self, labels: LabelSet, manifest: Manifest, images: int) -> None:
         self.column = labels.columns
+        self.manifest = manifest
         self.names: list[str] = []
         self.digests: list[str] = []
         self.decided_by: list[str] = []
@@ -360,14 +372,14 @@ class _Content:
         self.probabilities = np.full(images, np.nan)
         self.readable = np.zeros(images, dtype=bool)
         self.embedded = np.zeros(images, dtype=bool)
-        self.said: list[list[tuple[int, WholeVerdict, Asked | None]]] = [[] for _ in range(stages)]
+        self.said: list[list[tuple[int, WholeVerdict, Asked | None]]] = [[] for _ in manifest.stages]
 
-    def add(self, number: int, line: LabelledLine) -> None:
-        """Add the next line."""
+    def add(self, number: int, line: LabelledLine, truth: str | None) -> None:
+        """Add the next line, with the name of its true label."""
         self.names.append(valid_text(line.path))
         self.digests.append(line.pixels)
         self.decided_by.append(line.decided_by or "")
-        self.truths[number] = self.column[line.truth or ""]
+        self.truths[number] = self.column[truth or ""]
         self.readable[number] = bool(line.candidates)
         self.embedded[number] = line.embedding is not None
         if line.label is not None:
@@ -376,6 +388,28 @@ class _Content:
             self.probabilities[number] = line.probability
         for verdict, asked in zip(line.verdicts, line.questions, strict=True):
             self.said[verdict.stage].append((number, verdict, asked))
+
+    def record(self, scores: Scores) -> Record:
+        """The record of these lines.
+
+        Args:
+            scores: scores of the N images.
+        """
+        return Record(
+            scores=scores,
+            readable=self.readable,
+            names=tuple(self.names),
+            truths=self.truths,
+            stages=tuple(
+                _judged(said, judge, len(self.readable), self.column)
+                for judge, said in zip(self.manifest.stages, self.said, strict=True)
+            ),
+            predicted=self.predicted,
+            probabilities=self.probabilities,
+            decided_by=tuple(self.decided_by),
+            digests=tuple(self.digests),
+            info=self.manifest,
+        )
 
 
 def _judged(said: Sequence[tuple[int, WholeVerdict, Asked | None]], judge: str, size: int, column: Mapping[str, int]) -> Judged:

@@ -87,6 +87,6 @@ def record_runs(
             running = cascade.altered(ledger=Ledger(left), store=store)
             if replays:
                 running = running.altered(scorer=load_scorer(f"recorded:{known}"))
-            records[name] = record_run(running, data[name], own, config=configs[name], progress=progress)
+            records[name] = record_run(running, data[name], own, config=configs[name].model_dump(mode="json"), progress=progress)
             spent[ledger] += spent_in(own)
     return records

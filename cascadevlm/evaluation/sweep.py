@@ -5,7 +5,7 @@ policy needs.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,10 +45,10 @@ class Curve:
     """
 
     name: str
-    deferral_rates: Values
-    accuracies: Values
-    dollars: Values
-    thresholds: Values | None
+    deferral_rates: Values = field(repr=False)
+    accuracies: Values = field(repr=False)
+    dollars: Values = field(repr=False)
+    thresholds: Values | None = field(repr=False)
     area: float
 
     def at(self, deferral_rate: float) -> float:
@@ -84,7 +84,7 @@ class Sweep:
     scorer_accuracy: float
     judge_accuracy: float
     curves: tuple[Curve, ...]
-    pareto: tuple[tuple[str, float, float, float], ...]
+    pareto: tuple[tuple[str, float, float, float], ...] = field(repr=False)
 
     def curve(self, name: str) -> Curve:
         """The curve with this name, in the sweep of one record."""

@@ -147,7 +147,7 @@ class DurableLedger(Ledger):
     def __init__(self, dollars: float | None, path: Path) -> None:
         super().__init__(dollars)
         self.path = path
-        self._spent = _sum(path) if path.exists() else 0
+        self._spent = total_in(path)
         with writing_to(path.parent):
             write_whole(path, line_of_ledger(spent=self._spent))
             self._file = path.open("a", encoding="utf-8")
@@ -173,8 +173,14 @@ def line_of_ledger(*, reserved: int = 0, spent: int) -> str:
     return json.dumps({"reserved": reserved, "spent": spent}) + "\n"
 
 
-def _sum(path: Path) -> int:
-    """Sum of the spent and the reserved amounts in a ledger's file, in nanodollars."""
+def total_in(path: Path) -> int:
+    """Sum of the spent and the reserved amounts in the file of a `DurableLedger`, in nanodollars; 0 if there is no file.
+
+    Raises:
+        DataError: if a line is damaged.
+    """
+    if not path.exists():
+        return 0
     spent = reserved = 0
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):

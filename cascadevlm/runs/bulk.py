@@ -52,7 +52,7 @@ def run(
     stopping: Callable[[], bool] = lambda: False,
     progress: Callable[[Tally], None] = lambda tally: None,
     scored: Callable[[int], None] = lambda images: None,
-    asked: Callable[[int], None] = lambda images: None,
+    asked: Callable[[int, float], None] = lambda images, dollars: None,
     outlook: Callable[[str], None] = lambda sentence: None,
 ) -> Tally:
     """Classify images into a folder. The results of an earlier session in the folder are kept, and no stored question is asked
@@ -78,7 +78,8 @@ def run(
         stopping: function that is called before each batch. If it returns true, the run finishes its open questions and ends.
         progress: function that is called after every prediction.
         scored: function that is called with the number of scored images, if all images are scored before the first decision.
-        asked: function that is called with the number of images that the judge was asked about, if the run has a certificate.
+        asked: function that is called with the number of images that the judge was asked about, and the US dollars that were spent,
+            if the run has a certificate.
         outlook: function that is called with a sentence about the work that is left, if the folder contains predictions.
 
     Raises:

@@ -56,7 +56,7 @@ def run_certified(
     retry_failed: bool,
     stopping: Callable[[], bool],
     scored: Callable[[int], None],
-    asked: Callable[[int], None],
+    asked: Callable[[int, float], None],
     outlook: Callable[[str], None],
 ) -> bool:
     """Write the predictions of a run with a certificate into its folder. Returns False if the run was stopped before.
@@ -69,7 +69,7 @@ def run_certified(
         retry_failed: true to read unreadable images again, and to ask again from the first failed question on.
         stopping: function that is called before each batch. If it returns true, the run ends.
         scored: function that is called with the number of scored images.
-        asked: function that is called with the number of images that the judge was asked about.
+        asked: function that is called with the number of images that the judge was asked about, and the US dollars that were spent.
         outlook: function that is called with a sentence about the work that is left.
 
     Raises:
@@ -132,7 +132,7 @@ class Asking:
         inputs: the images.
         answers: the answers so far.
         stopping: function that is called before each batch. If it returns true, no further batch is started.
-        asked: function that is called with the number of images that the judge was asked about.
+        asked: function that is called with the number of images that the judge was asked about, and the US dollars that were spent.
 
     Attributes:
         readable: `(N,)` numbers of the images that could be read. Everything that is certified is about these.
@@ -148,7 +148,7 @@ class Asking:
         answers: AnswersFile,
         *,
         stopping: Callable[[], bool] = lambda: False,
-        asked: Callable[[int], None] = lambda images: None,
+        asked: Callable[[int, float], None] = lambda images, dollars: None,
     ) -> None:
         (stage,) = cascade.stages
         self.stage = replace(stage, policy=Always())
@@ -210,7 +210,7 @@ class Asking:
         run: Run = given.begin(stopping=lambda: self.stopping() or self.answers.skipped > 0)
         async with aclosing(run.predictions(sources(), len(numbers))) as predictions:
             async for _ in predictions:
-                self.asked(self.answers.asked)
+                self.asked(self.answers.asked, self.answers.folder.ledger.spent_dollars)
 
     def certificate(self, promise: Promise, seed: int, outlook: Callable[[str], None]) -> Certificate | None:
         """The certificate, after all its questions; None if the run was stopped or the budget was used up."""

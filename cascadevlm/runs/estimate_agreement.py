@@ -49,7 +49,7 @@ def estimate_agreement(
     agreements: Sequence[AgreementConfig],
     *,
     scored: Callable[[int], None] = lambda images: None,
-    asked: Callable[[int], None] = lambda images: None,
+    asked: Callable[[int, float], None] = lambda images, dollars: None,
 ) -> list[AgreementEstimate]:
     """The estimate for each of several certificates. Scores all images, and asks the judge the first questions of the run.
 
@@ -60,7 +60,7 @@ def estimate_agreement(
         inputs: all images of the run.
         agreements: the certificates, with one seed.
         scored: function that is called with the number of scored images.
-        asked: function that is called with the number of images that the judge was asked about.
+        asked: function that is called with the number of images that the judge was asked about, and the US dollars that were spent.
 
     Raises:
         ConfigError: if the cascade has no store, or if the budget is too small for the first questions.

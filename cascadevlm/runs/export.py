@@ -1,11 +1,12 @@
 """Predictions of a run in the formats of other tools.
 
-Lines of ``predictions.jsonl`` are written as they are read, so memory grows by only one byte per prediction, or by 17 bytes if
-the images to label next are picked. If the run is not finished, the predictions that exist at the start of the export are
+Lines of ``predictions.jsonl`` are written as they are read, so memory grows by only one byte per prediction, or by at most 26
+bytes if images are selected for a review. If the run is not finished, the predictions that exist at the start of the export are
 exported. Relative paths count from the working directory, as in the run.
 
+- If a person corrected an image, the image has the label of the person, and ``decided_by`` is "person".
 - Images that the run could not read, or that have disappeared since then, are exported only to CSV.
-- Images without a label because the cascade abstained are unlabelled images in every format.
+- Images without a label are unlabelled images in every format.
 - Images in a table are read from the table. Formats that can only name files cannot export them.
 """
 
@@ -14,8 +15,7 @@ import json
 import mmap
 import os
 import tempfile
-from array import array
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from itertools import compress
@@ -27,14 +27,15 @@ from xml.etree import ElementTree
 import numpy as np
 from pydantic import BaseModel, JsonValue, ValidationError
 
-from cascadevlm.base.bounds import Count, require_number
 from cascadevlm.base.errors import DataError, ImageError, InputError
 from cascadevlm.base.files import valid_text
 from cascadevlm.base.images import size_of
-from cascadevlm.decision.picking import most_instructive
+from cascadevlm.runs.corrections import Corrections, read_corrections
 from cascadevlm.runs.inputs import Inputs
+from cascadevlm.runs.label_studio import config_of, task_of
 from cascadevlm.runs.lines import Line, read_lines
 from cascadevlm.runs.manifest import NAME
+from cascadevlm.runs.review import Review
 from cascadevlm.runs.run_folder import PREDICTIONS
 
 COLUMNS = ("path", "label", "probability", "decided_by", "escalated", "outcome", "dollars", "error")
@@ -108,21 +109,24 @@ class Chosen:
         name: name of the run.
         labels: names of the label set.
         predictions: all predictions of the run.
+        corrections: the corrections of the run. Predictions are given with the labels of people.
         wanted: for each line, `LEFT_OUT`, `UNLABELLED` or `LABELLED`.
     """
 
     name: str
     labels: tuple[str, ...]
     predictions: Predictions
+    corrections: Corrections
     wanted: bytearray
 
     def __iter__(self) -> Iterator[tuple[int, Line]]:
         """The lines with their numbers in the file, from 1."""
-        return compress(self.predictions, self.wanted)
+        return ((number, self.corrections.applied(line)) for number, line in compress(self.predictions, self.wanted))
 
     def with_images(self) -> Iterator[tuple[int, Line, Path | bytes]]:
         """The lines with their numbers, and the path or the bytes of the image."""
-        return compress(self.predictions.with_images(), self.wanted)
+        lines = compress(self.predictions.with_images(), self.wanted)
+        return ((number, self.corrections.applied(line), image) for number, line, image in lines)
 
 
 Images: TypeAlias = Literal["none", "any", "files"]
@@ -160,7 +164,7 @@ class Exported:
     how_to_load: str
 
 
-def export(run: str | Path, to: str, output: str | Path, *, review: bool = False, label_next: int | None = None) -> Exported:
+def export(run: str | Path, to: str, output: str | Path, *, review: Sequence[str] = ()) -> Exported:
     """Write the predictions of a run in the format of another tool. After an error, nothing is left at ``output``.
 
     Args:
@@ -169,21 +173,21 @@ def export(run: str | Path, to: str, output: str | Path, *, review: bool = False
             labels in the file.
         to: one of `FORMATS`.
         output: the new file or folder.
-        review: true to export only the images from which the cascade abstained.
-        label_next: number of images to export: those whose labels would teach most, see `most_instructive`. Default: all images.
+        review: export only images that a person should look at. All of these must hold: "confidence < P", "abstained", an outcome
+            of a question, a number of images ("200": those whose labels would teach most), or the size of a random sample
+            ("random 200"). Default: all images.
 
     Raises:
-        InputError: if the format is unknown, if ``label_next`` is below 1, or if the output exists already or cannot be written.
+        InputError: if the format is unknown, if the review is not valid, or if the output exists already or cannot be written.
         DataError: if there are no predictions, if a line is not a prediction, or if no image can be read.
     """
     run, output = Path(run), Path(output)
     if to not in FORMATS:
         raise InputError(f"There is no format {to!r}.", hint=f"Use one of: {', '.join(FORMATS)}.")
-    if label_next is not None:
-        require_number("label_next", label_next, Count)
+    selection = Review.parse(review) if review else None
     if output.exists():
         raise InputError(f"{str(output)!r} exists already.", hint="Use another name, or delete it first.")
-    chosen, left_out = _choose(run, to, review=review, label_next=label_next)
+    chosen, left_out = _choose(run, to, selection)
     try:
         with tempfile.TemporaryDirectory(dir=output.parent, prefix=".export-") as scratch:
             unfinished = Path(scratch) / output.name
@@ -200,14 +204,15 @@ def export(run: str | Path, to: str, output: str | Path, *, review: bool = False
     )
 
 
-def _choose(run: Path, to: str, *, review: bool, label_next: int | None) -> tuple[Chosen, int]:
+def _choose(run: Path, to: str, review: Review | None) -> tuple[Chosen, int]:
     """The predictions to export, and the number of images that are left out because they cannot be read."""
     form, described = FORMATS[to], _description_of(run)
     said = predictions_of(run, table_of(described.inputs) if form.images == "any" else None)
+    corrections = read_corrections(run)
     labels = tuple(label.name for label in described.labels)
-    known, occurring, asked_for, wanted = set(labels), set[str](), 0, bytearray()
-    certainties, guesses, columns = array("d"), array("q"), dict[str, int]()
-    for number, line, image in said.with_images():
+    known, occurring, left_out, wanted = set(labels), set[str](), 0, bytearray()
+    for number, original, image in said.with_images():
+        line = corrections.applied(original)
         named = {line.label} if line.label is not None else set()
         if known and not named <= known:
             raise DataError(
@@ -215,29 +220,30 @@ def _choose(run: Path, to: str, *, review: bool, label_next: int | None) -> tupl
                 hint="Use the unchanged folder of a run.",
             )
         occurring |= named | {candidate.label for candidate in line.candidates}
-        if (review and not line.abstained) or (label_next and not line.candidates):
-            wanted.append(LEFT_OUT)
-            continue
-        asked_for += 1
         readable = form.images == "none" or (bool(line.candidates) and _is_there(image))
+        left_out += not readable
         wanted.append(LEFT_OUT if not readable else UNLABELLED if line.label is None else LABELLED)
-        if label_next and readable:
-            best = min(line.candidates, key=lambda candidate: candidate.rank)
-            certainties.append(best.probability if line.probability is None else line.probability)
-            guesses.append(columns.setdefault(line.label or best.label, len(columns)))
+        if review and readable and line.candidates:
+            review.add(number - 1, original, seen=line.path in corrections.standing)
     if not wanted:
         raise DataError(f"{str(said.file)!r} contains no predictions.", hint="Continue the run first.")
-    if review and not asked_for:
-        raise DataError(
-            f"{str(said.file)!r} has nothing to review: the cascade abstained from no image.", hint="Export without --review."
-        )
-    left_out = wanted.count(LEFT_OUT) - (len(wanted) - asked_for)
-    if left_out == asked_for:
+    if left_out == len(wanted):
         raise _unreadable(said.file, to, described)
-    if label_next:
-        rows = np.frombuffer(wanted, dtype=np.uint8)
-        rows[np.flatnonzero(rows)[~most_instructive(np.array(certainties), np.array(guesses), label_next)]] = LEFT_OUT
-    return Chosen(name=run.resolve().name, labels=labels or tuple(sorted(occurring)), predictions=said, wanted=wanted), left_out
+    if review:
+        selected = np.zeros(len(wanted), dtype=np.uint8)
+        selected[review.rows()] = 1
+        if not selected.any():
+            told = f"{str(said.file)!r} has nothing to review: no image that a person has not looked at fits the selection."
+            raise DataError(told, hint="Export with another --review, or without it.")
+        wanted, left_out = bytearray((selected * np.frombuffer(wanted, dtype=np.uint8)).tobytes()), 0
+    chosen = Chosen(
+        name=run.resolve().name,
+        labels=labels or tuple(sorted(occurring)),
+        predictions=said,
+        corrections=corrections,
+        wanted=wanted,
+    )
+    return chosen, left_out
 
 
 def _is_there(image: Path | bytes) -> bool:
@@ -397,22 +403,12 @@ def write_label_studio(chosen: Chosen, output: Path) -> str:
 
     def task(line: Line) -> dict[str, JsonValue]:
         place = quote(os.fsencode(absolute(line).relative_to(storage.parent).as_posix()))
-        data: JsonValue = {**columns_of(line), "image": f"/data/local-files/?d={place}"}
-        if line.label is None:
-            return {"data": data}
-        choice: JsonValue = {"from_name": "label", "to_name": "image", "type": "choices", "value": {"choices": [line.label]}}
-        return {"data": data, "predictions": [{"model_version": chosen.name, "score": line.probability, "result": [choice]}]}
+        return task_of(line, columns_of(line), image=f"/data/local-files/?d={place}", run=chosen.name)
 
     with (output / "tasks.json").open("w", encoding="utf-8") as file:
         _write_list(file, (task(line) for _, line in chosen))
-    view = ElementTree.Element("View")
-    ElementTree.SubElement(view, "Image", name="image", value="$image")
-    ElementTree.SubElement(view, "Filter", toName="label", minlength="0")
-    choices = ElementTree.SubElement(view, "Choices", name="label", toName="image", choice="single")
-    for name in chosen.labels:
-        ElementTree.SubElement(choices, "Choice", value=name)
-    ElementTree.indent(view)
-    ElementTree.ElementTree(view).write(output / "label_config.xml", encoding="utf-8")
+    config = ElementTree.ElementTree(config_of(chosen.labels))
+    config.write(output / "label_config.xml", encoding="utf-8")
     serving = f"LABEL_STUDIO_LOCAL_FILES_SERVING_ENABLED=true LABEL_STUDIO_LOCAL_FILES_DOCUMENT_ROOT={storage.parent}"
     steps = (
         f"make a project with label_config.xml, add {storage} to it as a local storage without syncing it, and import tasks.json"
@@ -422,14 +418,21 @@ def write_label_studio(chosen: Chosen, output: Path) -> str:
 
 def write_fiftyone(chosen: Chosen, output: Path) -> str:
     """Write the ``labels.json`` of a ``FiftyOneImageClassificationDataset``. It contains the classes and, by the absolute path
-    of each image, the label, the confidence and the part that decided. Unlabelled images have null.
+    of each image, the label, the confidence, who decided, the candidates with their probabilities, and the last judge's
+    reasoning. Unlabelled images have null.
     """
     number_of = {name: number for number, name in enumerate(chosen.labels)}
 
     def target(line: Line) -> JsonValue:
         if line.label is None:
             return None
-        return {"label": number_of[line.label], "confidence": line.probability, "attributes": {"decided_by": line.decided_by}}
+        attributes: JsonValue = {
+            "decided_by": line.decided_by,
+            "candidates": [candidate.label for candidate in line.ranked],
+            "probabilities": [candidate.probability for candidate in line.ranked],
+            "reasoning": line.verdict.rationale or line.verdict.text if line.verdict else "",
+        }
+        return {"label": number_of[line.label], "confidence": line.probability, "attributes": attributes}
 
     with output.open("w", encoding="utf-8") as file:
         file.write(f'{{"classes": {json.dumps(chosen.labels)},\n"labels": ')

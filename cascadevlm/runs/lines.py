@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, Self, TypeVar
+from typing import TYPE_CHECKING, BinaryIO, Literal, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -102,6 +102,7 @@ class Line(BaseModel):
     """One line: the fields of `Prediction.to_dict`, and facts about the image. Texts may contain invalid Unicode.
 
     Attributes:
+        decided_by: as in `Prediction`. "person" if the label is a correction, which only exports contain.
         digest: the sha256 of the image's file; "" if the image is not a file or could not be scored.
         content: the digest of an image that is not a file (`Prepared.digest`); "" if it could not be scored.
         truth: name of the true label; None if the images have no labels.
@@ -110,7 +111,7 @@ class Line(BaseModel):
     path: InstanceOf[str]
     label: InstanceOf[str] | None
     probability: float | None
-    decided_by: DecidedBy | None
+    decided_by: DecidedBy | Literal["person"] | None
     candidates: list[LineCandidate]
     reasons: list[str]
     verdict: LineVerdict | None
@@ -158,6 +159,21 @@ class Line(BaseModel):
     @property
     def audited(self) -> bool:
         return AUDITED in self.reasons
+
+    @property
+    def ranked(self) -> list[LineCandidate]:
+        """The candidates, the scorer's best candidate first."""
+        return sorted(self.candidates, key=lambda candidate: candidate.rank)
+
+    @property
+    def confidence(self) -> float:
+        """The probability of the label. If it is unknown, this is the scorer's probability of the label or, without a label, of
+        the best candidate. 0 if the image could not be read.
+        """
+        if self.probability is not None:
+            return self.probability
+        scorers = [each.probability for each in self.ranked if self.label in (None, each.label)]
+        return scorers[0] if scorers else 0.0
 
     @property
     def asked(self) -> bool:

@@ -14,6 +14,7 @@
                           period, and the position of the decisions there
     verdicts/             the judges' answers, if the configuration keeps no cache
     predictions.parquet   the predictions as a table in the order of the input, written when all predictions exist
+    corrections.jsonl     what people said about images: see `cascadevlm.runs.corrections`
     summary.json          in a run: the counts, written when all predictions exist; in a record: the metrics
     lock                  locked by the process that writes
 
@@ -66,7 +67,7 @@ from cascadevlm.cascade.engine import BEGINNING, Checkpoint
 from cascadevlm.cascade.observer import Observer
 from cascadevlm.decision.distinct import keys_of
 from cascadevlm.judges.base import Judge
-from cascadevlm.judges.budget import DurableLedger, line_of_ledger
+from cascadevlm.judges.budget import DurableLedger, line_of_ledger, total_in
 from cascadevlm.runs import manifest as manifests
 from cascadevlm.runs.certificate import read_certificate
 from cascadevlm.runs.inputs import Labelled, Named, names
@@ -471,13 +472,12 @@ def images_left(folder: Path, total: int, *, dollars: float | None, retry_failed
 
 
 def spent_in(folder: Path) -> float:
-    """Dollars that all sessions of the run in a folder spent.
+    """Dollars that all sessions of the run in a folder spent. Amounts that are still reserved count as spent.
 
     Raises:
         DataError: if the ledger is damaged.
     """
-    with closing(DurableLedger(None, folder / LEDGER)) as ledger:
-        return ledger.spent_dollars
+    return total_in(folder / LEDGER) / NANODOLLARS
 
 
 def _require_no_other_things(folder: Path) -> None:

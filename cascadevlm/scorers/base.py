@@ -112,9 +112,11 @@ class Scorer(Portable, ABC):
 
     Attributes:
         requires: the distributions that the backend needs in addition to cascadevlm, by their names on PyPI.
+        spec: the spec string that names this scorer, for example ``"open_clip:aviary"``; "" for a scorer that no spec made.
     """
 
     requires: ClassVar[tuple[str, ...]] = ()
+    spec: str = ""
 
     @abstractmethod
     def score(self, images: Sequence[Image.Image], labels: LabelSet) -> Scores:

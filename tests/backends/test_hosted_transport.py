@@ -278,7 +278,7 @@ def test_no_secret_is_in_a_run_a_record_or_the_cache(tmp_path: Path) -> None:
         pictures = [(str(number), noise(number)) for number in range(3)]
         bulk.run(asking, pictures, tmp_path / "run", config=config.model_dump(mode="json"))
         data = Data(images=images(3), truths=tuple(LABELS), names=("a", "b", "c"), splits=("", "", ""))
-        record_run(asking, data, tmp_path / "record", config=config)
+        record_run(asking, data, tmp_path / "record", config=config.model_dump(mode="json"))
         assert HIDDEN in (tmp_path / "run" / "manifest.json").read_text()
         assert HIDDEN in (tmp_path / "record" / "manifest.json").read_text()
         bulk.run(asking, pictures, tmp_path / "run", config=config.model_dump(mode="json"))  # and is known again

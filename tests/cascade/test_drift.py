@@ -209,17 +209,17 @@ def test_labelled_images_in_order_are_evaluated_without_a_word(tmp_path: Path) -
     data = Data(images=images, names=tuple(map(str, range(WINDOW))), truths=("ant",) * WINDOW, splits=("",) * WINDOW)
     config = Config.parse({"scorer": {"use": "fake:fake"}, "stage": [{"judge": "fake:fake"}]})
     watched = cascade(blindly, scorer=Scoring())
-    assert len(record_run(watched, data, tmp_path, config=config)) == WINDOW
+    assert len(record_run(watched, data, tmp_path, config=config.model_dump(mode="json"))) == WINDOW
     assert watched.calibration is calibration()
 
 
 def test_a_configuration_watches_by_its_calibration(tmp_path: Path) -> None:
     calibration().write(tmp_path / "calibration.json")
     config = {"scorer": {"use": "open_clip:aviary"}, "stage": [{"judge": "hf_chat:aviary"}]}
-    assert Config.parse(config).build(LABELS).calibration is None  # type: ignore[arg-type]
+    assert Config.parse(config).build(LABELS).calibration is None
     judges = tuple(replace(judge, judge="hf_chat:aviary") for judge in calibration().judges)
     replace(calibration(), judges=judges).write(tmp_path / "calibration.json")
-    built = Config.parse(config | {"calibration": str(tmp_path / "calibration.json")}).build(LABELS)  # type: ignore[arg-type]
+    built = Config.parse(config | {"calibration": str(tmp_path / "calibration.json")}).build(LABELS)
     assert built.calibration is not None
     assert built.calibration.reference == calibration().reference
 

@@ -531,7 +531,7 @@ def test_the_bundled_models_decide_as_their_record_says(tmp_path: Path, mode: st
         return Config.parse(json.loads(json.dumps(whole | changed)))
 
     asking = configured()
-    record = record_run(asking.build(labels), data, tmp_path / "run", config=asking)
+    record = record_run(asking.build(labels), data, tmp_path / "run", config=asking.model_dump(mode="json"))
     assert record.judged.probabilities is not None
     assert np.isnan(record.judged.probabilities).all() == (mode == "generate")
     calibration = replace(fit_calibration(three_times(record), Recipe()), policy="gain > 0.01")
@@ -539,7 +539,7 @@ def test_the_bundled_models_decide_as_their_record_says(tmp_path: Path, mode: st
     deciding = configured(calibration=str(tmp_path / "calibration.json"), fusion=fusion)
     live = deciding.build(labels).classify(data.images)
     asked = asking_everything(deciding.build(labels))
-    everything = record_run(asked, data, tmp_path / "decided", config=deciding.frozen(asked))
+    everything = record_run(asked, data, tmp_path / "decided", config=deciding.frozen(asked).model_dump(mode="json"))
     for known_all in (decided(record, replace(calibration, fusion=fusion)), everything):
         replayed = under(known_all, parse_policy("gain > 0.01"))
         assert [prediction.label for prediction in live] == [labels.names[column] for column in replayed.predicted]
@@ -593,9 +593,8 @@ def test_a_record_with_routing_tells_who_said_what(tmp_path: Path, policy: str) 
         images=tuple(map(picture, images.values())), names=tuple(images), truths=("ant", "ant", "dragonfly"), splits=("",) * 3
     )
     config = Config.parse({"scorer": {"use": "fake:fake"}, "stage": [{"judge": each.judge.spec} for each in stages]})
-    record = record_run(
-        Cascade(IN_DOUBT, stages, labels=LABELS, routing=True, store=MemoryStore()), data, tmp_path / "run", config=config
-    )
+    routed = Cascade(IN_DOUBT, stages, labels=LABELS, routing=True, store=MemoryStore())
+    record = record_run(routed, data, tmp_path / "run", config=config.model_dump(mode="json"))
     assert [stage.asked.tolist() for stage in record.stages] == [[False, True, False], [False, False, True]]
     assert [stage.answers.tolist() for stage in record.stages] == [[NOBODY, 0, NOBODY], [NOBODY, NOBODY, 3]]
     lines = [json.loads(line) for line in (tmp_path / "run" / "predictions.jsonl").read_text().splitlines()]

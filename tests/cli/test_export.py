@@ -82,7 +82,7 @@ def test_what_classify_prints_is_exported(birds: Path, tmp_path: Path) -> None:
 def test_what_is_left_out_is_told_and_reviews_are_of_the_abstained(birds: Path, tmp_path: Path) -> None:
     shown = run("export", birds / "run", "--to", "label-studio", "-o", tmp_path / "all").stdout
     assert "1 left out" in shown
-    run("export", birds / "run", "--to", "csv", "--review", "-o", tmp_path / "review.csv")
+    run("export", birds / "run", "--to", "csv", "--review", "abstained", "-o", tmp_path / "review.csv")
     said = lines(birds / "run" / "predictions.jsonl")
     assert set(labels_in(tmp_path / "review.csv", "csv")) == {p["path"] for p in said if not p["label"] and p["candidates"]}
 

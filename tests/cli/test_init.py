@@ -11,9 +11,9 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from cascadevlm import Cascade
 from cascadevlm.base.errors import LabelError
 from cascadevlm.base.labels import LabelSet
+from cascadevlm.cascade.cascade import Cascade
 from cascadevlm.cli.init import HOSTED, _labels, _toml
 from cascadevlm.config import DEFAULT_SCORER
 from cascadevlm.config.config import Config, read_toml

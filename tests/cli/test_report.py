@@ -47,7 +47,7 @@ def test_a_bulk_run_is_a_page_and_no_record(birds: Path) -> None:
     run("run", birds / "data", "-o", birds / "bulk", "--config", CONFIG, "--labels", labels)
     run("report", birds / "bulk", "-o", birds / "bulk.html")
     page = (birds / "bulk.html").read_text(encoding="utf-8")
-    assert "The run contains 8 images, whose true labels are not known." in page
+    assert "The run contains 8 images. Their true labels are not known." in page
     assert page.count("data:image/webp") == 8
     for options in ([], ["-o", str(birds / "output")]):
         done = run("calibrate" if options else "sweep", birds / "bulk", *options, check=False)

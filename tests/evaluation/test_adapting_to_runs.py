@@ -44,6 +44,7 @@ def said(run: Record, calibration: Calibration | None, *, asked: float = 0.5) ->
         images=[*run.names],
         answers=replace(answers, answers=np.where(judged, answers.answers, NOBODY)),
         heard=judged,
+        truths=np.full(len(run), NOBODY),
         labels=run.labels,
         config=Config.parse({"scorer": {"use": "fake:fake"}}),
         calibration=calibration,

@@ -13,12 +13,13 @@ from pydantic import JsonValue
 from scipy.stats import chi2
 from sklearn.metrics import accuracy_score
 
-from cascadevlm import Cascade, Stage, TopK, load_prompt
+from cascadevlm import Stage, TopK, load_prompt
 from cascadevlm.base.arrays import NOBODY
 from cascadevlm.base.errors import BudgetExhausted, DataError, InputError
 from cascadevlm.base.images import load_image
 from cascadevlm.base.labels import LabelSet
 from cascadevlm.base.types import Question, Scores
+from cascadevlm.cascade.cascade import Cascade
 from cascadevlm.config.config import Config
 from cascadevlm.evaluation.data import Data, read_data
 from cascadevlm.evaluation.record import Judged, Record, read_record

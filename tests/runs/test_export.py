@@ -160,9 +160,10 @@ def test_fiftyone_has_classes_and_absolute_paths(run: Path, tmp_path: Path, monk
     written = json.loads(Path("out.json").read_text())
     assert written["classes"] == list(NAMES)
     assert list(written["labels"]) == [p.path for p in predictions(run / "images")[:3]]
+    shown = {"candidates": [*NAMES[:2]], "probabilities": [0.5, 0.5], "reasoning": ""}
     assert list(written["labels"].values()) == [
-        {"label": 0, "confidence": 0.1 + 0.2, "attributes": {"decided_by": "scorer"}},
-        {"label": 1, "confidence": None, "attributes": {"decided_by": "judge"}},
+        {"label": 0, "confidence": 0.1 + 0.2, "attributes": {"decided_by": "scorer", **shown}},
+        {"label": 1, "confidence": None, "attributes": {"decided_by": "judge", **shown}},
         None,
     ]
 
@@ -179,7 +180,7 @@ def test_fiftyones_own_importer_reads_it(run: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("to", FORMATS)
 def test_a_review_is_of_abstained_images(run: Path, tmp_path: Path, to: str) -> None:
-    done = export(run, to, tmp_path / "out", review=True)
+    done = export(run, to, tmp_path / "out", review=["abstained"])
     assert (done.images, done.labelled, done.left_out) == (1, 0, 0)
     if to == "csv":
         assert [row["path"] for row in table(tmp_path / "out")] == [predictions(run / "images")[2].path]
@@ -408,7 +409,7 @@ def test_images_that_are_elsewhere_are_no_export(run: Path, tmp_path: Path, to: 
 def test_without_an_abstained_image_there_is_no_review(run: Path, tmp_path: Path) -> None:
     write_lines(run / "predictions.jsonl", predictions(run / "images")[:2])
     with pytest.raises(DataError, match="nothing to review"):
-        export(run, "csv", tmp_path / "out", review=True)
+        export(run, "csv", tmp_path / "out", review=["abstained"])
 
 
 @pytest.mark.parametrize(("to", "target"), [("coco", "../3.png"), ("hf", "/proc/self/mem")])
@@ -442,12 +443,12 @@ def test_images_to_label_next_are_uncertain_readable_ones(run: Path, tmp_path: P
     unread = Prediction(path=str(run / "images" / "3.png"), error="Image '3.png' cannot be decoded.")
     unsure = predictions(run / "images")[:3]
     write_lines(run / "predictions.jsonl", [*[sure] * 50, *unsure, *unsure, unread])
-    done = export(run, to, tmp_path / "out", label_next=2)
+    done = export(run, to, tmp_path / "out", review=["2"])
     assert (done.images, done.left_out) == (2, 0)
     if to == "csv":
         assert {row["path"] for row in table(tmp_path / "out")} <= {each.path for each in unsure}
-    assert export(run, to, tmp_path / "most", label_next=99).images == 56
-    assert export(run, to, tmp_path / "reviewed", review=True, label_next=5).images == 2
+    assert export(run, to, tmp_path / "most", review=["99"]).images == 56
+    assert export(run, to, tmp_path / "reviewed", review=["abstained", "5"]).images == 2
 
 
 def test_images_to_label_next_are_balanced_over_labels(tmp_path: Path) -> None:
@@ -457,7 +458,5 @@ def test_images_to_label_next_are_balanced_over_labels(tmp_path: Path) -> None:
         for number in range(3)
     ]
     printed = write_lines(tmp_path / "printed.jsonl", said)
-    export(printed, "csv", tmp_path / "out.csv", label_next=6)
+    export(printed, "csv", tmp_path / "out.csv", review=["6"])
     assert sorted(row["label"] for row in table(tmp_path / "out.csv")) == ["heron"] * 2 + ["robin"] * 2 + ["wren"] * 2
-    with pytest.raises(InputError, match="label_next"):
-        export(printed, "csv", tmp_path / "none.csv", label_next=0)

@@ -1,18 +1,16 @@
 """The cases of a report: a sample of each run's images with their candidates, verdicts and labels, as data for the page."""
 
-import base64
-import io
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 from pydantic import JsonValue
 
 from cascadevlm.base.arrays import NOBODY
 from cascadevlm.base.errors import ImageError
+from cascadevlm.base.html import thumbnail
 from cascadevlm.base.images import load_image, pixel_digest
 from cascadevlm.evaluation.metrics import Bools
 from cascadevlm.evaluation.record import Record
@@ -23,9 +21,6 @@ MOST_CASES = 1000
 
 MOST_IN_ALL = 2000
 """Largest number of cases of all runs of a page together."""
-
-THUMBNAIL = 128
-"""Length of the longer side of a thumbnail, in pixels."""
 
 UNASKED = 5
 """Number of the scorer's best labels that are shown if no judge saw candidates."""
@@ -149,12 +144,4 @@ def _thumbnail(image: tuple[str, str]) -> str:
         return ""
     if digest and pixel_digest(loaded) != digest:
         return ""
-    return drawn(loaded)
-
-
-def drawn(image: Image.Image) -> str:
-    """The thumbnail of an image in WebP format, as a data URI."""
-    image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
-    file = io.BytesIO()
-    image.save(file, "WEBP", quality=70)
-    return f"data:image/webp;base64,{base64.b64encode(file.getvalue()).decode()}"
+    return thumbnail(loaded)

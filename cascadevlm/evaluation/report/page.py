@@ -6,7 +6,7 @@ import io
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib import resources
 from pathlib import Path
@@ -20,7 +20,8 @@ from cascadevlm.evaluation.metrics import Evaluation
 from cascadevlm.evaluation.record import Record
 from cascadevlm.evaluation.report.cases import cases
 from cascadevlm.evaluation.results import Study, read_studies
-from cascadevlm.evaluation.texts import share
+from cascadevlm.evaluation.texts import figures, number, share
+from cascadevlm.runs.corrections import Corrections, read_corrections
 
 if TYPE_CHECKING:
     from markupsafe import Markup
@@ -35,8 +36,6 @@ COLOURS = {
 }
 """The CSS names of the plots' colours, so that the page can choose them for a light or dark background."""
 
-_share = partial(share, unknown="–")
-
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
@@ -49,6 +48,7 @@ class Run:
             ``record``.
         studies: the studies in the folder of the record.
         calibration: the calibration in the folder, if it was fitted on images of this record.
+        corrections: what people said about images of the record. Their labels are the true labels.
     """
 
     record: Record
@@ -56,6 +56,7 @@ class Run:
     evaluation: Evaluation
     studies: tuple[Study, ...] = ()
     calibration: Calibration | None = None
+    corrections: Corrections = Corrections()
 
     @classmethod
     def of(cls, record: Record, studies: Sequence[Study] = (), calibration: Calibration | None = None) -> "Run":
@@ -66,14 +67,15 @@ class Run:
 
 
 def read_run(folder: Path) -> Run:
-    """The record, the studies and the calibration in a folder.
+    """The record, the studies, the calibration and the corrections in a folder.
 
     Raises:
         DataError: if the folder has no complete record, or a study cannot be read.
     """
     record, calibration = read_decided(folder), calibration_beside(folder)
     fitted_here = calibration is not None and record.scores.fingerprint == calibration.fingerprint
-    return Run.of(record, read_studies(folder), calibration if fitted_here else None)
+    run = Run.of(record, read_studies(folder), calibration if fitted_here else None)
+    return replace(run, corrections=read_corrections(folder))
 
 
 def render(runs: Mapping[str, Run], *, seed: int = 0) -> str:
@@ -87,13 +89,14 @@ def render(runs: Mapping[str, Run], *, seed: int = 0) -> str:
     return rendered(
         "report.html.j2",
         runs=runs,
-        figures={name: _figures(run.evaluation) for name, run in runs.items()},
+        figures={name: figures(run.evaluation) | _of_people(run.corrections) for name, run in runs.items()},
         plots={name: _plots(run, draw) for name, run in runs.items()},
         beside=draw(plots.runs({name: run.record for name, run in runs.items()}), "Accuracy of the runs")
         if len(runs) > 1
         else "",
         studies={name: [(study, _study(study, draw)) for study in run.studies] for name, run in runs.items()},
         cases=cases({name: (run.record, run.final) for name, run in runs.items()}, seed=seed),
+        conflicts={name: run.corrections.described_conflicts for name, run in runs.items()},
     )
 
 
@@ -109,7 +112,7 @@ def rendered(template: str, **given: object) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.globals.update(share=_share, number=_number)
+    environment.globals.update(share=share, number=number)
     templates = resources.files("cascadevlm.evaluation.report") / "templates"
     style, script = ((templates / name).read_text(encoding="utf-8") for name in ("report.css", "report.js"))
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
@@ -201,32 +204,8 @@ class Drawing:
         return Markup(svg)
 
 
-def _number(value: float | None, digits: int = 3) -> str:
-    return "–" if value is None else f"{value:,.{digits}f}"
-
-
-def _figures(found: Evaluation) -> dict[str, str]:
-    """All figures as text, by name."""
-    recall = ", ".join(f"k = {k}: {_share(share)}" for k, share in found.top_k_recall.items())
+def _of_people(corrections: Corrections) -> dict[str, str]:
     return {
-        "Images (unreadable)": f"{found.images:,} ({found.unreadable:,})",
-        "Cascade, accuracy": _share(found.cascade_accuracy, found.cascade_accuracy_interval),
-        "Cascade, mean accuracy of the classes": _share(found.macro_accuracy, found.macro_accuracy_interval),
-        "Scorer alone, accuracy": _share(found.scorer_accuracy, found.scorer_accuracy_interval),
-        "Scorer, accuracy on kept images": _share(found.scorer_accuracy_kept),
-        "Scorer, accuracy on escalated images": _share(found.scorer_accuracy_escalated),
-        "Judge, accuracy of its answers": _share(found.judge_accuracy),
-        "Judge, accuracy on kept images": _share(found.judge_accuracy_kept),
-        "Judge, accuracy on escalated images": _share(found.judge_accuracy_escalated),
-        "Escalated": _share(found.deferral_rate),
-        "Rescued, harmed, abstained": f"{found.rescued:,}, {found.harmed:,}, {found.abstained:,}",
-        "Truth among the scorer's k best": recall,
-        "Truth among the candidates": _share(found.coverage),
-        "Calibration error, scorer": _number(found.scorer_calibration_error),
-        "Calibration error, cascade": _number(found.calibration_error),
-        "Dollars per 1,000 images": "–" if found.dollars_per_thousand is None else f"${found.dollars_per_thousand:,.4f}",
-        "Paid in this run": f"${found.paid_dollars:,.4f}",
-        "Tokens in, out": f"{found.input_tokens:,}, {found.output_tokens:,}",
-        "Seconds per question, median, p95": f"{_number(found.latency_p50)}, {_number(found.latency_p95)}",
-        "Outcomes of questions": ", ".join(f"{name} {count:,}" for name, count in found.outcomes.items() if count) or "–",
+        "Labelled by people": f"{len(corrections.counting):,}",
+        "Images about which people disagree": f"{len(corrections.conflicts):,}",
     }

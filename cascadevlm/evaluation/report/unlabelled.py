@@ -13,11 +13,13 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, JsonValue, ValidationError
 
 from cascadevlm.base.errors import ImageError
+from cascadevlm.base.html import thumbnail
 from cascadevlm.base.images import ImageSource, load_image
 from cascadevlm.base.types import DecidedBy, Outcome
 from cascadevlm.evaluation import plots
-from cascadevlm.evaluation.report.cases import MOST_CASES, MOST_IN_ALL, drawn
+from cascadevlm.evaluation.report.cases import MOST_CASES, MOST_IN_ALL
 from cascadevlm.evaluation.report.page import Drawing, rendered
+from cascadevlm.runs.corrections import Corrections, read_corrections
 from cascadevlm.runs.export import predictions_of, table_of
 from cascadevlm.runs.lines import Line
 from cascadevlm.runs.manifest import NAME, Manifest
@@ -27,7 +29,7 @@ from cascadevlm.runs.tally import Tally
 SURE = 0.9
 """Labels with at least this probability count as sure."""
 
-KINDS = ("abstained", "unanswered", "skipped", "overruled", "escalated", "kept", "unreadable")
+KINDS = ("abstained", "unanswered", "skipped", "overruled", "escalated", "kept", "unreadable", "reviewed", "corrected")
 """Kinds of images. An image can be of several kinds."""
 
 Numbered = tuple[int, Line]
@@ -63,11 +65,13 @@ class BulkRun:
         sure: number of labels with a probability of at least `SURE`.
         probabilities: for each part that decides, the number of labels in equal intervals of the probability from 0 to 1.
         doubtful: the images with the lowest probabilities, lowest first.
+        corrections: what people said about images.
     """
 
     folder: Path
     manifest: Manifest
     finished: bool
+    corrections: Corrections
     tally: Tally = field(default_factory=Tally)
     kinds: Counter[str] = field(default_factory=Counter)
     labels: dict[str, Given] = field(default_factory=dict)
@@ -101,14 +105,31 @@ class BulkRun:
         """The labels that no image got."""
         return [label.name for label in self.manifest.labels if label.name not in self.labels]
 
+    def kinds_of(self, line: Line) -> list[str]:
+        """The kinds of an image."""
+        best = next((candidate.label for candidate in line.candidates if candidate.rank == 1), None)
+        said = self.corrections.counting.get(line.path)
+        holds = {
+            "abstained": line.abstained,
+            "unanswered": line.asked and not line.answered,
+            "skipped": line.skipped,
+            "overruled": line.label not in (best, None),
+            "escalated": line.escalated,
+            "kept": bool(line.candidates) and not line.escalated,
+            "unreadable": not line.candidates,
+            "reviewed": said is not None,
+            "corrected": said is not None and said.label != line.label,
+        }
+        return [kind for kind in KINDS if holds[kind]]
+
     def add(self, line: Line) -> None:
         """Add one prediction to the totals."""
         self.tally.add(line)
         self.tally.spent_dollars += line.cost.dollars
-        self.kinds.update(_kinds(line))
+        self.kinds.update(self.kinds_of(line))
         if line.label is None or line.decided_by is None:
             return
-        probability = min(max(_probability(line), 0.0), 1.0)
+        probability = min(max(line.confidence, 0.0), 1.0)
         given = self.labels.setdefault(line.label, Given())
         given.images += 1
         given.decided[line.decided_by] += 1
@@ -137,7 +158,9 @@ def read_bulk_run(folder: Path) -> BulkRun:
         summary = _Summary.model_validate_json((folder / SUMMARY).read_bytes())
     except (OSError, ValidationError):  # the summary is written last
         summary = None
-    run = BulkRun(folder=folder, manifest=Manifest.read(folder), finished=summary is not None)
+    run = BulkRun(
+        folder=folder, manifest=Manifest.read(folder), finished=summary is not None, corrections=read_corrections(folder)
+    )
 
     def doubted() -> Iterator[tuple[float, int, Line]]:
         for number, line in predictions_of(folder, None):
@@ -169,35 +192,15 @@ def render_bulk(runs: Mapping[str, BulkRun]) -> str:
         plots=drawings,
         cases=shown,
         missing=missing,
+        conflicts={name: run.corrections.described_conflicts for name, run in runs.items()},
     )
-
-
-def _kinds(line: Line) -> list[str]:
-    best = next((candidate.label for candidate in line.candidates if candidate.rank == 1), None)
-    holds = {
-        "abstained": line.abstained,
-        "unanswered": line.asked and not line.answered,
-        "skipped": line.skipped,
-        "overruled": line.label not in (best, None),
-        "escalated": line.escalated,
-        "kept": bool(line.candidates) and not line.escalated,
-        "unreadable": not line.candidates,
-    }
-    return [kind for kind in KINDS if holds[kind]]
-
-
-def _probability(line: Line) -> float:
-    """The probability of the label. If the judge decided and gave no probability, this is the scorer's probability."""
-    if line.probability is not None:
-        return line.probability
-    return next((candidate.probability for candidate in line.candidates if candidate.label == line.label), 0.0)
 
 
 def _certainty(line: Line) -> float:
     """The sort key of an image. Images without a label are first, and images that could not be read are last."""
     if not line.candidates:
         return 2.0
-    return -1.0 if line.label is None else _probability(line)
+    return -1.0 if line.label is None else line.confidence
 
 
 def _cases(runs: Mapping[str, BulkRun]) -> tuple[dict[str, JsonValue], int]:
@@ -212,19 +215,23 @@ def _cases(runs: Mapping[str, BulkRun]) -> tuple[dict[str, JsonValue], int]:
         shown: list[JsonValue] = []
         for number, line in rows:
             missing += bool(line.candidates) and not pictures.get(number)
-            shown.append(_case(line, labels) | {"thumbnail": len(thumbnails)})
+            shown.append(_case(run, line, labels) | {"thumbnail": len(thumbnails)})
             thumbnails.append(pictures.get(number, ""))
         totals: dict[str, JsonValue] = {"all": run.tally.images, **{kind: run.kinds[kind] for kind in KINDS}}
         told.append({"name": name, "labels": [*labels], "totals": totals, "cases": shown})
     return {"runs": told, "thumbnails": thumbnails, "kinds": ["all", *KINDS], "chosen": "with the lowest probability"}, missing
 
 
-def _case(line: Line, labels: dict[str, int]) -> dict[str, JsonValue]:
-    """The data of one image. Labels are numbers; a label without a number gets the next one in ``labels``."""
+def _case(run: BulkRun, line: Line, labels: dict[str, int]) -> dict[str, JsonValue]:
+    """The data of one image. Its truth is the label that a person gave.
+
+    Labels are numbers; a label without a number gets the next one in ``labels``.
+    """
 
     def numbered(label: str | None) -> int:
         return -1 if label is None else labels.setdefault(label, len(labels))
 
+    said = run.corrections.counting.get(line.path)
     verdicts: list[JsonValue] = [
         {
             "judge": verdict.judge,
@@ -238,7 +245,7 @@ def _case(line: Line, labels: dict[str, int]) -> dict[str, JsonValue]:
     return {
         "name": Path(line.path).name,
         "readable": bool(line.candidates),
-        "truth": -1,
+        "truth": numbered(said.label if said else None),
         "label": numbered(line.label),
         "by": line.decided_by or "",
         "probability": None if line.probability is None else round(line.probability, 4),
@@ -246,7 +253,7 @@ def _case(line: Line, labels: dict[str, int]) -> dict[str, JsonValue]:
         "error": line.error,
         "candidates": [[numbered(each.label), round(each.probability, 4)] for each in line.candidates],
         "verdicts": verdicts,
-        "kinds": [*_kinds(line)],
+        "kinds": [*run.kinds_of(line)],
     }
 
 
@@ -264,7 +271,7 @@ def _thumbnails(run: BulkRun, rows: list[Numbered]) -> dict[int, str]:
 
 def _thumbnail(source: ImageSource) -> str:
     try:
-        return drawn(load_image(source))
+        return thumbnail(load_image(source))
     except ImageError:
         return ""
 
@@ -281,6 +288,8 @@ def _figures(run: BulkRun) -> dict[str, str]:
         "Kept, escalated": f"{run.kinds['kept']:,}, {run.kinds['escalated']:,}",
         "Overruled: final label is not the scorer's best": f"{run.kinds['overruled']:,}",
         f"Probability of {SURE} or more": f"{run.sure:,}",
+        "Labelled by people (with another label)": f"{run.kinds['reviewed']:,} ({run.kinds['corrected']:,})",
+        "Images about which people disagree": f"{len(run.corrections.conflicts):,}",
         "Outcomes of questions": outcomes or "–",
         "Requests to judges": f"{tally.requests:,}",
         "Spent": f"${tally.spent_dollars:,.4f}",

@@ -79,7 +79,13 @@ def test_what_cannot_stand_beside_a_record_is_refused() -> None:
     some, run = made.take(LABELS_KNOWN), made.take(np.arange(25, 300))
     config = Config.parse({"scorer": {"use": "fake:fake"}})
     said = Said(
-        images=[], answers=answers_of(run.judged), heard=heard(run.judged), labels=run.labels, config=config, calibration=None
+        images=[],
+        answers=answers_of(run.judged),
+        heard=heard(run.judged),
+        truths=np.full(len(run), NOBODY),
+        labels=run.labels,
+        config=config,
+        calibration=None,
     )
     assert len(Unlabelled.of(some, run.scores, said).scores) == 275
     with pytest.raises(DataError, match="another scorer or other labels"):

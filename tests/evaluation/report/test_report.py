@@ -24,6 +24,7 @@ from playwright.sync_api import Browser, Page, sync_playwright
 from cascadevlm import Cascade, Stage, load_prompt, parse_policy
 from cascadevlm.base.arrays import NOBODY
 from cascadevlm.base.errors import DataError
+from cascadevlm.base.html import thumbnail
 from cascadevlm.base.images import load_image, pixel_digest
 from cascadevlm.base.labels import LabelSet
 from cascadevlm.base.types import Question, Scores
@@ -32,7 +33,7 @@ from cascadevlm.evaluation.evaluate import evaluate_replayed
 from cascadevlm.evaluation.metrics import evaluate
 from cascadevlm.evaluation.record import Judged, Record
 from cascadevlm.evaluation.report import Run, read_bulk_run, render, render_bulk
-from cascadevlm.evaluation.report.cases import MOST_CASES, MOST_IN_ALL, UNASKED, cases, drawn, kinds_of, sample
+from cascadevlm.evaluation.report.cases import MOST_CASES, MOST_IN_ALL, UNASKED, cases, kinds_of, sample
 from cascadevlm.evaluation.report.unlabelled import SURE
 from cascadevlm.evaluation.results import read_studies
 from cascadevlm.evaluation.sweep import under
@@ -707,7 +708,7 @@ def test_images_of_a_table_are_shown_and_others_in_their_place_are_not(tmp_path:
     run_bulk(tmp_path / "run", Inputs(tmp_path / "table.parquet"))
     page = data_of(render_bulk({"run": read_bulk_run(tmp_path / "run")}))
     shown = {case["name"]: page["thumbnails"][case["thumbnail"]] for case in page["runs"][0]["cases"]}
-    assert shown == {Path(name).name: drawn(load_image(Path(name))) for name in images[:12]}
+    assert shown == {Path(name).name: thumbnail(load_image(Path(name))) for name in images[:12]}
     stored["image"][0], stored["image"][1] = stored["image"][1], stored["image"][0]
     pyarrow.parquet.write_table(pyarrow.table(stored), tmp_path / "table.parquet", row_group_size=3)
     text = render_bulk({"run": read_bulk_run(tmp_path / "run")})

@@ -1,0 +1,51 @@
+"""``cascadevlm import``."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cascadevlm.cli import options
+
+MOST_SHOWN = 5
+"""Number of conflicts that are shown. Further conflicts are only counted."""
+
+
+def import_(
+    file: Annotated[
+        Path,
+        typer.Argument(
+            help="Labels from people: an export of Label Studio (JSON or JSON_MIN) or of FiftyOne (labels.json), a CSV, TSV, "
+            "JSON lines or Parquet file with the columns image, label and, optionally, by and when, or the corrections.jsonl of "
+            "another run. In place of a label: none (none of the labels) or skip."
+        ),
+    ],
+    into: Annotated[Path, typer.Option("--into", metavar="RUN", help="Folder of the run or record that gets the corrections.")],
+    by: Annotated[
+        str, typer.Option(metavar="NAME", help="Name of the person, for labels without a name.", show_default="unknown")
+    ] = "",
+    as_json: options.AsJson = False,
+) -> None:
+    """Import labels from people into a run. They count in evaluate, calibrate, adapt, export and report.
+
+    The latest label of an image counts. If anything in the file is wrong, nothing is imported. A second import of the same file
+    adds nothing.
+    """
+    from cascadevlm.base.files import visible
+    from cascadevlm.runs.correction_files import import_corrections
+
+    done = import_corrections(file, into, by=by)
+    corrections, conflicts = done.corrections, done.corrections.described_conflicts
+    if as_json:
+        counts = {"added": done.added, "known": done.known, "without_label": done.without_label}
+        labelled = {"images": len(corrections.counting), "conflicts": [*corrections.conflicts]}
+        typer.echo(json.dumps(counts | labelled))
+        return
+    without = f", {done.without_label:,} rows without a label" if done.without_label else ""
+    typer.echo(f"{into}: {done.added:,} corrections added, {done.known:,} known already{without}.")
+    typer.echo(f"People labelled {len(corrections.counting):,} images. They disagree about {len(conflicts):,}.")
+    for sentence in conflicts[:MOST_SHOWN]:
+        typer.echo(f"  {visible(sentence)}")
+    if len(conflicts) > MOST_SHOWN:
+        typer.echo(f"  {len(conflicts) - MOST_SHOWN:,} more: cascadevlm report {into} -o report.html")

@@ -1,0 +1,195 @@
+"""The images of a run that people labelled, as a record: for metrics, calibrations and adapters."""
+
+from array import array
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cascadevlm.base.errors import DataError
+from cascadevlm.base.images import ImageSource, load_image, pixel_digest
+from cascadevlm.base.labels import LabelSet
+from cascadevlm.base.types import Scores
+from cascadevlm.config.config import Config
+from cascadevlm.evaluation.metrics import Evaluation, evaluate
+from cascadevlm.evaluation.record import Content, Record
+from cascadevlm.runs.corrections import random_order, read_corrections
+from cascadevlm.runs.export import predictions_of, table_of
+from cascadevlm.runs.lines import Asked, JudgedLine, LabelledLine, read_lines
+from cascadevlm.runs.manifest import Manifest
+from cascadevlm.runs.run_folder import PREDICTIONS
+
+FEWEST = 30
+"""The fewest images of a random sample. Fewer images can be the first ones of the random order by chance."""
+
+SMALLEST = 1e-12
+"""The smallest probability of a label in scores that are made of candidates."""
+
+Embed: TypeAlias = Callable[[Config, LabelSet, list[ImageSource]], tuple[Scores, NDArray[np.bool_]]]
+"""Scores n of N images, those that can be read; and says for each of N images whether it can."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Corrected:
+    """The N images of a run that people labelled, without the images that show none of the labels.
+
+    Attributes:
+        record: the N images. Its scores contain only the candidates: the other labels share the remaining probability.
+        paths: the names of the N images in the run, by the numbers of their predictions.
+        random: ``(N,)`` booleans: the image belongs to a random sample of the run, all of whose images people looked at. It
+            contains at least `FEWEST` images, or all images of the run.
+        skipped: number of images that people looked at and did not label.
+        outside: number of images that show none of the labels.
+        outside_labelled: number of these to which the cascade gave a label.
+        confidence: mean confidence of the N predictions.
+        confidence_of_run: mean confidence of the predictions of all readable images.
+        candidates: number of candidates in the shortest list.
+    """
+
+    record: Record
+    paths: dict[int, str]
+    random: NDArray[np.bool_]
+    skipped: int
+    outside: int
+    outside_labelled: int
+    confidence: float
+    confidence_of_run: float
+    candidates: int
+
+    def evaluate(self) -> Evaluation:
+        """The metrics of the random sample or, if there is none, of all N images. Recalls are known up to the number of
+        candidates.
+        """
+        found = evaluate(self.record.take(np.flatnonzero(self.random)) if self.random.any() else self.record)
+        return replace(found, top_k_recall={k: recall for k, recall in found.top_k_recall.items() if k <= self.candidates})
+
+    def describe(self) -> str:
+        """One or two sentences that say for which images the metrics hold."""
+        labelled = f"People labelled {len(self.record):,} images"
+        if self.outside:
+            labelled += (
+                f"; {self.outside:,} others show none of the labels, and the cascade labelled {self.outside_labelled:,} of these"
+            )
+        if self.skipped:
+            labelled += f"; {self.skipped:,} others were skipped"
+        if self.random.all():
+            return f"{labelled}. These are a random sample, so the figures hold for the whole run."
+        if self.random.any():
+            sample = int(self.random.sum())
+            return f"{labelled}. The figures are of {sample:,} of them, a random sample, and hold for the whole run."
+        return (
+            f"{labelled}. Their mean confidence is {self.confidence:.0%}, and {self.confidence_of_run:.0%} in the whole run. "
+            "They are not a random sample, so the figures hold only for these images. "
+            "For the whole run, label a random sample: cascadevlm export RUN --review 'random 200'."
+        )
+
+    def scored(self, embed: Embed) -> Record:
+        """The record with all scores and embeddings, from the scorer of the run without a calibration. Images that cannot be read
+        any more are left out.
+        """
+        manifest = self.record.info
+        assert manifest is not None
+        table = table_of(manifest.inputs)
+        images: list[ImageSource] = [Path(path) for path in self.paths.values()]
+        if table is not None:
+            named = zip(self.paths.values(), table.rows(self.paths), strict=True)
+            images = [image if name == path else b"" for path, (name, image) in named]
+        scores, readable = embed(Config.parse(manifest.config, name="the run"), self.record.labels, images)
+        digests = tuple(pixel_digest(load_image(image)) for image, read in zip(images, readable, strict=True) if read)
+        return replace(self.record.take(np.flatnonzero(readable)), scores=scores, digests=digests)
+
+
+def read_corrected(folder: Path) -> Corrected:
+    """The images of a run that people labelled.
+
+    Raises:
+        DataError: if nobody labelled an image of the run, or a line cannot be read.
+    """
+    manifest, corrections = Manifest.read(folder), read_corrections(folder)
+    labels, offered = LabelSet(tuple(manifest.labels)), _offered(manifest)
+    keys, seen, confidences = array("Q"), bytearray(), array("d")
+    places, paths, outside = list[int](), dict[int, str](), list[JudgedLine]()
+    lines: list[LabelledLine] = []
+    for number, line in read_lines(folder / PREDICTIONS, JudgedLine, predictions_of(folder, None).end):
+        if not line.candidates:
+            continue
+        corrected = corrections.counting.get(line.path)
+        if corrected is not None and corrected.label is None:
+            outside.append(line)
+        elif corrected is not None:
+            places.append(len(keys))
+            paths[number - 1] = line.path
+            lines.append(_labelled(line, corrected.label, offered))
+        keys.append(random_order(line.path))
+        seen.append(line.path in corrections.standing)
+        confidences.append(line.confidence)
+    if not lines:
+        raise DataError(
+            f"Nobody labelled an image of the run in {str(folder)!r}.",
+            hint="Import labels of people: cascadevlm import FILE --into RUN.",
+        )
+    content = Content(labels, manifest, len(lines))
+    for number, labelled in enumerate(lines):
+        content.add(number, labelled, labelled.truth)
+    return Corrected(
+        record=content.record(_scores(lines, labels, manifest.fingerprint or "")),
+        paths=paths,
+        random=random_sample(np.array(keys), np.frombuffer(seen, dtype=np.bool_))[places],
+        skipped=sum(seen) - len(lines) - len(outside),
+        outside=len(outside),
+        outside_labelled=sum(line.label is not None for line in outside),
+        confidence=float(np.array(confidences)[places].mean()),
+        confidence_of_run=float(np.array(confidences).mean()),
+        candidates=min(len(line.candidates) for line in lines),
+    )
+
+
+def _offered(manifest: Manifest) -> list[bool]:
+    """For each stage, true if "none of these" was an option."""
+    return [stage.offer_none for stage in Config.parse(manifest.config, name="the run").stage]
+
+
+def _labelled(line: JudgedLine, truth: str | None, offered: list[bool]) -> LabelledLine:
+    """The line as if the image had had a label. A run does not keep the questions, so each has the candidates of the image."""
+    shown = [candidate.label for candidate in line.candidates]
+    questions = [Asked(candidates=shown, prompt="", offer_none=offered[each.stage], exemplars=[]) for each in line.verdicts]
+    return LabelledLine(**{**dict(line), "truth": truth, "split": "", "scores": 0, "questions": questions})
+
+
+def random_sample(keys: NDArray[np.uint64], seen: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """The largest random sample all of whose images people looked at.
+
+    It does not matter why people looked at an image: the sample consists of the first images in the random order, and ends before
+    the first image that nobody looked at. A selection by confidence soon leaves out an image of this order.
+
+    Args:
+        keys: ``(N,)`` the values of `random_order`.
+        seen: ``(N,)`` booleans: a person looked at the image.
+
+    Returns:
+        ``(N,)`` booleans: the image belongs to the sample. All are false if the sample has fewer than `FEWEST` images and is not
+        the whole run.
+    """
+    order = np.argsort(keys, kind="stable")
+    looked = seen[order]
+    size = len(looked) if looked.all() else int(looked.argmin())
+    sample = np.zeros(len(keys), dtype=np.bool_)
+    if size >= min(FEWEST, len(keys)):
+        sample[order[:size]] = True
+    return sample
+
+
+def _scores(lines: list[LabelledLine], labels: LabelSet, fingerprint: str) -> Scores:
+    """Scores with the probabilities of the candidates. Other labels share the rest, and have less than the last candidate."""
+    probabilities = np.empty((len(lines), len(labels)))
+    for row, line in enumerate(lines):
+        shown = [labels.columns[candidate.label] for candidate in line.candidates]
+        own = np.array([candidate.probability for candidate in line.candidates])
+        left = (1 - own.sum()) / max(len(labels) - len(own), 1)
+        probabilities[row] = min(left, own.min() / 2)
+        probabilities[row, shown] = own
+    log_probs = np.log(np.maximum(probabilities, SMALLEST)).astype(np.float32)
+    return Scores(log_probs=log_probs, labels=labels, fingerprint=fingerprint)
