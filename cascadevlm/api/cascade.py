@@ -101,6 +101,8 @@ class Cascade(cascade.Cascade):
     ) -> Tally:
         """Classify any number of images into a folder. If the run is interrupted, the same call continues it.
 
+        A cascade from a configuration with ``[agreement]`` makes a certificate (`Tally.certificate`).
+
         Args:
             inputs: a folder of images, a list or table of images (`Inputs`), or paths of images in an order that does not change.
             folder: the folder of the run. ``predictions.parquet`` in this folder has one row per image.
@@ -129,8 +131,12 @@ class Cascade(cascade.Cascade):
                 images,
                 Path(folder),
                 config=self.described(),
+                agreement=self.config.agreement if self.config else None,
+                audit=self.config.audit if self.config else None,
                 retry_failed=retry_failed,
                 progress=lambda tally: show(tally.images, tally.spent_dollars),
+                scored=lambda number: show(number, None),
+                asked=show,
             )
 
     @contextmanager

@@ -1,7 +1,7 @@
 """``[audit]``: the judge is also asked about a share of the images whose label was kept without a question."""
 
 from dataclasses import replace
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 from pydantic import Field
 
@@ -9,6 +9,8 @@ from cascadevlm.base.errors import ConfigError
 from cascadevlm.cascade.cascade import Cascade
 from cascadevlm.config.section import Section
 from cascadevlm.decision.auditing import Sampling
+
+AnyCascade = TypeVar("AnyCascade", bound=Cascade)
 
 
 class AuditConfig(Section):
@@ -32,7 +34,7 @@ class AuditConfig(Section):
         """The images that are drawn."""
         return Sampling(share=self.share, seed=self.seed)
 
-    def added_to(self, cascade: Cascade) -> Cascade:
+    def added_to(self, cascade: AnyCascade) -> AnyCascade:
         """A copy of the cascade with this audit.
 
         Raises:

@@ -332,9 +332,10 @@ class Config(Section):
                     "A certificate has tested the labels that it keeps, so it cannot have an audit.",
                     hint="Use [audit] for later images, in a run with a policy.",
                 )
-            return self.audit.added_to(self.model_copy(update={"audit": None}).build(labels, bulk=bulk))
+            without = self.model_copy(update={"audit": None})
+            return self.audit.added_to(without.build_as(kind, labels, bulk=bulk, calibration=calibration))
         if self.agreement is not None:
-            cascade = self._for_certificate().build(labels, bulk=bulk)
+            cascade = self._for_certificate().build_as(kind, labels, bulk=bulk, calibration=calibration)
             self.agreement.require_certifiable(cascade)
             return cascade
         if labels is None:

@@ -78,7 +78,7 @@ def run(
         stopping: function that is called before each batch. If it returns true, the run finishes its open questions and ends.
         progress: function that is called after every prediction.
         scored: function that is called with the number of scored images, if all images are scored before the first decision.
-        asked: function that is called with the number of images that the judge was asked about, and the US dollars that were spent,
+        asked: function that is called with the number of images that the judge was asked about, and the US dollars spent,
             if the run has a certificate.
         outlook: function that is called with a sentence about the work that is left, if the folder contains predictions.
 

@@ -69,7 +69,7 @@ def run_certified(
         retry_failed: true to read unreadable images again, and to ask again from the first failed question on.
         stopping: function that is called before each batch. If it returns true, the run ends.
         scored: function that is called with the number of scored images.
-        asked: function that is called with the number of images that the judge was asked about, and the US dollars that were spent.
+        asked: function that is called with the number of images that the judge was asked about, and the US dollars spent.
         outlook: function that is called with a sentence about the work that is left.
 
     Raises:
@@ -132,7 +132,7 @@ class Asking:
         inputs: the images.
         answers: the answers so far.
         stopping: function that is called before each batch. If it returns true, no further batch is started.
-        asked: function that is called with the number of images that the judge was asked about, and the US dollars that were spent.
+        asked: function that is called with the number of images that the judge was asked about, and the US dollars spent.
 
     Attributes:
         readable: `(N,)` numbers of the images that could be read. Everything that is certified is about these.

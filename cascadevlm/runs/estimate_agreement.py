@@ -60,7 +60,7 @@ def estimate_agreement(
         inputs: all images of the run.
         agreements: the certificates, with one seed.
         scored: function that is called with the number of scored images.
-        asked: function that is called with the number of images that the judge was asked about, and the US dollars that were spent.
+        asked: function that is called with the number of images that the judge was asked about, and the US dollars spent.
 
     Raises:
         ConfigError: if the cascade has no store, or if the budget is too small for the first questions.
