@@ -131,7 +131,7 @@ class Cascade(cascade.Cascade):
                 images,
                 Path(folder),
                 config=self.described(),
-                agreement=self.config.agreement if self.config else None,
+                promised=(self.config.agreement or self.config.find) if self.config else None,
                 audit=self.config.audit if self.config else None,
                 retry_failed=retry_failed,
                 progress=lambda tally: show(tally.images, tally.spent_dollars),

@@ -42,7 +42,7 @@ def confirm(config: Config, cascade: Cascade, images: Sequence[ImageSource] | In
     if most <= limit:
         return
     calls = sum(each.calls for each in estimates)
-    number = calls if config.agreement is None else f"at most {calls}"
+    number = f"at most {calls}" if config.agreement or config.find else calls
     message = f"This run asks hosted judges about {number} questions, for about ${usual:.2f}, and at most about ${most:.2f}."
     for line in prices(cascade):
         typer.echo(line, err=True)

@@ -77,7 +77,8 @@ class CascadeOptions:
 
         data = read_toml(self.config) if self.config else {}
         given = {key: value for key, value in (also or {}).items() if value is not None}
-        selects = self.policy or (DEFAULT_POLICY if self.judge and not self.config and "agreement.agree" not in given else None)
+        certified = {"agreement.agree", "find.label"} & given.keys()
+        selects = self.policy or (DEFAULT_POLICY if self.judge and not self.config and not certified else None)
         overrides = given | {
             "scorer.use": self.scorer,
             "stage.0.judge": self.judge,

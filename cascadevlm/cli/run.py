@@ -46,6 +46,21 @@ Agree = Annotated[
 ]
 Confidence = Annotated[float | None, typer.Option(help="Least probability that the certificate is true.", show_default="0.95")]
 
+Recall = Annotated[
+    str | None,
+    typer.Option(
+        metavar="LABEL=SHARE",
+        help="Find at least this share of the images to which the judge would give a label, for example lynx=0.95.",
+        show_default="all labels are equal",
+    ),
+]
+Precision = Annotated[
+    float | None,
+    typer.Option(
+        help="With --recall: accept images without a question, if at least this share of the found images are right.",
+        show_default="the judge is asked about every found image",
+    ),
+]
 Audit = Annotated[
     float | None,
     typer.Option(
@@ -73,6 +88,8 @@ def run(
     workers: Workers = None,
     agree: Agree = None,
     confidence: Confidence = None,
+    recall: Recall = None,
+    precision: Precision = None,
     audit: Audit = None,
     retry_failed: RetryFailed = False,
     yes: options.Yes = False,
@@ -94,9 +111,19 @@ def run(
     from cascadevlm.runs.inputs import Inputs
     from cascadevlm.runs.run_folder import images_left
 
-    parsed = given.parse({"agreement.agree": agree, "agreement.confidence": confidence, "audit.share": audit})
+    label, _, share = recall.rpartition("=") if recall is not None else (None, "", None)
+    parsed = given.parse(
+        {
+            "agreement.agree": agree,
+            "audit.share": audit,
+            "find.label": label,
+            "find.recall": share,
+            "find.precision": precision,
+            f"{'find' if recall else 'agreement'}.confidence": confidence,
+        }
+    )
     cascade = given.build(parsed, bulk=True)
-    learns = parsed.learn and parsed.agreement is None
+    learns = parsed.learn and not (parsed.agreement or parsed.find)
     images = Inputs(inputs, shuffled=learns)
     if learns and not images.shuffled:
         typer.echo("Images in a table are taken in its order: with learn = true, shuffle the rows of the table first.", err=True)
@@ -114,7 +141,7 @@ def run(
         )
     if not yes:
         left = images_left(output, total, dollars=cascade.ledger.cap_dollars, retry_failed=retry_failed)
-        if parsed.agreement is not None:
+        if parsed.agreement or parsed.find:
             left = min(left, questions_left(output, total))
         confirm(parsed, cascade, images, left)
     console = Console(stderr=True)
@@ -128,7 +155,7 @@ def run(
             images,
             output,
             config=parsed.frozen(cascade).model_dump(mode="json"),
-            agreement=parsed.agreement,
+            promised=parsed.agreement or parsed.find,
             audit=parsed.audit,
             retry_failed=retry_failed,
             stopping=lambda: bool(stopping),

@@ -19,13 +19,12 @@ from cascadevlm.cascade.cascade import Cascade
 from cascadevlm.cascade.engine import Run
 from cascadevlm.cascade.learner import require_support, require_teachable
 from cascadevlm.cascade.observer import Observer
-from cascadevlm.config.agreement import AgreementConfig
 from cascadevlm.config.audit import AuditConfig
 from cascadevlm.decision.calibration import Calibration
 from cascadevlm.decision.teaching import transduced
 from cascadevlm.judges.cache import DiskStore
 from cascadevlm.runs.audit import AuditFigures
-from cascadevlm.runs.certified import run_certified
+from cascadevlm.runs.certified import Promised, run_certified
 from cascadevlm.runs.inputs import Inputs, Labelled, Named, after
 from cascadevlm.runs.manifest import Manifest
 from cascadevlm.runs.run_folder import RunFolder
@@ -46,7 +45,7 @@ def run(
     folder: Path,
     *,
     config: Mapping[str, JsonValue],
-    agreement: AgreementConfig | None = None,
+    promised: Promised | None = None,
     audit: AuditConfig | None = None,
     retry_failed: bool = False,
     stopping: Callable[[], bool] = lambda: False,
@@ -70,7 +69,7 @@ def run(
         inputs: the images, in an order that does not change (see `Inputs`), or labelled images.
         folder: the folder of the run (see `cascadevlm.runs.run_folder`).
         config: the configuration. A folder of a run with another configuration is refused.
-        agreement: what the run certifies (`cascadevlm.runs.certified`). Default: nothing.
+        promised: what the run promises (`cascadevlm.runs.certified`). Default: nothing.
         audit: the audit of the cascade's stage. Default: no audit.
         retry_failed: true to classify the first failed image and all images after it again, with the stored answers. An image
             failed if it could not be read, or if its question failed. The images after it are included because decisions depend
@@ -104,10 +103,10 @@ def run(
         def ending() -> bool:
             return stopping() or bool(_full(disks))
 
-        if agreement is not None:
+        if promised is not None:
             done = run_certified(
                 lasting,
-                agreement,
+                promised,
                 inputs,
                 opened,
                 retry_failed=retry_failed,

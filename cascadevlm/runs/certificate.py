@@ -1,7 +1,7 @@
 """The certificate of a run as its files contain it, and its check from these files alone."""
 
 from pathlib import Path
-from typing import Literal, Self, TypedDict, Unpack
+from typing import Literal, Self, TypeAlias, TypedDict, Unpack
 
 from pydantic import BaseModel, ValidationError
 
@@ -130,36 +130,74 @@ class Facts(BaseModel):
         return f"{asked} {promise}{missing if self.unanswered else ''}"
 
 
+class Finding(BaseModel):
+    """What a run with ``[find]`` found, as ``summary.json`` contains it.
+
+    Attributes:
+        label: name of the class.
+        recall: at least this share of the images that the judge would give this label to have it.
+        precision: at least this share of the images with the label are such images; None if the judge was asked about each.
+        confidence: least probability that these promises are kept.
+        seed: seed of all draws.
+        images: number of images that could be read.
+        questions: number of images that the judge was asked about.
+        named: number of these to which the judge gave the label.
+        accepted: number of images with the label that the judge was not asked about.
+    """
+
+    label: str
+    recall: float
+    precision: float | None
+    confidence: float
+    seed: int
+    images: int
+    questions: int
+    named: int
+    accepted: int
+
+    @property
+    def sentence(self) -> str:
+        """The promise in words."""
+        precise = "" if self.precision is None else f", and at least {100 * self.precision:.4g} % of the found images are right"
+        sure, share, found = 100 * self.confidence, 100 * self.recall, self.named + self.accepted
+        return (
+            f"The judge was asked about {self.questions:,} of {self.images:,} images. "
+            f"{found:,} images have the label {self.label!r}. With {sure:.4g} % confidence, these are at least "
+            f"{share:.4g} % of the images to which the judge would give this label{precise}."
+        )
+
+
 class Missing(BaseModel):
     """What is missing for a certificate, because the budget was used up, as ``summary.json`` contains it.
 
     Attributes:
-        agree: the share that was to be certified.
         asked: number of images that the judge was asked about.
-        questions: number of missing questions. Before the test, this is an expected number.
+        questions: number of missing questions. Before the test, this is an expected number. None if it is not known.
         dollars: usual cost of the missing questions in US dollars; None if no question was answered yet.
     """
 
-    agree: float
     asked: int
-    questions: int
+    questions: int | None
     dollars: float | None
 
     @property
     def sentence(self) -> str:
         """What is missing, in words."""
+        told = f"There is no certificate, because the budget was used up after {self.asked:,} questions."
+        if self.questions is None:
+            return told
         price = "" if self.dollars is None else f", for about ${self.dollars:.2f}"
-        return (
-            f"There is no certificate, because the budget was used up after {self.asked:,} questions. "
-            f"About {self.questions:,} questions are missing{price}."
-        )
+        return f"{told} About {self.questions:,} questions are missing{price}."
+
+
+Statement: TypeAlias = Facts | Finding | Missing
 
 
 class _Summary(BaseModel):
-    certificate: Facts | Missing | None = None
+    certificate: Statement | None = None
 
 
-def read_certificate(summary: Path) -> Facts | Missing | None:
+def read_certificate(summary: Path) -> Statement | None:
     """The certificate in ``summary.json``, or what is missing for it; None if there is neither, or if the file is damaged."""
     try:
         return _Summary.model_validate_json(summary.read_bytes()).certificate

@@ -11,16 +11,14 @@ again, asks nothing twice, and writes the same predictions.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Generator, Iterable, Iterator, Sized
 from contextlib import aclosing, closing
 from dataclasses import replace
 from pathlib import Path
-from typing import cast
+from typing import TypeAlias, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import JsonValue
-from scipy.special import expit
 
 from cascadevlm.base import loop
 from cascadevlm.base.arrays import NOBODY, Columns
@@ -31,17 +29,24 @@ from cascadevlm.base.types import Candidate, Prediction, Verdict
 from cascadevlm.cascade.cascade import Cascade
 from cascadevlm.cascade.engine import Run
 from cascadevlm.config.agreement import AgreementConfig
-from cascadevlm.decision.agreement import Promise
+from cascadevlm.config.finding import FindConfig
+from cascadevlm.decision.agreement import Rows
 from cascadevlm.decision.certifying import Certificate, certify, planned
+from cascadevlm.decision.finding import find
 from cascadevlm.decision.opinions import Images
-from cascadevlm.judges.cache import key_of
 from cascadevlm.policies.rules import Always
 from cascadevlm.runs.answers_file import ASKED, AnswersFile
-from cascadevlm.runs.certificate import Facts, Missing, Phase, Standing
+from cascadevlm.runs.certificate import Missing
 from cascadevlm.runs.inputs import Labelled, Named, some
 from cascadevlm.runs.lines import checked
+from cascadevlm.runs.outcomes import Certified, Outcome, Sought
 from cascadevlm.runs.run_folder import RunFolder, digest_key
 from cascadevlm.runs.scored_first import AT_ONCE, Numbers, ScoredImages, score_first
+
+T = TypeVar("T")
+
+Promised: TypeAlias = AgreementConfig | FindConfig
+"""What a run promises."""
 
 WORTH_SAYING = 0.01
 """A certificate is of little use if this share of the images is right only by both opinions together."""
@@ -49,7 +54,7 @@ WORTH_SAYING = 0.01
 
 def run_certified(
     cascade: Cascade,
-    agreement: AgreementConfig,
+    promised: Promised,
     inputs: Iterable[Named] | Labelled,
     folder: RunFolder,
     *,
@@ -63,7 +68,7 @@ def run_certified(
 
     Args:
         cascade: the cascade, with the store and the ledger of the folder.
-        agreement: what is certified.
+        promised: what is promised.
         inputs: the images. Their number must be known.
         folder: the folder.
         retry_failed: true to read unreadable images again, and to ask again from the first failed question on.
@@ -76,7 +81,7 @@ def run_certified(
         DataError: if the number of images is not known, or if the images are not those that were scored before.
     """
     if isinstance(inputs, Labelled):
-        raise DataError("A certificate is for images without true labels.", hint="Remove [agreement].")
+        raise DataError("A certificate is for images without true labels.", hint="Remove [agreement] or [find].")
     if not isinstance(inputs, Sized):
         raise DataError("A certificate needs all images of a run before the first question.", hint="Give a folder or a list.")
     if folder.finished and folder.tally.images == len(inputs):
@@ -95,32 +100,20 @@ def run_certified(
     folder.fingerprinted(images.fingerprint)
     with closing(AnswersFile(folder, cascade.labels, len(inputs), retry_failed=retry_failed)) as answers:
         asking = Asking(cascade, images, inputs, answers, stopping=stopping, asked=asked)
-        if sentence := asking.little_use():
-            outlook(sentence)
-        certificate = asking.certificate(agreement.promise, agreement.seed, outlook) if len(asking.readable) else None
+        if len(asking.readable):
+            outcome = asking.certified(promised, outlook) if isinstance(promised, AgreementConfig) else asking.found(promised)
+        else:
+            outcome = None
         answers.sync()
-        if certificate is None and not answers.skipped and len(asking.readable):
+        if outcome is None and not answers.skipped and len(asking.readable):
             return False
         folder.begin_again()
-        asking.write(folder, certificate)
-        if certificate is not None:
-            folder.tally.certificate = _facts(certificate, folder, images)
+        asking.write(folder, outcome)
+        if outcome is not None:
+            folder.tally.certificate = outcome.statement(folder, images)
         elif answers.skipped:
-            folder.tally.certificate = asking.missing(agreement.promise)
+            folder.tally.certificate = asking.missing(promised)
     return True
-
-
-def _facts(certificate: Certificate, folder: RunFolder, images: ScoredImages) -> Facts:
-    manifest, tally = folder.manifest, folder.tally
-    return Facts.of(
-        certificate,
-        unanswered=tally.asked - tally.answered,
-        scorer=images.fingerprint,
-        labels=images.labels.texts_digest,
-        judge=manifest.stages[0],
-        identity=key_of(manifest.judges[0]),
-        prompt=manifest.contents["stage.0.prompt"],
-    )
 
 
 class Asking:
@@ -212,61 +205,73 @@ class Asking:
             async for _ in predictions:
                 self.asked(self.answers.asked, self.answers.folder.ledger.spent_dollars)
 
-    def certificate(self, promise: Promise, seed: int, outlook: Callable[[str], None]) -> Certificate | None:
-        """The certificate, after all its questions; None if the run was stopped or the budget was used up."""
+    def driven(self, rule: Generator[Rows, Columns, T]) -> T | None:
+        """The result of a rule that yields numbers of images to ask about; None if some images were not asked about."""
         with one_blas_thread:
-            rule = certify(self.scored, promise, seed=seed)
             rows = next(rule)
-            while self.tested is None:
-                if (answers := self.answers_to(rows)) is None:
-                    return None
+            while (answers := self.answers_to(rows)) is not None:
                 try:
                     rows = rule.send(answers)
                 except StopIteration as ended:
-                    self.tested = cast(Certificate, ended.value)
+                    return cast(T, ended.value)
+        return None
+
+    def certified(self, agreement: AgreementConfig, outlook: Callable[[str], None]) -> Outcome | None:
+        """The certificate, after all its questions; None if the run was stopped or the budget was used up."""
+        if sentence := self.little_use():
+            outlook(sentence)
+        self.tested = self.driven(certify(self.scored, agreement.promise, seed=agreement.seed))
+        if self.tested is None:
+            return None
         rest = self.tested.rest
         if left := int((~self.answers.has(self.readable[rest])).sum()):
             outlook(f"The labels of {len(self.tested.kept):,} images can be kept. The judge is asked about {left:,} more images.")
-        return None if self.answers_to(rest) is None else self.tested
+        return None if self.answers_to(rest) is None else Certified(self.tested, self.images.labels.names)
 
-    def missing(self, promise: Promise) -> Missing:
-        """What is missing for the certificate after the budget was used up."""
-        asked = self.answers.asked
+    def found(self, config: FindConfig) -> Outcome | None:
+        """The images of a class; None if the run was stopped or the budget was used up."""
+        column = config.column(self.images.labels)
+        result = self.driven(find(self.scored, column, config.wanted, seed=config.seed))
+        return None if result is None else Sought(config, result, len(self.readable))
+
+    def missing(self, promised: Promised) -> Missing:
+        """What is missing after the budget was used up."""
+        asked, questions = self.answers.asked, None
         if self.tested is not None:
             questions = self.tested.questions
-        else:
+        elif isinstance(promised, AgreementConfig):
             rows = np.flatnonzero(self.answers.has(self.readable))
-            (plan,) = planned(self.scored, rows, self.answers.answers[self.readable[rows]], [promise])
+            (plan,) = planned(self.scored, rows, self.answers.answers[self.readable[rows]], [promised.promise])
             questions = math.ceil(plan.questions)
-        missing = max(questions - asked, 1)
-        dollars = missing * self.answers.dollars / asked if asked else None
-        return Missing(agree=promise.agreement, asked=asked, questions=missing, dollars=dollars)
+        missing = None if questions is None else max(questions - asked, 1)
+        dollars = missing * self.answers.dollars / asked if asked and missing else None
+        return Missing(asked=asked, questions=missing, dollars=dollars)
 
-    def write(self, folder: RunFolder, certificate: Certificate | None) -> None:
+    def write(self, folder: RunFolder, outcome: Outcome | None) -> None:
         """Write all predictions.
 
         Args:
             folder: the folder of the run, without predictions.
-            certificate: the certificate. None: an image that was not asked about gets the scorer's label.
+            outcome: what was decided. None: an image that was not asked about gets the scorer's label.
         """
         total = len(self.images.log_probs)
         unasked = np.zeros(total, dtype=bool)
-        unasked[self.readable if certificate is None else self.readable[certificate.kept]] = True
-        if certificate is None:
-            unasked[unasked] = ~self.answers.has(self.readable)
-        standings = None if certificate is None else Standings(certificate, self.readable, self.images.labels.names)
+        unasked[self.readable[~self.answers.has(self.readable)] if outcome is None else self.readable[outcome.unasked]] = True
+        rows = np.cumsum(np.isin(np.arange(total), self.readable)) - 1
         lines = self.images.lines(np.arange(total))
         for begin in range(0, total, AT_ONCE):
             numbers = np.arange(begin, min(begin + AT_ONCE, total))
-            chosen = iter(self.stage.candidates.choose(self.images.some(numbers[unasked[numbers]])))
+            scores = self.images.some(numbers[unasked[numbers]])
+            chosen = enumerate(self.stage.candidates.choose(scores))
             for number, line in zip(numbers.tolist(), lines, strict=False):
-                standing = None if standings is None or line.error else standings[number]
-                also: dict[str, JsonValue] = {} if standing is None else {"certificate": standing.model_dump()}
+                row = int(rows[number])
+                also = {} if outcome is None or line.error else outcome.fields(row)
                 if line.error:
                     folder.append(line.path, Prediction(error=line.error))
                 elif unasked[number]:
-                    candidates = next(chosen)
-                    prediction = self._skipped(candidates) if standing is None else _kept(candidates, standing)
+                    place, shown = next(chosen)
+                    own = scores.rows(slice(place, place + 1))
+                    prediction = self._skipped(shown) if outcome is None else outcome.prediction(row, shown, own)
                     folder.append(line.path, prediction, also | {digest_key(line.is_file): line.digest})
                 else:
                     folder.append_again(line.path, self.answers.content(number) | also)
@@ -281,48 +286,6 @@ class Asking:
             candidates=candidates,
             reasons=("certificate: not asked yet",),
             verdicts=(verdict,),
-        )
-
-
-def _kept(candidates: tuple[Candidate, ...], standing: Standing) -> Prediction:
-    return Prediction(
-        label=standing.label,
-        probability=float(expit(standing.log_odds)),
-        decided_by="scorer",
-        candidates=candidates,
-        reasons=(f"certificate: kept, log-odds {standing.log_odds:.2f}",),
-    )
-
-
-class Standings:
-    """What a certificate did with each of its images.
-
-    Args:
-        certificate: the certificate.
-        readable: `(N,)` numbers of its images.
-        names: names of the labels.
-    """
-
-    def __init__(self, certificate: Certificate, readable: Numbers, names: Sequence[str]) -> None:
-        self.certificate, self.readable, self.names = certificate, readable, names
-        phases: dict[Phase, NDArray[np.intp]] = {
-            "taught": certificate.taught,
-            "tested": certificate.order[certificate.drawn],
-            "kept": certificate.kept,
-            "asked": certificate.rest,
-        }
-        self._names = tuple(phases)
-        self._phases = np.zeros(len(readable), dtype=np.int8)
-        for number, rows in enumerate(phases.values()):
-            self._phases[rows] = number
-
-    def __getitem__(self, number: int) -> Standing:
-        """The standing of the readable image with this number."""
-        row = int(np.searchsorted(self.readable, number))
-        return Standing(
-            phase=self._names[self._phases[row]],
-            label=self.names[int(self.certificate.labels[row])],
-            log_odds=float(self.certificate.log_odds[row]),
         )
 
 

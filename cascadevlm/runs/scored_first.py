@@ -157,14 +157,19 @@ class ScoredImages:
         return cascade.altered(scorer=ScoredElsewhere(cascade.scorer), reading=lambda first: self._reading(own[first:]))
 
     def lines(self, numbers: Numbers) -> Iterator[ScoredLine]:
-        """The lines of the images with the given numbers, which are in ascending order."""
+        """The lines of the images with the given numbers, which are in ascending order. The file is closed early."""
         wanted = iter(numbers.tolist())
-        number = next(wanted, None)
+        number, last = next(wanted, None), None
         with (self.folder / SCORED).open("rb") as lines:
             for place, line in enumerate(lines):
                 if place == number:
-                    yield ScoredLine.model_validate(json.loads(line))
                     number = next(wanted, None)
+                    if number is None:
+                        last = line
+                        break
+                    yield ScoredLine.model_validate(json.loads(line))
+        if last is not None:
+            yield ScoredLine.model_validate(json.loads(last))
 
     def _reading(self, numbers: Numbers) -> ReadBatch:
         lines, left = self.lines(numbers), numbers

@@ -7,7 +7,7 @@ from pydantic import JsonValue
 
 from cascadevlm.base.types import Candidate, Prediction
 from cascadevlm.runs.audit import AuditFigures
-from cascadevlm.runs.certificate import Facts, Missing
+from cascadevlm.runs.certificate import Statement
 from cascadevlm.runs.lines import Line, LineCandidate, failure_of
 
 
@@ -43,7 +43,7 @@ class Tally:
     spent_dollars: float = 0.0
     audited: int = 0
     differing: int = 0
-    certificate: Facts | Missing | None = None
+    certificate: Statement | None = None
     audit: AuditFigures | None = None
 
     def to_dict(self) -> dict[str, JsonValue]:

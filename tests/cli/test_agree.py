@@ -83,6 +83,9 @@ def test_money_is_confirmed_first(tmp_path: Path, hosted: list[str | Path]) -> N
         (("--agree", "0.9", "--policy", "entropy > 0.3"), "the policy is 'entropy > 0.3'"),
         (("--agree", "0.9", "--set", "fusion=bayes"), "fusion = 'bayes' needs a calibration"),
         (("--confidence", "0.9"), "agreement.agree' is missing"),
+        (("--recall", "owl=0.9"), "'owl' is not a label"),
+        (("--recall", "owl"), "find.recall: Input should be a valid number"),
+        (("--recall", "owl=0.9", "--agree", "0.9"), "both [agreement] and [find]"),
     ],
 )
 def test_wrong_calls_say_so(tmp_path: Path, options: tuple[str, ...], message: str) -> None:

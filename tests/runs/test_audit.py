@@ -80,7 +80,7 @@ def test_an_audit_does_not_count_for_the_limits_of_the_policy(tmp_path: Path) ->
     [
         ({"audit.share": 0}, "audit.share: Input should be greater than 0"),
         ({"stage": []}, "one judge, but the configuration has 0 stages"),
-        ({"agreement": {"agree": 0.9}}, "so it cannot have an audit"),
+        ({"agreement": {"agree": 0.9}}, r"both \[audit\] and \[agreement\]"),
     ],
 )
 def test_settings_that_do_not_fit_an_audit_are_refused(changes: dict[str, object], message: str) -> None:

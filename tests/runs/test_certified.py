@@ -29,7 +29,7 @@ from cascadevlm.base.errors import ConfigError, DataError, PermanentError
 from cascadevlm.base.images import pixel_digest
 from cascadevlm.base.labels import Label, LabelSet
 from cascadevlm.base.types import Candidate, Prediction, Question
-from cascadevlm.config.agreement import AgreementConfig
+from cascadevlm.config.agreement import AgreementConfig, require_certifiable
 from cascadevlm.config.config import Config
 from cascadevlm.decision.judge_model import JudgeModel
 from cascadevlm.judges.base import Quote
@@ -88,7 +88,7 @@ def run(
         images or Pictures(300),
         folder,
         config={"agreement": agreement.model_dump()},
-        agreement=agreement,
+        promised=agreement,
         stopping=stopping,
         retry_failed=retry_failed,
     )
@@ -291,7 +291,7 @@ def test_a_changed_image_is_asked_about_again(tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     for number in range(60):
         noise(number, (8, 8)).save(tmp_path / "images" / f"{number:02}.png")
-    arguments = {"config": {"agreement": AGREEMENT.model_dump()}, "agreement": AGREEMENT}
+    arguments = {"config": {"agreement": AGREEMENT.model_dump()}, "promised": AGREEMENT}
     bulk.run(cascade(FakeJudge(reply=plausible)), Inputs(tmp_path / "images"), tmp_path / "run", **arguments)  # type: ignore[arg-type]
     changed = next(line["path"] for line in lines(tmp_path / "run") if line["certificate"]["phase"] == "taught")
     noise(1000, (8, 8)).save(changed)
@@ -336,7 +336,7 @@ def test_a_fusion_or_shares_that_overrule_the_judge_are_refused() -> None:
     stage = Stage(judge=FakeJudge(), prompt=load_prompt("select"), fusion="bayes", model=JudgeModel.prior(4))
     fused = Cascade(FakeScorer(), [stage], labels=LABELS)
     with pytest.raises(ConfigError, match="fusion = 'bayes' can overrule the judge"):
-        AGREEMENT.require_certifiable(fused)
+        require_certifiable(fused)
     following = Cascade(
         FakeScorer(),
         [replace(stage, fusion="judge")],
@@ -345,7 +345,7 @@ def test_a_fusion_or_shares_that_overrule_the_judge_are_refused() -> None:
         follow_shares=True,
     )
     with pytest.raises(ConfigError, match="follow_shares = true changes the candidates"):
-        AGREEMENT.require_certifiable(following)
+        require_certifiable(following)
 
 
 def altered(folder: Path, change: Callable[[list[dict[str, Any]]], None], *, signed: bool = True) -> None:
@@ -481,7 +481,7 @@ def test_a_run_says_where_its_certificate_is_of_little_use(tmp_path: Path, abili
         Pictures(40),
         tmp_path,
         config={"agreement": AGREEMENT.model_dump()},
-        agreement=AGREEMENT,
+        promised=AGREEMENT,
         outlook=sentences.append,
     )
     assert any("of little use here" in sentence for sentence in sentences) == said

@@ -172,7 +172,7 @@ def run(
     parsed = Config.parse(tomllib.loads(config))
     cascade, frozen = parsed.build(), parsed.frozen(parsed.build()).model_dump(mode="json")
     with on_ray(cascade, parsed, images, workers=2) if engine == "ray" else nullcontext(cascade) as running:
-        return bulk.run(running, images, folder, config=frozen, agreement=parsed.agreement, stopping=stopping)
+        return bulk.run(running, images, folder, config=frozen, promised=parsed.agreement or parsed.find, stopping=stopping)
 
 
 def workers(plugin: Path, name: str) -> list[int]:
