@@ -4,6 +4,7 @@ import json
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -13,6 +14,8 @@ import typer
 from cascadevlm.cli import options
 
 if TYPE_CHECKING:
+    from pydantic import JsonValue
+
     from cascadevlm.runs.tally import Tally
 
 Output = Annotated[
@@ -70,6 +73,30 @@ Audit = Annotated[
     ),
 ]
 
+
+@dataclass(frozen=True, kw_only=True)
+class PromiseOptions:
+    """The options that promise something about the labels of a run."""
+
+    agree: Agree = None
+    confidence: Confidence = None
+    recall: Recall = None
+    precision: Precision = None
+    audit: Audit = None
+
+    def keys(self) -> "dict[str, JsonValue]":
+        """The values of the options by their keys in the configuration; None for an option that is not given."""
+        label, _, share = self.recall.rpartition("=") if self.recall is not None else (None, "", None)
+        return {
+            "agreement.agree": self.agree,
+            "audit.share": self.audit,
+            "find.label": label,
+            "find.recall": share,
+            "find.precision": self.precision,
+            f"{'find' if self.recall else 'agreement'}.confidence": self.confidence,
+        }
+
+
 SIGNALLED = 128
 """Added to the number of the signal that ended a program, this is the exit code of the program: 130 after Ctrl-C."""
 
@@ -84,13 +111,9 @@ def run(
     inputs: Images,
     output: Output,
     given: options.CascadeOptions,
+    promises: PromiseOptions,
     engine: Engine = "local",
     workers: Workers = None,
-    agree: Agree = None,
-    confidence: Confidence = None,
-    recall: Recall = None,
-    precision: Precision = None,
-    audit: Audit = None,
     retry_failed: RetryFailed = False,
     yes: options.Yes = False,
     as_json: options.AsJson = False,
@@ -111,17 +134,7 @@ def run(
     from cascadevlm.runs.inputs import Inputs
     from cascadevlm.runs.run_folder import images_left
 
-    label, _, share = recall.rpartition("=") if recall is not None else (None, "", None)
-    parsed = given.parse(
-        {
-            "agreement.agree": agree,
-            "audit.share": audit,
-            "find.label": label,
-            "find.recall": share,
-            "find.precision": precision,
-            f"{'find' if recall else 'agreement'}.confidence": confidence,
-        }
-    )
+    parsed = given.parse(promises.keys())
     cascade = given.build(parsed, bulk=True)
     learns = parsed.learn and not (parsed.agreement or parsed.find)
     images = Inputs(inputs, shuffled=learns)
