@@ -38,7 +38,7 @@ from cascadevlm.evaluation.record import read_record
 from cascadevlm.judges.cache import DiskStore
 from cascadevlm.runs import bulk
 from cascadevlm.runs.inputs import Named
-from cascadevlm.runs.run_folder import Tally
+from cascadevlm.runs.tally import Tally
 from cascadevlm.scorers.base import EmbeddingScorer
 from cascadevlm.scorers.kept import CachedEmbeddings
 from tests.server import JudgeServer

@@ -36,7 +36,7 @@ from .evaluation.sweep import Sweep, sweep, under
 from .judges.base import Judge, LocalJudge, Quote
 from .policies.base import Policy, Spending
 from .policies.language import parse_policy
-from .runs.run_folder import Tally
+from .runs.tally import Tally
 from .scorers.adapters import Adapter, read_adapter
 from .scorers.base import EmbeddingScorer, Scorer
 from .scorers.several import SeveralScorers

@@ -1,9 +1,13 @@
 """Draws the plots for the pages about deciding: ``python -m docs.make_plots RUN CALIBRATION [--recorded FOLDER]``.
 
+With ``--certified RUN``, the folder of a run with a certificate, the plot of the page about certificates is drawn, too.
+
 RUN is a record of ``evaluate --judge-all``. CALIBRATION is a file that ``calibrate`` made from this record. With the folder
 ``../shared/recorded/artdl``, the same plots are drawn for one pair of `benchmarks.sweep`, calibrated on 200 random images.
 """
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -19,9 +23,22 @@ from cascadevlm.evaluation.calibrating.fitting import fit_calibration
 from cascadevlm.evaluation.calibrating.recipe import Recipe
 from cascadevlm.evaluation.deciding import decided, held_out
 from cascadevlm.evaluation.record import Record, read_record
+from cascadevlm.runs.certificate import Standing
+from cascadevlm.runs.run_folder import PREDICTIONS
 
 PAIR = "siglip-base→gpt-4o-mini"
 """The recorded pair whose scorer has the largest differences of bias between classes."""
+
+
+PHASES = (
+    ("kept", plots.BLUE, "kept"),
+    ("tested", plots.ORANGE, "asked: the test"),
+    ("asked", plots.FOREGROUND, "asked after the test"),
+    ("taught", plots.GREEN, "asked before the test"),
+)
+"""Phases of a certificate, with colours and names."""
+
+BARS = 32
 
 
 def reliability(record: Record, calibration: Calibration) -> Figure:
@@ -46,10 +63,26 @@ def reliability(record: Record, calibration: Calibration) -> Figure:
     return figure
 
 
+def kept_and_asked(standings: Sequence[Standing]) -> Figure:
+    """A plot of what a certificate did with its images, surest first, in `BARS` groups of the same size."""
+    figure, axes = plots._figure("images, surest label first (%)", "share of these images (%)")
+    ordered = sorted(standings, key=lambda standing: -standing.log_odds)
+    group = np.arange(len(ordered)) * BARS // len(ordered)
+    below, sizes = np.zeros(BARS), np.bincount(group, minlength=BARS)
+    for phase, colour, name in PHASES:
+        inside = np.array([standing.phase == phase for standing in ordered])
+        share = 100 * np.bincount(group[inside], minlength=BARS) / sizes
+        axes.bar((np.arange(BARS) + 0.5) * 100 / BARS, share, 90 / BARS, below, color=colour, label=name)
+        below += share
+    plots._legend(figure)
+    return figure
+
+
 def main(
     run: Path,
     calibration: Path,
     recorded: Annotated[Path | None, typer.Option(help="Folder of recorded predictions, in the form of artdl.")] = None,
+    certified: Annotated[Path | None, typer.Option(help="Folder of a run with a certificate.")] = None,
 ) -> None:
     """Write the SVG files to the folder of this module."""
     known = {"birds": (read_record(run), read_calibration(calibration))}
@@ -60,10 +93,18 @@ def main(
     for name, (record, learned) in known.items():
         record = record.take(np.flatnonzero(record.readable))
         for what, draw in (("accuracy", plots.decision_layer), ("reliability", reliability)):
-            with matplotlib.rc_context({"svg.hashsalt": "cascadevlm"}):
-                path = Path(__file__).with_name(f"{what}-{name}.svg")
-                draw(record, learned).savefig(path, format="svg", metadata={"Date": None})
-            print(path)
+            _save(draw(record, learned), f"{what}-{name}.svg")
+    if certified:
+        lines = (certified / PREDICTIONS).read_text().splitlines()
+        read = (json.loads(line).get("certificate") for line in lines)
+        _save(kept_and_asked([Standing.model_validate(each) for each in read if each]), "certificate.svg")
+
+
+def _save(figure: Figure, name: str) -> None:
+    path = Path(__file__).with_name(name)
+    with matplotlib.rc_context({"svg.hashsalt": "cascadevlm"}):
+        figure.savefig(path, format="svg", metadata={"Date": None})
+    print(path)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,8 @@ from cascadevlm.policies.base import PolicyLike, as_policy
 from cascadevlm.policies.language import parse_policy
 from cascadevlm.runs import bulk
 from cascadevlm.runs.inputs import Inputs, Named
-from cascadevlm.runs.run_folder import Tally, spent_in
+from cascadevlm.runs.run_folder import spent_in
+from cascadevlm.runs.tally import Tally
 
 
 class Cascade(cascade.Cascade):
@@ -100,6 +101,8 @@ class Cascade(cascade.Cascade):
     ) -> Tally:
         """Classify any number of images into a folder. If the run is interrupted, the same call continues it.
 
+        A cascade from a configuration with ``[agreement]`` makes a certificate (`Tally.certificate`).
+
         Args:
             inputs: a folder of images, a list or table of images (`Inputs`), or paths of images in an order that does not change.
             folder: the folder of the run. ``predictions.parquet`` in this folder has one row per image.
@@ -128,8 +131,12 @@ class Cascade(cascade.Cascade):
                 images,
                 Path(folder),
                 config=self.described(),
+                promised=(self.config.agreement or self.config.find) if self.config else None,
+                audit=self.config.audit if self.config else None,
                 retry_failed=retry_failed,
                 progress=lambda tally: show(tally.images, tally.spent_dollars),
+                scored=lambda number: show(number, None),
+                asked=show,
             )
 
     @contextmanager

@@ -23,6 +23,9 @@ Outcome = Literal["answered", "none", "refused", "unparsed", "failed", "skipped"
 names no candidate ("unparsed"), an error ("failed"), or no question because the budget was used up ("skipped").
 """
 
+AUDITED = "audit"
+"""The last of the reasons of an image that was not escalated by a policy, but drawn for an audit."""
+
 DecidedBy = Literal["scorer", "judge", "fusion"]
 
 
@@ -321,6 +324,11 @@ class Prediction:
     def answered(self) -> bool:
         """True if a judge answered: with a candidate or with "none of these"."""
         return any(verdict.valid for verdict in self.verdicts)
+
+    @property
+    def audited(self) -> bool:
+        """True if the judge was asked because of an audit."""
+        return AUDITED in self.reasons
 
     @property
     def verdict(self) -> Verdict | None:

@@ -83,7 +83,7 @@ class Cascade(Portable):
         ledger: the budget of all calls of this cascade. Default: no cap.
         batch_size: number of images that are scored together.
         calibration: calibration of the scorer and the judges. The scorer's probabilities become calibrated. A run warns if its
-            images differ from the images of the calibration (`Drift`).
+            images differ from the images of the calibration (`Drift`), unless a stage has an audit.
         follow_shares: true if the scorer's probabilities follow the shares of the classes in a run (`Following`). Default:
             false.
         learn: true if the answers of the judges and the images themselves teach the scorer during a run (`Learning`). The
@@ -276,6 +276,7 @@ class Cascade(Portable):
         """
         if self._judges.store is not self.store or self._judges.ledger is not self.ledger:
             self._judges = DependableJudges(self.store, self.ledger)
+        audited = any(stage.audit is not None for stage in self.stages)
         settings = Settings(
             scorer=self.scorer,
             stages=self.stages,
@@ -287,7 +288,7 @@ class Cascade(Portable):
             judges=self._judges,
             read=self.reading(start.images) if self.reading else None,
             observers=self.observers,
-            drift=Drift(self.calibration, self.stages) if self.calibration else None,
+            drift=Drift(self.calibration, self.stages) if self.calibration and not audited else None,
             shares=self.calibration.shares if self.calibration and self.follow_shares else None,
             learns_from=self.learns_from,
             unlabelled=self.unlabelled,

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from cascadevlm.base.errors import BudgetExhausted, FatalError, ImageError, JudgeError, PermanentError
 from cascadevlm.base.images import is_large
 from cascadevlm.base.labels import Label, LabelSet
-from cascadevlm.base.types import NANODOLLARS, Candidate, Scores, Verdict
+from cascadevlm.base.types import AUDITED, NANODOLLARS, Candidate, Scores, Verdict
 from cascadevlm.cascade.item import Item, believed, rank
 from cascadevlm.cascade.observer import Observer
 from cascadevlm.cascade.stage import Stage
@@ -84,8 +84,8 @@ class RunningStage:
     def decide(
         self, items: Sequence[Item], scores: Scores, prices: tuple[float, ...], *, left: Selection, remaining: float | None
     ) -> list[Item]:
-        """The images that the policy escalates. All images get the policy's reasons. In the first stage, all images get
-        candidates.
+        """The images that the policy escalates, and the images that the audit draws. The limits of the policy do not count
+        questions of the audit. All images get the policy's reasons. In the first stage, all images get candidates.
 
         Args:
             items: the next n images.
@@ -96,9 +96,12 @@ class RunningStage:
         """
         spending = replace(self.spending, remaining=remaining, prices=prices, gain=self.stage.gain(scores))
         selected = self.policy.select(scores, spending) & ~left
+        audited = self._drawn(spending.images, len(items)) & ~selected
         for item, reason, elsewhere in zip(items, self.policy.reasons(scores, spending), left, strict=True):
             item.reasons.append(f"{reason}; a later judge is worth more" if elsewhere else reason)
-        shown = [item for item, chosen in zip(items, selected, strict=True) if chosen or not item.candidates]
+        for item in compress(items, audited):
+            item.reasons.append(AUDITED)
+        shown = [item for item, chosen in zip(items, selected | audited, strict=True) if chosen or not item.candidates]
         rank(self.stage.candidates, shown)
         self.spending = replace(
             self.spending,
@@ -108,7 +111,12 @@ class RunningStage:
             dollars_for_all=spending.dollars_for_all + sum(prices),
             recent=self.policy.remembered(scores, spending),
         )
-        return list(compress(items, selected))
+        return list(compress(items, selected | audited))
+
+    def _drawn(self, first: int, count: int) -> Selection:
+        """``(count,)`` booleans: the audit draws the image. ``first`` images came before."""
+        audit = self.stage.audit
+        return np.zeros(count, dtype=bool) if audit is None else audit.drawn(first, first + count)
 
     async def ask(self, item: Item) -> None:
         """Ask the judge about an image. If it chooses none of the candidates, ask about the next candidates."""

@@ -12,6 +12,7 @@ from cascadevlm.base.portable import Portable
 from cascadevlm.base.types import Candidate, Prompt, Question, Scores
 from cascadevlm.cascade.candidates import CandidateRule, TopK
 from cascadevlm.cascade.fusing import Asking
+from cascadevlm.decision.auditing import Sampling
 from cascadevlm.decision.calibration import FusionRule
 from cascadevlm.decision.judge_model import JudgeModel
 from cascadevlm.judges.base import Judge
@@ -52,6 +53,7 @@ class Stage(Portable):
         model: a model of the judge. It is required for fusion "bayes" and for policies that use the expected gain.
         votes: number of questions about each image, with the candidates in another order each time (`Voting`).
         widen: number of further questions, about the next candidates, after the answer "none of these".
+        audit: the images that the judge is also asked about if the policy does not escalate them. Default: none.
 
     Raises:
         InputError: if an argument has a wrong type, for example a spec in place of an object; if ``votes`` is not a number of
@@ -71,6 +73,7 @@ class Stage(Portable):
     model: JudgeModel | None = None
     votes: int = 1
     widen: int = 0
+    audit: Sampling | None = None
 
     def __post_init__(self) -> None:
         for name, (kind, fix) in _MADE_BY.items():

@@ -26,6 +26,7 @@ from cascadevlm.cli import (
     run,
     study,
     sweep,
+    verify,
 )
 
 WORK_FAILED = 1
@@ -62,6 +63,7 @@ app.command()(init.init)
 app.command()(doctor.doctor)
 app.command()(classify.classify)
 app.command()(run.run)
+app.command()(verify.verify)
 app.command()(estimate.estimate)
 app.command()(evaluate.evaluate)
 app.command()(sweep.sweep)

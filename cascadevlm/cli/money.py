@@ -42,7 +42,8 @@ def confirm(config: Config, cascade: Cascade, images: Sequence[ImageSource] | In
     if most <= limit:
         return
     calls = sum(each.calls for each in estimates)
-    message = f"This run asks hosted judges about {calls} questions, for about ${usual:.2f}, and at most about ${most:.2f}."
+    number = f"at most {calls}" if config.agreement or config.find else calls
+    message = f"This run asks hosted judges about {number} questions, for about ${usual:.2f}, and at most about ${most:.2f}."
     for line in prices(cascade):
         typer.echo(line, err=True)
     if not sys.stdin.isatty():

@@ -14,6 +14,8 @@ from cascadevlm.base.errors import InputError
 from cascadevlm.config import DEFAULT_SCORER
 
 if TYPE_CHECKING:
+    from pydantic import JsonValue
+
     from cascadevlm.base.labels import LabelSet
     from cascadevlm.base.remote import Place
     from cascadevlm.base.tables import ColumnNames
@@ -73,8 +75,11 @@ class CascadeOptions:
         typer.Option("--set", metavar="KEY=VALUE", help="Any key of the configuration, for example on_failure=abstain."),
     ] = None
 
-    def parse(self) -> "Config":
+    def parse(self, also: "Mapping[str, JsonValue] | None" = None) -> "Config":
         """The configuration that the options describe.
+
+        Args:
+            also: values of further keys. None stands for a key without a value.
 
         Raises:
             InputError: if an option is wrong, or the configuration is not valid.
@@ -82,10 +87,13 @@ class CascadeOptions:
         from cascadevlm.config.config import Config, override, read_toml, toml_value
 
         data = read_toml(self.config) if self.config else {}
-        overrides = {
+        given = {key: value for key, value in (also or {}).items() if value is not None}
+        certified = {"agreement.agree", "find.label"} & given.keys()
+        selects = self.policy or (DEFAULT_POLICY if self.judge and not self.config and not certified else None)
+        overrides = given | {
             "scorer.use": self.scorer,
             "stage.0.judge": self.judge,
-            "stage.0.policy": self.policy or (DEFAULT_POLICY if self.judge and not self.config else None),
+            "stage.0.policy": selects,
             "stage.0.candidates": self.candidates,
             "stage.0.prompt": self.prompt,
         }

@@ -4,6 +4,7 @@ import json
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -13,7 +14,9 @@ import typer
 from cascadevlm.cli import options
 
 if TYPE_CHECKING:
-    from cascadevlm.runs.run_folder import Tally
+    from pydantic import JsonValue
+
+    from cascadevlm.runs.tally import Tally
 
 Output = Annotated[
     Path, typer.Option("--output", "-o", help="Folder of the run. If it contains an unfinished run, that run continues.")
@@ -36,8 +39,68 @@ RetryFailed = Annotated[
     ),
 ]
 
+Agree = Annotated[
+    float | None,
+    typer.Option(
+        help="Certify that at least this share of the labels are the judge's, for example 0.95. The run then selects the images "
+        "to escalate itself.",
+        show_default="no certificate",
+    ),
+]
+Confidence = Annotated[float | None, typer.Option(help="Least probability that the certificate is true.", show_default="0.95")]
+
+Recall = Annotated[
+    str | None,
+    typer.Option(
+        metavar="LABEL=SHARE",
+        help="Find at least this share of the images to which the judge would give a label, for example lynx=0.95.",
+        show_default="all labels are equal",
+    ),
+]
+Precision = Annotated[
+    float | None,
+    typer.Option(
+        help="With --recall: accept images without a question, if at least this share of the found images are right.",
+        show_default="the judge is asked about every found image",
+    ),
+]
+Audit = Annotated[
+    float | None,
+    typer.Option(
+        help="Also ask about this share of the images whose label is kept, for example 0.01. The summary tells how many labels "
+        "are not the judge's.",
+        show_default="no audit",
+    ),
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromiseOptions:
+    """The options that promise something about the labels of a run."""
+
+    agree: Agree = None
+    confidence: Confidence = None
+    recall: Recall = None
+    precision: Precision = None
+    audit: Audit = None
+
+    def keys(self) -> "dict[str, JsonValue]":
+        """The values of the options by their keys in the configuration; None for an option that is not given."""
+        label, _, share = self.recall.rpartition("=") if self.recall is not None else (None, "", None)
+        return {
+            "agreement.agree": self.agree,
+            "audit.share": self.audit,
+            "find.label": label,
+            "find.recall": share,
+            "find.precision": self.precision,
+            f"{'find' if self.recall else 'agreement'}.confidence": self.confidence,
+        }
+
+
 SIGNALLED = 128
 """Added to the number of the signal that ended a program, this is the exit code of the program: 130 after Ctrl-C."""
+
+AGREEMENT_IS_NOT_ACCURACY = "Agreement with the judge is not accuracy: where the judge is wrong, the labels are wrong."
 
 
 Images = Annotated[
@@ -56,6 +119,7 @@ def run(
     output: Output,
     given: options.CascadeOptions,
     named: options.ColumnOptions,
+    promises: PromiseOptions,
     engine: Engine = "local",
     workers: Workers = None,
     retry_failed: RetryFailed = False,
@@ -71,15 +135,18 @@ def run(
     from cascadevlm.base.errors import DataError, InputError
     from cascadevlm.base.progress import progress_bar
     from cascadevlm.cli.money import confirm
+    from cascadevlm.decision.certifying import testable
     from cascadevlm.runs import bulk
     from cascadevlm.runs import ray as cluster
+    from cascadevlm.runs.certified import questions_left
     from cascadevlm.runs.inputs import Inputs
     from cascadevlm.runs.run_folder import images_left
 
-    parsed = given.parse()
+    parsed = given.parse(promises.keys())
     cascade = given.build(parsed, bulk=True)
-    images = Inputs(inputs, named.columns(), shuffled=parsed.learn)
-    if parsed.learn and not images.shuffled:
+    learns = parsed.learn and not (parsed.agreement or parsed.find)
+    images = Inputs(inputs, named.columns(), shuffled=learns)
+    if learns and not images.shuffled:
         typer.echo("Images in a table are taken in its order: with learn = true, shuffle the rows of the table first.", err=True)
     options.tell(cascade.labels, [inputs])
     if workers and engine == "local":
@@ -87,8 +154,16 @@ def run(
     total = len(images)
     if not total:
         raise DataError(f"{inputs!r} contains no images.", hint="Check the path and the formats of the images.")
+    if parsed.agreement is not None and not testable(total, promise := parsed.agreement.promise):
+        typer.echo(
+            f"{total} images are too few for the test of a certificate. The judge is asked about all images except "
+            f"{promise.allowed(total)}.",
+            err=True,
+        )
     if not yes:
         left = images_left(output, total, dollars=cascade.ledger.cap_dollars, retry_failed=retry_failed)
+        if parsed.agreement or parsed.find:
+            left = min(left, questions_left(output, total))
         confirm(parsed, cascade, images, left)
     console = Console(stderr=True)
     with (
@@ -101,10 +176,13 @@ def run(
             images,
             output,
             config=parsed.frozen(cascade).model_dump(mode="json"),
+            promised=parsed.agreement or parsed.find,
+            audit=parsed.audit,
             retry_failed=retry_failed,
             stopping=lambda: bool(stopping),
             progress=lambda tally: show(tally.images, tally.spent_dollars),
             scored=lambda images: show(images, None),
+            asked=show,
             outlook=lambda sentence: console.print(sentence, markup=False, soft_wrap=True),
         )
     _show(tally, output, as_json=as_json)
@@ -138,6 +216,10 @@ def _show(tally: "Tally", output: Path, *, as_json: bool) -> None:
     else:
         failures = {"failures": f"{tally.failures}, in {FAILURES}"} if tally.failures else {}
         print_summary(Console(highlight=False), f"Run in {output}", tally_rows(tally) | failures)
+        if tally.certificate:
+            typer.echo(f"{tally.certificate.sentence} {AGREEMENT_IS_NOT_ACCURACY}")
+        if tally.audit:
+            typer.echo(tally.audit.sentence)
     if skipped := tally.counts["skipped"]:
         hint = "To ask about them, run the same command with a higher budget: --set budget.usd=DOLLARS."
         typer.echo(f"{skipped} images were escalated but not asked about, because the budget was used up. {hint}", err=True)

@@ -16,7 +16,7 @@ from cascadevlm.evaluation.texts import share
 if TYPE_CHECKING:
     from cascadevlm.evaluation.calibrating.calibrate import Calibrated
     from cascadevlm.evaluation.metrics import Evaluation
-    from cascadevlm.runs.run_folder import Tally
+    from cascadevlm.runs.tally import Tally
 
 BAR_WIDTH = 12
 

@@ -26,6 +26,9 @@ from cascadevlm.cascade.candidates import CandidateRule, ConformalSet, Cumulativ
 from cascadevlm.cascade.cascade import Cascade
 from cascadevlm.cascade.item import OnFailure
 from cascadevlm.cascade.stage import Stage
+from cascadevlm.config.agreement import AgreementConfig, require_certifiable
+from cascadevlm.config.audit import AuditConfig
+from cascadevlm.config.finding import FindConfig
 from cascadevlm.config.loading import load_judge, load_prompt
 from cascadevlm.config.scorer import ScorerConfig
 from cascadevlm.config.section import MayChange, Options, Section
@@ -253,6 +256,10 @@ class Config(Section):
         batch_size: number of images that are scored together.
         cache: the cache on disk.
         budget: limits for money.
+        agreement: a certificate of how many labels of a run are the judge's. Default: no certificate. A certificate always learns
+            from the answers; `learn` has no effect then.
+        audit: questions about images whose label was kept. Default: no audit.
+        find: a run finds nearly all images of one class. Default: all classes are equal.
     """
 
     scorer: ScorerConfig = ScorerConfig()
@@ -268,6 +275,9 @@ class Config(Section):
     batch_size: Count = 32
     cache: Annotated[CacheConfig, MayChange("the folder of the cache does not change an answer")] = CacheConfig()
     budget: Annotated[BudgetConfig, MayChange("with a higher limit, judges are asked about the skipped images")] = BudgetConfig()
+    agreement: AgreementConfig | None = None
+    audit: AuditConfig | None = None
+    find: FindConfig | None = None
 
     @classmethod
     def parse(cls, data: Mapping[str, object], *, name: str = "config") -> Self:
@@ -319,6 +329,18 @@ class Config(Section):
             ConfigError: if there are no labels, or if the calibration does not belong to this cascade.
             InputError: if a spec, a policy, a prompt or a path in the configuration is wrong.
         """
+        given = [name for name in ("audit", "agreement", "find") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ConfigError(f"A run cannot have both [{given[0]}] and [{given[1]}].", hint="Remove one of them.")
+        if self.audit is not None:
+            without = self.model_copy(update={"audit": None})
+            return self.audit.added_to(without.build_as(kind, labels, bulk=bulk, calibration=calibration))
+        if given:
+            cascade = self._for_certificate().build_as(kind, labels, bulk=bulk, calibration=calibration)
+            require_certifiable(cascade)
+            if self.find is not None:
+                self.find.column(cascade.labels)
+            return cascade
         if labels is None:
             if self.labels is None:
                 raise ConfigError("No labels are given.", hint="Set labels (or --labels) to a file with one class name per line.")
@@ -352,6 +374,12 @@ class Config(Section):
             follow_shares=self.follow_shares,
             learn=self.learn,
         )
+
+    def _for_certificate(self) -> Self:
+        """A copy of the configuration in which the judge alone decides, unless a key says how to decide."""
+        stages = tuple(stage.model_copy(update={"policy": stage.policy or "always"}) for stage in self.stage)
+        decides = {"fusion": self.fusion or "judge", "accept": self.accept or 0.0, "learn": False}
+        return self.model_copy(update={"stage": stages, "agreement": None, "find": None, **decides})
 
     def frozen(self, cascade: Cascade) -> Self:
         """A copy of the configuration that contains all values that come from the calibration.

@@ -1,13 +1,13 @@
 """An audit: further questions about kept images, for as long as images come.
 
-The kept images are cut into blocks of consecutive images. From each block, one image is drawn at random, and the judge is
-asked about it. The share of all kept images that disagree is the mean of the blocks' shares. A confidence sequence bounds this
-mean from below at all times at once, so it may be looked at after each answer (Robbins, "Statistical methods related to the law
-of the iterated logarithm", 1970; Howard et al., "Time-uniform Chernoff bounds via nonnegative supermartingales", 2020).
+The images are cut into blocks of consecutive images. From each block, one image is drawn at random. If its label was kept without
+a question, the judge is asked about it. The share of all images that were kept with another label than the judge's is the mean
+of the blocks' shares. A confidence sequence bounds this mean from below at all times at once, so it may be looked at after each
+answer (Robbins, "Statistical methods related to the law of the iterated logarithm", 1970; Howard et al., "Time-uniform Chernoff
+bounds via nonnegative supermartingales", 2020).
 """
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,37 +15,49 @@ from scipy.optimize import brentq
 from scipy.special import logsumexp
 
 from cascadevlm.base.errors import InputError
+from cascadevlm.decision.judge_model import Bools
 
 TILTS = np.geomspace(0.02, 6, 80)
 """Log-odds by which images may disagree more often than promised. The sequence is a mixture over these values."""
 
 
-def block_length(share: float) -> int:
-    """Number of kept images per audited image.
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """The images that are drawn for an audit: one of each block of consecutive images. They depend on the attributes alone.
 
-    Args:
-        share: share of the kept images that is audited, above 0 and at most 1.
+    Attributes:
+        share: share of the images that are drawn, above 0 and at most 1. A block has 1 / share images, rounded.
+        seed: seed of the draws.
 
     Raises:
         InputError: if the share is out of its range.
     """
-    if not 0 < share <= 1:
-        raise InputError(f"The share of the audit must be above 0 and at most 1, not {share!r}.")
-    return round(1 / share)
 
+    share: float
+    seed: int = 0
 
-def audited(share: float, seed: int) -> Iterator[bool]:
-    """For one kept image after another, whether the judge is asked about the image: exactly one image per block.
+    def __post_init__(self) -> None:
+        if not 0 < self.share <= 1:
+            raise InputError(f"The share of the audit must be above 0 and at most 1, not {self.share!r}.")
 
-    Args:
-        share: share of the kept images that is audited.
-        seed: seed of the run. The same seed gives the same images.
-    """
-    length, block = block_length(share), 0
-    while True:
-        chosen = int(np.random.default_rng([seed, 2, block]).integers(length))
-        yield from (place == chosen for place in range(length))
-        block += 1
+    @property
+    def length(self) -> int:
+        """Number of images of a block."""
+        return round(1 / self.share)
+
+    def _place(self, block: int) -> int:
+        """Place of the drawn image in a block, from 0."""
+        return int(np.random.default_rng([self.seed, 2, block]).integers(self.length))
+
+    def drawn(self, begin: int, end: int) -> Bools:
+        """`(end - begin,)` booleans: the images from number ``begin`` to before ``end`` that are drawn."""
+        places = [self._place(block) + block * self.length for block in range(begin // self.length, -(-end // self.length))]
+        return np.isin(np.arange(begin, end), places)
+
+    def count(self, images: int) -> int:
+        """Number of drawn images among the first images."""
+        block, place = divmod(images, self.length)
+        return block + (self._place(block) < place)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,15 +65,15 @@ class Audit:
     """What an audit has found so far.
 
     Attributes:
-        asked: number of audited images with an answer, a refusal or a failure, one per block.
-        disagreements: number of these images where the judge did not give the kept answer.
+        asked: number of drawn images, one per block.
+        disagreements: number of these images whose label was kept, and to which the judge did not give this label.
     """
 
     asked: int = 0
     disagreements: int = 0
 
     def lower(self, level: float) -> float:
-        """Lower end of the confidence sequence for the share of the kept images that disagree.
+        """Lower end of the confidence sequence for the share of the images that were kept and disagree.
 
         The result is the largest p with a mean over `TILTS` s of exp(s k) / (1 + p (exp(s) - 1))^n of at least 1 / level. For
         every s, the fraction is a supermartingale if p is at least the mean of the blocks' shares, also where the shares of

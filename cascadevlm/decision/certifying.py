@@ -191,7 +191,7 @@ def certify(images: Images, promise: Promise, *, seed: int = 0) -> Asking:
     total, allowed = len(images), promise.allowed(len(images))
     answers, asked = np.full(total, NOBODY, dtype=np.int64), np.zeros(0, dtype=np.intp)
     shuffled = first_rows(total, total, seed)
-    more, first = shuffled[: max(1, min(FIRST, total // 4))], 0
+    more, first = shuffled[: opening(total)], 0
     while len(more):
         answers[more] = yield more
         asked, first = np.concatenate([asked, more]), first + len(more)
@@ -226,6 +226,23 @@ def certify(images: Images, promise: Promise, *, seed: int = 0) -> Asking:
         labels=plan.labels,
         log_odds=plan.log_odds,
     )
+
+
+def opening(images: int) -> int:
+    """Number of random images that are asked about first, out of N images."""
+    return max(1, min(FIRST, images // 4))
+
+
+def testable(images: int, promise: Promise) -> bool:
+    """False if N images are too few for a test: then at most W answers can be kept.
+
+    Args:
+        images: N, number of images.
+        promise: what is to be certified.
+    """
+    rest, allowed = images - opening(images), promise.allowed(images)
+    numbers = np.unique(np.ceil(SHARES * rest).astype(np.int64))
+    return rest > allowed and bool((most_found(rest, numbers, allowed=allowed, level=promise.level) >= 0).any())
 
 
 def first_rows(images: int, number: int, seed: int) -> Rows:

@@ -20,7 +20,8 @@ from cascadevlm.policies.base import Policy, PolicyLike
 from cascadevlm.policies.language import parse_policy
 from cascadevlm.policies.rules import Always
 from cascadevlm.runs.bulk import run
-from cascadevlm.runs.run_folder import SUMMARY, Tally
+from cascadevlm.runs.run_folder import SUMMARY
+from cascadevlm.runs.tally import Tally
 
 
 @dataclass(frozen=True, kw_only=True)

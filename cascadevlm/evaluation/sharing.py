@@ -17,8 +17,9 @@ from cascadevlm.evaluation.record import Record
 from cascadevlm.judges.base import Judge
 from cascadevlm.judges.budget import Ledger
 from cascadevlm.judges.cache import DiskStore
-from cascadevlm.runs.run_folder import Tally, spent_in
+from cascadevlm.runs.run_folder import spent_in
 from cascadevlm.runs.scores_file import scores_kept
+from cascadevlm.runs.tally import Tally
 from cascadevlm.scorers.base import Scorer
 
 ANSWERS = ".verdicts"

@@ -35,7 +35,7 @@ from cascadevlm.evaluation.sweep import sweep, under
 from cascadevlm.judges.support import SupportSet
 from cascadevlm.policies.base import PolicyLike
 from cascadevlm.policies.rules import Always, EntropyAbove
-from cascadevlm.runs.run_folder import Tally
+from cascadevlm.runs.tally import Tally
 
 KS = (1, 2, 3, 5, 10)
 """Default numbers of candidates in `study_candidates`."""

@@ -2,6 +2,7 @@
 
 import asyncio
 import shutil
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import aclosing, nullcontext
@@ -19,13 +20,17 @@ from cascadevlm.cascade.cascade import Cascade
 from cascadevlm.cascade.engine import Run
 from cascadevlm.cascade.learner import require_support, require_teachable
 from cascadevlm.cascade.observer import Observer
+from cascadevlm.config.audit import AuditConfig
 from cascadevlm.decision.calibration import Calibration
 from cascadevlm.decision.teaching import transduced
 from cascadevlm.judges.cache import DiskStore
+from cascadevlm.runs.audit import AuditFigures
+from cascadevlm.runs.certified import Promised, run_certified
 from cascadevlm.runs.inputs import Inputs, Labelled, Named, about, after
 from cascadevlm.runs.manifest import Manifest
-from cascadevlm.runs.run_folder import RunFolder, Tally
+from cascadevlm.runs.run_folder import RunFolder
 from cascadevlm.runs.scored_first import score_first
+from cascadevlm.runs.tally import Tally
 from cascadevlm.scorers.base import Prepared
 
 LEAST_FREE = 16 << 20
@@ -41,10 +46,13 @@ def run(
     folder: Path,
     *,
     config: Mapping[str, JsonValue],
+    promised: Promised | None = None,
+    audit: AuditConfig | None = None,
     retry_failed: bool = False,
     stopping: Callable[[], bool] = lambda: False,
     progress: Callable[[Tally], None] = lambda tally: None,
     scored: Callable[[int], None] = lambda images: None,
+    asked: Callable[[int, float], None] = lambda images, dollars: None,
     outlook: Callable[[str], None] = lambda sentence: None,
 ) -> Tally:
     """Classify images into a folder. The results of an earlier session in the folder are kept, and no stored question is asked
@@ -62,12 +70,16 @@ def run(
         inputs: the images, in an order that does not change (see `Inputs`), or labelled images.
         folder: the folder of the run (see `cascadevlm.runs.run_folder`).
         config: the configuration. A folder of a run with another configuration is refused.
+        promised: what the run promises (`cascadevlm.runs.certified`). Default: nothing.
+        audit: the audit of the cascade's stage. Default: no audit.
         retry_failed: true to classify the first failed image and all images after it again, with the stored answers. An image
             failed if it could not be read, or if its question failed. The images after it are included because decisions depend
             on earlier images.
         stopping: function that is called before each batch. If it returns true, the run finishes its open questions and ends.
         progress: function that is called after every prediction.
         scored: function that is called with the number of scored images, if all images are scored before the first decision.
+        asked: function that is called with the number of images that the judge was asked about, and the US dollars spent,
+            if the run has a certificate.
         outlook: function that is called with a sentence about the work that is left, if the folder contains predictions.
 
     Raises:
@@ -92,16 +104,69 @@ def run(
         def ending() -> bool:
             return stopping() or bool(_full(disks))
 
-        if lasting.learns_from is not None and isinstance(inputs, Sized) and not isinstance(inputs, Labelled):
-            taught = _taught_by_all(lasting, lasting.learns_from, inputs, opened, ending, scored, retry_failed=retry_failed)
+        if promised is not None:
+            done = run_certified(
+                lasting,
+                promised,
+                inputs,
+                opened,
+                retry_failed=retry_failed,
+                stopping=ending,
+                scored=scored,
+                asked=asked,
+                outlook=outlook,
+            )
         else:
-            taught = lasting
-        if taught is not None and loop.run(_classify(taught, inputs, opened, ending, progress)):
+            if lasting.learns_from is not None and isinstance(inputs, Sized) and not isinstance(inputs, Labelled):
+                taught = _taught_by_all(lasting, lasting.learns_from, inputs, opened, ending, scored, retry_failed=retry_failed)
+            else:
+                taught = lasting
+            watch = AuditWatch(audit)
+
+            def told(tally: Tally) -> None:
+                watch.look_at(tally)
+                progress(tally)
+
+            done = taught is not None and loop.run(_classify(taught, inputs, opened, ending, told))
+        if done:
+            opened.tally.audit = None if audit is None else figures_of(audit, opened.tally)
             opened.finish(inputs.order if isinstance(inputs, Inputs) else None)
         elif full := _full(disks):
             hint = "Free some space, then repeat the same command. The results so far are kept."
             raise RunError(f"The disk of {str(full[0])!r} has less than {LEAST_FREE >> 20} MB left.", hint=hint)
         return opened.tally
+
+
+class AuditWatch:
+    """Warns once if the audit of a run shows that too few labels are the judge's.
+
+    Args:
+        audit: the audit; None if there is none.
+    """
+
+    def __init__(self, audit: AuditConfig | None) -> None:
+        self.audit = audit
+        self._differing = 0
+
+    def look_at(self, tally: Tally) -> None:
+        """Look at the counts so far.
+
+        Warns:
+            RuntimeWarning: if the promise of the audit is broken.
+        """
+        if self.audit is None or tally.differing == self._differing:
+            return
+        self._differing = tally.differing
+        found = figures_of(self.audit, tally)
+        if found.crossed:
+            warnings.warn(found.sentence, RuntimeWarning, stacklevel=2)
+            self.audit = None
+
+
+def figures_of(audit: AuditConfig, tally: Tally) -> AuditFigures:
+    """What an audit found, from the counts of a run."""
+    images = tally.images - tally.counts["unreadable"]
+    return AuditFigures.of(audit, images=images, kept=tally.audited, disagreements=tally.differing)
 
 
 def _taught_by_all(

@@ -18,7 +18,7 @@ from pydantic_core import PydanticSerializationError, to_json
 from cascadevlm.base.errors import DataError
 from cascadevlm.base.files import valid_text
 from cascadevlm.base.tables import USUAL, ColumnNames
-from cascadevlm.base.types import DecidedBy, Outcome, Prediction, Question, Usage, Verdict
+from cascadevlm.base.types import AUDITED, DecidedBy, Outcome, Prediction, Question, Usage, Verdict
 
 if TYPE_CHECKING:
     import pyarrow
@@ -162,6 +162,10 @@ class Line(BaseModel):
         return self.label is None and bool(self.candidates)
 
     @property
+    def audited(self) -> bool:
+        return AUDITED in self.reasons
+
+    @property
     def ranked(self) -> list[LineCandidate]:
         """The candidates, the scorer's best candidate first."""
         return sorted(self.candidates, key=lambda candidate: candidate.rank)
@@ -227,7 +231,11 @@ class LabelledLine(JudgedLine):
 
 def line_of(prediction: Prediction, known: Mapping[str, JsonValue]) -> bytes:
     """The line of a prediction. ``known`` contains the other fields of `Line`."""
-    content = {**prediction.to_dict(), **known}
+    return line_with({**prediction.to_dict(), **known})
+
+
+def line_with(content: Mapping[str, JsonValue]) -> bytes:
+    """The line of the fields of a prediction."""
     try:
         return with_checksum(to_json(content))
     except PydanticSerializationError:  # texts may contain invalid Unicode: see `Line.read`

@@ -45,14 +45,14 @@ import os
 import threading
 import warnings
 from array import array
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from datetime import datetime
 from itertools import repeat
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Literal
 
 import filelock
 import numpy as np
@@ -69,11 +69,13 @@ from cascadevlm.decision.distinct import keys_of
 from cascadevlm.judges.base import Judge
 from cascadevlm.judges.budget import DurableLedger, line_of_ledger, total_in
 from cascadevlm.runs import manifest as manifests
+from cascadevlm.runs.certificate import read_certificate
 from cascadevlm.runs.inputs import Labelled, Named, about, names
 from cascadevlm.runs.learned_file import read_learned, write_learned
-from cascadevlm.runs.lines import Asked, LabelledLine, Line, checked, failure_of, line_of, with_checksum, write_table
+from cascadevlm.runs.lines import Asked, LabelledLine, Line, checked, failure_of, line_of, line_with, with_checksum, write_table
 from cascadevlm.runs.manifest import Manifest
 from cascadevlm.runs.scores_file import ScoresFile
+from cascadevlm.runs.tally import Tally
 from cascadevlm.scorers.base import Prepared
 from cascadevlm.scorers.kept import digest_of, note_digest
 
@@ -91,55 +93,6 @@ _BEFORE_THE_MANIFEST = {"lock", f"{manifests.NAME}.part"}
 """Files that a process may leave behind if it is killed before it writes its manifest."""
 
 
-@dataclass(kw_only=True)
-class Tally:
-    """Counts of a run so far.
-
-    Attributes:
-        images: number of images that have a line in the predictions.
-        counts: numbers of images by result: "kept" if no policy escalated the image, the outcome of the last verdict, or
-            "unreadable".
-        failures: number of images that could not be read or whose question got no answer.
-        abstained: number of readable images without a label.
-        asked: number of images that a judge was asked about. Answers from the cache are counted, too.
-        answered: number of images for which a judge gave an answer.
-        requests: number of requests to judges.
-        saved_dollars: dollars that answers from the cache would have cost.
-        spent_dollars: dollars in the ledger, over all sessions of the run.
-    """
-
-    images: int = 0
-    counts: Counter[str] = field(default_factory=Counter)
-    failures: int = 0
-    abstained: int = 0
-    asked: int = 0
-    answered: int = 0
-    requests: int = 0
-    saved_dollars: float = 0.0
-    spent_dollars: float = 0.0
-
-    def to_dict(self) -> dict[str, JsonValue]:
-        """The counts as JSON-serialisable data."""
-        return vars(self) | {"counts": dict(self.counts)}
-
-    @property
-    def in_vain(self) -> bool:
-        """True if no image could be read, or no question got an answer."""
-        return 0 < self.images == self.counts["unreadable"] or (self.asked > 0 and not self.answered)
-
-    def add(self, prediction: Prediction | Line) -> None:
-        """Count one more prediction."""
-        verdict, cost = prediction.verdict, prediction.cost
-        self.images += 1
-        self.counts[verdict.outcome if verdict else "kept" if prediction.candidates else "unreadable"] += 1
-        self.failures += bool(failure_of(prediction))
-        self.abstained += bool(prediction.candidates) and prediction.label is None
-        self.asked += prediction.asked
-        self.answered += prediction.answered
-        self.requests += cost.requests
-        self.saved_dollars += cost.saved_dollars
-
-
 class RunFolder(Observer):
     """The locked folder of a run, from which the run continues. As an observer of the run, it collects the content of its
     lines.
@@ -148,6 +101,7 @@ class RunFolder(Observer):
         ledger: the budget of all sessions of the run.
         tally: counts of the predictions in the folder.
         checkpoint: the position from which decisions continue. It is never after the last prediction in the folder.
+        finished: true if the table and the summary are written.
     """
 
     def __init__(
@@ -172,8 +126,10 @@ class RunFolder(Observer):
         self._failures = failures
         self._labelled = inputs if isinstance(inputs, Labelled) else None
         self._scores = scores
-        self._finished = (folder / TABLE).exists() and (manifest.labelled or (folder / SUMMARY).exists())
+        self.finished = (folder / TABLE).exists() and (manifest.labelled or (folder / SUMMARY).exists())
         self._raised_from: float | None = None
+        if self.finished and not manifest.labelled:
+            self.tally.certificate = read_certificate(folder / SUMMARY)
         self._known: dict[int, dict[str, JsonValue]] = {}
         self._asked: defaultdict[int, dict[int, Asked]] = defaultdict(dict)
         self._flushing = threading.RLock()
@@ -228,7 +184,7 @@ class RunFolder(Observer):
                 inputs=inputs,
                 scores=scores,
             )
-            if not opened._finished:
+            if not opened.finished:
                 opened._unfinish()
             opened._keep_what_is_sound(inputs, retry_failed, raised=agreed.is_raised_by(dollars))
             opened.manifest = agreed.with_cap(dollars, folder)
@@ -358,19 +314,28 @@ class RunFolder(Observer):
             if image.features is not None:
                 image.forget_large()
 
+    def fingerprinted(self, fingerprint: str) -> None:
+        """Store the fingerprint of the scorer.
+
+        Raises:
+            DataError: if the run was started with another scorer.
+        """
+        with writing_to(self.folder):
+            self.manifest = self.manifest.with_fingerprint(fingerprint, self.folder)
+
     def scored(self, numbers: Sequence[int], images: Sequence[Prepared], scores: Scores) -> None:
         """Store the fingerprint of the scorer and, for images without a line, the digests and the scores.
 
         Raises:
             DataError: if the run was started with another scorer.
         """
+        self.fingerprinted(scores.fingerprint)
         with writing_to(self.folder):
-            self.manifest = self.manifest.with_fingerprint(scores.fingerprint, self.folder)
             embeddings = repeat(None) if scores.embeddings is None else scores.embeddings
             for number, image, log_probs, embedding in zip(numbers, images, scores.log_probs, embeddings, strict=False):
                 if number < self.tally.images:
                     continue
-                self._known[number] = {"digest" if isinstance(image.source, str | Path) else "content": image.digest}
+                self._known[number] = {digest_key(isinstance(image.source, str | Path)): image.digest}
                 if self._scores is not None:
                     self._known[number] |= {"pixels": image.image_digest, **self._scores.write(number, log_probs, embedding)}
 
@@ -381,17 +346,39 @@ class RunFolder(Observer):
         if self._labelled is not None and number >= self.tally.images and (verdict.valid or stage not in self._asked[number]):
             self._asked[number][stage] = Asked.of(question)
 
-    def append(self, path: str, told: About, prediction: Prediction) -> None:
-        """Write the next prediction, with what is told of its image. It is safe after the next flush."""
+    def append(self, path: str, also: Mapping[str, JsonValue], prediction: Prediction) -> None:
+        """Write the next prediction. It is safe after the next flush.
+
+        Args:
+            path: name of the image.
+            also: further fields of the line: what is told of the image (`About`), and its place in a certificate.
+            prediction: the prediction.
+        """
         number = self.tally.images
+        known = self._known.pop(number, {}) | self._of_record(number, prediction)
+        self._write(path, prediction, line_of(prediction, {"path": path, **also, **known}))
+
+    def append_again(self, path: str, content: Mapping[str, JsonValue]) -> None:
+        """Write a prediction that was made before as the next prediction. ``content`` contains the fields of its line."""
+        line = line_with({**content, "path": path})
+        self._write(path, Line.read(line), line)
+
+    def _write(self, path: str, prediction: Prediction | Line, line: bytes) -> None:
         with writing_to(self.folder):
-            known = self._known.pop(number, {}) | self._of_record(number, prediction)
-            line = line_of(prediction, {"path": path, **told, **known})
-            if self._finished:
+            if self.finished:
                 self._unfinish()
             self._predictions.write(line)
             self._count(path, prediction)
         self.tally.spent_dollars = self.ledger.spent_dollars
+
+    def begin_again(self) -> None:
+        """Remove all predictions."""
+        with writing_to(self.folder):
+            self._unfinish()
+            for file in (self._predictions, self._failures):
+                file.seek(0)
+                file.truncate()
+        self.tally = Tally(spent_dollars=self.ledger.spent_dollars)
 
     def _of_record(self, number: int, prediction: Prediction) -> dict[str, JsonValue]:
         """The fields of a labelled image's line, except its digests and checksums."""
@@ -411,7 +398,7 @@ class RunFolder(Observer):
         """Delete the summary and the table, because they no longer match the predictions."""
         for name in (SUMMARY, TABLE):
             (self.folder / name).unlink(missing_ok=True)
-        self._finished = False
+        self.finished = False
 
     def _count(self, path: str, prediction: Prediction | Line) -> None:
         if failure := failure_of(prediction):
@@ -444,14 +431,19 @@ class RunFolder(Observer):
             order: `(N,)` places in the table of the N predictions. Default: the order of the predictions.
         """
         self.flush(self.checkpoint)
-        if self._finished:
+        if self.finished:
             return
         with writing_to(self.folder):
             places = None if order is None else np.argsort(order)
             write_table(self.folder / PREDICTIONS, self.folder / TABLE, places, self.manifest.columns)
             if not self.manifest.labelled:
                 write_whole(self.folder / SUMMARY, json.dumps(self.tally.to_dict(), indent=2) + "\n")
-        self._finished = True
+        self.finished = True
+
+
+def digest_key(is_file: bool) -> Literal["digest", "content"]:
+    """The key of an image's digest in its line."""
+    return "digest" if is_file else "content"
 
 
 def has_changed(path: str, digest: str, began: datetime) -> bool:

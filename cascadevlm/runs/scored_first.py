@@ -21,7 +21,7 @@ from datetime import datetime
 from functools import cached_property
 from itertools import islice, repeat
 from pathlib import Path
-from typing import Self
+from typing import Self, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,6 +49,9 @@ SCORED = "scored.jsonl"
 AT_ONCE = 1024
 """Number of images of a block of `ScoredImages.blocks`."""
 
+Numbers: TypeAlias = NDArray[np.intp]
+"""Numbers of images, from 0."""
+
 SAME = "This run looks at all its images before it decides: give the same images, or another folder."
 
 
@@ -58,6 +61,7 @@ class ScoredLine(BaseModel):
     Attributes:
         error: the reason why the image has no scores; "" if it has scores.
         digest: the image's digest (`Prepared.digest`); "" if the image has no scores.
+        is_file: true if the image is a file, and not part of a table.
         size: width and height in pixels; None if the image was not decoded.
         fingerprint: the fingerprint of the scorer; "" if the image has no scores.
         scores: checksum of the image's row in ``scores.npy``.
@@ -67,6 +71,7 @@ class ScoredLine(BaseModel):
     path: InstanceOf[str]
     error: InstanceOf[str] = ""
     digest: str = ""
+    is_file: bool = False
     size: tuple[int, int] | None = None
     fingerprint: InstanceOf[str] = ""
     scores: int
@@ -116,9 +121,13 @@ class ScoredImages:
 
     def rows(self, begin: int, end: int) -> Scores:
         """The scores of the images from number ``begin`` to before ``end`` that could be read, in memory."""
-        log_probs = np.array(self.log_probs[begin:end])
+        return self.some(slice(begin, end))
+
+    def some(self, numbers: Numbers | slice) -> Scores:
+        """The scores of those images with the given numbers that could be read, in memory."""
+        log_probs = np.array(self.log_probs[numbers])
         readable = ~np.isnan(log_probs[:, 0])
-        embeddings = None if self.embeddings is None else self.embeddings[begin:end][readable]
+        embeddings = None if self.embeddings is None else self.embeddings[numbers][readable]
         return Scores(log_probs=log_probs[readable], labels=self.labels, fingerprint=self.fingerprint, embeddings=embeddings)
 
     @cached_property
@@ -137,19 +146,37 @@ class ScoredImages:
             if self.embeddings is not None:
                 yield self.log_probs[rows], self.embeddings[rows]
 
-    def given_to(self, cascade: Cascade) -> Cascade:
-        """A copy of the cascade whose runs get these scores. An image is read only if a judge is asked about it."""
-        return cascade.altered(scorer=ScoredElsewhere(cascade.scorer), reading=self._reading)
+    def given_to(self, cascade: Cascade, numbers: Numbers | None = None) -> Cascade:
+        """A copy of the cascade whose runs get these scores. An image is read only if a judge is asked about it.
 
-    def _reading(self, first: int) -> ReadBatch:
-        lines = (line for line, _ in islice(_lines(self.folder), first, None))
-        position = first
+        Args:
+            cascade: the cascade.
+            numbers: numbers of the images of the runs, in ascending order. Default: all images.
+        """
+        own = np.arange(len(self.log_probs)) if numbers is None else numbers
+        return cascade.altered(scorer=ScoredElsewhere(cascade.scorer), reading=lambda first: self._reading(own[first:]))
+
+    def lines(self, numbers: Numbers) -> Iterator[ScoredLine]:
+        """The lines of the images with the given numbers, which are in ascending order. The file is closed early."""
+        wanted = iter(numbers.tolist())
+        number, last = next(wanted, None), None
+        with (self.folder / SCORED).open("rb") as lines:
+            for place, line in enumerate(lines):
+                if place == number:
+                    number = next(wanted, None)
+                    if number is None:
+                        last = line
+                        break
+                    yield ScoredLine.model_validate(json.loads(line))
+        if last is not None:
+            yield ScoredLine.model_validate(json.loads(last))
+
+    def _reading(self, numbers: Numbers) -> ReadBatch:
+        lines, left = self.lines(numbers), numbers
 
         async def read(sources: Sequence[ImageSource]) -> list[Read]:
-            nonlocal position
-            some = list(islice(lines, len(sources)))
-            scores = self.rows(position, position + len(sources))
-            position += len(sources)
+            nonlocal left
+            scores, left = self.some(left[: len(sources)]), left[len(sources) :]
             rows = iter(range(len(scores)))
             return [
                 (
@@ -158,7 +185,7 @@ class ScoredImages:
                     if line.error
                     else Arrived(source=source, digest=line.digest, size=line.size, chunk=scores, row=next(rows)),
                 )
-                for source, line in zip(sources, some, strict=True)
+                for source, line in zip(sources, islice(lines, len(sources)), strict=True)
             ]
 
         return read
@@ -289,7 +316,7 @@ class _Writer(Observer):
                 )
             if (retry_failed and line.error) or not self._rows.holds(self.images, line.scores, line.embedding):
                 break
-            if line.digest and has_changed(line.path, line.digest, began):
+            if line.is_file and has_changed(line.path, line.digest, began):
                 told = f"The image {line.path!r} was changed after it was scored; it and all later images are scored again."
                 warnings.warn(told, RuntimeWarning, stacklevel=2)
                 break
@@ -320,6 +347,7 @@ class _Writer(Observer):
         for number, image, log_probs, embedding in zip(numbers, images, scores.log_probs, embeddings, strict=False):
             self._known[number] = {
                 "digest": image.digest,
+                "is_file": isinstance(image.source, str | Path),
                 "size": None if image.size is None else [*image.size],
                 "fingerprint": scores.fingerprint,
                 **self._rows.write(number, log_probs, embedding),

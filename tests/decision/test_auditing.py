@@ -1,27 +1,27 @@
 """Audits of kept answers."""
 
-from itertools import islice
-
 import numpy as np
 import pytest
 from scipy.stats import binomtest
 
 from cascadevlm import InputError
-from cascadevlm.decision.auditing import Audit, audited, block_length
+from cascadevlm.decision.auditing import Audit, Sampling
 
 
-def test_one_image_of_each_block_is_audited() -> None:
-    chosen = np.array(list(islice(audited(0.1, 3), 1000))).reshape(100, 10)
-    assert (chosen.sum(axis=1) == 1).all()
-    assert (chosen.sum(axis=0) > 0).all()
-    assert (chosen.ravel()[:500] == list(islice(audited(0.1, 3), 500))).all()
-    assert block_length(1.0) == 1
+def test_one_image_of_each_block_is_drawn() -> None:
+    sampling = Sampling(share=0.1, seed=3)
+    chosen = sampling.drawn(0, 1000)
+    assert (chosen.reshape(100, 10).sum(axis=1) == 1).all()
+    assert (chosen.reshape(100, 10).sum(axis=0) > 0).all()
+    assert (np.concatenate([sampling.drawn(begin, begin + 25) for begin in range(0, 1000, 25)]) == chosen).all()
+    assert [sampling.count(images) for images in range(40)] == [int(chosen[:images].sum()) for images in range(40)]
+    assert Sampling(share=1.0).drawn(3, 8).all()
 
 
 @pytest.mark.parametrize("share", [0.0, -0.1, 1.1, float("nan")])
 def test_a_share_is_above_0_and_at_most_1(share: float) -> None:
     with pytest.raises(InputError, match="share of the audit"):
-        block_length(share)
+        Sampling(share=share)
 
 
 @pytest.mark.parametrize("drifts", [False, True])

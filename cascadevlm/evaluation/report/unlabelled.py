@@ -24,7 +24,8 @@ from cascadevlm.runs.corrections import Corrections, read_corrections
 from cascadevlm.runs.lines import Line
 from cascadevlm.runs.manifest import NAME, Manifest
 from cascadevlm.runs.predictions import predictions_of, table_of
-from cascadevlm.runs.run_folder import SUMMARY, Tally
+from cascadevlm.runs.run_folder import SUMMARY
+from cascadevlm.runs.tally import Tally
 
 SURE = 0.9
 """Labels with at least this probability count as sure."""

@@ -27,7 +27,9 @@ from cascadevlm.runs import ray as cluster
 from cascadevlm.runs.inputs import Inputs, Named
 from cascadevlm.runs.ray import Arriving, on_ray
 from cascadevlm.runs.ray.workers import ScoredBatch
-from cascadevlm.runs.run_folder import LEARNED, Tally
+from cascadevlm.runs.run_folder import LEARNED
+from cascadevlm.runs.tally import Tally
+from cascadevlm.runs.verify import verify
 from cascadevlm.testing import noise
 from tests.cli.test_cli import run as command
 from tests.learning import NAMES, insects, made_calibration
@@ -127,6 +129,7 @@ judge = "weighing:any"
 policy = "gain > 0.1"
 candidates = 3
 """
+CERTIFIED = LOCAL.replace('policy = "always"\n', "") + "\n[agreement]\nagree = 0.4\n"
 
 
 @pytest.fixture(scope="module")
@@ -169,7 +172,7 @@ def run(
     parsed = Config.parse(tomllib.loads(config))
     cascade, frozen = parsed.build(), parsed.frozen(parsed.build()).model_dump(mode="json")
     with on_ray(cascade, parsed, images, workers=2) if engine == "ray" else nullcontext(cascade) as running:
-        return bulk.run(running, images, folder, config=frozen, stopping=stopping)
+        return bulk.run(running, images, folder, config=frozen, promised=parsed.agreement or parsed.find, stopping=stopping)
 
 
 def workers(plugin: Path, name: str) -> list[int]:
@@ -321,3 +324,14 @@ async def test_a_silent_cluster_is_told(monkeypatch: pytest.MonkeyPatch) -> None
     with pytest.warns(RuntimeWarning, match="'ray status' shows whether its workers are there"):
         (read,) = await Arriving(batches())([Path("a.png")])
     assert read[0] == "a.png"
+
+
+def test_a_certified_run_is_the_same_on_a_cluster(plugin: Path, images: Inputs, tmp_path: Path) -> None:
+    tallies = [run(engine, tmp_path / engine, images, CERTIFIED) for engine in ("ray", "local")]
+    assert lines(tmp_path / "ray") == lines(tmp_path / "local")
+    assert tallies[0].certificate == tallies[1].certificate
+    assert tallies[0].certificate is not None
+    assert verify(tmp_path / "ray") == []
+    judged = Counter((plugin / "judged_by").read_text().split())
+    assert str(os.getpid()) in judged
+    assert len(judged) > 1
