@@ -17,11 +17,11 @@ from llm.plugins import pm
 from pydantic import JsonValue
 
 from cascadevlm import load_judge, load_prompt
+from cascadevlm.base.environment import LOCAL_ONLY
 from cascadevlm.base.errors import BackendError, FatalError, JudgeError, PermanentError, RateLimited, TransientError
 from cascadevlm.base.labels import Label
 from cascadevlm.base.types import Exemplar
 from cascadevlm.judges.budget import Ledger
-from cascadevlm.judges.hosted.connection import LOCAL_ONLY
 from cascadevlm.judges.pricing import find_price
 from cascadevlm.testing import noise, question
 from cascadevlm.testing.contracts import JudgeContract

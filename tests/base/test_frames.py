@@ -78,7 +78,7 @@ def test_what_is_no_frame_is_told() -> None:
     with pytest.raises(InputError, match="image='path' names a column, and images is not a table"):
         CASCADE.classify(["a.png"], image="path")  # type: ignore[call-overload]
     with pytest.raises(InputError, match=r"a lazy frame: frame\.collect\(\)"):
-        CASCADE.classify(polars.LazyFrame({"path": ["a.png"]}), image="path")  # type: ignore[type-var]
+        CASCADE.classify(polars.LazyFrame({"path": ["a.png"]}), image="path")  # type: ignore[call-overload]
     with pytest.raises(InputError, match="Row 1 of the table, counted from 0, contains in its column 'path' 5, which is neither"):
         CASCADE.classify(pandas.DataFrame({"path": ["a.png", 5]}), image="path")
     with pytest.raises(InputError, match=r"Row 0 of the table, counted from 0, contains in its column 'path' 2\.5, which is"):

@@ -8,9 +8,9 @@ from typing import NoReturn
 import pytest
 
 from cascadevlm import load_judge, load_scorer
+from cascadevlm.base.environment import LOCAL_ONLY
 from cascadevlm.base.errors import BackendError
 from cascadevlm.config import DEFAULT_SCORER
-from cascadevlm.judges.hosted.connection import LOCAL_ONLY
 from cascadevlm.testing import noise
 from tests.cli.test_cli import run
 

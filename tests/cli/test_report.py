@@ -49,10 +49,11 @@ def test_a_bulk_run_is_a_page_and_no_record(birds: Path) -> None:
     page = (birds / "bulk.html").read_text(encoding="utf-8")
     assert "The run contains 8 images. Their true labels are not known." in page
     assert page.count("data:image/webp") == 8
-    for command, sentence in (
+    refused: list[tuple[list[str | Path], str]] = [
         (["sweep", birds / "bulk"], "is a run without labels, not a record."),
         (["calibrate", birds / "bulk", "-o", birds / "output"], "Nobody labelled an image of the run"),
-    ):
+    ]
+    for command, sentence in refused:
         done = run(*command, check=False)
         assert (done.returncode, sentence in done.stderr) == (2, True)
     done = run("report", birds / "bulk", birds / "run", "-o", birds / "both.html", check=False)

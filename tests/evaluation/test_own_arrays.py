@@ -21,7 +21,7 @@ from cascadevlm.evaluation.write_record import write_record
 LABELS = ["ant", "bee", "cicada", "dragonfly"]
 
 
-def made(size: int = 200) -> dict[str, np.ndarray]:  # type: ignore[type-arg]
+def made(size: int = 200) -> dict[str, np.ndarray]:
     """A scorer that is right in about half of the images, and a judge that is right in 9 of 10."""
     rng = np.random.default_rng(0)
     truths = rng.integers(0, 4, size)
@@ -67,7 +67,9 @@ def test_labels_are_names_or_columns_and_scores_logits_or_probabilities() -> Non
 def test_images_without_a_question_and_without_a_choice() -> None:
     scores = np.log([[0.7, 0.2, 0.1], [0.1, 0.2, 0.7], [0.2, 0.7, 0.1]])
     answers = ["", "none of these", "ant"]
-    record = Record.from_arrays(scores, LABELS[:3], ["ant", "bee", "ant"], answers=answers, candidates=2, dollars=[1.0, 2.0, 3.0])
+    record = Record.from_arrays(
+        scores, LABELS[:3], ["ant", "bee", "ant"], answers=answers, candidates=2, dollars=np.array([1.0, 2.0, 3.0])
+    )
     assert record.judged.outcomes == ("", "none", "answered")
     assert record.judged.asked.tolist() == [False, True, True]
     assert record.judged.answers.tolist() == [NOBODY, NOBODY, 0]

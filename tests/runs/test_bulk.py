@@ -703,7 +703,7 @@ def test_an_image_that_was_changed_is_noticed_by_its_digest(files: Inputs, tmp_p
     judge, stop = FakeJudge(reply=second), stopping_after(3)
     bulk.run(cascade(judge, "always"), files, tmp_path / "run", config={}, stopping=stop.__next__)
     before = lines(tmp_path / "run")
-    changed = files.path / "05.bmp"
+    changed = Path(files.path) / "05.bmp"
     times = changed.stat()
     noise(99, (8, 8)).save(changed)
     os.utime(changed, ns=(times.st_atime_ns, times.st_mtime_ns))
@@ -723,12 +723,12 @@ def test_an_image_that_was_only_touched_moved_or_deleted_is_not_changed(files: I
     judge = FakeJudge(reply=second)
     bulk.run(cascade(judge, "always"), files, tmp_path / "run", config={})
     before = lines(tmp_path / "run")
-    (files.path / "03.bmp").touch()
-    content = (files.path / "04.bmp").read_bytes()
-    (files.path / "04.bmp").unlink()
-    (files.path / "04.bmp").write_bytes(content)
+    (Path(files.path) / "03.bmp").touch()
+    content = (Path(files.path) / "04.bmp").read_bytes()
+    (Path(files.path) / "04.bmp").unlink()
+    (Path(files.path) / "04.bmp").write_bytes(content)
     listed = [name for name, _ in files]
-    (files.path / "05.bmp").unlink()
+    (Path(files.path) / "05.bmp").unlink()
     (tmp_path / "list.txt").write_text("\n".join(listed))
     assert bulk.run(cascade(judge, "always"), Inputs(tmp_path / "list.txt"), tmp_path / "run", config={}).images == 20
     assert lines(tmp_path / "run") == before
@@ -747,7 +747,7 @@ def test_only_files_that_were_changed_since_the_run_began_are_read_again(
 def test_digests_are_known_where_embeddings_are_kept(files: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scorer = CachedEmbeddings(OpenClipScorer("aviary", device="cpu"), tmp_path / "embeddings")
     bulk.run(Cascade(scorer, [], labels=LABELS), files, tmp_path / "run", config={})
-    digests = [hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(files.path.iterdir())]
+    digests = [hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(Path(files.path).iterdir())]
     assert [line["digest"] for line in lines(tmp_path / "run")] == digests
 
 

@@ -27,7 +27,7 @@ from cascadevlm.runs import bulk
 from cascadevlm.runs.export import export
 from cascadevlm.runs.inputs import Inputs
 from cascadevlm.runs.lines import KeptTypes, Line
-from cascadevlm.runs.run_folder import Tally
+from cascadevlm.runs.tally import Tally
 from cascadevlm.testing import FakeScorer, noise
 
 LABELS = LabelSet.of(["ant", "bee"])
@@ -77,7 +77,7 @@ def with_bytes(path: Path, rows: list[dict[str, JsonValue]]) -> None:
 def of_datasets(folder: Path, rows: list[dict[str, JsonValue]]) -> datasets.Dataset:
     kinds = {"photo": datasets.Image(), "kind": datasets.ClassLabel(names=["bee", "ant"])}
     features = datasets.Features({**kinds, "sku": datasets.Value("string"), "price": datasets.Value("float64")})
-    columns = {name: [row[name] for row in rows] for name in rows[0]}
+    columns: dict[str, list[object]] = {name: [row[name] for row in rows] for name in rows[0]}
     columns["photo"] = [{"bytes": (folder / str(name)).read_bytes(), "path": None} for name in columns["photo"]]
     columns["kind"] = [["bee", "ant"].index(str(kind)) for kind in columns["kind"]]
     return datasets.Dataset.from_dict(columns, features=features)

@@ -94,7 +94,7 @@ def test_a_table_is_counted_named_and_sampled_without_reading_all_its_images(tmp
     """The bytes of some images are overwritten, so that reading their row group fails."""
     images = table(tmp_path, {"image": [{"bytes": bytes(100_000), "path": f"{n}.png"} for n in range(8)]}, rows_together=2)
     metadata = pyarrow.parquet.read_metadata(images.path)
-    with images.path.open("r+b") as file:
+    with Path(images.path).open("r+b") as file:
         for group in range(3):
             column = metadata.row_group(group).column(0)
             file.seek(column.data_page_offset)
