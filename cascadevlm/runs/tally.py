@@ -69,9 +69,9 @@ class Tally:
         self.answered += prediction.answered
         self.requests += cost.requests
         if prediction.audited and verdict and verdict.outcome != "skipped":
-            best = min(prediction.candidates, key=lambda candidate: candidate.rank)
+            ranked = {each.rank: name_of(each) for each in prediction.candidates}
             self.audited += 1
-            self.differing += verdict.label != name_of(best)
+            self.differing += verdict.label != ranked[min(ranked)]
         self.saved_dollars += cost.saved_dollars
 
 
