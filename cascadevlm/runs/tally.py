@@ -1,7 +1,6 @@
 """The counts of a run."""
 
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from pydantic import JsonValue
@@ -70,10 +69,9 @@ class Tally:
         self.answered += prediction.answered
         self.requests += cost.requests
         if prediction.audited and verdict and verdict.outcome != "skipped":
-            candidates: Sequence[Candidate | LineCandidate] = prediction.candidates
-            best = min(candidates, key=lambda candidate: candidate.rank)
+            ranked = {each.rank: name_of(each) for each in prediction.candidates}
             self.audited += 1
-            self.differing += verdict.label != name_of(best)
+            self.differing += verdict.label != ranked[min(ranked)]
         self.saved_dollars += cost.saved_dollars
 
 
