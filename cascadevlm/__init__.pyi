@@ -18,6 +18,7 @@ from .base.errors import (
     RunError,
     TransientError,
 )
+from .base.frames import predictions_frame
 from .base.labels import Label, LabelSet
 from .base.types import Candidate, Prediction, Prompt, Question, Scores, Usage, Verdict
 from .cascade.candidates import CumulativeMass, TopK
@@ -32,6 +33,7 @@ from .evaluation.data import Data, read_data
 from .evaluation.metrics import Evaluation, evaluate
 from .evaluation.plots import accuracy_deferral, accuracy_dollars, confusion, entropy_histogram, reliability
 from .evaluation.record import Record, read_record
+from .evaluation.record_frame import record_frame
 from .evaluation.sweep import Sweep, sweep, under
 from .judges.base import Judge, LocalJudge, Quote
 from .policies.base import Policy, Spending
@@ -103,9 +105,11 @@ __all__ = [
     "load_prompt",
     "load_scorer",
     "parse_policy",
+    "predictions_frame",
     "read_adapter",
     "read_data",
     "read_record",
+    "record_frame",
     "reliability",
     "sweep",
     "under",

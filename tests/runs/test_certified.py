@@ -269,7 +269,7 @@ def test_failed_questions_count_as_disagreement_and_can_be_retried(tmp_path: Pat
     tally = run(tmp_path, FakeJudge(reply=failing))
     found = facts(tmp_path)
     assert found.unanswered == tally.counts["failed"] > 10
-    assert "The judge gave no answer to" in found.sentence
+    assert "This does not count" in found.sentence
     assert verify(tmp_path) == []
     failed = [line for line in lines(tmp_path) if line["verdict"] and line["verdict"]["outcome"] == "failed"]
     assert all(line["decided_by"] == "scorer" for line in failed)
