@@ -127,7 +127,7 @@ class Facts(BaseModel):
                 f"{self.kept:,} images: at least {share:.4g} % of all labels are the judge's."
             )
         missing = (
-            f" This does not count {self.unanswered:,} images without an answer of the judge: their labels are the scorer's."
+            f" This does not count {self.unanswered:,} images that got no answer: their labels are the scorer's."
         )
         return f"{asked} {promise}{missing if self.unanswered else ''}"
 
