@@ -247,6 +247,7 @@ def test_a_budget_that_ends_leaves_no_certificate_until_it_is_raised(tmp_path: P
     tally = run(tmp_path / "run", poor, ledger=Ledger(dollars))
     missing = tally.certificate
     assert isinstance(missing, Missing)
+    assert missing.questions is not None
     assert missing.asked == len(poor.questions) == round(100 * dollars) == tally.counts["answered"]
     assert tally.counts["skipped"] == 300 - missing.asked
     assert abs(missing.asked + missing.questions - questions) < 100
@@ -326,7 +327,7 @@ def test_a_stream_without_a_length_is_refused(tmp_path: Path) -> None:
 )
 def test_settings_that_break_a_certificate_are_refused(changes: dict[str, JsonValue], message: str) -> None:
     plain = {"scorer": {"use": "open_clip:aviary"}, "stage": [{"judge": "hf_chat:aviary"}], "labels": LABELS}
-    config = Config.parse({**plain, "agreement": {"agree": 0.9}})  # type: ignore[dict-item]
+    config = Config.parse({**plain, "agreement": {"agree": 0.9}})
     assert str(config.build().stages[0].policy) == "always"
     with pytest.raises(ConfigError, match=re.escape(message)):
         config.altered(changes).build()

@@ -68,6 +68,6 @@ def test_wrong_settings_are_refused() -> None:
     with pytest.raises(ConfigError, match="'lark' is not a label"):
         FindConfig(label="lark", recall=0.9).column(LabelSet.of(LABELS))
     plain = {"scorer": {"use": "open_clip:aviary"}, "stage": [{"judge": "hf_chat:aviary"}], "labels": LABELS}
-    both = Config.parse({**plain, "find": {"label": "owl", "recall": 0.9}, "agreement": {"agree": 0.9}})  # type: ignore[dict-item]
+    both = Config.parse({**plain, "find": {"label": "owl", "recall": 0.9}, "agreement": {"agree": 0.9}})
     with pytest.raises(ConfigError, match=r"both \[agreement\] and \[find\]"):
         both.build()
