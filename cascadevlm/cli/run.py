@@ -209,6 +209,7 @@ def _show(tally: "Tally", output: Path, *, as_json: bool) -> None:
     from rich.console import Console
 
     from cascadevlm.cli.show import print_summary, tally_rows
+    from cascadevlm.runs.certificate import Missing
     from cascadevlm.runs.run_folder import FAILURES
 
     if as_json:
@@ -217,7 +218,9 @@ def _show(tally: "Tally", output: Path, *, as_json: bool) -> None:
         failures = {"failures": f"{tally.failures}, in {FAILURES}"} if tally.failures else {}
         print_summary(Console(highlight=False), f"Run in {output}", tally_rows(tally) | failures)
         if tally.certificate:
-            typer.echo(f"{tally.certificate.sentence} {AGREEMENT_IS_NOT_ACCURACY}")
+            typer.echo(tally.certificate.sentence)
+            if not isinstance(tally.certificate, Missing):
+                typer.echo(AGREEMENT_IS_NOT_ACCURACY)
         if tally.audit:
             typer.echo(tally.audit.sentence)
     if skipped := tally.counts["skipped"]:
