@@ -46,7 +46,7 @@ class ImageFrame:
         try:
             self._frame = narwhals.from_native(cast("IntoDataFrame", frame), eager_only=True)
         except TypeError as exc:
-            told = f"images is a {type(frame).__name__}, from which no column can be read."
+            told = f"images is a table ({type(frame).__name__}), from which no column can be read."
             raise InputError(
                 told, hint="Give a pandas or Polars data frame or an Arrow table; a lazy frame: frame.collect()."
             ) from exc

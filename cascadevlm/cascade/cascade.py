@@ -243,6 +243,7 @@ class Cascade(Portable):
         return prediction
 
     async def _classify_many(self, images: Iterable[ImageSource], *, progress: bool) -> list[Prediction]:
+        _require_many(images)
         predictions, dollars = [], 0.0
         with progress_bar(len(images) if isinstance(images, Sized) else None, shown=progress) as show:
             async for prediction in self.astream(images):
