@@ -1,6 +1,7 @@
 """``cascadevlm evaluate``."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -35,6 +36,9 @@ NOT_OF_THE_POLICY = (
 )
 
 
+CONFIDENCE = 0.95
+"""Least probability that what ``--accurate`` says is true."""
+
 Source = Annotated[
     Path,
     typer.Argument(
@@ -50,6 +54,15 @@ def evaluate(
     given: options.CascadeOptions,
     part: options.DataOptions,
     judge_all: JudgeAll = False,
+    accurate: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SHARE",
+            help="For a run with a random sample of labels from people: of how many of the surest labels at least this share is "
+            "right, with 95 % confidence.",
+            show_default="not said",
+        ),
+    ] = None,
     output: Output = None,
     yes: options.Yes = False,
     as_json: options.AsJson = False,
@@ -72,8 +85,10 @@ def evaluate(
     if (data / NAME).is_file():
         if (given, part, judge_all, output) != (options.CascadeOptions(), options.DataOptions(), False, None):
             raise InputError("A run is evaluated as it was made, so options have no effect.", hint="Leave all options out.")
-        _of_run(data, as_json=as_json)
+        _of_run(data, accurate, as_json=as_json)
         return
+    if accurate is not None:
+        raise InputError("--accurate is for the folder of a run with labels from people.", hint="Leave it out.")
     parsed = given.parse()
     cascade, labelled = part.build(parsed, data, given.labels)
     options.tell(cascade.labels, [data])
@@ -105,7 +120,7 @@ def evaluate(
     _require_an_answer(measured.record)
 
 
-def _of_run(folder: Path, *, as_json: bool) -> None:
+def _of_run(folder: Path, accurate: float | None, *, as_json: bool) -> None:
     """Show the metrics of a finished run: of a record, or of the images that people labelled."""
     from rich.console import Console
 
@@ -114,17 +129,25 @@ def _of_run(folder: Path, *, as_json: bool) -> None:
     from cascadevlm.evaluation.evaluate import as_configured, evaluate_part, read_decided
     from cascadevlm.runs.manifest import Manifest
 
+    more: dict[str, object] = {}
     if Manifest.read(folder).labelled:
         record = read_decided(folder)
-        evaluation, sentence = evaluate_part(as_configured(record), record), ""
+        if accurate is not None:
+            raise InputError("--accurate is for a run without true labels.", hint="Leave it out: a record has true labels.")
+        evaluation, told = evaluate_part(as_configured(record), record), []
     else:
         corrected = read_corrected(folder)
-        evaluation, sentence = corrected.evaluate(), corrected.describe()
+        evaluation, told = corrected.evaluate(), [corrected.describe()]
+        more["holds_for"] = told[0]
+        if accurate is not None:
+            surest = corrected.surest(accurate, CONFIDENCE)
+            told.append(surest.sentence)
+            more["surest"] = asdict(surest)
     if as_json:
-        typer.echo(json.dumps(evaluation.to_dict() | ({"holds_for": sentence} if sentence else {})))
+        typer.echo(json.dumps(evaluation.to_dict() | more))
         return
     print_summary(Console(highlight=False), "Evaluation", evaluation_rows(evaluation))
-    if sentence:
+    for sentence in told:
         typer.echo(sentence)
 
 

@@ -3,6 +3,7 @@
 from array import array
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from pathlib import Path
 from typing import TypeAlias
 
@@ -15,6 +16,8 @@ from cascadevlm.base.labels import LabelSet
 from cascadevlm.base.remote import place_of
 from cascadevlm.base.types import Scores
 from cascadevlm.config.config import Config
+from cascadevlm.decision.agreement import Promise
+from cascadevlm.decision.finding import precise_prefix
 from cascadevlm.evaluation.metrics import Evaluation, evaluate
 from cascadevlm.evaluation.record import Content, Record
 from cascadevlm.runs.corrections import random_order, read_corrections
@@ -34,6 +37,39 @@ Embed: TypeAlias = Callable[[Config, LabelSet, list[ImageSource]], tuple[Scores,
 
 
 @dataclass(frozen=True, kw_only=True)
+class Surest:
+    """The surest labels of a run, of which enough are right.
+
+    Attributes:
+        accuracy: the least share of right labels among them.
+        confidence: the least probability that this is true.
+        images: number of these labels; 0 if the sample is too small to promise anything.
+        labelled: number of all labels of the run.
+        down_to: the lowest confidence among these labels.
+    """
+
+    accuracy: float
+    confidence: float
+    images: int
+    labelled: int
+    down_to: float
+
+    @property
+    def sentence(self) -> str:
+        """The promise in words."""
+        sure, right = f"{100 * self.confidence:.4g} %", f"{100 * self.accuracy:.4g} %"
+        if not self.images:
+            return (
+                f"The random sample does not show that at least {right} of the surest labels are right. "
+                "Label a larger one: cascadevlm export RUN --review 'random 400'."
+            )
+        return (
+            f"With {sure} confidence, at least {right} of the {self.images:,} surest of {self.labelled:,} labels are right. "
+            f"Their confidence is at least {self.down_to:.4f}."
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Corrected:
     """The N images of a run that people labelled, without the images that show none of the labels.
 
@@ -46,7 +82,11 @@ class Corrected:
         outside: number of images that show none of the labels.
         outside_labelled: number of these to which the cascade gave a label.
         confidence: mean confidence of the N predictions.
-        confidence_of_run: mean confidence of the predictions of all readable images.
+        confidences: ``(R,)`` confidences of the predictions of all readable images.
+        drawn: ``(R,)`` booleans: the image belongs to the random sample.
+        wrong: ``(R,)`` booleans: a person looked at the image and did not give the cascade's label. So it is true for images that
+            people skipped or that show none of the labels.
+        abstained: ``(R,)`` booleans: the cascade gave no label.
         candidates: number of candidates in the shortest list.
     """
 
@@ -57,7 +97,10 @@ class Corrected:
     outside: int
     outside_labelled: int
     confidence: float
-    confidence_of_run: float
+    confidences: NDArray[np.float64]
+    drawn: NDArray[np.bool_]
+    wrong: NDArray[np.bool_]
+    abstained: NDArray[np.bool_]
     candidates: int
 
     def evaluate(self) -> Evaluation:
@@ -82,9 +125,37 @@ class Corrected:
             sample = int(self.random.sum())
             return f"{labelled}. The figures are of {sample:,} of them, a random sample, and hold for the whole run."
         return (
-            f"{labelled}. Their mean confidence is {self.confidence:.0%}, and {self.confidence_of_run:.0%} in the whole run. "
+            f"{labelled}. Their mean confidence is {self.confidence:.0%}, and {self.confidences.mean():.0%} in the whole run. "
             "They are not a random sample, so the figures hold only for these images. "
             "For the whole run, label a random sample: cascadevlm export RUN --review 'random 200'."
+        )
+
+    def surest(self, accuracy: float, confidence: float) -> Surest:
+        """The longest list of surest labels for which the random sample shows that enough of them are right.
+
+        The test is exact, and needs no assumption about the confidences (`precise_prefix`). An image of the sample that people
+        skipped counts as wrong.
+
+        Raises:
+            InputError: if a number is not above 0 and below 1.
+            DataError: if people did not label a random sample.
+        """
+        promise = Promise(agreement=accuracy, confidence=confidence)
+        if not self.drawn.any():
+            raise DataError(
+                "The labels of people are not of a random sample, so they do not show how many labels of the run are right.",
+                hint="Label a random sample: cascadevlm export RUN --review 'random 200'.",
+            )
+        labelled = np.flatnonzero(~self.abstained)
+        order = labelled[np.argsort(-self.confidences[labelled], kind="stable")]
+        share = float(1 - Fraction(str(accuracy)))
+        images = precise_prefix(self.drawn[order], self.wrong[order], share=share, level=promise.level)
+        return Surest(
+            accuracy=accuracy,
+            confidence=confidence,
+            images=images,
+            labelled=len(order),
+            down_to=float(self.confidences[order[images - 1]]) if images else 1.0,
         )
 
     def scored(self, embed: Embed) -> Record:
@@ -112,6 +183,7 @@ def read_corrected(folder: Path) -> Corrected:
     manifest, corrections = Manifest.read(folder), read_corrections(folder)
     labels, offered = LabelSet(tuple(manifest.labels)), _offered(manifest)
     keys, seen, confidences = array("Q"), bytearray(), array("d")
+    wrong, abstained = bytearray(), bytearray()
     places, paths, outside = list[int](), dict[int, str](), list[JudgedLine]()
     lines: list[LabelledLine] = []
     for number, line in read_lines(folder / PREDICTIONS, JudgedLine, predictions_of(folder, None).end):
@@ -126,6 +198,8 @@ def read_corrected(folder: Path) -> Corrected:
             lines.append(_labelled(line, corrected.label, offered))
         keys.append(random_order(line.path))
         seen.append(line.path in corrections.standing)
+        wrong.append(seen[-1] and (corrected is None or corrected.label != line.label))
+        abstained.append(line.label is None)
         confidences.append(line.confidence)
     if not lines:
         raise DataError(
@@ -135,15 +209,19 @@ def read_corrected(folder: Path) -> Corrected:
     content = Content(labels, manifest, len(lines))
     for number, labelled in enumerate(lines):
         content.add(number, labelled, labelled.truth)
+    drawn = random_sample(np.array(keys), np.frombuffer(seen, dtype=np.bool_))
     return Corrected(
         record=content.record(_scores(lines, labels, manifest.fingerprint or "")),
         paths=paths,
-        random=random_sample(np.array(keys), np.frombuffer(seen, dtype=np.bool_))[places],
+        random=drawn[places],
         skipped=sum(seen) - len(lines) - len(outside),
         outside=len(outside),
         outside_labelled=sum(line.label is not None for line in outside),
         confidence=float(np.array(confidences)[places].mean()),
-        confidence_of_run=float(np.array(confidences).mean()),
+        confidences=np.array(confidences),
+        drawn=drawn,
+        wrong=np.frombuffer(wrong, dtype=np.bool_),
+        abstained=np.frombuffer(abstained, dtype=np.bool_),
         candidates=min(len(line.candidates) for line in lines),
     )
 

@@ -126,9 +126,7 @@ class Facts(BaseModel):
                 f"With {sure:.4g} % confidence, it would give another label to at most {self.allowed:,} of the other "
                 f"{self.kept:,} images: at least {share:.4g} % of all labels are the judge's."
             )
-        missing = (
-            f" This does not count {self.unanswered:,} images that got no answer: their labels are the scorer's."
-        )
+        missing = f" This does not count {self.unanswered:,} images that got no answer: their labels are the scorer's."
         return f"{asked} {promise}{missing if self.unanswered else ''}"
 
 

@@ -14,7 +14,7 @@ from pydantic import JsonValue
 
 from cascadevlm import Cascade, Stage, load_prompt, parse_policy
 from cascadevlm.base.arrays import NOBODY
-from cascadevlm.base.errors import DataError
+from cascadevlm.base.errors import DataError, InputError
 from cascadevlm.base.images import ImageSource, pixel_digest
 from cascadevlm.base.labels import LabelSet
 from cascadevlm.base.types import Scores
@@ -114,14 +114,45 @@ def test_metrics_of_a_random_sample_are_those_of_its_images(run: Path) -> None:
 
 
 def test_a_selection_by_confidence_is_no_random_sample_and_is_told(run: Path) -> None:
-    count = correct(run, lambda line: line.confidence < 0.6)
+    count = correct(run, lambda line: line.confidence < 0.3)
     assert FEWEST <= count < IMAGES
     found = read_corrected(run)
     assert not found.random.any()
     assert found.evaluate().images == count
-    assert found.confidence < found.confidence_of_run
+    assert found.confidence < found.confidences.mean()
     assert f"People labelled {count} images. Their mean confidence is {found.confidence:.0%}" in found.describe()
     assert "are not a random sample, so the figures hold only for these images" in found.describe()
+
+
+def test_a_random_sample_shows_how_many_of_the_surest_labels_are_right(run: Path) -> None:
+    correct(run, first(run, IMAGES // 2))
+    found = read_corrected(run)
+    surest = found.surest(0.6, 0.95)
+    ranked = sorted((line for line in lines(run) if line.label is not None), key=lambda line: -line.confidence)
+    assert 0 < surest.images <= surest.labelled == len(ranked)
+    assert surest.down_to == ranked[surest.images - 1].confidence
+    assert np.mean([line.label == truth(line.path) for line in ranked[: surest.images]]) >= 0.6
+    assert f"at least 60 % of the {surest.images:,} surest of {surest.labelled:,} labels are right" in surest.sentence
+    assert surest.images >= found.surest(0.8, 0.95).images >= found.surest(0.8, 0.9999).images
+    nothing = found.surest(0.999, 0.95)
+    assert (nothing.images, "does not show that at least 99.9 %" in nothing.sentence) == (0, True)
+
+
+def test_a_skipped_image_of_the_sample_counts_as_wrong(run: Path) -> None:
+    sample = first(run, IMAGES // 2)
+    correct(run, sample)
+    before = read_corrected(run).surest(0.6, 0.95).images
+    correct(run, lambda line: sample(line) and line.confidence > 0.3, skipped=True)
+    assert read_corrected(run).surest(0.6, 0.95).images < before
+
+
+def test_without_a_random_sample_nothing_is_promised(run: Path) -> None:
+    correct(run, lambda line: line.confidence < 0.3)
+    with pytest.raises(DataError, match="not of a random sample"):
+        read_corrected(run).surest(0.8, 0.95)
+    correct(run, lambda _: True)
+    with pytest.raises(InputError, match="must be between 0 and 1"):
+        read_corrected(run).surest(1.0, 0.95)
 
 
 def test_a_small_beginning_of_the_random_order_is_no_sample(run: Path) -> None:
