@@ -6,13 +6,23 @@ from functools import cached_property
 from typing import Annotated, TypeAlias
 from urllib.parse import parse_qs, urlsplit
 
-from pydantic import BaseModel, Field, JsonValue, TypeAdapter, ValidationError
+from pydantic import AwareDatetime, BaseModel, Field, JsonValue, TypeAdapter, ValidationError
 
 from cascadevlm.base.remote import opened
 from cascadevlm.base.tables import Row, TextTable, reading
 
 LOCAL_FILES = "/data/local-files/"
 """Label Studio's address for files on its machine. Their path below the document root stands in the query."""
+
+CHOICE, OTHER = "choice", "other"
+"""Names of the two controls in the tasks of a run. They differ from all names in the data of a task, because Label Studio's short
+export mixes both."""
+
+ANOTHER = "another label"
+"""The choice that shows the list of all labels."""
+
+NONE = "none of the labels"
+"""The choice for an image that shows none of the labels."""
 
 
 class _CocoImage(BaseModel, extra="allow"):
@@ -50,39 +60,97 @@ class _Coco(BaseModel):
 
 class _Value(BaseModel):
     choices: list[str] = []
+    taxonomy: list[list[str]] = []
 
 
-class _Region(BaseModel):
+class _Result(BaseModel):
     value: _Value = _Value()
 
 
-class _Given(BaseModel):
-    result: list[_Region] = []
+class Person(BaseModel):
+    """A person in Label Studio."""
+
+    id: int
+    email: str = ""
+
+
+class Annotation(BaseModel):
+    """What one person said about a task of Label Studio.
+
+    Attributes:
+        was_cancelled: true if the person skipped the task.
+    """
+
+    completed_by: int | Person | None = None
+    result: list[_Result] = []
     was_cancelled: bool = False
+    updated_at: AwareDatetime | None = None
+
+    @property
+    def labels(self) -> tuple[str | None, ...]:
+        """The labels; None stands for `NONE`. Empty if the person gave no label."""
+        return () if self.was_cancelled else _labels([result.value for result in self.result])
 
 
-class _Task(BaseModel):
-    """A task of Label Studio."""
+class Task(BaseModel):
+    """A task in the export JSON of Label Studio."""
 
     id: int | None = None
     data: dict[str, JsonValue]
-    annotations: list[_Given] = []
+    annotations: list[Annotation] = []
+
+    @property
+    def image(self) -> str:
+        """The name of the image, which is ``path`` in the tasks of an export of a run."""
+        return str(self.data.get("path") or self.data.get("image") or "")
 
     def row(self) -> dict[str, object]:
-        """The data of the task, ``id``, and ``label``: the choice of the last annotation that was not cancelled."""
-        chosen = [
-            region.value.choices
-            for given in self.annotations
-            if not given.was_cancelled
-            for region in given.result
-            if region.value.choices
-        ]
-        label = chosen[-1] if chosen else None
+        """The data of the task, ``id``, and ``label``: the label of the last annotation with a label."""
+        said = [each.labels for each in self.annotations if each.labels]
         told = {name: _local(value) for name, value in self.data.items()}
-        return {"id": self.id, **told, "label": label[0] if label and len(label) == 1 else label}
+        return {"id": self.id, **told, "label": _label(said[-1] if said else ())}
 
 
-_Form: TypeAlias = Annotated[_Coco | list[_Task] | list[dict[str, JsonValue]], Field(union_mode="left_to_right")]
+class ShortAnnotation(BaseModel):
+    """One annotation in the export JSON-MIN of Label Studio, with the controls `CHOICE` and `OTHER`."""
+
+    id: int
+    path: str = ""
+    image: str = ""
+    choice: str | _Value | None = None
+    other: list[_Value] = []
+    annotator: int | None = None
+    updated_at: AwareDatetime
+
+    @property
+    def labels(self) -> tuple[str | None, ...]:
+        """As in `Annotation`."""
+        choice = _Value(choices=[self.choice]) if isinstance(self.choice, str) else self.choice or _Value()
+        return _labels([choice, *self.other])
+
+
+def _labels(values: Sequence[_Value]) -> tuple[str | None, ...]:
+    """The labels of an annotation. A label from the list of all labels counts only if the choice is `ANOTHER`."""
+    choices = [name for value in values for name in value.choices]
+    listed = [path[-1] for value in values for path in value.taxonomy if path]
+    names = listed if choices in ([], [ANOTHER]) else choices
+    return tuple(None if name == NONE else name for name in dict.fromkeys(names))
+
+
+def _label(labels: Sequence[str | None]) -> object:
+    """One label, a list of several labels, or None."""
+    return labels[0] if len(labels) == 1 else [*labels] or None
+
+
+def _row_of(fields: Mapping[str, JsonValue]) -> dict[str, object]:
+    """A row of a list of objects. The export JSON-MIN of a run's tasks has the label of a person in `CHOICE` and `OTHER`."""
+    row: dict[str, object] = {name: _local(value) for name, value in fields.items()}
+    if {"id", "updated_at", CHOICE} <= fields.keys():
+        row["label"] = _label(ShortAnnotation.model_validate(fields).labels)
+    return row
+
+
+_Form: TypeAlias = Annotated[_Coco | list[Task] | list[dict[str, JsonValue]], Field(union_mode="left_to_right")]
 _FORM: TypeAdapter[_Form] = TypeAdapter(_Form)
 
 
@@ -104,9 +172,9 @@ class AnnotationFile(TextTable):
             except ValidationError as exc:
                 told = "it is neither COCO, nor an export of Label Studio, nor a list of objects"
                 raise ValueError(told) from exc
-        if isinstance(read, _Coco):
-            return [*read.rows()]
-        return [each.row() if isinstance(each, _Task) else each for each in read]
+            if isinstance(read, _Coco):
+                return [*read.rows()]
+            return [each.row() if isinstance(each, Task) else _row_of(each) for each in read]
 
     @cached_property
     def columns(self) -> Sequence[str]:

@@ -26,8 +26,13 @@ def installed(kind: Kind) -> dict[str, EntryPoint]:
 def nearest(word: str, known: Iterable[str]) -> str:
     """A hint for an unknown word. It names the most similar known word or, if no word is similar, all known words."""
     known = list(known)
-    close = difflib.get_close_matches(word, known, n=1)
-    return f"Did you mean {close[0]!r}?" if close else f"Known: {', '.join(sorted(known))}."
+    return similar(word, known) or f"Known: {', '.join(sorted(known))}."
+
+
+def similar(word: str, known: Iterable[str]) -> str:
+    """A hint that names the known word that is most similar to an unknown word; "" if no word is similar."""
+    close = difflib.get_close_matches(word, [*known], n=1)
+    return f"Did you mean {close[0]!r}?" if close else ""
 
 
 def load(point: EntryPoint) -> object:

@@ -15,8 +15,9 @@ from pydantic import JsonValue
 from cascadevlm.base.annotation_files import AnnotationFile
 from cascadevlm.base.arrow_tables import ParquetTable, Part, parquet_below, parquet_files, saved_dataset
 from cascadevlm.base.errors import DataError
+from cascadevlm.base.files import valid_text
 from cascadevlm.base.images import SUFFIXES, ImageSource
-from cascadevlm.base.remote import Place, file_system, files_below, inside, is_address, name_of, place_of, suffix_of
+from cascadevlm.base.remote import Place, files_below, inside, is_address, is_folder, name_of, place_of, suffix_of
 from cascadevlm.base.tables import (
     EVERY,
     USUAL,
@@ -59,9 +60,9 @@ class Entry(NamedTuple):
 
 
 class RemoteFolder(TextTable):
-    """The image files below a folder at an address."""
+    """The image files below a folder at an address. The label of an image is the name of the folder that contains it."""
 
-    columns = ("path",)
+    columns = ("path", "label")
 
     @cached_property
     def _files(self) -> list[str]:
@@ -69,7 +70,10 @@ class RemoteFolder(TextTable):
             return [each for each in files_below(str(self.place)) if suffix_of(each) in SUFFIXES]
 
     def lines(self) -> Iterator[tuple[int, Mapping[str, object]]]:
-        return ((number, {"path": file}) for number, file in enumerate(self._files, start=1))
+        return (
+            (number, {"path": file, "label": file.rpartition("/")[0].rpartition("/")[2]})
+            for number, file in enumerate(self._files, start=1)
+        )
 
 
 def open_table(place: Place) -> Table | None:
@@ -97,8 +101,7 @@ def _open_address(address: str) -> Table:
     if suffix_of(address) in TABLES:
         return _open_file(address)
     with reading(address):
-        system, path = file_system(address)
-        if not system.isdir(path):
+        if not is_folder(address):
             hint = f"The name of a list ends in {', '.join(TABLES)}."
             raise DataError(f"{name_of(address)!r} is neither a folder nor a list of images.", hint=hint)
         tables: list[Place] = [each for each in files_below(address) if suffix_of(each) == ".parquet"]
@@ -191,12 +194,18 @@ class ImageTable:
         cell = row.cells.get(self.label) if self.label else None
         if isinstance(cell, list | dict):
             raise ValueError(f"{self.table.where(row)} has several labels in its column {self.label!r}: {cell!r:.80}")
-        return text_of(cell)
+        return self._text(row, self.label) if self.label else ""
+
+    def _text(self, row: Row, column: str) -> str:
+        text = text_of(row.cells.get(column))
+        if valid_text(text) != text:
+            raise ValueError(f"{self.table.where(row)} contains text in its column {column!r} that is not UTF-8")
+        return text
 
     def _about(self, row: Row) -> About:
         about: dict[str, JsonValue] = {}
         if (column := self.columns.id) is not None:
-            about["id"] = text_of(row.cells.get(column))
+            about["id"] = self._text(row, column)
             if not about["id"]:
                 raise ValueError(f"{self.table.where(row)} has no id in its column {column!r}")
         if self.columns.keep:

@@ -9,7 +9,7 @@ import re
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, contextmanager
 from functools import cache, partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, TypeAlias, TypeGuard, TypeVar
@@ -18,8 +18,8 @@ from urllib.parse import urlsplit
 from tenacity import Retrying, retry_if_exception_type, wait_random_exponential
 
 from cascadevlm.base.environment import LOCAL_ONLY
-from cascadevlm.base.errors import BackendError, ImageError
-from cascadevlm.base.secrets import shown_address
+from cascadevlm.base.errors import BackendError, CascadeError, ImageError
+from cascadevlm.base.secrets import credentials_of, scrubbed, shown_address
 
 if TYPE_CHECKING:
     import httpx2
@@ -58,6 +58,9 @@ INSTALL = "Install it: pip install 'cascadevlm[remote]'"
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")
 _HTTP = ("http", "https")
 _ON_THIS_MACHINE = ("file", "local", "memory")
+_WITH_FOLDERS = ("s3", "gs", "hf", "memory", "file")
+"""Schemes of file systems whose names of files are whole addresses: without a server and without a login."""
+
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
@@ -224,13 +227,26 @@ def _file_parts(address: str) -> Generator[bytes, None, None]:
     except (FileNotFoundError, PermissionError, IsADirectoryError):
         raise
     except OSError as exc:
-        raise _Temporary(_reason(exc)) from exc
+        raise _Temporary(_reason(exc, address)) from exc
     except Exception as exc:  # every file system has its own errors
-        raise ValueError(_reason(exc)) from exc
+        raise ValueError(_reason(exc, address)) from exc
 
 
-def _reason(exc: Exception) -> str:
-    return f"{type(exc).__name__}: {exc}".partition("\n")[0].rstrip(".:")
+def _reason(exc: Exception, address: str) -> str:
+    """The first line of an error, without the credentials of the address."""
+    said = f"{type(exc).__name__}: {exc}".partition("\n")[0].rstrip(".:")
+    return scrubbed(said, credentials_of(address))
+
+
+@contextmanager
+def _asking(address: str) -> Iterator[None]:
+    """Turn every error of a file system in the block into an OSError that contains no credentials."""
+    try:
+        yield
+    except (CascadeError, FileNotFoundError, PermissionError):
+        raise
+    except Exception as exc:  # every file system has its own errors
+        raise OSError(_reason(exc, address)) from exc
 
 
 def scheme_of(address: str) -> str:
@@ -259,7 +275,8 @@ def file_system(address: str) -> "tuple[AbstractFileSystem, str]":
     """The file system of an address, and the path in the file system.
 
     Raises:
-        BackendError: if a package is missing, the scheme is unknown, or the address is not allowed.
+        BackendError: if a package is missing, the scheme is unknown, or the address is not allowed or contains another address.
+        OSError: if the file system cannot be used.
     """
     from fsspec.core import url_to_fs
 
@@ -269,14 +286,21 @@ def file_system(address: str) -> "tuple[AbstractFileSystem, str]":
         raise BackendError(
             f"{shown_address(address)!r} is not an image, and only images are read over https.", hint="Download it."
         )
+    if "::" in address:  # fsspec would read the second address, and none of the rules for addresses would hold for it
+        raise BackendError(
+            f"{shown_address(address.partition('::')[0])!r} is followed by '::' and another address, which is not read.",
+            hint="Download the archive, and unpack it.",
+        )
     try:
         system, path = url_to_fs(address)
     except ImportError as exc:
         raise BackendError(f"{scheme}:// needs a package that is not installed: {exc}.", hint=INSTALL) from exc
     except ValueError as exc:
         raise BackendError(
-            f"Addresses with {scheme}:// cannot be read: {exc}.", hint="Use https://, s3://, gs:// or hf://."
+            f"Addresses with {scheme}:// cannot be read: {_reason(exc, address)}.", hint="Use https://, s3://, gs:// or hf://."
         ) from exc
+    except Exception as exc:  # every file system has its own errors
+        raise OSError(_reason(exc, address)) from exc
     return system, str(path)
 
 
@@ -285,11 +309,31 @@ def opened(place: Place) -> IO[bytes]:
     if isinstance(place, Path):
         return place.open("rb")
     system, path = file_system(place)
-    file: IO[bytes] = system.open(path, "rb")
+    with _asking(place):
+        file: IO[bytes] = system.open(path, "rb")
     return file
 
 
-def files_below(address: str) -> list[str]:
-    """The addresses of all files below a folder, sorted."""
+def is_folder(address: str) -> bool:
+    """Returns True if there is a folder at an address. Raises: OSError: if the file system gives no answer."""
     system, path = file_system(address)
-    return sorted(str(system.unstrip_protocol(each)) for each in system.find(path))
+    with _asking(address):
+        return bool(system.isdir(path))
+
+
+def files_below(address: str) -> list[str]:
+    """The addresses of all files below a folder, sorted.
+
+    Raises:
+        BackendError: if the names of files are not whole addresses in this file system.
+        OSError: if the folder cannot be read.
+    """
+    system, path = file_system(address)
+    if scheme_of(address) not in _WITH_FOLDERS:
+        known = ", ".join(f"{scheme}://" for scheme in _WITH_FOLDERS)
+        raise BackendError(
+            f"The folder {shown_address(address)!r} is not read: folders are only read at {known}.",
+            hint="Give a list with the addresses of the images.",
+        )
+    with _asking(address):
+        return sorted(str(system.unstrip_protocol(each)) for each in system.find(path))

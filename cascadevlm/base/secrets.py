@@ -13,7 +13,8 @@ SHORTEST = 3
 """Minimum number of characters of a secret that is removed from texts. A shorter secret would match too much of a text."""
 
 _LOGIN = re.compile(r"(^|://)[^/?#]*@")
-_QUERY_VALUE = re.compile(r"([?&][^=&#\s]+=)[^&#\s]*")
+_TAIL = re.compile(r"[?#].*", re.DOTALL)
+_VALUE = re.compile(r"([?&#][^=&#]*=)[^&#]*|([?&])[^=&#]+")
 
 
 def is_address(text: str) -> bool:
@@ -31,8 +32,10 @@ def without_login(address: str) -> str:
 
 
 def shown_address(address: str) -> str:
-    """An address without credentials: user and password are removed, and ``***`` replaces the values of the query."""
-    return _QUERY_VALUE.sub(rf"\1{HIDDEN}", without_login(address))
+    """An address without credentials: user and password are removed, and ``***`` replaces the values of the query and of the
+    fragment, and words of the query that have no name.
+    """
+    return _TAIL.sub(lambda tail: _VALUE.sub(rf"\1\2{HIDDEN}", tail[0]), without_login(address))
 
 
 def login_of(address: str) -> tuple[str, str] | None:
@@ -44,7 +47,9 @@ def login_of(address: str) -> tuple[str, str] | None:
 def credentials_of(address: str) -> list[str]:
     """All secrets that `shown_address` hides: as written in the address, after percent-decoding, and as sent in the header."""
     parts = urlsplit(address)
-    values = [parts.username or "", parts.password or "", *(value for _, value in parse_qsl(parts.query))]
+    named = [value for _, value in (*parse_qsl(parts.query), *parse_qsl(parts.fragment))]
+    unnamed = [word for word in parts.query.split("&") if "=" not in word]
+    values = [parts.username or "", parts.password or "", *named, *unnamed]
     sent = b64encode(":".join(login_of(address) or ()).encode()).decode()
     return [*values, *map(unquote, values), sent]
 

@@ -5,6 +5,7 @@ import io
 import json
 import sys
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -13,7 +14,7 @@ from typing import NamedTuple, TypeVar
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
-from cascadevlm.base.entry_points import nearest
+from cascadevlm.base.entry_points import similar
 from cascadevlm.base.errors import ConfigError, DataError
 from cascadevlm.base.remote import Place, name_of, opened
 
@@ -183,7 +184,11 @@ class CsvTable(TextTable):
     def _reader(self, file: io.TextIOWrapper) -> "csv.DictReader[str]":
         head = file.readline()
         file.seek(0)
-        return csv.DictReader(file, delimiter=max(",;\t", key=head.count))
+        reader = csv.DictReader(file, delimiter=max(",;\t", key=head.count))
+        twice = [name for name, count in Counter(reader.fieldnames or ()).items() if name and count > 1]
+        if twice:
+            raise ValueError(f"its header contains a column more than once: {few(twice)}")
+        return reader
 
 
 class JsonLines(TextTable):
@@ -236,9 +241,7 @@ def reading(place: Place) -> Iterator[None]:
 
 def nearest_column(column: str, columns: Sequence[str]) -> str:
     """A hint for a column that does not exist: the most similar column, and the first columns."""
-    close = nearest(column, columns)
-    first = f"{close} " if close.startswith("Did") else ""
-    return f"{first}Its columns: {few(columns) or 'none'}."
+    return f"{similar(column, columns)} Its columns: {few(columns) or 'none'}.".lstrip()
 
 
 def few(cases: Iterable[str]) -> str:

@@ -23,7 +23,8 @@ KEYS = ("OPENAI_API_KEY", "ANTHROPIC_API_KEY", "GEMINI_API_KEY", "HF_TOKEN")
 
 SWITCHES = ("HF_HUB_OFFLINE", "CASCADEVLM_LOCAL_ONLY")
 
-EXTRAS = ("llm", "datasets", "ray")
+EXTRAS = {"llm": ("llm",), "datasets": ("datasets",), "ray": ("ray",), "remote": ("gcsfs", "s3fs")}
+"""The packages of each extra."""
 
 GIGABYTE = 1e9
 
@@ -122,7 +123,7 @@ def _figures() -> "dict[str, JsonValue]":
     return {
         "machine": machine(),
         "versions": dict(versions()),
-        "extras": {name: is_installed(name) for name in EXTRAS},
+        "extras": {name: all(map(is_installed, packages)) for name, packages in EXTRAS.items()},
         "devices": {
             "cuda": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
             "mps": torch.backends.mps.is_available(),

@@ -9,9 +9,6 @@ import typer
 from cascadevlm.cli import options
 from cascadevlm.cli.own_arrays import ArrayOptions
 
-MOST_SHOWN = 5
-"""Number of conflicts that are shown. Further conflicts are only counted."""
-
 
 @options.grouped()
 def import_(
@@ -43,6 +40,7 @@ def import_(
     """
     from cascadevlm.base.errors import InputError
     from cascadevlm.base.files import visible
+    from cascadevlm.base.tables import MOST_SHOWN
     from cascadevlm.runs.correction_files import import_corrections
 
     if given != ArrayOptions():

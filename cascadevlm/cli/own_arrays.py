@@ -1,6 +1,7 @@
 """The options of ``cascadevlm import`` for scores and answers that were recorded elsewhere."""
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -13,6 +14,11 @@ from cascadevlm.cli.options import Labels
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+
+    from cascadevlm.base.labels import LabelSet
+
+WHOLE = re.compile(r"-?[0-9]{1,9}")
+"""A number of a column of the scores. Negative numbers stand for no answer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,12 +65,12 @@ class ArrayOptions:
         if self.scores is None or self.labels is None or self.truths is None or self.output is None:
             told = "A record needs --scores, --labels, --truths and --output."
             raise InputError(told, hint="For labels from people, give a file and --into RUN.")
-        candidates = self.candidates
+        candidates, labels = self.candidates, LabelSet.read(self.labels)
         record = Record.from_arrays(
             _array(self.scores),
-            LabelSet.read(self.labels),
-            _values(self.truths),
-            answers=None if self.answers is None else _values(self.answers),
+            labels,
+            _labels_in(self.truths, labels),
+            answers=None if self.answers is None else _labels_in(self.answers, labels),
             candidates=None if candidates is None else int(candidates) if candidates.isdecimal() else _array(Path(candidates)),
             dollars=self.dollars,
             names=None if self.names is None else [str(name) for name in _values(self.names)],
@@ -94,9 +100,24 @@ def _array(path: Path) -> "NDArray[np.generic]":
     return array
 
 
+def _labels_in(text: str, labels: "LabelSet") -> "NDArray[np.generic] | list[str]":
+    """The labels in a file. Texts are numbers of columns if all of them are whole numbers or empty, and none is a label."""
+    import numpy as np
+
+    from cascadevlm.base.arrays import NOBODY
+    from cascadevlm.base.labels import words
+
+    values = _values(text)
+    if not isinstance(values, list) or not any(values):
+        return values
+    if any(value and (not WHOLE.fullmatch(value) or words(value) in labels.by_words) for value in values):
+        return values
+    return np.array([int(value) if value else NOBODY for value in values])
+
+
 def _values(text: str) -> "NDArray[np.generic] | list[str]":
     """The values in a .npy file, in the lines of a text file, or in a column of a table, written as FILE:COLUMN."""
-    from cascadevlm.base.image_table import open_table
+    from cascadevlm.base.image_table import open_table, text_of
     from cascadevlm.base.tables import reading
 
     path = Path(text)
@@ -106,6 +127,6 @@ def _values(text: str) -> "NDArray[np.generic] | list[str]":
     if not path.exists() and colon and (table := open_table(Path(file))) is not None:
         with reading(table.place):
             cells = [row.cells.get(column) for row in table.rows([table.require(column)])]
-        return ["" if cell is None else str(cell) for cell in cells]
+        return [f"{cell:.0f}" if isinstance(cell, float) and cell.is_integer() else text_of(cell) for cell in cells]
     with reading(path):
         return path.read_text(encoding="utf-8-sig").splitlines()

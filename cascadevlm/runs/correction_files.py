@@ -5,7 +5,6 @@ nothing is added to the run.
 """
 
 import csv
-import difflib
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -15,17 +14,21 @@ from pathlib import Path
 
 from pydantic import JsonValue, ValidationError
 
+from cascadevlm.base.entry_points import similar
 from cascadevlm.base.errors import DataError
+from cascadevlm.base.image_table import TABLES, open_table, text_of
 from cascadevlm.base.labels import LabelSet, words
-from cascadevlm.base.tables import json_line
+from cascadevlm.base.tables import Table, few
 from cascadevlm.runs.corrections import CORRECTIONS, Correction, Corrections, add_corrections, read_corrections
-from cascadevlm.runs.export import absolute
-from cascadevlm.runs.label_studio import NONE, SKIP, Said, read_annotations
+from cascadevlm.runs.export import FORMULA, absolute
+from cascadevlm.runs.label_studio import Said, read_annotations
 from cascadevlm.runs.manifest import Manifest
 from cascadevlm.runs.predictions import predictions_of
 
-MOST_SHOWN = 5
-"""Number of cases of each problem that a message names."""
+NONE, SKIP = "none", "skip"
+"""Words in place of a label: the image shows none of the labels; the person did not decide. If a label has this name, the word
+is the label.
+"""
 
 FORMS = "Label Studio's or FiftyOne's JSON, or a CSV, TSV, JSON lines or Parquet file with the columns image and label"
 
@@ -68,15 +71,15 @@ def import_corrections(file: Path, run: Path, *, by: str = "") -> Imported:
         RunError: if the folder cannot be written.
     """
     labels = LabelSet(tuple(Manifest.read(run).labels))
-    said = [each._replace(by=each.by or by) for each in _read(file)]
-    stated = [each for each in said if each.labels]
+    said = [each._replace(by=each.by or by) for each in _read(file, labels)]
+    stated = [each for each in said if each.labels or each.skipped]
     names, source = _names_in(run, {each.image for each in stated}), str(file.absolute())
     _require_no_faults(file, stated, names, labels)
     found = [
         Correction(
             image=names[each.image],
-            label=_label(each.labels[0], labels),
-            skipped=each.labels[0] == SKIP and _label(SKIP, labels) is None,
+            label=_label(each.labels[0], labels) if each.labels and each.labels[0] is not None else None,
+            skipped=each.skipped,
             by=each.by,
             at=each.at,
             source=source,
@@ -93,35 +96,26 @@ def import_corrections(file: Path, run: Path, *, by: str = "") -> Imported:
 
 
 def _label(text: str, labels: LabelSet) -> str | None:
-    """The name of a label; None for `NONE` and `SKIP`."""
+    """The name of a label; None if there is no such label."""
     return labels.by_words.get(words(text))
 
 
 def _require_no_faults(file: Path, stated: list[Said], names: Mapping[str, str], labels: LabelSet) -> None:
     missing = {each.image: each.where for each in stated if each.image not in names}
-    named = {name: each.where for each in stated for name in each.labels if name not in (NONE, SKIP)}
+    named = {name: each.where for each in stated for name in each.labels if name is not None}
     unknown = {name: where for name, where in named.items() if _label(name, labels) is None}
-    twice = Counter((each.image, each.by, each.at) for each in stated)
+    twice = Counter((names.get(each.image, each.image), each.by, each.at) for each in stated)
     problems = {
-        "images are not in the run": [f"{image!r} in {where}" for image, where in missing.items()],
-        "labels are not in the label set": [
-            f"{name!r} in {where}, the nearest label is {_nearest(name, labels)!r}" for name, where in unknown.items()
-        ],
+        "images are not in the run": [f"{image}, {where}" for image, where in missing.items()],
+        "labels are not in the label set": [f"{name}, {where}" for name, where in unknown.items()],
         "statements name several labels": [each.where for each in stated if len(each.labels) > 1],
-        "images occur more than once": [repr(image) for (image, _, _), count in twice.items() if count > 1],
+        "images occur more than once": [image for (image, _, _), count in twice.items() if count > 1],
     }
-    found = [
-        f"{len(cases)} {what} ({', '.join(cases[:MOST_SHOWN])}{', …' * (len(cases) > MOST_SHOWN)})"
-        for what, cases in problems.items()
-        if cases
-    ]
+    found = [f"{len(cases)} {what} ({few(cases)})" for what, cases in problems.items() if cases]
     if found:
-        hint = "Nothing was imported. Images are named as in the run, or by their absolute paths."
+        meant = " ".join(["", *filter(None, (similar(name, labels.names) for name in [*unknown][:1]))])
+        hint = f"Nothing was imported. Images are named as in the run, or by their absolute paths.{meant}"
         raise DataError(f"The corrections in {str(file)!r} have errors: {'; '.join(found)}.", hint=hint)
-
-
-def _nearest(name: str, labels: LabelSet) -> str:
-    return difflib.get_close_matches(name, labels.names, n=1, cutoff=0)[0]
 
 
 def _names_in(run: Path, wanted: set[str]) -> dict[str, str]:
@@ -134,18 +128,18 @@ def _names_in(run: Path, wanted: set[str]) -> dict[str, str]:
     return found
 
 
-def _read(file: Path) -> list[Said]:
+def _read(file: Path, labels: LabelSet) -> list[Said]:
     """The statements in a file."""
     try:
         changed = datetime.fromtimestamp(file.stat().st_mtime, UTC)
         if file.name == CORRECTIONS:
-            return [
-                Said(f"line {number}", each.image, (SKIP if each.skipped else each.label or NONE,), each.by, each.at)
-                for number, each in enumerate(read_corrections(file.parent).all, start=1)
-            ]
+            return [_again(number, each) for number, each in enumerate(read_corrections(file.parent).all, start=1)]
         if file.suffix.lower() == ".json":
-            return [*_of_json(json.loads(file.read_bytes()), changed)]
-        return [_of_row(number, row, changed) for number, row in _rows(file)]
+            return [*_of_json(json.loads(file.read_bytes()), changed, labels)]
+        table = open_table(file) if file.suffix.lower() in TABLES else None
+        if table is None:
+            raise ValueError(f"the suffix {file.suffix!r} is unknown")
+        return [*_of_table(table, changed, labels)]
     except (OSError, ValueError, RecursionError, csv.Error) as exc:  # errors of pydantic, Arrow and JSON are ValueErrors
         why = exc.strerror if isinstance(exc, OSError) and exc.strerror else str(exc).partition("\n")[0].rstrip(".")
         if isinstance(exc, ValidationError):
@@ -154,17 +148,29 @@ def _read(file: Path) -> list[Said]:
         raise DataError(f"The corrections in {str(file)!r} cannot be read: {why}.", hint=f"Give {FORMS}.") from exc
 
 
-def _of_json(content: JsonValue, changed: datetime) -> Iterator[Said]:
+def _again(number: int, each: Correction) -> Said:
+    """The statement of a correction."""
+    return Said(f"line {number}", each.image, () if each.skipped else (each.label,), each.skipped, each.by, each.at)
+
+
+def _said(where: str, image: str, text: str, by: str, at: datetime, labels: LabelSet) -> Said:
+    """The statement of a text: a label, `NONE`, `SKIP`, or "" if the text says nothing."""
+    if not text or _label(text, labels) is not None or text not in (NONE, SKIP):
+        return Said(where, image, (text,) if text else (), skipped=False, by=by, at=at)
+    return Said(where, image, () if text == SKIP else (None,), skipped=text == SKIP, by=by, at=at)
+
+
+def _of_json(content: JsonValue, changed: datetime, names: LabelSet) -> Iterator[Said]:
     if isinstance(content, list):
-        return read_annotations(content)
+        return read_annotations(content, changed)
     labels = content.get("labels") if isinstance(content, dict) else None
     if not isinstance(content, dict) or not isinstance(labels, dict):
         raise ValueError("it is not an export of Label Studio or FiftyOne")
     classes = content.get("classes")
-    return _of_fiftyone(labels, classes if isinstance(classes, list) else [], changed)
+    return _of_fiftyone(labels, classes if isinstance(classes, list) else [], changed, names)
 
 
-def _of_fiftyone(labels: Mapping[str, JsonValue], classes: list[JsonValue], changed: datetime) -> Iterator[Said]:
+def _of_fiftyone(labels: Mapping[str, JsonValue], classes: list[JsonValue], changed: datetime, names: LabelSet) -> Iterator[Said]:
     """The statements in ``labels.json`` of a ``FiftyOneImageClassificationDataset``.
 
     A label is null, a name or the number of a class, or an object that contains one of these as ``label``.
@@ -175,38 +181,23 @@ def _of_fiftyone(labels: Mapping[str, JsonValue], classes: list[JsonValue], chan
             label = classes[label]
         if not (label is None or isinstance(label, str)):
             raise ValueError(f"the label of {image!r} is neither a name nor a class")
-        yield Said(repr(image), image, (label,) if label else (), "", changed)
+        yield _said(repr(image), image, label or "", "", changed, names)
 
 
-def _rows(file: Path) -> Iterator[tuple[int, Mapping[str, object]]]:
-    """The rows of a table with their numbers of lines or, in a Parquet file, of rows, from 1."""
-    suffix = file.suffix.lower()
-    if suffix in (".csv", ".tsv"):
-        with file.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as lines:
-            head = lines.readline()
-            lines.seek(0)
-            reader = csv.DictReader(lines, delimiter=max(",;\t", key=head.count))
-            yield from ((reader.line_num, row) for row in reader)
-    elif suffix == ".jsonl":
-        with file.open(encoding="utf-8-sig") as lines:
-            for number, line in enumerate(lines, start=1):
-                row = json_line(line, number)
-                if not isinstance(row, dict):
-                    raise ValueError(f"line {number} is not a JSON object")
-                yield number, row
-    elif suffix == ".parquet":
-        import pyarrow.parquet
-
-        yield from enumerate(pyarrow.parquet.read_table(file).to_pylist(), start=1)
-    else:
-        raise ValueError(f"the suffix {suffix!r} is unknown")
+def _of_table(table: Table, changed: datetime, labels: LabelSet) -> Iterator[Said]:
+    table.require("label")
+    read = [name for name in ("image", "path", "label", "by", "when") if name in table.columns]
+    for row in table.rows(read):
+        image = row.cells.get("image") or row.cells.get("path")
+        if not isinstance(image, str):
+            raise ValueError(f"{table.where(row)} has no image; the columns are {few(table.columns)}")
+        when = row.cells.get("when")
+        at = changed if when in (None, "") else when if isinstance(when, datetime) else datetime.fromisoformat(str(when))
+        at = at if at.tzinfo else at.replace(tzinfo=UTC)
+        label, by = (_without_apostrophe(text_of(row.cells.get(name))) for name in ("label", "by"))
+        yield _said(table.where(row), _without_apostrophe(image), label, by, at, labels)
 
 
-def _of_row(number: int, row: Mapping[str, object], changed: datetime) -> Said:
-    image = row.get("image") or row.get("path")
-    if not isinstance(image, str) or "label" not in row:
-        raise ValueError(f"row {number} has no image or no column 'label'; its columns are {', '.join(map(str, row))}")
-    label, by, when = (row.get(name) for name in ("label", "by", "when"))
-    at = changed if when in (None, "") else when if isinstance(when, datetime) else datetime.fromisoformat(str(when))
-    at = at if at.tzinfo else at.replace(tzinfo=UTC)
-    return Said(f"row {number}", image, (str(label),) if label not in (None, "") else (), str(by or ""), at)
+def _without_apostrophe(text: str) -> str:
+    """A text as it was before `cascadevlm.runs.export.write_csv` protected it from a spreadsheet."""
+    return text[1:] if text.startswith("'") and text[1:].startswith(FORMULA) else text

@@ -19,24 +19,29 @@ from dataclasses import dataclass
 from functools import reduce
 from itertools import compress, islice
 from pathlib import Path
-from typing import Literal, TextIO, TypeAlias
+from typing import Literal, TextIO, TypeAlias, TypeVar
 from urllib.parse import quote
 from xml.etree import ElementTree
 
 import numpy as np
 from pydantic import BaseModel, JsonValue, ValidationError
 
+from cascadevlm.base.annotation_files import LOCAL_FILES
 from cascadevlm.base.errors import DataError, ImageError, InputError
 from cascadevlm.base.files import valid_text
 from cascadevlm.base.images import read_bytes, size_of
-from cascadevlm.base.remote import Place
+from cascadevlm.base.remote import Place, is_address
+from cascadevlm.base.secrets import HIDDEN
+from cascadevlm.base.secrets import is_address as is_web_address
 from cascadevlm.base.tables import USUAL, ColumnNames
 from cascadevlm.runs.corrections import Corrections, read_corrections
-from cascadevlm.runs.label_studio import config_of, task_of
+from cascadevlm.runs.label_studio import TAKEN, config_of, task_of
 from cascadevlm.runs.lines import ROWS_AT_ONCE, KeptTypes, Line
 from cascadevlm.runs.manifest import NAME
 from cascadevlm.runs.predictions import Predictions, predictions_of, table_of
 from cascadevlm.runs.review import Review
+
+T = TypeVar("T")
 
 COLUMNS = ("path", "id", "label", "probability", "decided_by", "escalated", "outcome", "dollars", "error")
 """The columns of tables. The column ``id`` exists only if the images have ids. Kept columns follow."""
@@ -91,13 +96,40 @@ class Chosen:
         lines = compress(self.predictions.with_images(), self.wanted)
         return ((number, self.corrections.applied(line), image) for number, line, image in lines)
 
+    def reading(self, read: Callable[[Place | bytes], T]) -> Iterator[tuple[int, Line, T]]:
+        """The lines with their numbers, and what a function reads from the image. If an image cannot be read, it becomes
+        `LEFT_OUT`.
+
+        Raises:
+            ImageError: if no image can be read.
+        """
+        failure = None
+        for number, line, image in self.with_images():
+            try:
+                content = read(image)
+            except ImageError as exc:
+                failure = exc
+                self.wanted[number - 1] = LEFT_OUT
+            else:
+                yield number, line, content
+        if failure and not any(self.wanted):
+            raise failure
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        """The number of images that are exported, and how many of them have a label."""
+        labelled = self.wanted.count(LABELLED)
+        return labelled + self.wanted.count(UNLABELLED), labelled
+
     def cells(self, line: Line, taken: Collection[str] = COLUMNS) -> dict[str, JsonValue]:
         """The row of a line in a table: the values of `columns`, and of the kept columns. ``taken`` as in `KeptTypes.names`."""
         return {name: getattr(line, name) for name in self.columns} | self.kept.cells(line, taken)
 
 
-Images: TypeAlias = Literal["none", "any", "files"]
-"""What a format needs from images: nothing, their content, or the paths of their files."""
+Images: TypeAlias = Literal["none", "any", "web", "files"]
+"""What a format needs from images: nothing, their content, the paths of their files or their web addresses, or the paths of their
+files.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,6 +187,7 @@ def export(run: str | Path, to: str, output: str | Path, *, review: Sequence[str
     if output.exists():
         raise InputError(f"{str(output)!r} exists already.", hint="Use another name, or delete it first.")
     chosen, left_out = _choose(run, to, selection)
+    all_images, _ = chosen.counts
     try:
         with tempfile.TemporaryDirectory(dir=output.parent, prefix=".export-") as scratch:
             unfinished = Path(scratch) / output.name
@@ -165,10 +198,8 @@ def export(run: str | Path, to: str, output: str | Path, *, review: Sequence[str
             f"The export {str(output)!r} cannot be written: {exc}.",
             hint="Check the path, its permissions and the free space on the disk.",
         ) from exc
-    labelled = chosen.wanted.count(LABELLED)
-    return Exported(
-        images=labelled + chosen.wanted.count(UNLABELLED), labelled=labelled, left_out=left_out, how_to_load=how_to_load
-    )
+    images, labelled = chosen.counts
+    return Exported(images=images, labelled=labelled, left_out=left_out + all_images - images, how_to_load=how_to_load)
 
 
 def _choose(run: Path, to: str, review: Review | None) -> tuple[Chosen, int]:
@@ -177,7 +208,7 @@ def _choose(run: Path, to: str, review: Review | None) -> tuple[Chosen, int]:
     said = predictions_of(run, table_of(described.inputs, described.columns) if form.images == "any" else None)
     corrections = read_corrections(run)
     labels = tuple(label.name for label in described.labels)
-    known, occurring, left_out, wanted = set(labels), set[str](), 0, bytearray()
+    known, occurring, left_out, remote, wanted = set(labels), set[str](), 0, "", bytearray()
     kept, have_ids = KeptTypes(), False
     for number, original, image in said.with_images():
         line = corrections.applied(original)
@@ -192,13 +223,14 @@ def _choose(run: Path, to: str, review: Review | None) -> tuple[Chosen, int]:
         occurring |= named | {candidate.label for candidate in line.candidates}
         readable = form.images == "none" or (bool(line.candidates) and _is_there(image, form.images))
         left_out += not readable
+        remote = remote or (image if is_address(image) else "")
         wanted.append(LEFT_OUT if not readable else UNLABELLED if line.label is None else LABELLED)
         if review and readable and line.candidates:
             review.add(number - 1, original, seen=line.path in corrections.standing)
     if not wanted:
         raise DataError(f"{str(said.file)!r} contains no predictions.", hint="Continue the run first.")
     if left_out == len(wanted):
-        raise _unreadable(said.file, to, described)
+        raise _remote(remote, to) if remote else _unreadable(said.file, to, described)
     if review:
         selected = np.zeros(len(wanted), dtype=np.uint8)
         selected[review.rows()] = 1
@@ -222,7 +254,9 @@ def _is_there(image: Place | bytes, needed: Images) -> bool:
     """Whether an image can be exported. An image at an address is not downloaded to find this out."""
     if isinstance(image, Path):
         return image.is_file()
-    return bool(image) and (needed != "files" or isinstance(image, bytes))
+    if isinstance(image, bytes):
+        return bool(image)
+    return HIDDEN not in image and (needed == "any" or (needed == "web" and is_web_address(image)))
 
 
 def _description_of(run: Path) -> _Described:
@@ -239,10 +273,21 @@ def _description_of(run: Path) -> _Described:
         ) from exc
 
 
+def _remote(address: str, to: str) -> DataError:
+    """The error if no image can be exported in a format because the images are at addresses."""
+    hint = "Download the images and repeat the run, or use the formats csv or parquet."
+    if HIDDEN in address:
+        told = f"The images cannot be read again, because results do not contain the credentials in their addresses: {address!r}"
+        return DataError(f"{told}.", hint=hint)
+    named = "files on this machine" + " and addresses with http:// or https://" * (FORMATS[to].images == "web")
+    return DataError(f"The images are at addresses such as {address!r}, and the format {to!r} names only {named}.", hint=hint)
+
+
 def _unreadable(file: Path, to: str, described: _Described) -> DataError:
     """The error if no image can be exported in a format."""
-    if table_of(described.inputs, described.columns) is not None and FORMATS[to].images == "files":
-        others = ", ".join(name for name, form in FORMATS.items() if form.images != "files")
+    needs_files = ("web", "files")
+    if table_of(described.inputs, described.columns) is not None and FORMATS[to].images in needs_files:
+        others = ", ".join(name for name, form in FORMATS.items() if form.images not in needs_files)
         told = f"The images are inside {described.inputs!r}, and the format {to!r} can only name files."
         return DataError(told, hint=f"Formats that need no files are {others}.")
     read = f"The run read them from {described.inputs!r}" if described.inputs else "Only files can be read again"
@@ -264,8 +309,9 @@ def write_csv(chosen: Chosen, output: Path) -> str:
         return f"'{value}" if isinstance(value, str) and value.startswith(FORMULA) else value
 
     with output.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file:
-        table = csv.DictWriter(file, [*chosen.columns, *chosen.kept.names(COLUMNS).values()])
-        table.writeheader()
+        names = [*chosen.columns, *chosen.kept.names(COLUMNS).values()]
+        table = csv.DictWriter(file, names)
+        table.writerow({name: cell(name) for name in names})
         table.writerows({name: cell(value) for name, value in chosen.cells(line).items()} for _, line in chosen)
     return "It is UTF-8 with a header line."
 
@@ -311,8 +357,7 @@ def write_hf(chosen: Chosen, output: Path) -> str:
     columns |= {"image": datasets.Image(), "label": datasets.ClassLabel(names=list(chosen.labels))}
 
     def examples() -> Iterator[dict[str, object]]:
-        for _, line, image in chosen.with_images():
-            content = image if isinstance(image, bytes) else read_bytes(image)
+        for _, line, content in chosen.reading(lambda image: image if isinstance(image, bytes) else read_bytes(image)):
             stored = {"bytes": content, "path": valid_text(Path(line.path).name)}
             yield {**_valid(chosen.cells(line, taken)), "image": stored}
 
@@ -337,8 +382,8 @@ def write_coco(chosen: Chosen, output: Path) -> str:
     """
     category = {name: number for number, name in enumerate(chosen.labels, start=1)}
 
-    def image(number: int, line: Line, source: Place | bytes) -> dict[str, JsonValue]:
-        width, height = size_of(source)
+    def image(number: int, line: Line, size: tuple[int, int]) -> dict[str, JsonValue]:
+        width, height = size
         fields: dict[str, JsonValue] = {"id": number, "file_name": line.path, "width": width, "height": height}
         ids = {} if line.id is None else {"input.id": line.id}
         return fields | ids | chosen.kept.cells(line, fields)
@@ -347,7 +392,7 @@ def write_coco(chosen: Chosen, output: Path) -> str:
         file.write(f'{{"info": {json.dumps({"description": f"Predictions of {chosen.name}"})},\n"categories": ')
         _write_list(file, ({"id": number, "name": name} for name, number in category.items()))
         file.write(',\n"images": ')
-        _write_list(file, (image(number, line, source) for number, line, source in chosen.with_images()))
+        _write_list(file, (image(number, line, size) for number, line, size in chosen.reading(size_of)))
         file.write(',\n"annotations": ')
         annotations = (
             {"id": number, "image_id": number, "category_id": category[line.label], "score": line.probability}
@@ -362,21 +407,27 @@ def write_coco(chosen: Chosen, output: Path) -> str:
 def write_label_studio(chosen: Chosen, output: Path) -> str:
     """Write a folder with ``tasks.json`` and ``label_config.xml``. The ``model_version`` of predictions is the name of the run.
 
-    Images are local files. Their paths are relative to the parent of the folder that contains all images: Label Studio serves
-    only files in a local storage of the project, and the storage must be inside the document root.
+    Images are local files, or have web addresses, which Label Studio shows. The paths of files are relative to the parent of the
+    folder that contains all files: Label Studio serves only files in a local storage of the project, and the storage must be
+    inside the document root.
     """
     output.mkdir()
-    folders = (absolute(line).parent for _, line in chosen)
-    storage = reduce(lambda one, other: Path(os.path.commonpath((one, other))), folders)
+    folders = (absolute(line).parent for _, line in chosen if not is_address(line.path))
+    storage = reduce(_common, folders, None)
+    taken = (*COLUMNS, *TAKEN)
 
     def task(line: Line) -> dict[str, JsonValue]:
-        place = quote(os.fsencode(absolute(line).relative_to(storage.parent).as_posix()))
-        return task_of(line, chosen.cells(line), image=f"/data/local-files/?d={place}", run=chosen.name)
+        image = line.path
+        if storage is not None and not is_address(line.path):
+            image = LOCAL_FILES + "?d=" + quote(os.fsencode(absolute(line).relative_to(storage.parent).as_posix()))
+        return task_of(line, chosen.cells(line, taken), image=image, run=chosen.name)
 
     with (output / "tasks.json").open("w", encoding="utf-8") as file:
         _write_list(file, (task(line) for _, line in chosen))
     config = ElementTree.ElementTree(config_of(chosen.labels))
     config.write(output / "label_config.xml", encoding="utf-8")
+    if storage is None:
+        return "Make a project of Label Studio with label_config.xml, and import tasks.json."
     serving = f"LABEL_STUDIO_LOCAL_FILES_SERVING_ENABLED=true LABEL_STUDIO_LOCAL_FILES_DOCUMENT_ROOT={storage.parent}"
     steps = (
         f"make a project with label_config.xml, add {storage} to it as a local storage without syncing it, and import tasks.json"
@@ -384,23 +435,37 @@ def write_label_studio(chosen: Chosen, output: Path) -> str:
     return f"Start Label Studio with {serving}, {steps}."
 
 
+def _common(folder: Path | None, other: Path) -> Path:
+    return other if folder is None else Path(os.path.commonpath((folder, other)))
+
+
+_FIFTYONE = ("id", "label", "confidence", "logits", "tags")
+"""The fields that a label in FiftyOne has."""
+
+
 def write_fiftyone(chosen: Chosen, output: Path) -> str:
     """Write the ``labels.json`` of a ``FiftyOneImageClassificationDataset``. It contains the classes and, by the absolute path
-    of each image, the label, the confidence, who decided, the candidates with their probabilities, and the last judge's
-    reasoning. Unlabelled images have null.
+    of each image, the label, the confidence, who decided, the candidates with their probabilities, the last judge's reasoning,
+    the id as ``input_id``, and the kept columns. Unlabelled images have null.
+
+    FiftyOne refuses points in the names of fields, so each point becomes "_".
     """
     number_of = {name: number for number, name in enumerate(chosen.labels)}
 
     def target(line: Line) -> JsonValue:
         if line.label is None:
             return None
-        attributes: JsonValue = {
+        attributes: dict[str, JsonValue] = {
             "decided_by": line.decided_by,
             "candidates": [candidate.label for candidate in line.ranked],
             "probabilities": [candidate.probability for candidate in line.ranked],
             "reasoning": line.verdict.rationale or line.verdict.text if line.verdict else "",
         }
-        return {"label": number_of[line.label], "confidence": line.probability, "attributes": attributes}
+        if line.id is not None:
+            attributes["input.id"] = line.id
+        told = attributes | chosen.kept.cells(line, (*attributes, *_FIFTYONE))
+        fields: JsonValue = {name.replace(".", "_"): value for name, value in told.items()}
+        return {"label": number_of[line.label], "confidence": line.probability, "attributes": fields}
 
     with output.open("w", encoding="utf-8") as file:
         file.write(f'{{"classes": {json.dumps(chosen.labels)},\n"labels": ')
@@ -428,7 +493,7 @@ FORMATS: Mapping[str, Format] = {
     "parquet": Format(write=write_parquet, images="none"),
     "hf": Format(write=write_hf, images="any"),
     "coco": Format(write=write_coco, images="any"),
-    "label-studio": Format(write=write_label_studio, images="files"),
+    "label-studio": Format(write=write_label_studio, images="web"),
     "fiftyone": Format(write=write_fiftyone, images="files"),
 }
 """The formats by the names that `export` takes."""

@@ -10,18 +10,13 @@ from datetime import datetime
 from typing import NamedTuple
 from xml.etree import ElementTree
 
-from pydantic import AwareDatetime, BaseModel, JsonValue, TypeAdapter
+from pydantic import JsonValue, TypeAdapter
 
+from cascadevlm.base.annotation_files import ANOTHER, CHOICE, NONE, OTHER, Person, ShortAnnotation, Task
 from cascadevlm.runs.lines import Line
 
-CHOICE, OTHER = "choice", "other"
-"""Names of the two controls. They differ from all names in the data of a task, because Label Studio's short export mixes both."""
-
-ANOTHER = "another label"
-"""The choice that shows the list of all labels."""
-
-NONE, SKIP = "none", "skip"
-"""Words in place of a label: the image shows none of the labels; the person did not decide."""
+TAKEN = ("image", "choices", "reasoning", CHOICE, OTHER)
+"""Names in the data of a task, and of the controls. Further data of a task have other names."""
 
 
 class Said(NamedTuple):
@@ -30,14 +25,16 @@ class Said(NamedTuple):
     Attributes:
         where: its place in the file, for messages.
         image: name or path of the image.
-        labels: the names of labels, or `NONE` or `SKIP`. Exactly one is right; none is an image without a statement.
+        labels: the names of labels; None if the image shows none of the labels. More than one label is an error.
+        skipped: true if the person did not decide. Without labels, and if this is false, the file says nothing about the image.
         by: the person; "" if unknown.
         at: the time of the statement.
     """
 
     where: str
     image: str
-    labels: tuple[str, ...]
+    labels: tuple[str | None, ...]
+    skipped: bool
     by: str
     at: datetime
 
@@ -72,9 +69,7 @@ def task_of(line: Line, columns: dict[str, JsonValue], *, image: str, run: str) 
     choices: list[JsonValue] = [
         {"value": name, "html": html.escape(f"{name}  {probabilities.get(name, '')}".rstrip())} for name in names
     ]
-    choices.append({"value": ANOTHER})
-    if NONE not in names:
-        choices.append({"value": NONE, "html": "none of the labels"})
+    choices += [{"value": ANOTHER}, {"value": NONE}]
     said = [f"{each.judge}: {each.rationale or each.text or each.error or each.outcome}" for each in line.verdicts]
     data: JsonValue = {**columns, "image": image, "choices": choices, "reasoning": "\n".join(said) or "No judge was asked."}
     if line.label is None:
@@ -83,56 +78,16 @@ def task_of(line: Line, columns: dict[str, JsonValue], *, image: str, run: str) 
     return {"data": data, "predictions": [{"model_version": run, "score": line.confidence, "result": [choice]}]}
 
 
-class _Person(BaseModel):
-    id: int
-    email: str = ""
+_TASKS = TypeAdapter(list[Task])
+_SHORT = TypeAdapter(list[ShortAnnotation])
 
 
-class _Value(BaseModel):
-    choices: list[str] = []
-    taxonomy: list[list[str]] = []
-
-
-class _Result(BaseModel):
-    value: _Value
-
-
-class _Annotation(BaseModel):
-    completed_by: int | _Person | None = None
-    result: list[_Result]
-    was_cancelled: bool = False
-    updated_at: AwareDatetime
-
-
-class _Data(BaseModel):
-    """The image of a task: ``path`` in tasks of `task_of`."""
-
-    path: str = ""
-    image: str = ""
-
-
-class _Task(BaseModel):
-    id: int
-    data: _Data
-    annotations: list[_Annotation]
-
-
-class _ShortAnnotation(_Data):
-    """One annotation in the export JSON_MIN."""
-
-    id: int
-    choice: str | None = None
-    other: list[_Value] = []
-    annotator: int | None = None
-    updated_at: AwareDatetime
-
-
-_TASKS = TypeAdapter(list[_Task])
-_SHORT = TypeAdapter(list[_ShortAnnotation])
-
-
-def read_annotations(content: list[JsonValue]) -> Iterator[Said]:
+def read_annotations(content: list[JsonValue], changed: datetime) -> Iterator[Said]:
     """The statements in an export in the form JSON or JSON_MIN.
+
+    Args:
+        content: the export.
+        changed: the time of annotations without a time.
 
     Raises:
         ValueError: if the content has neither form.
@@ -140,24 +95,16 @@ def read_annotations(content: list[JsonValue]) -> Iterator[Said]:
     if any(isinstance(task, dict) and "annotations" in task for task in content):
         for task in _TASKS.validate_python(content):
             for each in task.annotations:
-                choices = [name for result in each.result for name in result.value.choices]
-                paths = [path for result in each.result for path in result.value.taxonomy]
-                labels = (SKIP,) if each.was_cancelled else _labels(choices, paths)
-                name, person = task.data.path or task.data.image, _name_of(each.completed_by)
-                yield Said(f"task {task.id}", name, labels, person, each.updated_at)
+                person, at = _name_of(each.completed_by), each.updated_at or changed
+                yield Said(f"task {task.id}", task.image, each.labels, each.was_cancelled, person, at)
     else:
         for short in _SHORT.validate_python(content):
-            labels = _labels([*filter(None, [short.choice])], [path for value in short.other for path in value.taxonomy])
-            yield Said(f"task {short.id}", short.path or short.image, labels, _name_of(short.annotator), short.updated_at)
+            name, person = short.path or short.image, _name_of(short.annotator)
+            yield Said(f"task {short.id}", name, short.labels, skipped=False, by=person, at=short.updated_at)
 
 
-def _labels(choices: list[str], paths: list[list[str]]) -> tuple[str, ...]:
-    """The labels of an annotation. A label from the list of all labels counts only if the choice is `ANOTHER`."""
-    return tuple(path[-1] for path in paths) if choices in ([], [ANOTHER]) else tuple(choices)
-
-
-def _name_of(person: int | _Person | None) -> str:
+def _name_of(person: int | Person | None) -> str:
     """The e-mail address of a person or, if it is unknown, the number in Label Studio."""
-    if isinstance(person, _Person):
+    if isinstance(person, Person):
         return person.email or f"user {person.id}"
     return "" if person is None else f"user {person}"

@@ -384,7 +384,10 @@ class KeptTypes:
         cells: dict[str, JsonValue] = {}
         for column, name in self.names(taken).items():
             value = line.kept.get(column)
-            cells[name] = valid_text(str(value)) if value is not None and self.type_of(column) == "string" else value
+            kind = self.type_of(column)
+            if kind == "float64" and isinstance(value, int):
+                value = float(value)  # Arrow refuses integers above 2^53 in a column of numbers
+            cells[name] = valid_text(str(value)) if value is not None and kind == "string" else value
         return cells
 
 

@@ -1,6 +1,7 @@
 """Images at addresses: a server on this machine, and file systems of fsspec."""
 
 import io
+import json
 import threading
 import time
 from collections import Counter
@@ -16,10 +17,14 @@ from tenacity import wait_none
 from cascadevlm import Cascade
 from cascadevlm.base import remote
 from cascadevlm.base.environment import LOCAL_ONLY
-from cascadevlm.base.errors import BackendError, ImageError
+from cascadevlm.base.errors import BackendError, DataError, ImageError
 from cascadevlm.base.images import load_image, path_of, size_of
+from cascadevlm.base.labels import LabelSet
+from cascadevlm.base.secrets import credentials_of, shown_address
 from cascadevlm.base.tables import ColumnNames
+from cascadevlm.evaluation.data import read_data
 from cascadevlm.runs import bulk
+from cascadevlm.runs.export import export
 from cascadevlm.runs.inputs import Inputs
 from cascadevlm.testing import FakeScorer, noise
 
@@ -31,10 +36,11 @@ def png(seed: int = 0) -> bytes:
 
 
 class Server(ThreadingHTTPServer):
-    """Counts requests per path. ``elsewhere`` is the address that redirects lead to."""
+    """Counts requests per path. ``elsewhere`` is the address that redirects lead to, ``dead`` a missing path."""
 
     asked: Counter[str]
     elsewhere = ""
+    dead = ""
 
     @property
     def address(self) -> str:
@@ -48,6 +54,8 @@ class Answers(BaseHTTPRequestHandler):
         path = self.path.partition("?")[0]
         self.server.asked[path] += 1
         match path:
+            case self.server.dead:
+                self.answer(404)
             case "/moved.png":
                 self.answer(302, location="/0.png")
             case "/elsewhere.png":
@@ -94,6 +102,20 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     serving.shutdown()
     serving.server_close()
     thread.join()
+
+
+@pytest.mark.parametrize(
+    ("address", "shown"),
+    [
+        ("https://h/a.jpg?T0KEN", "https://h/a.jpg?***"),
+        ("https://h/a.jpg?T0KEN&w=5&more", "https://h/a.jpg?***&w=***&***"),
+        ("https://u:p@h/a&b.jpg#t=T0KEN", "https://h/a&b.jpg#t=***"),
+        ("s3://bucket/a&b=c#1.jpg", "s3://bucket/a&b=c#1.jpg"),
+    ],
+)
+def test_no_part_of_an_address_that_may_be_secret_is_shown(address: str, shown: str) -> None:
+    assert shown_address(address) == shown
+    assert ("T0KEN" in credentials_of(address)) == ("T0KEN" in address)
 
 
 @pytest.fixture
@@ -222,3 +244,72 @@ def test_tables_and_folders_at_addresses(bucket: str) -> None:
     folder = Inputs("memory://bucket/images")
     assert len(folder) == 3
     assert [load_image(source).tobytes() for _, source in folder] == [noise(number).tobytes() for number in range(3)]
+
+
+class Refused(Exception):
+    """An error that is neither an OSError nor a ValueError, as of the packages for S3 and Google Cloud Storage."""
+
+
+@pytest.mark.parametrize(("method", "place"), [("isdir", "images"), ("find", "images"), ("open", "list.csv")])
+def test_every_error_of_a_file_system_is_one_sentence_without_credentials(
+    bucket: str, monkeypatch: pytest.MonkeyPatch, method: str, place: str
+) -> None:
+    def failing(*_: object, **__: object) -> None:
+        raise Refused("key T0KEN is unknown\nmore")
+
+    fsspec.filesystem("memory").pipe("/bucket/images?T0KEN/0.png", png())
+    monkeypatch.setattr(MemoryFileSystem, method, failing)
+    with pytest.raises(DataError, match=r"cannot be read: Refused: key \*\*\* is unknown\.") as caught:
+        len(Inputs(f"{bucket}/{place}?T0KEN" if method != "open" else f"memory://T0KEN@bucket/{place}"))
+    assert "T0KEN" not in str(caught.value)
+
+
+def test_a_chained_address_and_folders_of_other_systems_are_refused(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(LOCAL_ONLY)
+    login = server.address.replace("http://", "http://user:hunter2@")
+    for name in ("a.png", "a.csv"):
+        with pytest.raises(BackendError, match=f"'zip://{name}' is followed by '::' and another address") as caught:
+            load_image(f"zip://{name}::{login}/x.zip") if name == "a.png" else Inputs(f"zip://{name}::{login}/x.zip")
+        assert "hunter2" not in str(caught.value)
+    assert not server.asked
+    with pytest.raises(BackendError, match=r"The folder 'data:///x' is not read: folders are only read at s3://, gs://"):
+        remote.files_below("data:///x")
+
+
+def test_class_folders_at_an_address_are_labelled_images(bucket: str) -> None:
+    files = fsspec.filesystem("memory")
+    for number, name in enumerate(("ant", "bee")):
+        files.pipe(f"/bucket/classes/{name}/{number}.png", png(number))
+    data = read_data(f"{bucket}/classes", LabelSet.of(["ant", "bee"]))
+    assert data.truths == ("ant", "bee")
+    assert load_image(data.images[1]).tobytes() == noise(1).tobytes()
+
+
+def run_over(tmp_path: Path, *addresses: str) -> Path:
+    (tmp_path / "list.txt").write_text("\n".join(addresses))
+    cascade = Cascade(FakeScorer(), [], labels=["ant", "bee"])
+    bulk.run(cascade, Inputs(tmp_path / "list.txt"), tmp_path / "run", config={})
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize("to", ["hf", "coco"])
+def test_an_address_that_is_dead_or_hidden_is_left_out_of_an_export(server: Server, tmp_path: Path, to: str) -> None:
+    addresses = (f"{server.address}/late.png", f"{server.address}/0.png", f"{server.address}/1.png?key=s3cret")
+    folder = run_over(tmp_path, *addresses)
+    server.dead = "/late.png"
+    done = export(folder, to, tmp_path / "out")
+    assert (done.images, done.labelled, done.left_out) == (1, 1, 2)
+    if to == "coco":
+        written = json.loads((tmp_path / "out").read_text())
+        assert [len(written[part]) for part in ("images", "annotations")] == [1, 1]
+
+
+def test_label_studio_shows_web_addresses_and_fiftyone_only_files(server: Server, bucket: str, tmp_path: Path) -> None:
+    folder = run_over(tmp_path, f"{server.address}/0.png", f"{bucket}/images/0.png", f"{server.address}/1.png?key=s3cret")
+    done = export(folder, "label-studio", tmp_path / "out")
+    assert (done.images, done.left_out) == (1, 2)
+    assert done.how_to_load == "Make a project of Label Studio with label_config.xml, and import tasks.json."
+    (task,) = json.loads((tmp_path / "out" / "tasks.json").read_text())
+    assert task["data"]["image"] == task["data"]["path"] == f"{server.address}/0.png"
+    with pytest.raises(DataError, match=r"addresses such as '.*/0.png', and the format 'fiftyone' names only files on this mac"):
+        export(folder, "fiftyone", tmp_path / "labels.json")

@@ -120,7 +120,7 @@ def test_a_record_is_evaluated_with_the_labels_of_people(tmp_path: Path) -> None
     ("arguments", "sentence"),
     [
         (["import", "missing.csv", "--into", "run"], "cannot be read: No such file or directory."),
-        (["import", "wrong.csv", "--into", "run"], "1 images are not in the run ('x.jpg' in row 2)"),
+        (["import", "wrong.csv", "--into", "run"], "1 images are not in the run ('x.jpg, line 2')"),
         (["import", "wrong.csv", "--into", "."], "is not the manifest of a run."),
         (["evaluate", "run"], "Nobody labelled an image of the run in 'run'."),
         (["evaluate", "run", "--judge-all"], "A run is evaluated as it was made, so options have no effect."),

@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 from typer.testing import CliRunner
 
@@ -126,3 +128,33 @@ def test_the_command_reads_arrays_texts_and_columns(tmp_path: Path) -> None:
     for argv in (["sweep", "record"], ["report", "record", "-o", "page.html"], ["calibrate", "record", "-o", "calibration.json"]):
         done = CliRunner().invoke(app, [str(tmp_path / each) if "record" in each or "." in each else each for each in argv])
         assert done.exit_code == 0, done.output
+
+
+@pytest.mark.parametrize("form", ["txt", "csv", "parquet"])
+def test_numbers_in_texts_are_columns_unless_they_are_labels(tmp_path: Path, form: str) -> None:
+    np.save(tmp_path / "scores.npy", np.eye(3))
+    answers = {"txt": ["2", "-1", ""], "csv": ["2", "-1", ""], "parquet": [2.0, -1.0, float("nan")]}[form]
+    file = tmp_path / f"answers.{form}"
+    if form == "parquet":
+        pyarrow.parquet.write_table(pyarrow.table({"said": answers}), file)
+    else:
+        header = ["n,said"] if form == "csv" else []
+        file.write_text("\n".join([*header, *(f"x,{each}" if header else str(each) for each in answers)]) + "\n")
+    (tmp_path / "truths.txt").write_text("0\n1\n2\n")
+
+    def record(*names: str) -> Record:
+        (tmp_path / "labels.txt").write_text("\n".join(names))
+        given = ("--scores", tmp_path / "scores.npy", "--labels", tmp_path / "labels.txt", "--truths", tmp_path / "truths.txt")
+        column = "" if form == "txt" else ":said"
+        made = ("--answers", f"{file}{column}", "-o", tmp_path / names[0])
+        done = CliRunner().invoke(app, ["import", *map(str, (*given, *made))])
+        assert done.exit_code == 0, done.output
+        return read_record(tmp_path / names[0])
+
+    told = record("ant", "bee", "cicada")
+    assert told.truths.tolist() == [0, 1, 2]
+    assert told.judged.asked.tolist() == [True, False, False]
+    if form != "parquet":
+        (tmp_path / "truths.txt").write_text("2\n1\n0\n")
+        file.write_text(file.read_text().replace("-1", ""))
+        assert record("2", "1", "0").truths.tolist() == [0, 1, 2]

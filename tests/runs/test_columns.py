@@ -16,7 +16,9 @@ from hypothesis import strategies as st
 from pydantic import JsonValue
 
 from cascadevlm import Cascade
+from cascadevlm.base.annotation_files import ANOTHER, NONE, AnnotationFile
 from cascadevlm.base.errors import DataError
+from cascadevlm.base.image_table import ImageTable
 from cascadevlm.base.images import load_image
 from cascadevlm.base.labels import LabelSet
 from cascadevlm.base.tables import ColumnNames
@@ -124,7 +126,7 @@ def label_studio(path: Path, rows: list[dict[str, JsonValue]]) -> None:
 
 
 def json_min(path: Path, rows: list[dict[str, JsonValue]]) -> None:
-    path.write_text(json.dumps(rows))
+    path.write_text(json.dumps([{**row, "photo": f"/data/local-files/?d={row['photo']}"} for row in rows]))
 
 
 FORMS: dict[str, Callable[[Path, list[dict[str, JsonValue]]], None]] = {
@@ -299,6 +301,55 @@ def test_an_image_with_several_labels_is_told(tmp_path: Path) -> None:
     (tmp_path / "other.json").write_text('{"images": 5}')
     with pytest.raises(DataError, match="neither COCO, nor an export of Label Studio, nor a list of objects"):
         Inputs(tmp_path / "other.json")
+
+
+@pytest.mark.parametrize("short", [True, False])
+def test_labels_of_people_in_the_tasks_of_a_run_are_the_truths(tmp_path: Path, short: bool) -> None:
+    """The data of a task contain the label of the cascade."""
+    chosen: list[tuple[str, str]] = [("ant", ""), (ANOTHER, "bee"), (NONE, "")]
+    tasks: list[JsonValue] = []
+    for number, (choice, other) in enumerate(chosen):
+        data: dict[str, JsonValue] = {"path": f"{number}.png", "image": "/data/local-files/?d=x.png", "label": "wasp"}
+        listed: JsonValue = [{"taxonomy": [[other]]}] if other else []
+        if short:
+            said: dict[str, JsonValue] = {"choice": choice, "other": listed, "updated_at": "2026-05-01T12:00:00Z"}
+            tasks.append({**data, "id": number, **said})
+        else:
+            values: list[JsonValue] = [{"value": {"choices": [choice]}}, *({"value": each} for each in listed)]
+            tasks.append({"id": number, "data": data, "annotations": [{"result": values}, {"was_cancelled": True}]})
+    (tmp_path / "a.json").write_text(json.dumps(tasks))
+    table = ImageTable(AnnotationFile(tmp_path / "a.json"), labelled=True)
+    assert [entry.truth for entry in table.entries()] == ["ant", "bee", ""]
+    assert [row.cells["image"] for row in table.table.rows(["image"])] == ["x.png"] * 3
+
+
+def test_large_integers_next_to_fractions_are_numbers(tmp_path: Path) -> None:
+    json_lines(tmp_path / "a.jsonl", [{"path": "a", "n": 2**53 + 1}, {"path": "b", "n": 0.5}])
+    run(tmp_path / "a.jsonl", tmp_path / "run", ColumnNames(keep=("n",)))
+    read = pyarrow.parquet.read_table(tmp_path / "run" / "predictions.parquet")
+    assert read["n"].to_pylist() == [float(2**53), 0.5]
+
+
+def test_text_that_is_not_utf_8_is_told(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_bytes(b"path,label\na.png,m\xe9sange\n")
+    with pytest.raises(DataError, match="line 2 contains text in its column 'label' that is not UTF-8"):
+        read_data(tmp_path / "a.csv", LABELS)
+
+
+def test_kept_columns_do_not_replace_the_data_of_a_task(tmp_path: Path) -> None:
+    listed = [{**row, "choice": "mine", "reasoning": "x", "=n": 1} for row in rows(tmp_path)]
+    json_lines(tmp_path / "a.jsonl", listed)
+    run(tmp_path / "a.jsonl", tmp_path / "run", COLUMNS.model_copy(update={"keep": ("choice", "reasoning", "=n")}))
+    export(tmp_path / "run", "label-studio", tmp_path / "out")
+    data = json.loads((tmp_path / "out" / "tasks.json").read_text())[0]["data"]
+    assert (data["input.choice"], data["input.reasoning"], data["reasoning"]) == ("mine", "x", "No judge was asked.")
+    assert "choice" not in data
+    export(tmp_path / "run", "fiftyone", tmp_path / "labels.json")
+    target = next(iter(json.loads((tmp_path / "labels.json").read_text())["labels"].values()))
+    assert (target["attributes"]["input_id"], target["attributes"]["choice"]) == ("A-1", "mine")
+    assert target["attributes"]["input_reasoning"] == "x"
+    export(tmp_path / "run", "csv", tmp_path / "out.csv")
+    assert (tmp_path / "out.csv").read_text().splitlines()[0].endswith(",choice,reasoning,'=n")
 
 
 @given(st.lists(st.one_of(st.none(), st.booleans(), st.integers(), st.floats(allow_nan=False), st.text(max_size=3))))

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
@@ -17,11 +18,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import JsonValue
 
+from cascadevlm.base.annotation_files import ANOTHER, NONE
 from cascadevlm.base.errors import DataError
 from cascadevlm.runs.correction_files import Imported, import_corrections
 from cascadevlm.runs.corrections import CORRECTIONS, Correction, Corrections, add_corrections, read_corrections
 from cascadevlm.runs.export import export
-from cascadevlm.runs.label_studio import ANOTHER
 from tests.runs.test_export import NAMES, predictions, table, write_lines
 from tests.runs.test_export import run as run  # a fixture
 
@@ -193,8 +194,9 @@ def faulty(run: Path, file: Path, rows: Sequence[dict[str, str]]) -> str:
 def test_all_errors_of_a_file_are_one_sentence_and_nothing_is_imported(run: Path, images: list[str], tmp_path: Path) -> None:
     good = {"image": images[0], "label": WREN}
     told = faulty(run, tmp_path / "a.csv", [good, good, {"image": "x.jpg", "label": WREN}, {"image": images[1], "label": "wrem"}])
-    assert "1 images are not in the run ('x.jpg' in row 4)" in told
-    assert "1 labels are not in the label set ('wrem' in row 5, the nearest label is 'wren')" in told
+    assert "1 images are not in the run ('x.jpg, line 4')" in told
+    assert "1 labels are not in the label set ('wrem, line 5')" in told
+    assert "Did you mean 'wren'?" in told
     assert f"1 images occur more than once ({images[0]!r})" in told
     assert "Nothing was imported." in told
 
@@ -202,8 +204,8 @@ def test_all_errors_of_a_file_are_one_sentence_and_nothing_is_imported(run: Path
 @pytest.mark.parametrize(
     ("rows", "sentence"),
     [
-        ([{"image": "a", "species": WREN}], "row 2 has no image or no column 'label'; its columns are image, species"),
-        ([{"image": "", "label": WREN}], "row 2 has no image"),
+        ([{"image": "a", "species": WREN}], "has no column 'label'. Its columns: 'image', 'species'."),
+        ([{"image": "", "label": WREN}], "line 2 has no image; the columns are 'image', 'label'"),
         ([{"image": "a", "label": WREN, "when": "yesterday"}], "Invalid isoformat string: 'yesterday'"),
     ],
 )
@@ -220,7 +222,8 @@ def test_tables_of_another_form_are_told(
         ("a.json", '{"a": 1}', "it is not an export of Label Studio or FiftyOne"),
         ("a.json", '[{"id": 1}]', "updated_at: Field required"),
         ("a.json", '{"classes": ["wren"], "labels": {"a": 7}}', "the label of 'a' is neither a name nor a class"),
-        ("a.jsonl", "[]\n", "line 1 is not a JSON object"),
+        ("a.csv", "image,label,label\na,b,c\n", "its header contains a column more than once: 'label'"),
+        ("a.jsonl", "[]\n", "has no column 'label'. Its columns: 'path'."),
         ("a.parquet", "x", "cannot be read"),
         ("a.xml", "x", "the suffix '.xml' is unknown"),
     ],
@@ -229,9 +232,10 @@ def test_files_of_another_form_are_told(
     run: Path, images: list[str], tmp_path: Path, name: str, text: str, sentence: str
 ) -> None:
     (tmp_path / name).write_text(text)
-    with pytest.raises(DataError, match=r"The corrections in .* cannot be read: .*Label Studio's or FiftyOne's JSON") as told:
+    with pytest.raises(DataError) as told:
         import_corrections(tmp_path / name, run)
     assert sentence in str(told.value)
+    assert name in str(told.value)
     with pytest.raises(DataError, match="No such file"):
         import_corrections(tmp_path / "missing.csv", run)
     with pytest.raises(DataError, match="is not the manifest of a run"):
@@ -267,7 +271,7 @@ def imported(run: Path, file: Path, content: JsonValue) -> Imported:
 def test_label_studios_exports_hold_several_people(run: Path, images: list[str], tmp_path: Path) -> None:
     tasks: list[JsonValue] = [
         task(1, images[0], annotation(1, 0, WREN), annotation({"id": 2, "email": "bob@x.org"}, 1, ANOTHER, HERON)),
-        task(2, images[1], annotation(1, 0, "none"), annotation(2, 1, WREN, HERON)),
+        task(2, images[1], annotation(1, 0, NONE), annotation(2, 1, WREN, HERON)),
         task(3, images[2], annotation(1, 0, cancelled=True)),
         task(4, images[4], annotation(1, 0, ANOTHER)),
     ]
@@ -305,10 +309,58 @@ def test_label_studios_exports_hold_several_people(run: Path, images: list[str],
     assert again.corrections.counting[images[4]].label == HERON
 
 
+def test_classes_that_are_named_none_and_skip_are_no_words_of_ours(run: Path, images: list[str], tmp_path: Path) -> None:
+    manifest = json.loads((run / "manifest.json").read_text())
+    manifest["labels"] += [{"name": "none"}, {"name": "skip"}]
+    (run / "manifest.json").write_text(json.dumps(manifest))
+    tasks: list[JsonValue] = [
+        task(1, images[0], annotation(1, 0, cancelled=True)),
+        task(2, images[1], annotation(1, 0, NONE)),
+        task(3, images[2], annotation(1, 0, "none")),
+        task(4, images[4], annotation(1, 0, ANOTHER, "skip")),
+    ]
+    done = imported(run, tmp_path / "a.json", tasks)
+    assert [(each.label, each.skipped) for each in done.corrections.all] == [
+        (None, True),
+        (None, False),
+        ("none", False),
+        ("skip", False),
+    ]
+    add_corrections(tmp_path, [said(images[0], None, "bob", skipped=True), said(images[1], None, "bob")])
+    found = import_corrections(tmp_path / CORRECTIONS, run).corrections.all[-2:]
+    assert [(each.label, each.skipped) for each in found] == [(None, True), (None, False)]
+
+
+def test_a_table_that_was_exported_is_imported_whatever_the_names_of_its_images(
+    run: Path, images: list[str], tmp_path: Path
+) -> None:
+    names = ["@a.png", "-b.png", "=c.png", "+d.png", "'e.png"]
+    said = [replace(each, path=name) for each, name in zip(predictions(run / "images"), names, strict=True)]
+    write_lines(run / "predictions.jsonl", said)
+    export(run, "csv", tmp_path / "out.csv")
+    assert "'@a.png" in (tmp_path / "out.csv").read_text()
+    done = import_corrections(tmp_path / "out.csv", run)
+    assert {image: each.label for image, each in done.corrections.counting.items()} == {
+        "@a.png": WREN,
+        "-b.png": ROBIN,
+        "'e.png": HERON,
+    }
+
+
+def test_two_names_of_one_image_are_one_image(
+    run: Path, images: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_lines(run / "predictions.jsonl", predictions(Path("run/images")))
+    name = predictions(Path("run/images"))[0].path
+    told = faulty(run, tmp_path / "a.csv", [{"image": images[0], "label": WREN}, {"image": name, "label": ROBIN}])
+    assert f"1 images occur more than once ({name!r})" in told
+
+
 def test_an_annotation_with_several_labels_is_refused(run: Path, images: list[str], tmp_path: Path) -> None:
     both: JsonValue = {"value": {"choices": [WREN, ROBIN]}}
     given: JsonValue = {"completed_by": 1, "result": [both], "updated_at": NOON.isoformat()}
-    with pytest.raises(DataError, match=r"1 statements name several labels \(task 7\)"):
+    with pytest.raises(DataError, match=r"1 statements name several labels \('task 7'\)"):
         imported(run, tmp_path / "a.json", [task(7, images[0], given)])
 
 

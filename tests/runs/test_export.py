@@ -419,6 +419,11 @@ def test_an_export_that_fails_leaves_nothing(run: Path, tmp_path: Path, to: str,
     image = run / "images" / "b" / "1.png"
     image.unlink()
     image.symlink_to(target)  # the one is no image, the other a file that nobody can read, not even root
+    shutil.copy(run / "predictions.jsonl", tmp_path / "run" / "all.jsonl")
+    done = export(run / "all.jsonl", to, tmp_path / "out")
+    assert (done.images, done.labelled, done.left_out) == (2, 1, 3)
+    shutil.rmtree(tmp_path / "out") if to == "hf" else (tmp_path / "out").unlink()
+    write_lines(run / "predictions.jsonl", predictions(run / "images")[1:2])
     with pytest.raises(InputError, match="cannot be written"):
         export(run, to, tmp_path / "out")
     assert {path.name for path in tmp_path.iterdir()} == {"run"}

@@ -136,7 +136,7 @@ def _work_in_label_studio(ann: httpx2.Client, bob: httpx2.Client, folder: Path, 
     label(ann, first, one)
     label(bob, first, two)
     label(ann, second, "another label", other=(AVIARY / "labels.txt").read_text().splitlines()[0])
-    label(bob, second, "none")
+    label(bob, second, "none of the labels")
     label(ann, third, "")
     label(bob, fourth, fourth["data"]["choices"][0]["value"])
     for task in rest:
