@@ -133,7 +133,7 @@ def test_the_command_reads_arrays_texts_and_columns(tmp_path: Path) -> None:
 @pytest.mark.parametrize("form", ["txt", "csv", "parquet"])
 def test_numbers_in_texts_are_columns_unless_they_are_labels(tmp_path: Path, form: str) -> None:
     np.save(tmp_path / "scores.npy", np.eye(3))
-    answers = {"txt": ["2", "-1", ""], "csv": ["2", "-1", ""], "parquet": [2.0, -1.0, float("nan")]}[form]
+    answers: list[str] | list[float] = {"txt": ["2", "-1", ""], "csv": ["2", "-1", ""]}.get(form) or [2.0, -1.0, float("nan")]
     file = tmp_path / f"answers.{form}"
     if form == "parquet":
         pyarrow.parquet.write_table(pyarrow.table({"said": answers}), file)

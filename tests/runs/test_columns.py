@@ -310,7 +310,7 @@ def test_labels_of_people_in_the_tasks_of_a_run_are_the_truths(tmp_path: Path, s
     tasks: list[JsonValue] = []
     for number, (choice, other) in enumerate(chosen):
         data: dict[str, JsonValue] = {"path": f"{number}.png", "image": "/data/local-files/?d=x.png", "label": "wasp"}
-        listed: JsonValue = [{"taxonomy": [[other]]}] if other else []
+        listed: list[JsonValue] = [{"taxonomy": [[other]]}] if other else []
         if short:
             said: dict[str, JsonValue] = {"choice": choice, "other": listed, "updated_at": "2026-05-01T12:00:00Z"}
             tasks.append({**data, "id": number, **said})
