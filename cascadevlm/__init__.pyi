@@ -20,6 +20,7 @@ from .base.errors import (
 )
 from .base.frames import predictions_frame
 from .base.labels import Label, LabelSet
+from .base.tables import ColumnNames
 from .base.types import Candidate, Prediction, Prompt, Question, Scores, Usage, Verdict
 from .cascade.candidates import CumulativeMass, TopK
 from .cascade.observer import Observer
@@ -35,9 +36,12 @@ from .evaluation.plots import accuracy_deferral, accuracy_dollars, confusion, en
 from .evaluation.record import Record, read_record
 from .evaluation.record_frame import record_frame
 from .evaluation.sweep import Sweep, sweep, under
+from .evaluation.write_record import write_record
 from .judges.base import Judge, LocalJudge, Quote
 from .policies.base import Policy, Spending
 from .policies.language import parse_policy
+from .runs.correction_files import import_corrections
+from .runs.export import export
 from .runs.tally import Tally
 from .scorers.adapters import Adapter, read_adapter
 from .scorers.base import EmbeddingScorer, Scorer
@@ -54,6 +58,7 @@ __all__ = [
     "Cascade",
     "CascadeClassifier",
     "CascadeError",
+    "ColumnNames",
     "ConfigError",
     "CumulativeMass",
     "Data",
@@ -100,7 +105,9 @@ __all__ = [
     "confusion",
     "entropy_histogram",
     "evaluate",
+    "export",
     "fit_adapter",
+    "import_corrections",
     "load_judge",
     "load_prompt",
     "load_scorer",
@@ -113,4 +120,5 @@ __all__ = [
     "reliability",
     "sweep",
     "under",
+    "write_record",
 ]

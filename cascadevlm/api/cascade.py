@@ -11,6 +11,8 @@ from pydantic import JsonValue
 from cascadevlm.base.errors import DataError, PolicyError
 from cascadevlm.base.labels import Label, LabelSet
 from cascadevlm.base.progress import progress_bar
+from cascadevlm.base.remote import name_of, place_of
+from cascadevlm.base.tables import USUAL, ColumnNames
 from cascadevlm.base.types import NANODOLLARS
 from cascadevlm.cascade import cascade
 from cascadevlm.config.config import Config, read_config
@@ -61,7 +63,13 @@ class Cascade(cascade.Cascade):
         return built
 
     def evaluate(
-        self, data: Data | Source | str, folder: str | Path | None = None, *, judge_all: bool = False, progress: bool = False
+        self,
+        data: Data | Source | str,
+        folder: str | Path | None = None,
+        *,
+        columns: ColumnNames = USUAL,
+        judge_all: bool = False,
+        progress: bool = False,
     ) -> Evaluation:
         """Measure the cascade on labelled images.
 
@@ -69,6 +77,7 @@ class Cascade(cascade.Cascade):
             data: the labelled images: `Data`, or a source that `read_data` reads.
             folder: folder for the record, which `read_record` reads. An unfinished record in the folder is continued. Default:
                 the record is not kept.
+            columns: the columns of a table. `Data` was read with its own columns. Default: the usual columns.
             judge_all: true to ask the judge about every image, for `sweep` and `calibrate`. If the cascade has one stage without
                 ``widen``, the figures are still the figures of the policy.
             progress: true to show a progress bar. Default: false.
@@ -78,7 +87,7 @@ class Cascade(cascade.Cascade):
             RunError: if the disk is full or fails. The results so far are kept.
             JudgeError: if a judge cannot work at all.
         """
-        labelled = data if isinstance(data, Data) else read_data(data, self.labels)
+        labelled = data if isinstance(data, Data) else read_data(data, self.labels, columns)
         with tempfile.TemporaryDirectory() as scratch, progress_bar(len(labelled), shown=progress) as show:
             kept = Path(scratch if folder is None else folder)
             with self.paying(kept) as running:
@@ -96,6 +105,7 @@ class Cascade(cascade.Cascade):
         inputs: str | Path | Iterable[str | Path],
         folder: str | Path,
         *,
+        columns: ColumnNames = USUAL,
         retry_failed: bool = False,
         progress: bool = False,
     ) -> Tally:
@@ -104,8 +114,10 @@ class Cascade(cascade.Cascade):
         A cascade from a configuration with ``[agreement]`` makes a certificate (`Tally.certificate`).
 
         Args:
-            inputs: a folder of images, a list or table of images (`Inputs`), or paths of images in an order that does not change.
+            inputs: a folder of images, a list or table of images (`Inputs`), or paths or addresses of images in an order that
+                does not change.
             folder: the folder of the run. ``predictions.parquet`` in this folder has one row per image.
+            columns: the columns of a table. Default: the usual columns.
             retry_failed: true to classify failed images again. Later images also get a new prediction, with the stored answers.
                 Default: false.
             progress: true to show a progress bar. Default: false.
@@ -114,15 +126,18 @@ class Cascade(cascade.Cascade):
             The counts of all sessions of the run.
 
         Raises:
-            DataError: if there are no images, or if the folder is in use or belongs to another run.
+            DataError: if there are no images, if columns are named and there is no table, or if the folder is in use or belongs
+                to another run.
             RunError: if the disk is full or fails. The results so far are kept.
             JudgeError: if a judge cannot work at all.
         """
         images: Inputs | list[Named]
         if isinstance(inputs, str | Path):
-            images = Inputs(inputs, shuffled=self.learns_from is not None)
+            images = Inputs(inputs, columns, shuffled=self.learns_from is not None)
+        elif columns != USUAL:
+            raise DataError("Columns can only be named for a table.", hint="Give the path of a table.")
         else:
-            images = [(str(path), Path(path)) for path in inputs]
+            images = [(name_of(place), place) for place in map(place_of, inputs)]
         if not (total := len(images)):
             raise DataError(f"{inputs!r} contains no images.", hint="Check the path and the formats of the images.")
         with progress_bar(total, shown=progress) as show, self.paying(Path(folder)) as running:

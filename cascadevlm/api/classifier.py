@@ -1,7 +1,7 @@
 """A cascade as a scikit-learn estimator."""
 
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Self, cast
@@ -14,6 +14,7 @@ from sklearn.utils.validation import check_consistent_length, check_is_fitted, c
 
 from cascadevlm.api.cascade import Cascade
 from cascadevlm.base.errors import ConfigError, DataError, ImageError, InputError
+from cascadevlm.base.frames import ImageFrame, is_table
 from cascadevlm.base.images import ImageSource
 from cascadevlm.base.labels import LabelSet
 from cascadevlm.base.types import Prediction, Scores
@@ -151,15 +152,9 @@ class CascadeClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  
 
     def _images(self, given: object) -> list[ImageSource]:
         """The images of ``X``."""
-        if hasattr(given, "columns"):
-            names = list(given.columns)
-            if self.image is None and len(names) != 1:
-                raise InputError(f"X is a table with {len(names)} columns.", hint='Name the column of images: image="path".')
-            column = names[0] if self.image is None else self.image
-            if column not in names:
-                raise InputError(f"X has no column {column!r}.", hint=f"Its columns: {', '.join(map(repr, names))}.")
-            given = cast(Mapping[str, Iterable[ImageSource]], given)[column]
-        elif isinstance(given, np.ndarray) and given.ndim == 2 and given.shape[1] == 1 and given.dtype.kind in "OU":
+        if is_table(given):
+            return ImageFrame(given, self.image).images
+        if isinstance(given, np.ndarray) and given.ndim == 2 and given.shape[1] == 1 and given.dtype.kind in "OU":
             given = given[:, 0]
         return list(cast(Iterable[ImageSource], given))
 

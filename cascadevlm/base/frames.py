@@ -1,9 +1,11 @@
 """Data frames of pandas, Polars and Arrow: columns of images in, columns of predictions out."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias, TypeVar, cast
 
 from cascadevlm.base.errors import InputError
+from cascadevlm.base.files import valid_text
 from cascadevlm.base.images import ImageSource
 from cascadevlm.base.tables import few, nearest_column, stored_image
 from cascadevlm.base.types import Prediction
@@ -31,7 +33,7 @@ class ImageFrame:
 
     Args:
         frame: a pandas or Polars data frame, or an Arrow table.
-        column: the column of paths, addresses or encoded images.
+        column: the column of paths, addresses or encoded images. Default: the only column of the frame.
 
     Attributes:
         images: the images. Empty bytes stand for a row without an image.
@@ -50,6 +52,8 @@ class ImageFrame:
             raise InputError(
                 told, hint="Give a pandas or Polars data frame or an Arrow table; a lazy frame: frame.collect()."
             ) from exc
+        if column is None and len(self._frame.columns) == 1:
+            column = self._frame.columns[0]
         if column is None:
             told = f"images is a table ({type(frame).__name__}), and its column of images is not named."
             raise InputError(told, hint=f"Add image=COLUMN. Its columns: {few(self._frame.columns)}.")
@@ -83,7 +87,7 @@ def is_table(images: object) -> bool:
 
 def _image(value: object, column: str, row: int) -> ImageSource:
     try:
-        return stored_image(value)
+        return value if isinstance(value, Path) else stored_image(value)
     except ValueError as exc:
         raise InputError(f"Row {row} of the table, counted from 0, contains in its column {column!r} {exc}.") from exc
 
@@ -108,7 +112,7 @@ def _series(name: str, values: Sequence[Cells], backend: Backend) -> "narwhals.S
     kinds = {type(value) for value in values} - {type(None)}
     kind = next(iter(kinds)) if len(kinds) == 1 else float if kinds == {int, float} else str if kinds else KINDS.get(name, str)
     types = {bool: narwhals.Boolean(), int: narwhals.Int64(), float: narwhals.Float64(), str: narwhals.String()}
-    cells = [None if value is None else kind(value) for value in values]
+    cells = [None if value is None else valid_text(str(value)) if kind is str else kind(value) for value in values]
     return narwhals.new_series(name, cells, types[kind], backend=backend)
 
 

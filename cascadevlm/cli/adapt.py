@@ -1,6 +1,7 @@
 """``cascadevlm adapt``."""
 
 import json
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -24,7 +25,9 @@ if TYPE_CHECKING:
 Output = Annotated[
     Path,
     typer.Option(
-        "--output", "-o", dir_okay=False, help='The file to write, for scorer.adapter = "FILE" or scorer.pool = "FILE".'
+        "--output",
+        "-o",
+        help='The file to write, for scorer.adapter = "FILE" or scorer.pool = "FILE". With --again: a new or empty folder.',
     ),
 ]
 Source = Annotated[
@@ -56,8 +59,8 @@ def adapt(
         bool,
         typer.Option(
             "--again",
-            help="Decide a finished run with learn = true again, with all that it learned, and ask nobody. --output is then a "
-            "new folder for the predictions.",
+            help="Decide a finished run with learn = true again, with all that it learned and with the labels from people, and "
+            "ask nobody. --output is then a new folder for the predictions.",
         ),
     ] = False,
     as_json: options.AsJson = False,
@@ -71,13 +74,13 @@ def adapt(
 
     from cascadevlm.base.errors import InputError
     from cascadevlm.cli.show import print_summary
-    from cascadevlm.runs.corrections import read_corrections
-    from cascadevlm.runs.manifest import NAME, Manifest
     from cascadevlm.scorers.adapters import METHODS
 
     if again:
         _again(source, output, as_json=as_json)
         return
+    if output.is_dir():
+        raise InputError(f"{str(output)!r} is a folder.", hint="Name a file. Only --again writes a folder.")
     if method not in (*METHODS, "pool"):
         raise InputError(f"There is no method {method!r}.", hint=f"Known: {', '.join(METHODS)}, pool.")
     if source is None and not unlabelled:
@@ -87,24 +90,34 @@ def adapt(
     if method == "pool":
         _pool(given, part, source, output, as_json=as_json)
         return
-    if source is None or not (source / NAME).is_file():
-        result = _of_images(given, part, source, unlabelled or [], METHODS[method])
-    elif unlabelled:
-        raise InputError("--unlabelled has no effect with a record or a run.", hint="Leave --unlabelled out.")
-    elif Manifest.read(source).labelled:
-        result = _of_record(source, METHODS[method])
-    elif method == "means":
-        result = _of_run(source)
-    elif read_corrections(source).counting:
-        result = _of_corrected(source, METHODS[method])
-    else:
-        raise InputError(f"The method {method!r} needs labels, and a run has none.", hint="Take --method means.")
+    result = _learned(given, part, source, unlabelled or [], METHODS[method])
     result.adapter.write(output)
     if as_json:
         typer.echo(json.dumps(_figures(result)))
         return
     print_summary(Console(highlight=False), f"Adapter ({output})", _rows(result))
     typer.echo(_conclusion(result))
+
+
+def _learned(
+    given: options.CascadeOptions, part: options.DataOptions, source: Path | None, unlabelled: list[Path], method: "Method"
+) -> "Adapted":
+    """What the source and the images without labels teach."""
+    from cascadevlm.base.errors import InputError
+    from cascadevlm.runs.corrections import read_corrections
+    from cascadevlm.runs.manifest import NAME, Manifest
+
+    if source is None or not (source / NAME).is_file():
+        return _of_images(given, part, source, unlabelled, method)
+    if unlabelled:
+        raise InputError("--unlabelled has no effect with a record or a run.", hint="Leave --unlabelled out.")
+    if Manifest.read(source).labelled:
+        return _of_record(source, method)
+    if method == "means":
+        return _of_run(source)
+    if read_corrections(source).counting:
+        return _of_corrected(source, method)
+    raise InputError(f"The method {method!r} needs labels, and a run has none.", hint="Take --method means.")
 
 
 def _again(run: Path | None, output: Path, *, as_json: bool) -> None:
@@ -197,14 +210,12 @@ def _of_corrected(folder: Path, method: "Method") -> "Adapted":
 
 def embed(cascade: "Cascade", images: "Sequence[ImageSource]") -> "tuple[Scores, NDArray[np.bool_]]":
     """The scores, with embeddings, of the images that can be read; and for each image whether it can. Shows the progress."""
-    from rich.console import Console
-    from rich.progress import Progress
-
+    from cascadevlm.base.progress import progress_bar
     from cascadevlm.evaluation.adapting import embedded
 
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("images", total=len(images))
-        scores, readable = embedded(cascade, images, lambda _: progress.advance(task))
+    with progress_bar(len(images)) as show:
+        done = count(1)
+        scores, readable = embedded(cascade, images, lambda _: show(next(done), None))
     if unread := int((~readable).sum()):
         typer.echo(f"{unread} images cannot be read and are left out.", err=True)
     return scores, readable
@@ -220,9 +231,9 @@ def _pool(
 ) -> None:
     """Fit a pool to labelled images, write it, and say what it gains."""
     from rich.console import Console
-    from rich.progress import Progress
 
     from cascadevlm.base.errors import InputError
+    from cascadevlm.base.progress import progress_bar
     from cascadevlm.cli.show import print_summary
     from cascadevlm.evaluation.pooling import pool
 
@@ -233,9 +244,9 @@ def _pool(
         raise InputError(f"The method 'pool' needs {what}.", hint='Set scorer.use to a list such as ["open_clip:…", "hf:…"].')
     cascade, labelled = part.build(config, data, given.labels, bulk=True)
     options.tell(cascade.labels, [data])
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("images", total=len(labelled.images) * len(config.scorer.use))
-        result = pool(cascade, labelled.images, labelled.truths, lambda _: progress.advance(task))
+    with progress_bar(len(labelled.images) * len(config.scorer.use)) as show:
+        done = count(1)
+        result = pool(cascade, labelled.images, labelled.truths, lambda _: show(next(done), None))
     result.pool.write(output)
     names, weights = [str(section.use) for section in config.scorer.use], result.pool.weights.tolist()
     low, high = result.gain_interval

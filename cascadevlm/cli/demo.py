@@ -65,19 +65,19 @@ def demo(
     if as_json:
         typer.echo(json.dumps(figures))
         return
-    print_summary(
-        console,
-        "Summary",
-        {
-            "images": str(len(paths)),
-            "scorer alone, right": f"{figures['scorer_top1']:.0%}",
-            "truth among the scorer's five best": f"{figures['scorer_top5']:.0%}",
-            "cascade, right": f"{figures['cascade_accuracy']:.0%}",
-            "escalated to the judge": f"{figures['escalated']:.0%} ({figures['judge_calls']} calls)",
-            "cost": f"${sum(p.cost.dollars for p in predictions):.2f} (local models)",
-            "seconds": f"{seconds:.1f}",
-        },
-    )
+    print_summary(console, "Summary", _rows(figures, sum(p.cost.dollars for p in predictions)))
+
+
+def _rows(figures: dict[str, float], dollars: float) -> dict[str, str]:
+    return {
+        "images": str(figures["n"]),
+        "scorer alone, right": f"{figures['scorer_top1']:.0%}",
+        "truth among the scorer's five best": f"{figures['scorer_top5']:.0%}",
+        "cascade, right": f"{figures['cascade_accuracy']:.0%}",
+        "escalated to the judge": f"{figures['escalated']:.0%} ({figures['judge_calls']} calls)",
+        "cost": f"${dollars:.2f} (local models)",
+        "seconds": f"{figures['seconds']:.1f}",
+    }
 
 
 def _show_learning(console: "Console", config: "Config", labels: "LabelSet", images: int | None, *, as_json: bool) -> None:

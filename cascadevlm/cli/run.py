@@ -16,6 +16,9 @@ from cascadevlm.cli import options
 if TYPE_CHECKING:
     from pydantic import JsonValue
 
+    from cascadevlm.base.labels import LabelSet
+    from cascadevlm.config.config import Config
+    from cascadevlm.runs.inputs import Inputs
     from cascadevlm.runs.tally import Tally
 
 Output = Annotated[
@@ -132,39 +135,21 @@ def run(
     """
     from rich.console import Console
 
-    from cascadevlm.base.errors import DataError, InputError
+    from cascadevlm.base.errors import InputError
     from cascadevlm.base.progress import progress_bar
     from cascadevlm.cli.money import confirm
-    from cascadevlm.decision.certifying import testable
     from cascadevlm.runs import bulk
     from cascadevlm.runs import ray as cluster
-    from cascadevlm.runs.certified import questions_left
-    from cascadevlm.runs.inputs import Inputs
-    from cascadevlm.runs.run_folder import images_left
 
     parsed = given.parse(promises.keys())
     cascade = given.build(parsed, bulk=True)
-    learns = parsed.learn and not (parsed.agreement or parsed.find)
-    images = Inputs(inputs, named.columns(), shuffled=learns)
-    if learns and not images.shuffled:
-        typer.echo("Images in a table are taken in its order: with learn = true, shuffle the rows of the table first.", err=True)
-    options.tell(cascade.labels, [inputs])
     if workers and engine == "local":
         raise InputError("--workers is an option of the cluster.", hint="Add --engine ray, or remove --workers.")
+    images = _images(inputs, parsed, cascade.labels, named)
     total = len(images)
-    if not total:
-        raise DataError(f"{inputs!r} contains no images.", hint="Check the path and the formats of the images.")
-    if parsed.agreement is not None and not testable(total, promise := parsed.agreement.promise):
-        typer.echo(
-            f"{total} images are too few for the test of a certificate. The judge is asked about all images except "
-            f"{promise.allowed(total)}.",
-            err=True,
-        )
+    _warn_if_untestable(parsed, total)
     if not yes:
-        left = images_left(output, total, dollars=cascade.ledger.cap_dollars, retry_failed=retry_failed)
-        if parsed.agreement or parsed.find:
-            left = min(left, questions_left(output, total))
-        confirm(parsed, cascade, images, left)
+        confirm(parsed, cascade, images, _left(output, total, parsed, cascade.ledger.cap_dollars, retry_failed=retry_failed))
     console = Console(stderr=True)
     with (
         cluster.on_ray(cascade, parsed, images, workers=workers) if engine == "ray" else nullcontext(cascade) as running,
@@ -191,6 +176,46 @@ def run(
         typer.echo(f"The run was stopped. The same command{without} continues it.", err=True)
         raise typer.Exit(SIGNALLED + stopping[0])
     _require_a_result(tally, output)
+
+
+def _images(inputs: str, config: "Config", labels: "LabelSet", named: options.ColumnOptions) -> "Inputs":
+    """The images of a run. Tells which files are left out.
+
+    Raises:
+        DataError: if there are no images.
+    """
+    from cascadevlm.base.errors import DataError
+    from cascadevlm.runs.inputs import Inputs
+
+    learns = config.learn and not (config.agreement or config.find)
+    images = Inputs(inputs, named.columns(), shuffled=learns)
+    if learns and not images.shuffled:
+        typer.echo("Images in a table are taken in its order: with learn = true, shuffle the rows of the table first.", err=True)
+    options.tell(labels, [inputs])
+    if not len(images):
+        raise DataError(f"{inputs!r} contains no images.", hint="Check the path and the formats of the images.")
+    return images
+
+
+def _left(output: Path, total: int, config: "Config", dollars: float | None, *, retry_failed: bool) -> int:
+    """Number of images that judges may still be asked about."""
+    from cascadevlm.runs.certified import questions_left
+    from cascadevlm.runs.run_folder import images_left
+
+    left = images_left(output, total, dollars=dollars, retry_failed=retry_failed)
+    return min(left, questions_left(output, total)) if config.agreement or config.find else left
+
+
+def _warn_if_untestable(config: "Config", total: int) -> None:
+    """Say that the images are too few for the test of a certificate."""
+    from cascadevlm.decision.certifying import testable
+
+    if config.agreement is not None and not testable(total, promise := config.agreement.promise):
+        typer.echo(
+            f"{total} images are too few for the test of a certificate. The judge is asked about all images except "
+            f"{promise.allowed(total)}.",
+            err=True,
+        )
 
 
 def _require_a_result(tally: "Tally", output: Path) -> None:

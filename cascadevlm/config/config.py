@@ -341,18 +341,12 @@ class Config(Section):
             if self.find is not None:
                 self.find.column(cascade.labels)
             return cascade
-        if labels is None:
-            if self.labels is None:
-                raise ConfigError("No labels are given.", hint="Set labels (or --labels) to a file with one class name per line.")
-            labels = LabelSet.read(self.labels) if isinstance(self.labels, Path) else LabelSet.of(self.labels)
+        labels = self._own_labels() if labels is None else labels
         scorer = self.cache.keeping_embeddings(self.scorer.build(), images=bulk)
         if calibration is None and self.calibration:
             calibration = read_calibration(self.calibration)
-        if calibration and len(calibration.judges) != len(self.stage):
-            raise ConfigError(
-                f"The calibration has {len(calibration.judges)} stages, but the configuration has {len(self.stage)}.",
-                hint="Make a calibration for this cascade: cascadevlm calibrate.",
-            )
+        if calibration:
+            self._require_same_stages(calibration)
         fusion = self.fusion or (calibration.fusion if calibration else "judge")
         accept = self.accept if self.accept is not None else calibration.accept if calibration else None
         stages = [stage.build(labels, calibration, number, fusion) for number, stage in enumerate(self.stage)]
@@ -374,6 +368,18 @@ class Config(Section):
             follow_shares=self.follow_shares,
             learn=self.learn,
         )
+
+    def _own_labels(self) -> LabelSet:
+        if self.labels is None:
+            raise ConfigError("No labels are given.", hint="Set labels (or --labels) to a file with one class name per line.")
+        return LabelSet.read(self.labels) if isinstance(self.labels, Path) else LabelSet.of(self.labels)
+
+    def _require_same_stages(self, calibration: Calibration) -> None:
+        if len(calibration.judges) != len(self.stage):
+            raise ConfigError(
+                f"The calibration has {len(calibration.judges)} stages, but the configuration has {len(self.stage)}.",
+                hint="Make a calibration for this cascade: cascadevlm calibrate.",
+            )
 
     def _for_certificate(self) -> Self:
         """A copy of the configuration in which the judge alone decides, unless a key says how to decide."""

@@ -37,7 +37,7 @@ class Said:
     """What the judge of a run said about N images that could be read. Each image file counts once.
 
     Attributes:
-        images: the N images.
+        images: the N images; only their names if there are ``scores``.
         answers: of N images; `NOBODY` without an answer, or where the judge was not asked.
         heard: ``(N,)``, whether the judge said something.
         truths: ``(N,)`` columns of the labels that people gave; `NOBODY` for other images. Images that show none of the labels,
@@ -87,7 +87,8 @@ def read_said(folder: Path) -> Said:
     calibration = read_calibration(config.calibration) if config.calibration else None
     if calibration is not None and config.stage:
         calibration.judge_of(0, config.stage[0].model_dump(mode="json"))
-    predictions = predictions_of(folder, table_of(manifest.inputs, manifest.columns))
+    kept = _kept_scores(folder, labels) if (folder / SCORED).exists() else None
+    predictions = predictions_of(folder, table_of(manifest.inputs, manifest.columns) if kept is None else None)
     lines: list[JudgedLine] = []
     images: list[ImageSource] = []
     numbers: list[int] = []
@@ -97,7 +98,7 @@ def read_said(folder: Path) -> Said:
     for (number, line), (_, _, image) in zip(judged, predictions.with_images(), strict=True):
         corrected, digest = corrections.get(line.path), line.digest or line.content
         outside = corrected is not None and corrected.label is None
-        if line.candidates and not outside and digest not in seen:
+        if line.candidates and not outside and (not digest or digest not in seen):
             seen.add(digest)
             truths.append(labels.columns[corrected.label] if corrected and corrected.label is not None else NOBODY)
             lines.append(line)
@@ -112,17 +113,15 @@ def read_said(folder: Path) -> Said:
         labels=labels,
         config=config,
         calibration=calibration,
-        scores=_kept_scores(folder, labels, numbers) if (folder / SCORED).exists() else None,
+        scores=kept and kept.some(np.array(numbers, dtype=np.intp)),
     )
 
 
-def _kept_scores(folder: Path, labels: LabelSet, numbers: list[int]) -> Scores | None:
-    """The scores of images that a run scored before it decided; None if they contain a calibration or an adapter."""
+def _kept_scores(folder: Path, labels: LabelSet) -> ScoredImages | None:
+    """The scores of a run that scored its images before it decided; None if they contain a calibration or an adapter."""
     kept = ScoredImages.read(folder, labels)
-    if kept.embeddings is None or any(part in kept.fingerprint for part in ("|adapter=", "|calibrated=")):
-        return None
-    log_probs, embeddings = kept.log_probs[numbers], kept.embeddings[numbers]
-    return Scores(log_probs=log_probs, labels=labels, fingerprint=kept.fingerprint, embeddings=embeddings)
+    usable = kept.embeddings is not None and not any(part in kept.fingerprint for part in ("|adapter=", "|calibrated="))
+    return kept if usable else None
 
 
 def _answers(lines: list[JudgedLine], labels: LabelSet, *, none_offered: bool) -> Answers:

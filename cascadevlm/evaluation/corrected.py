@@ -18,12 +18,13 @@ from cascadevlm.base.types import Scores
 from cascadevlm.config.config import Config
 from cascadevlm.decision.agreement import Promise
 from cascadevlm.decision.finding import precise_prefix
+from cascadevlm.evaluation.content import Content
 from cascadevlm.evaluation.metrics import Evaluation, evaluate
-from cascadevlm.evaluation.record import Content, Record
+from cascadevlm.evaluation.record import Record, record_of
 from cascadevlm.runs.corrections import random_order, read_corrections
 from cascadevlm.runs.lines import Asked, JudgedLine, LabelledLine, read_lines
 from cascadevlm.runs.manifest import Manifest
-from cascadevlm.runs.predictions import predictions_of, table_of
+from cascadevlm.runs.predictions import predictions_of, require_same_row, table_of
 from cascadevlm.runs.run_folder import PREDICTIONS
 
 FEWEST = 30
@@ -161,14 +162,20 @@ class Corrected:
     def scored(self, embed: Embed) -> Record:
         """The record with all scores and embeddings, from the scorer of the run without a calibration. Images that cannot be read
         any more are left out.
+
+        Raises:
+            DataError: if the table of the run contains other images than during the run.
         """
         manifest = self.record.info
         assert manifest is not None
         table = table_of(manifest.inputs, manifest.columns)
         images: list[ImageSource] = [place_of(path) for path in self.paths.values()]
         if table is not None:
-            named = zip(self.paths.values(), table.rows(self.paths), strict=True)
-            images = [image if name == path else b"" for path, (name, image) in named]
+            images, rows = [], table.rows(self.paths)
+            for number, path in self.paths.items():
+                name, image = next(rows, ("", b""))
+                require_same_row(table, number, path, name)
+                images.append(image)
         scores, readable = embed(Config.parse(manifest.config, name="the run"), self.record.labels, images)
         digests = tuple(pixel_digest(load_image(image)) for image, read in zip(images, readable, strict=True) if read)
         return replace(self.record.take(np.flatnonzero(readable)), scores=scores, digests=digests)
@@ -211,7 +218,7 @@ def read_corrected(folder: Path) -> Corrected:
         content.add(number, labelled, labelled.truth)
     drawn = random_sample(np.array(keys), np.frombuffer(seen, dtype=np.bool_))
     return Corrected(
-        record=content.record(_scores(lines, labels, manifest.fingerprint or "")),
+        record=record_of(content, _scores(lines, labels, manifest.fingerprint or "")),
         paths=paths,
         random=drawn[places],
         skipped=sum(seen) - len(lines) - len(outside),

@@ -26,6 +26,7 @@ from cascadevlm.base.html import card
 from cascadevlm.base.image_table import About
 from cascadevlm.base.labels import LabelSet
 from cascadevlm.base.types import Scores, Verdict
+from cascadevlm.evaluation.content import Content
 from cascadevlm.evaluation.own_arrays import OWN, OwnArrays, Values, checked_arrays
 from cascadevlm.runs.corrections import read_corrections
 from cascadevlm.runs.lines import Asked, LabelledLine, WholeVerdict, read_lines
@@ -337,7 +338,7 @@ def read_record(folder: str | Path) -> Record:
             fingerprint=manifest.fingerprint or "",
             embeddings=embeddings if content.embedded[readable].all() else None,
         )
-        record = content.record(scores)
+        record = record_of(content, scores)
         return record.take(np.flatnonzero(~outside)) if outside.any() else record
 
 
@@ -431,63 +432,29 @@ def _spread(best: NDArray[np.float32], columns: NDArray[np.int32], classes: int)
     return whole
 
 
-class Content:
-    """Collects the lines of N labelled images as columns and, for each stage, the image, the verdict and the question of each
-    answer.
+def record_of(content: Content, scores: Scores) -> Record:
+    """The record of N lines.
+
+    Args:
+        content: the content of the N lines.
+        scores: scores of the N images.
     """
-
-    def __init__(self, labels: LabelSet, manifest: Manifest, images: int) -> None:
-        self.column = labels.columns
-        self.manifest = manifest
-        self.names: list[str] = []
-        self.digests: list[str] = []
-        self.decided_by: list[str] = []
-        self.about: list[About] = []
-        self.truths = np.full(images, NOBODY, dtype=np.int64)
-        self.predicted = np.full(images, NOBODY, dtype=np.int64)
-        self.probabilities = np.full(images, np.nan)
-        self.readable = np.zeros(images, dtype=bool)
-        self.embedded = np.zeros(images, dtype=bool)
-        self.said: list[list[tuple[int, WholeVerdict, Asked | None]]] = [[] for _ in manifest.stages]
-
-    def add(self, number: int, line: LabelledLine, truth: str | None) -> None:
-        """Add the next line, with the name of its true label."""
-        self.names.append(valid_text(line.path))
-        self.digests.append(line.pixels)
-        self.about.append({"id": line.id, "kept": line.kept})
-        self.decided_by.append(line.decided_by or "")
-        self.truths[number] = self.column[truth or ""]
-        self.readable[number] = bool(line.candidates)
-        self.embedded[number] = line.embedding is not None
-        if line.label is not None:
-            self.predicted[number] = self.column[line.label]
-        if line.probability is not None:
-            self.probabilities[number] = line.probability
-        for verdict, asked in zip(line.verdicts, line.questions, strict=True):
-            self.said[verdict.stage].append((number, verdict, asked))
-
-    def record(self, scores: Scores) -> Record:
-        """The record of these lines.
-
-        Args:
-            scores: scores of the N images.
-        """
-        return Record(
-            scores=scores,
-            readable=self.readable,
-            names=tuple(self.names),
-            truths=self.truths,
-            stages=tuple(
-                _judged(said, judge, len(self.readable), self.column)
-                for judge, said in zip(self.manifest.stages, self.said, strict=True)
-            ),
-            predicted=self.predicted,
-            probabilities=self.probabilities,
-            decided_by=tuple(self.decided_by),
-            digests=tuple(self.digests),
-            info=self.manifest,
-            about=tuple(self.about) if self.manifest.columns.told else (),
-        )
+    return Record(
+        scores=scores,
+        readable=content.readable,
+        names=tuple(content.names),
+        truths=content.truths,
+        stages=tuple(
+            _judged(said, judge, len(content.readable), content.column)
+            for judge, said in zip(content.manifest.stages, content.said, strict=True)
+        ),
+        predicted=content.predicted,
+        probabilities=content.probabilities,
+        decided_by=tuple(content.decided_by),
+        digests=tuple(content.digests),
+        info=content.manifest,
+        about=tuple(content.about) if content.manifest.columns.told else (),
+    )
 
 
 def _judged(said: Sequence[tuple[int, WholeVerdict, Asked | None]], judge: str, size: int, column: Mapping[str, int]) -> Judged:

@@ -1,8 +1,8 @@
 """Deciding a finished run again: with all that it learned, and without a further question.
 
 A run that learns decides each image with what it had learned until then. `decide_again` goes through the same images with what
-the whole run taught. A judge's answers are kept, and are fused with the new scores. No image is read: the folder of the run
-contains the scores and embeddings.
+the whole run taught, and with the labels that people gave. A judge's answers are kept, and are fused with the new scores. No
+image is read: the folder of the run contains the scores and embeddings.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -28,6 +28,7 @@ from cascadevlm.decision.calibration import Calibration
 from cascadevlm.decision.distinct import Keys, keys_of
 from cascadevlm.decision.learning import Learned
 from cascadevlm.decision.teaching import transduced
+from cascadevlm.runs.corrections import Corrections, add_corrections, read_corrections
 from cascadevlm.runs.learned_file import read_learned
 from cascadevlm.runs.lines import JudgedLine, read_lines
 from cascadevlm.runs.manifest import Manifest
@@ -60,21 +61,24 @@ def decide_again(run: Path, output: Path, cascade: Cascade) -> Again:
 
     Args:
         run: folder of a finished run that learned, and that scored all its images first.
-        output: a new or empty folder.
+        output: a new or empty folder. The corrections of the run are copied into this folder.
         cascade: the cascade of the run. Its judges are not asked.
 
     Raises:
         DataError: if the run did not learn, did not score all its images first, is not finished, had several stages or followed
-            the shares of the classes; if the output is not a new folder.
+            the shares of the classes; if the output is not a new or empty folder.
     """
     calibration = _require_learned(run, cascade)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise DataError(f"{str(output)!r} is not an empty folder.", hint="Give a new or empty folder.")
+    corrections = read_corrections(run)
     manifest = Manifest.read(run)
     images = ScoredImages.read(run, cascade.labels)
     with one_blas_thread:
         unlabelled = transduced(require_support(calibration), images.blocks)
-        noted = read_learned(run / LEARNED) if (run / LEARNED).exists() else BEGINNING
+        noted = read_learned(run / LEARNED) if (run / LEARNED).exists() and not corrections.counting else BEGINNING
         learner = Learner(calibration, cascade.batch_size, cascade.stages, _with_keys(noted.learned, run), unlabelled)
-        loop.run(_finish_learning(learner, cascade, run, images, noted))
+        loop.run(_learn(learner, cascade, run, images, noted, corrections))
         taught = learner.learning.again()
         truths, changed = learner.labelled.truths, 0
         start = learner.labelled.taught(learner.labelled.nothing())
@@ -94,6 +98,8 @@ def decide_again(run: Path, output: Path, cascade: Cascade) -> Again:
                     folder.append(line.path, told, prediction)
                     changed += prediction.label != line.label
             folder.checkpoint = Checkpoint(images=folder.tally.images)
+            if corrections.all:
+                add_corrections(output, corrections.all)
             folder.finish(_order(run))
     return Again(
         images=len(images.log_probs),
@@ -117,14 +123,25 @@ def _require_learned(run: Path, cascade: Cascade) -> Calibration:
     return cascade.learns_from
 
 
-async def _finish_learning(learner: Learner, cascade: Cascade, run: Path, images: ScoredImages, noted: Checkpoint) -> None:
-    """Learn from the images after the last checkpoint, as the run did."""
+async def _learn(
+    learner: Learner, cascade: Cascade, run: Path, images: ScoredImages, noted: Checkpoint, corrections: Corrections
+) -> None:
+    """Learn from the images after a checkpoint, as the run did. But a label that a person gave is certain, and nothing that a
+    judge said is learned about an image that shows none of the labels.
+    """
+    certain = np.eye(len(cascade.labels), dtype=np.float32)
     for begin, lines in _batches(run, images, noted.images, cascade.batch_size):
         scores = images.rows(begin, begin + len(lines))
         adapted = await learner.adapted(scores, begin, _keys(lines)) if len(scores) else None
         items = [] if adapted is None else _heard(cascade, adapted, lines, begin)
         answered = [any(verdict.valid for verdict in item.verdicts) for item in items]
-        await learner.take(adapted, [item.probabilities() for item in items], answered, begin)
+        beliefs = [item.probabilities() for item in items]
+        for row, item in enumerate(items):
+            if (corrected := corrections.counting.get(item.path)) is not None:
+                answered[row] = corrected.label is not None
+                if corrected.label is not None:
+                    beliefs[row] = certain[cascade.labels.columns[corrected.label]]
+        await learner.take(adapted, beliefs, answered, begin)
 
 
 def _with_keys(learned: Learned | None, run: Path) -> Learned | None:
@@ -154,7 +171,7 @@ def _heard(cascade: Cascade, scores: Scores, lines: Sequence[JudgedLine], begin:
         Item(
             number=number,
             path=line.path,
-            prepared=Prepared(source=line.path, digest=line.digest),
+            prepared=Prepared(source=line.path if line.digest else b"", digest=line.digest or line.content),
             chunk=scores,
             row=row,
             reasons=[*line.reasons],

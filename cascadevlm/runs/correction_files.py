@@ -50,7 +50,7 @@ class Imported:
     corrections: Corrections
 
 
-def import_corrections(file: Path, run: Path, *, by: str = "") -> Imported:
+def import_corrections(file: str | Path, run: str | Path, *, by: str = "") -> Imported:
     """Add the corrections in a file to a run. A second import of the same file adds nothing.
 
     Args:
@@ -70,6 +70,7 @@ def import_corrections(file: Path, run: Path, *, by: str = "") -> Imported:
             then.
         RunError: if the folder cannot be written.
     """
+    file, run = Path(file), Path(run)
     labels = LabelSet(tuple(Manifest.read(run).labels))
     said = [each._replace(by=each.by or by) for each in _read(file, labels)]
     stated = [each for each in said if each.labels or each.skipped]

@@ -101,11 +101,6 @@ class Inputs(Portable):
         self._listing: Path | None = None
 
     @property
-    def is_table(self) -> bool:
-        """True if the images are read from a table, and not from a folder."""
-        return self._table is not None
-
-    @property
     def holds_images(self) -> bool:
         """True if the images are inside a table."""
         return self._table is not None and self._table.contains_images

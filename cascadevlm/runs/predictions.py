@@ -47,12 +47,15 @@ class Predictions:
         rows = iter(self.table)
         for number, line in self:
             name, image = next(rows, ("", b""))
-            if name != line.path:
-                told = (
-                    f"Row {number - 1} of {name_of(self.table.path)!r} was {line.path!r} in the run and is now {name or 'gone'!r}"
-                )
-                raise DataError(f"{told}.", hint="Export with the same table as in the run.")
+            require_same_row(self.table, number - 1, line.path, name)
             yield number, line, image if isinstance(image, bytes) else place_of(line.path)
+
+
+def require_same_row(table: Inputs, row: int, was: str, now: str) -> None:
+    """Raise DataError if the image in a row of a run's table has another name than in the run. "" means that the row is gone."""
+    if was != now:
+        told = f"Row {row} of {name_of(table.path)!r} was {was!r} in the run and is now {now or 'gone'!r}."
+        raise DataError(told, hint="Restore the table as it was in the run.")
 
 
 def predictions_of(run: Path, table: Inputs | None) -> Predictions:

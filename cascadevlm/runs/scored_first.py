@@ -99,9 +99,11 @@ class ScoredImages:
         Raises:
             DataError: if the scores are damaged.
         """
-        lines = [line.fingerprint for line, _ in _lines(folder)]
-        found = cls(folder=folder, labels=labels, fingerprint=next(filter(None, lines), ""))
-        if len(lines) != len(found.log_probs):
+        count, fingerprint = 0, ""
+        for line, _ in _lines(folder):
+            count, fingerprint = count + 1, fingerprint or line.fingerprint
+        found = cls(folder=folder, labels=labels, fingerprint=fingerprint)
+        if count != len(found.log_probs):
             raise DataError(f"{str(folder / SCORED)!r} is damaged.", hint="Repeat the command that made the run.")
         return found
 

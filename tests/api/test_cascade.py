@@ -5,12 +5,14 @@ import shutil
 from importlib import resources
 from pathlib import Path
 
+import fsspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cascadevlm import (
     Cascade,
+    ColumnNames,
     ConfigError,
     DataError,
     Quote,
@@ -169,3 +171,26 @@ def test_labelled_folders_are_read_for_the_labels_of_the_cascade(birds: Path) ->
         cascade.evaluate(birds / "data")
     with pytest.raises(DataError, match="8 labels are not in the label set"):
         read_data(birds / "data", cascade.labels)
+
+
+def test_addresses_are_read_and_named_without_credentials(tmp_path: Path) -> None:
+    system = fsspec.filesystem("memory")
+    with system.open("/pictures/a.png", "wb") as file:
+        noise(0).save(file, "PNG")
+    noise(1).save(tmp_path / "b.png")
+    addresses = ["memory://pictures/a.png?key=s3cret", "memory://pictures/a.png", tmp_path / "b.png"]
+    tally = by_hand(FakeJudge(), policy="never").run(addresses, tmp_path / "run")
+    names = [json.loads(line)["path"] for line in (tmp_path / "run" / "predictions.jsonl").read_text().splitlines()]
+    assert names == ["memory://pictures/a.png?key=***", "memory://pictures/a.png", str(tmp_path / "b.png")]
+    assert tally.counts["unreadable"] == 1  # no file has the name with the key
+
+
+def test_the_columns_of_a_table_are_named(tmp_path: Path) -> None:
+    noise(0).save(tmp_path / "a.png")
+    (tmp_path / "list.csv").write_text(f"sku,photo,kind\nA7,{tmp_path / 'a.png'},{by_hand(FakeJudge()).labels.names[0]}\n")
+    columns = ColumnNames(image="photo", label="kind", id="sku")
+    by_hand(FakeJudge()).run(tmp_path / "list.csv", tmp_path / "run", columns=columns)
+    assert json.loads((tmp_path / "run" / "predictions.jsonl").read_text())["id"] == "A7"
+    assert by_hand(FakeJudge()).evaluate(tmp_path / "list.csv", columns=columns).images == 1
+    with pytest.raises(DataError, match="Columns can only be named for a table"):
+        by_hand(FakeJudge()).run([tmp_path / "a.png"], tmp_path / "other", columns=columns)

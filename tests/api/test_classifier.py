@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pandas
+import polars
+import pyarrow
 import pytest
 from numpy.typing import NDArray
 from sklearn.base import clone
@@ -113,9 +115,14 @@ def test_images_come_as_paths_arrays_and_columns(tmp_path: Path) -> None:
     for images in given:
         assert (classifier.predict_proba(images) == expected).all()
     assert (classifier.set_params(image="path").predict_proba(table) == expected).all()
-    with pytest.raises(InputError, match=r"X has no column 'photo'\. Its columns: 'path', 'price'"):
+    arrow = pyarrow.Table.from_pandas(table)
+    for frame in (arrow, polars.from_arrow(arrow), table.assign(path=[*map(Path, paths)])):
+        assert (classifier.predict_proba(frame) == expected).all()
+    with pytest.raises(ImageError, match="There is no image: the row of the table is empty"):
+        classifier.predict(pandas.DataFrame({"path": [*paths, None]}))
+    with pytest.raises(InputError, match="The table has no column 'photo'"):
         classifier.set_params(image="photo").predict(table)
-    with pytest.raises(InputError, match="X is a table with 2 columns"):
+    with pytest.raises(InputError, match=r"its column of images is not named.*'path', 'price'"):
         classifier.set_params(image=None).predict(table)
 
 

@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pandas
@@ -105,3 +106,10 @@ def test_predictions_are_a_frame(kind: Backend) -> None:
     assert column(mixed, "numbers") == [1.0, 2.5, None]
     assert column(mixed, "all") == ["1", "x", "True"]
     assert column(mixed, "probability") == [None] * 3
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+def test_a_path_with_invalid_unicode_is_escaped(kind: Backend) -> None:
+    (prediction,) = CASCADE.classify([noise(0)])
+    frame = predictions_frame([replace(prediction, path="a\udcff.png")], kind)
+    assert column(frame, "path") == ["a\\udcff.png"]

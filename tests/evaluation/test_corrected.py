@@ -1,5 +1,6 @@
 """The images of a run that people labelled, in metrics, calibrations, adapters and reports."""
 
+import io
 import json
 import shutil
 from collections.abc import Callable
@@ -8,6 +9,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 from PIL import Image
 from pydantic import JsonValue
@@ -219,6 +222,22 @@ def test_images_that_are_gone_are_left_out_of_a_calibration(run: Path) -> None:
     gone.with_suffix(".gone").rename(gone)
     assert len(record) == len(record.scores) == len(record.digests) == 49
     assert str(gone) not in record.names
+
+
+def test_another_table_than_in_the_run_is_refused(tmp_path: Path) -> None:
+    rows = []
+    for image in insects(40):
+        image.save(file := io.BytesIO(), "PNG")
+        rows.append({"image": {"bytes": file.getvalue(), "path": None}})
+    table = pyarrow.Table.from_pylist(rows)
+    pyarrow.parquet.write_table(table, tmp_path / "images.parquet")
+    config = Config.parse(CONFIG).model_dump(mode="json")
+    bulk.run(Cascade(Pixels(), [], labels=LABELS), Inputs(tmp_path / "images.parquet"), tmp_path / "run", config=config)
+    correct(tmp_path / "run", lambda _: True, lambda _: "ant")
+    assert len(read_corrected(tmp_path / "run").scored(embed)) == 40
+    pyarrow.parquet.write_table(table.slice(0, 39), tmp_path / "images.parquet")
+    with pytest.raises(DataError, match=r"Row 39 of .* was .*39' in the run and is now 'gone'\."):
+        read_corrected(tmp_path / "run").scored(embed)
 
 
 def test_labels_of_people_teach_and_are_certain(run: Path) -> None:
