@@ -97,7 +97,7 @@ def figures(judged: Judged, promise: Promise, draws: int) -> dict[str, object]:
         foretold.append(found.planned / total)
         broken += int((found.labels[found.kept] != judged.answers[found.kept]).sum()) > found.allowed
         right.append(certified_accuracy(found, judged.images, judged.answers, judged.truths))
-        first = first_rows(total, ESTIMATED_FROM, seed)
+        first = first_rows(judged.images.numbers, ESTIMATED_FROM, seed)
         estimated.append(planned(judged.images, first, judged.answers[first], [promise])[0].questions / total)
     return {
         "asked": round(float(np.mean(asked)), 4),
@@ -123,7 +123,7 @@ def law(judged: Judged, promise: Promise, draws: int, orders: int = 4) -> dict[s
         shuffled = np.random.default_rng(number).permutation(disagrees)
         for order, values in (("taught", disagrees), ("reversed", disagrees[::-1]), ("random", shuffled)):
             for seed in range(draws // orders):
-                test = draw(len(values), drawn, 1000 * number + seed)
+                test = draw(np.arange(len(values)), drawn, 1000 * number + seed)
                 prefix = longest_prefix(test, test & values, allowed=found.allowed, level=promise.level)
                 broken[order] += int((values & ~test)[:prefix].sum()) > found.allowed
     total = draws // orders * orders

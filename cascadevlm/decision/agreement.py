@@ -66,17 +66,32 @@ class Promise:
         return images - math.ceil(Fraction(str(self.agreement)) * images)
 
 
-def draw(images: int, number: int, seed: int) -> Bools:
+def draw(numbers: Rows, count: int, seed: int) -> Bools:
     """`(R,)` booleans: the images of the order that are drawn for the test. They depend on the three arguments alone.
 
     Args:
-        images: R, number of images in the order.
-        number: n, number of images to draw, at most R.
+        numbers: `(R,)`, numbers of the images of the order, among all images of the run.
+        count: n, number of images to draw, at most R.
         seed: seed of the run.
     """
-    drawn = np.zeros(images, dtype=bool)
-    drawn[np.random.default_rng([seed, 1]).permutation(images)[:number]] = True
+    drawn = np.zeros(len(numbers), dtype=bool)
+    drawn[shuffled(numbers, seed, stream=1)[:count]] = True
     return drawn
+
+
+def shuffled(numbers: Rows, seed: int, *, stream: int) -> Rows:
+    """`(N,)` positions of N images in a random order.
+
+    Each image has a random key, which depends on its number, the seed and the stream alone. The images are in the order of their
+    keys. So the order of the other images stays the same if an image is added or removed.
+
+    Args:
+        numbers: `(N,)`, numbers of the images, all different.
+        seed: seed of the run.
+        stream: number of an independent stream of keys.
+    """
+    keys = np.random.default_rng([seed, stream]).random(int(numbers.max(initial=-1)) + 1)
+    return np.argsort(keys[numbers], kind="stable")
 
 
 def most_found(images: int, drawn: Counts, *, allowed: int, level: float) -> Counts:

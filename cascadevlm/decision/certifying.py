@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from scipy.special import expit, gammaincinv
 
 from cascadevlm.base.arrays import NOBODY, Columns
-from cascadevlm.decision.agreement import Counts, Promise, Rows, draw, longest_prefix, most_found, most_found_of
+from cascadevlm.decision.agreement import Counts, Promise, Rows, draw, longest_prefix, most_found, most_found_of, shuffled
 from cascadevlm.decision.judge_model import Bools
 from cascadevlm.decision.opinions import MOST_TAUGHT, Images, Opinion, Rule, against, taught_by
 from cascadevlm.decision.scorer_calibration import Floats
@@ -190,15 +190,15 @@ def certify(images: Images, promise: Promise, *, seed: int = 0) -> Asking:
     """
     total, allowed = len(images), promise.allowed(len(images))
     answers, asked = np.full(total, NOBODY, dtype=np.int64), np.zeros(0, dtype=np.intp)
-    shuffled = first_rows(total, total, seed)
-    more, first = shuffled[: opening(total)], 0
+    random = first_rows(images.numbers, total, seed)
+    more, first = random[: opening(total)], 0
     while len(more):
         answers[more] = yield more
         asked, first = np.concatenate([asked, more]), first + len(more)
         plan = plan_test(images, asked, answers[asked], partial(_always, allowed), promise.level)
         kept = len(plan.order) - plan.cost
         worth = first * kept / total < WORTH * plan.cost and 2 * first <= min(MOST_FIRST, total // 2)
-        more = shuffled[first : 2 * first] if worth else shuffled[:0]
+        more = random[first : 2 * first] if worth else random[:0]
     while True:
         beyond = len(plan.order) - int(np.searchsorted(plan.expected, BEYOND * allowed))
         if beyond // 2 < max(LEAST_STEP * total, 1):
@@ -207,7 +207,7 @@ def certify(images: Images, promise: Promise, *, seed: int = 0) -> Asking:
         answers[more] = yield more
         asked = np.concatenate([asked, more])
         plan = plan_test(images, asked, answers[asked], partial(_always, allowed), promise.level)
-    drawn = draw(len(plan.order), plan.number, seed)
+    drawn = draw(images.numbers[plan.order], plan.number, seed)
     if plan.number:
         answers[plan.order[drawn]] = yield plan.order[drawn]
     disagrees = drawn & (plan.labels[plan.order] != answers[plan.order])
@@ -245,15 +245,15 @@ def testable(images: int, promise: Promise) -> bool:
     return rest > allowed and bool((most_found(rest, numbers, allowed=allowed, level=promise.level) >= 0).any())
 
 
-def first_rows(images: int, number: int, seed: int) -> Rows:
-    """`(n,)` random images, those that a run asks about first.
+def first_rows(numbers: Rows, count: int, seed: int) -> Rows:
+    """`(n,)` positions of random images, those that a run asks about first.
 
     Args:
-        images: N, number of images.
-        number: n, number of images to return.
+        numbers: `(N,)`, numbers of the images that can be read, among all images of the run.
+        count: n, number of images to return.
         seed: seed of the run.
     """
-    return np.random.default_rng([seed, 0]).permutation(images)[:number]
+    return shuffled(numbers, seed, stream=0)[:count]
 
 
 def planned(images: Images, rows: Rows, answers: Columns, promises: Sequence[Promise]) -> list[Planned]:

@@ -4,14 +4,16 @@ Recall. An image is positive if the judge names the class. Order the images by t
 answer without asking is "not this class", so a positive image disagrees. Let F be the number of positive images that are known.
 If U positive images are never asked about, the recall is F / (F + U). It is at least r if U is at most
 W(F) = floor(F (1 - r) / r). The prefix that is not asked about may have c(W(F)) drawn positive images, with c as in
-`most_found`. Questions go on from the most likely image downwards, until the prefix is so short.
+`most_found`. Questions go on from the most likely image downwards, until the prefix is so short. A question that failed may have
+hidden a positive image. So its image counts as positive in the prefix, and not in F.
 
 Proof. Let there be P positive images, and V the largest number of missed ones with a recall of at least r. Suppose that the
 questions stop with U > V. Then F = P - U is so small that W(F) <= V. So the prefix has at most c(V) drawn positive images and
-more than V that are not drawn, and the law bounds this probability for the fixed number V, for all prefixes at once.
+more than V that are not drawn, and the law bounds this probability for the fixed number V, for all prefixes at once. More drawn
+images that count as positive only make the prefix shorter.
 
 Precision. The most likely images are accepted without asking. The hypothesis "more than (1 - q) e of the first e are not
-positive" is tested for lengths e that are fixed before the answers, shortest first, up to the first that is not rejected: each
+positive" is tested for lengths e that are fixed before the draw, shortest first, up to the first that is not rejected: each
 test can use the full level (fixed-sequence testing). Accuracy is the same promise in other words: an image is wrong if the
 label of a person is another one, and the labelled images were drawn at random.
 """
@@ -27,7 +29,7 @@ from scipy.stats import hypergeom
 
 from cascadevlm.base.arrays import NOBODY, Columns
 from cascadevlm.decision.agreement import Rows, draw, longest_prefix
-from cascadevlm.decision.certifying import BEYOND, FIRST, LEAST_STEP, first_rows, plan_test
+from cascadevlm.decision.certifying import BEYOND, LEAST_STEP, first_rows, opening, plan_test
 from cascadevlm.decision.guarantee import require_probability
 from cascadevlm.decision.judge_model import Bools
 from cascadevlm.decision.opinions import Images, Rule
@@ -39,7 +41,9 @@ STEPS = 200
 """The questions below the border are asked in about so many steps."""
 
 Seeking: TypeAlias = Generator[Rows, Columns, "Found"]
-"""Yields numbers of images to ask about. Is sent one column per image, or a negative number where the judge names no class."""
+"""Yields numbers of images to ask about. Is sent one column per image, `NONE_CHOSEN` for "none of these", or
+`NOBODY` if the judge gave no answer.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +105,8 @@ def precise_prefix(drawn: Bools, wrong: Bools, *, share: float, level: float) ->
     """The length of the longest prefix that has at most a share of wrong images, with a probability of at least 1 - level.
 
     The tests begin with the shortest prefix that could pass with half of the allowed share of wrong images among the drawn ones.
-    This start depends on the draw, and not on what is wrong.
+    The number of drawn images in a prefix is taken to be its expected value there. So the tests depend on the number of drawn
+    images, and neither on the draw nor on what is wrong.
 
     Args:
         drawn: `(N,)`, surest first: a uniform random sample without replacement.
@@ -114,7 +119,8 @@ def precise_prefix(drawn: Bools, wrong: Bools, *, share: float, level: float) ->
     lengths = lengths[lengths > 0]
     counted = np.cumsum(drawn)[lengths - 1]
     allowed = np.array([math.floor(most * int(length)) for length in lengths], dtype=np.int64)
-    powerful = hypergeom.cdf(np.floor(counted * share / 2), lengths, allowed + 1, counted) <= level
+    expected = lengths * int(drawn.sum()) // max(len(drawn), 1)
+    powerful = hypergeom.cdf(np.floor(expected * share / 2), lengths, allowed + 1, expected) <= level
     begin = int(powerful.argmax()) if powerful.any() else len(lengths)
     found = np.cumsum(drawn & wrong)[lengths - 1]
     passed = np.logical_and.accumulate(hypergeom.cdf(found, lengths, allowed + 1, counted)[begin:] <= level)
@@ -134,14 +140,14 @@ def find(images: Images, column: int, wanted: Wanted, *, seed: int = 0) -> Seeki
         `(n,)` numbers of images to ask about. No image is asked about twice.
 
     Receives:
-        `(n,)` answers of the judge: columns, or negative numbers for "none of these", refused, unparsed and failed.
+        `(n,)` answers of the judge: columns, `NONE_CHOSEN` for "none of these", or `NOBODY` for refused, unparsed and failed.
 
     Returns:
         What was found. No further question is needed.
     """
     total = len(images)
     answers, asked = np.full(total, NOBODY, dtype=np.int64), np.zeros(0, dtype=np.intp)
-    more = first_rows(total, max(1, min(FIRST, total // 4)), seed)
+    more = first_rows(images.numbers, opening(total), seed)
     while len(more):
         answers[more] = yield more
         asked = np.concatenate([asked, more])
@@ -154,7 +160,8 @@ def find(images: Images, column: int, wanted: Wanted, *, seed: int = 0) -> Seeki
         beyond = len(plan.order) - int(np.searchsorted(plan.expected, BEYOND * allowed(float(plan.expected.max(initial=0.0)))))
         early = wanted.precision is None and beyond // 2 >= max(LEAST_STEP * total, 1)
         more = plan.order[-(beyond // 2) :] if early else more[:0]
-    order, drawn = plan.order, draw(len(plan.order), plan.number, seed)
+    order = plan.order
+    drawn = draw(images.numbers[order], plan.number, seed)
     if plan.number:
         answers[order[drawn]] = yield order[drawn]
     accepted = np.zeros(len(order), dtype=bool)
@@ -166,7 +173,7 @@ def find(images: Images, column: int, wanted: Wanted, *, seed: int = 0) -> Seeki
     end, step = len(order) - int(accepted.sum()), -(-len(order) // STEPS)
     sure = _surely_positive(accepted, drawn, answers[order] == column, wanted)
     while True:
-        positive = answers[order] == column
+        positive = (answers[order] == column) | (answers[order] == NOBODY)
         known = int((answers == column).sum()) + sure
         prefix = longest_prefix(drawn, drawn & positive, allowed=wanted.missable(known), level=wanted.level)
         if prefix >= end:

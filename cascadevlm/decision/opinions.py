@@ -93,6 +93,11 @@ class Images:
         places, odds = most_probable(among)
         return np.take_along_axis(listed, places[:, None], axis=1)[:, 0].astype(np.int64), odds
 
+    @property
+    def numbers(self) -> Rows:
+        """`(N,)`, the rows of the images that count."""
+        return np.arange(len(self)) if self.rows is None else self.rows
+
     def chunks(self) -> Iterator[Rows]:
         """The numbers of all images, in parts."""
         for begin in range(0, len(self), AT_ONCE):

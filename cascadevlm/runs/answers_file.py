@@ -18,8 +18,9 @@ from pydantic import JsonValue
 from cascadevlm.base.arrays import NOBODY, Columns
 from cascadevlm.base.files import writing_to
 from cascadevlm.base.labels import LabelSet
-from cascadevlm.base.types import Prediction, Scores
+from cascadevlm.base.types import Prediction, Question, Scores, Verdict
 from cascadevlm.cascade.observer import Observer
+from cascadevlm.decision.judge_model import NONE_CHOSEN
 from cascadevlm.judges.base import Judge
 from cascadevlm.runs.lines import Line, checked, line_of
 from cascadevlm.runs.run_folder import RunFolder, digest_key, has_changed
@@ -48,9 +49,9 @@ class AnswersFile(Observer):
         retry_failed: true to remove all lines from the first failed question.
 
     Attributes:
-        answers: `(M,)` columns; `NOBODY` for an image without an answer.
+        answers: `(M,)` columns; `NONE_CHOSEN` for "none of these", `NOBODY` for an image without an answer.
         asked: number of images with a line.
-        skipped: number of images that were not asked about, because the budget was used up.
+        skipped: number of images with a question that was not asked, because the budget was used up.
         dollars: what the answers cost or would have cost, in US dollars.
         numbers: the numbers of the images of the current run.
     """
@@ -63,6 +64,7 @@ class AnswersFile(Observer):
         self.numbers: NDArray[np.intp] = np.zeros(0, dtype=np.intp)
         self._begins = np.full(total, -1, dtype=np.int64)
         self._digests: dict[int, dict[str, JsonValue]] = {}
+        self._unfinished: set[int] = set()
         self._end = 0
         self._file: BinaryIO = (folder.folder / ASKED).open("a+b")
         self._keep_what_is_sound(folder.manifest.began, retry_failed)
@@ -80,8 +82,10 @@ class AnswersFile(Observer):
 
     def _note(self, number: int, prediction: Prediction | Line, length: int) -> None:
         verdict, cost = prediction.verdict, prediction.cost
-        label = verdict.label if verdict else None
-        self.answers[number] = NOBODY if label is None else self.labels.columns[label]
+        if verdict is not None and verdict.label is not None:
+            self.answers[number] = self.labels.columns[verdict.label]
+        elif verdict is not None and verdict.outcome == "none":
+            self.answers[number] = NONE_CHOSEN
         self.asked += 1
         self.dollars += cost.dollars + cost.saved_dollars
         self._begins[number] = self._end
@@ -98,10 +102,15 @@ class AnswersFile(Observer):
         for number, image in zip(numbers, images, strict=True):
             self._digests[number] = {digest_key(isinstance(image.source, str | Path)): image.digest}
 
+    def judged(self, number: int, stage: int, question: Question, verdict: Verdict) -> None:
+        """Note an image whose question was skipped, also if it is a further question after "none of these"."""
+        if verdict.outcome == "skipped":
+            self._unfinished.add(number)
+
     def predicted(self, number: int, prediction: Prediction) -> None:
-        """Write the line of an image, unless it was not asked about."""
+        """Write the line of an image, unless a question about it was skipped. A later session with more budget asks again."""
         digest, own = self._digests.pop(number), int(self.numbers[number])
-        if not prediction.asked:
+        if not prediction.asked or number in self._unfinished:
             self.skipped += 1
             return
         line = line_of(prediction, {"number": own, **digest})

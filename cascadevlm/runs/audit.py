@@ -1,10 +1,13 @@
 """What the audit of a run found."""
 
+import math
+
 from pydantic import BaseModel
 
 from cascadevlm.config.audit import AuditConfig
 from cascadevlm.decision.agreement import Promise
 from cascadevlm.decision.auditing import Audit
+from cascadevlm.runs.certificate import percent
 
 
 class AuditFigures(BaseModel):
@@ -16,7 +19,7 @@ class AuditFigures(BaseModel):
         kept: number of these whose label was kept, so that the judge was asked about them.
         disagreements: number of these to which the judge did not give the kept label.
         least: at least this share of all labels are kept and not the judge's, with the given confidence at all times together.
-            Labels that the audit corrected are counted as kept.
+            Audited images do not count, because the audit corrected their labels.
         confidence: see ``least``.
         agree: share of the labels that must be the judge's; None if no share is required.
     """
@@ -34,12 +37,13 @@ class AuditFigures(BaseModel):
         """The figures after a number of images that could be read."""
         drawn = config.sampling.count(images)
         level = Promise(agreement=0.5, confidence=config.confidence).level
+        lower = Audit(asked=drawn, disagreements=disagreements).lower(level)
         return cls(
             share=config.share,
             drawn=drawn,
             kept=kept,
             disagreements=disagreements,
-            least=Audit(asked=drawn, disagreements=disagreements).lower(level),
+            least=max(0.0, lower - disagreements / images) if images else 0.0,
             confidence=config.confidence,
             agree=config.agree,
         )
@@ -53,9 +57,12 @@ class AuditFigures(BaseModel):
     def sentence(self) -> str:
         """The figures in words."""
         found = (
-            f"The audit asked about {self.kept:,} kept images; the judge gave another label to {self.disagreements:,} of them."
+            f"The audit asked about {self.kept:,} kept images; the judge did not give the kept label to "
+            f"{self.disagreements:,} of them."
         )
-        sure = f"With {100 * self.confidence:.4g} % confidence, at least {self.least:.1%} of all labels are not the judge's"
+        least = math.floor(1000 * self.least) / 10
+        sure = f"With {percent(self.confidence)} % confidence, at least {least} % of all labels are not the judge's"
         if not self.crossed or self.agree is None:
             return f"{found} {sure}."
-        return f"{found} {sure}; at most {1 - self.agree:.1%} may be. Escalate more images, or certify a new run with --agree."
+        wanted = f"at least {percent(self.agree)} % must be the judge's"
+        return f"{found} {sure}, but {wanted}. Escalate more images, or certify a new run with --agree."

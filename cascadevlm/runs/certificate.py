@@ -1,9 +1,10 @@
 """The certificate of a run as its files contain it, and its check from these files alone."""
 
+from decimal import Decimal
 from pathlib import Path
-from typing import Literal, Self, TypeAlias, TypedDict, Unpack
+from typing import Annotated, Literal, Self, TypeAlias, TypedDict, Unpack
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, Field, NonNegativeInt, ValidationError
 
 from cascadevlm.decision.certifying import Certificate
 
@@ -11,6 +12,9 @@ Phase = Literal["taught", "tested", "kept", "asked"]
 """What a certificate did with an image: it was asked about before the test, in the test, or after the test, or its label was kept
 without a question.
 """
+
+
+Share = Annotated[float, Field(gt=0, lt=1)]
 
 
 class Standing(BaseModel):
@@ -56,7 +60,7 @@ class Facts(BaseModel):
         found: number of drawn images of the prefix that disagree.
         kept: number of images whose label was kept without a question.
         questions: number of images that the judge was asked about.
-        unanswered: number of these images for which the judge gave no answer.
+        unanswered: number of these images without a label by the judge: it chose none of the candidates, or gave no answer.
         planned: expected number of questions before the test.
         scorer: fingerprint of the scorer.
         labels: digest of the texts of the labels.
@@ -66,21 +70,21 @@ class Facts(BaseModel):
         sentence: the certificate in words.
     """
 
-    agree: float
-    confidence: float
-    seed: int
-    images: int
-    allowed: int
-    first: int
-    taught: int
-    ordered: int
-    tested: int
+    agree: Share
+    confidence: Share
+    seed: NonNegativeInt
+    images: NonNegativeInt
+    allowed: NonNegativeInt
+    first: NonNegativeInt
+    taught: NonNegativeInt
+    ordered: NonNegativeInt
+    tested: NonNegativeInt
     most: int
-    prefix: int
-    found: int
-    kept: int
-    questions: int
-    unanswered: int
+    prefix: NonNegativeInt
+    found: NonNegativeInt
+    kept: NonNegativeInt
+    questions: NonNegativeInt
+    unanswered: NonNegativeInt
     planned: float
     scorer: str
     labels: str
@@ -115,19 +119,23 @@ class Facts(BaseModel):
 
     def in_words(self) -> str:
         """The certificate in words."""
-        sure, share = 100 * self.confidence, 100 * self.agree
         asked = f"The judge was asked about {self.questions:,} of {self.images:,} images."
-        if self.kept <= self.allowed:
-            promise = (
-                f"No label of the other {self.kept:,} images needed a test: at least {share:.4g} % of all labels are the judge's."
-            )
+        if self.unanswered:
+            others = self.images - self.unanswered
+            least = others - min(self.kept, self.allowed)
+            none = f"It gave no label to {self.unanswered:,} of them; only the labels of the other {others:,} images count here."
+            asked = f"{asked} {none}"
+            claim = f"at least {least:,} of these {others:,} labels are the judge's."
         else:
-            promise = (
-                f"With {sure:.4g} % confidence, it would give another label to at most {self.allowed:,} of the other "
-                f"{self.kept:,} images: at least {share:.4g} % of all labels are the judge's."
-            )
-        missing = f" This does not count {self.unanswered:,} images that got no answer: their labels are the scorer's."
-        return f"{asked} {promise}{missing if self.unanswered else ''}"
+            claim = f"at least {percent(self.agree)} % of all labels are the judge's."
+        if not self.kept:
+            return f"{asked} {claim.capitalize()}"
+        if self.kept <= self.allowed:
+            return f"{asked} No label of the {self.kept:,} images without a question needed a test: {claim}"
+        return (
+            f"{asked} With {percent(self.confidence)} % confidence, it would give another label to at most {self.allowed:,} of "
+            f"the {self.kept:,} images without a question: {claim}"
+        )
 
 
 class Finding(BaseModel):
@@ -143,6 +151,7 @@ class Finding(BaseModel):
         questions: number of images that the judge was asked about.
         named: number of these to which the judge gave the label.
         accepted: number of images with the label that the judge was not asked about.
+        unanswered: number of images that the judge was asked about and gave no answer for.
     """
 
     label: str
@@ -154,16 +163,19 @@ class Finding(BaseModel):
     questions: int
     named: int
     accepted: int
+    unanswered: int
 
     @property
     def sentence(self) -> str:
         """The promise in words."""
-        precise = "" if self.precision is None else f", and at least {100 * self.precision:.4g} % of the found images are right"
-        sure, share, found = 100 * self.confidence, 100 * self.recall, self.named + self.accepted
+        precise = "" if self.precision is None else f", and at least {percent(self.precision)} % of the found images are right"
+        missing = f" The judge gave no answer for {self.unanswered:,} images, which do not count here."
+        found = self.named + self.accepted
         return (
             f"The judge was asked about {self.questions:,} of {self.images:,} images. "
-            f"{found:,} images have the label {self.label!r}. With {sure:.4g} % confidence, these are at least "
-            f"{share:.4g} % of the images to which the judge would give this label{precise}."
+            f"{found:,} images have the label {self.label!r}. With {percent(self.confidence)} % confidence, these are at "
+            f"least {percent(self.recall)} % of the images to which the judge would give this label{precise}."
+            f"{missing if self.unanswered else ''}"
         )
 
 
@@ -188,6 +200,11 @@ class Missing(BaseModel):
             return told
         price = "" if self.dollars is None else f", for about ${self.dollars:.2f}"
         return f"{told} About {self.questions:,} questions are missing{price}."
+
+
+def percent(share: float) -> str:
+    """A share as a percentage with all its digits, for example "99.995"."""
+    return f"{(100 * Decimal(str(share))).normalize():f}"
 
 
 Statement: TypeAlias = Facts | Finding | Missing

@@ -274,7 +274,12 @@ class Asking:
                     prediction = self._skipped(shown) if outcome is None else outcome.prediction(row, shown, own)
                     folder.append(line.path, also | {digest_key(line.is_file): line.digest}, prediction)
                 else:
-                    folder.append_again(line.path, self.answers.content(number) | also)
+                    content = self.answers.content(number) | also
+                    if outcome is not None and outcome.is_rejected(content):
+                        own = self.images.some(np.array([number]))
+                        other = outcome.prediction(row, (), own)
+                        content |= {"label": other.label, "probability": other.probability}
+                    folder.append_again(line.path, content)
 
     def _skipped(self, candidates: tuple[Candidate, ...]) -> Prediction:
         best = candidates[0]

@@ -82,7 +82,7 @@ def estimate_agreement(
                 total = len(asking.readable)
                 if not total:
                     raise ImageError("No image can be read.", hint="Check the paths and the formats of the images.")
-                rows = first_rows(total, opening(total), agreements[0].seed)
+                rows = first_rows(asking.readable, opening(total), agreements[0].seed)
                 found = asking.answers_to(rows)
                 if found is None:
                     raise ConfigError(

@@ -1,7 +1,7 @@
 """What the rule of a run with a promise decided about its images, and the predictions of images without a question."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,6 +40,14 @@ class Outcome(ABC):
             candidates: the candidates that a question would have.
             scores: `(1, C)` scores of the image.
         """
+
+    def is_rejected(self, content: Mapping[str, JsonValue]) -> bool:
+        """True if an image that the judge was asked about must not keep its label. It then gets the label of `prediction`.
+
+        Args:
+            content: the fields of its line.
+        """
+        return False
 
     @abstractmethod
     def statement(self, folder: RunFolder, images: ScoredImages) -> Statement:
@@ -93,7 +101,7 @@ class Certified(Outcome):
         manifest, tally = folder.manifest, folder.tally
         return Facts.of(
             self.certificate,
-            unanswered=tally.asked - tally.answered,
+            unanswered=tally.asked - tally.counts["answered"],
             scorer=images.fingerprint,
             labels=images.labels.texts_digest,
             judge=manifest.stages[0],
@@ -103,7 +111,8 @@ class Certified(Outcome):
 
 
 class Sought(Outcome):
-    """The images of a class. An image that was neither asked about nor accepted has its most probable other label.
+    """The images of a class. An image that was not accepted, and that the judge gave no label to, has its most probable other
+    label.
 
     Args:
         config: what was promised.
@@ -118,6 +127,9 @@ class Sought(Outcome):
 
     def fields(self, row: int) -> dict[str, JsonValue]:
         return {}
+
+    def is_rejected(self, content: Mapping[str, JsonValue]) -> bool:
+        return content["label"] == self.config.label and content["decided_by"] != "judge"
 
     def prediction(self, row: int, candidates: tuple[Candidate, ...], scores: Scores) -> Prediction:
         accepted, column = row in self._accepted, self.result.column
@@ -135,4 +147,5 @@ class Sought(Outcome):
         known = self.config.model_dump()
         named, accepted = len(self.result.named), len(self.result.accepted)
         questions = self.images - len(self.unasked)
-        return Finding(**known, images=self.images, questions=questions, named=named, accepted=accepted)
+        unanswered = folder.tally.asked - folder.tally.answered
+        return Finding(**known, images=self.images, questions=questions, named=named, accepted=accepted, unanswered=unanswered)

@@ -395,10 +395,10 @@ class RunFolder(Observer):
         }
 
     def _unfinish(self) -> None:
-        """Delete the summary and the table, because they no longer match the predictions."""
+        """Delete the summary with its certificate, and the table, because they no longer match the predictions."""
         for name in (SUMMARY, TABLE):
             (self.folder / name).unlink(missing_ok=True)
-        self.finished = False
+        self.finished, self.tally.certificate = False, None
 
     def _count(self, path: str, prediction: Prediction | Line) -> None:
         if failure := failure_of(prediction):

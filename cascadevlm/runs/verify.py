@@ -9,12 +9,12 @@ from typing import get_args
 import numpy as np
 from pydantic import BaseModel, InstanceOf, ValidationError
 
-from cascadevlm.base.errors import DataError
+from cascadevlm.base.errors import CascadeError, DataError
 from cascadevlm.base.labels import LabelSet
 from cascadevlm.base.types import DecidedBy, Outcome
 from cascadevlm.config.agreement import AgreementConfig
 from cascadevlm.decision.agreement import draw, longest_prefix, most_found_of
-from cascadevlm.decision.certifying import first_rows
+from cascadevlm.decision.certifying import first_rows, opening
 from cascadevlm.judges.cache import key_of
 from cascadevlm.runs.certificate import Facts, Phase, Standing, read_certificate
 from cascadevlm.runs.lines import checked
@@ -49,11 +49,15 @@ class _Line(BaseModel):
         if standing.phase == "kept":
             if said is not None:
                 return "its label was kept without a question, but it has an answer of the judge"
-            return "" if self.label == standing.label else f"its label is {self.label!r}, but {standing.label!r} was kept"
+            if self.label != standing.label:
+                return f"its label is {self.label!r}, but {standing.label!r} was kept"
+            return "" if self.decided_by == "scorer" else "its label was kept, but not decided by the scorer"
         if said is None or said.outcome == "skipped":
             return f"the certificate counts it as {standing.phase!r}, but the judge was not asked about it"
         if said.label is not None and self.label != said.label:
             return f"its label is {self.label!r}, but the judge's is {said.label!r}"
+        if (said.label is not None) != (self.decided_by == "judge"):
+            return f"it is decided by {self.decided_by!r}, but the judge's label is {said.label!r}"
         return ""
 
 
@@ -61,6 +65,7 @@ class _Line(BaseModel):
 class _Found:
     """What the lines of N readable images contain, as lists of N numbers, and what is wrong with the lines."""
 
+    numbers: list[int] = field(default_factory=list)
     phases: list[int] = field(default_factory=list)
     log_odds: list[float] = field(default_factory=list)
     disagrees: list[bool] = field(default_factory=list)
@@ -81,7 +86,8 @@ class _Found:
                 if read is None or read.certificate is None:
                     continue
                 said = read.verdict.label if read.verdict else None
-                found.unanswered += read.verdict is not None and read.verdict.outcome not in ("answered", "none")
+                found.unanswered += read.verdict is not None and said is None
+                found.numbers.append(number - 1)
                 found.phases.append(numbers[read.certificate.phase])
                 found.log_odds.append(read.certificate.log_odds)
                 found.disagrees.append(said != read.certificate.label)
@@ -125,17 +131,21 @@ def verify(folder: Path) -> list[str]:
 
 def _settings(manifest: Manifest, facts: Facts) -> Iterator[str]:
     """The differences between the certificate and the manifest."""
-    configured = AgreementConfig.model_validate(manifest.config["agreement"])
-    expected: dict[str, object] = {
-        "agree": configured.agree,
-        "confidence": configured.confidence,
-        "seed": configured.seed,
-        "scorer": manifest.fingerprint,
-        "labels": LabelSet.of(manifest.labels).texts_digest,
-        "judge": manifest.stages[0],
-        "identity": key_of(manifest.judges.get(0, {})),
-        "prompt": manifest.contents.get("stage.0.prompt"),
-    }
+    try:
+        configured = AgreementConfig.model_validate(manifest.config["agreement"])
+        expected: dict[str, object] = {
+            "agree": configured.agree,
+            "confidence": configured.confidence,
+            "seed": configured.seed,
+            "scorer": manifest.fingerprint,
+            "labels": LabelSet.of(manifest.labels).texts_digest,
+            "judge": manifest.stages[0],
+            "identity": key_of(manifest.judges[0]),
+            "prompt": manifest.contents["stage.0.prompt"],
+        }
+    except (KeyError, IndexError, ValidationError, CascadeError):
+        yield "The manifest is not that of a complete run with a certificate."
+        return
     yield from _differences("the manifest", facts, expected)
 
 
@@ -143,13 +153,15 @@ def _test(facts: Facts, found: _Found) -> Iterator[str]:
     """What is wrong with the order, the draw and the test."""
     phases, log_odds = np.array(found.phases, dtype=np.int8), np.array(found.log_odds, dtype=np.float32)
     images, promise = len(phases), AgreementConfig(agree=facts.agree, confidence=facts.confidence).promise
-    if (phases[first_rows(images, facts.first, facts.seed)] != TAUGHT).any():
-        yield f"The first {facts.first} random images of the seed {facts.seed} were not all asked about before the test."
+    numbers = np.array(found.numbers, dtype=np.intp)
+    first = max(facts.first, opening(images))
+    if facts.first < first or (phases[first_rows(numbers, first, facts.seed)] != TAUGHT).any():
+        yield f"The first {first} random images of the seed {facts.seed} were not all asked about before the test."
     others = np.flatnonzero(phases != TAUGHT)
     order = others[np.argsort(-log_odds[others], kind="stable")]
     drawn, disagrees = phases[order] == TESTED, np.array(found.disagrees, dtype=bool)[order]
     tested = int(drawn.sum())
-    if (draw(len(order), tested, facts.seed) != drawn).any():
+    if (draw(numbers[order], tested, facts.seed) != drawn).any():
         yield f"The tested images are not the {tested} images that the seed {facts.seed} draws."
     allowed, level = promise.allowed(images), promise.level
     prefix = longest_prefix(drawn, disagrees, allowed=allowed, level=level)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy.stats import binomtest, hypergeom
+from scipy.stats import binomtest, chisquare, hypergeom
 
 from cascadevlm import InputError
 from cascadevlm.decision.agreement import Promise, draw, longest_prefix, most_found, most_found_of
@@ -66,20 +66,20 @@ def test_the_promise_is_kept_whatever_the_order(order: str) -> None:
         rng.shuffle(disagrees)
     elif order == "all disagree":
         disagrees[:] = True
-    count = sum(broken(draw(images, 150, seed), disagrees, allowed, level) for seed in range(1000))
+    count = sum(broken(draw(np.arange(images), 150, seed), disagrees, allowed, level) for seed in range(1000))
     assert binomtest(count, 1000, level, alternative="greater").pvalue > 0.01
 
 
 def test_the_law_uses_its_level() -> None:
     # A bound that is kept far too often costs questions.
     disagrees = np.random.default_rng(1).random(3000) < 0.2
-    count = sum(broken(draw(3000, 600, seed), disagrees, 300, 0.1) for seed in range(600))
+    count = sum(broken(draw(np.arange(3000), 600, seed), disagrees, 300, 0.1) for seed in range(600))
     assert count > 0.06 * 600
 
 
 @given(st.integers(1, 300), st.floats(0, 1), st.integers(0, 40), st.sampled_from([0.05, 0.1, 0.3]), st.integers(0, 1000))
 def test_a_prefix_holds_what_it_may(images: int, share: float, allowed: int, level: float, seed: int) -> None:
-    drawn = draw(images, round(share * images), seed)
+    drawn = draw(np.arange(images), round(share * images), seed)
     disagrees = drawn & (np.random.default_rng(seed).random(images) < 0.3)
     prefix = longest_prefix(drawn, disagrees, allowed=allowed, level=level)
     most = most_found_of(images, int(drawn.sum()), allowed=allowed, level=level)
@@ -102,7 +102,21 @@ def test_nothing_is_promised_without_a_draw() -> None:
     assert longest_prefix(nothing[:5], nothing[:5], allowed=7, level=0.05) == 5
 
 
-def test_a_draw_depends_on_the_seed_alone() -> None:
-    assert (draw(500, 40, 3) == draw(500, 40, 3)).all()
-    assert (draw(500, 40, 3) != draw(500, 40, 4)).any()
-    assert draw(500, 40, 3).sum() == 40
+def test_a_draw_depends_on_the_seed_and_the_numbers_of_the_images() -> None:
+    numbers = np.random.default_rng(0).permutation(500)
+    drawn = draw(numbers, 40, 3)
+    assert drawn.sum() == 40
+    assert (drawn == draw(numbers, 40, 3)).all()
+    assert (drawn != draw(numbers, 40, 4)).any()
+    assert {*numbers[drawn].tolist()} == {*np.flatnonzero(draw(np.arange(500), 40, 3)).tolist()}
+
+
+def test_an_image_that_is_added_hardly_changes_a_draw() -> None:
+    every = np.arange(500)
+    before, after = (set(numbers[draw(numbers, 40, 3)].tolist()) for numbers in (np.delete(every, 123), every))
+    assert len(before - after) <= 1
+
+
+def test_each_image_is_drawn_equally_often() -> None:
+    hits = np.sum([draw(np.arange(100, 120), 5, seed) for seed in range(2000)], axis=0)
+    assert chisquare(hits).pvalue > 0.001

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from scipy.stats import binomtest
 
 from cascadevlm import InputError
@@ -11,6 +12,7 @@ from cascadevlm.base.arrays import NOBODY, Columns
 from cascadevlm.decision import certifying
 from cascadevlm.decision.agreement import Rows
 from cascadevlm.decision.finding import Found, Wanted, find, precise_prefix
+from cascadevlm.decision.judge_model import NONE_CHOSEN
 from cascadevlm.decision.opinions import Images, Opinion
 from cascadevlm.decision.scorer_calibration import ScorerCalibration
 
@@ -98,17 +100,37 @@ def test_few_images(total: int) -> None:
 
 def test_a_judge_that_never_names_the_class_finds_nothing() -> None:
     images, answers = world(3)
-    found, asked = found_in(images, np.full_like(answers, NOBODY), Wanted(recall=0.9), 0)
+    found, asked = found_in(images, np.full_like(answers, NONE_CHOSEN), Wanted(recall=0.9), 0)
     assert not len(found.named)
     assert len(asked) == 500  # no image may be missed
+
+
+def test_questions_that_fail_hide_no_image_of_the_class() -> None:
+    images, answers = world(6, share=0.2, skill=0.3)
+    missed = 0
+    for seed in range(200):
+        seeking, rng = find(images, 1, Wanted(recall=0.8), seed=seed), np.random.default_rng(seed)
+        rows, truths = next(seeking), answers.copy()
+        while True:
+            failed = rows[rng.random(len(rows)) < 0.4]  # images that are not asked about would not have failed
+            truths[failed] = NOBODY
+            try:
+                rows = seeking.send(truths[rows])
+            except StopIteration as end:
+                found: Found = end.value
+                break
+        assert (truths[found.named] == 1).all()
+        missed += recall(found, truths) < 0.8
+    assert binomtest(missed, 200, 0.05, alternative="greater").pvalue > 0.01
 
 
 def test_images_that_cannot_be_read_do_not_count() -> None:
     images, answers = world(4)
     rows = np.arange(0, 500, 2)
-    part, _ = found_in(replace(images, rows=rows), answers[rows], Wanted(recall=0.9), 0)
-    other, _ = found_in(Images(log_probs=images.log_probs[rows]), answers[rows], Wanted(recall=0.9), 0)
-    assert part.named.tolist() == other.named.tolist()
+    found, asked = found_in(replace(images, rows=rows), answers[rows], Wanted(recall=0.9), 0)
+    assert sorted(found.asked.tolist()) == sorted(asked)
+    assert max(asked) < 250
+    assert recall(found, answers[rows]) >= 0.9
 
 
 def test_the_missable_number_is_exact() -> None:
@@ -141,6 +163,21 @@ def test_accuracy_is_kept_on_a_labelled_sample(order: str) -> None:
     assert binomtest(broken, 200, 0.05, alternative="greater").pvalue > 0.01
     if order == "ordinary":  # the longest prefix with 10 % wrong has about 1,100 images
         assert np.mean(lengths) > 600
+
+
+def test_the_lengths_that_are_tested_do_not_depend_on_the_draw(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def cdf(found: NDArray[np.floating], lengths: Columns, wrong: Columns, drawn: Columns) -> NDArray[np.floating]:
+        seen.append((found.tolist(), drawn.tolist()))
+        return np.zeros(len(found))
+
+    monkeypatch.setattr("cascadevlm.decision.finding.hypergeom.cdf", cdf)
+    for seed in range(2):
+        drawn = np.random.default_rng(seed).permutation(400) < 100
+        precise_prefix(drawn, np.zeros(400, dtype=bool), share=0.1, level=0.05)
+    assert seen[0] == seen[2]
+    assert seen[1] != seen[3]
 
 
 def test_only_labels_of_drawn_images_count() -> None:

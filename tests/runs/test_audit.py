@@ -1,6 +1,7 @@
 """Runs with an audit of the images that their policy keeps."""
 
 import json
+import re
 import warnings
 from pathlib import Path
 
@@ -51,13 +52,17 @@ def test_one_kept_image_per_block_is_asked_about(tmp_path: Path) -> None:
 
 
 def test_a_broken_promise_is_told_once_also_by_a_run_that_goes_on(tmp_path: Path) -> None:
-    with pytest.warns(RuntimeWarning, match="at most 10.0% may be. Escalate more images") as told:
+    with pytest.warns(RuntimeWarning, match="but at least 90 % must be the judge's. Escalate more images") as told:
         tally = run(tmp_path, FakeJudge(reply=second), count=900, policy="never")
     assert len(told) == 1
     assert tally.audit is not None
     assert tally.audit.crossed
     assert tally.audit.disagreements == tally.audit.kept == 90
-    with pytest.warns(RuntimeWarning, match="may be. Escalate"):
+    assert 0.7 < tally.audit.least < 0.9  # the labels of 90 images are the judge's now
+    share = re.search(r"at least ([\d.]+) % of all labels are not", tally.audit.sentence)
+    assert share is not None
+    assert 0 <= tally.audit.least - float(share[1]) / 100 < 0.001
+    with pytest.warns(RuntimeWarning, match="must be the judge's. Escalate"):
         assert run(tmp_path, FakeJudge(reply=second), count=908, policy="never").images == 908
 
 

@@ -29,6 +29,7 @@ from cascadevlm.base.errors import ConfigError, DataError, PermanentError
 from cascadevlm.base.images import pixel_digest
 from cascadevlm.base.labels import Label, LabelSet
 from cascadevlm.base.types import Candidate, Prediction, Question
+from cascadevlm.cascade.candidates import TopK
 from cascadevlm.config.agreement import AgreementConfig, require_certifiable
 from cascadevlm.config.config import Config
 from cascadevlm.decision.judge_model import JudgeModel
@@ -68,8 +69,9 @@ def plausible(question: Question) -> str:
     return "ANSWER: A" if draw < question.candidates[0].probability else "ANSWER: B"
 
 
-def cascade(judge: FakeJudge, **options: object) -> Cascade:
-    stage = Stage(judge=judge, prompt=load_prompt("select"))
+def cascade(judge: FakeJudge, *, offer_none: bool = False, widen: int = 0, **options: object) -> Cascade:
+    candidates = TopK(k=2) if widen else TopK(k=10)
+    stage = Stage(judge=judge, prompt=load_prompt("select"), offer_none=offer_none, widen=widen, candidates=candidates)
     return Cascade(FakeScorer(), [stage], labels=LABELS, batch_size=8, **options)  # type: ignore[arg-type]
 
 
@@ -269,12 +271,81 @@ def test_failed_questions_count_as_disagreement_and_can_be_retried(tmp_path: Pat
     tally = run(tmp_path, FakeJudge(reply=failing))
     found = facts(tmp_path)
     assert found.unanswered == tally.counts["failed"] > 10
-    assert "This does not count" in found.sentence
+    assert f"It gave no label to {found.unanswered} of them" in found.sentence
     assert verify(tmp_path) == []
     failed = [line for line in lines(tmp_path) if line["verdict"] and line["verdict"]["outcome"] == "failed"]
     assert all(line["decided_by"] == "scorer" for line in failed)
     judge = FakeJudge(reply=plausible)
     assert run(tmp_path, judge, retry_failed=True).counts["failed"] == 0
+    assert verify(tmp_path) == []
+    run(tmp_path / "whole")
+    assert lines(tmp_path) == lines(tmp_path / "whole")
+
+
+def test_a_stopped_retry_has_no_certificate(tmp_path: Path) -> None:
+    run(tmp_path, FakeJudge(reply=sometimes(PermanentError("No answer."))))
+    assert run(tmp_path, retry_failed=True, stopping=lambda: True).certificate is None
+
+
+def sometimes(reply: str | Exception) -> Callable[[Question], str | Exception]:
+    """This answer for an eighth of the images."""
+    return lambda question: reply if int(question.image_digest[-1], 16) < 2 else plausible(question)
+
+
+def test_images_that_show_none_of_the_candidates_have_no_label_by_the_judge(tmp_path: Path) -> None:
+    tally = run(tmp_path, FakeJudge(reply=sometimes("ANSWER: none")), offer_none=True)
+    found, read = facts(tmp_path), lines(tmp_path)
+    assert (
+        found.unanswered
+        == tally.counts["none"]
+        == sum(bool(line["verdict"]) and line["decided_by"] != "judge" for line in read)
+        > 10
+    )
+    others = 300 - found.unanswered
+    assert f"at least {others - found.allowed} of these {others} labels are the judge's" in found.sentence
+    assert "all labels" not in found.sentence
+    assert verify(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        (
+            {"kept": 0, "questions": 298},
+            "The judge was asked about 298 of 298 images. At least 99.995 % of all labels are the judge's.",
+        ),
+        (
+            {"kept": 20, "questions": 278, "unanswered": 3},
+            "The judge was asked about 278 of 298 images. It gave no label to 3 of them; only the labels of the other 295 images "
+            "count here. No label of the 20 images without a question needed a test: at least 275 of these 295 labels are the "
+            "judge's.",
+        ),
+    ],
+)
+def test_a_certificate_says_what_is_true(certified: Path, changes: dict[str, int], sentence: str) -> None:
+    plain = {"images": 298, "allowed": 29, "agree": 0.99995, "unanswered": 0}
+    assert facts(certified).model_copy(update=plain | changes).in_words() == sentence
+
+
+def test_a_wider_question_without_money_is_asked_in_a_later_session(tmp_path: Path) -> None:
+    class Wide(PaidJudge):
+        def _next(self, question: Question) -> str:
+            return "ANSWER: none" if question.candidates[0].rank == 1 else "ANSWER: A"
+
+    poor, rich = Wide(), Wide()
+    asked: dict[str, Any] = {"offer_none": True, "widen": 1, "images": Pictures(12), "agreement": AgreementConfig(agree=0.99)}
+    assert isinstance(run(tmp_path, poor, ledger=Ledger(0.15), **asked).certificate, Missing)
+    tally = run(tmp_path, rich, ledger=Ledger(None), **asked)
+    assert tally.counts == {"answered": 12}
+    assert len(poor.questions) + len(rich.questions) == 24
+    assert verify(tmp_path) == []
+
+
+def test_an_image_that_can_be_read_later_changes_few_questions(tmp_path: Path) -> None:
+    run(tmp_path, images=Pictures(300, broken=(3,)))
+    judge = FakeJudge(reply=plausible)
+    run(tmp_path, judge, retry_failed=True)
+    assert len(judge.questions) < 40
     assert verify(tmp_path) == []
     run(tmp_path / "whole")
     assert lines(tmp_path) == lines(tmp_path / "whole")
@@ -396,6 +467,10 @@ def no_answer(read: list[dict[str, Any]]) -> None:
     of_phase(read, "asked")[0]["verdict"] = None
 
 
+def another_decider(read: list[dict[str, Any]], phase: str) -> None:
+    of_phase(read, phase)[0]["decided_by"] = "judge" if phase == "kept" else "scorer"
+
+
 def a_lost_line(read: list[dict[str, Any]]) -> None:
     read.remove(of_phase(read, "kept")[0])
 
@@ -420,6 +495,8 @@ def certified(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (another_draw, "are not the"),
         (a_hidden_disagreement, "found is"),
         (another_teaching, "taught is"),
+        (partial(another_decider, phase="kept"), "not decided by the scorer"),
+        (partial(another_decider, phase="asked"), "it is decided by 'scorer'"),
         (no_answer, "the judge was not asked about it"),
         (a_lost_line, "images is 300"),
         (an_uncertified_line, "the certificate does not mention it"),
@@ -470,6 +547,32 @@ def test_every_edit_of_the_certificate_is_found(certified: Path, tmp_path: Path,
     summary["certificate"][name] = value
     (tmp_path / "run" / "summary.json").write_text(json.dumps(summary))
     assert any(f"{name} is" in fault for fault in verify(tmp_path / "run"))
+
+
+def test_fewer_first_images_are_found(certified: Path, tmp_path: Path) -> None:
+    shutil.copytree(certified, tmp_path / "run")
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    summary["certificate"]["first"] = 0
+    (tmp_path / "run" / "summary.json").write_text(json.dumps(summary))
+    assert "The first 75 random images" in verify(tmp_path / "run")[0]
+
+
+@pytest.mark.parametrize("changes", [{"config": {}}, {"stages": []}, {"judges": {}}, {"config": {"agreement": {"agree": 2}}}])
+def test_a_manifest_that_does_not_fit_is_a_fault(certified: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
+    shutil.copytree(certified, tmp_path / "run")
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    (tmp_path / "run" / "manifest.json").write_text(json.dumps(manifest | changes))
+    assert verify(tmp_path / "run") == ["The manifest is not that of a complete run with a certificate."]
+
+
+@pytest.mark.parametrize("changes", [{"agree": 2}, {"confidence": 0}, {"seed": -1}, {"first": -1}])
+def test_a_certificate_with_impossible_numbers_is_none(certified: Path, tmp_path: Path, changes: dict[str, float]) -> None:
+    shutil.copytree(certified, tmp_path / "run")
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    summary["certificate"] |= changes
+    (tmp_path / "run" / "summary.json").write_text(json.dumps(summary))
+    with pytest.raises(DataError, match="contains no certificate"):
+        verify(tmp_path / "run")
 
 
 @pytest.mark.parametrize(("ability", "said"), [(0.2, True), (9.0, False)])

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from scipy.stats import binomtest
 
-from cascadevlm.base.errors import ConfigError
+from cascadevlm.base.errors import ConfigError, PermanentError
 from cascadevlm.base.labels import LabelSet
 from cascadevlm.config.config import Config
 from cascadevlm.config.finding import FindConfig
@@ -15,7 +15,7 @@ from cascadevlm.runs import bulk
 from cascadevlm.runs.certificate import Finding, Missing
 from cascadevlm.runs.tally import Tally
 from cascadevlm.testing import FakeJudge
-from tests.runs.test_certified import LABELS, PaidJudge, Pictures, answers_of, cascade, lines, plausible
+from tests.runs.test_certified import LABELS, PaidJudge, Pictures, answers_of, cascade, lines, plausible, sometimes
 
 FIND = FindConfig(label="owl", recall=0.8)
 
@@ -41,6 +41,21 @@ def test_most_images_of_the_class_are_found(tmp_path: Path, precision: float | N
     assert right >= 0.8 * sum(label == "owl" for label in truths.values())
     assert right >= (precision or 1) * len(owls)
     assert run(tmp_path, FakeJudge(reply=plausible), find) == tally
+
+
+@pytest.mark.parametrize("reply", ["ANSWER: none", PermanentError("No answer.")])
+def test_images_without_an_answer_do_not_have_the_label(tmp_path: Path, reply: str | Exception) -> None:
+    tally = run(tmp_path, FakeJudge(reply=sometimes(reply)), offer_none=True)
+    found, owls = tally.certificate, [line for line in lines(tmp_path) if line["label"] == "owl"]
+    assert isinstance(found, Finding)
+    assert len(owls) == found.named
+    assert all(line["decided_by"] == "judge" for line in owls)
+    rejected = [line for line in lines(tmp_path) if line["verdict"] and line["decided_by"] == "scorer"]
+    best = [min(line["candidates"], key=lambda each: each["rank"])["label"] for line in rejected]
+    assert "owl" in best
+    failed = isinstance(reply, Exception)
+    assert found.unanswered == (len(rejected) if failed else 0)
+    assert ("which do not count here" in found.sentence) == failed
 
 
 def test_the_recall_is_kept_over_many_runs(tmp_path: Path) -> None:
