@@ -113,7 +113,7 @@ def read_said(folder: Path) -> Said:
         labels=labels,
         config=config,
         calibration=calibration,
-        scores=kept and kept.some(np.array(numbers, dtype=np.intp)),
+        scores=None if kept is None else kept.some(np.array(numbers, dtype=np.intp)),
     )
 
 

@@ -178,7 +178,7 @@ def test_addresses_are_read_and_named_without_credentials(tmp_path: Path) -> Non
     with system.open("/pictures/a.png", "wb") as file:
         noise(0).save(file, "PNG")
     noise(1).save(tmp_path / "b.png")
-    addresses = ["memory://pictures/a.png?key=s3cret", "memory://pictures/a.png", tmp_path / "b.png"]
+    addresses: list[str | Path] = ["memory://pictures/a.png?key=s3cret", "memory://pictures/a.png", tmp_path / "b.png"]
     tally = by_hand(FakeJudge(), policy="never").run(addresses, tmp_path / "run")
     names = [json.loads(line)["path"] for line in (tmp_path / "run" / "predictions.jsonl").read_text().splitlines()]
     assert names == ["memory://pictures/a.png?key=***", "memory://pictures/a.png", str(tmp_path / "b.png")]

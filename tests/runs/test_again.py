@@ -105,7 +105,7 @@ def test_images_in_a_table_keep_their_digests_and_teach_an_adapter(tmp_path: Pat
     without = read_said(tmp_path / "again")  # this folder contains no scores
     assert without.scores is None
     assert (len(without.images), {type(image) for image in without.images}) == (60, {bytes})
-    inputs.path.rename(tmp_path / "gone")  # the scores make the images unnecessary
+    Path(inputs.path).rename(tmp_path / "gone")  # the scores make the images unnecessary
     scored = read_said(tmp_path / "run")
     assert scored.scores is not None
     assert len(scored.scores) == len(scored.images) == 60

@@ -86,7 +86,7 @@ def run(
     **options: object,
 ) -> Tally:
     return bulk.run(
-        cascade(judge or FakeJudge(reply=plausible), **options),
+        cascade(judge or FakeJudge(reply=plausible), **options),  # type: ignore[arg-type]
         images or Pictures(300),
         folder,
         config={"agreement": agreement.model_dump()},

@@ -21,7 +21,8 @@ FIND = FindConfig(label="owl", recall=0.8)
 
 
 def run(folder: Path, judge: FakeJudge, find: FindConfig = FIND, *, count: int = 300, **options: object) -> Tally:
-    return bulk.run(cascade(judge, **options), Pictures(count), folder, config={"find": find.model_dump()}, promised=find)
+    asking = cascade(judge, **options)  # type: ignore[arg-type]
+    return bulk.run(asking, Pictures(count), folder, config={"find": find.model_dump()}, promised=find)
 
 
 @pytest.mark.parametrize("precision", [None, 0.5])
