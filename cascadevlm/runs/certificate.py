@@ -195,7 +195,7 @@ class Missing(BaseModel):
     @property
     def sentence(self) -> str:
         """What is missing, in words."""
-        told = f"There is no certificate, because the budget was used up after {self.asked:,} questions."
+        told = f"The budget was used up after {self.asked:,} questions, so nothing is promised about the labels."
         if self.questions is None:
             return told
         price = "" if self.dollars is None else f", for about ${self.dollars:.2f}"
