@@ -501,7 +501,7 @@ def test_an_array_is_one_image_and_an_empty_one_none() -> None:
 FRAME = pandas.DataFrame({"path": ["a.png"], "label": ["red bird"]})
 REFUSED: dict[str, tuple[object, str]] = {
     "DataFrame": (FRAME, r"is a table \(DataFrame\)"),
-    "pyarrow": (pyarrow.table({"path": ["a.png"]}), r"is a table \(Table\)"),
+    "pyarrow": (pyarrow.table({"path": ["a.png"], "sku": [7]}), r"is a table \(Table\)"),
     "dict": ({"path": ["a.png"]}, r"is a table \(dict\)"),
     "texts": (np.array(["a.png", "b.png"]), r"an array of dtype <U5; an array of images has the dtype uint8\. .*tolist"),
     "objects": (np.array([Path("a.png"), Path("b.png")]), "an array of dtype object"),
