@@ -37,6 +37,9 @@ from cascadevlm.decision.opinions import Images, Rule
 LENGTHS = 60
 """Number of prefixes whose precision is tested."""
 
+BEGINNINGS = (1, 3)
+"""The tests of prefixes begin anew at these multiples of the first length that is worth a test."""
+
 STEPS = 200
 """The questions below the border are asked in about so many steps."""
 
@@ -104,9 +107,11 @@ class Found:
 def precise_prefix(drawn: Bools, wrong: Bools, *, share: float, level: float) -> int:
     """The length of the longest prefix that has at most a share of wrong images, with a probability of at least 1 - level.
 
-    The tests begin with the shortest prefix that could pass with half of the allowed share of wrong images among the drawn ones.
-    The number of drawn images in a prefix is taken to be its expected value there. So the tests depend on the number of drawn
-    images, and neither on the draw nor on what is wrong.
+    The tests begin with the shortest prefix that could pass with half of the allowed share of wrong images among the drawn ones,
+    and go on to longer prefixes until one fails. They begin once more at three times this length, because a short prefix fails by
+    chance more often. Each of the two series may be wrong with half of the level. The number of drawn images in a prefix is taken
+    to be its expected value for the choice of the lengths. So the choice depends on the number of drawn images, and neither on
+    the draw nor on what is wrong.
 
     Args:
         drawn: `(N,)`, surest first: a uniform random sample without replacement.
@@ -120,11 +125,17 @@ def precise_prefix(drawn: Bools, wrong: Bools, *, share: float, level: float) ->
     counted = np.cumsum(drawn)[lengths - 1]
     allowed = np.array([math.floor(most * int(length)) for length in lengths], dtype=np.int64)
     expected = lengths * int(drawn.sum()) // max(len(drawn), 1)
+    level /= len(BEGINNINGS)
     powerful = hypergeom.cdf(np.floor(expected * share / 2), lengths, allowed + 1, expected) <= level
-    begin = int(powerful.argmax()) if powerful.any() else len(lengths)
-    found = np.cumsum(drawn & wrong)[lengths - 1]
-    passed = np.logical_and.accumulate(hypergeom.cdf(found, lengths, allowed + 1, counted)[begin:] <= level)
-    return int(lengths[begin:][passed][-1]) if passed.any() else 0
+    if not powerful.any():
+        return 0
+    passed = hypergeom.cdf(np.cumsum(drawn & wrong)[lengths - 1], lengths, allowed + 1, counted) <= level
+    longest = 0
+    for multiple in BEGINNINGS:
+        begin = int(np.searchsorted(lengths, multiple * lengths[powerful.argmax()]))
+        unbroken = np.logical_and.accumulate(passed[begin:])
+        longest = max(longest, int(lengths[begin:][unbroken].max(initial=0)))
+    return longest
 
 
 def find(images: Images, column: int, wanted: Wanted, *, seed: int = 0) -> Seeking:

@@ -71,8 +71,8 @@ def test_a_wrong_key_is_named_with_its_file(tmp_path: Path) -> None:
     (tmp_path / "mine.toml").write_text('[scorer]\nuse = "open_clip:aviary"\ntemplate = "x"\n')
     with pytest.raises(ConfigError, match=r"mine\.toml: The key 'scorer\.template' is unknown"):
         Cascade.from_config(tmp_path / "mine.toml", labels=NAMES)
-    with pytest.raises(ConfigError, match="config: The key 'scorer' is missing"):
-        Cascade.from_config({}, labels=NAMES)
+    with pytest.raises(ConfigError, match=r"config: The key 'scorer\.template' is unknown"):
+        Cascade.from_config({"scorer": {"use": "open_clip:aviary", "template": "x"}}, labels=NAMES)
 
 
 def test_a_run_that_was_interrupted_continues_with_the_same_call(birds: Path, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from tests.server.faults import ERRORS
 
 __all__ = ["no_waiting"]
 
-TIMEOUT = 0.2
+TIMEOUT = 0.4
 WORST = "worst"
 """The maximum cost is counted, because it is not known whether the request was billed."""
 

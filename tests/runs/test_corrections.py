@@ -20,6 +20,7 @@ from pydantic import JsonValue
 
 from cascadevlm.base.annotation_files import ANOTHER, NONE
 from cascadevlm.base.errors import DataError
+from cascadevlm.base.tables import shortened
 from cascadevlm.runs.correction_files import Imported, import_corrections
 from cascadevlm.runs.corrections import CORRECTIONS, Correction, Corrections, add_corrections, read_corrections
 from cascadevlm.runs.export import export
@@ -197,7 +198,7 @@ def test_all_errors_of_a_file_are_one_sentence_and_nothing_is_imported(run: Path
     assert "1 images are not in the run ('x.jpg, line 4')" in told
     assert "1 labels are not in the label set ('wrem, line 5')" in told
     assert "Did you mean 'wren'?" in told
-    assert f"1 images occur more than once ({images[0]!r})" in told
+    assert f"1 images occur more than once ({shortened(images[0])!r})" in told
     assert "Nothing was imported." in told
 
 
@@ -354,7 +355,7 @@ def test_two_names_of_one_image_are_one_image(
     write_lines(run / "predictions.jsonl", predictions(Path("run/images")))
     name = predictions(Path("run/images"))[0].path
     told = faulty(run, tmp_path / "a.csv", [{"image": images[0], "label": WREN}, {"image": name, "label": ROBIN}])
-    assert f"1 images occur more than once ({name!r})" in told
+    assert f"1 images occur more than once ({shortened(name)!r})" in told
 
 
 def test_an_annotation_with_several_labels_is_refused(run: Path, images: list[str], tmp_path: Path) -> None:
