@@ -8,8 +8,8 @@ One line of JSON per set, number of copies of each image, T and delta, as means 
 - asked: share of the images that the judge is asked about, teaching and testing included, and its standard error;
 - planned: the same, as planned before the test; estimated: as estimated from the first 200 answers;
 - broken: number of draws with more final answers that are not the judge's than promised;
-- right, judge and fused: where the truth is known, share of right final answers, of right answers of the judge, and of right
-  answers of both opinions fused by the class's log-odds;
+- right, judge and fused: where the truth is known, share of right final answers, of right answers of the judge to all images,
+  and of right answers of both opinions fused for each image that was asked about;
 - BARGAIN: share of the images that its oracle is asked about, on the scorer's own probabilities, and broken promises.
 
 ``--law`` adds many draws of the test alone, for the orders that some draws taught, and for reversed and random orders.
@@ -107,7 +107,7 @@ def figures(judged: Judged, promise: Promise, draws: int) -> dict[str, object]:
         "broken": broken,
         "draws": draws,
         "right": round(float(np.mean([each.certified for each in right])), 4),
-        "judge": round(float(np.mean([each.judge for each in right])), 4),
+        "judge": round(float((judged.answers == judged.truths).mean()), 4),
         "fused": round(float(np.mean([each.fused for each in right])), 4),
         "seconds per draw": round((time.process_time() - began) / draws, 2),
     }
