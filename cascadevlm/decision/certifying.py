@@ -197,7 +197,7 @@ def certify(images: Images, promise: Promise, *, seed: int = 0) -> Asking:
         asked, first = np.concatenate([asked, more]), first + len(more)
         plan = plan_test(images, asked, answers[asked], partial(_always, allowed), promise.level)
         kept = len(plan.order) - plan.cost
-        worth = first * kept / total < WORTH * plan.cost and 2 * first <= min(MOST_FIRST, total // 2)
+        worth = first * kept / total < WORTH * plan.cost and 2 * first <= min(MOST_FIRST, total // 4)
         more = random[first : 2 * first] if worth else random[:0]
     while True:
         beyond = len(plan.order) - int(np.searchsorted(plan.expected, BEYOND * allowed))
