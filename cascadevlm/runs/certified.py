@@ -232,7 +232,7 @@ class Asking:
         """The images of a class; None if the run was stopped or the budget was used up."""
         column = config.column(self.images.labels)
         result = self.driven(find(self.scored, column, config.wanted, seed=config.seed))
-        return None if result is None else Sought(config, result, len(self.readable))
+        return None if result is None else Sought(config, result, self.images.labels.names)
 
     def missing(self, promised: Promised) -> Missing:
         """What is missing after the budget was used up."""
@@ -265,7 +265,8 @@ class Asking:
             chosen = enumerate(self.stage.candidates.choose(scores))
             for number, line, of_image in zip(numbers.tolist(), lines, told, strict=False):
                 row = int(rows[number])
-                also = {**of_image} | ({} if outcome is None or line.error else outcome.fields(row))
+                place_in = {} if outcome is None or line.error else {"certificate": outcome.standing(row).model_dump()}
+                also = {**of_image} | place_in
                 if line.error:
                     folder.append(line.path, also, Prediction(error=line.error))
                 elif unasked[number]:

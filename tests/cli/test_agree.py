@@ -95,6 +95,13 @@ def test_wrong_calls_say_so(tmp_path: Path, options: tuple[str, ...], message: s
     assert not (tmp_path / "run").exists()
 
 
+def test_verify_checks_a_search_for_a_class(tmp_path: Path) -> None:
+    label = (AVIARY / "labels.txt").read_text().splitlines()[0]
+    done = run("run", AVIARY / "images", "-o", tmp_path / "run", *LOCAL, "--recall", f"{label}=0.6", "--json")
+    assert json.loads(done.stdout)["certificate"]["label"] == label
+    assert run("verify", tmp_path / "run").stdout.startswith("The certificate holds. The judge was asked about")
+
+
 def test_a_run_without_a_certificate_has_nothing_to_verify(tmp_path: Path) -> None:
     run("run", AVIARY / "images", "-o", tmp_path / "run", *LOCAL, "--policy", "never")
     done = run("verify", tmp_path / "run", check=False)

@@ -554,7 +554,7 @@ def test_fewer_first_images_are_found(certified: Path, tmp_path: Path) -> None:
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     summary["certificate"]["first"] = 0
     (tmp_path / "run" / "summary.json").write_text(json.dumps(summary))
-    assert "The first 75 random images" in verify(tmp_path / "run")[0]
+    assert verify(tmp_path / "run") == ["In the certificate, first is 0; by the predictions, it is 75."]
 
 
 @pytest.mark.parametrize("changes", [{"config": {}}, {"stages": []}, {"judges": {}}, {"config": {"agreement": {"agree": 2}}}])
