@@ -38,7 +38,7 @@ from cascadevlm.policies.rules import Always
 from cascadevlm.runs.answers_file import ASKED, AnswersFile
 from cascadevlm.runs.certificate import Missing
 from cascadevlm.runs.inputs import Labelled, Named, about, some
-from cascadevlm.runs.lines import checked
+from cascadevlm.runs.lines import Line, checked
 from cascadevlm.runs.outcomes import Certified, Outcome, Sought
 from cascadevlm.runs.run_folder import RunFolder, digest_key
 from cascadevlm.runs.scored_first import AT_ONCE, Numbers, ScoredImages, score_first
@@ -295,15 +295,17 @@ class Asking:
         )
 
 
-def questions_left(folder: Path, total: int) -> int:
-    """Number of images that a certified run may still ask its judge about.
+def questions_left(folder: Path, total: int, *, retry_failed: bool) -> int:
+    """Largest number of images that a certified run may still ask its judge about.
 
     Args:
         folder: folder of the run. It may not exist yet.
         total: number of images of the run.
+        retry_failed: true to count failed questions, too. The answers that come after them may then be others.
     """
     path = folder / ASKED
     if not path.exists():
         return total
     with path.open("rb") as lines:
-        return total - sum(checked(line) is not None for line in lines)
+        bodies = (body for body in map(checked, lines) if body is not None)
+        return total - sum(not (retry_failed and Line.read(body).failed) for body in bodies)
