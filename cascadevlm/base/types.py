@@ -26,6 +26,9 @@ names no candidate ("unparsed"), an error ("failed"), or no question because the
 AUDITED = "audit"
 """The last of the reasons of an image that was not escalated by a policy, but drawn for an audit."""
 
+PROMISE_BROKEN = "audit: too few labels are the judge's"
+"""The last of the reasons of an image that was not escalated by a policy, but because an audit shows a broken promise."""
+
 DecidedBy = Literal["scorer", "judge", "fusion"]
 
 
@@ -329,6 +332,12 @@ class Prediction:
     def audited(self) -> bool:
         """True if the judge was asked because of an audit."""
         return AUDITED in self.reasons
+
+    @property
+    def differing(self) -> bool:
+        """True if an audit asked the judge, and the judge did not give the scorer's label."""
+        best = min(self.candidates, key=lambda candidate: candidate.rank, default=None)
+        return self.audited and self.asked and self.verdict is not None and self.verdict.label != (best and best.label.name)
 
     @property
     def verdict(self) -> Verdict | None:

@@ -30,6 +30,7 @@ from cascadevlm.cascade.learner import Learner
 from cascadevlm.cascade.observer import Observer
 from cascadevlm.cascade.running_stage import RunningStage
 from cascadevlm.cascade.stage import Stage
+from cascadevlm.decision.auditing import Watch, Watched
 from cascadevlm.decision.calibration import Calibration
 from cascadevlm.decision.distinct import keys_of
 from cascadevlm.decision.learning import Learned
@@ -70,12 +71,14 @@ class Checkpoint:
         images: number of images before this position, readable or not.
         spending: the state of every stage's spending at this position.
         seen: sums from which the shares of the classes were estimated; empty if the shares are not followed.
+        watched: what the audit has found, if there is an audit with a promise.
         learned: what the run has learned, if it learns; the place is then the beginning of a period. It is no part of the JSON.
     """
 
     images: int = 0
     spending: tuple[Spending, ...] = ()
     seen: Seen = Seen()
+    watched: Watched = Watched()
     learned: Annotated[InstanceOf[Learned] | None, Field(exclude=True)] = None
 
 
@@ -167,6 +170,8 @@ class Run:
             if settings.learns_from is None
             else Learner(settings.learns_from, settings.batch_size, settings.stages, start.learned, settings.unlabelled)
         )
+        audits = [stage.audit for stage in settings.stages if stage.audit is not None and stage.audit.agree is not None]
+        self.watch = Watch(audits[0], start.watched, settings.batch_size) if len(audits) == len(settings.stages) == 1 else None
         self.total: int | None = None
         self.stages: list[RunningStage] = []
         self.in_hand = 0
@@ -187,7 +192,7 @@ class Run:
             total: number of images of the whole run, for policies with limits; None if it is not known.
         """
         self.total = total
-        seen, here = Seen(), self.checkpoint
+        seen, watched, here = Seen(), Watched(), self.checkpoint
         observers = self.settings.observers if self.settings.drift is None else [*self.settings.observers, self.settings.drift]
         async with AsyncExitStack() as stack:
             stack.callback(self.readers.shutdown, wait=False, cancel_futures=True)
@@ -205,7 +210,7 @@ class Run:
             producer = asyncio.create_task(self._produce(sources))
             stack.push_async_callback(self._close, producer)
             while (batch := await self.output.get()) is not None:
-                beliefs, judged = [], []
+                beliefs, judged, differing = [], [], []
                 for number, result in enumerate(batch.results, start=batch.begin):
                     settled = await result
                     for observer in observers:
@@ -213,6 +218,8 @@ class Run:
                     if settled.belief is not None:
                         beliefs.append(settled.belief)
                         judged.append(settled.prediction.answered)
+                    if settled.prediction.candidates:
+                        differing.append(settled.prediction.differing)
                     yield settled.prediction
                 if self.following is not None:
                     await self.following.take(beliefs, batch.begin)
@@ -221,9 +228,12 @@ class Run:
                     await self.learner.take(batch.scores, beliefs, judged, batch.begin)
                     if self.learner.learned.images == batch.begin:
                         self.checkpoint = replace(here, learned=self.learner.learned)
+                if self.watch is not None:
+                    await self.watch.take(differing)
+                    watched = self.watch.watched
                 for turn in batch.turns:  # a later stage decides on every batch, even if no image is left for it
                     await turn.wait()
-                here = Checkpoint(images=batch.end, spending=tuple(batch.spending), seen=seen)
+                here = Checkpoint(images=batch.end, spending=tuple(batch.spending), seen=seen, watched=watched)
                 if self.learner is None:
                     self.checkpoint = here
             await producer
@@ -366,8 +376,13 @@ class Run:
         scores = current(items)
         prices = await running.prices(items)
         left = await self._better_later(running, items, scores, prices)
-        remaining = self._remaining(running.spending.images + len(items), end)
-        return running.decide(items, scores, prices, left=left, remaining=remaining), list(compress(items, left))
+        first = running.spending.images
+        remaining = self._remaining(first + len(items), end)
+        distrusted = np.zeros(len(items), dtype=bool)
+        if self.watch is not None:
+            distrusted = await self.watch.escalated(first, first + len(items))
+        asked = running.decide(items, scores, prices, left=left, remaining=remaining, distrusted=distrusted)
+        return asked, list(compress(items, left))
 
     async def _better_later(
         self, running: RunningStage, items: Sequence[Item], scores: Scores, prices: tuple[float, ...]

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from cascadevlm.base.errors import BudgetExhausted, FatalError, ImageError, JudgeError, PermanentError
 from cascadevlm.base.images import is_large
 from cascadevlm.base.labels import Label, LabelSet
-from cascadevlm.base.types import AUDITED, NANODOLLARS, Candidate, Scores, Verdict
+from cascadevlm.base.types import AUDITED, NANODOLLARS, PROMISE_BROKEN, Candidate, Scores, Verdict
 from cascadevlm.cascade.item import Item, believed, rank
 from cascadevlm.cascade.observer import Observer
 from cascadevlm.cascade.stage import Stage
@@ -82,10 +82,17 @@ class RunningStage:
         return self.policy.policy.surplus(Spending(prices=prices, gain=self.stage.gain(scores)))
 
     def decide(
-        self, items: Sequence[Item], scores: Scores, prices: tuple[float, ...], *, left: Selection, remaining: float | None
+        self,
+        items: Sequence[Item],
+        scores: Scores,
+        prices: tuple[float, ...],
+        *,
+        left: Selection,
+        remaining: float | None,
+        distrusted: Selection,
     ) -> list[Item]:
-        """The images that the policy escalates, and the images that the audit draws. The limits of the policy do not count
-        questions of the audit. All images get the policy's reasons. In the first stage, all images get candidates.
+        """The images that the policy escalates, and the images that the audit draws or distrusts. The limits of the policy do not
+        count questions of the audit. All images get the policy's reasons. In the first stage, all images get candidates.
 
         Args:
             items: the next n images.
@@ -93,15 +100,20 @@ class RunningStage:
             prices: ``(n,)`` expected costs of a question about each image, in US dollars; or empty.
             left: ``(n,)`` booleans: the image is left to a later stage.
             remaining: expected number of images after these; None if the number is unknown.
+            distrusted: ``(n,)`` booleans: the image must not be kept, because the audit shows a broken promise.
         """
         spending = replace(self.spending, remaining=remaining, prices=prices, gain=self.stage.gain(scores))
         selected = self.policy.select(scores, spending) & ~left
-        audited = self._drawn(spending.images, len(items)) & ~selected
+        distrusted = distrusted & ~selected
+        audited = self._drawn(spending.images, len(items)) & ~selected & ~distrusted
         for item, reason, elsewhere in zip(items, self.policy.reasons(scores, spending), left, strict=True):
             item.reasons.append(f"{reason}; a later judge is worth more" if elsewhere else reason)
         for item in compress(items, audited):
             item.reasons.append(AUDITED)
-        shown = [item for item, chosen in zip(items, selected | audited, strict=True) if chosen or not item.candidates]
+        for item in compress(items, distrusted):
+            item.reasons.append(PROMISE_BROKEN)
+        escalated = selected | audited | distrusted
+        shown = [item for item, chosen in zip(items, escalated, strict=True) if chosen or not item.candidates]
         rank(self.stage.candidates, shown)
         self.spending = replace(
             self.spending,
@@ -111,7 +123,7 @@ class RunningStage:
             dollars_for_all=spending.dollars_for_all + sum(prices),
             recent=self.policy.remembered(scores, spending),
         )
-        return list(compress(items, selected | audited))
+        return list(compress(items, escalated))
 
     def _drawn(self, first: int, count: int) -> Selection:
         """``(count,)`` booleans: the audit draws the image. ``first`` images came before."""

@@ -127,7 +127,9 @@ def _of_run(folder: Path, accurate: float | None, *, as_json: bool) -> None:
     from cascadevlm.cli.show import evaluation_rows, print_summary
     from cascadevlm.evaluation.corrected import read_corrected
     from cascadevlm.evaluation.evaluate import as_configured, evaluate_part, read_decided
+    from cascadevlm.runs.certificate import Facts, read_certificate
     from cascadevlm.runs.manifest import Manifest
+    from cascadevlm.runs.run_folder import SUMMARY
 
     more: dict[str, object] = {}
     if Manifest.read(folder).labelled:
@@ -139,6 +141,10 @@ def _of_run(folder: Path, accurate: float | None, *, as_json: bool) -> None:
         corrected = read_corrected(folder)
         evaluation, told = corrected.evaluate(), [corrected.describe()]
         more["holds_for"] = told[0]
+        if isinstance(certificate := read_certificate(folder / SUMMARY), Facts):
+            right = corrected.of_certificate()
+            told += [f"Agreement is not accuracy: {certificate.sentence}", right.sentence]
+            more["certificate"] = {"agree": certificate.agree, **asdict(right)}
         if accurate is not None:
             surest = corrected.surest(accurate, CONFIDENCE)
             told.append(surest.sentence)

@@ -50,7 +50,10 @@ Agree = Annotated[
         show_default="no certificate",
     ),
 ]
-Confidence = Annotated[float | None, typer.Option(help="Least probability that the certificate is true.", show_default="0.95")]
+Confidence = Annotated[
+    float | None,
+    typer.Option(help="Least probability that what --agree, --recall or --audit says is true.", show_default="0.95"),
+]
 
 Recall = Annotated[
     str | None,
@@ -96,8 +99,23 @@ class PromiseOptions:
             "find.label": label,
             "find.recall": share,
             "find.precision": self.precision,
-            f"{'find' if self.recall else 'agreement'}.confidence": self.confidence,
         }
+
+    def parse(self, given: options.CascadeOptions) -> "Config":
+        """The configuration with these options.
+
+        Raises:
+            InputError: if there is a confidence, but nothing is promised.
+        """
+        from cascadevlm.base.errors import InputError
+
+        parsed = given.parse(self.keys())
+        if self.confidence is None:
+            return parsed
+        for section in ("agreement", "find", "audit"):
+            if getattr(parsed, section) is not None:
+                return given.parse(self.keys() | {f"{section}.confidence": self.confidence})
+        raise InputError("--confidence belongs to a promise, but nothing is promised.", hint="Add --agree, --recall or --audit.")
 
 
 SIGNALLED = 128
@@ -141,7 +159,7 @@ def run(
     from cascadevlm.runs import bulk
     from cascadevlm.runs import ray as cluster
 
-    parsed = given.parse(promises.keys())
+    parsed = promises.parse(given)
     cascade = given.build(parsed, bulk=True)
     if workers and engine == "local":
         raise InputError("--workers is an option of the cluster.", hint="Add --engine ray, or remove --workers.")
@@ -203,7 +221,10 @@ def _left(output: Path, total: int, config: "Config", dollars: float | None, *, 
     from cascadevlm.runs.run_folder import images_left
 
     left = images_left(output, total, dollars=dollars, retry_failed=retry_failed)
-    return min(left, questions_left(output, total)) if config.agreement or config.find else left
+    if not left or not (config.agreement or config.find):
+        return left
+    possible = questions_left(output, total, retry_failed=retry_failed)
+    return possible if retry_failed else min(left, possible)  # another answer may change which images are asked about
 
 
 def _warn_if_untestable(config: "Config", total: int) -> None:

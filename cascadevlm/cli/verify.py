@@ -10,16 +10,16 @@ from cascadevlm.cli import options
 
 
 def verify(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run with a certificate (cascadevlm run --agree).")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run with --agree or --recall.")],
     as_json: options.AsJson = False,
 ) -> None:
-    """Check the certificate of a run by its folder alone. Images and models are not needed.
+    """Check the certificate or the promise of recall of a run by its folder alone. Images and models are not needed.
 
     The order of the images, the random draw, the test and all counts are computed again. The exit code is 1 if something does not
     hold.
     """
     from cascadevlm.base.files import visible
-    from cascadevlm.runs.certificate import Facts, read_certificate
+    from cascadevlm.runs.certificate import read_certificate
     from cascadevlm.runs.run_folder import SUMMARY
     from cascadevlm.runs.verify import verify as faults_of
 
@@ -29,8 +29,8 @@ def verify(
     elif faults:
         typer.echo("\n".join(map(visible, ["The certificate does not hold.", *faults])))
     else:
-        facts = read_certificate(run / SUMMARY)
-        assert isinstance(facts, Facts)
-        typer.echo(f"The certificate holds. {facts.sentence}")
+        certificate = read_certificate(run / SUMMARY)
+        assert certificate is not None
+        typer.echo(visible(f"The certificate holds. {certificate.sentence}"))
     if faults:
         raise typer.Exit(1)

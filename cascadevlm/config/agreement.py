@@ -34,34 +34,35 @@ class AgreementConfig(Section):
 
 
 def require_certifiable(cascade: Cascade) -> None:
-    """Refuse a cascade that cannot give a certificate.
+    """Refuse a cascade that cannot keep a promise of ``[agreement]`` or ``[find]``.
 
     Raises:
         ConfigError: if a setting changes which images are asked about, or lets another part than the judge decide.
     """
     if len(cascade.stages) != 1:
         raise ConfigError(
-            f"A certificate is about the answers of one judge, but the configuration has {len(cascade.stages)} stages.",
-            hint="Use exactly one [[stage]], or make no certificate.",
+            f"[agreement] and [find] are about the answers of one judge, but the configuration has {len(cascade.stages)} stages.",
+            hint="Use exactly one [[stage]], or promise nothing.",
         )
     (stage,) = cascade.stages
     if not isinstance(policy := as_policy(stage.policy), Always):
         raise ConfigError(
-            f"With a certificate, the run itself selects the images to escalate, but the policy is '{policy}'.",
-            hint="Remove the policy, or make no certificate.",
+            f"With [agreement] or [find], the run itself selects the images to escalate, but the policy is '{policy}'.",
+            hint="Remove the policy, or promise nothing.",
         )
     if stage.fusion != "judge":
         raise ConfigError(
-            f"A certificate needs the judge's answer as the label, but fusion = {stage.fusion!r} can overrule the judge.",
-            hint='Use fusion = "judge", or remove [agreement].',
+            f"[agreement] and [find] need the judge's answer as the label, but fusion = {stage.fusion!r} can overrule the judge.",
+            hint='Use fusion = "judge", or promise nothing.',
         )
     if cascade.accept > 0:
         raise ConfigError(
-            f"With a certificate, every image has a label, but accept = {cascade.accept:g} removes labels.",
-            hint="Use accept = 0, or make no certificate.",
+            f"With [agreement] or [find], every image has a label, but accept = {cascade.accept:g} removes labels.",
+            hint="Use accept = 0, or promise nothing.",
         )
     if cascade.follow_shares:
         raise ConfigError(
-            "With a certificate, no question may depend on other images, but follow_shares = true changes the candidates.",
-            hint="Use follow_shares = false, or make no certificate.",
+            "With [agreement] or [find], no question may depend on other images, but follow_shares = true changes the "
+            "candidates.",
+            hint="Use follow_shares = false, or promise nothing.",
         )

@@ -18,9 +18,9 @@ class AuditConfig(Section):
 
     Attributes:
         share: share of the images that are drawn.
-        agree: least share of the labels of a run that must be the judge's. If the audit shows that fewer are, the run warns.
-            Default: the run does not warn.
-        confidence: least probability that no warning is false.
+        agree: least share of the labels of a run that must be the judge's. If the audit shows that fewer are, the run warns, and
+            escalates every image from then on. Default: nothing is promised.
+        confidence: least probability that a promise that is kept is never said to be broken.
         seed: seed of the draws.
     """
 
@@ -32,7 +32,7 @@ class AuditConfig(Section):
     @property
     def sampling(self) -> Sampling:
         """The images that are drawn."""
-        return Sampling(share=self.share, seed=self.seed)
+        return Sampling(**self.model_dump())
 
     def added_to(self, cascade: AnyCascade) -> AnyCascade:
         """A copy of the cascade with this audit.

@@ -331,7 +331,10 @@ class Config(Section):
         """
         given = [name for name in ("audit", "agreement", "find") if getattr(self, name) is not None]
         if len(given) > 1:
-            raise ConfigError(f"A run cannot have both [{given[0]}] and [{given[1]}].", hint="Remove one of them.")
+            hint = "Remove one of them."
+            if "find" not in given:
+                hint = "A certificate tests its kept labels itself; for images that come later, begin a new run with [audit]."
+            raise ConfigError(f"A run cannot have both [{given[0]}] and [{given[1]}].", hint=hint)
         if self.audit is not None:
             without = self.model_copy(update={"audit": None})
             return self.audit.added_to(without.build_as(kind, labels, bulk=bulk, calibration=calibration))

@@ -25,6 +25,7 @@ from fractions import Fraction
 from typing import TypeAlias
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.stats import hypergeom
 
 from cascadevlm.base.arrays import NOBODY, Columns
@@ -90,18 +91,49 @@ class Found:
     Attributes:
         wanted: what is promised.
         column: the class.
-        named: images that the judge was asked about and named the class for.
-        accepted: images that are taken for the class without asking. Empty without a promise of precision.
-        asked: all images that the judge was asked about.
+        answers: `(N,)` answers of the judge; `NOBODY` also for images that the judge was not asked about.
+        taught: `(t,)` all images that were asked before the test.
+        order: `(R,)` the other images, least likely first.
+        drawn: `(R,)`, whether an image of the order was drawn for the test.
+        begin: the judge was asked about the images of the order from this position on.
+        end: the images of the order from this position on are accepted: they are taken for the class without asking.
         rule: gives the log-probabilities that the images were ordered by.
+        labels: `(N,)` columns, the answers without asking: the class for accepted images, the most probable other class for all
+            other images.
+        log_odds: `(N,) float32`, log-odds that an image is not of the class. Ties are in the order of the images.
     """
 
     wanted: Wanted
     column: int
-    named: Rows
-    accepted: Rows
-    asked: Rows
+    answers: Columns
+    taught: Rows
+    order: Rows
+    drawn: Bools
+    begin: int
+    end: int
     rule: Rule
+    labels: Columns
+    log_odds: NDArray[np.float32]
+
+    @property
+    def named(self) -> Rows:
+        """Images that the judge was asked about and named the class for."""
+        return np.flatnonzero(self.answers == self.column)
+
+    @property
+    def kept(self) -> Rows:
+        """Images that are not taken for the class, without asking."""
+        return self.order[: self.begin][~self.drawn[: self.begin]]
+
+    @property
+    def rest(self) -> Rows:
+        """Images that the judge was asked about after the test."""
+        return self.order[self.begin : self.end][~self.drawn[self.begin : self.end]]
+
+    @property
+    def accepted(self) -> Rows:
+        """Images that are taken for the class without asking. Empty without a promise of precision."""
+        return self.order[self.end :][~self.drawn[self.end :]]
 
 
 def precise_prefix(drawn: Bools, wrong: Bools, *, share: float, level: float) -> int:
@@ -175,34 +207,74 @@ def find(images: Images, column: int, wanted: Wanted, *, seed: int = 0) -> Seeki
     drawn = draw(images.numbers[order], plan.number, seed)
     if plan.number:
         answers[order[drawn]] = yield order[drawn]
+    begin, end = yield from after_test(order, drawn, answers, column, wanted)
+    labels = _most_probable_others(images, column)
+    labels[order[end:]] = column
+    return Found(
+        wanted=wanted,
+        column=column,
+        answers=answers,
+        taught=asked,
+        order=order,
+        drawn=drawn,
+        begin=begin,
+        end=end,
+        rule=plan.opinion.rule,
+        labels=labels,
+        log_odds=plan.log_odds,
+    )
+
+
+def after_test(
+    order: Rows, drawn: Bools, answers: Columns, column: int, wanted: Wanted
+) -> Generator[Rows, Columns, tuple[int, int]]:
+    """The questions after the test. They depend on the arguments and on the further answers alone.
+
+    Args:
+        order: `(R,)` images that were not asked before the test, least likely first.
+        drawn: `(R,)`, whether an image of the order was drawn for the test.
+        answers: `(N,)` answers so far; `NOBODY` for images without an answer. The further answers are written into this array.
+        column: the class.
+        wanted: what is promised.
+
+    Yields:
+        `(n,)` numbers of images to ask about.
+
+    Receives:
+        `(n,)` answers of the judge.
+
+    Returns:
+        `Found.begin` and `Found.end`.
+    """
     accepted = np.zeros(len(order), dtype=bool)
     if wanted.precision is not None:
         others = (answers[order] != column)[::-1]
         share = float(1 - Fraction(str(wanted.precision)))
         length = precise_prefix(drawn[::-1], others, share=share, level=wanted.level)
         accepted[len(order) - length :] = True
-    end, step = len(order) - int(accepted.sum()), -(-len(order) // STEPS)
+    begin = end = len(order) - int(accepted.sum())
+    step = -(-len(order) // STEPS)
     sure = _surely_positive(accepted, drawn, answers[order] == column, wanted)
     while True:
         positive = (answers[order] == column) | (answers[order] == NOBODY)
         known = int((answers == column).sum()) + sure
         prefix = longest_prefix(drawn, drawn & positive, allowed=wanted.missable(known), level=wanted.level)
-        if prefix >= end:
-            break
-        begin = max(prefix, end - step)
-        rows = order[begin:end][~drawn[begin:end]]
+        if prefix >= begin:
+            return begin, end
+        following, begin = begin, max(prefix, begin - step)
+        rows = order[begin:following][~drawn[begin:following]]
         if len(rows):
             answers[rows] = yield rows
-        end = begin
-    asked = np.concatenate([asked, order[drawn], order[end:][~drawn[end:] & ~accepted[end:]]])
-    return Found(
-        wanted=wanted,
-        column=column,
-        named=np.flatnonzero(answers == column),
-        accepted=order[accepted & ~drawn],
-        asked=asked,
-        rule=plan.opinion.rule,
-    )
+
+
+def _most_probable_others(images: Images, column: int) -> Columns:
+    """`(N,)` columns of the most probable class of each image, except one class."""
+    labels = np.empty(len(images), dtype=np.int64)
+    for some in images.chunks():
+        log_probs, _ = images.scored(some)
+        log_probs[:, column] = -np.inf
+        labels[some] = log_probs.argmax(axis=1)
+    return labels
 
 
 def _surely_positive(accepted: Bools, drawn: Bools, positive: Bools, wanted: Wanted) -> int:

@@ -17,6 +17,7 @@ from cascadevlm.base.remote import place_of
 from cascadevlm.base.types import Scores
 from cascadevlm.config.config import Config
 from cascadevlm.decision.agreement import Promise
+from cascadevlm.decision.certified_accuracy import Accuracy, accuracy_of
 from cascadevlm.decision.finding import precise_prefix
 from cascadevlm.evaluation.content import Content
 from cascadevlm.evaluation.metrics import Evaluation, evaluate
@@ -108,8 +109,19 @@ class Corrected:
         """The metrics of the random sample or, if there is none, of all N images. Recalls are known up to the number of
         candidates.
         """
-        found = evaluate(self.record.take(np.flatnonzero(self.random)) if self.random.any() else self.record)
+        found = evaluate(self._measured)
         return replace(found, top_k_recall={k: recall for k, recall in found.top_k_recall.items() if k <= self.candidates})
+
+    @property
+    def _measured(self) -> Record:
+        """The random sample or, if there is none, all N images."""
+        return self.record.take(np.flatnonzero(self.random)) if self.random.any() else self.record
+
+    def of_certificate(self) -> Accuracy:
+        """How often the labels of a run with a certificate are right, beside the judge and beside both opinions together."""
+        record = self._measured
+        (judged,) = record.stages
+        return accuracy_of(record.predicted, judged.asked, record.scores.log_probs, judged.answers, record.truths)
 
     def describe(self) -> str:
         """One or two sentences that say for which images the metrics hold."""

@@ -5,8 +5,6 @@ import math
 from pydantic import BaseModel
 
 from cascadevlm.config.audit import AuditConfig
-from cascadevlm.decision.agreement import Promise
-from cascadevlm.decision.auditing import Audit
 from cascadevlm.runs.certificate import percent
 
 
@@ -22,6 +20,7 @@ class AuditFigures(BaseModel):
             Audited images do not count, because the audit corrected their labels.
         confidence: see ``least``.
         agree: share of the labels that must be the judge's; None if no share is required.
+        escalated: number of images that the policy would have kept, and that were escalated because the promise was broken.
     """
 
     share: float
@@ -31,21 +30,21 @@ class AuditFigures(BaseModel):
     least: float
     confidence: float
     agree: float | None
+    escalated: int
 
     @classmethod
-    def of(cls, config: AuditConfig, *, images: int, kept: int, disagreements: int) -> "AuditFigures":
+    def of(cls, config: AuditConfig, *, images: int, kept: int, disagreements: int, escalated: int) -> "AuditFigures":
         """The figures after a number of images that could be read."""
         drawn = config.sampling.count(images)
-        level = Promise(agreement=0.5, confidence=config.confidence).level
-        lower = Audit(asked=drawn, disagreements=disagreements).lower(level)
         return cls(
             share=config.share,
             drawn=drawn,
             kept=kept,
             disagreements=disagreements,
-            least=max(0.0, lower - disagreements / images) if images else 0.0,
+            least=config.sampling.least(images, disagreements),
             confidence=config.confidence,
             agree=config.agree,
+            escalated=escalated,
         )
 
     @property
@@ -62,7 +61,12 @@ class AuditFigures(BaseModel):
         )
         least = math.floor(1000 * self.least) / 10
         sure = f"With {percent(self.confidence)} % confidence, at least {least} % of all labels are not the judge's"
-        if not self.crossed or self.agree is None:
+        if self.agree is None or not (self.crossed or self.escalated):
             return f"{found} {sure}."
         wanted = f"at least {percent(self.agree)} % must be the judge's"
-        return f"{found} {sure}, but {wanted}. Escalate more images, or certify a new run with --agree."
+        if self.escalated:
+            return (
+                f"{found} {sure}. The audit showed that the policy keeps too many: {wanted}. So the judge was asked about "
+                f"{self.escalated:,} more images."
+            )
+        return f"{found} {sure}, but {wanted}. So the run will escalate all later images."

@@ -166,7 +166,9 @@ class AuditWatch:
 def figures_of(audit: AuditConfig, tally: Tally) -> AuditFigures:
     """What an audit found, from the counts of a run."""
     images = tally.images - tally.counts["unreadable"]
-    return AuditFigures.of(audit, images=images, kept=tally.audited, disagreements=tally.differing)
+    return AuditFigures.of(
+        audit, images=images, kept=tally.audited, disagreements=tally.differing, escalated=tally.escalated_by_audit
+    )
 
 
 def _taught_by_all(

@@ -8,11 +8,14 @@ from pydantic import BaseModel, Field, NonNegativeInt, ValidationError
 
 from cascadevlm.decision.certifying import Certificate
 
-Phase = Literal["taught", "tested", "kept", "asked"]
-"""What a certificate did with an image: it was asked about before the test, in the test, or after the test, or its label was kept
-without a question.
+Phase = Literal["taught", "tested", "kept", "asked", "accepted"]
+"""What a run with a promise did with an image: the judge was asked about it before the test ("taught"), in the test ("tested") or
+after the test ("asked"), or its label needed no question. In a run with ``[find]``, "accepted" images have the label of the class
+without a question, and "kept" images have another label.
 """
 
+UNASKED: tuple[Phase, ...] = ("kept", "accepted")
+"""The phases of images that the judge was not asked about."""
 
 Share = Annotated[float, Field(gt=0, lt=1)]
 
@@ -22,8 +25,9 @@ class Standing(BaseModel):
 
     Attributes:
         phase: see `Phase`.
-        label: name of the label without a question. The opinion that gives the label is fixed before the test.
-        log_odds: the confidence of this label, by which the images of the test are in order.
+        label: name of the label without a question. In a certificate, it is fixed before the test.
+        log_odds: the confidence by which the images of the test are in order: log-odds of the label; in a run with ``[find]``,
+            log-odds that the image is not of the class.
     """
 
     phase: Phase
@@ -32,7 +36,7 @@ class Standing(BaseModel):
 
 
 class Known(TypedDict):
-    """The attributes of `Facts` that a `Certificate` does not contain."""
+    """The attributes of `Stated` that only the folder of the run contains."""
 
     unanswered: int
     scorer: str
@@ -42,55 +46,64 @@ class Known(TypedDict):
     prompt: str
 
 
-class Facts(BaseModel):
-    """A certificate, as ``summary.json`` contains it.
+class Stated(BaseModel):
+    """What every promise about a run contains.
 
     Attributes:
-        agree: T, the least share of images whose label is the judge's.
-        confidence: the least probability that the certificate is true.
+        confidence: the least probability that the promise is kept.
         seed: seed of all draws.
         images: N, number of images that could be read.
-        allowed: W, number of labels that may not be the judge's.
-        first: number of random images that the judge was asked about first.
         taught: number of images that the judge was asked about before the test.
-        ordered: R, number of the other images, which are in order.
         tested: n, number of images that were drawn for the test.
-        most: c, number of drawn images that may disagree in the prefix; -1 if no prefix could pass the test.
-        prefix: e, number of images of the order in the prefix that is kept.
-        found: number of drawn images of the prefix that disagree.
-        kept: number of images whose label was kept without a question.
         questions: number of images that the judge was asked about.
-        unanswered: number of these images without a label by the judge: it chose none of the candidates, or gave no answer.
-        planned: expected number of questions before the test.
+        unanswered: number of these that the promise does not count: the judge gave no answer, or, in a certificate, chose none of
+            the candidates.
         scorer: fingerprint of the scorer.
         labels: digest of the texts of the labels.
         judge: spec of the judge.
         identity: digest of the identity of the judge.
         prompt: digest of the prompt.
-        sentence: the certificate in words.
     """
 
-    agree: Share
     confidence: Share
     seed: NonNegativeInt
     images: NonNegativeInt
-    allowed: NonNegativeInt
-    first: NonNegativeInt
     taught: NonNegativeInt
-    ordered: NonNegativeInt
     tested: NonNegativeInt
-    most: int
-    prefix: NonNegativeInt
-    found: NonNegativeInt
-    kept: NonNegativeInt
     questions: NonNegativeInt
     unanswered: NonNegativeInt
-    planned: float
     scorer: str
     labels: str
     judge: str
     identity: str
     prompt: str
+
+
+class Facts(Stated):
+    """A certificate, as ``summary.json`` contains it.
+
+    Attributes:
+        agree: T, the least share of images whose label is the judge's.
+        allowed: W, number of labels that may not be the judge's.
+        first: number of random images that the judge was asked about first.
+        ordered: R, number of the images that were not asked about before the test; they are in order.
+        most: c, number of drawn images that may disagree in the prefix; -1 if no prefix could pass the test.
+        prefix: e, number of images of the order in the prefix that is kept.
+        found: number of drawn images of the prefix that disagree.
+        kept: number of images whose label was kept without a question.
+        planned: expected number of questions before the test.
+        sentence: the certificate in words.
+    """
+
+    agree: Share
+    allowed: NonNegativeInt
+    first: NonNegativeInt
+    ordered: NonNegativeInt
+    most: int
+    prefix: NonNegativeInt
+    found: NonNegativeInt
+    kept: NonNegativeInt
+    planned: float
     sentence: str = ""
 
     @classmethod
@@ -138,32 +151,22 @@ class Facts(BaseModel):
         )
 
 
-class Finding(BaseModel):
+class Finding(Stated):
     """What a run with ``[find]`` found, as ``summary.json`` contains it.
 
     Attributes:
         label: name of the class.
         recall: at least this share of the images that the judge would give this label to have it.
         precision: at least this share of the images with the label are such images; None if the judge was asked about each.
-        confidence: least probability that these promises are kept.
-        seed: seed of all draws.
-        images: number of images that could be read.
-        questions: number of images that the judge was asked about.
-        named: number of these to which the judge gave the label.
+        named: number of images that the judge was asked about and gave the label to.
         accepted: number of images with the label that the judge was not asked about.
-        unanswered: number of images that the judge was asked about and gave no answer for.
     """
 
     label: str
-    recall: float
-    precision: float | None
-    confidence: float
-    seed: int
-    images: int
-    questions: int
-    named: int
-    accepted: int
-    unanswered: int
+    recall: Share
+    precision: Share | None
+    named: NonNegativeInt
+    accepted: NonNegativeInt
 
     @property
     def sentence(self) -> str:

@@ -38,7 +38,7 @@ from cascadevlm.policies.rules import Always
 from cascadevlm.runs.answers_file import ASKED, AnswersFile
 from cascadevlm.runs.certificate import Missing
 from cascadevlm.runs.inputs import Labelled, Named, about, some
-from cascadevlm.runs.lines import checked
+from cascadevlm.runs.lines import Line, checked
 from cascadevlm.runs.outcomes import Certified, Outcome, Sought
 from cascadevlm.runs.run_folder import RunFolder, digest_key
 from cascadevlm.runs.scored_first import AT_ONCE, Numbers, ScoredImages, score_first
@@ -232,7 +232,7 @@ class Asking:
         """The images of a class; None if the run was stopped or the budget was used up."""
         column = config.column(self.images.labels)
         result = self.driven(find(self.scored, column, config.wanted, seed=config.seed))
-        return None if result is None else Sought(config, result, len(self.readable))
+        return None if result is None else Sought(config, result, self.images.labels.names)
 
     def missing(self, promised: Promised) -> Missing:
         """What is missing after the budget was used up."""
@@ -265,7 +265,8 @@ class Asking:
             chosen = enumerate(self.stage.candidates.choose(scores))
             for number, line, of_image in zip(numbers.tolist(), lines, told, strict=False):
                 row = int(rows[number])
-                also = {**of_image} | ({} if outcome is None or line.error else outcome.fields(row))
+                place_in = {} if outcome is None or line.error else {"certificate": outcome.standing(row).model_dump()}
+                also = {**of_image} | place_in
                 if line.error:
                     folder.append(line.path, also, Prediction(error=line.error))
                 elif unasked[number]:
@@ -294,15 +295,17 @@ class Asking:
         )
 
 
-def questions_left(folder: Path, total: int) -> int:
-    """Number of images that a certified run may still ask its judge about.
+def questions_left(folder: Path, total: int, *, retry_failed: bool) -> int:
+    """Largest number of images that a certified run may still ask its judge about.
 
     Args:
         folder: folder of the run. It may not exist yet.
         total: number of images of the run.
+        retry_failed: true to count failed questions, too. The answers that come after them may then be others.
     """
     path = folder / ASKED
     if not path.exists():
         return total
     with path.open("rb") as lines:
-        return total - sum(checked(line) is not None for line in lines)
+        bodies = (body for body in map(checked, lines) if body is not None)
+        return total - sum(not (retry_failed and Line.read(body).failed) for body in bodies)

@@ -166,6 +166,10 @@ class Line(BaseModel):
         return AUDITED in self.reasons
 
     @property
+    def differing(self) -> bool:
+        return self.audited and self.asked and self.verdict is not None and self.verdict.label != self.ranked[0].label
+
+    @property
     def ranked(self) -> list[LineCandidate]:
         """The candidates, the scorer's best candidate first."""
         return sorted(self.candidates, key=lambda candidate: candidate.rank)

@@ -5,10 +5,10 @@ from dataclasses import dataclass, field
 
 from pydantic import JsonValue
 
-from cascadevlm.base.types import Candidate, Prediction
+from cascadevlm.base.types import PROMISE_BROKEN, Prediction
 from cascadevlm.runs.audit import AuditFigures
 from cascadevlm.runs.certificate import Statement
-from cascadevlm.runs.lines import Line, LineCandidate, failure_of
+from cascadevlm.runs.lines import Line, failure_of
 
 
 @dataclass(kw_only=True)
@@ -28,6 +28,7 @@ class Tally:
         spent_dollars: dollars in the ledger, over all sessions of the run.
         audited: number of images that the judge was asked about because of an audit.
         differing: number of these to which the judge did not give the scorer's label.
+        escalated_by_audit: number of images that were escalated because the audit showed a broken promise.
         certificate: the certificate of the run, or what is missing for it; None if the run has no certificate.
         audit: what the audit found; None if the run has no audit, or is not complete.
     """
@@ -43,13 +44,18 @@ class Tally:
     spent_dollars: float = 0.0
     audited: int = 0
     differing: int = 0
+    escalated_by_audit: int = 0
     certificate: Statement | None = None
     audit: AuditFigures | None = None
 
     def to_dict(self) -> dict[str, JsonValue]:
         """The counts as JSON-serialisable data."""
         stated = {"certificate": self.certificate, "audit": self.audit}
-        counts = {name: value for name, value in vars(self).items() if name not in (*stated, "audited", "differing")}
+        counts = {
+            name: value
+            for name, value in vars(self).items()
+            if name not in (*stated, "audited", "differing", "escalated_by_audit")
+        }
         told = {name: each.model_dump(mode="json") for name, each in stated.items() if each is not None}
         return counts | {"counts": dict(self.counts)} | told
 
@@ -68,13 +74,7 @@ class Tally:
         self.asked += prediction.asked
         self.answered += prediction.answered
         self.requests += cost.requests
-        if prediction.audited and verdict and verdict.outcome != "skipped":
-            ranked = {each.rank: name_of(each) for each in prediction.candidates}
-            self.audited += 1
-            self.differing += verdict.label != ranked[min(ranked)]
+        self.audited += prediction.audited and prediction.asked
+        self.differing += prediction.differing
+        self.escalated_by_audit += PROMISE_BROKEN in prediction.reasons
         self.saved_dollars += cost.saved_dollars
-
-
-def name_of(candidate: Candidate | LineCandidate) -> str:
-    """The name of a candidate."""
-    return candidate.label.name if isinstance(candidate, Candidate) else candidate.label

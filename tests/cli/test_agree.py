@@ -82,7 +82,10 @@ def test_money_is_confirmed_first(tmp_path: Path, hosted: list[str | Path]) -> N
         (("--agree", "1.5"), "agreement.agree: Input should be less than 1"),
         (("--agree", "0.9", "--policy", "entropy > 0.3"), "the policy is 'entropy > 0.3'"),
         (("--agree", "0.9", "--set", "fusion=bayes"), "fusion = 'bayes' needs a calibration"),
-        (("--confidence", "0.9"), "agreement.agree' is missing"),
+        (("--confidence", "0.9"), "--confidence belongs to a promise, but nothing is promised"),
+        (("--confidence", "1.5", "--set", "find.label=owl", "--set", "find.recall=0.9"), "find.confidence: Input should be less"),
+        (("--confidence", "1.5", "--audit", "0.1"), "audit.confidence: Input should be less"),
+        (("--audit", "0.1", "--agree", "0.9"), "A certificate tests its kept labels itself"),
         (("--recall", "owl=0.9"), "'owl' is not a label"),
         (("--recall", "owl"), "find.recall: Input should be a valid number"),
         (("--recall", "owl=0.9", "--agree", "0.9"), "both [agreement] and [find]"),
@@ -93,6 +96,13 @@ def test_wrong_calls_say_so(tmp_path: Path, options: tuple[str, ...], message: s
     assert done.returncode == 2
     assert message in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_verify_checks_a_search_for_a_class(tmp_path: Path) -> None:
+    label = (AVIARY / "labels.txt").read_text().splitlines()[0]
+    done = run("run", AVIARY / "images", "-o", tmp_path / "run", *LOCAL, "--recall", f"{label}=0.6", "--json")
+    assert json.loads(done.stdout)["certificate"]["label"] == label
+    assert run("verify", tmp_path / "run").stdout.startswith("The certificate holds. The judge was asked about")
 
 
 def test_a_run_without_a_certificate_has_nothing_to_verify(tmp_path: Path) -> None:

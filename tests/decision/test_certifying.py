@@ -242,6 +242,7 @@ def test_agreement_is_not_accuracy() -> None:
     final = answers.copy()
     final[found.kept] = found.labels[found.kept]
     assert right.certified == pytest.approx((final == truths)[::2].mean())
+    assert right.judge is not None
     assert 0.8 < right.judge < 1
     # A judge without knowledge is overruled when both opinions are fused.
     blind = np.random.default_rng(0).integers(0, 5, 1500)

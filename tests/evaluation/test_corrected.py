@@ -4,7 +4,7 @@ import io
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from cascadevlm.base.errors import DataError, InputError
 from cascadevlm.base.images import ImageSource, pixel_digest
 from cascadevlm.base.labels import LabelSet
 from cascadevlm.base.types import Scores
+from cascadevlm.config.agreement import AgreementConfig
 from cascadevlm.config.config import Config
 from cascadevlm.evaluation.adapting import embedded
 from cascadevlm.evaluation.adapting_to_runs import adapt_to_run, read_said
@@ -34,6 +35,7 @@ from cascadevlm.runs import bulk
 from cascadevlm.runs.corrections import Correction, add_corrections, random_order
 from cascadevlm.runs.inputs import Inputs
 from cascadevlm.runs.lines import Line, read_lines
+from tests.cli.test_cli import run as command
 from tests.evaluation.test_adapting_to_runs import RUN, calibration, right, said
 from tests.evaluation.test_adapting_to_runs import images as made_up_images
 from tests.learning import LABELS, NAMES, Naturalist, Pixels, insects, truth_of
@@ -300,3 +302,22 @@ def test_the_report_shows_labels_of_people_and_who_disagrees(run: Path) -> None:
         if "corrected" in each["kinds"]
     ]
     assert case["name"] == Path(path).name
+
+
+def test_a_certificate_stands_beside_the_accuracy_of_its_labels(made: Path, tmp_path: Path) -> None:
+    promised, config = AgreementConfig(agree=0.7), Config.parse(CONFIG).model_dump(mode="json")
+    config["agreement"] = promised.model_dump(mode="json")
+    stage = Stage(judge=Naturalist(right=0.8), prompt=load_prompt("select"))
+    cascade = Cascade(Pixels(), [stage], labels=LABELS)
+    bulk.run(cascade, Inputs(made.parent / "images"), tmp_path / "run", config=config, promised=promised)
+    correct(tmp_path / "run", lambda line: True)
+    found = read_corrected(tmp_path / "run").of_certificate()
+    told = lines(tmp_path / "run")
+    asked = [line for line in told if line.verdict]
+    assert 0 < len(asked) < IMAGES == found.labelled
+    assert found.certified == pytest.approx(np.mean([line.label == truth(line.path) for line in told]))
+    assert found.judge == pytest.approx(np.mean([line.verdict and line.verdict.label == truth(line.path) for line in asked]))
+    printed = command("evaluate", tmp_path / "run").stdout
+    assert f"the labels are right on {found.certified:.1%}, the judge on {found.judge:.1%}" in printed
+    certificate = json.loads(command("evaluate", tmp_path / "run", "--json").stdout)["certificate"]
+    assert certificate == {"agree": 0.7, **asdict(found)}

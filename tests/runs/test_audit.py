@@ -1,17 +1,21 @@
 """Runs with an audit of the images that their policy keeps."""
 
+import asyncio
 import json
 import re
 import warnings
+from collections.abc import Callable
+from itertools import repeat
 from pathlib import Path
 
 import pytest
 
 from cascadevlm import Cascade, Stage, load_prompt, parse_policy
-from cascadevlm.base.errors import ConfigError
-from cascadevlm.base.types import AUDITED, Question
+from cascadevlm.base.errors import ConfigError, InputError
+from cascadevlm.base.types import AUDITED, PROMISE_BROKEN, Question, Verdict
 from cascadevlm.config.audit import AuditConfig
 from cascadevlm.config.config import Config
+from cascadevlm.decision.auditing import Watch, Watched
 from cascadevlm.runs import bulk
 from cascadevlm.runs.tally import Tally
 from cascadevlm.testing import FakeJudge, FakeScorer
@@ -28,10 +32,27 @@ def second(_: Question) -> str:
     return "ANSWER: B"
 
 
-def run(folder: Path, judge: FakeJudge, *, count: int = 300, policy: str = "entropy > 0.6", audit: AuditConfig = AUDIT) -> Tally:
+class UnevenJudge(FakeJudge):
+    """Some answers come much later than others."""
+
+    async def judge(self, question: Question) -> Verdict:
+        await asyncio.sleep(int(question.image_digest[:2], 16) / 256 * 0.05)
+        return await super().judge(question)
+
+
+def run(
+    folder: Path,
+    judge: FakeJudge,
+    *,
+    count: int = 300,
+    policy: str = "entropy > 0.6",
+    audit: AuditConfig = AUDIT,
+    stopping: Callable[[], bool] = lambda: False,
+    broken: tuple[int, ...] = (),
+) -> Tally:
     stage = Stage(judge=judge, prompt=load_prompt("select"), policy=parse_policy(policy))
     cascade = audit.added_to(Cascade(FakeScorer(), [stage], labels=LABELS, batch_size=8))
-    return bulk.run(cascade, Pictures(count), folder, config={}, audit=audit)
+    return bulk.run(cascade, Pictures(count, broken), folder, config={}, audit=audit, stopping=stopping)
 
 
 def test_one_kept_image_per_block_is_asked_about(tmp_path: Path) -> None:
@@ -51,19 +72,46 @@ def test_one_kept_image_per_block_is_asked_about(tmp_path: Path) -> None:
     assert run(tmp_path, FakeJudge(reply=first)) == tally
 
 
-def test_a_broken_promise_is_told_once_also_by_a_run_that_goes_on(tmp_path: Path) -> None:
-    with pytest.warns(RuntimeWarning, match="but at least 90 % must be the judge's. Escalate more images") as told:
+def test_a_broken_promise_is_told_once_and_nothing_is_kept_after_it(tmp_path: Path) -> None:
+    with pytest.warns(RuntimeWarning, match="but at least 90 % must be the judge's. So the run will escalate all") as told:
         tally = run(tmp_path, FakeJudge(reply=second), count=900, policy="never")
     assert len(told) == 1
     assert tally.audit is not None
-    assert tally.audit.crossed
-    assert tally.audit.disagreements == tally.audit.kept == 90
-    assert 0.7 < tally.audit.least < 0.9  # the labels of 90 images are the judge's now
+    reasons = [line["reasons"][-1] for line in lines(tmp_path)]
+    first = reasons.index(PROMISE_BROKEN)
+    assert first == 256  # the broken promise is seen in the first period
+    assert {*reasons[first:]} == {PROMISE_BROKEN}
+    assert all(line["decided_by"] == "judge" for line in lines(tmp_path)[first:])
+    assert tally.audit.escalated == 900 - 256
+    assert tally.audit.disagreements == tally.audit.kept == AUDIT.sampling.count(256)
+    assert 0.1 < tally.audit.least < 0.9 * 256 / 900
+    assert "So the judge was asked about 644 more images." in tally.audit.sentence
     share = re.search(r"at least ([\d.]+) % of all labels are not", tally.audit.sentence)
     assert share is not None
     assert 0 <= tally.audit.least - float(share[1]) / 100 < 0.001
-    with pytest.warns(RuntimeWarning, match="must be the judge's. Escalate"):
-        assert run(tmp_path, FakeJudge(reply=second), count=908, policy="never").images == 908
+    with pytest.warns(RuntimeWarning, match="So the judge was asked about 645 more images."):
+        tally = run(tmp_path, FakeJudge(reply=second), count=908, policy="never")
+    assert tally.audit is not None
+    assert tally.audit.escalated == 908 - 256
+
+
+@pytest.mark.filterwarnings("ignore:The audit asked:RuntimeWarning")
+def test_what_is_escalated_depends_neither_on_the_speed_of_answers_nor_on_stops(tmp_path: Path) -> None:
+    audit, broken = AUDIT.model_copy(update={"agree": 0.4}), (3, 70, 200)
+    run(tmp_path / "whole", FakeJudge(reply=second), count=700, policy="never", audit=audit, broken=broken)
+    whole = lines(tmp_path / "whole")
+    escalated = [number for number, line in enumerate(whole) if line["reasons"][-1:] == [PROMISE_BROKEN]]
+    assert escalated == [*range(256 + 3, 700)]  # without the three images that cannot be read
+    for batches in (5, 30, 34, 1000):
+        stop = iter([*repeat(False, batches), *repeat(True, 1000)])
+        judge = UnevenJudge(reply=second)
+        run(tmp_path / "parts", judge, count=700, policy="never", audit=audit, broken=broken, stopping=stop.__next__)
+    assert lines(tmp_path / "parts") == whole
+
+
+def test_another_batch_size_that_changes_the_periods_is_refused() -> None:
+    with pytest.raises(InputError, match="periods of 128 images, and batch_size = 500 makes periods of 500"):
+        Watch(AUDIT.sampling, Watched(length=128, images=300), 500)
 
 
 def test_without_a_promise_nothing_is_told(tmp_path: Path) -> None:

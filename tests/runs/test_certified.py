@@ -16,6 +16,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 from unittest.mock import patch
 
+import markupsafe
 import pytest
 from PIL import Image
 from pydantic import JsonValue
@@ -33,10 +34,12 @@ from cascadevlm.cascade.candidates import TopK
 from cascadevlm.config.agreement import AgreementConfig, require_certifiable
 from cascadevlm.config.config import Config
 from cascadevlm.decision.judge_model import JudgeModel
+from cascadevlm.evaluation.report import read_bulk_run, render_bulk
 from cascadevlm.judges.base import Quote
 from cascadevlm.judges.budget import Ledger
 from cascadevlm.runs import bulk
 from cascadevlm.runs.certificate import Facts, Missing
+from cascadevlm.runs.certified import questions_left
 from cascadevlm.runs.inputs import Inputs, Named
 from cascadevlm.runs.lines import Line, with_checksum
 from cascadevlm.runs.run_folder import RunFolder
@@ -275,6 +278,8 @@ def test_failed_questions_count_as_disagreement_and_can_be_retried(tmp_path: Pat
     assert verify(tmp_path) == []
     failed = [line for line in lines(tmp_path) if line["verdict"] and line["verdict"]["outcome"] == "failed"]
     assert all(line["decided_by"] == "scorer" for line in failed)
+    assert questions_left(tmp_path, 300, retry_failed=False) == 300 - found.questions
+    assert questions_left(tmp_path, 300, retry_failed=True) == 300 - found.questions + len(failed)
     judge = FakeJudge(reply=plausible)
     assert run(tmp_path, judge, retry_failed=True).counts["failed"] == 0
     assert verify(tmp_path) == []
@@ -512,6 +517,11 @@ def test_every_edit_of_a_line_is_found(
     assert message in " ".join(verify(tmp_path / "run"))
 
 
+def test_the_report_page_shows_the_certificate(certified: Path) -> None:
+    page = render_bulk({"birds": read_bulk_run(certified)})
+    assert f"<p>{markupsafe.escape(facts(certified).sentence)} Agreement with the judge is not accuracy.</p>" in page
+
+
 def test_an_edit_without_a_checksum_is_found(certified: Path, tmp_path: Path) -> None:
     shutil.copytree(certified, tmp_path / "run")
     altered(tmp_path / "run", partial(another_label, phase="kept"), signed=False)
@@ -554,7 +564,7 @@ def test_fewer_first_images_are_found(certified: Path, tmp_path: Path) -> None:
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     summary["certificate"]["first"] = 0
     (tmp_path / "run" / "summary.json").write_text(json.dumps(summary))
-    assert "The first 75 random images" in verify(tmp_path / "run")[0]
+    assert verify(tmp_path / "run") == ["In the certificate, first is 0; by the predictions, it is 75."]
 
 
 @pytest.mark.parametrize("changes", [{"config": {}}, {"stages": []}, {"judges": {}}, {"config": {"agreement": {"agree": 2}}}])

@@ -1,9 +1,13 @@
 """Runs that find nearly all images of one class."""
 
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from pydantic import JsonValue
 from scipy.stats import binomtest
 
 from cascadevlm.base.errors import ConfigError, PermanentError
@@ -14,8 +18,20 @@ from cascadevlm.judges.budget import Ledger
 from cascadevlm.runs import bulk
 from cascadevlm.runs.certificate import Finding, Missing
 from cascadevlm.runs.tally import Tally
+from cascadevlm.runs.verify import verify
 from cascadevlm.testing import FakeJudge
-from tests.runs.test_certified import LABELS, PaidJudge, Pictures, answers_of, cascade, lines, plausible, sometimes
+from tests.runs.test_certified import (
+    LABELS,
+    PaidJudge,
+    Pictures,
+    altered,
+    answers_of,
+    cascade,
+    lines,
+    of_phase,
+    plausible,
+    sometimes,
+)
 
 FIND = FindConfig(label="owl", recall=0.8)
 
@@ -41,6 +57,7 @@ def test_most_images_of_the_class_are_found(tmp_path: Path, precision: float | N
     right = sum(truths[line["path"]] == "owl" for line in owls)
     assert right >= 0.8 * sum(label == "owl" for label in truths.values())
     assert right >= (precision or 1) * len(owls)
+    assert verify(tmp_path) == []
     assert run(tmp_path, FakeJudge(reply=plausible), find) == tally
 
 
@@ -56,6 +73,7 @@ def test_images_without_an_answer_do_not_have_the_label(tmp_path: Path, reply: s
     assert "owl" in best
     failed = isinstance(reply, Exception)
     assert found.unanswered == (len(rejected) if failed else 0)
+    assert verify(tmp_path) == []
     assert ("which do not count here" in found.sentence) == failed
 
 
@@ -78,6 +96,93 @@ def test_a_budget_that_ends_leaves_no_promise_until_it_is_raised(tmp_path: Path)
     tally = run(tmp_path / "run", judge, ledger=Ledger(None))
     assert isinstance(tally.certificate, Finding)
     assert len(judge.questions) == tally.certificate.questions - 90
+
+
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("searched") / "run"
+    run(folder, FakeJudge(reply=plausible), FIND.model_copy(update={"recall": 0.85, "precision": 0.5}))
+    assert {line["certificate"]["phase"] for line in lines(folder)} == {"taught", "tested", "asked", "kept", "accepted"}
+    return folder
+
+
+def an_accepted_image(read: list[dict[str, Any]]) -> None:
+    line = of_phase(read, "kept")[0]
+    line["certificate"] |= {"phase": "accepted", "label": "owl"}
+    line["label"] = "owl"
+
+
+def an_image_that_was_not_accepted(read: list[dict[str, Any]]) -> None:
+    line = of_phase(read, "accepted")[0]
+    line["certificate"] |= {"phase": "kept", "label": "wren"}
+    line["label"] = "wren"
+
+
+def another_label_of_a_kept_image(read: list[dict[str, Any]]) -> None:
+    line = of_phase(read, "kept")[0]
+    line["label"] = line["certificate"]["label"] = "owl"
+
+
+def another_answer_in_the_test(read: list[dict[str, Any]]) -> None:
+    for line in of_phase(read, "tested"):
+        line["label"] = line["verdict"]["label"] = "wren"
+
+
+def an_answer_less(read: list[dict[str, Any]]) -> None:
+    line = of_phase(read, "asked")[0]
+    line["verdict"] |= {"outcome": "failed", "label": None}
+    line["decided_by"], line["label"] = "scorer", "wren"
+
+
+def fewer_questions(read: list[dict[str, Any]]) -> None:
+    line = of_phase(read, "asked")[0]
+    line["verdict"], line["decided_by"], line["label"] = None, "scorer", "wren"
+    line["certificate"] |= {"phase": "kept", "label": "wren"}
+
+
+def another_order(read: list[dict[str, Any]]) -> None:
+    first, second = of_phase(read, "kept")[0]["certificate"], of_phase(read, "asked")[0]["certificate"]
+    first["log_odds"], second["log_odds"] = second["log_odds"], first["log_odds"]
+
+
+def another_draw(read: list[dict[str, Any]]) -> None:
+    of_phase(read, "tested")[0]["certificate"]["phase"] = "asked"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (an_accepted_image, "are not treated so"),
+        (an_image_that_was_not_accepted, "are not treated so"),
+        (another_label_of_a_kept_image, "but it was not found to be 'owl'"),
+        (another_answer_in_the_test, "are not treated so"),
+        (an_answer_less, "unanswered is 0"),
+        (fewer_questions, "are not treated so"),
+        (another_order, "are not treated so"),
+        (another_draw, "that the seed 0 draws"),
+        (lambda read: read.pop(), "images is 300"),
+    ],
+)
+def test_every_edit_of_a_search_is_found(
+    searched: Path, tmp_path: Path, change: Callable[[list[dict[str, Any]]], None], message: str
+) -> None:
+    shutil.copytree(searched, tmp_path / "run")
+    altered(tmp_path / "run", change)
+    assert message in " ".join(verify(tmp_path / "run"))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("label", "wren"), ("recall", 0.9), ("precision", None), ("confidence", 0.5), ("seed", 7), ("named", 1), ("accepted", 0)]
+    + [("questions", 1), ("taught", 1), ("tested", 1), ("images", 1), ("unanswered", 9), ("scorer", ""), ("identity", "")],
+)
+def test_every_edit_of_the_promise_is_found(searched: Path, tmp_path: Path, name: str, value: JsonValue) -> None:
+    shutil.copytree(searched, tmp_path / "run")
+    summary = json.loads((searched / "summary.json").read_text())
+    assert summary["certificate"][name] != value
+    summary["certificate"][name] = value
+    (tmp_path / "run" / "summary.json").write_text(json.dumps(summary))
+    assert any(f"{name} is" in fault for fault in verify(tmp_path / "run"))
 
 
 def test_wrong_settings_are_refused() -> None:

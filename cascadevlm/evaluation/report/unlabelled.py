@@ -20,6 +20,7 @@ from cascadevlm.base.types import DecidedBy, Outcome
 from cascadevlm.evaluation import plots
 from cascadevlm.evaluation.report.cases import MOST_CASES, MOST_IN_ALL
 from cascadevlm.evaluation.report.page import Drawing, rendered
+from cascadevlm.runs.certificate import read_certificate
 from cascadevlm.runs.corrections import Corrections, read_corrections
 from cascadevlm.runs.lines import Line
 from cascadevlm.runs.manifest import NAME, Manifest
@@ -171,6 +172,7 @@ def read_bulk_run(folder: Path) -> BulkRun:
     run.doubtful = [(number, line) for _, number, line in nsmallest(MOST_CASES, doubted())]
     if summary is not None:
         run.tally.spent_dollars = summary.spent_dollars
+        run.tally.certificate = read_certificate(folder / SUMMARY)
     return run
 
 
