@@ -212,4 +212,4 @@ def test_a_frame_with_truths_is_evaluated_and_its_ids_are_in_the_record(tmp_path
     with pytest.raises(
         DataError, match=r"inputs is a table \(DataFrame\), from which a run cannot continue\. Write it to a Parquet"
     ):
-        cascade.run(frame, tmp_path / "run")  # type: ignore[arg-type]
+        cascade.run(frame, tmp_path / "run")
