@@ -8,11 +8,12 @@ One line of JSON per set, number of copies of each image, T and delta, as means 
 - asked: share of the images that the judge is asked about, teaching and testing included, and its standard error;
 - planned: the same, as planned before the test; estimated: as estimated from the first 200 answers;
 - broken: number of draws with more final answers that are not the judge's than promised;
-- right, judge and fused: where the truth is known, share of right final answers, of right answers of the judge, and of right
-  answers of both opinions fused by the class's log-odds;
+- right, judge and fused: where the truth is known, share of right final answers, of right answers of the judge to all images,
+  and of right answers of both opinions fused for each image that was asked about;
 - BARGAIN: share of the images that its oracle is asked about, on the scorer's own probabilities, and broken promises.
 
-``--law`` adds many draws of the test alone, for the orders that some draws taught, and for reversed and random orders.
+``--law`` adds many draws of the test alone: for the orders that some draws taught, for reversed and random orders, for a judge
+that refuses a tenth of the questions or answers at random, and for 50 of the images.
 """
 
 import json
@@ -30,7 +31,7 @@ from scipy.stats import binomtest
 
 from benchmarks.learning import Stored
 from cascadevlm.base.arrays import NOBODY, Columns
-from cascadevlm.decision.agreement import Promise, draw, longest_prefix
+from cascadevlm.decision.agreement import Promise, longest_prefix
 from cascadevlm.decision.certified_accuracy import certified_accuracy
 from cascadevlm.decision.certifying import Certificate, certify, first_rows, planned
 from cascadevlm.decision.opinions import Images, most_probable
@@ -107,28 +108,35 @@ def figures(judged: Judged, promise: Promise, draws: int) -> dict[str, object]:
         "broken": broken,
         "draws": draws,
         "right": round(float(np.mean([each.certified for each in right])), 4),
-        "judge": round(float(np.mean([each.judge for each in right])), 4),
+        "judge": round(float((judged.answers == judged.truths).mean()), 4),
         "fused": round(float(np.mean([each.fused for each in right])), 4),
         "seconds per draw": round((time.process_time() - began) / draws, 2),
     }
 
 
-def law(judged: Judged, promise: Promise, draws: int, orders: int = 4) -> dict[str, object]:
-    """Draws of the test alone, of fixed orders."""
-    broken = dict.fromkeys(("taught", "reversed", "random"), 0)
-    for number in range(orders):
-        found = certificate(judged, promise, number)
-        disagrees = found.labels[found.order] != judged.answers[found.order]
-        drawn = max(int(found.drawn.sum()), len(found.order) // 20)
-        shuffled = np.random.default_rng(number).permutation(disagrees)
-        for order, values in (("taught", disagrees), ("reversed", disagrees[::-1]), ("random", shuffled)):
-            for seed in range(draws // orders):
-                test = draw(np.arange(len(values)), drawn, 1000 * number + seed)
-                prefix = longest_prefix(test, test & values, allowed=found.allowed, level=promise.level)
-                broken[order] += int((values & ~test)[:prefix].sum()) > found.allowed
-    total = draws // orders * orders
-    values = {order: binomtest(count, total, promise.level, alternative="greater").pvalue for order, count in broken.items()}
-    return {"law, draws": total, "broken": broken, "p": {order: round(value, 3) for order, value in values.items()}}
+def law(judged: Judged, promise: Promise, draws: int, opinions: int = 4) -> dict[str, object]:
+    """Draws of the test alone. A quarter of the images is drawn, of all that a few taught opinions say."""
+    broken: dict[str, int] = {}
+    for seed in range(opinions):
+        found, rng = certificate(judged, promise, seed), np.random.default_rng(seed)
+        wrong = (found.labels != judged.answers)[np.argsort(-found.log_odds, kind="stable")]
+        cases = {
+            "taught": wrong,
+            "reversed": wrong[::-1],
+            "random": rng.permutation(wrong),
+            "refuses 10 %": wrong | (rng.random(len(wrong)) < 0.1),
+            "answers at random": rng.random(len(wrong)) > 1 / judged.images.classes,
+            "50 images": wrong[np.sort(rng.permutation(len(wrong))[:50])],
+        }
+        for case, values in cases.items():
+            images, allowed = len(values), promise.allowed(len(values))
+            for _ in range(draws // opinions):
+                test = rng.permutation(images) < images // 4
+                prefix = longest_prefix(test, test & values, allowed=allowed, level=promise.level)
+                broken[case] = broken.get(case, 0) + (int((values & ~test)[:prefix].sum()) > allowed)
+    total = draws // opinions * opinions
+    values = {case: binomtest(count, total, promise.level, alternative="greater").pvalue for case, count in broken.items()}
+    return {"draws": total, "broken": broken, "p": {case: round(value, 3) for case, value in values.items()}}
 
 
 def bargain(judged: Judged, promise: Promise, draws: int) -> dict[str, object]:

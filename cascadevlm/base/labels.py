@@ -218,6 +218,10 @@ class LabelSet:
         """The sha256 of the spellings, in hexadecimal."""
         return hashlib.sha256(json.dumps(sorted(self.spellings)).encode()).hexdigest()
 
+    def __reduce__(self) -> tuple[type["LabelSet"], tuple[tuple[Label, ...]]]:
+        """Copies and pickles have the labels alone: equal label sets have equal pickles, whatever was computed from them."""
+        return LabelSet, (self.labels,)
+
     def __repr__(self) -> str:
         more = ", …" if len(self) > FEW else ""
         return f"LabelSet({len(self)} labels: {', '.join(map(repr, self.names[:FEW]))}{more})"

@@ -221,7 +221,7 @@ def certify(images: Images, promise: Promise, *, seed: int = 0) -> Asking:
         disagrees=disagrees,
         most=most_found_of(len(drawn), plan.number, allowed=allowed, level=promise.level),
         prefix=longest_prefix(drawn, disagrees, allowed=allowed, level=promise.level),
-        planned=len(asked) + plan.cost,
+        planned=len(asked) + float(_uncertain_costs(plan, allowed, promise.level).mean()),
         rule=plan.opinion.rule,
         labels=plan.labels,
         log_odds=plan.log_odds,

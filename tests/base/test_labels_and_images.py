@@ -1,5 +1,7 @@
+import copy
 import io
 import os
+import pickle
 import random
 import socket
 import struct
@@ -205,6 +207,14 @@ def test_one_name_is_no_list() -> None:
 def test_an_alias_may_not_be_another_label() -> None:
     with pytest.raises(LabelError, match="'bee' occurs twice"):
         LabelSet.of([Label(name="ant", aliases=("bee",)), "bee"])
+
+
+def test_what_was_computed_from_labels_is_not_in_their_pickle() -> None:
+    labels, used = LabelSet.of(["wren", "robin"]), LabelSet.of(["wren", "robin"])
+    assert (used.names, used.digest) == (("wren", "robin"), labels.digest)
+    fresh = pickle.dumps(LabelSet.of(["wren", "robin"]))
+    assert pickle.dumps(used) == fresh
+    assert copy.deepcopy(used) == pickle.loads(fresh) == labels
 
 
 @given(st.text())
