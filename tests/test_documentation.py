@@ -76,17 +76,20 @@ def run(*command: str) -> str:
     return done.stdout
 
 
-def run_commands(text: str) -> None:
-    for line in text.replace("\\\n", "").splitlines():
-        command = BARE_MACHINE.sub("", line)
-        for many, few in FEWER.items():
-            command = re.sub(many, few, command)
-        if command in ("pytest", "cascadevlm demo"):  # this very suite, and the test of what the demo shows
-            continue
-        if plain := PLAIN.fullmatch(command):
-            run_here(*shlex.split(plain[1]))
-        else:
-            run("bash", "-c", command)
+def lines_of(text: str) -> list[str]:
+    return text.replace("\\\n", "").splitlines()
+
+
+def typed(line: str) -> str:
+    """What a command of a page prints."""
+    command = BARE_MACHINE.sub("", line)
+    for many, few in FEWER.items():
+        command = re.sub(many, few, command)
+    if command in ("pytest", "cascadevlm demo"):  # this very suite, and the test of what the demo shows
+        return ""
+    if plain := PLAIN.fullmatch(command):
+        return run_here(*shlex.split(plain[1])).stdout
+    return run("bash", "-c", command)
 
 
 @pytest.mark.parametrize("page", pages(), ids=lambda page: str(page.relative_to(ROOT)))
@@ -100,7 +103,8 @@ def test_the_blocks_of_a_page_run_in_their_order(folder: Path, page: Path) -> No
             if "calibration" not in text:  # that one is refused until the page has made it
                 Config.parse(tomllib.loads(text)).build()
         elif language == "sh":
-            run_commands(text)
+            for line in lines_of(text):
+                typed(line)
         elif language == "python":
             run(sys.executable, "-W", "error::SyntaxWarning", "-c", text)
         elif text.startswith("+++"):

@@ -9,6 +9,7 @@ from typing import Self
 from pydantic import JsonValue
 
 from cascadevlm.base.errors import DataError, PolicyError
+from cascadevlm.base.frames import is_table
 from cascadevlm.base.labels import Label, LabelSet
 from cascadevlm.base.progress import progress_bar
 from cascadevlm.base.remote import name_of, place_of
@@ -64,7 +65,7 @@ class Cascade(cascade.Cascade):
 
     def evaluate(
         self,
-        data: Data | Source | str,
+        data: "Data | Source | str",
         folder: str | Path | None = None,
         *,
         columns: ColumnNames = USUAL,
@@ -77,7 +78,7 @@ class Cascade(cascade.Cascade):
             data: the labelled images: `Data`, or a source that `read_data` reads.
             folder: folder for the record, which `read_record` reads. An unfinished record in the folder is continued. Default:
                 the record is not kept.
-            columns: the columns of a table. `Data` was read with its own columns. Default: the usual columns.
+            columns: the columns of a table or a data frame. `Data` was read with its own columns. Default: the usual columns.
             judge_all: true to ask the judge about every image, for `sweep` and `calibrate`. If the cascade has one stage without
                 ``widen``, the figures are still the figures of the policy.
             progress: true to show a progress bar. Default: false.
@@ -126,12 +127,15 @@ class Cascade(cascade.Cascade):
             The counts of all sessions of the run.
 
         Raises:
-            DataError: if there are no images, if columns are named and there is no table, or if the folder is in use or belongs
-                to another run.
+            DataError: if there are no images, if the inputs are a data frame, if columns are named and there is no table, or if
+                the folder is in use or belongs to another run.
             RunError: if the disk is full or fails. The results so far are kept.
             JudgeError: if a judge cannot work at all.
         """
         images: Inputs | list[Named]
+        if is_table(inputs):
+            told = f"inputs is a table ({type(inputs).__name__}), from which a run cannot continue."
+            raise DataError(told, hint="Write it to a Parquet file and give its path, or give its column of paths as a list.")
         if isinstance(inputs, str | Path):
             images = Inputs(inputs, columns, shuffled=self.learns_from is not None)
         elif columns != USUAL:

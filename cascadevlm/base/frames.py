@@ -1,13 +1,14 @@
 """Data frames of pandas, Polars and Arrow: columns of images in, columns of predictions out."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias, TypeVar, cast
 
 from cascadevlm.base.errors import InputError
 from cascadevlm.base.files import valid_text
 from cascadevlm.base.images import ImageSource
-from cascadevlm.base.tables import few, nearest_column, stored_image
+from cascadevlm.base.tables import EVERY, Row, Table, few, nearest_column, stored_image
 from cascadevlm.base.types import Prediction
 
 if TYPE_CHECKING:
@@ -43,15 +44,7 @@ class ImageFrame:
     """
 
     def __init__(self, frame: object, column: str | None) -> None:
-        import narwhals
-
-        try:
-            self._frame = narwhals.from_native(cast("IntoDataFrame", frame), eager_only=True)
-        except TypeError as exc:
-            told = f"images is a table ({type(frame).__name__}), from which no column can be read."
-            raise InputError(
-                told, hint="Give a pandas or Polars data frame or an Arrow table; a lazy frame: frame.collect()."
-            ) from exc
+        self._frame = _read(frame)
         if column is None and len(self._frame.columns) == 1:
             column = self._frame.columns[0]
         if column is None:
@@ -79,10 +72,69 @@ class ImageFrame:
         return own.with_columns(*new).to_native()
 
 
+class FrameTable(Table):
+    """A frame as a table of images. Paths are relative to the working directory.
+
+    Args:
+        frame: a frame (`is_frame`).
+    """
+
+    def __init__(self, frame: object) -> None:
+        super().__init__(Path(type(frame).__name__))  # the name of the frame in messages
+        self._frame = _read(frame)
+
+    @property
+    def columns(self) -> Sequence[str]:
+        return self._frame.columns
+
+    def rows(self, columns: Sequence[str], wanted: Container[int] = EVERY, *, whole: bool = True) -> Iterator[Row]:
+        cells = [self._cells(name) for name in columns]
+        for number in range(len(self._frame)):
+            if number in wanted:
+                yield Row(number, number, {name: values[number] for name, values in zip(columns, cells, strict=True)})
+
+    def _cells(self, column: str) -> list[object]:
+        """The values of a column. Paths become texts, and all kinds of missing values become None."""
+        values = self._frame[column]
+        pairs = zip(values.to_list(), values.is_null().to_list(), strict=True)
+        return [None if empty else str(value) if isinstance(value, Path) else value for value, empty in pairs]
+
+    @cached_property
+    def _binary(self) -> frozenset[str]:
+        """The columns whose first value contains the bytes of an image."""
+        first = {name: self._frame[name].drop_nulls().head(1).to_list() for name in self.columns}
+        return frozenset(name for name, values in first.items() if values and isinstance(values[0], bytes | Mapping))
+
+    def is_binary(self, column: str) -> bool:
+        return column in self._binary
+
+    def where(self, row: Row) -> str:
+        return f"row {row.where}, counted from 0,"
+
+
+def _read(frame: object) -> "narwhals.DataFrame[IntoDataFrame]":
+    import narwhals
+
+    try:
+        return narwhals.from_native(cast("IntoDataFrame", frame), eager_only=True)
+    except TypeError as exc:
+        raise InputError(
+            f"images is a table ({type(frame).__name__}), from which no column can be read.",
+            hint="Give a pandas or Polars data frame or an Arrow table; a lazy frame: frame.collect().",
+        ) from exc
+
+
 def is_table(images: object) -> bool:
     """Returns True for a data frame, a table, or a mapping of columns."""
     kind = type(images)  # a lazy frame of Polars warns if its own columns are asked for
     return isinstance(images, Mapping) or hasattr(kind, "columns") or hasattr(kind, "column_names")
+
+
+def is_frame(source: object) -> bool:
+    """Returns True for a pandas or Polars data frame and for an Arrow table, but not for a lazy frame."""
+    from narwhals.dependencies import is_into_dataframe
+
+    return is_into_dataframe(source)
 
 
 def _image(value: object, column: str, row: int) -> ImageSource:

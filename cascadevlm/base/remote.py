@@ -4,6 +4,7 @@ A download is limited in size and in total time, and is tried again after a temp
 followed, because the address may contain credentials.
 """
 
+import io
 import os
 import re
 import time
@@ -24,6 +25,7 @@ from cascadevlm.base.secrets import credentials_of, scrubbed, shown_address
 if TYPE_CHECKING:
     import httpx2
     from fsspec import AbstractFileSystem
+    from typing_extensions import Buffer
 
 T = TypeVar("T")
 
@@ -310,8 +312,35 @@ def opened(place: Place) -> IO[bytes]:
         return place.open("rb")
     system, path = file_system(place)
     with _asking(place):
-        file: IO[bytes] = system.open(path, "rb")
-    return file
+        return io.BufferedReader(_RemoteFile(system.open(path, "rb"), place))
+
+
+class _RemoteFile(io.RawIOBase):
+    """A file of a file system, whose errors in the middle of the file are OSErrors without credentials, too."""
+
+    def __init__(self, file: IO[bytes], address: str) -> None:
+        self._file, self._address = file, address
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: "Buffer", /) -> int:
+        view = memoryview(buffer)
+        with _asking(self._address):
+            part = self._file.read(len(view))
+        view[: len(part)] = part
+        return len(part)
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
+        with _asking(self._address):
+            return self._file.seek(offset, whence)
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
 
 
 def is_folder(address: str) -> bool:

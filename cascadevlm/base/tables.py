@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from cascadevlm.base.entry_points import similar
 from cascadevlm.base.errors import ConfigError, DataError
-from cascadevlm.base.remote import Place, name_of, opened
+from cascadevlm.base.remote import Place, is_address, name_of, opened
 
 T = TypeVar("T")
 
@@ -236,7 +236,9 @@ def reading(place: Place) -> Iterator[None]:
         yield
     except (OSError, ValueError, csv.Error) as exc:  # Arrow's and JSON's errors are ValueErrors
         why = str(exc).partition("\n")[0][:MOST_CHARACTERS].rstrip(".")
-        raise DataError(f"{name_of(place)!r} cannot be read: {why}.", hint="Check the content of the file.") from exc
+        remote = is_address(place) and isinstance(exc, OSError)
+        hint = "Check the address, or repeat the command later." if remote else "Check the content of the file."
+        raise DataError(f"{name_of(place)!r} cannot be read: {why}.", hint=hint) from exc
 
 
 def nearest_column(column: str, columns: Sequence[str]) -> str:

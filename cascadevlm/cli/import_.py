@@ -24,6 +24,20 @@ def import_(
     into: Annotated[
         Path | None, typer.Option("--into", metavar="RUN", help="Folder of the run or record that gets the corrections.")
     ] = None,
+    image: Annotated[
+        str | None,
+        typer.Option(metavar="COLUMN", help="Column of images in the table.", show_default="image; if there is none, path"),
+    ] = None,
+    id: Annotated[
+        str | None,
+        typer.Option(
+            metavar="COLUMN",
+            help="Column of ids in the table, in place of a column of images. The run must have been made with --id.",
+        ),
+    ] = None,
+    label: Annotated[
+        str | None, typer.Option(metavar="COLUMN", help="Column of labels in the table.", show_default="label")
+    ] = None,
     by: Annotated[
         str, typer.Option(metavar="NAME", help="Name of the person, for labels without a name.", show_default="unknown")
     ] = "",
@@ -40,17 +54,21 @@ def import_(
     """
     from cascadevlm.base.errors import InputError
     from cascadevlm.base.files import visible
-    from cascadevlm.base.tables import MOST_SHOWN
+    from cascadevlm.base.tables import MOST_SHOWN, USUAL, ColumnNames
     from cascadevlm.runs.correction_files import import_corrections
 
+    columns = ColumnNames(image=image, id=id, label=label)
     if given != ArrayOptions():
-        if file or into or by:
-            raise InputError("A record is made from arrays, without FILE, --into and --by.", hint="Remove these, or --scores.")
+        if file or into or by or columns != USUAL:
+            told = "A record is made from arrays, without FILE, --into, --image, --id, --label and --by."
+            raise InputError(told, hint="Remove these, or --scores.")
         given.write(as_json=as_json)
         return
     if file is None or into is None:
         raise InputError("Labels from people need FILE and --into RUN.", hint="To make a record, add --scores.")
-    done = import_corrections(file, into, by=by)
+    if image and id:
+        raise InputError("Two columns name the images: --image and --id.", hint="Remove one of them.")
+    done = import_corrections(file, into, by=by, columns=columns)
     corrections, conflicts = done.corrections, done.corrections.described_conflicts
     if as_json:
         counts = {"added": done.added, "known": done.known, "without_label": done.without_label}

@@ -7,13 +7,16 @@ import sys
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar, get_args
+from typing import TYPE_CHECKING, Annotated, Literal, TypeVar, get_args
 
 import typer
 
 from cascadevlm.base.errors import InputError
 from cascadevlm.cli.options import DEFAULT_POLICY
 from cascadevlm.config import DEFAULT_SCORER
+
+if TYPE_CHECKING:
+    from cascadevlm.base.remote import Place
 
 Machine = Literal["laptop", "gpu"]
 JudgeKind = Literal["openai", "anthropic", "gemini", "local", "none"]
@@ -57,7 +60,9 @@ HOSTED: dict[str, Hosted] = {
 
 
 def init(
-    images: Annotated[Path | None, typer.Option(help="Folder of images, or a list of images.")] = None,
+    images: Annotated[
+        str | None, typer.Option(help="Folder of images, or a list or table of images. Addresses such as s3:// are possible.")
+    ] = None,
     labels: Annotated[
         str | None, typer.Option(help="File of class names, folder with one subfolder per class, or names separated by commas.")
     ] = None,
@@ -74,10 +79,11 @@ def init(
 
     Without a terminal, nothing is asked. An existing file is overwritten only after a confirmation on a terminal.
     """
+    from cascadevlm.base.remote import place_of
+
     asking = sys.stdin.isatty() and not yes
-    shown = images or Path(_required("Folder of images", "--images", asking))
-    if not shown.exists():
-        raise InputError(f"{str(shown)!r} does not exist.", hint="Give the folder with your images: --images FOLDER.")
+    shown = place_of(images or _required("Folder of images", "--images", asking))
+    _require_images(shown)
     names = _labels(labels or _required("Class names: a file, a folder, or names separated by commas", "--labels", asking))
     where = machine or _chosen("Where local models run", get_args(Machine), _default_machine(), asking)
     kind = judge or _chosen("The judge", get_args(JudgeKind), _default_judge(where), asking)
@@ -88,6 +94,24 @@ def init(
     _require_valid(text)
     _write(output, text, asking)
     _tell_next(shown, output, kind)
+
+
+def _require_images(place: "Place") -> None:
+    """Check that a path exists, or that addresses of this kind can be read. Nothing is downloaded.
+
+    Raises:
+        InputError: if there is no such path.
+        BackendError: if the command ``run`` does not read such an address.
+        DataError: if the file system of the address cannot be used.
+    """
+    from cascadevlm.base.remote import file_system
+    from cascadevlm.base.tables import reading
+
+    if not isinstance(place, Path):
+        with reading(place):
+            file_system(place)
+    elif not place.exists():
+        raise InputError(f"{str(place)!r} does not exist.", hint="Give the folder with your images: --images FOLDER.")
 
 
 def _required(question: str, option: str, asking: bool) -> str:
@@ -209,8 +233,10 @@ def _write(path: Path, text: str, asking: bool) -> None:
         raise InputError(f"{str(path)!r} cannot be written: {exc.strerror}.", hint="Give another file: --output FILE.") from exc
 
 
-def _tell_next(images: Path, path: Path, judge: JudgeKind) -> None:
-    folder, config = shlex.quote(str(images)), shlex.quote(str(path))
+def _tell_next(images: "Place", path: Path, judge: JudgeKind) -> None:
+    from cascadevlm.base.remote import name_of
+
+    folder, config = shlex.quote(name_of(images)), shlex.quote(str(path))
     typer.echo(f"Wrote {path}. Next, see what is missing, what a run will cost, and run it:")
     typer.echo(f"  cascadevlm doctor --config {config}")
     if judge != "none":

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Protocol, TypeAlias, cast, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, TypeAlias, cast, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,11 +14,15 @@ from PIL import Image
 
 from cascadevlm.base.errors import DataError
 from cascadevlm.base.files import valid_text
+from cascadevlm.base.frames import FrameTable, is_frame
 from cascadevlm.base.image_table import About, ImageTable, read_table, text_of
 from cascadevlm.base.images import ImageSource, image_files
 from cascadevlm.base.labels import LabelSet, words
 from cascadevlm.base.remote import name_of
 from cascadevlm.base.tables import USUAL, ColumnNames, few, stored_image
+
+if TYPE_CHECKING:
+    from narwhals.typing import IntoDataFrame
 
 STEPS = 1_000
 """Number of rows of a table that are read over. For a larger step, the rows between are left out."""
@@ -51,7 +55,7 @@ class HubDataset(Protocol):
         """The same dataset; the column is read with another feature."""
 
 
-Source: TypeAlias = Path | ImageDataset | HubDataset | Mapping[str, HubDataset]
+Source: TypeAlias = "Path | ImageDataset | HubDataset | Mapping[str, HubDataset] | IntoDataFrame"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,7 +139,7 @@ def stratified(truths: Sequence[str], size: int, *, seed: int) -> NDArray[np.boo
     return chosen
 
 
-def read_data(source: Source | str, labels: LabelSet, columns: ColumnNames = USUAL) -> Data:
+def read_data(source: "Source | str", labels: LabelSet, columns: ColumnNames = USUAL) -> Data:
     """Read labelled images, and check all of them.
 
     Args:
@@ -144,10 +148,11 @@ def read_data(source: Source | str, labels: LabelSet, columns: ColumnNames = USU
             - a folder with one subfolder per class;
             - a table in one of the forms that `cascadevlm.runs.inputs.Inputs` reads, with a column of images, a column of labels
               and, optionally, a column ``split``;
+            - a pandas or Polars data frame or an Arrow table, with the same columns. Paths are relative to the working directory;
             - a ``datasets.Dataset``, or a mapping of several by the names of their splits;
             - a dataset in the form of torchvision.
         labels: the label set. Truths may be names or aliases.
-        columns: the columns of a table. Default: the usual columns.
+        columns: the columns of a table or a frame. Default: the usual columns.
 
     Raises:
         DataError: if the source is not labelled data. One message names labels that are not in the label set, missing files, and
@@ -155,14 +160,16 @@ def read_data(source: Source | str, labels: LabelSet, columns: ColumnNames = USU
     """
     if isinstance(source, str | Path):
         data = _of_path(source, columns)
+    elif is_frame(source):
+        data = _of_table(ImageTable(FrameTable(source), columns, labelled=True))
     elif columns != USUAL:
-        raise DataError("Columns can only be named for a table.", hint="Give the path of a table.")
+        raise DataError("Columns can only be named for a table.", hint="Give a data frame, or the path of a table.")
     elif isinstance(source, ImageDataset):
         data = _of_image_dataset(source)
     elif isinstance(source, HubDataset | Mapping):
         data = _of_hub(source)
     else:
-        hint = "Use a folder, a table, a datasets.Dataset, or an object with classes, a length and (image, class number) items."
+        hint = "Use a folder, a table, a frame, a datasets.Dataset, or an object with classes, a length and (image, class) items."
         raise DataError(f"An object of type {type(source).__name__} is not labelled data.", hint=hint)
     return _checked(data, labels)
 

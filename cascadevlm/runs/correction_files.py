@@ -18,7 +18,7 @@ from cascadevlm.base.entry_points import similar
 from cascadevlm.base.errors import DataError
 from cascadevlm.base.image_table import TABLES, open_table, text_of
 from cascadevlm.base.labels import LabelSet, words
-from cascadevlm.base.tables import Table, few
+from cascadevlm.base.tables import USUAL, ColumnNames, Table, few
 from cascadevlm.runs.corrections import CORRECTIONS, Correction, Corrections, add_corrections, read_corrections
 from cascadevlm.runs.export import FORMULA, absolute
 from cascadevlm.runs.label_studio import Said, read_annotations
@@ -50,7 +50,7 @@ class Imported:
     corrections: Corrections
 
 
-def import_corrections(file: str | Path, run: str | Path, *, by: str = "") -> Imported:
+def import_corrections(file: str | Path, run: str | Path, *, by: str = "", columns: ColumnNames = USUAL) -> Imported:
     """Add the corrections in a file to a run. A second import of the same file adds nothing.
 
     Args:
@@ -63,19 +63,25 @@ def import_corrections(file: str | Path, run: str | Path, *, by: str = "") -> Im
             - the ``corrections.jsonl`` of another run.
         run: folder of a run or a record.
         by: name of the person, for statements without a name.
+        columns: the columns of a table: ``label``, and either ``image`` or ``id``. With ``id``, the table names images by the ids
+            that they have in the run. Default: the columns above.
 
     Raises:
-        DataError: if the file cannot be read, or the folder is not a run; if an image is not in the run, a label is not in the
-            label set, or a person has two labels for an image at the same time. One message names all of these. Nothing is added
-            then.
+        DataError: if the file cannot be read, lacks a column, or the folder is not a run; if columns are named for a file that is
+            not a table, or ids for a run without ids; if an image is not in the run, a label is not in the label set, or a person
+            has two labels for an image at the same time. One message names all of these. Nothing is added then.
         RunError: if the folder cannot be written.
     """
     file, run = Path(file), Path(run)
-    labels = LabelSet(tuple(Manifest.read(run).labels))
-    said = [each._replace(by=each.by or by) for each in _read(file, labels)]
+    manifest = Manifest.read(run)
+    if columns.id is not None and manifest.columns.id is None:
+        raise DataError(f"The images of the run in {str(run)!r} have no ids.", hint="Name the column of images: --image COLUMN.")
+    labels = LabelSet(tuple(manifest.labels))
+    said = [each._replace(by=each.by or by) for each in _read(file, labels, columns)]
     stated = [each for each in said if each.labels or each.skipped]
-    names, source = _names_in(run, {each.image for each in stated}), str(file.absolute())
-    _require_no_faults(file, stated, names, labels)
+    names = _names_in(run, {each.image for each in stated}, ids=columns.id is not None)
+    source = str(file.absolute())
+    _require_no_faults(file, stated, names, labels, ids=columns.id is not None)
     found = [
         Correction(
             image=names[each.image],
@@ -101,13 +107,13 @@ def _label(text: str, labels: LabelSet) -> str | None:
     return labels.by_words.get(words(text))
 
 
-def _require_no_faults(file: Path, stated: list[Said], names: Mapping[str, str], labels: LabelSet) -> None:
+def _require_no_faults(file: Path, stated: list[Said], names: Mapping[str, str], labels: LabelSet, *, ids: bool) -> None:
     missing = {each.image: each.where for each in stated if each.image not in names}
     named = {name: each.where for each in stated for name in each.labels if name is not None}
     unknown = {name: where for name, where in named.items() if _label(name, labels) is None}
     twice = Counter((names.get(each.image, each.image), each.by, each.at) for each in stated)
     problems = {
-        "images are not in the run": [f"{image}, {where}" for image, where in missing.items()],
+        f"{'ids' if ids else 'images'} are not in the run": [f"{image}, {where}" for image, where in missing.items()],
         "labels are not in the label set": [f"{name}, {where}" for name, where in unknown.items()],
         "statements name several labels": [each.where for each in stated if len(each.labels) > 1],
         "images occur more than once": [image for (image, _, _), count in twice.items() if count > 1],
@@ -115,22 +121,27 @@ def _require_no_faults(file: Path, stated: list[Said], names: Mapping[str, str],
     found = [f"{len(cases)} {what} ({few(cases)})" for what, cases in problems.items() if cases]
     if found:
         meant = " ".join(["", *filter(None, (similar(name, labels.names) for name in [*unknown][:1]))])
-        hint = f"Nothing was imported. Images are named as in the run, or by their absolute paths.{meant}"
+        names_are = "by their ids in the run" if ids else "as in the run, or by their absolute paths"
+        hint = f"Nothing was imported. Images are named {names_are}.{meant}"
         raise DataError(f"The corrections in {str(file)!r} have errors: {'; '.join(found)}.", hint=hint)
 
 
-def _names_in(run: Path, wanted: set[str]) -> dict[str, str]:
-    """The names in the run of the images that a file names in the same way, or by their absolute paths."""
+def _names_in(run: Path, wanted: set[str], *, ids: bool) -> dict[str, str]:
+    """The names in the run of the images that a file names by their ids or, without ``ids``, in the same way or by their absolute
+    paths.
+    """
     found = {}
     for _, line in predictions_of(run, None):
-        for name in (line.path, str(absolute(line))):
+        for name in (line.id,) if ids else (line.path, str(absolute(line))):
             if name in wanted:
                 found[name] = line.path
     return found
 
 
-def _read(file: Path, labels: LabelSet) -> list[Said]:
+def _read(file: Path, labels: LabelSet, columns: ColumnNames) -> list[Said]:
     """The statements in a file."""
+    if columns != USUAL and (file.name == CORRECTIONS or file.suffix.lower() == ".json"):
+        raise DataError(f"{str(file)!r} is not a table, so it has no columns.", hint=f"Leave out: {columns}.")
     try:
         changed = datetime.fromtimestamp(file.stat().st_mtime, UTC)
         if file.name == CORRECTIONS:
@@ -140,7 +151,7 @@ def _read(file: Path, labels: LabelSet) -> list[Said]:
         table = open_table(file) if file.suffix.lower() in TABLES else None
         if table is None:
             raise ValueError(f"the suffix {file.suffix!r} is unknown")
-        return [*_of_table(table, changed, labels)]
+        return [*_of_table(table, changed, labels, columns)]
     except (OSError, ValueError, RecursionError, csv.Error) as exc:  # errors of pydantic, Arrow and JSON are ValueErrors
         why = exc.strerror if isinstance(exc, OSError) and exc.strerror else str(exc).partition("\n")[0].rstrip(".")
         if isinstance(exc, ValidationError):
@@ -185,18 +196,21 @@ def _of_fiftyone(labels: Mapping[str, JsonValue], classes: list[JsonValue], chan
         yield _said(repr(image), image, label or "", "", changed, names)
 
 
-def _of_table(table: Table, changed: datetime, labels: LabelSet) -> Iterator[Said]:
-    table.require("label")
-    read = [name for name in ("image", "path", "label", "by", "when") if name in table.columns]
-    for row in table.rows(read):
-        image = row.cells.get("image") or row.cells.get("path")
-        if not isinstance(image, str):
-            raise ValueError(f"{table.where(row)} has no image; the columns are {few(table.columns)}")
+def _of_table(table: Table, changed: datetime, labels: LabelSet, columns: ColumnNames) -> Iterator[Said]:
+    label = table.require(columns.label or "label")
+    named = columns.id or columns.image
+    places = [table.require(named)] if named else [name for name in ("image", "path") if name in table.columns]
+    read = dict.fromkeys([*places, label, *(name for name in ("by", "when") if name in table.columns)])
+    for row in table.rows([*read]):
+        cells = (row.cells.get(place) for place in places)
+        image = next((text for cell in cells if isinstance(cell, str | int | float) and (text := text_of(cell))), "")
+        if not image:
+            raise ValueError(f"{table.where(row)} has no {'id' if columns.id else 'image'}; the columns are {few(table.columns)}")
         when = row.cells.get("when")
         at = changed if when in (None, "") else when if isinstance(when, datetime) else datetime.fromisoformat(str(when))
         at = at if at.tzinfo else at.replace(tzinfo=UTC)
-        label, by = (_without_apostrophe(text_of(row.cells.get(name))) for name in ("label", "by"))
-        yield _said(table.where(row), _without_apostrophe(image), label, by, at, labels)
+        said, by = (_without_apostrophe(text_of(row.cells.get(name))) for name in (label, "by"))
+        yield _said(table.where(row), _without_apostrophe(image), said, by, at, labels)
 
 
 def _without_apostrophe(text: str) -> str:

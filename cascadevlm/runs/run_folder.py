@@ -220,7 +220,7 @@ class RunFolder(Observer):
                 sound += len(line)
                 dollars += read.cost.dollars
                 self._keys.extend(keys_of([read.digest or read.content]).tolist())
-                self._count(read.path, read)
+                self._count(read.path, read.id, read)
         if dollars > self.ledger.spent_dollars + SUM_ERROR:
             spent = f"${self.ledger.spent_dollars:.6f} instead of ${dollars:.6f}"
             hint = f"Restore the file, or write this line into it: {line_of_ledger(spent=round(dollars * NANODOLLARS)).strip()}"
@@ -357,19 +357,19 @@ class RunFolder(Observer):
         """
         number = self.tally.images
         known = self._known.pop(number, {}) | self._of_record(number, prediction)
-        self._write(path, prediction, line_of(prediction, {"path": path, **also, **known}))
+        self._write(path, also.get("id"), prediction, line_of(prediction, {"path": path, **also, **known}))
 
     def append_again(self, path: str, content: Mapping[str, JsonValue]) -> None:
         """Write a prediction that was made before as the next prediction. ``content`` contains the fields of its line."""
         line = line_with({**content, "path": path})
-        self._write(path, Line.read(line), line)
+        self._write(path, content.get("id"), Line.read(line), line)
 
-    def _write(self, path: str, prediction: Prediction | Line, line: bytes) -> None:
+    def _write(self, path: str, own_id: JsonValue, prediction: Prediction | Line, line: bytes) -> None:
         with writing_to(self.folder):
             if self.finished:
                 self._unfinish()
             self._predictions.write(line)
-            self._count(path, prediction)
+            self._count(path, own_id, prediction)
         self.tally.spent_dollars = self.ledger.spent_dollars
 
     def begin_again(self) -> None:
@@ -401,9 +401,10 @@ class RunFolder(Observer):
             (self.folder / name).unlink(missing_ok=True)
         self.finished, self.tally.certificate = False, None
 
-    def _count(self, path: str, prediction: Prediction | Line) -> None:
+    def _count(self, path: str, own_id: JsonValue, prediction: Prediction | Line) -> None:
         if failure := failure_of(prediction):
-            row = {"image": self.tally.images, "path": path, "label": prediction.label, "error": failure}
+            named = {"path": path} if own_id is None else {"path": path, "id": own_id}
+            row = {"image": self.tally.images, **named, "label": prediction.label, "error": failure}
             self._failures.write(json.dumps(row).encode() + b"\n")
         self.tally.add(prediction)
 

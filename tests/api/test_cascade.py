@@ -6,6 +6,7 @@ from importlib import resources
 from pathlib import Path
 
 import fsspec
+import pandas
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -194,3 +195,21 @@ def test_the_columns_of_a_table_are_named(tmp_path: Path) -> None:
     assert by_hand(FakeJudge()).evaluate(tmp_path / "list.csv", columns=columns).images == 1
     with pytest.raises(DataError, match="Columns can only be named for a table"):
         by_hand(FakeJudge()).run([tmp_path / "a.png"], tmp_path / "other", columns=columns)
+
+
+def test_a_frame_with_truths_is_evaluated_and_its_ids_are_in_the_record(tmp_path: Path) -> None:
+    for number in range(4):
+        noise(number).save(tmp_path / f"{number}.png")
+    photos = [str(tmp_path / f"{number}.png") for number in range(4)]
+    frame = pandas.DataFrame({"photo": photos, "kind": NAMES, "sku": ["A", "B", "C", "D"]})
+    columns, cascade = ColumnNames(image="photo", label="kind", id="sku"), by_hand(FakeJudge())
+    evaluation = cascade.evaluate(frame, tmp_path / "record", columns=columns)
+    record = read_record(tmp_path / "record")
+    assert [told["id"] for told in record.about] == ["A", "B", "C", "D"]
+    right = [each.label == truth for each, truth in zip(cascade.classify(photos), NAMES, strict=True)]
+    assert evaluation.cascade_accuracy == sum(right) / 4
+    assert cascade.evaluate(frame, tmp_path / "record", columns=columns).images == 4  # it is the same record
+    with pytest.raises(
+        DataError, match=r"inputs is a table \(DataFrame\), from which a run cannot continue\. Write it to a Parquet"
+    ):
+        cascade.run(frame, tmp_path / "run")

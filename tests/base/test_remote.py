@@ -11,7 +11,7 @@ from pathlib import Path
 
 import fsspec
 import pytest
-from fsspec.implementations.memory import MemoryFileSystem
+from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
 from tenacity import wait_none
 
 from cascadevlm import Cascade
@@ -250,7 +250,9 @@ class Refused(Exception):
     """An error that is neither an OSError nor a ValueError, as of the packages for S3 and Google Cloud Storage."""
 
 
-@pytest.mark.parametrize(("method", "place"), [("isdir", "images"), ("find", "images"), ("open", "list.csv")])
+@pytest.mark.parametrize(
+    ("method", "place"), [("isdir", "images"), ("find", "images"), ("open", "list.csv"), ("read", "list.csv")]
+)
 def test_every_error_of_a_file_system_is_one_sentence_without_credentials(
     bucket: str, monkeypatch: pytest.MonkeyPatch, method: str, place: str
 ) -> None:
@@ -258,9 +260,10 @@ def test_every_error_of_a_file_system_is_one_sentence_without_credentials(
         raise Refused("key T0KEN is unknown\nmore")
 
     fsspec.filesystem("memory").pipe("/bucket/images?T0KEN/0.png", png())
-    monkeypatch.setattr(MemoryFileSystem, method, failing)
+    fsspec.filesystem("memory").pipe("/T0KEN@bucket/list.csv", b"image\n0.png\n")
+    monkeypatch.setattr(MemoryFile if method == "read" else MemoryFileSystem, method, failing)
     with pytest.raises(DataError, match=r"cannot be read: Refused: key \*\*\* is unknown\.") as caught:
-        len(Inputs(f"{bucket}/{place}?T0KEN" if method != "open" else f"memory://T0KEN@bucket/{place}"))
+        len(Inputs(f"{bucket}/{place}?T0KEN" if place == "images" else f"memory://T0KEN@bucket/{place}"))
     assert "T0KEN" not in str(caught.value)
 
 

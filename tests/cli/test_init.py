@@ -5,12 +5,14 @@ import pty
 import subprocess
 import sys
 import tomllib
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
+from cascadevlm.base.environment import LOCAL_ONLY
 from cascadevlm.base.errors import LabelError
 from cascadevlm.base.labels import LabelSet
 from cascadevlm.cascade.cascade import Cascade
@@ -101,9 +103,30 @@ def test_the_file_works_with_the_commands_that_are_named_next() -> None:
     assert Path("predictions").is_dir()
 
 
+def test_images_may_be_at_an_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    def next_command(address: str) -> str:
+        Path("cascade.toml").unlink(missing_ok=True)
+        done = run("init", "--images", address, "--labels", "labels.txt", "--judge", "none")
+        return done.stdout.splitlines()[-1].strip()
+
+    options = "--config cascade.toml --output predictions"
+    assert next_command("memory://photos/table.parquet") == f"cascadevlm run memory://photos/table.parquet {options}"
+    assert "hunter2" not in next_command("memory://user:hunter2@photos")
+    monkeypatch.delenv(LOCAL_ONLY)
+    assert next_command("hf://datasets/owner/name") == f"cascadevlm run hf://datasets/owner/name {options}"
+    if find_spec("s3fs"):
+        assert next_command("s3://bucket/photos") == f"cascadevlm run s3://bucket/photos {options}"
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
+        (["--images", "s3://bucket/photos", "--labels", "labels.txt"], f"is not on this machine, and {LOCAL_ONLY} is set."),
+        (
+            ["--images", "http://127.0.0.1/a.csv", "--labels", "labels.txt"],
+            "and only images are read over https.",
+        ),
+        (["--images", "memory://a.zip::b", "--labels", "labels.txt"], "is followed by '::' and another address"),
         (["--labels", "labels.txt"], "--images is missing, and the input is not a terminal. Add --images."),
         (["--images", "photos"], "--labels is missing, and the input is not a terminal. Add --labels."),
         (["--images", "nowhere", "--labels", "labels.txt"], "'nowhere' does not exist."),

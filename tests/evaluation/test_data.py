@@ -5,13 +5,15 @@ import json
 import os
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import IO
 
 import datasets
 import numpy as np
+import pandas
+import polars
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -24,7 +26,7 @@ from cascadevlm import Cascade
 from cascadevlm.base.errors import DataError
 from cascadevlm.base.images import ImageSource, load_image
 from cascadevlm.base.labels import Label, LabelSet
-from cascadevlm.base.tables import LONGEST_SHOWN
+from cascadevlm.base.tables import LONGEST_SHOWN, ColumnNames
 from cascadevlm.evaluation.data import Data, read_data, stratified
 from cascadevlm.judges.support import SupportSet
 from cascadevlm.runs.inputs import Inputs
@@ -140,6 +142,57 @@ def test_labels_are_as_they_are_written(folder: Path) -> None:
             assert read_data(folder.parent / name, labels).truths == (label,)
     (folder.parent / "numbers.jsonl").write_text(json.dumps({"path": file, "label": 7}))
     assert read_data(folder.parent / "numbers.jsonl", LabelSet.of(["7"])).truths == ("7",)
+
+
+FRAMES: dict[str, Callable[[Mapping[str, Sequence[object]]], object]] = {
+    "pandas": pandas.DataFrame,
+    "polars": polars.DataFrame,
+    "pyarrow": pyarrow.table,
+}
+
+
+@pytest.mark.parametrize("stored", ["paths", "bytes"])
+@pytest.mark.parametrize("kind", FRAMES)
+def test_a_frame_is_a_table(folder: Path, kind: str, stored: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder.parent)  # paths are relative to the working directory
+    read = rows(folder)
+    images = [row["path"] if stored == "paths" else Path(row["path"]).read_bytes() for row in read]
+    labels, skus = [row["label"] for row in read], [*range(len(read))]
+    columns = ColumnNames(image="photo", label="kind", id="sku", keep=("price",))
+    prices = [0.5, None, 2.0, 3.0, 4.0, 5.0]
+    frame = FRAMES[kind]({"photo": images, "kind": labels, "sku": skus, "price": prices, "split": ["test"] * 6})
+    data = read_data(frame, LABELS, columns)  # type: ignore[arg-type]
+    assert data.truths == TRUTHS
+    assert data.splits == ("test",) * 6
+    assert pixels(data) == pixels(data.split("test")) == expected()
+    assert pixels(data.take(np.array([4, 1]))) == [expected()[4], expected()[1]]
+    told = [{"id": str(sku), "kept": {"price": price}} for sku, price in zip(skus, prices, strict=True)]
+    assert [*data.about] == told
+
+
+@pytest.mark.parametrize("kind", FRAMES)
+@pytest.mark.parametrize(
+    ("content", "columns", "told"),
+    [
+        ({"foto": ["a"], "label": ["ant"]}, {"image": "photo"}, r"has no column 'photo'\. Did you mean 'foto'\?"),
+        ({"path": ["a"], "kind": ["ant"]}, {"label": "kinds"}, r"has no column 'kinds'\. Did you mean 'kind'\?"),
+        ({"path": [None, "b"], "label": ["ant", "bee"]}, {}, r"1 rows have no image .*1 files do not exist"),
+        ({"path": [7], "label": ["ant"]}, {}, r"row 0, counted from 0, contains in its column 'path' 7, which is neither"),
+        ({"path": ["a"], "label": ["wasp"]}, {}, r"1 labels are not in the label set \('wasp'\)"),
+        (
+            {"path": ["a", "b"], "label": ["ant", "bee"], "n": [1, 1]},
+            {"id": "n"},
+            r"1 ids in the column 'n' of .* more than once",
+        ),
+        ({"path": ["a", "b"], "label": ["ant", "bee"], "n": ["1", None]}, {"id": "n"}, r"row 1, counted from 0, has no id"),
+    ],
+)
+def test_what_is_wrong_in_a_frame_is_told(
+    kind: str, content: Mapping[str, Sequence[object]], columns: dict[str, object], told: str
+) -> None:
+    with pytest.raises(DataError, match=told) as caught:
+        read_data(FRAMES[kind](content), LABELS, ColumnNames.model_validate(columns))  # type: ignore[arg-type]
+    assert "\n" not in str(caught.value)
 
 
 def test_labels_by_alias(folder: Path) -> None:

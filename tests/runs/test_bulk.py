@@ -338,6 +338,7 @@ def test_failures_are_told_once(tmp_path: Path) -> None:
         tally = bulk.run(cascade(FakeJudge(reply=reply), "always"), images, tmp_path / "run", config={}, stopping=stop.__next__)
     told = [json.loads(line) for line in (tmp_path / "run" / "failures.jsonl").read_text().splitlines()]
     assert [row["image"] for row in told] == [2, 5, 8]
+    assert "id" not in told[0]
     assert "is not an image" in told[0]["error"]
     assert told[1]["error"] == "cannot be asked"
     assert "does not exist" in told[2]["error"]

@@ -207,9 +207,9 @@ def run_until_killed(folder: Path, where: str, count: int) -> None:
         note("scored")
         return logits(scorer, image, labels)
 
-    def writing(opened: RunFolder, path: str, prediction: Prediction | Line) -> None:
+    def writing(opened: RunFolder, path: str, own_id: JsonValue, prediction: Prediction | Line) -> None:
         note("written")
-        counted(opened, path, prediction)
+        counted(opened, path, own_id, prediction)
 
     with patch.object(FakeScorer, "_logits", scoring), patch.object(RunFolder, "_count", writing):
         run(folder / "run", Judge(reply=reply))

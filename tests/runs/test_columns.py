@@ -208,6 +208,16 @@ def test_ids_and_kept_columns_reach_every_output(tmp_path: Path) -> None:
     assert (image["id"], image["input.id"], image["price"]) == (1, "A-1", 3.5)
 
 
+def test_failures_have_ids(tmp_path: Path) -> None:
+    parquet(tmp_path / "table.parquet", rows(tmp_path))
+    for number in (1, 2):
+        (tmp_path / "images" / f"{number}.png").write_text("no image")
+    for stop in (2, 99):
+        run(tmp_path / "table.parquet", tmp_path / "run", stop=stop)
+    told = [json.loads(line) for line in (tmp_path / "run" / "failures.jsonl").read_text().splitlines()]
+    assert [(row["image"], row["id"]) for row in told] == [(1, SKUS[1]), (2, SKUS[2])]
+
+
 @pytest.mark.parametrize("name", ["comma.csv", "paths.parquet"])
 def test_shuffled_images_keep_their_own_ids(tmp_path: Path, name: str) -> None:
     FORMS[name](tmp_path / name, rows(tmp_path))

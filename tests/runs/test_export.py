@@ -25,6 +25,7 @@ from cascadevlm import Cascade
 from cascadevlm.base.errors import DataError, InputError
 from cascadevlm.base.images import load_image
 from cascadevlm.base.labels import Label
+from cascadevlm.base.tables import ColumnNames
 from cascadevlm.base.types import Candidate, Prediction, Usage, Verdict
 from cascadevlm.runs import bulk
 from cascadevlm.runs.export import FORMATS, FORMULA, export
@@ -176,6 +177,21 @@ def test_fiftyones_own_importer_reads_it(run: Path, tmp_path: Path) -> None:
         found = {path: label and (label.label, label.confidence) for path, _, label in importer}
     first, second, third = (p.path for p in predictions(run / "images")[:3])
     assert found == {first: (NAMES[0], 0.1 + 0.2), second: (NAMES[1], None), third: None}
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_fiftyones_own_importer_reads_ids_and_kept_columns(tmp_path: Path) -> None:
+    importers = pytest.importorskip("fiftyone.utils.data.importers")
+    noise(0).save(tmp_path / "0.png")
+    (tmp_path / "table.csv").write_text("image,sku,unit price,label\n0.png,A-1,3.5,ours\n")
+    inputs = Inputs(tmp_path / "table.csv", ColumnNames(id="sku", keep=("unit price", "label")))
+    bulk.run(Cascade(FakeScorer(), [], labels=["ant", "bee"]), inputs, tmp_path / "run", config={})
+    export(tmp_path / "run", "fiftyone", tmp_path / "out.json")
+    with importers.FiftyOneImageClassificationDatasetImporter(labels_path=str(tmp_path / "out.json")) as importer:
+        ((path, _, label),) = importer
+    assert path == str(tmp_path / "0.png")
+    assert (label["input_id"], label["unit price"], label["input_label"]) == ("A-1", "3.5", "ours")
+    assert label["decided_by"] == "scorer"
 
 
 @pytest.mark.parametrize("to", FORMATS)

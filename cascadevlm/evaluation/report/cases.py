@@ -107,6 +107,7 @@ def _case(record: Record, final: Record, row: int) -> dict[str, JsonValue]:
     ]
     return {
         "name": Path(record.names[row]).name,
+        "id": record.about[row].get("id") or "" if record.about else "",
         "readable": bool(record.readable[row]),
         "truth": int(record.truths[row]),
         "label": int(final.predicted[row]),

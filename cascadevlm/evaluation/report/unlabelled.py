@@ -247,6 +247,7 @@ def _case(run: BulkRun, line: Line, labels: dict[str, int]) -> dict[str, JsonVal
     ]
     return {
         "name": Path(line.path).name,
+        "id": line.id or "",
         "readable": bool(line.candidates),
         "truth": numbered(said.label if said else None),
         "label": numbered(line.label),

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from PIL import ImageFilter
 from playwright.sync_api import Browser, Page, sync_playwright
 
-from cascadevlm import Cascade, Stage, load_prompt, parse_policy
+from cascadevlm import Cascade, ColumnNames, Stage, load_prompt, parse_policy, read_data, read_record
 from cascadevlm.base.arrays import NOBODY
 from cascadevlm.base.errors import DataError
 from cascadevlm.base.html import thumbnail
@@ -735,3 +735,26 @@ def test_of_many_images_the_page_holds_the_most_doubtful(
     expected = [Path(line["path"]).name for line in sorted(lines, key=certainty)[:5]]
     assert [case["name"] for case in page["runs"][0]["cases"]] == expected
     assert (page["runs"][0]["totals"]["all"], page["chosen"]) == (20, "with the lowest probability")
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_ids_are_shown_and_found(browser: Browser, tmp_path: Path, images: tuple[str, ...], labelled: bool) -> None:
+    (tmp_path / "table.csv").write_text(
+        "image,sku,label\n" + "".join(f"{name},SKU-{n},bee\n" for n, name in enumerate(images[:9]))
+    )
+    columns, file = ColumnNames(id="sku"), tmp_path / "report.html"
+    if labelled:
+        cascade = Cascade(FakeScorer(), labels=["ant", "bee"])
+        cascade.evaluate(read_data(tmp_path / "table.csv", cascade.labels, columns), tmp_path / "run")
+        write(tmp_path, {"run": Run.of(read_record(tmp_path / "run"))})
+    else:
+        run_bulk(tmp_path / "run", Inputs(tmp_path / "table.csv", columns))
+        file.write_text(render_bulk({"run": read_bulk_run(tmp_path / "run")}))
+    page = browser.new_page(viewport={"width": 1280, "height": 900}, color_scheme="light")
+    opened = Visit(page, file)
+    assert len(opened.shown()) == 9
+    page.get_by_placeholder("Search labels and ids").fill("sku-7")
+    assert opened.shown() == [Path(images[7]).name]
+    assert "id: SKU-7" in page.locator(".case").inner_text()
+    assert opened.said == []
+    page.close()

@@ -81,6 +81,7 @@
       text.append(make("p", "facts", `${each.kinds.includes("escalated") ? "Escalated" : "Kept"}${why}`));
     }
     if (each.error) text.append(make("p", "facts", each.error));
+    if (each.id) text.append(make("p", "facts", `id: ${each.id}`));
     text.append(make("p", "facts", each.name));
     const article = make("article", "case", picture(each, truth), text);
     article.setAttribute("aria-label", truth ? `${truth}, final label: ${final}` : `${each.name}, final label: ${final}`);
@@ -105,7 +106,7 @@
 
   function sought(each, text) {
     const { labels } = state.run;
-    return !text || [each.truth, each.label].some((column) => column >= 0 && labels[column].toLowerCase().includes(text));
+    return !text || each.id.toLowerCase().includes(text) || [each.truth, each.label].some((column) => column >= 0 && labels[column].toLowerCase().includes(text));
   }
 
   function refresh() {
