@@ -8,7 +8,8 @@ from numpy.typing import NDArray
 from cascadevlm.base.arrays import NOBODY, Columns
 from cascadevlm.decision.certifying import Certificate
 from cascadevlm.decision.judge_model import Bools
-from cascadevlm.decision.opinions import Images
+from cascadevlm.decision.opinions import FEWEST_ANSWERS, Images
+from cascadevlm.decision.scorer_calibration import cross_fit_scorer, floored
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,8 +58,9 @@ def certified_accuracy(certificate: Certificate, images: Images, answers: Column
 def accuracy_of(final: Columns, asked: Bools, log_probs: NDArray[np.floating], answers: Columns, truths: Columns) -> Accuracy:
     """How often N labelled images are right.
 
-    Both opinions are fused as products of probabilities. The judge is right with its own share of right answers, and otherwise
-    names any other class. That share is measured on the images that were asked about.
+    Both opinions are fused as products of probabilities. The scorer is calibrated on these images, each held out. The judge is
+    right with its own share of right answers, and otherwise names any other class. That share is measured on the images that
+    were asked about.
 
     Args:
         final: `(N,)` final answers.
@@ -69,7 +71,9 @@ def accuracy_of(final: Columns, asked: Bools, log_probs: NDArray[np.floating], a
     """
     named = np.flatnonzero(asked & (answers >= 0))
     right, classes = (float((answers[named] == truths[named]).sum()) + 1) / (len(named) + 2), log_probs.shape[1]
-    both = np.array(log_probs, dtype=np.float64)
+    both = floored(log_probs)
+    if len(truths) >= FEWEST_ANSWERS:
+        both = cross_fit_scorer(both, np.eye(classes)[truths], matrix=False).held_out
     both[named, answers[named]] += np.log(right * max(classes - 1, 1) / (1 - right))
     fused = np.where(asked, both.argmax(axis=1), final)
     return Accuracy(
