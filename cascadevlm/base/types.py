@@ -335,9 +335,14 @@ class Prediction:
 
     @property
     def differing(self) -> bool:
-        """True if an audit asked the judge, and the judge did not give the scorer's label."""
-        best = min(self.candidates, key=lambda candidate: candidate.rank, default=None)
-        return self.audited and self.asked and self.verdict is not None and self.verdict.label != (best and best.label.name)
+        """True if an audit asked the judge, and the judge did not give the scorer's label.
+
+        The scorer's label has rank 1. After the answer "none of these", the judge is shown later ranks only.
+        """
+        best = next((candidate.label.name for candidate in self.candidates if candidate.rank == 1), None)
+        if self.verdict is None or not (self.audited and self.asked):
+            return False
+        return best is None or self.verdict.label != best
 
     @property
     def verdict(self) -> Verdict | None:

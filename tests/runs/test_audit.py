@@ -13,12 +13,13 @@ import pytest
 from cascadevlm import Cascade, Stage, load_prompt, parse_policy
 from cascadevlm.base.errors import ConfigError, InputError
 from cascadevlm.base.types import AUDITED, PROMISE_BROKEN, Question, Verdict
+from cascadevlm.cascade.candidates import TopK
 from cascadevlm.config.audit import AuditConfig
 from cascadevlm.config.config import Config
 from cascadevlm.decision.auditing import Watch, Watched
 from cascadevlm.runs import bulk
 from cascadevlm.runs.tally import Tally
-from cascadevlm.testing import FakeJudge, FakeScorer
+from cascadevlm.testing import FakeJudge, FakeScorer, noise
 from tests.runs.test_certified import LABELS, Pictures, lines
 
 AUDIT = AuditConfig(share=0.1, agree=0.9)
@@ -53,6 +54,19 @@ def run(
     stage = Stage(judge=judge, prompt=load_prompt("select"), policy=parse_policy(policy))
     cascade = audit.added_to(Cascade(FakeScorer(), [stage], labels=LABELS, batch_size=8))
     return bulk.run(cascade, Pictures(count, broken), folder, config={}, audit=audit, stopping=stopping)
+
+
+def test_none_of_the_first_candidates_differs_whatever_the_next_answer_is() -> None:
+    (alone,) = Cascade(FakeScorer(), labels=LABELS).classify([noise(0)])
+    judge = FakeJudge(reply=["ANSWER: none of these", f"ANSWER: {alone.candidates[2].label.name}"])
+    stage = Stage(
+        judge=judge, prompt=load_prompt("select"), candidates=TopK(k=2), offer_none=True, widen=1, policy=parse_policy("never")
+    )
+    cascade = AuditConfig(share=1).added_to(Cascade(FakeScorer(), [stage], labels=LABELS))
+    (prediction,) = cascade.classify([noise(0)])
+    assert len(judge.questions) == 2
+    assert prediction.label == prediction.candidates[0].label.name
+    assert prediction.differing
 
 
 def test_one_kept_image_per_block_is_asked_about(tmp_path: Path) -> None:
