@@ -4,6 +4,7 @@ import os
 import sys
 import tempfile
 
+import pytest
 from hypothesis import settings
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -16,3 +17,10 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 settings.register_profile("tests", deadline=None)  # a busy machine is no defect
 settings.load_profile("tests")
+
+SLOWEST = ("test_documentation.py", "test_cluster.py", "test_notebooks.py", "test_journeys.py", "test_run.py", "test_bulk.py")
+"""These files run first: a file runs in one process, and at the end the other process would wait for it."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in SLOWEST)
