@@ -31,7 +31,7 @@ from scipy.stats import binomtest
 
 from benchmarks.learning import Stored
 from cascadevlm.base.arrays import NOBODY, Columns
-from cascadevlm.decision.agreement import Promise, longest_prefix
+from cascadevlm.decision.agreement import Promise, driven, longest_prefix
 from cascadevlm.decision.certified_accuracy import certified_accuracy
 from cascadevlm.decision.certifying import Certificate, certify, first_rows, planned
 from cascadevlm.decision.opinions import Images, most_probable
@@ -79,14 +79,7 @@ def of_record(folder: Path) -> Judged:
 
 
 def certificate(judged: Judged, promise: Promise, seed: int) -> Certificate:
-    asking = certify(judged.images, promise, seed=seed)
-    rows = next(asking)
-    while True:
-        try:
-            rows = asking.send(judged.answers[rows])
-        except StopIteration as end:
-            found: Certificate = end.value
-            return found
+    return driven(certify(judged.images, promise, seed=seed), judged.answers)
 
 
 def figures(judged: Judged, promise: Promise, draws: int) -> dict[str, object]:

@@ -3,11 +3,13 @@
 import os
 import sys
 import tempfile
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # documented commands
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # what is computed here is small, and several threads get in each other's way
 os.environ["CASCADEVLM_LOCAL_ONLY"] = "1"
 os.environ["CASCADEVLM_CACHE_DIR"] = tempfile.mkdtemp(prefix="cascadevlm-tests-")

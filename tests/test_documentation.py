@@ -1,6 +1,5 @@
 """Every code block of the README and of the documentation is run, in a folder with the files that it needs."""
 
-import os
 import re
 import shlex
 import shutil
@@ -65,7 +64,6 @@ def folder(tmp_path: Path) -> Iterator[Path]:
     with JudgeServer() as server, pytest.MonkeyPatch.context() as patch:
         patch.setenv("OPENAI_BASE_URL", server.openai_url)
         patch.setenv("PYTHONPATH", str(ROOT))
-        patch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
         patch.chdir(tmp_path)
         yield tmp_path
 

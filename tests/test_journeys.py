@@ -2,11 +2,9 @@
 
 import csv
 import json
-import os
 import re
 import shlex
 import shutil
-import sys
 from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
@@ -51,7 +49,6 @@ def commands(page: str, heading: str) -> list[str]:
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working folder with the bundled birds and their names. The name of an image does not tell its class."""
-    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "images").mkdir()
     for number, bird in enumerate(BIRDS):

@@ -339,9 +339,9 @@ class Prediction:
 
         The scorer's label has rank 1. After the answer "none of these", the judge is shown later ranks only.
         """
-        best = next((candidate.label.name for candidate in self.candidates if candidate.rank == 1), None)
         if self.verdict is None or not (self.audited and self.asked):
             return False
+        best = next((candidate.label.name for candidate in self.candidates if candidate.rank == 1), None)
         return best is None or self.verdict.label != best
 
     @property

@@ -21,16 +21,21 @@ order costs questions, and does not break the promise. All prefixes are covered 
 """
 
 import math
+from collections.abc import Generator
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import hypergeom
 
-from cascadevlm.decision.guarantee import require_probability
+from cascadevlm.base.arrays import Columns
+from cascadevlm.decision.guarantee import complement, require_probability
 from cascadevlm.decision.judge_model import Bools
+
+T = TypeVar("T")
 
 Rows = NDArray[np.intp]
 
@@ -59,11 +64,22 @@ class Promise:
     @property
     def level(self) -> float:
         """The largest probability that the promise is broken."""
-        return float(1 - Fraction(str(self.confidence)))
+        return complement(self.confidence)
 
     def allowed(self, images: int) -> int:
         """W, the number of final answers that may not be the judge's: N - ceil(T N), exact for a decimal T."""
         return images - math.ceil(Fraction(str(self.agreement)) * images)
+
+
+def driven(rule: Generator[Rows, Columns, T], answers: Columns) -> T:
+    """The result of a rule that yields numbers of images to ask about. ``answers``: `(N,)`, the answers to all questions."""
+    try:
+        rows = next(rule)
+        while True:
+            rows = rule.send(answers[rows])
+    except StopIteration as ended:
+        result: T = ended.value
+        return result
 
 
 def draw(numbers: Rows, count: int, seed: int) -> Bools:

@@ -14,13 +14,13 @@ import asyncio
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from fractions import Fraction
 
 import numpy as np
 from scipy.optimize import brentq
 from scipy.special import logsumexp
 
 from cascadevlm.base.errors import InputError
+from cascadevlm.decision.guarantee import complement
 from cascadevlm.decision.judge_model import Bools
 
 TILTS = np.geomspace(0.02, 6, 80)
@@ -81,8 +81,7 @@ class Sampling:
             images: number of images so far.
             disagreements: number of drawn images that disagree so far.
         """
-        level = float(1 - Fraction(str(self.confidence)))
-        lower = Audit(asked=self.count(images), disagreements=disagreements).lower(level)
+        lower = Audit(asked=self.count(images), disagreements=disagreements).lower(complement(self.confidence))
         return max(0.0, lower - disagreements / images) if images else 0.0
 
     def is_broken(self, images: int, disagreements: int) -> bool:

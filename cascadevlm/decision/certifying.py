@@ -33,7 +33,7 @@ FIRST = 100
 """Number of random images that are asked first."""
 
 MOST_FIRST = 800
-"""Largest number of random images that teach."""
+"""Largest number of random images that teach, and never more than a quarter of all: the images of step 5 teach as well."""
 
 WORTH = 0.15
 """Asking as many random images again may save so large a share of the planned questions."""

@@ -31,7 +31,7 @@ from scipy.stats import hypergeom
 from cascadevlm.base.arrays import NOBODY, Columns
 from cascadevlm.decision.agreement import Rows, draw, longest_prefix
 from cascadevlm.decision.certifying import BEYOND, LEAST_STEP, first_rows, opening, plan_test
-from cascadevlm.decision.guarantee import require_probability
+from cascadevlm.decision.guarantee import complement, require_probability
 from cascadevlm.decision.judge_model import Bools
 from cascadevlm.decision.opinions import Images, Rule
 
@@ -76,7 +76,7 @@ class Wanted:
     @property
     def level(self) -> float:
         """The largest probability that one of the promises is broken. Two promises have half of it each."""
-        return float((1 - Fraction(str(self.confidence))) / (1 if self.precision is None else 2))
+        return complement(self.confidence) / (1 if self.precision is None else 2)
 
     def missable(self, known: float) -> int:
         """W(F), the number of positive images that may be missed if F are known."""
@@ -249,7 +249,7 @@ def after_test(
     accepted = np.zeros(len(order), dtype=bool)
     if wanted.precision is not None:
         others = (answers[order] != column)[::-1]
-        share = float(1 - Fraction(str(wanted.precision)))
+        share = complement(wanted.precision)
         length = precise_prefix(drawn[::-1], others, share=share, level=wanted.level)
         accepted[len(order) - length :] = True
     begin = end = len(order) - int(accepted.sum())

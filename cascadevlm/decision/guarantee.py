@@ -17,6 +17,7 @@ never falls when the threshold is lowered. Calibrated probabilities are meant to
 
 import math
 from dataclasses import dataclass
+from fractions import Fraction
 
 import numpy as np
 from numpy.typing import NDArray
@@ -75,6 +76,11 @@ class Acceptance:
             f"{self.accepted:.1%} of {self.images} labelled images; {self.error:.1%} of them are wrong, and the upper limit of "
             f"the true share is {self.bound:.1%}."
         )
+
+
+def complement(share: float) -> float:
+    """1 minus a share, exact for a decimal share: 0.05 for 0.95."""
+    return float(1 - Fraction(str(share)))
 
 
 def require_probability(name: str, value: float) -> None:

@@ -3,7 +3,6 @@
 from array import array
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from fractions import Fraction
 from pathlib import Path
 from typing import TypeAlias
 
@@ -19,6 +18,7 @@ from cascadevlm.config.config import Config
 from cascadevlm.decision.agreement import Promise
 from cascadevlm.decision.certified_accuracy import Accuracy, accuracy_of
 from cascadevlm.decision.finding import precise_prefix
+from cascadevlm.decision.guarantee import complement
 from cascadevlm.evaluation.content import Content
 from cascadevlm.evaluation.metrics import Evaluation, evaluate
 from cascadevlm.evaluation.record import Record, record_of
@@ -161,7 +161,7 @@ class Corrected:
             )
         labelled = np.flatnonzero(~self.abstained)
         order = labelled[np.argsort(-self.confidences[labelled], kind="stable")]
-        share = float(1 - Fraction(str(accuracy)))
+        share = complement(accuracy)
         images = precise_prefix(self.drawn[order], self.wrong[order], share=share, level=promise.level)
         return Surest(
             accuracy=accuracy,

@@ -1,7 +1,7 @@
 """Checks the promise of a run by the files of its folder alone: no image, no scorer and no judge is needed."""
 
 import json
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +17,7 @@ from cascadevlm.base.labels import LabelSet
 from cascadevlm.base.types import DecidedBy, Outcome
 from cascadevlm.config.agreement import AgreementConfig
 from cascadevlm.config.finding import FindConfig
-from cascadevlm.decision.agreement import Rows, draw, longest_prefix, most_found_of
+from cascadevlm.decision.agreement import Rows, draw, driven, longest_prefix, most_found_of
 from cascadevlm.decision.certifying import first_rows, opening
 from cascadevlm.decision.finding import after_test
 from cascadevlm.decision.judge_model import NONE_CHOSEN, Bools
@@ -256,7 +256,7 @@ def _search(finding: Finding, images: _Images) -> Iterator[str]:
     config = FindConfig(**{name: getattr(finding, name) for name in FindConfig.model_fields})
     yield from images.draws(opening(len(images)), finding.seed)
     before = np.where(np.isin(images.phases, [TAUGHT, TESTED]), images.answers, NOBODY)
-    begin, end = _driven(after_test(images.order, images.drawn, before, THE_LABEL, config.wanted), images.answers)
+    begin, end = driven(after_test(images.order, images.drawn, before, THE_LABEL, config.wanted), images.answers)
     places = np.arange(len(images.order))
     if wrong := images.treated(np.where(places < begin, KEPT, np.where(places < end, ASKED, ACCEPTED))):
         yield (
@@ -270,17 +270,6 @@ def _search(finding: Finding, images: _Images) -> Iterator[str]:
         "unanswered": int((images.answers[images.asked] == NOBODY).sum()),
     }
     yield from _differences("the predictions", finding, counts)
-
-
-def _driven(asking: Generator[Rows, Columns, tuple[int, int]], answers: Columns) -> tuple[int, int]:
-    """The result of a rule that yields numbers of images to ask about. ``answers`` contains all answers."""
-    try:
-        rows = next(asking)
-        while True:
-            rows = asking.send(answers[rows])
-    except StopIteration as ended:
-        borders: tuple[int, int] = ended.value
-        return borders
 
 
 def _counts(images: _Images) -> dict[str, object]:

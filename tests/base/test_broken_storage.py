@@ -2,7 +2,6 @@
 
 import io
 import json
-import threading
 from collections import Counter
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -20,6 +19,7 @@ from cascadevlm.base.environment import LOCAL_ONLY
 from cascadevlm.base.tables import ColumnNames
 from cascadevlm.runs.inputs import Inputs
 from cascadevlm.testing import noise
+from tests.base.test_remote import answering
 from tests.cli.test_cli import run
 
 s3fs = pytest.importorskip("s3fs")
@@ -104,12 +104,8 @@ def storage(monkeypatch: pytest.MonkeyPatch) -> Iterator[Storage]:
     monkeypatch.setattr(s3fs.S3FileSystem, "retries", 1)
     monkeypatch.setattr(remote, "WAIT", wait_none())
     monkeypatch.delenv(LOCAL_ONLY)
-    thread = threading.Thread(target=serving.serve_forever, daemon=True)
-    thread.start()
-    yield serving
-    serving.shutdown()
-    serving.server_close()
-    thread.join()
+    with answering(serving):
+        yield serving
 
 
 def png(seed: int) -> bytes:

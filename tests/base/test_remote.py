@@ -6,6 +6,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -91,17 +92,24 @@ class Answers(BaseHTTPRequestHandler):
         pass
 
 
+@contextmanager
+def answering(server: ThreadingHTTPServer) -> Iterator[None]:
+    """A thread answers the requests to the server."""
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     monkeypatch.setattr(remote, "WAIT", wait_none())
     serving = Server(("127.0.0.1", 0), Answers)
     serving.asked = Counter()
-    thread = threading.Thread(target=serving.serve_forever, daemon=True)
-    thread.start()
-    yield serving
-    serving.shutdown()
-    serving.server_close()
-    thread.join()
+    with answering(serving):
+        yield serving
 
 
 @pytest.mark.parametrize(
