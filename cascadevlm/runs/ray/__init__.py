@@ -13,9 +13,9 @@ import asyncio
 import logging
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -138,7 +138,7 @@ class _Cluster:
             place=Workplace(folder=str(Path.cwd()), threads=threads),
         )
 
-    def scored(self, first: int) -> Iterator[ScoredBatch | CascadeError]:
+    def scored(self, first: int) -> Generator[ScoredBatch | CascadeError, None, None]:
         """The scored batches from image ``first``, in order."""
         import ray.data
 
@@ -192,13 +192,15 @@ class Arriving:
         RuntimeWarning: if the workers return nothing for a long time: Ray waits for lost machines without a message.
     """
 
-    def __init__(self, batches: Iterator[ScoredBatch | CascadeError]) -> None:
+    def __init__(self, batches: Generator[ScoredBatch | CascadeError, None, None]) -> None:
         self.batches = batches
         self.thread = ThreadPoolExecutor(1, "arriving")
 
     def close(self) -> None:
-        """Stop waiting for batches."""
+        """Stop waiting for batches, and end Ray's iterator: it fails if it ends after Ray."""
         self.thread.shutdown(wait=False, cancel_futures=True)
+        with suppress(ValueError):  # the thread still waits for a batch
+            self.batches.close()
 
     async def __call__(self, sources: Sequence[ImageSource]) -> list[Read]:
         from ray.exceptions import RayError

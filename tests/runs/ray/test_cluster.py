@@ -11,8 +11,8 @@ import threading
 import tomllib
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import closing, nullcontext
 from itertools import count, islice
 from pathlib import Path
 
@@ -20,7 +20,7 @@ import pyarrow.parquet
 import pytest
 
 from benchmarks.kills import predictions as lines
-from cascadevlm.base.errors import BackendError, DataError, ImageError
+from cascadevlm.base.errors import BackendError, CascadeError, DataError, ImageError
 from cascadevlm.config.config import Config
 from cascadevlm.runs import bulk
 from cascadevlm.runs import ray as cluster
@@ -273,14 +273,18 @@ def test_workers_that_die_and_ctrl_c_cost_no_result(plugin: Path, images: Inputs
     assert len(judged_by.read_text().split()) - judges.total() <= COUNT - begun
 
 
+def arriving(*batches: ScoredBatch | CascadeError) -> Arriving:
+    return Arriving(batch for batch in batches)
+
+
 async def test_other_images_in_the_workers_are_an_error() -> None:
     batch = ScoredBatch(paths=["b.png"], errors=[ImageError("gone")], digests=[], sizes=[], scores=None)
-    for batches in (iter([batch]), iter([])):
+    for arrived in (arriving(batch), arriving()):
         with pytest.raises(DataError, match="find other images than this machine does"):
-            await Arriving(batches)([Path("a.png")])
+            await arrived([Path("a.png")])
     with pytest.raises(BackendError, match="no such model"):
-        await Arriving(iter([BackendError("no such model")]))([Path("a.png")])
-    assert await Arriving(iter([batch]))([Path("b.png")]) == [("b.png", batch.errors[0])]
+        await arriving(BackendError("no such model"))([Path("a.png")])
+    assert await arriving(batch)([Path("b.png")]) == [("b.png", batch.errors[0])]
 
 
 def test_without_ray_there_is_a_command(images: Inputs, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -306,17 +310,32 @@ def test_a_ray_that_does_not_begin_is_one_sentence(images: Inputs, monkeypatch: 
 
 
 async def test_arriving_batches_are_waited_for_no_more_once_closed() -> None:
-    arriving = Arriving(iter([]))
-    arriving.close()
+    closed = arriving()
+    closed.close()
     with pytest.raises(RuntimeError, match="after shutdown"):
-        await arriving([Path("a.png")])
+        await closed([Path("a.png")])
+
+
+async def test_the_iterator_of_ray_ends_before_ray() -> None:
+    ended: list[str] = []
+
+    def batches() -> Generator[ScoredBatch, None, None]:
+        try:
+            yield ScoredBatch(paths=["a.png"], errors=[ImageError("torn")], digests=[], sizes=[], scores=None)
+        finally:
+            ended.append("the executor of Ray")
+
+    given = batches()
+    with closing(Arriving(given)) as arrived:
+        await arrived([Path("a.png")])
+    assert ended
 
 
 async def test_a_silent_cluster_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cluster, "SILENT_SECONDS", 0.05)
     given = threading.Event()
 
-    def batches() -> Iterator[ScoredBatch]:
+    def batches() -> Generator[ScoredBatch, None, None]:
         given.wait(10)
         yield ScoredBatch(paths=["a.png"], errors=[ImageError("torn")], digests=[], sizes=[], scores=None)
 
