@@ -107,6 +107,7 @@ class Cascade(cascade.Cascade):
         folder: str | Path,
         *,
         columns: ColumnNames = USUAL,
+        batch: bool = False,
         retry_failed: bool = False,
         progress: bool = False,
     ) -> Tally:
@@ -119,6 +120,8 @@ class Cascade(cascade.Cascade):
                 does not change.
             folder: the folder of the run. ``predictions.parquet`` in this folder has one row per image.
             columns: the columns of a table. Default: the usual columns.
+            batch: true to ask hosted judges through the batch APIs of their providers: cheaper, but answers may take hours.
+                Default: false.
             retry_failed: true to classify failed images again. Later images also get a new prediction, with the stored answers.
                 Default: false.
             progress: true to show a progress bar. Default: false.
@@ -152,6 +155,7 @@ class Cascade(cascade.Cascade):
                 config=self.described(),
                 promised=(self.config.agreement or self.config.find) if self.config else None,
                 audit=self.config.audit if self.config else None,
+                batch=batch,
                 retry_failed=retry_failed,
                 progress=lambda tally: show(tally.images, tally.spent_dollars),
                 scored=lambda number: show(number, None),

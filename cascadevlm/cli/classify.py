@@ -22,9 +22,7 @@ def classify(
     paths: options.Paths,
     given: options.CascadeOptions,
     named: options.ColumnOptions,
-    batch: Annotated[
-        bool, typer.Option("--batch", help="Use the batch APIs of hosted judges: cheaper, but answers may take hours.")
-    ] = False,
+    batch: options.Batch = False,
     yes: options.Yes = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per line.")] = False,
 ) -> None:
@@ -43,7 +41,7 @@ def classify(
     cascade, images = given.build(parsed), options.images_in(paths, named.columns())
     options.tell(cascade.labels, paths)
     if not yes:
-        confirm(parsed, cascade, images if isinstance(images, Inputs) else [source for _, source in images])
+        confirm(parsed, cascade, images if isinstance(images, Inputs) else [source for _, source in images], batch=batch)
     console = Console(highlight=False)
     total = Usage()
     counts: Counter[str] = Counter()

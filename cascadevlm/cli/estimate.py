@@ -1,7 +1,7 @@
 """``cascadevlm estimate``."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Annotated
 
 import typer
@@ -27,6 +27,7 @@ def estimate(
     confidence: Annotated[
         float | None, typer.Option(help="Least probability that the certificates are true.", show_default="0.95")
     ] = None,
+    batch: Annotated[bool, typer.Option("--batch", help="Estimate for the batch APIs of hosted judges.")] = False,
     yes: options.Yes = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON array with one object per stage or share.")] = False,
 ) -> None:
@@ -35,18 +36,21 @@ def estimate(
     from rich.table import Table
 
     from cascadevlm.cli.money import prices
+    from cascadevlm.runs.batches.batch import LONGEST_MINUTES, at_batch_prices
     from cascadevlm.runs.estimate import estimate as estimated
     from cascadevlm.runs.inputs import Inputs
 
     if agree is not None:
-        _certificates(paths, given, named, _shares(agree), confidence, yes=yes, as_json=as_json)
+        _certificates(paths, given, named, _shares(agree), confidence, batch=batch, yes=yes, as_json=as_json)
         return
     parsed = given.parse()
     cascade = given.build(parsed)
     options.tell(cascade.labels, paths)
     found = options.images_in(paths, named.columns())
     images, total = found.sample(sample) if isinstance(found, Inputs) else ([source for _, source in found], len(found))
-    estimates = estimated(cascade, images, total=total, sample=sample)
+    estimates = estimated(at_batch_prices(cascade) if batch else cascade, images, total=total, sample=sample)
+    if batch:
+        estimates = [replace(each, minutes=LONGEST_MINUTES) for each in estimates]
     if as_json:
         typer.echo(json.dumps([asdict(each) for each in estimates]))
         return
@@ -84,6 +88,7 @@ def _certificates(
     shares: list[float],
     confidence: float | None,
     *,
+    batch: bool,
     yes: bool,
     as_json: bool,
 ) -> None:
@@ -112,6 +117,7 @@ def _certificates(
             cascade,
             images,
             agreements,
+            batch=batch,
             scored=lambda number: show(number, None),
             asked=show,
         )

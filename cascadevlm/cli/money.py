@@ -11,11 +11,19 @@ from cascadevlm.base.images import ImageSource
 from cascadevlm.cascade.cascade import Cascade
 from cascadevlm.config.config import Config
 from cascadevlm.judges.hosted.base import HostedJudge
+from cascadevlm.runs.batches.batch import at_batch_prices
 from cascadevlm.runs.estimate import SAMPLE, estimate
 from cascadevlm.runs.inputs import Inputs
 
 
-def confirm(config: Config, cascade: Cascade, images: Sequence[ImageSource] | Inputs, left: int | None = None) -> None:
+def confirm(
+    config: Config,
+    cascade: Cascade,
+    images: Sequence[ImageSource] | Inputs,
+    left: int | None = None,
+    *,
+    batch: bool = False,
+) -> None:
     """Ask the user, if the run may cost more than the configuration's ``budget.ask_above_usd``.
 
     Args:
@@ -23,6 +31,7 @@ def confirm(config: Config, cascade: Cascade, images: Sequence[ImageSource] | In
         cascade: the cascade.
         images: all images of the run.
         left: number of these images that have no prediction yet. Default: all.
+        batch: true if the questions are asked through batch APIs.
 
     Raises:
         InputError: if the user must be asked, but the input is not a terminal.
@@ -36,7 +45,7 @@ def confirm(config: Config, cascade: Cascade, images: Sequence[ImageSource] | In
     if not paid or left == 0 or (cap is not None and cap <= limit):
         return
     sample, total = images.sample(SAMPLE) if isinstance(images, Inputs) else (images, len(images))
-    estimates = estimate(cascade, sample, total=total if left is None else left)
+    estimates = estimate(at_batch_prices(cascade) if batch else cascade, sample, total=total if left is None else left)
     usual, most = sum(each.dollars for each in estimates), sum(each.dollars_range[1] for each in estimates)
     most = most if cap is None else min(most, cap)
     if most <= limit:

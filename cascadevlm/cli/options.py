@@ -45,6 +45,7 @@ LabelledData = Annotated[
     ),
 ]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Spend money without asking first.")]
+Batch = Annotated[bool, typer.Option("--batch", help="Use the batch APIs of hosted judges: cheaper, but answers may take hours.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 

@@ -143,6 +143,7 @@ def run(
     promises: PromiseOptions,
     engine: Engine = "local",
     workers: Workers = None,
+    batch: options.Batch = False,
     retry_failed: RetryFailed = False,
     yes: options.Yes = False,
     as_json: options.AsJson = False,
@@ -158,19 +159,25 @@ def run(
     from cascadevlm.cli.money import confirm
     from cascadevlm.runs import bulk
     from cascadevlm.runs import ray as cluster
+    from cascadevlm.runs.batches.batch import require_batches
 
     parsed = promises.parse(given)
     cascade = given.build(parsed, bulk=True)
+    if batch:
+        require_batches(cascade)
     if workers and engine == "local":
         raise InputError("--workers is an option of the cluster.", hint="Add --engine ray, or remove --workers.")
     images = _images(inputs, parsed, cascade.labels, named)
     total = len(images)
     _warn_if_untestable(parsed, total)
     if not yes:
-        confirm(parsed, cascade, images, _left(output, total, parsed, cascade.ledger.cap_dollars, retry_failed=retry_failed))
+        left = _left(output, total, parsed, cascade.ledger.cap_dollars, retry_failed=retry_failed)
+        confirm(parsed, cascade, images, left, batch=batch)
     console = Console(stderr=True)
     with (
-        cluster.on_ray(cascade, parsed, images, workers=workers) if engine == "ray" else nullcontext(cascade) as running,
+        cluster.on_ray(cascade, parsed, images, workers=workers, batch=batch)
+        if engine == "ray"
+        else nullcontext(cascade) as running,
         progress_bar(total) as show,
         _stopping_in_order() as stopping,
     ):
@@ -181,6 +188,7 @@ def run(
             config=parsed.frozen(cascade).model_dump(mode="json"),
             promised=parsed.agreement or parsed.find,
             audit=parsed.audit,
+            batch=batch,
             retry_failed=retry_failed,
             stopping=lambda: bool(stopping),
             progress=lambda tally: show(tally.images, tally.spent_dollars),

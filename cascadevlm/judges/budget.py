@@ -90,8 +90,7 @@ class Ledger(Portable):
         """
         with self._lock:
             if nanodollars == 0 or self.cap is None or self._spent + self._reserved + nanodollars <= self.cap:
-                self._change(reserved=nanodollars)
-                self._standing += nanodollars if loop is None else 0
+                self._change(reserved=nanodollars, standing=loop is None)
                 return None
             if loop is None or self._spent + self._standing + nanodollars > self.cap:
                 left = self.cap - self._spent - (self._reserved if loop is None else self._standing)
@@ -105,16 +104,16 @@ class Ledger(Portable):
     def settle(self, reserved: int, spent: int, *, standing: bool = False) -> None:
         """Replace a reservation by the real cost, and wake all tasks that wait for money."""
         with self._lock:
-            self._change(reserved=-reserved, spent=spent)
-            self._standing -= reserved if standing else 0
+            self._change(reserved=-reserved, spent=spent, standing=standing)
             waiting, self._waiting = self._waiting, []
         for loop, waiter in waiting:
             with suppress(RuntimeError):  # the loop of a cancelled question may be closed
                 loop.call_soon_threadsafe(_wake, waiter)
 
-    def _change(self, *, reserved: int, spent: int = 0) -> None:
+    def _change(self, *, reserved: int, spent: int = 0, standing: bool = False) -> None:
         """Change the amounts of the ledger, in nanodollars. All changes are made here. The caller must hold the lock."""
         self._reserved += reserved
+        self._standing += reserved if standing else 0
         self._spent += spent
 
 
@@ -133,7 +132,8 @@ class _Change(BaseModel, strict=True):
 class DurableLedger(Ledger):
     """A ledger that writes every reservation and payment to a file, and continues from an existing file.
 
-    If a process is killed, its open reservations count as spent, because the requests may have been answered and billed.
+    If a process is killed, its open reservations count as spent, because the requests may have been answered and billed. The
+    reservations of a batch are not in the file, because the files of the batch contain them.
 
     Args:
         dollars: the spending limit of all sessions together, in US dollars. None: no limit.
@@ -160,11 +160,12 @@ class DurableLedger(Ledger):
         """Close the file."""
         self._file.close()
 
-    def _change(self, *, reserved: int, spent: int = 0) -> None:
-        super()._change(reserved=reserved, spent=spent)
-        if reserved or spent:
+    def _change(self, *, reserved: int, spent: int = 0, standing: bool = False) -> None:
+        super()._change(reserved=reserved, spent=spent, standing=standing)
+        written = 0 if standing else reserved
+        if written or spent:
             with writing_to(self.path.parent):
-                self._file.write(line_of_ledger(reserved=reserved, spent=spent))
+                self._file.write(line_of_ledger(reserved=written, spent=spent))
                 self._file.flush()
 
 

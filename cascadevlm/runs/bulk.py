@@ -4,18 +4,18 @@ import asyncio
 import shutil
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import aclosing, nullcontext
 from pathlib import Path
 
 from pydantic import JsonValue
 
 from cascadevlm.base import loop
-from cascadevlm.base.errors import RunError
+from cascadevlm.base.errors import DataError, RunError
 from cascadevlm.base.image_table import About
 from cascadevlm.base.images import ImageSource
 from cascadevlm.base.threads import one_blas_thread
-from cascadevlm.base.types import Scores
+from cascadevlm.base.types import Prediction, Scores
 from cascadevlm.cascade.cascade import Cascade
 from cascadevlm.cascade.engine import Run
 from cascadevlm.cascade.learner import require_support, require_teachable
@@ -25,6 +25,7 @@ from cascadevlm.decision.calibration import Calibration
 from cascadevlm.decision.teaching import transduced
 from cascadevlm.judges.cache import DiskStore
 from cascadevlm.runs.audit import AuditFigures
+from cascadevlm.runs.batches.batch import BATCHES, answering, require_no_batches
 from cascadevlm.runs.certified import Promised, run_certified
 from cascadevlm.runs.inputs import Inputs, Labelled, Named, about, after
 from cascadevlm.runs.manifest import Manifest
@@ -48,6 +49,7 @@ def run(
     config: Mapping[str, JsonValue],
     promised: Promised | None = None,
     audit: AuditConfig | None = None,
+    batch: bool = False,
     retry_failed: bool = False,
     stopping: Callable[[], bool] = lambda: False,
     progress: Callable[[Tally], None] = lambda tally: None,
@@ -72,6 +74,8 @@ def run(
         config: the configuration. A folder of a run with another configuration is refused.
         promised: what the run promises (`cascadevlm.runs.certified`). Default: nothing.
         audit: the audit of the cascade's stage. Default: no audit.
+        batch: true to ask hosted judges through the batch APIs of their providers (`answered_in_batches`). All images are then
+            scored before the first question.
         retry_failed: true to classify the first failed image and all images after it again, with the stored answers. An image
             failed if it could not be read, or if its question failed. The images after it are included because decisions depend
             on earlier images.
@@ -80,10 +84,12 @@ def run(
         scored: function that is called with the number of scored images, if all images are scored before the first decision.
         asked: function that is called with the number of images that the judge was asked about, and the US dollars spent,
             if the run has a certificate.
-        outlook: function that is called with a sentence about the work that is left, if the folder contains predictions.
+        outlook: function that is called with a sentence about the work that is left, if the folder contains predictions, and
+            about each batch.
 
     Raises:
-        DataError: if the folder is in use or belongs to another run, or if its predictions are of other images or labels.
+        DataError: if the folder is in use or belongs to another run, or if its predictions are of other images or labels; with
+            ``batch``, if the images have true labels or their number is not known; without, if questions are in batches.
         RunError: if the disk is full or fails. The results so far are kept.
         JudgeError: if a judge cannot work at all.
     """
@@ -93,8 +99,13 @@ def run(
         RunFolder.opened(folder, manifest, inputs, dollars=dollars, retry_failed=retry_failed) as opened,
         nullcontext() if cascade.learns_from is None else one_blas_thread,
     ):
-        if sentence := opened.outlook(len(inputs) if isinstance(inputs, Sized) else None):
+        if sentence := opened.outlook(_number_of(inputs)):
             outlook(sentence)
+        if not batch:
+            require_no_batches(folder)
+        elif isinstance(inputs, Labelled) or not isinstance(inputs, Sized):
+            raise DataError("Batches need a known number of images without true labels.", hint="Give a folder or a list.")
+        batches = outlook if batch else None
         store = DiskStore(folder / "verdicts") if cascade.store is None else cascade.store
         disks = [folder, store.folder] if isinstance(store, DiskStore) else [folder]
         lasting = cascade.altered(store=store, ledger=opened.ledger, observers=[*cascade.observers, opened])
@@ -110,6 +121,7 @@ def run(
                 promised,
                 inputs,
                 opened,
+                batches=batches,
                 retry_failed=retry_failed,
                 stopping=ending,
                 scored=scored,
@@ -117,8 +129,9 @@ def run(
                 outlook=outlook,
             )
         else:
-            if lasting.learns_from is not None and isinstance(inputs, Sized) and not isinstance(inputs, Labelled):
-                taught = _taught_by_all(lasting, lasting.learns_from, inputs, opened, ending, scored, retry_failed=retry_failed)
+            looks_first = batch or lasting.learns_from is not None
+            if looks_first and isinstance(inputs, Sized) and not isinstance(inputs, Labelled):
+                taught = _scored_first(lasting, inputs, opened, ending, scored, retry_failed=retry_failed)
             else:
                 taught = lasting
             watch = AuditWatch(audit)
@@ -127,8 +140,9 @@ def run(
                 watch.look_at(tally)
                 progress(tally)
 
-            done = taught is not None and loop.run(_classify(taught, inputs, opened, ending, told))
+            done = taught is not None and loop.run(_classify(taught, inputs, opened, ending, told, batches))
         if done:
+            shutil.rmtree(folder / BATCHES, ignore_errors=True)
             opened.tally.audit = None if audit is None else figures_of(audit, opened.tally)
             opened.finish(inputs.order if isinstance(inputs, Inputs) else None)
         elif full := _full(disks):
@@ -171,9 +185,8 @@ def figures_of(audit: AuditConfig, tally: Tally) -> AuditFigures:
     )
 
 
-def _taught_by_all(
+def _scored_first(
     cascade: Cascade,
-    calibration: Calibration,
     inputs: Iterable[Named],
     folder: RunFolder,
     stopping: Callable[[], bool],
@@ -181,21 +194,22 @@ def _taught_by_all(
     *,
     retry_failed: bool,
 ) -> Cascade | None:
-    """The cascade with the scores of all images, and with what they teach; None if the scoring was stopped."""
+    """The cascade with the scores of all images and, if it learns, with what they teach; None if the scoring was stopped."""
     images = score_first(
         cascade,
         inputs,
         folder.folder,
         began=folder.manifest.began,
         retry_failed=retry_failed,
-        observers=[_Teachable(calibration)],
+        observers=[] if cascade.learns_from is None else [_Teachable(cascade.learns_from)],
         stopping=stopping,
         progress=progress,
     )
     if images is None:
         return None
-    unlabelled = transduced(require_support(calibration), images.blocks)
-    return images.given_to(cascade).altered(unlabelled=unlabelled)
+    if cascade.learns_from is not None:
+        cascade = cascade.altered(unlabelled=transduced(require_support(cascade.learns_from), images.blocks))
+    return images.given_to(cascade)
 
 
 class _Teachable(Observer):
@@ -220,20 +234,29 @@ async def _classify(
     folder: RunFolder,
     stopping: Callable[[], bool],
     progress: Callable[[Tally], None],
+    batches: Callable[[str], None] | None,
 ) -> bool:
     """Run the cascade. Returns True if all images have a prediction."""
-    run = cascade.begin(folder.checkpoint, stopping)
-    tasks = [asyncio.create_task(work) for work in (_append(run, inputs, folder, progress), _flush(run, folder))]
-    try:
-        ended, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        for task in ended:
-            task.result()
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-    folder.checkpoint = run.checkpoint
-    return not run.stopped
+    first = folder.checkpoint
+
+    def classifying(each: Cascade) -> AsyncGenerator[Prediction, None]:
+        return each.begin(first, stopping).predictions((source for _, source in after(inputs, first.images)), _number_of(inputs))
+
+    async with answering(cascade, classifying, folder.folder, told=batches, stopping=stopping) as ready:
+        if ready is None:
+            return False
+        run = ready.begin(first, stopping)
+        tasks = [asyncio.create_task(work) for work in (_append(run, inputs, folder, progress), _flush(run, folder))]
+        try:
+            ended, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            for task in ended:
+                task.result()
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+        folder.checkpoint = run.checkpoint
+        return not run.stopped
 
 
 async def _append(run: Run, inputs: Iterable[Named] | Labelled, folder: RunFolder, progress: Callable[[Tally], None]) -> None:
@@ -247,14 +270,18 @@ async def _append(run: Run, inputs: Iterable[Named] | Labelled, folder: RunFolde
             begun.append((name, told))
             yield source
 
-    total = len(inputs) if isinstance(inputs, Sized) else None
-    async with aclosing(run.predictions(sources(), total)) as predictions:
+    async with aclosing(run.predictions(sources(), _number_of(inputs))) as predictions:
         async for prediction in predictions:
             name, told = begun.popleft()
             number += 1
             if number > known:
                 folder.append(name, told, prediction)
                 progress(folder.tally)
+
+
+def _number_of(inputs: Iterable[Named] | Labelled) -> int | None:
+    """The number of images; None if it is not known."""
+    return len(inputs) if isinstance(inputs, Sized) else None
 
 
 async def _flush(run: Run, folder: RunFolder) -> None:

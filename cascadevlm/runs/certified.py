@@ -11,7 +11,7 @@ again, asks nothing twice, and writes the same predictions.
 """
 
 import math
-from collections.abc import Callable, Generator, Iterable, Iterator, Sized
+from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Iterator, Sized
 from contextlib import aclosing, closing
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +27,6 @@ from cascadevlm.base.images import ImageSource
 from cascadevlm.base.threads import one_blas_thread
 from cascadevlm.base.types import Candidate, Prediction, Verdict
 from cascadevlm.cascade.cascade import Cascade
-from cascadevlm.cascade.engine import Run
 from cascadevlm.config.agreement import AgreementConfig
 from cascadevlm.config.finding import FindConfig
 from cascadevlm.decision.agreement import Rows
@@ -36,6 +35,7 @@ from cascadevlm.decision.finding import find
 from cascadevlm.decision.opinions import Images
 from cascadevlm.policies.rules import Always
 from cascadevlm.runs.answers_file import ASKED, AnswersFile
+from cascadevlm.runs.batches.batch import answering
 from cascadevlm.runs.certificate import Missing
 from cascadevlm.runs.inputs import Labelled, Named, about, some
 from cascadevlm.runs.lines import Line, checked
@@ -58,6 +58,7 @@ def run_certified(
     inputs: Iterable[Named] | Labelled,
     folder: RunFolder,
     *,
+    batches: Callable[[str], None] | None,
     retry_failed: bool,
     stopping: Callable[[], bool],
     scored: Callable[[int], None],
@@ -71,6 +72,7 @@ def run_certified(
         promised: what is promised.
         inputs: the images. Their number must be known.
         folder: the folder.
+        batches: function that is called with a sentence about each batch of the provider. None: the batch API is not used.
         retry_failed: true to read unreadable images again, and to ask again from the first failed question on.
         stopping: function that is called before each batch. If it returns true, the run ends.
         scored: function that is called with the number of scored images.
@@ -99,7 +101,7 @@ def run_certified(
         return False
     folder.fingerprinted(images.fingerprint)
     with closing(AnswersFile(folder, cascade.labels, len(inputs), retry_failed=retry_failed)) as answers:
-        asking = Asking(cascade, images, inputs, answers, stopping=stopping, asked=asked)
+        asking = Asking(cascade, images, inputs, answers, batches=batches, stopping=stopping, asked=asked)
         if len(asking.readable):
             outcome = asking.certified(promised, outlook) if isinstance(promised, AgreementConfig) else asking.found(promised)
         else:
@@ -124,6 +126,7 @@ class Asking:
         images: the scores of all M images.
         inputs: the images.
         answers: the answers so far.
+        batches: function that is called with a sentence about each batch of the provider. None: the batch API is not used.
         stopping: function that is called before each batch. If it returns true, no further batch is started.
         asked: function that is called with the number of images that the judge was asked about, and the US dollars spent.
 
@@ -140,6 +143,7 @@ class Asking:
         inputs: Iterable[Named],
         answers: AnswersFile,
         *,
+        batches: Callable[[str], None] | None = None,
         stopping: Callable[[], bool] = lambda: False,
         asked: Callable[[int, float], None] = lambda images, dollars: None,
     ) -> None:
@@ -147,6 +151,7 @@ class Asking:
         self.stage = replace(stage, policy=Always())
         self.cascade = cascade.altered(stages=[self.stage], calibration=None, learns_from=None, observers=[answers])
         self.images, self.inputs, self.answers = images, inputs, answers
+        self.batches = batches
         self.stopping, self.asked = stopping, asked
         self.readable: Numbers = np.flatnonzero(~np.isnan(images.log_probs[:, 0]))
         self.scored = Images(
@@ -198,12 +203,22 @@ class Asking:
         def sources() -> Iterator[ImageSource]:
             yield from (source for _, source in some(self.inputs, wanted))
 
+        def classifying(cascade: Cascade) -> AsyncGenerator[Prediction, None]:
+            return cascade.begin(stopping=self._ending).predictions(sources(), len(numbers))
+
         self.answers.numbers = numbers
         given = self.images.given_to(self.cascade, numbers)
-        run: Run = given.begin(stopping=lambda: self.stopping() or self.answers.skipped > 0)
-        async with aclosing(run.predictions(sources(), len(numbers))) as predictions:
-            async for _ in predictions:
-                self.asked(self.answers.asked, self.answers.folder.ledger.spent_dollars)
+        folder = self.answers.folder
+        async with answering(given, classifying, folder.folder, told=self.batches, stopping=self.stopping) as ready:
+            if ready is None:
+                return
+            async with aclosing(classifying(ready)) as predictions:
+                async for _ in predictions:
+                    self.asked(self.answers.asked, folder.ledger.spent_dollars)
+
+    def _ending(self) -> bool:
+        """True if no further question is asked. In a batch, what is answered is paid for, and is read in any case."""
+        return self.stopping() or (self.batches is None and self.answers.skipped > 0)
 
     def driven(self, rule: Generator[Rows, Columns, T]) -> T | None:
         """The result of a rule that yields numbers of images to ask about; None if some images were not asked about."""

@@ -15,6 +15,7 @@
     verdicts/             the judges' answers, if the configuration keeps no cache
     predictions.parquet   the predictions as a table in the order of the input, written when all predictions exist
     asked.jsonl           only in a run with a certificate or [find]: all answers of the judge so far
+    batches/              the state of the provider's batches (`cascadevlm.runs.batches`), until all their answers are read
     corrections.jsonl     what people said about images: see `cascadevlm.runs.corrections`
     summary.json          in a run: the counts, written when all predictions exist; in a record: the metrics
     lock                  locked by the process that writes

@@ -264,6 +264,6 @@ async def test_in_batches_only_the_answers_that_count_are_looked_at(tmp_path: Pa
         judge = OpenAIJudge("gpt-9", base_url=server.openai_url, price={"input": 1, "output": 1})
         cascade = Cascade(FakeScorer(), [Stage(judge=judge, prompt=SELECT)], labels=LABELS, calibration=surprising)
         with pytest.warns(RuntimeWarning, match=SCORES) as told:
-            found = [each async for each in stream_in_batches(cascade, pictures(0, 4), folder=tmp_path, poll_seconds=0.01)]
+            found = [each async for each in stream_in_batches(cascade, pictures(0, 4), folder=tmp_path)]
     assert all(each.decided_by == "judge" for each in found)
     assert len(told) == 1

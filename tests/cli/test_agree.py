@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from cascadevlm.runs.batches import batch
 from tests.cli.test_cli import run
 from tests.server import JudgeServer
 
@@ -61,6 +62,27 @@ def test_an_estimate_asks_the_first_questions_and_the_run_does_not_ask_them_agai
     assert tally["requests"] == tally["certificate"]["questions"] - 12
     printed = run("estimate", AVIARY / "images", *hosted, "--agree", "0.5,0.8", "--yes").stdout
     assert "48 images. The estimate uses the answers to 12 of them." in printed
+
+
+def test_a_run_and_its_estimates_go_through_batches_at_half_the_price(
+    tmp_path: Path, hosted: list[str | Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batch, "POLL_SECONDS", 0.01)
+    half = [*hosted, "--set", "stage.0.options.price={ input = 1, output = 1, batch_discount = 0.5 }"]
+    for more in ((), ("--agree", "0.8", "--yes")):
+        (direct,) = json.loads(run("estimate", AVIARY / "images", *half, *more, "--json").stdout)
+        (in_batches,) = json.loads(run("estimate", AVIARY / "images", *half, *more, "--batch", "--json").stdout)
+        assert in_batches["dollars"] == pytest.approx(direct["dollars"] / 2)
+        assert in_batches.get("minutes", 1440) == 1440
+    call = ("run", AVIARY / "images", *half, "--agree", "0.8", "--batch", "--json")
+    asked = run(*call, "-o", tmp_path / "run", "--set", "budget.ask_above_usd=0", check=False)
+    assert "asks hosted judges about at most 48 questions" in asked.stderr
+    done = run(*call, "-o", tmp_path / "run", "--yes")
+    tally = json.loads(done.stdout)
+    assert tally["requests"] == tally["certificate"]["questions"] - 12
+    assert "questions wait for their batches." in done.stderr
+    local = run("run", AVIARY / "images", "-o", tmp_path / "local", *LOCAL, "--batch", check=False)
+    assert (local.returncode, local.stderr.count("No judge of this cascade has a batch API.")) == (2, 1)
 
 
 def test_money_is_confirmed_first(tmp_path: Path, hosted: list[str | Path]) -> None:

@@ -5,12 +5,13 @@ then submitted, and the command waits for the results (`cascadevlm.runs.batches.
 folder.
 """
 
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import AsyncExitStack
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing, asynccontextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeAlias
 
-from cascadevlm.base.errors import BackendError, InputError, JudgeError
+from cascadevlm.base.errors import BackendError, DataError, InputError, JudgeError
 from cascadevlm.base.images import ImageSource
 from cascadevlm.base.types import Prediction, Verdict
 from cascadevlm.cascade.cascade import Cascade
@@ -18,9 +19,19 @@ from cascadevlm.cascade.stage import Stage
 from cascadevlm.judges.budget import Ledger
 from cascadevlm.judges.cache import MemoryStore, Payload, VerdictStore, default_cache_folder, key_of
 from cascadevlm.judges.hosted.sdk import SdkJudge
-from cascadevlm.runs.batches.batch_judge import BatchJudge
+from cascadevlm.runs.batches.batch_judge import AtBatchPrice, BatchJudge
+
+BATCHES = "batches"
+"""Name of the folder in the folder of a run that contains the state of its batches."""
+
+LONGEST_MINUTES = 24 * 60.0
+"""Time within which the providers promise the answers of a batch, in minutes."""
 
 POLL_SECONDS = 30.0
+"""Seconds between two checks whether a batch is done."""
+
+Classifying: TypeAlias = Callable[[Cascade], AsyncGenerator[Prediction, None]]
+"""Classifies the images of a run with a cascade. It is called several times, always for the same images."""
 
 
 class _Collecting(VerdictStore):
@@ -56,34 +67,63 @@ async def stream_in_batches(
     images: Sequence[ImageSource],
     *,
     folder: Path | None = None,
-    poll_seconds: float = POLL_SECONDS,
     progress: Callable[[str], None] = lambda line: None,
 ) -> AsyncIterator[Prediction]:
-    """The same as `Cascade.astream`, but hosted judges are asked through the batch APIs of their providers. This costs half the
-    price, and can take a day.
-
-    Other judges are asked once. When predictions are made, the answers of these judges come from the store.
+    """The same as `Cascade.astream`, but hosted judges are asked through the batch APIs of their providers.
 
     Args:
         cascade: the cascade.
         images: the images.
         folder: folder for the state of the batches. With the same folder, an interrupted call continues. Default: a folder next
             to the user's cache.
-        poll_seconds: seconds between two checks whether a batch is done.
-        progress: function that is called with a line of text for each step.
+        progress: function that is called with a line of text for each batch.
+
+    Raises: the errors of `answered_in_batches`.
+    """
+
+    def classifying(each: Cascade) -> AsyncGenerator[Prediction, None]:
+        return each.astream(images)
+
+    state = folder or default_cache_folder() / "batches"
+    async with answered_in_batches(cascade, classifying, folder=state, progress=progress) as answered:
+        assert answered is not None
+        async for prediction in classifying(answered):
+            yield prediction
+
+
+@asynccontextmanager
+async def answered_in_batches(
+    cascade: Cascade,
+    classifying: Classifying,
+    *,
+    folder: Path,
+    progress: Callable[[str], None] = lambda line: None,
+    stopping: Callable[[], bool] = lambda: False,
+) -> AsyncGenerator[Cascade | None, None]:
+    """A copy of the cascade whose hosted judges have the answers to all questions of a run, from the batch APIs of their
+    providers. This costs half the price, and can take a day. None if it was stopped before.
+
+    Other judges are asked once. When predictions are made, the answers of these judges come from the store.
+
+    Args:
+        cascade: the cascade.
+        classifying: the run.
+        folder: folder for the state of the batches. With the same folder, an interrupted call continues.
+        progress: function that is called with a line of text for each batch.
+        stopping: function that is called while the results are waited for. After it returns true, nothing is waited for.
 
     Raises:
         InputError: if questions depend on answers about other images, because these answers may take a day.
         BackendError: if no judge of the cascade has a batch API.
         FatalError: if a provider refuses a batch.
     """
-    _require_independent_images(cascade)
-    stages = _in_batches(cascade.stages, folder or default_cache_folder() / "batches", cascade.ledger)
+    require_batches(cascade)
+    stages = _in_batches(cascade.stages, folder, cascade.ledger)
     judges = [stage.judge for stage in stages if isinstance(stage.judge, BatchJudge)]
-    if not judges:
-        raise BackendError("No judge of this cascade has a batch API.", hint="Use a judge of openai: or anthropic:.")
     store = MemoryStore() if cascade.store is None else cascade.store
-    collecting = cascade.altered(store=_Collecting(store), on_failure="scorer", calibration=None, follow_shares=False)
+    collecting = cascade.altered(
+        store=_Collecting(store), on_failure="scorer", calibration=None, follow_shares=False, observers=()
+    )
     async with AsyncExitStack() as stack:
         for judge in judges:  # stay connected during all runs
             stack.push_async_callback(judge.aclose)
@@ -92,13 +132,15 @@ async def stream_in_batches(
             await judge.take_up()
         for depth, stage in enumerate(stages, start=1):
             if isinstance(stage.judge, BatchJudge):
-                await _collect(collecting.altered(stages=stages[:depth]), stage.judge, images, poll_seconds, progress)
+                await _collect(collecting.altered(stages=stages[:depth]), stage.judge, classifying, progress, stopping)
                 stage.judge.closed = True
+        if stopping():
+            yield None
+            return
         for judge in judges:
             judge.conclude()
         try:
-            async for prediction in cascade.altered(stages=stages, store=store).astream(images):
-                yield prediction
+            yield cascade.altered(stages=stages, store=store)
         except JudgeError:  # the run has ended in a failure, which the next run must not find again
             for judge in judges:
                 judge.finish(store)
@@ -107,9 +149,64 @@ async def stream_in_batches(
             judge.finish(store)
 
 
-def _require_independent_images(cascade: Cascade) -> None:
-    """Raise InputError if questions depend on answers about other images."""
-    dependent = {"routing": cascade.routing, "follow_shares": cascade.follow_shares, "learn": cascade.learns_from is not None}
+def at_batch_prices(cascade: Cascade) -> Cascade:
+    """A copy of the cascade for estimates: the quotes of its hosted judges have the prices of batch APIs.
+
+    Raises: the errors of `require_batches`.
+    """
+    require_batches(cascade)
+    stages = [
+        replace(stage, judge=AtBatchPrice(stage.judge)) if isinstance(stage.judge, SdkJudge) else stage
+        for stage in cascade.stages
+    ]
+    return cascade.altered(stages=stages)
+
+
+def answering(
+    cascade: Cascade,
+    classifying: Classifying,
+    folder: Path,
+    *,
+    told: Callable[[str], None] | None,
+    stopping: Callable[[], bool],
+) -> AbstractAsyncContextManager[Cascade | None]:
+    """The cascade of a run into a folder: `answered_in_batches`, or unchanged if ``told`` is None.
+
+    Args:
+        cascade: the cascade.
+        classifying: the run.
+        folder: the folder of the run.
+        told: function that is called with a line of text for each batch. None: batch APIs are not used.
+        stopping: function that is called while the results are waited for. After it returns true, nothing is waited for.
+    """
+    if told is None:
+        return nullcontext(cascade)
+    return answered_in_batches(cascade, classifying, folder=folder / BATCHES, progress=told, stopping=stopping)
+
+
+def require_no_batches(folder: Path) -> None:
+    """Raise DataError if questions of the run in a folder are in batches: to ask them directly would cost them twice."""
+    if any((folder / BATCHES).glob("*/*.json")):
+        raise DataError(
+            f"Questions of the run in {str(folder)!r} are in batches of the provider.", hint="Repeat the command with --batch."
+        )
+
+
+def require_batches(cascade: Cascade) -> None:
+    """Refuse a cascade that cannot ask through batch APIs.
+
+    Raises:
+        InputError: if questions depend on answers about other images.
+        BackendError: if no judge has a batch API.
+    """
+    if not any(isinstance(stage.judge, SdkJudge) for stage in cascade.stages):
+        raise BackendError("No judge of this cascade has a batch API.", hint="Use a judge of openai: or anthropic:.")
+    dependent = {
+        "routing": cascade.routing,
+        "follow_shares": cascade.follow_shares,
+        "learn": cascade.learns_from is not None,
+        "an audit with a promise": any(stage.audit and stage.audit.agree for stage in cascade.stages),
+    }
     for name, wanted in dependent.items():
         if wanted:
             raise InputError(
@@ -119,27 +216,35 @@ def _require_independent_images(cascade: Cascade) -> None:
 
 
 async def _collect(
-    cascade: Cascade, judge: BatchJudge, images: Sequence[ImageSource], poll_seconds: float, progress: Callable[[str], None]
+    cascade: Cascade,
+    judge: BatchJudge,
+    classifying: Classifying,
+    progress: Callable[[str], None],
+    stopping: Callable[[], bool],
 ) -> None:
     """Run the cascade until all questions to the judge that the budget allows are answered.
 
     Args:
         cascade: the cascade. The stage of the judge is its last stage.
         judge: the judge, which collects the questions.
-        images: images of the run.
-        poll_seconds: seconds between two checks whether a batch is done.
+        classifying: the run.
         progress: function that is called with a line of text for each batch.
+        stopping: function that returns true if nothing more shall be collected.
     """
-    while True:
-        escalated = skipped = 0
+    while not stopping():
+        images = escalated = skipped = 0
         judge.freed = False
-        async for prediction in cascade.astream(images):
-            escalated += prediction.escalated
-            skipped += any(verdict.outcome == "skipped" for verdict in prediction.verdicts)
+        async with aclosing(classifying(cascade)) as predictions:
+            async for prediction in predictions:
+                images += 1
+                escalated += prediction.escalated
+                skipped += any(verdict.outcome == "skipped" for verdict in prediction.verdicts)
+        if stopping():  # the run may have ended early
+            return
         judge.release_unasked()
         await judge.submit()
         if judge.in_flight:
-            progress(f"{escalated} of {len(images)} images escalated; {judge.in_flight} questions wait for their batches.")
-            await judge.wait(poll_seconds)
+            progress(f"{escalated} of {images} images escalated; {judge.in_flight} questions wait for their batches.")
+            await judge.wait(POLL_SECONDS, stopping)
         elif not (skipped and judge.freed):
             return

@@ -4,8 +4,9 @@ reads the answers. The state of the batches is kept on disk. So an interrupted r
 
 import asyncio
 import json
+import time
 import uuid
-from collections.abc import Awaitable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -29,6 +30,9 @@ MOST_ATTEMPTS = 3
 
 TRANSFER_SECONDS = 1800.0
 """Longest time for one request to a batch API in seconds. A full batch of 256 MB then needs 150 kB per second."""
+
+LONGEST_SLEEP = 1.0
+"""Longest time in seconds until a run that waits for a batch notices that it is to stop."""
 
 CLOCK_SKEW = timedelta(minutes=5)
 """Maximum time by which this machine's clock may be ahead of the provider's clock."""
@@ -56,7 +60,19 @@ class Chunk(BaseModel):
     results: dict[str, JsonValue] | None = None
 
 
-class BatchJudge(WrapperJudge):
+class AtBatchPrice(WrapperJudge):
+    """A judge whose quotes have the prices of its provider's batch API, which does not limit the rate of questions."""
+
+    def __init__(self, wrapped: SdkJudge) -> None:
+        super().__init__(wrapped)
+        self.requests_per_minute = self.tokens_per_minute = None
+        self.hosted = wrapped
+
+    def quote(self, question: Question) -> Quote:
+        return self.hosted.quote(question, batch=True)
+
+
+class BatchJudge(AtBatchPrice):
     """Puts questions into batches, and answers the questions whose batches have results.
 
     Args:
@@ -72,8 +88,6 @@ class BatchJudge(WrapperJudge):
 
     def __init__(self, wrapped: SdkJudge, folder: Path, ledger: Ledger) -> None:
         super().__init__(wrapped)
-        self.requests_per_minute = self.tokens_per_minute = None  # these are limits of the direct API
-        self.hosted = wrapped
         self.folder = folder
         self.ledger = ledger
         self.closed = False
@@ -89,7 +103,7 @@ class BatchJudge(WrapperJudge):
 
     def quote(self, question: Question) -> Quote:
         """The batch price. The worst case is 0 here, because a question reserves money when it is put into a batch."""
-        return replace(self.hosted.quote(question, batch=True), worst_case=0)
+        return replace(super().quote(question), worst_case=0)
 
     async def take_up(self) -> None:
         """Load the batches of an earlier run. Questions that the earlier run did not submit are collected again."""
@@ -222,15 +236,23 @@ class BatchJudge(WrapperJudge):
         found = await self._call(self.hosted.find_batch(chunk.token))
         return None if any(found == other.batch_id for other in self.chunks) else found
 
-    async def wait(self, poll_seconds: float) -> None:
+    async def wait(self, poll_seconds: float, stopping: Callable[[], bool]) -> None:
         """Wait until all questions of this run have results.
+
+        Args:
+            poll_seconds: seconds between two checks whether a batch is done.
+            stopping: function that is called every second. After it returns true, nothing is waited for.
 
         Raises:
             FatalError: if the provider refused a batch as a whole, or does not return its results.
         """
         for chunk in self._awaited():
             while (results := await self._results(chunk)) is None:
-                await asyncio.sleep(poll_seconds)
+                until = time.monotonic() + poll_seconds
+                while (left := until - time.monotonic()) > 0:
+                    if stopping():
+                        return
+                    await asyncio.sleep(min(left, LONGEST_SLEEP))
             chunk.results = dict(results)
             self._save(chunk)
 

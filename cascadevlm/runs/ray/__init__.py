@@ -29,6 +29,7 @@ from cascadevlm.cascade.engine import Read
 from cascadevlm.cascade.stage import Stage
 from cascadevlm.config.config import Config, StageConfig
 from cascadevlm.judges.base import LocalJudge
+from cascadevlm.judges.hosted.sdk import SdkJudge
 from cascadevlm.runs.inputs import Named
 from cascadevlm.runs.ray.judging import SILENT_SECONDS, RemoteJudge, Worker
 from cascadevlm.runs.ray.workers import SAME_FILES, JudgingWorker, ScoredBatch, ScoringWorker, Workplace, list_images, unpacked
@@ -53,7 +54,9 @@ CALLS_AHEAD = 4
 
 
 @contextmanager
-def on_ray(cascade: Cascade, config: Config, inputs: Iterable[Named], *, workers: int | None = None) -> Iterator[Cascade]:
+def on_ray(
+    cascade: Cascade, config: Config, inputs: Iterable[Named], *, workers: int | None = None, batch: bool = False
+) -> Iterator[Cascade]:
     """A copy of the cascade. A cluster runs it over these inputs.
 
     ``$RAY_ADDRESS`` names the cluster. If it is not set, the cluster of this machine is used. If there is no cluster, a cluster
@@ -65,6 +68,7 @@ def on_ray(cascade: Cascade, config: Config, inputs: Iterable[Named], *, workers
         inputs: the images of the run.
         workers: number of scoring workers, and number of workers of each judge with a model. Default: one per GPU; without GPUs,
             one per machine.
+        batch: true if hosted judges are asked through batch APIs. Their questions are then put by this process.
 
     Raises:
         BackendError: if Ray is not installed or does not start.
@@ -89,7 +93,10 @@ def on_ray(cascade: Cascade, config: Config, inputs: Iterable[Named], *, workers
                 hint = "On a busy machine, try again. For a cluster on other machines, set $RAY_ADDRESS."
                 raise BackendError(f"Ray does not start: {str(exc).strip().partition(chr(10))[0]}", hint=hint) from exc
         cluster = _Cluster.of(cascade, config, inputs, workers)
-        judges = [cluster.judge(stage, of_config) for stage, of_config in zip(cascade.stages, config.stage, strict=True)]
+        judges = [
+            stage.judge if batch and isinstance(stage.judge, SdkJudge) else cluster.judge(stage, of_config)
+            for stage, of_config in zip(cascade.stages, config.stage, strict=True)
+        ]
         yield cascade.altered(
             scorer=ScoredElsewhere(cascade.scorer),
             stages=[replace(stage, judge=judge) for stage, judge in zip(cascade.stages, judges, strict=True)],

@@ -26,6 +26,7 @@ from cascadevlm.judges.base import Judge, Quote
 from cascadevlm.judges.budget import Ledger
 from cascadevlm.judges.cache import DiskStore, MemoryStore, VerdictStore
 from cascadevlm.judges.hosted.sdk import BatchLimits, SdkJudge
+from cascadevlm.runs.batches import batch
 from cascadevlm.runs.batches.batch import stream_in_batches
 from cascadevlm.runs.batches.batch_judge import MOST_ATTEMPTS, BatchJudge, Chunk
 from cascadevlm.testing import FakeJudge, FakeScorer, noise, question
@@ -44,6 +45,13 @@ BILL = 1000 * 2_500 + 20 * 10_000
 
 ALL = "entropy > 0"
 IMAGES = [noise(seed) for seed in range(30)]
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batch, "POLL_SECONDS", 0.01)
+
+
 both = pytest.mark.parametrize("provider", PROVIDERS)
 
 
@@ -77,7 +85,7 @@ class Bench:
 
     async def run(self, cascade: Cascade | None = None, images: Sequence[Image.Image] = IMAGES) -> list[Prediction]:
         cascade = cascade or self.cascade(ALL)
-        return [prediction async for prediction in stream_in_batches(cascade, images, folder=self.folder, poll_seconds=0.01)]
+        return [prediction async for prediction in stream_in_batches(cascade, images, folder=self.folder)]
 
     @property
     def rows(self) -> list[str]:
@@ -344,7 +352,7 @@ async def test_killed_again_and_again(provider: Provider, tmp_path: Path, monkey
 @pytest.mark.parametrize("kept", [True, False])
 async def test_leaving_in_the_middle_of_the_predictions(provider: Provider, kept: bool, tmp_path: Path) -> None:
     async with bench(provider, tmp_path, store=MemoryStore() if kept else None) as one:
-        stream = stream_in_batches(one.cascade(ALL), IMAGES, folder=one.folder, poll_seconds=0.01)
+        stream = stream_in_batches(one.cascade(ALL), IMAGES, folder=one.folder)
         for _ in range(5):
             await anext(stream)
         await stream.aclose()  # type: ignore[attr-defined]

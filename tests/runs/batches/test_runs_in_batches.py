@@ -1,0 +1,285 @@
+"""Runs into a folder whose questions go through a provider's batch API, with and without a certificate."""
+
+import multiprocessing
+import os
+import signal
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+from pydantic import JsonValue
+
+from benchmarks.kills import predictions as without_usage
+from cascadevlm import Cascade, Stage, load_prompt, parse_policy
+from cascadevlm.base.errors import BackendError, DataError, FatalError, InputError
+from cascadevlm.base.types import Prediction, Question
+from cascadevlm.config.agreement import AgreementConfig
+from cascadevlm.decision.auditing import Sampling
+from cascadevlm.judges.budget import Ledger
+from cascadevlm.judges.cache import VerdictStore
+from cascadevlm.runs import bulk
+from cascadevlm.runs.answers_file import AnswersFile
+from cascadevlm.runs.batches import batch
+from cascadevlm.runs.batches.batch import BATCHES
+from cascadevlm.runs.batches.batch_judge import BatchJudge, Chunk
+from cascadevlm.runs.certificate import Facts, Missing
+from cascadevlm.runs.run_folder import RunFolder, spent_in
+from cascadevlm.runs.tally import Tally
+from cascadevlm.runs.verify import verify
+from cascadevlm.testing import FakeJudge, FakeScorer
+from cascadevlm_backends.openai import OpenAIJudge
+from tests.runs.test_certified import LABELS, Pictures
+from tests.server import Conversation, JudgeServer
+
+PRICE = {"input": 2.5, "output": 10, "batch_discount": 0.5}
+BILL = (1000 * 2.5 + 20 * 10) / 1e6 / 2
+"""Cost of an answer of the server in a batch, in US dollars."""
+
+CERTIFIED, ORDINARY = AgreementConfig(agree=0.8), None
+IMAGES = 120
+both = pytest.mark.parametrize("agreement", [CERTIFIED, ORDINARY], ids=["certified", "ordinary"])
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batch, "POLL_SECONDS", 0.01)
+
+
+def mostly_first(asked: Conversation) -> str:
+    """An answer that depends only on the image, and is mostly the first candidate."""
+    return asked.say(asked.choices[0 if sum(asked.images[-1]) % 4 else 1])
+
+
+def cascade(url: str, dollars: float | None = None) -> Cascade:
+    judge = OpenAIJudge("gpt-9", base_url=url, price=PRICE)
+    stage = Stage(judge=judge, prompt=load_prompt("select"), policy=parse_policy("entropy > 0.3"))
+    return Cascade(FakeScorer(), [stage], labels=LABELS, batch_size=8, ledger=Ledger(dollars))
+
+
+def run(
+    folder: Path,
+    url: str,
+    agreement: AgreementConfig | None,
+    *,
+    dollars: float | None = None,
+    batches: bool = True,
+    stopping: Callable[[], bool] = lambda: False,
+    told: Callable[[str], None] = lambda sentence: None,
+) -> Tally:
+    return bulk.run(
+        cascade(url, dollars),
+        Pictures(IMAGES, broken=(3,)),
+        folder,
+        config={} if agreement is None else {"agreement": agreement.model_dump()},
+        promised=agreement,
+        batch=batches,
+        stopping=stopping,
+        outlook=told,
+    )
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    """The predictions without usage, because an answer from the store has no cost."""
+    return [dict(line) for line in without_usage(folder)]
+
+
+def rows(server: JudgeServer) -> list[str]:
+    """The keys of all questions in all batches."""
+    return [row.custom_id for each in server.batches for row in each.rows]
+
+
+@both
+def test_answers_from_batches_are_those_of_direct_questions_at_half_the_price(
+    tmp_path: Path, agreement: AgreementConfig | None
+) -> None:
+    said: list[str] = []
+    with JudgeServer(answer=mostly_first) as server:
+        direct = run(tmp_path / "direct", server.openai_url, agreement, batches=False)
+        assert server.batches == []
+        asked = len(server.requests)
+        tally = run(tmp_path / "batches", server.openai_url, agreement, told=said.append)
+        again = run(tmp_path / "batches", server.openai_url, agreement)
+        assert len(server.requests) == asked == len(rows(server))
+    assert lines(tmp_path / "batches") == lines(tmp_path / "direct")
+    assert tally.spent_dollars == pytest.approx(asked * BILL)
+    assert direct.spent_dollars == pytest.approx(2 * asked * BILL)
+    assert again == tally
+    assert not (tmp_path / "batches" / BATCHES).exists()
+    assert sum("wait for their batches" in sentence for sentence in said) == len(server.batches)
+    if agreement is not None:
+        assert isinstance(tally.certificate, Facts)
+        assert tally.certificate == direct.certificate
+        assert tally.certificate.kept > tally.certificate.allowed
+        assert len(server.batches) > 2  # one per step of the rule
+        assert verify(tmp_path / "batches") == []
+
+
+KILLS = (
+    ("collecting", 9),
+    ("submitting", 1),
+    ("submitted", 1),
+    ("waiting", 2),
+    ("read", 1),
+    ("spending", 5),
+    ("answered", 12),
+    ("finishing", 1),
+    ("submitted", 2),
+    ("answered", 30),
+    ("none", 0),
+)
+"""Before a question is collected, before and after a batch is submitted, while it is waited for, before its results are stored,
+while its bill is written, while answers are written, and before its state is deleted.
+"""
+
+
+def run_until_killed(folder: Path, url: str, agreement: AgreementConfig | None, where: str, count: int) -> None:
+    """Kill this process at a step, after it was reached ``count`` times."""
+    seen: Counter[str] = Counter()
+
+    def note(what: str) -> None:
+        seen[what] += 1
+        if (what, seen[what]) == (where, count):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    class Killed(BatchJudge):
+        def _collect(self, key: str, question: Question) -> None:
+            note("collecting")
+            super()._collect(key, question)
+
+        async def _submit(self, chunk: Chunk) -> str:
+            note("submitting")
+            submitted = await super()._submit(chunk)
+            note("submitted")
+            return submitted
+
+        async def _results(self, chunk: Chunk) -> Mapping[str, JsonValue] | None:
+            note("waiting")
+            results = await super()._results(chunk)
+            if results is not None:
+                note("read")
+            return results
+
+        def _release(self, key: str, *, spent: int = 0) -> None:
+            if self.concluding:
+                note("spending")
+            super()._release(key, spent=spent)
+
+        def finish(self, store: VerdictStore) -> None:
+            note("finishing")
+            super().finish(store)
+
+    predicted, append = AnswersFile.predicted, RunFolder.append
+
+    def answering(file: AnswersFile, number: int, prediction: Prediction) -> None:
+        note("answered")
+        predicted(file, number, prediction)
+
+    def appending(opened: RunFolder, path: str, also: Mapping[str, JsonValue], prediction: Prediction) -> None:
+        note("answered" if agreement is None else "written")
+        append(opened, path, also, prediction)
+
+    with (
+        patch.object(batch, "BatchJudge", Killed),
+        patch.object(batch, "POLL_SECONDS", 0.01),
+        patch.object(AnswersFile, "predicted", answering),
+        patch.object(RunFolder, "append", appending),
+    ):
+        run(folder, url, agreement)
+
+
+@both
+def test_a_run_that_is_killed_anywhere_goes_on_and_asks_nothing_twice(tmp_path: Path, agreement: AgreementConfig | None) -> None:
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(["tests.runs.batches.test_runs_in_batches"])
+    with JudgeServer(answer=mostly_first) as server:
+        ends = []
+        for where, count in KILLS:
+            arguments = (tmp_path / "run", server.openai_url, agreement, where, count)
+            process = processes.Process(target=run_until_killed, args=arguments)
+            process.start()
+            process.join()
+            ends.append(process.exitcode)
+        assert ends[-1] == 0
+        assert ends.count(-signal.SIGKILL) >= len(KILLS) - 3  # an ordinary run has one batch
+        asked = rows(server)
+        assert len(asked) == len(set(asked))
+        whole = run(tmp_path / "whole", server.openai_url, agreement)
+    assert lines(tmp_path / "run") == lines(tmp_path / "whole")
+    assert whole.spent_dollars <= spent_in(tmp_path / "run") <= whole.spent_dollars + 2 * BILL  # killed while it was booked
+    assert not (tmp_path / "run" / BATCHES).exists()
+
+
+@both
+def test_a_budget_holds_in_batches_and_a_higher_one_goes_on(tmp_path: Path, agreement: AgreementConfig | None) -> None:
+    with JudgeServer(answer=mostly_first) as server:
+        whole = run(tmp_path / "whole", server.openai_url, agreement)
+        before = len(rows(server))
+        for dollars in (0.01, 0.03, 0.05):
+            tally = run(tmp_path / "run", server.openai_url, agreement, dollars=dollars)
+            assert tally.counts["skipped"] > 0
+            assert tally.spent_dollars == pytest.approx(BILL * (len(rows(server)) - before))
+            assert tally.spent_dollars <= dollars
+            if agreement is not None:
+                assert isinstance(tally.certificate, Missing)
+        assert tally.spent_dollars > 0.03
+        last = run(tmp_path / "run", server.openai_url, agreement, dollars=1.0)
+    assert lines(tmp_path / "run") == lines(tmp_path / "whole")
+    assert last.spent_dollars == pytest.approx(whole.spent_dollars)
+
+
+@both
+def test_a_run_that_stops_while_it_waits_goes_on_with_batches_only(tmp_path: Path, agreement: AgreementConfig | None) -> None:
+    said: list[str] = []
+    with JudgeServer(answer=mostly_first, batch_polls=10**9) as server:
+        tally = run(tmp_path / "run", server.openai_url, agreement, told=said.append, stopping=lambda: bool(said))
+        assert (tally.images, tally.spent_dollars) == (0, 0)
+        with pytest.raises(DataError, match=r"Questions of the run in '.*' are in batches .* Repeat the command with --batch"):
+            run(tmp_path / "run", server.openai_url, agreement, batches=False)
+        assert len(server.batches) == 1
+        server.batch_polls = 1
+        run(tmp_path / "run", server.openai_url, agreement)
+        asked = rows(server)
+        assert len(asked) == len(set(asked))
+        run(tmp_path / "whole", server.openai_url, agreement)
+    assert lines(tmp_path / "run") == lines(tmp_path / "whole")
+
+
+def test_a_batch_that_is_refused_stops_the_run_which_goes_on_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    submit = OpenAIJudge.submit_batch
+
+    async def refusing(judge: OpenAIJudge, path: Path, token: str) -> str:
+        raise FatalError("No money is left in the account.")
+
+    with JudgeServer(answer=mostly_first) as server:
+        monkeypatch.setattr(OpenAIJudge, "submit_batch", refusing)
+        with pytest.raises(FatalError, match="No money is left"):
+            run(tmp_path / "run", server.openai_url, CERTIFIED)
+        monkeypatch.setattr(OpenAIJudge, "submit_batch", submit)
+        assert isinstance(run(tmp_path / "run", server.openai_url, CERTIFIED).certificate, Facts)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"follow_shares": True}, InputError, "do not support follow_shares"),
+        ({"audit": Sampling(share=0.1, agree=0.9)}, InputError, "do not support an audit with a promise"),
+        ({"judge": FakeJudge()}, BackendError, "No judge of this cascade has a batch API"),
+    ],
+)
+def test_what_batches_cannot_do_is_said(tmp_path: Path, changes: dict[str, Any], error: type[Exception], message: str) -> None:
+    made = cascade("http://127.0.0.1:1/v1")
+    if "follow_shares" in changes:
+        made = made.altered(follow_shares=True)
+    else:
+        stage = made.stages[0]
+        made = made.altered(stages=[Stage(**(vars(stage) | changes))])
+    with pytest.raises(error, match=message):
+        bulk.run(made, Pictures(4), tmp_path, config={}, batch=True)
+
+
+def test_images_of_unknown_number_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="Batches need a known number of images without true labels"):
+        bulk.run(cascade("http://127.0.0.1:1/v1"), iter(Pictures(4)), tmp_path, config={}, batch=True)
