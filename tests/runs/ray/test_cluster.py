@@ -167,12 +167,19 @@ def server() -> Iterator[JudgeServer]:
 
 
 def run(
-    engine: str, folder: Path, images: Iterable[Named], config: str, *, stopping: Callable[[], bool] = lambda: False
+    engine: str,
+    folder: Path,
+    images: Iterable[Named],
+    config: str,
+    *,
+    batch: bool = False,
+    stopping: Callable[[], bool] = lambda: False,
 ) -> Tally:
     parsed = Config.parse(tomllib.loads(config))
     cascade, frozen = parsed.build(), parsed.frozen(parsed.build()).model_dump(mode="json")
-    with on_ray(cascade, parsed, images, workers=2) if engine == "ray" else nullcontext(cascade) as running:
-        return bulk.run(running, images, folder, config=frozen, promised=parsed.agreement or parsed.find, stopping=stopping)
+    with on_ray(cascade, parsed, images, workers=2, batch=batch) if engine == "ray" else nullcontext(cascade) as running:
+        promised = parsed.agreement or parsed.find
+        return bulk.run(running, images, folder, config=frozen, promised=promised, batch=batch, stopping=stopping)
 
 
 def workers(plugin: Path, name: str) -> list[int]:
@@ -343,6 +350,18 @@ async def test_a_silent_cluster_is_told(monkeypatch: pytest.MonkeyPatch) -> None
     with pytest.warns(RuntimeWarning, match="'ray status' shows whether its workers are there"):
         (read,) = await Arriving(batches())([Path("a.png")])
     assert read[0] == "a.png"
+
+
+def test_a_cluster_scores_and_this_process_asks_in_batches(
+    plugin: Path, images: Inputs, server: JudgeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cascadevlm.runs.batches.batch.POLL_SECONDS", 0.01)
+    few, config = list(islice(images, FEW)), HOSTED.format(url=server.openai_url, size=SIZE)
+    run("ray", tmp_path / "batch", few, config, batch=True)
+    assert server.requests == []
+    assert [len(each.rows) for each in server.batches] == [15]
+    run("local", tmp_path / "direct", few, config)
+    assert lines(tmp_path / "batch") == lines(tmp_path / "direct")
 
 
 def test_a_certified_run_is_the_same_on_a_cluster(plugin: Path, images: Inputs, tmp_path: Path) -> None:
