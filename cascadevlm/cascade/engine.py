@@ -55,8 +55,8 @@ class _Settled:
     """The result of one image.
 
     Attributes:
-        belief: `(C,)` probabilities after all verdicts; None if the image cannot be read, or if the run neither learns nor
-            follows the shares of the classes.
+        belief: `(C,)` probabilities after all verdicts, except the answer to a question of an audit; None if the image cannot be
+            read, or if the run neither learns nor follows the shares of the classes.
     """
 
     prediction: Prediction
@@ -217,7 +217,7 @@ class Run:
                         observer.predicted(number, settled.prediction)
                     if settled.belief is not None:
                         beliefs.append(settled.belief)
-                        judged.append(settled.prediction.answered)
+                        judged.append(settled.prediction.answered and not settled.prediction.audited)
                     if settled.prediction.candidates:
                         differing.append(settled.prediction.differing)
                     yield settled.prediction
@@ -418,8 +418,10 @@ class Run:
         else:
             for observer in self.settings.observers:
                 observer.believed(item.number, item.probabilities())
-            wanted = self.following is not None or self.learner is not None
-            result.set_result(_Settled(prediction, item.probabilities() if wanted else None))
+            belief = None
+            if self.following is not None or self.learner is not None:  # they learn nothing from an audit: see `Watch`
+                belief = item.chunk.probabilities[item.row] if prediction.audited else item.probabilities()
+            result.set_result(_Settled(prediction, belief))
 
 
 async def _together(works: Iterable[Coroutine[None, None, None]]) -> None:

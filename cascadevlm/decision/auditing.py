@@ -7,7 +7,8 @@ answer (Robbins, "Statistical methods related to the law of the iterated logarit
 bounds via nonnegative supermartingales", 2020).
 
 When the lower bound is above the share that was promised, the run escalates all later images, after a lag (`Watch`). The sequence
-stays valid, because whether a label is kept never depends on a draw of the same block or of a later one.
+stays valid, because whether a label is kept never depends on a draw of the same block or of a later one. So a run learns nothing
+from the answers of an audit.
 """
 
 import asyncio

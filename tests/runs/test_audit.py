@@ -2,24 +2,32 @@
 
 import asyncio
 import json
+import multiprocessing
+import os
 import re
+import signal
 import warnings
 from collections.abc import Callable
 from itertools import repeat
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
+from pydantic import JsonValue
 
 from cascadevlm import Cascade, Stage, load_prompt, parse_policy
 from cascadevlm.base.errors import ConfigError, InputError
-from cascadevlm.base.types import AUDITED, PROMISE_BROKEN, Question, Verdict
+from cascadevlm.base.types import AUDITED, PROMISE_BROKEN, Prediction, Question, Verdict
 from cascadevlm.cascade.candidates import TopK
 from cascadevlm.config.audit import AuditConfig
 from cascadevlm.config.config import Config
 from cascadevlm.decision.auditing import Watch, Watched
 from cascadevlm.runs import bulk
+from cascadevlm.runs.lines import Line
+from cascadevlm.runs.run_folder import RunFolder
 from cascadevlm.runs.tally import Tally
 from cascadevlm.testing import FakeJudge, FakeScorer, noise
+from tests.learning import cascade, insects
 from tests.runs.test_certified import LABELS, Pictures, lines
 
 AUDIT = AuditConfig(share=0.1, agree=0.9)
@@ -52,8 +60,8 @@ def run(
     broken: tuple[int, ...] = (),
 ) -> Tally:
     stage = Stage(judge=judge, prompt=load_prompt("select"), policy=parse_policy(policy))
-    cascade = audit.added_to(Cascade(FakeScorer(), [stage], labels=LABELS, batch_size=8))
-    return bulk.run(cascade, Pictures(count, broken), folder, config={}, audit=audit, stopping=stopping)
+    audited = audit.added_to(Cascade(FakeScorer(), [stage], labels=LABELS, batch_size=8))
+    return bulk.run(audited, Pictures(count, broken), folder, config={}, audit=audit, stopping=stopping)
 
 
 def test_none_of_the_first_candidates_differs_whatever_the_next_answer_is() -> None:
@@ -62,8 +70,7 @@ def test_none_of_the_first_candidates_differs_whatever_the_next_answer_is() -> N
     stage = Stage(
         judge=judge, prompt=load_prompt("select"), candidates=TopK(k=2), offer_none=True, widen=1, policy=parse_policy("never")
     )
-    cascade = AuditConfig(share=1).added_to(Cascade(FakeScorer(), [stage], labels=LABELS))
-    (prediction,) = cascade.classify([noise(0)])
+    (prediction,) = AuditConfig(share=1).added_to(Cascade(FakeScorer(), [stage], labels=LABELS)).classify([noise(0)])
     assert len(judge.questions) == 2
     assert prediction.label == prediction.candidates[0].label.name
     assert prediction.differing
@@ -121,6 +128,47 @@ def test_what_is_escalated_depends_neither_on_the_speed_of_answers_nor_on_stops(
         judge = UnevenJudge(reply=second)
         run(tmp_path / "parts", judge, count=700, policy="never", audit=audit, broken=broken, stopping=stop.__next__)
     assert lines(tmp_path / "parts") == whole
+
+
+def run_until_killed(folder: Path, images: int) -> None:
+    """Kill this process before it writes the prediction of image number ``images``."""
+    counted = RunFolder._count
+
+    def writing(opened: RunFolder, path: str, own_id: JsonValue, prediction: Prediction | Line) -> None:
+        if opened.tally.images == images:
+            os.kill(os.getpid(), signal.SIGKILL)
+        counted(opened, path, own_id, prediction)
+
+    with warnings.catch_warnings(), patch.object(RunFolder, "_count", writing), patch.object(bulk, "FLUSH_SECONDS", 0.01):
+        warnings.simplefilter("ignore")
+        run(folder, FakeJudge(reply=second), count=500, policy="never")
+
+
+@pytest.mark.filterwarnings("ignore:The audit asked:RuntimeWarning")
+def test_an_audit_that_is_killed_escalates_the_same_images(tmp_path: Path) -> None:
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(["tests.runs.test_audit"])
+    for images in (30, 200, 300, 499):  # before and after the promise is seen to be broken, and while every image is escalated
+        process = processes.Process(target=run_until_killed, args=(tmp_path / "killed", images))
+        process.start()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+    run(tmp_path / "killed", FakeJudge(reply=second), count=500, policy="never")
+    run(tmp_path / "whole", FakeJudge(reply=second), count=500, policy="never")
+    assert lines(tmp_path / "killed") == lines(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("follow_shares", [False, True])
+def test_a_run_learns_nothing_from_an_audit_so_that_no_decision_depends_on_a_draw(follow_shares: bool) -> None:
+    images = insects(400, seed=5)
+    learning = cascade(policy="gain > 0.05", follow_shares=follow_shares)
+    alone = learning.classify(images)
+    for seed in (0, 1):
+        audited = AuditConfig(share=0.25, seed=seed).added_to(learning).classify(images)
+        assert 20 < sum(each.audited for each in audited) < 100
+        pairs = list(zip(alone, audited, strict=True))
+        assert [each.asked for each in alone] == [each.asked and not each.audited for each in audited]
+        assert all(before.probability == after.probability for before, after in pairs if not after.audited)
 
 
 def test_another_batch_size_that_changes_the_periods_is_refused() -> None:
