@@ -19,8 +19,8 @@ ROOMS = (
     "decision",
     "cascade",
     "config",
-    "runs",
     "runs.batches",
+    "runs",
     "runs.ray",
     "evaluation",
     "evaluation.calibrating",
@@ -33,7 +33,7 @@ ROOMS = (
 
 def room_of(parts: tuple[str, ...]) -> str:
     """The innermost folder of a module."""
-    return next(room for room in reversed(ROOMS) if parts[: room.count(".") + 1] == tuple(room.split(".")))
+    return max((room for room in ROOMS if parts[: room.count(".") + 1] == tuple(room.split("."))), key=len)
 
 
 def is_face(parts: tuple[str, ...]) -> bool:

@@ -1,5 +1,6 @@
 """The command line. Each command imports what it needs when it runs, so that ``--help`` is fast."""
 
+import errno
 import sys
 from typing import Annotated
 
@@ -82,7 +83,12 @@ def main() -> None:
     """The ``cascadevlm`` program. An error of cascadevlm is shown as a message, without a traceback."""
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]  # allowed at any position
     try:
-        app(arguments)
+        try:
+            app(arguments)
+        except OSError as exc:
+            if exc.errno == errno.ENAMETOOLONG:  # whatever asks for a file of this name
+                raise InputError(f"{exc.filename!r} is too long for the name of a file.", hint="Check the path.") from exc
+            raise
     except CascadeError as exc:
         if len(arguments) < len(sys.argv) - 1:
             raise

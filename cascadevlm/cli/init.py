@@ -155,7 +155,7 @@ def _labels(given: str) -> str:
     """
     from cascadevlm.base.labels import LabelSet
 
-    if Path(given).exists():
+    if os.path.exists(given):  # noqa: PTH110  # `Path.exists` raises an error for a long list of names
         LabelSet.read(Path(given))
         return _string(given)
     names = [name.strip() for name in given.split(",") if name.strip()]

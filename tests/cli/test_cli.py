@@ -242,3 +242,23 @@ def test_nothing_from_a_name_or_a_model_controls_the_terminal(images: Path) -> N
     for shown in (done.stdout, done.stderr, wrong.stderr):
         assert not {"\x1b", "\x07", "\u202e"} & {*shown}
     assert "red\\x1b[31m finch" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["run", "LONG", "-o", "run", "--labels", "labels.txt", "--scorer", "open_clip:aviary"],
+        ["run", ".", "-o", "LONG", "--labels", "labels.txt", "--scorer", "open_clip:aviary"],
+        ["evaluate", "LONG"],
+        ["calibrate", "LONG", "-o", "calibration.json"],
+        ["init", "--images", "LONG", "--labels", "a,b", "--machine", "laptop", "--judge", "none"],
+    ],
+)
+def test_a_name_that_is_too_long_for_a_file_is_one_sentence(
+    images: Path, command: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(images.parent)
+    done = run(*(argument.replace("LONG", "a" * 300) for argument in command), check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("Error: 'aaa")
+    assert done.stderr.endswith("' is too long for the name of a file. Check the path.\n")

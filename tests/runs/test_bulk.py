@@ -26,6 +26,7 @@ from pydantic import JsonValue
 from benchmarks.kills import predictions as lines
 from benchmarks.kills import prove
 from cascadevlm import Cascade, Stage, load_prompt, parse_policy
+from cascadevlm.base import loop
 from cascadevlm.base.errors import DataError, FatalError, PermanentError, RunError
 from cascadevlm.base.files import write_whole
 from cascadevlm.base.images import ImageSource
@@ -36,7 +37,7 @@ from cascadevlm.config.config import Config
 from cascadevlm.decision.judge_model import JudgeModel
 from cascadevlm.decision.scorer_calibration import ScorerCalibration
 from cascadevlm.judges.base import Quote
-from cascadevlm.judges.budget import DurableLedger, Ledger
+from cascadevlm.judges.budget import DurableLedger, Ledger, total_in
 from cascadevlm.judges.cache import DiskStore
 from cascadevlm.judges.support import SupportSet
 from cascadevlm.runs import bulk, run_folder
@@ -490,10 +491,14 @@ def test_a_ledger_never_forgets(
     """
     path = tmp_path_factory.mktemp("ledger") / "ledger.jsonl"
     ledger = DurableLedger(1.0, path)
-    for promise, paid in promises:
-        ledger.reserve_now(promise)
-        if paid is not None:
-            ledger.settle(promise, min(promise, paid))
+
+    async def spend() -> None:
+        for promise, paid in promises:
+            await ledger.reserve(promise)
+            if paid is not None:
+                ledger.settle(promise, min(promise, paid))
+
+    loop.run(spend())
     ledger.close()
     entries = path.read_text()
     last = entries.splitlines()[-1]
@@ -505,6 +510,16 @@ def test_a_ledger_never_forgets(
     assert round(again.spent_dollars * 1e9) == (expected if promises else 0)
     if cut == 0:
         assert expected == sum(promise if paid is None else min(promise, paid) for promise, paid in promises)
+
+
+def test_a_ledger_keeps_no_promise_to_a_batch_which_has_its_own_files(tmp_path: Path) -> None:
+    ledger = DurableLedger(1.0, tmp_path / "ledger.jsonl")
+    for nanodollars in (30, 50):
+        ledger.reserve_now(nanodollars)
+    ledger.settle(30, 7, standing=True)
+    assert ledger.reserved_dollars == 50e-9
+    ledger.close()
+    assert total_in(tmp_path / "ledger.jsonl") == 7
 
 
 def test_a_long_ledger_takes_no_memory(tmp_path: Path) -> None:
