@@ -249,8 +249,8 @@ def test_a_cluster_learns_what_one_process_learns(plugin: Path, tmp_path: Path) 
 
 
 def test_workers_that_die_and_ctrl_c_cost_no_answer_and_no_certificate(plugin: Path, images: Inputs, tmp_path: Path) -> None:
-    """A scoring worker is killed after twenty images, and one of two judging workers at the fortieth question. The run is
-    interrupted at the hundredth question, and continues in one process.
+    """A scoring worker is killed after twenty images, and one of two judging workers at the twentieth question. The run is
+    interrupted at the fiftieth question, and continues in one process.
     """
     alone = run("local", tmp_path / "alone", images, CERTIFIED)
     (tmp_path / "config.toml").write_text(CERTIFIED)
@@ -259,7 +259,7 @@ def test_workers_that_die_and_ctrl_c_cost_no_answer_and_no_certificate(plugin: P
         noted.write_text("")
 
     def disturb() -> None:
-        for noted, calls, name in ((scored_by, 5, "ScoringWorker"), (judged_by, 40, "JudgingWorker"), (judged_by, 100, "")):
+        for noted, calls, name in ((scored_by, 5, "ScoringWorker"), (judged_by, 20, "JudgingWorker"), (judged_by, 50, "")):
             while noted.read_text().count("\n") < calls:
                 if ended.wait(0.01):
                     return
@@ -278,7 +278,7 @@ def test_workers_that_die_and_ctrl_c_cost_no_answer_and_no_certificate(plugin: P
     assert "The same command continues it" in done.stderr
     assert isinstance(alone.certificate, Facts)
     begun = len((folder / ASKED).read_text().splitlines())
-    assert 40 < begun < alone.certificate.questions
+    assert 20 < begun < alone.certificate.questions
     judges = Counter(judged_by.read_text().split())
     assert len(judges) >= 2
     assert killed[1] in map(int, judges)
