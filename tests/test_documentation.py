@@ -1,14 +1,18 @@
 """Every code block of the README and of the documentation is run, in a folder with the files that it needs."""
 
+import io
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
-import sys
 import tomllib
+import warnings
 from collections.abc import Iterator
+from contextlib import redirect_stdout
 from importlib import resources
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 
@@ -33,7 +37,7 @@ FEWER = {
 """The tests use fewer images than the pages, so guarantees are weaker."""
 
 BARE_MACHINE = re.compile(r"pip install uv && uv run (--no-dev )?")
-PLAIN = re.compile(r"cascadevlm ([^|&;<>$`*?~#!(){}\[\]]*)")
+PLAIN = re.compile(r"(cascadevlm|python -m training\.render) ((?:[^|&;<>$`*?~#!(){}\[\]\"']|\"[^$`\"]*\"|'[^']*')*)")
 """Run a command without a shell and in this process, because a new process would spend most of its time on loading torch."""
 
 RUN = ("sh", "python", "toml")
@@ -86,8 +90,21 @@ def typed(line: str) -> str:
     if command in ("pytest", "cascadevlm demo"):  # this very suite, and the test of what the demo shows
         return ""
     if plain := PLAIN.fullmatch(command):
-        return run_here(*shlex.split(plain[1])).stdout
+        program, arguments = plain[1], shlex.split(plain[2])
+        if program == "cascadevlm":
+            return run_here(*arguments).stdout
+        with patch("sys.argv", [program, *arguments]), pytest.raises(SystemExit, match=r"^0$"):
+            runpy.run_module("training.render", run_name="__main__")
+        return ""
     return run("bash", "-c", command)
+
+
+def execute(code: str) -> None:
+    """Run the code of a block in this process, which has loaded torch already. Warnings are no errors, as for a user."""
+    with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("error", SyntaxWarning)
+        exec(compile(code, "block", "exec"), {"__name__": "__main__"})
 
 
 @pytest.mark.parametrize("page", pages(), ids=lambda page: str(page.relative_to(ROOT)))
@@ -104,7 +121,7 @@ def test_the_blocks_of_a_page_run_in_their_order(folder: Path, page: Path) -> No
             for line in lines_of(text):
                 typed(line)
         elif language == "python":
-            run(sys.executable, "-W", "error::SyntaxWarning", "-c", text)
+            execute(text)
         elif text.startswith("+++"):
             assert parse_template("mine", text).reasoning
 

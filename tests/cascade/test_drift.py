@@ -29,6 +29,7 @@ from cascadevlm.evaluation.data import Data
 from cascadevlm.evaluation.deciding import answers_of
 from cascadevlm.evaluation.evaluate import record_run
 from cascadevlm.judges.prompt import options
+from cascadevlm.runs.batches import batch
 from cascadevlm.runs.batches.batch import stream_in_batches
 from cascadevlm.testing import FakeJudge, FakeScorer, noise
 from cascadevlm.testing.fakes import Reply
@@ -259,6 +260,7 @@ def test_over_many_images_of_the_same_kind_there_is_no_warning() -> None:
 
 async def test_in_batches_only_the_answers_that_count_are_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(drift, "WINDOW", 2)
+    monkeypatch.setattr(batch, "POLL_SECONDS", 0.01)
     surprising = replace(calibration(), reference=Reference(images=100_000, mean=0.05, deviation=0.01), judges=())
     async with JudgeServer(answer=lambda conversation: "ANSWER: A") as server:
         judge = OpenAIJudge("gpt-9", base_url=server.openai_url, price={"input": 1, "output": 1})

@@ -1,10 +1,12 @@
 """``cascadevlm run`` for a user: runs that are started, interrupted, continued and refused."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from importlib import resources
@@ -12,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.test_cli import run
+from tests.cli.test_cli import Done, run
 from tests.server import JudgeServer
 
 AVIARY = Path(str(resources.files("cascadevlm_backends") / "aviary"))
@@ -38,27 +40,30 @@ def call(server: JudgeServer, tmp_path: Path) -> list[str | Path]:
     ]
 
 
-def begin(call: list[str | Path], server: JudgeServer) -> "subprocess.Popen[str]":
-    """The running command, after some of its questions."""
-    program = Path(sys.executable).with_name("cascadevlm")
-    process = subprocess.Popen([program, *call], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    while len(server.requests) < 3:
-        assert process.poll() is None
-        time.sleep(0.01)
-    return process
+def signalled(call: list[str | Path], server: JudgeServer, number: signal.Signals) -> Done:
+    """The command, in this process, which gets a signal after some of its questions."""
+
+    def send() -> None:
+        while len(server.requests) < 3:
+            time.sleep(0.01)
+        os.kill(os.getpid(), number)
+
+    sending = threading.Thread(target=send, daemon=True)
+    sending.start()
+    done = run(*call, check=False)
+    sending.join()
+    return done
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_an_interrupt_ends_in_order_and_the_same_command_goes_on(
     call: list[str | Path], server: JudgeServer, tmp_path: Path, number: signal.Signals, code: int
 ) -> None:
-    process = begin(call, server)
-    process.send_signal(number)
-    output, errors = process.communicate()
-    assert process.returncode == code
-    assert "The run stops when all open questions are finished" in errors
-    assert "The same command continues it" in errors
-    assert "spent" in output
+    done = signalled(call, server, number)
+    assert done.returncode == code
+    assert "The run stops when all open questions are finished" in done.stderr
+    assert "The same command continues it" in done.stderr
+    assert "spent" in done.stdout
     served = len(server.requests)
     predictions = tmp_path / "run" / "predictions.jsonl"
     assert len(predictions.read_text().splitlines()) == served < 12
@@ -70,7 +75,11 @@ def test_an_interrupt_ends_in_order_and_the_same_command_goes_on(
 
 
 def test_a_second_interrupt_ends_at_once(call: list[str | Path], server: JudgeServer, tmp_path: Path) -> None:
-    process = begin(call, server)
+    program = Path(sys.executable).with_name("cascadevlm")
+    process = subprocess.Popen([program, *call], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    while len(server.requests) < 3:
+        assert process.poll() is None
+        time.sleep(0.01)
     server.latency = 600
     time.sleep(0.5)
     process.send_signal(signal.SIGINT)
@@ -78,7 +87,7 @@ def test_a_second_interrupt_ends_at_once(call: list[str | Path], server: JudgeSe
     while "Press Ctrl-C again to stop at once" not in process.stderr.readline():
         assert process.poll() is None
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=10)
+    _, errors = process.communicate(timeout=60)  # the server would answer after ten minutes
     assert process.returncode == 130
     assert "The run was stopped" not in errors
     server.latency = 0
@@ -113,12 +122,10 @@ def test_wrong_calls_say_so(call: list[str | Path], tmp_path: Path) -> None:
 
 
 def test_an_interrupt_in_the_last_batch_ends_as_any_run(call: list[str | Path], server: JudgeServer, tmp_path: Path) -> None:
-    process = begin([*call, "--set", "batch_size=12"], server)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate()
-    assert "The run stops when all open questions are finished" in errors
-    assert "continues it" not in errors
-    assert process.returncode == 0
+    done = signalled([*call, "--set", "batch_size=12"], server, signal.SIGINT)
+    assert "The run stops when all open questions are finished" in done.stderr
+    assert "continues it" not in done.stderr
+    assert done.returncode == 0
     assert (tmp_path / "run" / "summary.json").exists()
     again = run(*call, "--set", "batch_size=12")
     assert "Nothing is left to do: all 12 images have a prediction." in again.stderr
