@@ -62,7 +62,7 @@ def precision(found: Found, answers: Columns) -> float:
 @pytest.mark.parametrize("skill", [2.0, 0.0, -1.0])
 @pytest.mark.parametrize("precise", [None, 0.9])
 def test_recall_and_precision_are_kept(skill: float, precise: float | None) -> None:
-    images, answers = world(0, skill=skill)
+    images, answers = world(0, images=300, skill=skill)
     wanted = Wanted(recall=0.9, precision=precise)
     found = [found_in(images, answers, wanted, seed)[0] for seed in range(200)]
     missed = sum(recall(each, answers) < 0.9 for each in found)

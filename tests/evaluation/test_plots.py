@@ -104,11 +104,10 @@ EDGES = {
 
 @pytest.mark.parametrize("edge", EDGES)
 @pytest.mark.parametrize("plot", OF_A_RECORD)
-@pytest.mark.parametrize("kind", ["svg", "png"])
-def test_there_is_a_plot_of_every_record(edge: str, plot: Callable[[Record], Figure], kind: str) -> None:
+def test_there_is_a_plot_of_every_record(edge: str, plot: Callable[[Record], Figure]) -> None:
     file = io.BytesIO()
-    plot(EDGES[edge]).savefig(file, format=kind)
-    assert file.getvalue().startswith(b"<?xml" if kind == "svg" else b"\x89PNG")
+    plot(EDGES[edge]).savefig(file, format="svg")
+    assert file.getvalue().startswith(b"<?xml")
 
 
 def test_no_plot_needs_pyplot() -> None:

@@ -130,6 +130,7 @@ class JudgeServer:
 
     async def __aexit__(self, *exc: object) -> None:
         await self._runner.cleanup()
+        await asyncio.sleep(0)  # closed connections end in the next step of the loop
 
     def __enter__(self) -> Self:
         self._loop = asyncio.new_event_loop()
