@@ -321,9 +321,11 @@ class OpenAIJudge(SdkJudge):
             return super()._image_tokens(size)
         return rule.tokens_in_low_detail(*size)
 
-    def batch_row(self, key: str, question: Question) -> JsonValue:
+    def require_batch_api(self) -> None:
         if self.mode == "decision":
             raise BackendError(f"{self.spec!r} has no batch API in mode 'decision'.", hint='Use mode = "answer".')
+
+    def batch_row(self, key: str, question: Question) -> JsonValue:
         if self.api == "responses":
             url, body = "/v1/responses", cast(JsonValue, self._response_params(question, self.form))
         else:

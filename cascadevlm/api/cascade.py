@@ -1,5 +1,6 @@
 """The cascade of Python callers and notebooks: it is built from a configuration, and evaluates and runs itself."""
 
+import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -160,6 +161,7 @@ class Cascade(cascade.Cascade):
                 progress=lambda tally: show(tally.images, tally.spent_dollars),
                 scored=lambda number: show(number, None),
                 asked=show,
+                outlook=_say if progress else lambda sentence: None,
             )
 
     @contextmanager
@@ -206,6 +208,10 @@ class Cascade(cascade.Cascade):
             "learn": self.learns_from is not None,
             "calibration": calibration,
         }
+
+
+def _say(sentence: str) -> None:
+    print(sentence, file=sys.stderr)
 
 
 def _parsable(policy: PolicyLike) -> str | None:

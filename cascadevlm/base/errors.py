@@ -13,11 +13,13 @@
     │   └── BackendError              a backend is unknown, not installed or misconfigured
     ├── RunError                      a bulk run cannot continue; its results are kept
     └── JudgeError                    the judge gave no usable answer
-        ├── RateLimited               too many requests; contains the time to wait, if the provider states a time ├──
-        TransientError            a temporary error of the server or the connection, or a time-out ├── PermanentError
-        this question will never be answered; other questions may be │   └── Refused               the provider's content filter
-        or moderation refused this question ├── BudgetExhausted           the question was not asked, because too little money
-        is left └── FatalError                no question will be answered (wrong key, exhausted quota); stops the run
+        ├── RateLimited               too many requests; contains the time to wait, if the provider states a time
+        ├── TransientError            a temporary error of the server or the connection, or a time-out
+        ├── PermanentError            this question will never be answered; other questions may be
+        │   └── Refused               the provider's content filter or moderation refused this question
+        ├── BudgetExhausted           the question was not asked, because too little money is left
+        ├── Waiting                   the question is in a batch that has no results yet
+        └── FatalError                no question will be answered (wrong key, exhausted quota); stops the run
 
 If an error is ``retryable``, the same question may succeed later; the retry wrapper decides when to ask again. ``hint`` says
 how to solve the problem.
@@ -118,6 +120,10 @@ class Refused(PermanentError):
 
 class BudgetExhausted(JudgeError):
     """The question was not asked, because it may cost more than the budget has left."""
+
+
+class Waiting(JudgeError):
+    """The question is in a batch that has no results yet. What depends on its answer is decided in a later pass."""
 
 
 class FatalError(JudgeError):

@@ -35,13 +35,16 @@ def estimate(
     from rich.console import Console
     from rich.table import Table
 
+    from cascadevlm.base.errors import InputError
     from cascadevlm.cli.money import prices
     from cascadevlm.runs.batches.batch import LONGEST_MINUTES, at_batch_prices
     from cascadevlm.runs.estimate import estimate as estimated
     from cascadevlm.runs.inputs import Inputs
 
     if agree is not None:
-        _certificates(paths, given, named, _shares(agree), confidence, batch=batch, yes=yes, as_json=as_json)
+        if batch:
+            raise InputError("--agree estimates the prices of direct questions.", hint="Leave out --batch.")
+        _certificates(paths, given, named, _shares(agree), confidence, yes=yes, as_json=as_json)
         return
     parsed = given.parse()
     cascade = given.build(parsed)
@@ -50,7 +53,7 @@ def estimate(
     images, total = found.sample(sample) if isinstance(found, Inputs) else ([source for _, source in found], len(found))
     estimates = estimated(at_batch_prices(cascade) if batch else cascade, images, total=total, sample=sample)
     if batch:
-        estimates = [replace(each, minutes=LONGEST_MINUTES) for each in estimates]
+        estimates = [replace(each, minutes=LONGEST_MINUTES if each.dollars else each.minutes) for each in estimates]
     if as_json:
         typer.echo(json.dumps([asdict(each) for each in estimates]))
         return
@@ -88,7 +91,6 @@ def _certificates(
     shares: list[float],
     confidence: float | None,
     *,
-    batch: bool,
     yes: bool,
     as_json: bool,
 ) -> None:
@@ -117,7 +119,6 @@ def _certificates(
             cascade,
             images,
             agreements,
-            batch=batch,
             scored=lambda number: show(number, None),
             asked=show,
         )

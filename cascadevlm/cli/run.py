@@ -121,6 +121,9 @@ class PromiseOptions:
 SIGNALLED = 128
 """Added to the number of the signal that ended a program, this is the exit code of the program: 130 after Ctrl-C."""
 
+QUESTIONS_END = "The run stops when all open questions are finished."
+BATCHES_STAY = "The run stops. Its batches stay at the provider, and the same command reads them later."
+
 AGREEMENT_IS_NOT_ACCURACY = "Agreement with the judge is not accuracy: where the judge is wrong, the labels are wrong."
 
 
@@ -159,12 +162,10 @@ def run(
     from cascadevlm.cli.money import confirm
     from cascadevlm.runs import bulk
     from cascadevlm.runs import ray as cluster
-    from cascadevlm.runs.batches.batch import require_batches
+    from cascadevlm.runs.batches.batch import questions_in
 
     parsed = promises.parse(given)
     cascade = given.build(parsed, bulk=True)
-    if batch:
-        require_batches(cascade)
     if workers and engine == "local":
         raise InputError("--workers is an option of the cluster.", hint="Add --engine ray, or remove --workers.")
     images = _images(inputs, parsed, cascade.labels, named)
@@ -172,6 +173,7 @@ def run(
     _warn_if_untestable(parsed, total)
     if not yes:
         left = _left(output, total, parsed, cascade.ledger.cap_dollars, retry_failed=retry_failed)
+        left = max(0, left - questions_in(output)) if batch else left
         confirm(parsed, cascade, images, left, batch=batch)
     console = Console(stderr=True)
     with (
@@ -179,7 +181,7 @@ def run(
         if engine == "ray"
         else nullcontext(cascade) as running,
         progress_bar(total) as show,
-        _stopping_in_order() as stopping,
+        _stopping_in_order(BATCHES_STAY if batch else QUESTIONS_END) as stopping,
     ):
         tally = bulk.run(
             running,
@@ -283,11 +285,14 @@ def _show(tally: "Tally", output: Path, *, as_json: bool) -> None:
 
 
 @contextmanager
-def _stopping_in_order() -> Iterator[list[int]]:
+def _stopping_in_order(what_happens: str) -> Iterator[list[int]]:
     """A list of the numbers of the signals received.
 
     After the first Ctrl-C or SIGTERM (clusters send SIGTERM), open questions are finished. A second signal ends the program at
     once.
+
+    Args:
+        what_happens: what is printed after the first signal.
     """
     received: list[int] = []
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -296,7 +301,7 @@ def _stopping_in_order() -> Iterator[list[int]]:
         received.append(number)
         for each in before:
             signal.signal(each, signal.default_int_handler)
-        typer.echo("The run stops when all open questions are finished. Press Ctrl-C again to stop at once.", err=True)
+        typer.echo(f"{what_happens} Press Ctrl-C again to stop at once.", err=True)
 
     for number in before:
         signal.signal(number, handle)

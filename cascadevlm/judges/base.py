@@ -54,6 +54,7 @@ class Judge(Portable, ABC):
         tokens_per_minute: maximum number of tokens per minute, input and output together. None: no limit.
         replays: whether the judge only repeats recorded answers, immediately and without cost. Its answers are not cached, and
             its errors are not retried. A wrapper does not copy this attribute, because a wrapper may ask other judges.
+        keeps_ledger: whether the judge reserves and books its costs itself.
     """
 
     spec: str
@@ -62,6 +63,7 @@ class Judge(Portable, ABC):
     requests_per_minute: float | None = None
     tokens_per_minute: float | None = None
     replays: bool = False
+    keeps_ledger: ClassVar[bool] = False
 
     @property
     def costs_money(self) -> bool:

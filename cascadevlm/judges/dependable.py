@@ -27,7 +27,8 @@ def dependable(judge: Judge, store: VerdictStore | None, ledger: Ledger) -> Judg
     """
     if judge.replays:
         return judge
-    patient = Repairing(Reachable(Retrying(Paced(Metered(judge, ledger)))))
+    metered = judge if judge.keeps_ledger else Metered(judge, ledger)
+    patient = Repairing(Reachable(Retrying(Paced(metered))))
     return Cached(patient, store) if store is not None else SingleFlight(patient)
 
 

@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import replace
 
-from cascadevlm.base.errors import BudgetExhausted, FatalError, JudgeError
+from cascadevlm.base.errors import BudgetExhausted, FatalError, JudgeError, Waiting
 from cascadevlm.base.types import Question, Usage, Verdict
 from cascadevlm.judges.base import Judge, Quote, WrapperJudge
 
@@ -21,7 +21,7 @@ class Repairing(WrapperJudge):
             return first
         try:
             second = await self.wrapped.judge(replace(question, rejected=first.text[-MOST_REJECTED_TEXT:]))
-        except FatalError:
+        except (FatalError, Waiting):
             raise
         except JudgeError:
             return first
@@ -65,7 +65,7 @@ class Voting(WrapperJudge):
         verdicts = [each for each in said if isinstance(each, Verdict)]
         failures = [each for each in said if isinstance(each, BaseException)]
         serious = [each for each in failures if isinstance(each, FatalError) or not isinstance(each, JudgeError)]
-        unpaid = [each for each in failures if isinstance(each, BudgetExhausted)]
+        unpaid = [each for each in failures if isinstance(each, BudgetExhausted | Waiting)]
         if serious or unpaid or not verdicts:
             raise (serious or unpaid or failures)[0]
         return _mean_verdict([candidate.label.name for candidate in shown], verdicts)

@@ -11,7 +11,7 @@ from pathlib import Path
 from pydantic import JsonValue
 
 from cascadevlm.base import loop
-from cascadevlm.base.errors import DataError, RunError
+from cascadevlm.base.errors import DataError, InputError, RunError
 from cascadevlm.base.image_table import About
 from cascadevlm.base.images import ImageSource
 from cascadevlm.base.threads import one_blas_thread
@@ -21,11 +21,12 @@ from cascadevlm.cascade.engine import Run
 from cascadevlm.cascade.learner import require_support, require_teachable
 from cascadevlm.cascade.observer import Observer
 from cascadevlm.config.audit import AuditConfig
+from cascadevlm.config.finding import FindConfig
 from cascadevlm.decision.calibration import Calibration
 from cascadevlm.decision.teaching import transduced
 from cascadevlm.judges.cache import DiskStore
 from cascadevlm.runs.audit import AuditFigures
-from cascadevlm.runs.batches.batch import BATCHES, answering, require_no_batches
+from cascadevlm.runs.batches.batch import answering, end_batches, require_batches, require_no_batches
 from cascadevlm.runs.certified import Promised, run_certified
 from cascadevlm.runs.inputs import Inputs, Labelled, Named, about, after
 from cascadevlm.runs.manifest import Manifest
@@ -90,21 +91,23 @@ def run(
     Raises:
         DataError: if the folder is in use or belongs to another run, or if its predictions are of other images or labels; with
             ``batch``, if the images have true labels or their number is not known; without, if questions are in batches.
+        InputError: with ``batch``, if questions depend on answers about other images.
+        BackendError: with ``batch``, if no judge has a batch API.
         RunError: if the disk is full or fails. The results so far are kept.
         JudgeError: if a judge cannot work at all.
     """
     manifest = Manifest.of(cascade, inputs, config)
     dollars = cascade.ledger.cap_dollars
+    if batch:
+        _require_batches(cascade, inputs, promised)
+    else:
+        require_no_batches(folder)
     with (
         RunFolder.opened(folder, manifest, inputs, dollars=dollars, retry_failed=retry_failed) as opened,
         nullcontext() if cascade.learns_from is None else one_blas_thread,
     ):
         if sentence := opened.outlook(_number_of(inputs)):
             outlook(sentence)
-        if not batch:
-            require_no_batches(folder)
-        elif isinstance(inputs, Labelled) or not isinstance(inputs, Sized):
-            raise DataError("Batches need a known number of images without true labels.", hint="Give a folder or a list.")
         batches = outlook if batch else None
         store = DiskStore(folder / "verdicts") if cascade.store is None else cascade.store
         disks = [folder, store.folder] if isinstance(store, DiskStore) else [folder]
@@ -142,13 +145,27 @@ def run(
 
             done = taught is not None and loop.run(_classify(taught, inputs, opened, ending, told, batches))
         if done:
-            shutil.rmtree(folder / BATCHES, ignore_errors=True)
+            end_batches(folder, opened.ledger)
+            opened.tally.spent_dollars = opened.ledger.spent_dollars
             opened.tally.audit = None if audit is None else figures_of(audit, opened.tally)
             opened.finish(inputs.order if isinstance(inputs, Inputs) else None)
         elif full := _full(disks):
             hint = "Free some space, then repeat the same command. The results so far are kept."
             raise RunError(f"The disk of {str(full[0])!r} has less than {LEAST_FREE >> 20} MB left.", hint=hint)
         return opened.tally
+
+
+def _require_batches(cascade: Cascade, inputs: Iterable[Named] | Labelled, promised: Promised | None) -> None:
+    """Refuse a run that cannot ask through batch APIs.
+
+    Raises: the errors of `require_batches`, and DataError or InputError if the images or the promise do not fit.
+    """
+    require_batches(cascade)
+    if isinstance(inputs, Labelled) or not isinstance(inputs, Sized):
+        raise DataError("Batches need a known number of images without true labels.", hint="Give a folder or a list.")
+    if isinstance(promised, FindConfig):
+        told = "[find] asks in many small steps, and the provider may take a day for each batch."
+        raise InputError(told, hint="Leave out --batch.")
 
 
 class AuditWatch:

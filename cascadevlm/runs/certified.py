@@ -107,7 +107,7 @@ def run_certified(
         else:
             outcome = None
         answers.sync()
-        if outcome is None and not answers.skipped and len(asking.readable):
+        if outcome is None and len(asking.readable) and (stopping() or not answers.skipped):
             return False
         folder.begin_again()
         asking.write(folder, outcome)

@@ -10,9 +10,7 @@ from cascadevlm.base.errors import ConfigError, ImageError
 from cascadevlm.cascade.cascade import Cascade
 from cascadevlm.config.agreement import AgreementConfig
 from cascadevlm.decision.certifying import first_rows, opening, planned
-from cascadevlm.judges.hosted.sdk import SdkJudge
 from cascadevlm.runs.answers_file import AnswersFile
-from cascadevlm.runs.batches.batch import require_batches
 from cascadevlm.runs.certified import Asking
 from cascadevlm.runs.inputs import Inputs
 from cascadevlm.runs.manifest import Manifest
@@ -50,7 +48,6 @@ def estimate_agreement(
     inputs: Inputs,
     agreements: Sequence[AgreementConfig],
     *,
-    batch: bool = False,
     scored: Callable[[int], None] = lambda images: None,
     asked: Callable[[int, float], None] = lambda images, dollars: None,
 ) -> list[AgreementEstimate]:
@@ -62,21 +59,13 @@ def estimate_agreement(
         cascade: a cascade that can give a certificate.
         inputs: all images of the run.
         agreements: the certificates, with one seed.
-        batch: true to estimate the dollars at the prices of the provider's batch API. The first questions are asked directly.
         scored: function that is called with the number of scored images.
         asked: function that is called with the number of images that the judge was asked about, and the US dollars spent.
 
     Raises:
-        BackendError: if the judge has no batch API, and ``batch`` is true.
         ConfigError: if the cascade has no store, or if the budget is too small for the first questions.
         ImageError: if no image can be read.
     """
-    (stage,) = cascade.stages
-    to_pay = 1.0
-    if batch:
-        require_batches(cascade)
-        assert isinstance(stage.judge, SdkJudge)
-        to_pay -= float(stage.judge.price.batch_discount)
     if cascade.store is None:
         raise ConfigError(
             "An estimate of a certificate asks questions, but without a cache their answers would be lost.",
@@ -99,7 +88,7 @@ def estimate_agreement(
                     raise ConfigError(
                         f"The budget is too small for the first {len(rows)} questions of the run.", hint="Raise budget.usd."
                     )
-                price = answers.dollars / answers.asked * to_pay
+                price = answers.dollars / answers.asked
                 plans = planned(asking.scored, rows, found, [agreement.promise for agreement in agreements])
     return [
         AgreementEstimate(

@@ -159,19 +159,18 @@ class ScoredImages:
         return cascade.altered(scorer=ScoredElsewhere(cascade.scorer), reading=lambda first: self._reading(own[first:]))
 
     def lines(self, numbers: Numbers) -> Iterator[ScoredLine]:
-        """The lines of the images with the given numbers, which are in ascending order. The file is closed early."""
-        wanted = iter(numbers.tolist())
-        number, last = next(wanted, None), None
-        with (self.folder / SCORED).open("rb") as lines:
-            for place, line in enumerate(lines):
-                if place == number:
-                    number = next(wanted, None)
-                    if number is None:
-                        last = line
-                        break
-                    yield ScoredLine.model_validate(json.loads(line))
-        if last is not None:
-            yield ScoredLine.model_validate(json.loads(last))
+        """The lines of the images with the given numbers, in ascending order. The file is open only while it is read."""
+        place = position = 0
+        for begin in range(0, len(numbers), AT_ONCE):
+            found = []
+            with (self.folder / SCORED).open("rb") as lines:
+                lines.seek(position)
+                for number in numbers[begin : begin + AT_ONCE].tolist():
+                    *_, line = (lines.readline() for _ in range(place, number + 1))
+                    found.append(ScoredLine.model_validate(json.loads(line)))
+                    place = number + 1
+                position = lines.tell()
+            yield from found
 
     def _reading(self, numbers: Numbers) -> ReadBatch:
         lines, left = self.lines(numbers), numbers

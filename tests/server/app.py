@@ -129,8 +129,12 @@ class JudgeServer:
         return self
 
     async def __aexit__(self, *exc: object) -> None:
+        connections = list(self._runner.server.connections) if self._runner.server else []
         await self._runner.cleanup()
-        await asyncio.sleep(0)  # closed connections end in the next step of the loop
+        for connection in connections:  # a client may have stopped reading
+            if connection.transport is not None:
+                connection.transport.abort()
+        await asyncio.sleep(0)  # connections end in the next step of the loop
 
     def __enter__(self) -> Self:
         self._loop = asyncio.new_event_loop()

@@ -150,6 +150,13 @@ class SdkJudge(HostedJudge):
                 return self._refused(error)
             raise error from None
 
+    def require_batch_api(self) -> None:
+        """Check that questions can be asked in batches.
+
+        Raises:
+            BackendError: if the judge has a mode without a batch API.
+        """
+
     @abstractmethod
     def batch_row(self, key: str, question: Question) -> JsonValue:
         """The row of a question in a batch. The result of the question has the same ``key``."""

@@ -5,6 +5,7 @@ then submitted, and the command waits for the results (`cascadevlm.runs.batches.
 folder.
 """
 
+import shutil
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing, asynccontextmanager, nullcontext
 from dataclasses import replace
@@ -19,7 +20,7 @@ from cascadevlm.cascade.stage import Stage
 from cascadevlm.judges.budget import Ledger
 from cascadevlm.judges.cache import MemoryStore, Payload, VerdictStore, default_cache_folder, key_of
 from cascadevlm.judges.hosted.sdk import SdkJudge
-from cascadevlm.runs.batches.batch_judge import AtBatchPrice, BatchJudge
+from cascadevlm.runs.batches.batch_judge import AtBatchPrice, BatchJudge, Chunk, told_in
 
 BATCHES = "batches"
 """Name of the folder in the folder of a run that contains the state of its batches."""
@@ -29,6 +30,11 @@ LONGEST_MINUTES = 24 * 60.0
 
 POLL_SECONDS = 30.0
 """Seconds between two checks whether a batch is done."""
+
+WORTH = 0.1
+"""If the budget is too small for all questions, the bill of a batch sets money free for the next one. A next batch must have at
+least this share of the questions so far: each may take a day.
+"""
 
 Classifying: TypeAlias = Callable[[Cascade], AsyncGenerator[Prediction, None]]
 """Classifies the images of a run with a cascade. It is called several times, always for the same images."""
@@ -48,16 +54,16 @@ class _Collecting(VerdictStore):
             self.store.put(key, payload, verdict)
 
 
-def _in_batches(stages: Sequence[Stage], folder: Path, ledger: Ledger) -> list[Stage]:
-    """The stages. Their hosted judges ask in batches. Each of these judges has a folder, named by its identity and a number."""
+def _in_batches(stages: Sequence[Stage], folder: Path, ledger: Ledger, *, owns_folder: bool) -> list[Stage]:
+    """The stages. Their hosted judges ask in batches. Equal judges are one judge, which is asked a question once."""
     replaced: list[Stage] = []
-    names: list[str] = []
+    judges: dict[str, BatchJudge] = {}
     for stage in stages:
         if isinstance(stage.judge, SdkJudge):
             name = key_of(dict(stage.judge.identity()))[:16]
-            names.append(name)
-            judge = BatchJudge(stage.judge, folder / f"{name}-{names.count(name)}", ledger)
-            stage = replace(stage, judge=judge)
+            if name not in judges:
+                judges[name] = BatchJudge(stage.judge, folder / name, ledger, owns_folder=owns_folder)
+            stage = replace(stage, judge=judges[name])
         replaced.append(stage)
     return replaced
 
@@ -97,6 +103,7 @@ async def answered_in_batches(
     classifying: Classifying,
     *,
     folder: Path,
+    owns_folder: bool = False,
     progress: Callable[[str], None] = lambda line: None,
     stopping: Callable[[], bool] = lambda: False,
 ) -> AsyncGenerator[Cascade | None, None]:
@@ -109,6 +116,7 @@ async def answered_in_batches(
         cascade: the cascade.
         classifying: the run.
         folder: folder for the state of the batches. With the same folder, an interrupted call continues.
+        owns_folder: true if no other run uses the folder: see `BatchJudge`.
         progress: function that is called with a line of text for each batch.
         stopping: function that is called while the results are waited for. After it returns true, nothing is waited for.
 
@@ -118,8 +126,8 @@ async def answered_in_batches(
         FatalError: if a provider refuses a batch.
     """
     require_batches(cascade)
-    stages = _in_batches(cascade.stages, folder, cascade.ledger)
-    judges = [stage.judge for stage in stages if isinstance(stage.judge, BatchJudge)]
+    stages = _in_batches(cascade.stages, folder, cascade.ledger, owns_folder=owns_folder)
+    judges = list(dict.fromkeys(stage.judge for stage in stages if isinstance(stage.judge, BatchJudge)))
     store = MemoryStore() if cascade.store is None else cascade.store
     collecting = cascade.altered(
         store=_Collecting(store), on_failure="scorer", calibration=None, follow_shares=False, observers=()
@@ -133,7 +141,7 @@ async def answered_in_batches(
         for depth, stage in enumerate(stages, start=1):
             if isinstance(stage.judge, BatchJudge):
                 await _collect(collecting.altered(stages=stages[:depth]), stage.judge, classifying, progress, stopping)
-                stage.judge.closed = True
+                stage.judge.closed = all(later.judge is not stage.judge for later in stages[depth:])
         if stopping():
             yield None
             return
@@ -181,15 +189,40 @@ def answering(
     """
     if told is None:
         return nullcontext(cascade)
-    return answered_in_batches(cascade, classifying, folder=folder / BATCHES, progress=told, stopping=stopping)
+    return answered_in_batches(cascade, classifying, folder=folder / BATCHES, owns_folder=True, progress=told, stopping=stopping)
+
+
+def questions_in(folder: Path) -> int:
+    """Number of the questions of the run in a folder that are in batches, and whose answers are not read yet."""
+    return len(_unread(folder))
 
 
 def require_no_batches(folder: Path) -> None:
     """Raise DataError if questions of the run in a folder are in batches: to ask them directly would cost them twice."""
-    if any((folder / BATCHES).glob("*/*.json")):
+    if questions_in(folder):
         raise DataError(
-            f"Questions of the run in {str(folder)!r} are in batches of the provider.", hint="Repeat the command with --batch."
+            f"Questions of the run in {str(folder)!r} are in batches of the provider.",
+            hint=f"Repeat the command with --batch. To give up the answers, delete {str(folder / BATCHES)!r}.",
         )
+
+
+def end_batches(folder: Path, ledger: Ledger) -> None:
+    """Delete the state of the batches of a finished run. Its provider may charge for questions that the run asked in an earlier
+    session and no longer needs: their worst cases count as spent.
+    """
+    ledger.settle(0, sum(_unread(folder).values()))
+    shutil.rmtree(folder / BATCHES, ignore_errors=True)
+
+
+def _unread(folder: Path) -> dict[str, int]:
+    """The worst case in nanodollars of each question whose answer is not read yet, by the key of the question."""
+    found: dict[str, int] = {}
+    for of_judge in (folder / BATCHES).glob("*"):
+        told = told_in(of_judge)
+        for path in of_judge.glob("*.json"):
+            worst_cases = Chunk.model_validate_json(path.read_bytes()).worst_cases
+            found |= {key: worst_case for key, worst_case in worst_cases.items() if key not in told}
+    return found
 
 
 def require_batches(cascade: Cascade) -> None:
@@ -197,10 +230,13 @@ def require_batches(cascade: Cascade) -> None:
 
     Raises:
         InputError: if questions depend on answers about other images.
-        BackendError: if no judge has a batch API.
+        BackendError: if no judge has a batch API, or a judge has none in its mode.
     """
-    if not any(isinstance(stage.judge, SdkJudge) for stage in cascade.stages):
+    hosted = [stage.judge for stage in cascade.stages if isinstance(stage.judge, SdkJudge)]
+    if not hosted:
         raise BackendError("No judge of this cascade has a batch API.", hint="Use a judge of openai: or anthropic:.")
+    for judge in hosted:
+        judge.require_batch_api()
     dependent = {
         "routing": cascade.routing,
         "follow_shares": cascade.follow_shares,
@@ -242,9 +278,11 @@ async def _collect(
         if stopping():  # the run may have ended early
             return
         judge.release_unasked()
+        if small := bool(skipped and judge.submitted) and judge.collected < WORTH * judge.submitted:
+            judge.drop_collected()
         await judge.submit()
         if judge.in_flight:
             progress(f"{escalated} of {images} images escalated; {judge.in_flight} questions wait for their batches.")
             await judge.wait(POLL_SECONDS, stopping)
-        elif not (skipped and judge.freed):
+        elif small or not (skipped and judge.freed):
             return

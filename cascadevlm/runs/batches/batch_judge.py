@@ -6,15 +6,16 @@ import asyncio
 import json
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 from pydantic import BaseModel, JsonValue
 
-from cascadevlm.base.errors import BudgetExhausted, FatalError, JudgeError, PermanentError, TransientError
+from cascadevlm.base.errors import BudgetExhausted, FatalError, JudgeError, PermanentError, TransientError, Waiting
 from cascadevlm.base.files import write_whole
 from cascadevlm.base.types import NANODOLLARS, Question, Usage, Verdict
 from cascadevlm.judges.base import Quote, WrapperJudge
@@ -24,6 +25,9 @@ from cascadevlm.judges.hosted.sdk import SdkJudge
 from cascadevlm.judges.retry import patient
 
 T = TypeVar("T")
+
+TOLD = "told"
+"""Name of the file with one line per question whose cost counts as spent."""
 
 MOST_ATTEMPTS = 3
 """Maximum number of batches for one question. The result in the last of these batches counts, even if it is an error."""
@@ -36,10 +40,6 @@ LONGEST_SLEEP = 1.0
 
 CLOCK_SKEW = timedelta(minutes=5)
 """Maximum time by which this machine's clock may be ahead of the provider's clock."""
-
-
-class Waiting(JudgeError):
-    """The question is in a batch that has no results yet."""
 
 
 class Chunk(BaseModel):
@@ -60,6 +60,12 @@ class Chunk(BaseModel):
     results: dict[str, JsonValue] | None = None
 
 
+def told_in(folder: Path) -> set[str]:
+    """The keys of the questions in a judge's folder whose cost counts as spent. Only a folder that one run owns contains them."""
+    path = folder / TOLD
+    return set(path.read_text().split()) if path.exists() else set()
+
+
 class AtBatchPrice(WrapperJudge):
     """A judge whose quotes have the prices of its provider's batch API, which does not limit the rate of questions."""
 
@@ -73,12 +79,15 @@ class AtBatchPrice(WrapperJudge):
 
 
 class BatchJudge(AtBatchPrice):
-    """Puts questions into batches, and answers the questions whose batches have results.
+    """Puts questions into batches, and answers the questions whose batches have results. It reserves and books their costs
+    itself, because a batch may be paid by another process than the one that reads it.
 
     Args:
         wrapped: the judge whose provider has the batch API.
         folder: folder for the state of the batches.
         ledger: the budget.
+        owns_folder: true if all batches in the folder belong to one run, which pays for all their questions: also for those
+            that it no longer asks.
 
     Attributes:
         closed: true if no more questions are collected.
@@ -86,10 +95,13 @@ class BatchJudge(AtBatchPrice):
         freed: true if reserved money was released since this was last set to false.
     """
 
-    def __init__(self, wrapped: SdkJudge, folder: Path, ledger: Ledger) -> None:
+    keeps_ledger: ClassVar[bool] = True
+
+    def __init__(self, wrapped: SdkJudge, folder: Path, ledger: Ledger, *, owns_folder: bool = False) -> None:
         super().__init__(wrapped)
         self.folder = folder
         self.ledger = ledger
+        self.owns_folder = owns_folder
         self.closed = False
         self.concluding = False
         self.freed = False
@@ -101,10 +113,6 @@ class BatchJudge(AtBatchPrice):
         self._asked: set[str] = set()
         self._told: set[str] = set()
 
-    def quote(self, question: Question) -> Quote:
-        """The batch price. The worst case is 0 here, because a question reserves money when it is put into a batch."""
-        return replace(super().quote(question), worst_case=0)
-
     async def take_up(self) -> None:
         """Load the batches of an earlier run. Questions that the earlier run did not submit are collected again."""
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -112,7 +120,8 @@ class BatchJudge(AtBatchPrice):
         self.chunks = sorted(states, key=lambda chunk: chunk.token)
         for chunk in list(self.chunks):
             if chunk.batch_id is None:
-                chunk.batch_id = await patient()(self._find, chunk)
+                with self._without_batch_api():
+                    chunk.batch_id = await patient()(self._find, chunk)
                 if chunk.batch_id is None:
                     self.chunks.remove(chunk)
                     self._forget(chunk)
@@ -120,9 +129,11 @@ class BatchJudge(AtBatchPrice):
                     self._save(chunk)
         for path in self.folder.glob("*.jsonl"):
             path.unlink()
+        self._told = told_in(self.folder)
         for chunk in self.chunks:
             for key, worst_case in chunk.worst_cases.items():
-                self._owe(key, worst_case)
+                if key not in self._told:
+                    self._owe(key, worst_case)
 
     async def judge(self, question: Question) -> Verdict:
         key = key_of(question_payload(self.hosted, question))
@@ -135,6 +146,9 @@ class BatchJudge(AtBatchPrice):
             try:
                 return self._conclude(key, self._read(results.get(key), question))
             except JudgeError as exc:
+                if isinstance(exc, FatalError) and self._is_in_vain(asked[-1], question):
+                    self._forget(asked[-1])
+                    raise
                 if self.closed or not exc.retryable or exc.may_be_billed or len(asked) >= MOST_ATTEMPTS:
                     self._give_up(key, asked[-1].worst_cases[key] if exc.may_be_billed else 0)
                     raise PermanentError(str(exc)) from exc
@@ -151,22 +165,42 @@ class BatchJudge(AtBatchPrice):
         except Exception as exc:  # the SDK's own objects may raise any error for a bad row
             raise PermanentError(f"The answer in the batch cannot be read: {exc}", may_be_billed=True) from exc
 
+    def _is_in_vain(self, chunk: Chunk, question: Question) -> bool:
+        """True if no row of a batch has an answer, each for a reason that would stop a run of direct questions."""
+        for row in (chunk.results or {}).values():
+            try:
+                self._read(row, question)
+            except FatalError:
+                continue
+            except JudgeError:
+                pass
+            return False
+        return True
+
     def _conclude(self, key: str, verdict: Verdict) -> Verdict:
+        bill = round(verdict.usage.dollars * NANODOLLARS)
         if not self.concluding:
-            self._owe(key, round(verdict.usage.dollars * NANODOLLARS))
+            self._owe(key, bill)
             return replace(verdict, usage=Usage())
-        self._release(key)  # from now on, the cost counts as spent
         if key in self._told:
             return at_no_cost(verdict)
-        self._told.add(key)
+        self._release(key, spent=bill)
+        self._tell(key)
         return verdict
+
+    def _tell(self, key: str) -> None:
+        """Note that the cost of a question counts as spent now."""
+        self._told.add(key)
+        if self.owns_folder:
+            with (self.folder / TOLD).open("a") as file:
+                file.write(f"{key}\n")
 
     def _give_up(self, key: str, bill: int) -> None:
         """End a question without an answer. If the provider may still charge for it, its worst case counts as spent."""
         if self.concluding or not bill:
             self._release(key, spent=0 if key in self._told else bill)
-        if self.concluding:
-            self._told.add(key)
+        if self.concluding and key not in self._told:
+            self._tell(key)
 
     def _collect(self, key: str, question: Question) -> None:
         worst_case = self.hosted.quote(question, batch=True).worst_case
@@ -215,9 +249,22 @@ class BatchJudge(AtBatchPrice):
             if attempted and (earlier := await self._find(chunk)) is not None:
                 return earlier
             attempted = True
-            return await self._call(self.hosted.submit_batch(self._rows(chunk), chunk.token))
+            try:
+                return await self._call(self.hosted.submit_batch(self._rows(chunk), chunk.token))
+            except (PermanentError, FatalError):  # the provider has no such batch
+                self._forget(chunk)
+                raise
 
-        return await patient()(once)
+        with self._without_batch_api():
+            return await patient()(once)
+
+    @contextmanager
+    def _without_batch_api(self) -> Iterator[None]:
+        try:
+            yield
+        except FatalError as exc:
+            hint = "If there is no batch API at this address, leave out --batch."
+            raise FatalError(f"The batch API of {self.spec!r} cannot be used: {exc}", hint=hint) from exc
 
     async def _call(self, request: Awaitable[T]) -> T:
         """The result of a request to the batch API.
@@ -235,6 +282,25 @@ class BatchJudge(AtBatchPrice):
         """The provider's id of a chunk; None if the chunk was not submitted."""
         found = await self._call(self.hosted.find_batch(chunk.token))
         return None if any(found == other.batch_id for other in self.chunks) else found
+
+    @property
+    def collected(self) -> int:
+        """Number of collected questions that are not submitted yet."""
+        return sum(len(chunk.worst_cases) for chunk in self.chunks if chunk.batch_id is None)
+
+    @property
+    def submitted(self) -> int:
+        """Number of submitted questions."""
+        return sum(len(chunk.worst_cases) for chunk in self.chunks) - self.collected
+
+    def drop_collected(self) -> None:
+        """Forget the collected questions that are not submitted yet."""
+        for chunk in [chunk for chunk in self.chunks if chunk.batch_id is None]:
+            for key in chunk.worst_cases:
+                self._release(key)
+            self.chunks.remove(chunk)
+            self._forget(chunk)
+        self._open = None
 
     async def wait(self, poll_seconds: float, stopping: Callable[[], bool]) -> None:
         """Wait until all questions of this run have results.
@@ -310,9 +376,10 @@ class BatchJudge(AtBatchPrice):
         self._short.pop(key, None)
 
     def release_unasked(self) -> None:
-        """Release the amounts for questions of an earlier run that this run has not asked."""
-        for key in {*self._reserved, *self._short} - self._asked:
-            self._release(key)
+        """Release the amounts for questions of an earlier run that this run has not asked, if other runs use the folder, too."""
+        if not self.owns_folder:
+            for key in {*self._reserved, *self._short} - self._asked:
+                self._release(key)
 
     def release(self) -> None:
         """Release all reserved amounts."""
@@ -327,17 +394,18 @@ class BatchJudge(AtBatchPrice):
             self.release()
 
     def finish(self, store: VerdictStore) -> None:
-        """Delete the state of questions that are answered now or are in the store. Answers to questions of another run are
-        kept.
-        """
+        """Delete the state of questions that are answered. Answers to other questions are kept, for another run or session."""
         for chunk in self.chunks:
-            left = {key for key in chunk.worst_cases if key not in self._asked and store.get(key) is None}
+            left = {key for key in chunk.worst_cases if not self._is_finished(key, store)}
             if not left:
                 self._forget(chunk)
             elif chunk.results is not None and len(left) < len(chunk.worst_cases):
                 chunk.worst_cases = {key: worst for key, worst in chunk.worst_cases.items() if key in left}
                 chunk.results = {key: row for key, row in chunk.results.items() if key in left}
                 self._save(chunk)
+
+    def _is_finished(self, key: str, store: VerdictStore) -> bool:
+        return key in self._told if self.owns_folder else key in self._asked or store.get(key) is not None
 
     def _forget(self, chunk: Chunk) -> None:
         self._state(chunk).unlink(missing_ok=True)

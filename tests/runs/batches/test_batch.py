@@ -456,14 +456,17 @@ async def test_a_question_that_is_refused_is_asked_once(provider: Provider, on_f
 
 @both
 @pytest.mark.parametrize("kind", ["unauthorized", "quota", "not_found"])
-async def test_a_row_that_would_stop_a_direct_run(provider: Provider, kind: str, tmp_path: Path) -> None:
-    """After a batch, no judge is left to stop, and the results of the batch do not stop the next run."""
-    async with bench(provider, tmp_path, faults=[Fault(kind)] * 3) as one:  # type: ignore[arg-type]
-        predictions = await one.run(images=IMAGES[:1])
+async def test_rows_that_would_stop_a_direct_run(provider: Provider, kind: str, tmp_path: Path) -> None:
+    """If all rows have such an error, the run stops. If only some have one, they fail. The next run does not find them again."""
+    async with bench(provider, tmp_path, faults=[Fault(kind)] * 2) as one:  # type: ignore[arg-type]
+        with pytest.raises(FatalError):
+            await one.run(images=IMAGES[:2])
+        assert one.ledger.reserved_dollars == 0
+        one.server._faults = iter([Fault(kind)])  # type: ignore[arg-type]
+        predictions = await one.run(images=IMAGES[:2])
         one.assert_settled(predictions)
-        assert outcomes(predictions) == {"failed": 1}
-        one.server._faults = iter(())
-        assert outcomes(await one.run(images=IMAGES[:1])) == {"answered": 1}
+        assert outcomes(predictions) == {"failed": 1, "answered": 1}
+        assert outcomes(await one.run(images=IMAGES[:2])) == {"answered": 2}
 
 
 @both

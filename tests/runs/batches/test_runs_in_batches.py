@@ -5,6 +5,7 @@ import os
 import signal
 from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -14,9 +15,11 @@ from pydantic import JsonValue
 
 from benchmarks.kills import predictions as without_usage
 from cascadevlm import Cascade, Stage, load_prompt, parse_policy
-from cascadevlm.base.errors import BackendError, DataError, FatalError, InputError
+from cascadevlm.base.errors import BackendError, DataError, FatalError, InputError, JudgeError, PermanentError
 from cascadevlm.base.types import Prediction, Question
+from cascadevlm.cascade.candidates import TopK
 from cascadevlm.config.agreement import AgreementConfig
+from cascadevlm.config.finding import FindConfig
 from cascadevlm.decision.auditing import Sampling
 from cascadevlm.judges.budget import Ledger
 from cascadevlm.judges.cache import VerdictStore
@@ -26,13 +29,14 @@ from cascadevlm.runs.batches import batch
 from cascadevlm.runs.batches.batch import BATCHES
 from cascadevlm.runs.batches.batch_judge import BatchJudge, Chunk
 from cascadevlm.runs.certificate import Facts, Missing
+from cascadevlm.runs.inputs import Inputs
 from cascadevlm.runs.run_folder import RunFolder, spent_in
 from cascadevlm.runs.tally import Tally
 from cascadevlm.runs.verify import verify
-from cascadevlm.testing import FakeJudge, FakeScorer
+from cascadevlm.testing import FakeJudge, FakeScorer, noise, question
 from cascadevlm_backends.openai import OpenAIJudge
 from tests.runs.test_certified import LABELS, Pictures
-from tests.server import Conversation, JudgeServer
+from tests.server import Conversation, Fault, JudgeServer
 
 PRICE = {"input": 2.5, "output": 10, "batch_discount": 0.5}
 BILL = (1000 * 2.5 + 20 * 10) / 1e6 / 2
@@ -79,6 +83,11 @@ def run(
         stopping=stopping,
         outlook=told,
     )
+
+
+def changed(cascade: Cascade, **changes: Any) -> Cascade:  # noqa: ANN401
+    """The cascade with other values of attributes of its stage."""
+    return cascade.altered(stages=[replace(cascade.stages[0], **changes)])
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:
@@ -247,18 +256,111 @@ def test_a_run_that_stops_while_it_waits_goes_on_with_batches_only(tmp_path: Pat
     assert lines(tmp_path / "run") == lines(tmp_path / "whole")
 
 
-def test_a_batch_that_is_refused_stops_the_run_which_goes_on_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    submit = OpenAIJudge.submit_batch
+def billed(server: JudgeServer) -> float:
+    """US dollars that the provider charges for all batches."""
+    return BILL * len(rows(server))
 
+
+def test_votes_wait_for_each_other_so_that_nothing_needless_is_asked(tmp_path: Path) -> None:
+    """Two votes: "none of these", and an answer that is repaired. Together they name a candidate, so nothing is widened."""
+
+    def answer(asked: Conversation) -> str:
+        if len(asked.texts) >= 4:  # the repair question
+            return asked.say(asked.choices[0])
+        seen[asked.images[-1]] += 1
+        return asked.say(asked.choices[-1]) if seen[asked.images[-1]] == 1 else "A bird, surely."
+
+    seen: Counter[bytes] = Counter()
+    with JudgeServer(answer=answer) as server:
+        cautious = {"votes": 2, "widen": 1, "offer_none": True, "candidates": TopK(k=2)}
+        for name, batches in (("direct", False), ("batches", True)):
+            seen.clear()
+            made = changed(cascade(server.openai_url), **cautious)
+            tally = bulk.run(made, Pictures(30), tmp_path / name, config={}, batch=batches)
+        assert len(rows(server)) == len(server.requests)
+        assert tally.spent_dollars == pytest.approx(billed(server))
+
+
+def test_two_stages_with_one_judge_ask_a_question_once(tmp_path: Path) -> None:
+    with JudgeServer(answer=lambda asked: asked.say(asked.choices[-1 if sum(asked.images[-1]) % 3 else 0])) as server:
+        made = cascade(server.openai_url)
+        first, second = changed(made, offer_none=True).stages[0], changed(cascade(server.openai_url), offer_none=True).stages[0]
+        twice = made.altered(stages=[first, replace(second, policy=parse_policy("always"))])
+        tally = bulk.run(twice, Pictures(60), tmp_path / "batches", config={}, batch=True)
+        assert len(rows(server)) == len(set(rows(server)))
+        assert tally.spent_dollars == pytest.approx(billed(server))
+        bulk.run(twice, Pictures(60), tmp_path / "direct", config={})
+        assert len(server.requests) == len(rows(server))
+    found, expected = (
+        [{**line, "earlier_verdicts": [each["outcome"] for each in line["earlier_verdicts"]]} for line in lines(tmp_path / name)]
+        for name in ("batches", "direct")
+    )
+    assert found == expected
+
+
+def test_what_is_no_longer_asked_is_paid_for(tmp_path: Path) -> None:
+    """All images change while their questions are in a batch."""
+    pictures, said = tmp_path / "pictures", list[str]()
+    pictures.mkdir()
+
+    def classify(dollars: float, *, stopping: Callable[[], bool] = lambda: False) -> Tally:
+        made = cascade(server.openai_url, dollars)
+        images = Inputs(pictures)
+        return bulk.run(made, images, tmp_path / "run", config={}, batch=True, stopping=stopping, outlook=said.append)
+
+    with JudgeServer(answer=mostly_first, batch_polls=10**9) as server:
+        for session in range(2):
+            for number in range(40):
+                noise(number + 100 * session, (8, 8)).save(pictures / f"{number:03}.png")
+            if session == 0:
+                classify(0.06, stopping=lambda: bool(said))
+                old = len(rows(server))
+                os.utime(pictures)
+        server.batch_polls = 1
+        with pytest.warns(RuntimeWarning, match="was changed after it was scored"):
+            tally = classify(0.06)
+        assert billed(server) <= tally.spent_dollars <= 0.06
+        assert tally.counts["skipped"] > 0
+        worst = cascade(server.openai_url).stages[0].judge.quote(question()).worst_case / 1e9 / 2
+        assert tally.spent_dollars == pytest.approx(BILL * (len(rows(server)) - old) + worst * old, rel=0.2)
+
+
+def test_a_small_budget_is_not_spent_in_ever_smaller_batches(tmp_path: Path) -> None:
+    with JudgeServer(answer=mostly_first, batch_polls=0) as server:
+        tally = bulk.run(cascade(server.openai_url, 0.2), Pictures(600), tmp_path, config={}, batch=True)
+        sizes = [len(each.rows) for each in server.batches]
+    assert tally.counts["skipped"] > 0
+    assert len(sizes) > 1
+    assert all(size >= 0.1 * sum(sizes[:place]) for place, size in enumerate(sizes))
+    assert tally.spent_dollars == pytest.approx(BILL * sum(sizes))
+
+
+@pytest.mark.parametrize("agreement", [CERTIFIED, ORDINARY])
+def test_rows_that_all_fail_for_the_account_stop_the_run_which_goes_on_later(
+    tmp_path: Path, agreement: AgreementConfig | None
+) -> None:
+    empty = True
+    with JudgeServer(answer=mostly_first, faults=lambda number: Fault("quota") if empty else None) as server:
+        with pytest.raises(FatalError, match="quota"):
+            run(tmp_path, server.openai_url, agreement)
+        assert len(server.batches) == 1
+        empty = False
+        assert run(tmp_path, server.openai_url, agreement).images == IMAGES
+
+
+@pytest.mark.parametrize("error", [PermanentError, FatalError])
+def test_an_address_without_batches_is_said_and_direct_questions_are_possible(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[JudgeError]
+) -> None:
     async def refusing(judge: OpenAIJudge, path: Path, token: str) -> str:
-        raise FatalError("No money is left in the account.")
+        raise error("404: there is no such route.")
 
     with JudgeServer(answer=mostly_first) as server:
         monkeypatch.setattr(OpenAIJudge, "submit_batch", refusing)
-        with pytest.raises(FatalError, match="No money is left"):
+        with pytest.raises(error, match="no such route") as caught:
             run(tmp_path / "run", server.openai_url, CERTIFIED)
-        monkeypatch.setattr(OpenAIJudge, "submit_batch", submit)
-        assert isinstance(run(tmp_path / "run", server.openai_url, CERTIFIED).certificate, Facts)
+        assert error is PermanentError or "If there is no batch API at this address, leave out --batch." in str(caught.value)
+        assert isinstance(run(tmp_path / "run", server.openai_url, CERTIFIED, batches=False).certificate, Facts)
 
 
 @pytest.mark.parametrize(
@@ -267,19 +369,23 @@ def test_a_batch_that_is_refused_stops_the_run_which_goes_on_later(tmp_path: Pat
         ({"follow_shares": True}, InputError, "do not support follow_shares"),
         ({"audit": Sampling(share=0.1, agree=0.9)}, InputError, "do not support an audit with a promise"),
         ({"judge": FakeJudge()}, BackendError, "No judge of this cascade has a batch API"),
+        ({"judge": OpenAIJudge("gpt-9", mode="decision", price=PRICE)}, BackendError, "has no batch API in mode 'decision'"),
     ],
 )
 def test_what_batches_cannot_do_is_said(tmp_path: Path, changes: dict[str, Any], error: type[Exception], message: str) -> None:
     made = cascade("http://127.0.0.1:1/v1")
-    if "follow_shares" in changes:
-        made = made.altered(follow_shares=True)
-    else:
-        stage = made.stages[0]
-        made = made.altered(stages=[Stage(**(vars(stage) | changes))])
+    made = made.altered(follow_shares=True) if "follow_shares" in changes else changed(made, **changes)
     with pytest.raises(error, match=message):
-        bulk.run(made, Pictures(4), tmp_path, config={}, batch=True)
+        bulk.run(made, Pictures(4), tmp_path / "run", config={}, batch=True)
+    assert not (tmp_path / "run").exists()
 
 
 def test_images_of_unknown_number_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="Batches need a known number of images without true labels"):
         bulk.run(cascade("http://127.0.0.1:1/v1"), iter(Pictures(4)), tmp_path, config={}, batch=True)
+
+
+def test_a_search_for_one_class_is_refused(tmp_path: Path) -> None:
+    promised = FindConfig(label="owl", recall=0.9)
+    with pytest.raises(InputError, match=r"\[find\] asks in many small steps"):
+        bulk.run(cascade("http://127.0.0.1:1/v1"), Pictures(4), tmp_path, config={}, promised=promised, batch=True)
