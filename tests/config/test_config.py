@@ -165,7 +165,7 @@ def test_values_are_toml_or_strings(text: str, value: JsonValue) -> None:
     assert toml_value(text) == value
 
 
-@pytest.mark.parametrize("content", [b"a = " + b"[" * 20_000, b"\xff\xfe", b"labels" + b".a" * 20_000 + b" = 1"])
+@pytest.mark.parametrize("content", [b"a = " + b"[" * 20_000, b"\xff\xfe", b"labels" + b".a" * 6_000 + b" = 1"])
 def test_a_config_file_that_is_too_deep_or_no_text_is_said(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "config.toml").write_bytes(content)
     with pytest.raises(ConfigError) as caught:

@@ -156,7 +156,7 @@ def test_labels_are_the_judges_or_the_taught_ones(tmp_path: Path) -> None:
 
 
 def test_the_promise_is_kept_over_many_runs() -> None:
-    broken, seeds = 0, 16
+    broken, seeds = 0, 8
     for seed in range(seeds):
         with TemporaryDirectory() as folder:
             run(Path(folder), images=Pictures(100), agreement=AgreementConfig(agree=0.8, confidence=0.7, seed=seed))
