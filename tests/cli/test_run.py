@@ -48,6 +48,7 @@ def signalled(call: list[str | Path], server: JudgeServer, number: signal.Signal
             time.sleep(0.01)
         os.kill(os.getpid(), number)
 
+    server.latency = 0.5  # the command must not end before the signal, which would then end the tests
     sending = threading.Thread(target=send, daemon=True)
     sending.start()
     done = run(*call, check=False)

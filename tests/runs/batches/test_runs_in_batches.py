@@ -205,14 +205,14 @@ def test_a_run_that_is_killed_anywhere_goes_on_and_asks_nothing_twice(tmp_path: 
     processes.set_forkserver_preload(["tests.runs.batches.test_runs_in_batches"])
     with JudgeServer(answer=mostly_first) as server:
         ends = []
-        for where, count in KILLS:
+        for where, count in KILLS if agreement else KILLS[::2]:
             arguments = (tmp_path / "run", server.openai_url, agreement, where, count)
             process = processes.Process(target=run_until_killed, args=arguments)
             process.start()
             process.join()
             ends.append(process.exitcode)
         assert ends[-1] == 0
-        assert ends.count(-signal.SIGKILL) >= len(KILLS) - 3  # an ordinary run has one batch
+        assert ends.count(-signal.SIGKILL) >= len(ends) - 2  # an ordinary run has one batch
         asked = rows(server)
         assert len(asked) == len(set(asked))
         whole = run(tmp_path / "whole", server.openai_url, agreement)
@@ -327,7 +327,7 @@ def test_what_is_no_longer_asked_is_paid_for(tmp_path: Path) -> None:
 
 def test_a_small_budget_is_not_spent_in_ever_smaller_batches(tmp_path: Path) -> None:
     with JudgeServer(answer=mostly_first, batch_polls=0) as server:
-        tally = bulk.run(cascade(server.openai_url, 0.2), Pictures(600), tmp_path, config={}, batch=True)
+        tally = bulk.run(cascade(server.openai_url, 0.1), Pictures(300), tmp_path, config={}, batch=True)
         sizes = [len(each.rows) for each in server.batches]
     assert tally.counts["skipped"] > 0
     assert len(sizes) > 1
