@@ -10,6 +10,7 @@ One line of JSON per set, number of copies of each image, T and delta, as means 
 - broken: number of draws with more final answers that are not the judge's than promised;
 - right, judge and fused: where the truth is known, share of right final answers, of right answers of the judge to all images,
   and of right answers of both opinions fused for each image that was asked about;
+- seconds per draw and peak memory, without scorer and judge: see ``--simulated 200000``;
 - BARGAIN: share of the images that its oracle is asked about, on the scorer's own probabilities, and broken promises.
 
 ``--law`` adds many draws of the test alone: for the orders that some draws taught, for reversed and random orders, for a judge
@@ -17,10 +18,12 @@ that refuses a tenth of the questions or answers at random, and for 50 of the im
 """
 
 import json
+import resource
 import subprocess
 import tempfile
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -78,13 +81,29 @@ def of_record(folder: Path) -> Judged:
     return Judged(name=folder.name, images=Images(log_probs=log_probs), answers=answers, truths=np.load(folder / "truth.npy"))
 
 
+def simulated(images: int, classes: int = 100, dimension: int = 512) -> Judged:
+    """Gaussian classes, texts near their centres, and a judge that is right on 90 %. 2,000 truths are known."""
+    rng, unit = np.random.default_rng(0), partial(np.linalg.norm, axis=1, keepdims=True)
+    centres = rng.normal(size=(classes, dimension)).astype(np.float32)
+    texts = centres + 2 * rng.normal(size=centres.shape).astype(np.float32)
+    truths = rng.integers(0, classes, images)
+    log_probs, embeddings = np.empty((images, classes), np.float32), np.empty((images, dimension), np.float16)
+    for some in np.array_split(np.arange(images), images // 10_000 + 1):
+        seen = centres[truths[some]] + 4 * rng.normal(size=(len(some), dimension)).astype(np.float32)
+        embeddings[some] = seen / unit(seen)
+        log_probs[some] = log_softmax(60 * embeddings[some].astype(np.float32) @ (texts / unit(texts)).T, axis=1)
+    answers = np.where(rng.random(images) < 0.9, truths, rng.integers(0, classes, images))
+    truths[2000:] = NOBODY
+    return Judged(name="simulated", images=Images(log_probs=log_probs, embeddings=embeddings), answers=answers, truths=truths)
+
+
 def certificate(judged: Judged, promise: Promise, seed: int) -> Certificate:
     return driven(certify(judged.images, promise, seed=seed), judged.answers)
 
 
 def figures(judged: Judged, promise: Promise, draws: int) -> dict[str, object]:
     asked, foretold, estimated, broken, right = [], [], [], 0, []
-    began, total = time.process_time(), len(judged.images)
+    began, total, before = time.process_time(), len(judged.images), _most_memory()
     for seed in range(draws):
         found = certificate(judged, promise, seed)
         asked.append(found.questions / total)
@@ -101,10 +120,16 @@ def figures(judged: Judged, promise: Promise, draws: int) -> dict[str, object]:
         "broken": broken,
         "draws": draws,
         "right": round(float(np.mean([each.certified for each in right])), 4),
-        "judge": round(float((judged.answers == judged.truths).mean()), 4),
+        "judge": round(float((judged.answers == judged.truths)[judged.truths != NOBODY].mean()), 4),
         "fused": round(float(np.mean([each.fused for each in right])), 4),
         "seconds per draw": round((time.process_time() - began) / draws, 2),
+        "peak GB above the arrays": round(_most_memory() - before, 2),
     }
+
+
+def _most_memory() -> float:
+    """Most memory of this process so far, in GB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
 
 
 def law(judged: Judged, promise: Promise, draws: int, opinions: int = 4) -> dict[str, object]:
@@ -153,12 +178,14 @@ def main(
     copies: Annotated[str, typer.Option(help="How many times every image is there; separated by commas.")] = "1,20",
     agreements: Annotated[str, typer.Option(help="Values of T, separated by commas.")] = "0.9,0.95,0.8",
     deltas: Annotated[str, typer.Option(help="Values of delta, separated by commas.")] = "0.05,0.1",
+    images: Annotated[int, typer.Option("--simulated", help="Number of simulated images. Default: none.")] = 0,
     only: Annotated[str, typer.Option(help="Name of one set. Default: all sets.")] = "",
     law_draws: Annotated[int, typer.Option("--law", help="Draws of the test alone per line. Default: none.")] = 0,
     bargain_draws: Annotated[int, typer.Option("--bargain", help="Draws of BARGAIN per line. Default: none.")] = 0,
 ) -> None:
     sets = [of_embeddings(folder) for folder in sorted(embeddings.iterdir()) if folder.is_dir()] if embeddings else []
     sets += [of_record(recorded)] if recorded else []
+    sets += [simulated(images)] if images else []
     for delta in map(float, deltas.split(",")):
         for number in map(int, copies.split(",")):
             for agreement in map(float, agreements.split(",")):
