@@ -403,6 +403,7 @@ class BatchJudge(AtBatchPrice):
                 chunk.worst_cases = {key: worst for key, worst in chunk.worst_cases.items() if key in left}
                 chunk.results = {key: row for key, row in chunk.results.items() if key in left}
                 self._save(chunk)
+        (self.folder / TOLD).unlink(missing_ok=True)  # these questions are in no file now; if asked again, they cost again
 
     def _is_finished(self, key: str, store: VerdictStore) -> bool:
         return key in self._told if self.owns_folder else key in self._asked or store.get(key) is not None

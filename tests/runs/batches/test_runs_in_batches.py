@@ -1,5 +1,6 @@
 """Runs into a folder whose questions go through a provider's batch API, with and without a certificate."""
 
+import json
 import multiprocessing
 import os
 import signal
@@ -24,7 +25,7 @@ from cascadevlm.decision.auditing import Sampling
 from cascadevlm.judges.budget import Ledger
 from cascadevlm.judges.cache import VerdictStore
 from cascadevlm.runs import bulk
-from cascadevlm.runs.answers_file import AnswersFile
+from cascadevlm.runs.answers_file import ASKED, AnswersFile
 from cascadevlm.runs.batches import batch
 from cascadevlm.runs.batches.batch import BATCHES
 from cascadevlm.runs.batches.batch_judge import BatchJudge, Chunk
@@ -70,6 +71,7 @@ def run(
     *,
     dollars: float | None = None,
     batches: bool = True,
+    retry_failed: bool = False,
     stopping: Callable[[], bool] = lambda: False,
     told: Callable[[str], None] = lambda sentence: None,
 ) -> Tally:
@@ -80,6 +82,7 @@ def run(
         config={} if agreement is None else {"agreement": agreement.model_dump()},
         promised=agreement,
         batch=batches,
+        retry_failed=retry_failed,
         stopping=stopping,
         outlook=told,
     )
@@ -279,6 +282,26 @@ def test_votes_wait_for_each_other_so_that_nothing_needless_is_asked(tmp_path: P
             tally = bulk.run(made, Pictures(30), tmp_path / name, config={}, batch=batches)
         assert len(rows(server)) == len(server.requests)
         assert tally.spent_dollars == pytest.approx(billed(server))
+
+
+def asked_in(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / ASKED).read_text().splitlines()]
+
+
+def test_a_failed_question_that_is_asked_again_is_paid_again(tmp_path: Path) -> None:
+    """The run is stopped while its second batch is waited for, so that it is not complete when the first one is asked again."""
+    said: list[str] = []
+    short = Fault("length")  # the answer is cut off, and billed
+    with JudgeServer(answer=mostly_first, faults=lambda number: short if number < 20 and number % 5 == 0 else None) as server:
+        run(tmp_path, server.openai_url, CERTIFIED, told=said.append, stopping=lambda: len(said) >= 2)
+        first = len(rows(server))
+        failed = [line["number"] for line in asked_in(tmp_path) if line["verdict"]["outcome"] == "failed"]
+        tally = run(tmp_path, server.openai_url, CERTIFIED, retry_failed=True)
+        assert len(rows(server)) > first
+        assert len(set(rows(server))) < len(rows(server))
+        assert billed(server) <= tally.spent_dollars + 1e-9
+    assert failed
+    assert all(line["cost"]["dollars"] > 0 for line in asked_in(tmp_path) if line["number"] in failed)
 
 
 def test_two_stages_with_one_judge_ask_a_question_once(tmp_path: Path) -> None:
