@@ -4,6 +4,7 @@ import io
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import chdir
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -53,13 +54,15 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         image.save(folder / "images" / f"{number:03}.png")
     stage = Stage(judge=Naturalist(right=0.9), prompt=load_prompt("select"), policy=parse_policy("entropy > 0.3"))
     cascade = Cascade(Pixels(), [stage], labels=LABELS)
-    bulk.run(cascade, Inputs(folder / "images"), folder / "run", config=Config.parse(CONFIG).model_dump(mode="json"))
+    with chdir(folder):  # random samples depend on the names of the images, which are the same in every session
+        bulk.run(cascade, Inputs("images"), folder / "run", config=Config.parse(CONFIG).model_dump(mode="json"))
     return folder / "run"
 
 
 @pytest.fixture
-def run(made: Path, tmp_path: Path) -> Path:
+def run(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of the run, over the same images."""
+    monkeypatch.chdir(made.parent)
     return shutil.copytree(made, tmp_path / "run")
 
 
@@ -263,7 +266,7 @@ def test_labels_of_people_teach_and_are_certain(run: Path) -> None:
 
 
 def test_labels_of_people_replace_the_truths_of_a_record(run: Path, tmp_path: Path) -> None:
-    rows = "".join(json.dumps({"path": line.path, "label": "ant"}) + "\n" for line in lines(run))
+    rows = "".join(json.dumps({"path": str(Path(line.path).absolute()), "label": "ant"}) + "\n" for line in lines(run))
     (tmp_path / "data.jsonl").write_text(rows)
     data = read_data(tmp_path / "data.jsonl", LABELS)
     bulk.run(Cascade(Pixels(), [], labels=LABELS), data, tmp_path / "record", config={})
