@@ -166,8 +166,9 @@ class ScoredImages:
             with (self.folder / SCORED).open("rb") as lines:
                 lines.seek(position)
                 for number in numbers[begin : begin + AT_ONCE].tolist():
-                    *_, line = (lines.readline() for _ in range(place, number + 1))
-                    found.append(ScoredLine.model_validate(json.loads(line)))
+                    for _ in range(place, number):
+                        lines.readline()
+                    found.append(ScoredLine.model_validate(json.loads(lines.readline())))
                     place = number + 1
                 position = lines.tell()
             yield from found
