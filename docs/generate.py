@@ -13,6 +13,7 @@ DOCS = ROOT / "docs"
 PACKAGES = (ROOT / "cascadevlm", ROOT / "backends" / "cascadevlm_backends")
 
 ERRORS = {name for name, value in vars(errors).items() if isinstance(value, type) and issubclass(value, errors.CascadeError)}
+ERRORS -= {"Waiting"}  # nobody sees it
 
 
 def command_line() -> str:
