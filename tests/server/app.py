@@ -4,6 +4,7 @@ import asyncio
 import gzip
 import io
 import json
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -125,15 +126,19 @@ class JudgeServer:
             app.router.add_post(f"{batches}/{{id}}/cancel", self._cancel)
         self._runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=0.1)
         await self._runner.setup()
-        await web.TCPSite(self._runner, "127.0.0.1", 0, backlog=1024).start()
+        self._listening = socket.create_server(("127.0.0.1", 0))
+        await web.SockSite(self._runner, self._listening, backlog=1024).start()
         return self
 
     async def __aexit__(self, *exc: object) -> None:
-        connections = list(self._runner.server.connections) if self._runner.server else []
+        asyncio.get_running_loop().remove_reader(self._listening)
+        for _ in range(4):  # asyncio loses connections that it accepted less than three steps before its server closes
+            await asyncio.sleep(0)
+        connections = self._runner.server.connections if self._runner.server else []
+        transports = [connection.transport for connection in connections]  # aiohttp forgets them when it closes them
         await self._runner.cleanup()
-        for connection in connections:  # a client may have stopped reading
-            if connection.transport is not None:
-                connection.transport.abort()
+        for transport in filter(None, transports):  # a client may have stopped reading
+            transport.abort()
         await asyncio.sleep(0)  # connections end in the next step of the loop
 
     def __enter__(self) -> Self:
