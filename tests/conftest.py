@@ -3,8 +3,10 @@
 import os
 import sys
 import tempfile
+from functools import cache
 from pathlib import Path
 
+import httpcore2
 import pytest
 from hypothesis import settings
 
@@ -16,6 +18,8 @@ os.environ["CASCADEVLM_CACHE_DIR"] = tempfile.mkdtemp(prefix="cascadevlm-tests-"
 
 sys.dont_write_bytecode = False  # a hundred processes begin here: to compile torch anew would take each of them 15 seconds
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
+httpcore2.default_ssl_context = cache(httpcore2.default_ssl_context)  # else 20 ms for each of thousands of clients
 
 settings.register_profile("tests", deadline=None, max_examples=40)  # a busy machine is no defect
 settings.load_profile("tests")

@@ -6,7 +6,7 @@ from importlib.metadata import version
 
 import pytest
 
-HEAVY = "torch transformers open_clip openai anthropic scipy numpy pydantic"
+HEAVY = "torch transformers open_clip openai anthropic scipy scipy.stats numpy pydantic"
 
 
 def loaded_by(code: str) -> set[str]:
@@ -23,6 +23,7 @@ def test_importing_the_package_or_the_command_line_loads_nothing_heavy() -> None
 def test_the_whole_core_does_without_models_and_sdks() -> None:
     core = "import cascadevlm; [getattr(cascadevlm, name) for name in cascadevlm.__all__]; import cascadevlm.config.config"
     assert not loaded_by(core) & {"torch", "transformers", "open_clip", "openai", "anthropic"}
+    assert "scipy.stats" not in loaded_by("import cascadevlm.runs.bulk, cascadevlm.runs.estimate, cascadevlm.config.config")
 
 
 def test_the_version_is_that_of_the_distribution() -> None:

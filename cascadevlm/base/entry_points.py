@@ -1,7 +1,8 @@
 """Finds plug-ins (backends, policies, prompts) through entry points, and imports each plug-in when it is first used."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from functools import cache
 from importlib.metadata import EntryPoint, PackageNotFoundError, entry_points, version
 from typing import Literal
 
@@ -17,8 +18,9 @@ Option = JsonValue
 _BROKEN = "Correct the entry point of the package, or install the package again."
 
 
-def installed(kind: Kind) -> dict[str, EntryPoint]:
-    """All entry points of a kind, as a dictionary sorted by name."""
+@cache
+def installed(kind: Kind) -> Mapping[str, EntryPoint]:
+    """All entry points of a kind, sorted by name. Packages that are installed later are found by the next process only."""
     found = entry_points(group=f"cascadevlm.{kind}")
     return {point.name: point for point in sorted(found, key=lambda point: point.name)}
 

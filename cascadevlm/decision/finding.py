@@ -26,10 +26,9 @@ from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import hypergeom
 
 from cascadevlm.base.arrays import NOBODY, Columns
-from cascadevlm.decision.agreement import Rows, draw, longest_prefix
+from cascadevlm.decision.agreement import Rows, chance_of_at_most, draw, longest_prefix
 from cascadevlm.decision.certifying import BEYOND, LEAST_STEP, first_rows, opening, plan_test
 from cascadevlm.decision.guarantee import complement, require_probability
 from cascadevlm.decision.judge_model import Bools
@@ -158,10 +157,10 @@ def precise_prefix(drawn: Bools, wrong: Bools, *, share: float, level: float) ->
     allowed = np.array([math.floor(most * int(length)) for length in lengths], dtype=np.int64)
     expected = lengths * int(drawn.sum()) // max(len(drawn), 1)
     level /= len(BEGINNINGS)
-    powerful = hypergeom.cdf(np.floor(expected * share / 2), lengths, allowed + 1, expected) <= level
+    powerful = chance_of_at_most(np.floor(expected * share / 2), lengths, allowed + 1, expected) <= level
     if not powerful.any():
         return 0
-    passed = hypergeom.cdf(np.cumsum(drawn & wrong)[lengths - 1], lengths, allowed + 1, counted) <= level
+    passed = chance_of_at_most(np.cumsum(drawn & wrong)[lengths - 1], lengths, allowed + 1, counted) <= level
     longest = 0
     for multiple in BEGINNINGS:
         begin = int(np.searchsorted(lengths, multiple * lengths[powerful.argmax()]))

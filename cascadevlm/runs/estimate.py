@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from itertools import chain, compress
 
 import numpy as np
-from scipy.stats import binomtest
 
 from cascadevlm.base.errors import ImageError, InputError
 from cascadevlm.base.images import ImageSource
@@ -126,6 +125,8 @@ def _of_stage(stage: Stage, sample: _Sample, reached: Selection, kept: float) ->
         reached: ``(n,)`` booleans: the image reaches the stage.
         kept: share of these images that the limits of earlier stages allow.
     """
+    from scipy.stats import binomtest
+
     judge, budgeted = stage.by_votes(stage.judge), as_budgeted(stage.policy)
     questions = [
         stage.question(prepared.unread, candidates)

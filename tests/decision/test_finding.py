@@ -172,7 +172,7 @@ def test_the_lengths_that_are_tested_do_not_depend_on_the_draw(monkeypatch: pyte
         seen.append((found.tolist(), drawn.tolist()))
         return np.zeros(len(found))
 
-    monkeypatch.setattr("cascadevlm.decision.finding.hypergeom.cdf", cdf)
+    monkeypatch.setattr("cascadevlm.decision.finding.chance_of_at_most", cdf)
     for seed in range(2):
         drawn = np.random.default_rng(seed).permutation(400) < 100
         precise_prefix(drawn, np.zeros(400, dtype=bool), share=0.1, level=0.05)
