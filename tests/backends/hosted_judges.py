@@ -66,5 +66,6 @@ def one_in_three(faults: Iterable[Fault]) -> Callable[[int], Fault | None]:
 
 @pytest.fixture
 def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Retry immediately, unless a response names a time to wait."""
+    """Retry immediately, unless a response names a time to wait, and do not wait for other questions before a failure."""
     monkeypatch.setattr("cascadevlm.judges.retry._BACKOFF", lambda _: 0.0)
+    monkeypatch.setattr("cascadevlm.judges.outage.PATIENCE", 0.01)
