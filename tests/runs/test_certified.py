@@ -243,7 +243,7 @@ class PaidJudge(FakeJudge):
         return Quote(worst_case=10_000_000)
 
 
-@pytest.mark.parametrize("dollars", [0.0, 0.3, 1.2, 1.7, 1.95])
+@pytest.mark.parametrize("dollars", [0.0, 1.2, 1.95])
 def test_a_budget_that_ends_leaves_no_certificate_until_it_is_raised(tmp_path: Path, dollars: float) -> None:
     run(tmp_path / "whole")
     questions = facts(tmp_path / "whole").questions
