@@ -9,7 +9,7 @@ from typing import Self
 
 from pydantic import JsonValue
 
-from cascadevlm.base.errors import DataError, PolicyError
+from cascadevlm.base.errors import ConfigError, DataError, PolicyError
 from cascadevlm.base.frames import is_table
 from cascadevlm.base.labels import Label, LabelSet
 from cascadevlm.base.progress import progress_bar
@@ -55,10 +55,13 @@ class Cascade(cascade.Cascade):
             keep_embeddings: true to keep the embeddings of images on disk, as ``cascadevlm run`` does. Default: false.
 
         Raises:
-            ConfigError: if the file cannot be read, if a key is wrong, if there are no labels, or if the calibration does not
-                belong to this cascade.
+            ConfigError: if the argument is neither a path nor a mapping, if the file cannot be read, if a key is wrong, if there
+                are no labels, or if the calibration does not belong to this cascade.
             InputError: if a spec, a policy, a prompt or a path in the configuration is wrong.
         """
+        if not isinstance(config, str | Path | Mapping):
+            told = f"config must be the path of a TOML file or a mapping, not {config!r}."
+            raise ConfigError(told, hint='For example: Cascade.from_config("cascade.toml").')
         parsed = read_config(config)
         built = parsed.build_as(cls, None if labels is None else LabelSet.of(labels), bulk=keep_embeddings)
         built.config = parsed

@@ -16,11 +16,12 @@ from cascadevlm.api.cascade import Cascade
 from cascadevlm.base.errors import ConfigError, DataError, ImageError, InputError
 from cascadevlm.base.frames import ImageFrame, is_table
 from cascadevlm.base.images import ImageSource
-from cascadevlm.base.labels import LabelSet
+from cascadevlm.base.labels import LabelSet, words
 from cascadevlm.base.types import Prediction, Scores
 from cascadevlm.cascade.candidates import TopK
 from cascadevlm.cascade.fusing import CalibratedScorer
 from cascadevlm.cascade.observer import Observer
+from cascadevlm.cascade.stage import require_kind
 from cascadevlm.decision.calibration import Calibration
 from cascadevlm.evaluation.adapting import adapt, embedded
 from cascadevlm.evaluation.calibrating.fitting import fit_calibration
@@ -41,6 +42,12 @@ class CascadeClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  
     Clones share the cascade: its models are loaded once, an answer in its store is not asked for again, and its ledger limits the
     money of all clones together. So one spending limit covers a whole grid search in one process. Processes (``n_jobs``) load
     their own models, and each has what was left of the limit when it started.
+
+    The classes are the whole label set, also if ``y`` lacks labels. ``scoring="neg_log_loss"`` then fails. Instead, give the
+    names of all labels to the scoring: ``make_scorer(log_loss, response_method="predict_proba", greater_is_better=False,
+    labels=sorted(names))``. ``cross_val_predict(method="predict_proba")``, ``VotingClassifier`` and ``StackingClassifier`` number
+    the classes in ``y`` before they call `fit`, names in alphabetical order. This is right only if ``y`` contains all labels, and
+    if it contains numbers or the label set is in alphabetical order.
 
     Args:
         cascade: the cascade, without a calibration. It is not changed.
@@ -82,11 +89,13 @@ class CascadeClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  
 
         Raises:
             ConfigError: if the cascade has a calibration, or if there is a policy or a number of candidates and no judge.
-            DataError: if the images are too few to learn from, or if a label is not in the label set.
-            InputError: if ``X`` is a table with several columns and ``image`` is not set.
+            DataError: if the images are too few to learn from, or if a label is not in the label set in this spelling.
+            InputError: if ``cascade`` is not a cascade, if ``X`` is not several images, if it is a table with several columns and
+                ``image`` is not set, or if ``y`` contains neither names nor whole numbers.
             ImageError: if an image cannot be read.
             ValueError: if ``X`` and ``y`` have different lengths, or if ``y`` contains no classes (from scikit-learn).
         """
+        require_kind("cascade", self.cascade, Cascade, 'Cascade.from_config("cascade.toml")')
         images = self._images(X)
         check_consistent_length(images, y)
         truths, self.classes_, self._columns = _classes(y, self.cascade.labels)
@@ -113,6 +122,7 @@ class CascadeClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  
         """``(N,)`` predicted classes. If the cascade abstains, this is the most probable class.
 
         Raises:
+            InputError: if ``X`` is not several images.
             ImageError: if an image cannot be read.
             JudgeError: if a judge cannot work at all.
         """
@@ -152,11 +162,27 @@ class CascadeClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  
 
     def _images(self, given: object) -> list[ImageSource]:
         """The images of ``X``."""
-        if is_table(given):
-            return ImageFrame(given, self.image).images
-        if isinstance(given, np.ndarray) and given.ndim == 2 and given.shape[1] == 1 and given.dtype.kind in "OU":
-            given = given[:, 0]
+        images = ImageFrame(given, self.image).images if is_table(given) else _listed(given)
+        if not images:
+            raise InputError("X contains no images.", hint="Give at least one image.")
+        return images
+
+
+def _listed(given: object) -> list[ImageSource]:
+    """The images of a list or of an array.
+
+    Raises:
+        InputError: if the argument is a single image, or no list.
+    """
+    if isinstance(given, np.ndarray) and given.dtype.kind in "OU" and given.shape[1:] == (1,):
+        given = given[:, 0]
+    if isinstance(given, np.ndarray) and given.ndim not in (1, 4):
+        told = f"X is an array of shape {given.shape}, not (N, H, W, 3)."
+    elif isinstance(given, str | bytes) or not isinstance(given, Iterable):
+        told = f"X is of type {type(given).__name__!r}, not a list of images."
+    else:
         return list(cast(Iterable[ImageSource], given))
+    raise InputError(told, hint="Give a list of images: [image].")
 
 
 class _Beliefs(Observer):
@@ -187,21 +213,24 @@ def _classes(y: ArrayLike, labels: LabelSet) -> tuple[list[str], NDArray[np.gene
     """The names of N true labels; the C classes; and the column of each class in the label set.
 
     Raises:
-        DataError: if a label is not in the label set.
+        DataError: if a label is not in the label set in this spelling.
         InputError: if ``y`` contains neither names nor whole numbers.
     """
     given, columns = column_or_1d(np.asarray(y), warn=True), np.arange(len(labels))
-    check_classification_targets(given)
-    if given.dtype.kind in "iuf":  # what is not whole is refused above
-        numbers = given.astype(np.int64).tolist()
+    truths = given.tolist()
+    if given.dtype.kind in "iuf" or all(type(value) in (int, np.int64) for value in truths):
+        check_classification_targets(given.astype(np.float64))  # refuses what is not whole
+        numbers = [int(value) for value in truths]
         if outside := [value for value in numbers if not 0 <= value < len(labels)]:
             raise DataError(f"y contains {outside[0]}; the {len(labels)} labels are numbered from 0.", hint="Give names instead.")
         return [labels.names[value] for value in numbers], columns, columns
-    truths = given.tolist()
     if not all(isinstance(value, str) for value in truths):
-        raise InputError(f"y has the dtype {given.dtype}.", hint="Give names of labels, or their positions in the label set.")
+        told = f"y contains values of these types: {', '.join(sorted({type(value).__name__ for value in truths}))}."
+        raise InputError(told, hint="Give only names of labels, or only whole numbers, which are positions in the label set.")
     if unknown := sorted(set(truths) - labels.columns.keys()):
-        raise DataError(f"y contains {unknown[0]!r}, which is not in the label set.", hint="Use the names of the label set.")
+        known = labels.by_words.get(words(unknown[0]))
+        hint = f"Write {known!r}: scikit-learn compares y with the predictions." if known else "Use the names of the label set."
+        raise DataError(f"y contains {unknown[0]!r}, which is not in the label set.", hint=hint)
     names = np.array(labels.names)
     columns = np.argsort(names, kind="stable")
     return truths, names[columns], columns

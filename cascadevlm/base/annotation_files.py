@@ -1,6 +1,7 @@
 """Reads annotated images from JSON files: COCO, exports of Label Studio, and lists of objects. The file is read as a whole."""
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Annotated, TypeAlias
@@ -9,7 +10,7 @@ from urllib.parse import parse_qs, urlsplit
 from pydantic import AwareDatetime, BaseModel, Field, JsonValue, TypeAdapter, ValidationError
 
 from cascadevlm.base.remote import opened
-from cascadevlm.base.tables import Row, TextTable, reading
+from cascadevlm.base.tables import Row, TextTable, few, reading
 
 LOCAL_FILES = "/data/local-files/"
 """Label Studio's address for files on its machine. Their path below the document root stands in the query."""
@@ -46,16 +47,30 @@ class _Coco(BaseModel):
     categories: list[_Category] = []
 
     def rows(self) -> Iterator[dict[str, object]]:
-        """One row per image: its fields with ``path`` for ``file_name``, and ``label``, the name of its category."""
+        """One row per image: its fields with ``path`` for ``file_name``, and ``label``, the name of its category.
+
+        Raises:
+            ValueError: if images have the same id, or an annotation belongs to no image.
+        """
         names = {category.id: category.name for category in self.categories}
         found: dict[int | str, list[str]] = {}
         for each in self.annotations:
             labels = found.setdefault(each.image_id, [])
             if (name := names.get(each.category_id, "")) not in labels:
                 labels.append(name)
+        ids = Counter(image.id for image in self.images)
+        if twice := [_with_type(each) for each, count in ids.items() if count > 1]:
+            raise ValueError(f"several images have the same id: {few(twice)}")
+        if unknown := [_with_type(each) for each in found if each not in ids]:
+            known = few(map(_with_type, ids)) or "none"
+            raise ValueError(f"annotations have an image_id that no image has: {few(unknown)}; ids of images: {known}")
         for image in self.images:
             labels = found.get(image.id, [])
             yield {**dict(image), "path": image.file_name, "label": labels[0] if len(labels) == 1 else labels or None}
+
+
+def _with_type(image_id: int | str) -> str:
+    return f"{image_id} ({'text' if isinstance(image_id, str) else 'number'})"
 
 
 class _Value(BaseModel):

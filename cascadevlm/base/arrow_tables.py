@@ -16,7 +16,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from cascadevlm.base.images import SUFFIXES
 from cascadevlm.base.remote import Place, is_address, opened, suffix_of
-from cascadevlm.base.tables import EVERY, Row, Table, reading
+from cascadevlm.base.tables import EVERY, Row, Table, reading, require_distinct
 
 if TYPE_CHECKING:
     import pyarrow
@@ -106,7 +106,9 @@ class ColumnarTable(Table):
     @cached_property
     def _schema(self) -> "pyarrow.Schema":
         with reading(self.place):
-            return self._read_schema()
+            schema = self._read_schema()
+            require_distinct(schema.names)
+            return schema
 
     @property
     def columns(self) -> Sequence[str]:

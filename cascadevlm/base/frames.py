@@ -3,12 +3,15 @@
 from collections.abc import Container, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeAlias, TypeVar, cast
+from typing import TYPE_CHECKING, Literal, TypeAlias, TypeVar, cast, get_args
 
-from cascadevlm.base.errors import InputError
+import numpy as np
+from PIL import Image
+
+from cascadevlm.base.errors import DataError, InputError
 from cascadevlm.base.files import valid_text
 from cascadevlm.base.images import ImageSource
-from cascadevlm.base.tables import EVERY, Row, Table, few, nearest_column, stored_image
+from cascadevlm.base.tables import EVERY, Row, Table, few, nearest_column, own_names, stored_image
 from cascadevlm.base.types import Prediction
 
 if TYPE_CHECKING:
@@ -34,13 +37,15 @@ class ImageFrame:
 
     Args:
         frame: a pandas or Polars data frame, or an Arrow table.
-        column: the column of paths, addresses or encoded images. Default: the only column of the frame.
+        column: the column of images: paths, addresses, encoded images, PIL images or arrays. Default: the only column of the
+            frame.
 
     Attributes:
         images: the images. Empty bytes stand for a row without an image.
 
     Raises:
         InputError: if the argument is not a frame, has no such column, or contains something else than images.
+        DataError: if the names of the columns are not different texts.
     """
 
     def __init__(self, frame: object, column: str | None) -> None:
@@ -57,8 +62,7 @@ class ImageFrame:
         self.images: list[ImageSource] = [b"" if empty else _image(value, column, row) for row, (value, empty) in rows]
 
     def with_predictions(self, predictions: Sequence[Prediction]) -> object:
-        """A frame of the same kind: its own columns, and `COLUMNS`. An own column whose name is in `COLUMNS` gets ``input.`` in
-        front of its name.
+        """A frame of the same kind: its own columns with the names `own_names`, and `COLUMNS`.
 
         Raises:
             InputError: if the number of rows has changed since the images were read.
@@ -67,7 +71,7 @@ class ImageFrame:
             told = f"The table had {len(predictions)} rows when it was read, and has {len(self._frame)} rows now."
             raise InputError(told, hint="Do not change the table during the call.")
         backend = cast(Backend, self._frame.implementation.value)
-        own = self._frame.rename({name: f"input.{name}" for name in self._frame.columns if name in COLUMNS})
+        own = self._frame.rename(own_names(self._frame.columns, COLUMNS))
         new = [_series(name, values, backend) for name, values in _columns(predictions).items()]
         return own.with_columns(*new).to_native()
 
@@ -77,6 +81,9 @@ class FrameTable(Table):
 
     Args:
         frame: a frame (`is_frame`).
+
+    Raises:
+        DataError: if the names of the columns are not different texts.
     """
 
     def __init__(self, frame: object) -> None:
@@ -103,7 +110,9 @@ class FrameTable(Table):
     def _binary(self) -> frozenset[str]:
         """The columns whose first value contains the bytes of an image."""
         first = {name: self._frame[name].drop_nulls().head(1).to_list() for name in self.columns}
-        return frozenset(name for name, values in first.items() if values and isinstance(values[0], bytes | Mapping))
+        return frozenset(
+            name for name, values in first.items() if values and isinstance(values[0], bytes | Mapping | Image.Image | np.ndarray)
+        )
 
     def is_binary(self, column: str) -> bool:
         return column in self._binary
@@ -114,14 +123,23 @@ class FrameTable(Table):
 
 def _read(frame: object) -> "narwhals.DataFrame[IntoDataFrame]":
     import narwhals
+    from narwhals.exceptions import DuplicateError
 
     try:
-        return narwhals.from_native(cast("IntoDataFrame", frame), eager_only=True)
+        read = narwhals.from_native(cast("IntoDataFrame", frame), eager_only=True)
+        columns: Sequence[object] = read.columns
+    except DuplicateError as exc:
+        twice = ", ".join(line.removeprefix("- ") for line in str(exc).splitlines()[1:])
+        raise DataError(f"The table has columns with the same name: {twice}.", hint="Rename or remove them.") from exc
     except TypeError as exc:
         raise InputError(
             f"images is a table ({type(frame).__name__}), from which no column can be read.",
             hint="Give a pandas or Polars data frame or an Arrow table; a lazy frame: frame.collect().",
         ) from exc
+    if other := [name for name in columns if not isinstance(name, str)]:
+        told = f"The table has a column whose name is not a text: {other[0]!r}."
+        raise DataError(told, hint="Rename its columns: table.columns = [*map(str, table.columns)].")
+    return read
 
 
 def is_table(images: object) -> bool:
@@ -172,10 +190,12 @@ def frame_of(columns: Mapping[str, Sequence[Cells]], backend: Backend) -> object
     """A new frame of these columns.
 
     Raises:
-        InputError: if the library is not installed.
+        InputError: if the library is unknown or not installed.
     """
     import narwhals
 
+    if backend not in get_args(Backend):
+        raise InputError(f"There is no backend {backend!r} of frames.", hint=f"Known: {', '.join(get_args(Backend))}.")
     try:
         series = [_series(name, values, backend) for name, values in columns.items()]
         return narwhals.from_dict({each.name: each for each in series}).to_native()
@@ -191,6 +211,6 @@ def predictions_frame(predictions: Sequence[Prediction], backend: Backend = "pan
         backend: the library of the frame: "pandas", "polars" or "pyarrow". Default: "pandas".
 
     Raises:
-        InputError: if the library is not installed.
+        InputError: if the library is unknown or not installed.
     """
     return frame_of({"path": [each.path for each in predictions], **_columns(predictions)}, backend)

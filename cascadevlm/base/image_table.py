@@ -5,7 +5,7 @@ import json
 from array import array
 from collections.abc import Container, Iterator, Mapping
 from functools import cached_property
-from math import isnan
+from math import isfinite, isnan
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
@@ -14,6 +14,7 @@ from pydantic import JsonValue
 
 from cascadevlm.base.annotation_files import AnnotationFile
 from cascadevlm.base.arrow_tables import ParquetTable, Part, parquet_below, parquet_files, saved_dataset
+from cascadevlm.base.entry_points import similar
 from cascadevlm.base.errors import DataError
 from cascadevlm.base.files import valid_text
 from cascadevlm.base.images import SUFFIXES, ImageSource
@@ -136,7 +137,8 @@ class ImageTable:
     def __init__(self, table: Table, columns: ColumnNames = USUAL, *, labelled: bool = False) -> None:
         self.table = table
         self.columns = columns
-        self.image = table.require(columns.image or table.image or "path")
+        close = (name for name in ("image", "path") if similar(name, table.columns))  # for the error
+        self.image = table.require(columns.image or table.image or next(close, "path"))
         self.label = table.require(columns.label or table.label) if labelled else None
         for column in columns.told:
             if table.is_binary(table.require(column)):
@@ -164,7 +166,7 @@ class ImageTable:
 
     def _entry(self, row: Row) -> Entry:
         name, source = self._image(row)
-        split = "" if self.label is None else text_of(row.cells.get("split"))
+        split = "" if self.label is None else self._text(row, "split")
         return Entry(name, source, self._about(row), self._truth(row), split)
 
     def _image(self, row: Row) -> tuple[str, ImageSource]:
@@ -188,7 +190,7 @@ class ImageTable:
             name = name_of(place)
         else:
             name = self.table.unnamed(row)
-        return name, stored if isinstance(stored, bytes) else place or b""
+        return name, (place or b"") if isinstance(stored, str) else stored
 
     def _truth(self, row: Row) -> str:
         cell = row.cells.get(self.label) if self.label else None
@@ -197,10 +199,13 @@ class ImageTable:
         return self._text(row, self.label) if self.label else ""
 
     def _text(self, row: Row, column: str) -> str:
-        text = text_of(row.cells.get(column))
-        if valid_text(text) != text:
+        return text_of(self._cell(row, column))
+
+    def _cell(self, row: Row, column: str) -> object:
+        cell = row.cells.get(column)
+        if isinstance(cell, str) and valid_text(cell) != cell:
             raise ValueError(f"{self.table.where(row)} contains text in its column {column!r} that is not UTF-8")
-        return text
+        return cell
 
     def _about(self, row: Row) -> About:
         about: dict[str, JsonValue] = {}
@@ -209,7 +214,7 @@ class ImageTable:
             if not about["id"]:
                 raise ValueError(f"{self.table.where(row)} has no id in its column {column!r}")
         if self.columns.keep:
-            about["kept"] = {column: kept_value(row.cells.get(column)) for column in self.columns.keep}
+            about["kept"] = {column: kept_value(self._cell(row, column)) for column in self.columns.keep}
         return about
 
     def require_ids(self) -> None:
@@ -248,11 +253,11 @@ def text_of(value: object) -> str:
 
 
 def kept_value(value: object) -> JsonValue:
-    """The value of a kept column. Dates and other values that JSON does not have become text; NaN becomes None."""
+    """The value of a kept column. Dates and other values that JSON does not have become text; NaN and infinity become None."""
     if value is None or isinstance(value, bool | int | str):
         return value
     if isinstance(value, float):
-        return None if isnan(value) else value
+        return value if isfinite(value) else None
     return json.dumps(value, default=str, ensure_ascii=False) if isinstance(value, list | dict) else str(value)
 
 

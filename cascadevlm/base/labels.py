@@ -330,13 +330,15 @@ def _read_table(text: str) -> list[Label]:
     head = _lines(text)[:1]
     delimiter = stated[1] if stated else max(",;\t", key=head[0].count) if head else ","
     try:
-        lines = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
+        lines = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
         header, *rows = [row for row in lines if any(cell.strip() for cell in row)]
     except (csv.Error, ValueError) as exc:  # ValueError: without a header, there is no row to unpack
         raise LabelError(
             f"The table cannot be read: {exc}." if head else "The table is empty.", hint="Save it again, as CSV with a header."
         ) from exc
     columns = [column.strip().lower() for column in header]
+    if longer := [row for row in rows if any(cell.strip() for cell in row[len(columns) :])]:
+        raise LabelError(f"A row has more cells than the header: {longer[0]!r:.80}.", hint="Put texts with commas in quotes.")
     name = next((name for name in NAME_COLUMNS if name in columns), None)
     if name is None:
         raise LabelError(

@@ -3,20 +3,26 @@
 import csv
 import io
 import json
+import re
 import sys
 from abc import ABC, abstractmethod
+from codecs import BOM_UTF16_BE, BOM_UTF16_LE
 from collections import Counter
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from cascadevlm.base.entry_points import similar
 from cascadevlm.base.errors import ConfigError, DataError
-from cascadevlm.base.remote import Place, is_address, name_of, opened
+from cascadevlm.base.files import valid_text
+from cascadevlm.base.remote import Place, is_address, name_of, opened, suffix_of
 
 T = TypeVar("T")
 
@@ -153,9 +159,14 @@ class TextTable(Table):
 
     @contextmanager
     def text(self, errors: str = "surrogateescape") -> Iterator[io.TextIOWrapper]:
-        """The text of the file. Invalid bytes become invalid Unicode, because paths may contain them."""
-        with opened(self.place) as file, io.TextIOWrapper(file, encoding="utf-8-sig", errors=errors, newline="") as text:
-            yield text
+        """The text of the file, in UTF-8, or in UTF-16 as Windows writes it: with a byte order mark. Invalid bytes become invalid
+        Unicode, because paths may contain them.
+        """
+        with opened(self.place) as file:
+            encoding = "utf-16" if file.read(2) in (BOM_UTF16_LE, BOM_UTF16_BE) else "utf-8-sig"
+            file.seek(0)
+            with io.TextIOWrapper(file, encoding=encoding, errors=errors, newline="") as text:
+                yield text
 
 
 class PathList(TextTable):
@@ -169,26 +180,51 @@ class PathList(TextTable):
 
 
 class CsvTable(TextTable):
-    """A table with a header. Columns are separated by commas, semicolons or tabs: by the most frequent of these in the header."""
+    """A table with a header. Columns are separated by commas, semicolons or tabs: by the most frequent of these in the header,
+    outside quotes. If the name of the file ends in ``.tsv`` and the header contains a tab, they are separated by tabs.
+    """
 
     def lines(self) -> Iterator[tuple[int, Mapping[str, object]]]:
-        with self.text() as file:
-            reader = self._reader(file)
-            yield from ((reader.line_num, row) for row in reader)
+        header, rows = self.columns, self._parsed()
+        next(rows, None)
+        for line, cells in rows:
+            if any(cells[len(header) :]):
+                raise ValueError(f"line {line} has {len(cells)} cells, and the header has {len(header)}")
+            if cells:
+                yield line, dict(zip(header, cells, strict=False))
 
     @cached_property
     def columns(self) -> Sequence[str]:
-        with reading(self.place), self.text() as file:
-            return tuple(self._reader(file).fieldnames or ())
+        with reading(self.place):
+            header = next((cells for _, cells in self._parsed()), [])
+            if any(valid_text(name) != name for name in header):
+                raise DataError(f"The header of {name_of(self.place)!r} is not UTF-8.", hint="Save the file as UTF-8.")
+            require_distinct(name for name in header if name)
+            return tuple(header)
 
-    def _reader(self, file: io.TextIOWrapper) -> "csv.DictReader[str]":
-        head = file.readline()
-        file.seek(0)
-        reader = csv.DictReader(file, delimiter=max(",;\t", key=head.count))
-        twice = [name for name, count in Counter(reader.fieldnames or ()).items() if name and count > 1]
-        if twice:
-            raise ValueError(f"its header contains a column more than once: {few(twice)}")
-        return reader
+    def _parsed(self) -> Iterator[tuple[int, list[str]]]:
+        """The number of each row's last line, and its cells. The first row is the header."""
+        with self.text() as file:
+            head = re.sub('"[^"]*"?', "", file.readline())
+            file.seek(0)
+            tabs = suffix_of(self.place) == ".tsv" and "\t" in head
+            reader = csv.reader(file, delimiter="\t" if tabs else max(",;\t", key=head.count), strict=True)
+            if head.startswith("sep="):  # Excel's line that names the separator
+                next(reader)
+            line = reader.line_num
+            try:
+                for cells in reader:
+                    line = reader.line_num
+                    yield line, cells
+            except csv.Error as exc:
+                raise ValueError(f"the row in line {line + 1} is not valid CSV: {exc}") from exc
+
+
+def require_distinct(names: Iterable[str]) -> None:
+    """Refuse columns with the same name. Raises: ValueError: if there are any."""
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise ValueError(f"it contains a column more than once: {few(twice)}")
 
 
 class JsonLines(TextTable):
@@ -234,7 +270,7 @@ def reading(place: Place) -> Iterator[None]:
     """Turn every error of reading in the block into a DataError."""
     try:
         yield
-    except (OSError, ValueError, csv.Error) as exc:  # Arrow's and JSON's errors are ValueErrors
+    except (OSError, ValueError) as exc:  # Arrow's and JSON's errors are ValueErrors
         why = str(exc).partition("\n")[0][:MOST_CHARACTERS].rstrip(".")
         remote = is_address(place) and isinstance(exc, OSError)
         hint = "Check the address, or repeat the command later." if remote else "Check the content of the file."
@@ -258,15 +294,26 @@ def shortened(text: str) -> str:
     return text if len(text) <= LONGEST_SHOWN else f"{text[:half]}…{text[-half:]}"
 
 
-def stored_image(value: object) -> bytes | str:
-    """The bytes or the path of an image, from a cell of a table.
+def own_names(columns: Collection[str], taken: Collection[str]) -> dict[str, str]:
+    """The name of each own column in a table that also has the columns ``taken``. If ``taken`` contains the name of a column,
+    ``input.`` is put before it, and before that again if another column has this name.
+    """
+
+    def free(name: str) -> str:
+        return free(f"input.{name}") if name in taken or name in columns else name
+
+    return {column: free(column) if column in taken else column for column in columns}
+
+
+def stored_image(value: object) -> bytes | str | Image.Image | NDArray[np.uint8]:
+    """The bytes or the path of an image, or the image, from a cell of a table.
 
     Args:
-        value: the bytes of an image file, a path, None (there is no image), or a mapping with the keys ``bytes`` and ``path``
-            (the form of the package ``datasets``).
+        value: the bytes of an image file, a path, an image in memory, None (there is no image), or a mapping with the keys
+            ``bytes`` and ``path`` (the form of the package ``datasets``).
 
     Returns:
-        The bytes of the file, or its path. Empty bytes if there is no image.
+        The bytes of the file, its path, or the image. Empty bytes if there is no image.
 
     Raises:
         ValueError: if the value has another type.
@@ -276,7 +323,7 @@ def stored_image(value: object) -> bytes | str:
         stored = value.get("bytes") or value.get("path")
     if stored is None:
         return b""
-    if not isinstance(stored, bytes | str):
+    if not isinstance(stored, bytes | str | Image.Image | np.ndarray):
         raise ValueError(f"{value!r:.80}, which is neither an image nor the path of an image")
     return stored
 
@@ -299,5 +346,5 @@ def read_form(path: Path, form: TypeAdapter[T], *, name: str, again: str) -> T:
         raise ConfigError(f"The {name} {str(path)!r} cannot be read: {exc.strerror}.", hint="Check the path.") from exc
     except ValidationError as exc:
         first = exc.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise ConfigError(f"{str(path)!r} is not a {name}: {where}: {first['msg']}.", hint=again) from exc
+        told = ": ".join(filter(None, [".".join(map(str, first["loc"])), first["msg"]]))
+        raise ConfigError(f"{str(path)!r} is not a {name}: {told}.", hint=again) from exc

@@ -97,21 +97,22 @@ def init(
 
 
 def _require_images(place: "Place") -> None:
-    """Check that a path exists, or that addresses of this kind can be read. Nothing is downloaded.
+    """Check that `run` finds images at a path, or that addresses of this kind can be read. Nothing is downloaded.
 
     Raises:
-        InputError: if there is no such path.
         BackendError: if the command ``run`` does not read such an address.
-        DataError: if the file system of the address cannot be used.
+        DataError: if there is no such folder or table, the table has no column of images, or the file system of the address
+            cannot be used.
     """
+    from cascadevlm.base.image_table import read_table
     from cascadevlm.base.remote import file_system
     from cascadevlm.base.tables import reading
 
-    if not isinstance(place, Path):
+    if isinstance(place, Path):
+        read_table(place)
+    else:
         with reading(place):
             file_system(place)
-    elif not place.exists():
-        raise InputError(f"{str(place)!r} does not exist.", hint="Give the folder with your images: --images FOLDER.")
 
 
 def _required(question: str, option: str, asking: bool) -> str:

@@ -273,7 +273,8 @@ def _checked(data: Data, labels: LabelSet) -> Data:
     files = [image for image in images if isinstance(image, Path)]
     same: Sequence[object] = data.images if images and not data.about else data.names
     problems = {
-        "labels are not in the label set": sorted(truth for truth in set(data.truths) if words(truth) not in known),
+        "images have no label": [name for name, truth in zip(data.names, data.truths, strict=True) if not truth],
+        "labels are not in the label set": sorted(truth for truth in {*data.truths} - {""} if words(truth) not in known),
         "rows have no image": [name for name, image in zip(data.names, images, strict=False) if image == b""],
         "files do not exist": [str(file) for file in dict.fromkeys(files) if not _is_file(file)],
         "images occur more than once": [name_of(str(image)) for image, count in Counter(same).items() if count > 1],

@@ -17,7 +17,7 @@ from pydantic_core import PydanticSerializationError, to_json
 
 from cascadevlm.base.errors import DataError
 from cascadevlm.base.files import valid_text
-from cascadevlm.base.tables import USUAL, ColumnNames
+from cascadevlm.base.tables import USUAL, ColumnNames, own_names
 from cascadevlm.base.types import AUDITED, DecidedBy, Outcome, Prediction, Question, Usage, Verdict
 
 if TYPE_CHECKING:
@@ -140,6 +140,11 @@ class Line(BaseModel):
             return cls.model_validate(json.loads(text))
 
     @property
+    def key(self) -> str:
+        """What names the image in the run: its id or, if the images have no ids, its path. Several images can have one path."""
+        return self.path if self.id is None else self.id
+
+    @property
     def verdicts(self) -> Sequence[LineVerdict]:
         return (*self.earlier_verdicts, self.verdict) if self.verdict else self.earlier_verdicts
 
@@ -167,7 +172,7 @@ class Line(BaseModel):
 
     @property
     def differing(self) -> bool:
-        return self.audited and self.asked and self.verdict is not None and self.verdict.label != self.ranked[0].label
+        return self.audited and self.answered and self.verdict is not None and self.verdict.label != self.ranked[0].label
 
     @property
     def ranked(self) -> list[LineCandidate]:
@@ -374,8 +379,8 @@ class KeptTypes:
         return "float64" if seen and seen <= {int, float} else "string"
 
     def names(self, taken: Collection[str]) -> dict[str, str]:
-        """The name of each kept column in a table. If ``taken`` contains the name of a column, ``input.`` is put before it."""
-        return {column: f"input.{column}" if column in taken else column for column in self._seen}
+        """The name of each kept column in a table with the columns ``taken``: see `own_names`."""
+        return own_names(self._seen, taken)
 
     def schema(self, taken: Collection[str]) -> "dict[str, pyarrow.DataType]":
         """The Arrow type of each kept column, by its name in a table with the columns ``taken``."""

@@ -74,6 +74,8 @@ def test_a_wrong_key_is_named_with_its_file(tmp_path: Path) -> None:
         Cascade.from_config(tmp_path / "mine.toml", labels=NAMES)
     with pytest.raises(ConfigError, match=r"config: The key 'scorer\.template' is unknown"):
         Cascade.from_config({"scorer": {"use": "open_clip:aviary", "template": "x"}}, labels=NAMES)
+    with pytest.raises(ConfigError, match=r"config must be the path of a TOML file or a mapping, not None\. For example"):
+        Cascade.from_config(None)  # type: ignore[arg-type]
 
 
 def test_a_run_that_was_interrupted_continues_with_the_same_call(birds: Path, tmp_path: Path) -> None:

@@ -14,7 +14,8 @@ import pytest
 from numpy.typing import NDArray
 from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
-from sklearn.model_selection import GridSearchCV
+from sklearn.metrics import log_loss, make_scorer
+from sklearn.model_selection import GridSearchCV, cross_val_predict, cross_val_score
 from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import FunctionTransformer
 from sklearn.utils.estimator_checks import check_estimator
@@ -180,7 +181,7 @@ def test_one_spending_limit_covers_fit_predict_and_all_clones(limit: int) -> Non
     judge, ledger = Priced(), Ledger(limit * 100 / NANODOLLARS)
     classifier = CascadeClassifier(cascade(judge, ledger=ledger), policy="always")
     if limit == 0:
-        with pytest.raises(DataError, match="answered only 0 images"):
+        with pytest.raises(DataError, match="answered only 0 "):
             classifier.fit(IMAGES, WORDS)
     else:
         classifier.fit(IMAGES, WORDS).predict(LATER)
@@ -215,6 +216,58 @@ def test_what_is_wrong_is_named() -> None:
         CascadeClassifier(classifier.cascade_).fit(IMAGES, WORDS)
     with pytest.raises(ConfigError, match="need a judge"):
         CascadeClassifier(cascade(), policy="always").fit(IMAGES, WORDS)
+
+
+def test_a_single_image_is_not_several(tmp_path: Path) -> None:
+    judge = Naturalist()
+    fitted = CascadeClassifier(cascade(judge), calibrate=False).fit(IMAGES, WORDS)
+    pixels = np.asarray(IMAGES[0])
+    for single in ("a.png", tmp_path, b"image", IMAGES[0], None, pixels):
+        with pytest.raises(InputError, match=r"X is .* Give a list of images: \[image\]\."):
+            fitted.predict(single)
+    nothing: list[object] = [[], np.array([]), pandas.DataFrame({"path": []})]
+    for empty in nothing:
+        with pytest.raises(InputError, match="X contains no images"):
+            fitted.predict_proba(empty)
+    with pytest.raises(InputError, match="X is an array of shape"):
+        CascadeClassifier(cascade(judge)).fit(pixels, WORDS[: len(pixels)])
+    assert judge.questions == []
+
+
+def test_a_path_is_no_cascade() -> None:
+    with pytest.raises(InputError, match=r"cascade must be a Cascade, not 'cascade\.toml'.*Cascade\.from_config"):
+        CascadeClassifier("cascade.toml").fit(IMAGES, WORDS)  # type: ignore[arg-type]
+
+
+def test_objects_are_classes_if_all_are_names_or_all_are_whole_numbers() -> None:
+    classifier = CascadeClassifier(cascade(), calibrate=False)
+    for numbers in (np.array(NUMBERS, dtype=object), pandas.Series(NUMBERS, dtype="Int64")):
+        assert classifier.fit(IMAGES, numbers).classes_.tolist() == list(range(len(NAMES)))
+    for wrong in (None, float("nan"), pandas.NA, True, 1.0):
+        with pytest.raises(InputError, match=r"y contains values of these types: .*\. Give only names"):
+            classifier.fit(IMAGES[:2], pandas.Series(["ant", wrong], dtype=object))
+
+
+def test_y_spells_labels_as_predictions_do() -> None:
+    classifier = CascadeClassifier(Cascade(FakeScorer(), [], labels=["001.Red_finch", "owl"]))
+    with pytest.raises(DataError, match=r"'Red finch', which is not in .* Write '001\.Red_finch': scikit-learn compares"):
+        classifier.fit(IMAGES[:2], ["Red finch", "owl"])
+
+
+def test_scoring_knows_the_labels_that_y_lacks() -> None:
+    some = [number for number, word in enumerate(WORDS) if word != NAMES[0]]
+    scoring = make_scorer(log_loss, response_method="predict_proba", greater_is_better=False, labels=sorted(NAMES))
+    images, words = [IMAGES[number] for number in some], [WORDS[number] for number in some]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # scikit-learn warns of the class without images
+        scores = cross_val_score(CascadeClassifier(cascade(), calibrate=False), images, words, cv=2, scoring=scoring)
+    assert (scores < 0).all()
+
+
+def test_cross_validated_probabilities_have_the_columns_of_numbered_classes() -> None:
+    classifier = CascadeClassifier(cascade(), calibrate=False)
+    crossed = cross_val_predict(classifier, IMAGES, NUMBERS, cv=2, method="predict_proba")
+    assert np.allclose(crossed, classifier.fit(IMAGES, NUMBERS).predict_proba(IMAGES))
 
 
 class OfRows(CascadeClassifier):

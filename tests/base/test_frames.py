@@ -5,14 +5,16 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pandas
 import polars
 import pyarrow
 import pytest
 
 from cascadevlm import Cascade
-from cascadevlm.base.errors import InputError
+from cascadevlm.base.errors import DataError, InputError
 from cascadevlm.base.frames import COLUMNS, Backend, ImageFrame, frame_of, predictions_frame
+from cascadevlm.base.tables import ColumnNames
 from cascadevlm.base.types import Prediction
 from cascadevlm.testing import FakeScorer, noise
 
@@ -84,6 +86,50 @@ def test_what_is_no_frame_is_told() -> None:
         CASCADE.classify(pandas.DataFrame({"path": ["a.png", 5]}), image="path")
     with pytest.raises(InputError, match=r"Row 0 of the table, counted from 0, contains in its column 'path' 2\.5, which is"):
         CASCADE.classify(pandas.DataFrame({"path": [2.5]}), image="path")
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+def test_results_of_earlier_calls_are_kept(kind: Backend) -> None:
+    frame = MAKERS[kind]({"picture": [png(0)], "label": ["first"], "input.input.label": ["other"]})
+    for _ in range(2):
+        frame = CASCADE.classify(frame, image="picture")  # type: ignore[call-overload]
+    (expected,) = CASCADE.classify([noise(0)])
+    assert column(frame, "label") == column(frame, "input.input.input.label") == [expected.label]
+    assert column(frame, "input.label") == ["first"]
+    assert column(frame, "input.input.label") == ["other"]
+
+
+@pytest.mark.parametrize(
+    ("frame", "told"),
+    [
+        (pandas.DataFrame([["a.png"]]), r"a column whose name is not a text: 0\. Rename its columns"),
+        (pandas.DataFrame([["a.png", 1]], columns=["image", 7]), "a column whose name is not a text: 7"),
+        (pandas.DataFrame([["a.png", 1, 2]], columns=["image", "x", "x"]), "columns with the same name: 'x' 2 times"),
+        (pyarrow.table([["a.png"], [1], [2]], names=["image", "x", "x"]), "columns with the same name: 'x' 2 times"),
+    ],
+)
+def test_names_of_columns_are_different_texts(frame: object, told: str) -> None:
+    with pytest.raises(DataError, match=told):
+        CASCADE.classify(frame, image="image")  # type: ignore[call-overload]
+    with pytest.raises(DataError, match=told):
+        CASCADE.evaluate(frame, columns=ColumnNames(image="0"))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("make", [pandas.DataFrame, polars.DataFrame])
+def test_a_column_contains_images_in_memory(make: Callable[[dict[str, list[object]]], object]) -> None:
+    result = CASCADE.classify(make({"picture": [noise(0), noise(1), None]}), image="picture")  # type: ignore[call-overload]
+    assert column(result, "label") == [*[each.label for each in CASCADE.classify([noise(0), noise(1)])], None]
+
+
+def test_a_column_contains_arrays() -> None:
+    arrays = [np.asarray(noise(number)) for number in range(2)]
+    result = CASCADE.classify(pandas.DataFrame({"picture": arrays}), image="picture")
+    assert column(result, "label") == [each.label for each in CASCADE.classify(arrays)]
+
+
+def test_an_unknown_library_of_frames_is_told() -> None:
+    with pytest.raises(InputError, match=r"no backend 'dask' of frames\. Known: pandas, polars, pyarrow\."):
+        predictions_frame([], "dask")  # type: ignore[arg-type]
 
 
 def test_a_frame_that_changes_its_length_is_refused() -> None:

@@ -33,6 +33,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (tmp_path / "photos" / name).mkdir(parents=True)
         noise(1, (30, 30)).save(tmp_path / "photos" / name / "1.png")
     (tmp_path / "labels.txt").write_text("cat\ndog\nbird\n")
+    (tmp_path / "table.csv").write_text("sku\nA-1\n")
 
 
 def parsed() -> Config:
@@ -128,6 +129,8 @@ def test_images_may_be_at_an_address(monkeypatch: pytest.MonkeyPatch) -> None:
         ),
         (["--images", "memory://a.zip::b", "--labels", "labels.txt"], "is followed by '::' and another address"),
         (["--labels", "labels.txt"], "--images is missing, and the input is not a terminal. Add --images."),
+        (["--images", "photos/cat/1.png", "--labels", "labels.txt"], "1.png' is neither a folder nor a list of images."),
+        (["--images", "table.csv", "--labels", "labels.txt"], "'table.csv' has no column 'path'. Its columns: 'sku'."),
         (["--images", "photos"], "--labels is missing, and the input is not a terminal. Add --labels."),
         (["--images", "nowhere", "--labels", "labels.txt"], "'nowhere' does not exist."),
         (["--images", "photos", "--labels", "lables.txt"], "'lables.txt' is not a file, not a folder, and not several names."),

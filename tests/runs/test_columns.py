@@ -294,10 +294,11 @@ def test_images_are_no_kept_column_and_folders_have_no_columns(tmp_path: Path) -
 
 def test_values_that_json_does_not_have_are_texts(tmp_path: Path) -> None:
     day = datetime.date(2026, 1, 2)
-    table = pyarrow.table({"path": ["a"], "day": [day], "nan": [float("nan")], "list": [[1, 2]], "big": [2**60]})
+    numbers = {"nan": [float("nan")], "inf": [float("-inf")], "big": [2**60]}
+    table = pyarrow.table({"path": ["a"], "day": [day], "list": [[1, 2]], **numbers})
     pyarrow.parquet.write_table(table, tmp_path / "table.parquet")
-    (told,) = Inputs(tmp_path / "table.parquet", ColumnNames(keep=("day", "nan", "list", "big"))).about()
-    assert told == {"kept": {"day": "2026-01-02", "nan": None, "list": "[1, 2]", "big": 2**60}}
+    (told,) = Inputs(tmp_path / "table.parquet", ColumnNames(keep=("day", "nan", "inf", "list", "big"))).about()
+    assert told == {"kept": {"day": "2026-01-02", "nan": None, "inf": None, "list": "[1, 2]", "big": 2**60}}
 
 
 def test_an_image_with_several_labels_is_told(tmp_path: Path) -> None:
@@ -311,6 +312,26 @@ def test_an_image_with_several_labels_is_told(tmp_path: Path) -> None:
     (tmp_path / "other.json").write_text('{"images": 5}')
     with pytest.raises(DataError, match="neither COCO, nor an export of Label Studio, nor a list of objects"):
         Inputs(tmp_path / "other.json")
+
+
+@pytest.mark.parametrize(
+    ("ids", "annotated", "told"),
+    [
+        ([1, 2, 2], [1], r"several images have the same id: '2 \(number\)'\."),
+        ([1, 2], [2, 7], r"annotations have an image_id that no image has: '7 \(number\)'; ids of images: '1 \(number\)', '2"),
+        (["2"], [2], r"annotations have an image_id that no image has: '2 \(number\)'; ids of images: '2 \(text\)'\."),
+        ([], [2], r"no image has: '2 \(number\)'; ids of images: none\."),
+    ],
+)
+def test_annotations_that_belong_to_no_single_image_are_told(
+    tmp_path: Path, ids: list[int | str], annotated: list[int], told: str
+) -> None:
+    images = [{"id": each, "file_name": f"{number}.png"} for number, each in enumerate(ids)]
+    annotations = [{"image_id": each, "category_id": 1} for each in annotated]
+    content = {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "ant"}]}
+    (tmp_path / "coco.json").write_text(json.dumps(content))
+    with pytest.raises(DataError, match=told):
+        read_data(tmp_path / "coco.json", LABELS)
 
 
 @pytest.mark.parametrize("short", [True, False])
@@ -344,6 +365,45 @@ def test_text_that_is_not_utf_8_is_told(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_bytes(b"path,label\na.png,m\xe9sange\n")
     with pytest.raises(DataError, match="line 2 contains text in its column 'label' that is not UTF-8"):
         read_data(tmp_path / "a.csv", LABELS)
+    with pytest.raises(DataError, match="line 2 contains text in its column 'label' that is not UTF-8"):
+        len(Inputs(tmp_path / "a.csv", ColumnNames(keep=("label",))))
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.tsv", "image\tprice,EUR,net\n1,5.png\t3\n"),
+        ("a.tsv", 'image;"price,EUR,net"\n1,5.png;3\n'),
+        ("a.csv", 'image;"price,EUR,net";sku\n1,5.png;3;\n'),
+        ("a.csv", 'sep=;\r\nimage;"price,EUR,net"\r\n1,5.png;3\r\n'),
+        ("a.csv", 'image,"price,EUR,net"\n"1,5.png",3,,\n'),
+    ],
+)
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_the_separator_and_the_encoding_of_a_table_are_found(tmp_path: Path, name: str, content: str, encoding: str) -> None:
+    (tmp_path / name).write_bytes(content.encode(encoding))
+    inputs = Inputs(tmp_path / name, ColumnNames(keep=("price,EUR,net",)))
+    assert [*inputs.names()] == [str(tmp_path / "1,5.png")]
+    assert [*inputs.about()] == [{"kept": {"price,EUR,net": "3"}}]
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-8-sig"])
+def test_a_list_of_paths_may_be_written_by_windows(tmp_path: Path, encoding: str) -> None:
+    (tmp_path / "a.txt").write_bytes("Größe.png\r\nb.png\r\n".encode(encoding))
+    assert [*Inputs(tmp_path / "a.txt").names()] == [str(tmp_path / "Größe.png"), str(tmp_path / "b.png")]
+
+
+def test_the_line_after_a_named_separator_is_counted(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("sep=;\nimage;kind\na.png;b;c\n")
+    with pytest.raises(DataError, match="line 3 has 3 cells, and the header has 2"):
+        len(Inputs(tmp_path / "a.csv"))
+
+
+def test_a_column_that_occurs_twice_in_parquet_is_told(tmp_path: Path) -> None:
+    table = pyarrow.Table.from_arrays([pyarrow.array(["a"])] * 3, names=["path", "sku", "sku"])
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"cannot be read: it contains a column more than once: 'sku'\."):
+        Inputs(tmp_path / "a.parquet", ColumnNames(id="sku"))
 
 
 def test_kept_columns_do_not_replace_the_data_of_a_task(tmp_path: Path) -> None:
