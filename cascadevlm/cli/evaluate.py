@@ -128,6 +128,7 @@ def _of_run(folder: Path, accurate: float | None, *, as_json: bool) -> None:
     from cascadevlm.evaluation.corrected import read_corrected
     from cascadevlm.evaluation.evaluate import as_configured, evaluate_part, read_decided
     from cascadevlm.runs.certificate import Facts, read_certificate
+    from cascadevlm.runs.corrections import read_corrections
     from cascadevlm.runs.manifest import Manifest
     from cascadevlm.runs.run_folder import SUMMARY
 
@@ -137,6 +138,10 @@ def _of_run(folder: Path, accurate: float | None, *, as_json: bool) -> None:
         if accurate is not None:
             raise InputError("--accurate is for a run without true labels.", hint="Leave it out: a record has true labels.")
         evaluation, told = evaluate_part(as_configured(record), record), []
+        outside = sum(each.label is None for each in read_corrections(folder).counting.values())
+        if outside:
+            told.append(f"People said that {outside:,} other images show none of the labels. The figures are without these.")
+            more["outside"] = outside
     else:
         corrected = read_corrected(folder)
         evaluation, told = corrected.evaluate(), [corrected.describe()]

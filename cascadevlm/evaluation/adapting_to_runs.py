@@ -45,7 +45,8 @@ class Said:
         labels: the label set of the run.
         config: the configuration of the run.
         calibration: the calibration of the run; None if there was none.
-        scores: the scores of the N images in the folder of the run; None if there are none without calibration and adapter.
+        scores: the scores of the N images in the folder of the run; None if there are none of one scorer without calibration and
+            adapter.
     """
 
     images: list[ImageSource]
@@ -87,7 +88,7 @@ def read_said(folder: Path) -> Said:
     calibration = read_calibration(config.calibration) if config.calibration else None
     if calibration is not None and config.stage:
         calibration.judge_of(0, config.stage[0].model_dump(mode="json"))
-    kept = _kept_scores(folder, labels) if (folder / SCORED).exists() else None
+    kept = _kept_scores(folder, labels) if (folder / SCORED).exists() and isinstance(config.scorer.use, str) else None
     predictions = predictions_of(folder, table_of(manifest.inputs, manifest.columns) if kept is None else None)
     lines: list[JudgedLine] = []
     images: list[ImageSource] = []
@@ -96,7 +97,7 @@ def read_said(folder: Path) -> Said:
     seen, corrections = set(), read_corrections(folder).counting
     judged = read_lines(folder / PREDICTIONS, JudgedLine, predictions.end)
     for (number, line), (_, _, image) in zip(judged, predictions.with_images(), strict=True):
-        corrected, digest = corrections.get(line.path), line.digest or line.content
+        corrected, digest = corrections.get(line.key), line.digest or line.content
         outside = corrected is not None and corrected.label is None
         if line.candidates and not outside and (not digest or digest not in seen):
             seen.add(digest)

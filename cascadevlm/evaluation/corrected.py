@@ -15,10 +15,9 @@ from cascadevlm.base.labels import LabelSet
 from cascadevlm.base.remote import place_of
 from cascadevlm.base.types import Scores
 from cascadevlm.config.config import Config
-from cascadevlm.decision.agreement import Promise
 from cascadevlm.decision.certified_accuracy import Accuracy, accuracy_of
 from cascadevlm.decision.finding import precise_prefix
-from cascadevlm.decision.guarantee import complement
+from cascadevlm.decision.guarantee import complement, require_probability
 from cascadevlm.evaluation.content import Content
 from cascadevlm.evaluation.metrics import Evaluation, evaluate
 from cascadevlm.evaluation.record import Record, record_of
@@ -80,6 +79,8 @@ class Corrected:
         paths: the names of the N images in the run, by the numbers of their predictions.
         random: ``(N,)`` booleans: the image belongs to a random sample of the run, all of whose images people looked at. It
             contains at least `FEWEST` images, or all images of the run.
+        begun: people looked at the first images of the random order, and at no others. They are a random sample, which may be too
+            small.
         skipped: number of images that people looked at and did not label.
         outside: number of images that show none of the labels.
         outside_labelled: number of these to which the cascade gave a label.
@@ -95,6 +96,7 @@ class Corrected:
     record: Record
     paths: dict[int, str]
     random: NDArray[np.bool_]
+    begun: bool
     skipped: int
     outside: int
     outside_labelled: int
@@ -139,9 +141,13 @@ class Corrected:
             return f"{labelled}. The figures are of {sample:,} of them, a random sample, and hold for the whole run."
         return (
             f"{labelled}. Their mean confidence is {self.confidence:.0%}, and {self.confidences.mean():.0%} in the whole run. "
-            "They are not a random sample, so the figures hold only for these images. "
+            f"They are {self._no_sample}, so the figures hold only for these images. "
             "For the whole run, label a random sample: cascadevlm export RUN --review 'random 200'."
         )
+
+    @property
+    def _no_sample(self) -> str:
+        return f"a random sample of fewer than {FEWEST} images" if self.begun else "not a random sample"
 
     def surest(self, accuracy: float, confidence: float) -> Surest:
         """The longest list of surest labels for which the random sample shows that enough of them are right.
@@ -153,16 +159,17 @@ class Corrected:
             InputError: if a number is not above 0 and below 1.
             DataError: if people did not label a random sample.
         """
-        promise = Promise(agreement=accuracy, confidence=confidence)
+        require_probability("accuracy", accuracy)
+        require_probability("confidence", confidence)
         if not self.drawn.any():
             raise DataError(
-                "The labels of people are not of a random sample, so they do not show how many labels of the run are right.",
+                f"The labels of people are {self._no_sample}, so they do not show how many labels of the run are right.",
                 hint="Label a random sample: cascadevlm export RUN --review 'random 200'.",
             )
         labelled = np.flatnonzero(~self.abstained)
         order = labelled[np.argsort(-self.confidences[labelled], kind="stable")]
-        share = complement(accuracy)
-        images = precise_prefix(self.drawn[order], self.wrong[order], share=share, level=promise.level)
+        share, level = complement(accuracy), complement(confidence)
+        images = precise_prefix(self.drawn[order], self.wrong[order], share=share, level=level)
         return Surest(
             accuracy=accuracy,
             confidence=confidence,
@@ -208,7 +215,7 @@ def read_corrected(folder: Path) -> Corrected:
     for number, line in read_lines(folder / PREDICTIONS, JudgedLine, predictions_of(folder, None).end):
         if not line.candidates:
             continue
-        corrected = corrections.counting.get(line.path)
+        corrected = corrections.counting.get(line.key)
         if corrected is not None and corrected.label is None:
             outside.append(line)
         elif corrected is not None:
@@ -216,7 +223,7 @@ def read_corrected(folder: Path) -> Corrected:
             paths[number - 1] = line.path
             lines.append(_labelled(line, corrected.label, offered))
         keys.append(random_order(line.path))
-        seen.append(line.path in corrections.standing)
+        seen.append(line.key in corrections.standing)
         wrong.append(seen[-1] and (corrected is None or corrected.label != line.label))
         abstained.append(line.label is None)
         confidences.append(line.confidence)
@@ -228,11 +235,13 @@ def read_corrected(folder: Path) -> Corrected:
     content = Content(labels, manifest, len(lines))
     for number, labelled in enumerate(lines):
         content.add(number, labelled, labelled.truth)
-    drawn = random_sample(np.array(keys), np.frombuffer(seen, dtype=np.bool_))
+    order, looked = np.array(keys), np.frombuffer(seen, dtype=np.bool_)
+    drawn = random_sample(order, looked)
     return Corrected(
         record=record_of(content, _scores(lines, labels, manifest.fingerprint or "")),
         paths=paths,
         random=drawn[places],
+        begun=np.array_equal(random_sample(order, looked, fewest=1), looked),
         skipped=sum(seen) - len(lines) - len(outside),
         outside=len(outside),
         outside_labelled=sum(line.label is not None for line in outside),
@@ -257,7 +266,7 @@ def _labelled(line: JudgedLine, truth: str | None, offered: list[bool]) -> Label
     return LabelledLine(**{**dict(line), "truth": truth, "split": "", "scores": 0, "questions": questions})
 
 
-def random_sample(keys: NDArray[np.uint64], seen: NDArray[np.bool_]) -> NDArray[np.bool_]:
+def random_sample(keys: NDArray[np.uint64], seen: NDArray[np.bool_], *, fewest: int = FEWEST) -> NDArray[np.bool_]:
     """The largest random sample all of whose images people looked at.
 
     It does not matter why people looked at an image: the sample consists of the first images in the random order, and ends before
@@ -266,16 +275,17 @@ def random_sample(keys: NDArray[np.uint64], seen: NDArray[np.bool_]) -> NDArray[
     Args:
         keys: ``(N,)`` the values of `random_order`.
         seen: ``(N,)`` booleans: a person looked at the image.
+        fewest: the least size of the sample, unless it is the whole run.
 
     Returns:
-        ``(N,)`` booleans: the image belongs to the sample. All are false if the sample has fewer than `FEWEST` images and is not
-        the whole run.
+        ``(N,)`` booleans: the image belongs to the sample. All are false if the sample has fewer than ``fewest`` images and is
+        not the whole run.
     """
     order = np.argsort(keys, kind="stable")
     looked = seen[order]
     size = len(looked) if looked.all() else int(looked.argmin())
     sample = np.zeros(len(keys), dtype=np.bool_)
-    if size >= min(FEWEST, len(keys)):
+    if size >= min(fewest, len(keys)):
         sample[order[:size]] = True
     return sample
 

@@ -325,7 +325,7 @@ def read_record(folder: str | Path) -> Record:
                 raise ValueError(
                     f"{EMBEDDINGS} has another embedding of image {number} than the embedding from which its prediction was made"
                 )
-            corrected = corrections.counting.get(line.path)
+            corrected = corrections.counting.get(line.key)
             outside[number] = corrected is not None and corrected.label is None
             content.add(number, line, corrected.label if corrected and corrected.label else line.truth)
         readable = content.readable

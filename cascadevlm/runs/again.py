@@ -137,7 +137,7 @@ async def _learn(
         answered = [any(verdict.valid for verdict in item.verdicts) for item in items]
         beliefs = [item.probabilities() for item in items]
         for row, item in enumerate(items):
-            if (corrected := corrections.counting.get(item.path)) is not None:
+            if (corrected := corrections.counting.get(lines[item.number - begin].key)) is not None:
                 answered[row] = corrected.label is not None
                 if corrected.label is not None:
                     beliefs[row] = certain[cascade.labels.columns[corrected.label]]

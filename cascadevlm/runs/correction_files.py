@@ -4,13 +4,13 @@ Nothing is guessed: every image must be in the run, and every label must be in t
 nothing is added to the run.
 """
 
-import csv
 import json
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TypeAlias
 
 from pydantic import JsonValue, ValidationError
 
@@ -31,6 +31,10 @@ is the label.
 """
 
 FORMS = "Label Studio's or FiftyOne's JSON, or a CSV, TSV, JSON lines or Parquet file with the columns image and label"
+
+
+_Row: TypeAlias = tuple[str, str | None]
+"""The path of an image of the run, and its id."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,12 +83,13 @@ def import_corrections(file: str | Path, run: str | Path, *, by: str = "", colum
     labels = LabelSet(tuple(manifest.labels))
     said = [each._replace(by=each.by or by) for each in _read(file, labels, columns)]
     stated = [each for each in said if each.labels or each.skipped]
-    names = _names_in(run, {each.image for each in stated}, ids=columns.id is not None)
+    rows = _rows_in(run, {each.image for each in stated}, ids=columns.id is not None)
     source = str(file.absolute())
-    _require_no_faults(file, stated, names, labels, ids=columns.id is not None)
+    _require_no_faults(file, stated, rows, labels, ids=columns.id is not None)
     found = [
         Correction(
-            image=names[each.image],
+            image=image,
+            id=id,
             label=_label(each.labels[0], labels) if each.labels and each.labels[0] is not None else None,
             skipped=each.skipped,
             by=each.by,
@@ -92,6 +97,7 @@ def import_corrections(file: str | Path, run: str | Path, *, by: str = "", colum
             source=source,
         )
         for each in stated
+        for image, id in rows[each.image]
     ]
     added = add_corrections(run, found)
     return Imported(
@@ -107,34 +113,36 @@ def _label(text: str, labels: LabelSet) -> str | None:
     return labels.by_words.get(words(text))
 
 
-def _require_no_faults(file: Path, stated: list[Said], names: Mapping[str, str], labels: LabelSet, *, ids: bool) -> None:
-    missing = {each.image: each.where for each in stated if each.image not in names}
+def _require_no_faults(file: Path, stated: list[Said], rows: Mapping[str, set[_Row]], labels: LabelSet, *, ids: bool) -> None:
+    missing = {each.image: each.where for each in stated if each.image not in rows}
+    shared = {each.image: each.where for each in stated if len(rows.get(each.image, ())) > 1}
     named = {name: each.where for each in stated for name in each.labels if name is not None}
     unknown = {name: where for name, where in named.items() if _label(name, labels) is None}
-    twice = Counter((names.get(each.image, each.image), each.by, each.at) for each in stated)
+    twice = Counter((row, each.by, each.at) for each in stated for row in rows.get(each.image, {(each.image, None)}))
     problems = {
         f"{'ids' if ids else 'images'} are not in the run": [f"{image}, {where}" for image, where in missing.items()],
         "labels are not in the label set": [f"{name}, {where}" for name, where in unknown.items()],
+        "names belong to several ids of the run, so give the ids": [f"{image}, {where}" for image, where in shared.items()],
         "statements name several labels": [each.where for each in stated if len(each.labels) > 1],
-        "images occur more than once": [image for (image, _, _), count in twice.items() if count > 1],
+        "images occur more than once": [id or image for ((image, id), *_), count in twice.items() if count > 1],
     }
     found = [f"{len(cases)} {what} ({few(cases)})" for what, cases in problems.items() if cases]
     if found:
         meant = " ".join(["", *filter(None, (similar(name, labels.names) for name in [*unknown][:1]))])
-        names_are = "by their ids in the run" if ids else "as in the run, or by their absolute paths"
+        names_are = "by their ids in the run"
+        if not ids:
+            names_are = "as in the run, or by their absolute paths; relative paths of the run start at this working directory"
         hint = f"Nothing was imported. Images are named {names_are}.{meant}"
         raise DataError(f"The corrections in {str(file)!r} have errors: {'; '.join(found)}.", hint=hint)
 
 
-def _names_in(run: Path, wanted: set[str], *, ids: bool) -> dict[str, str]:
-    """The names in the run of the images that a file names by their ids or, without ``ids``, in the same way or by their absolute
-    paths.
-    """
-    found = {}
+def _rows_in(run: Path, wanted: set[str], *, ids: bool) -> Mapping[str, set[_Row]]:
+    """The images of the run that a file names by their ids or, without ``ids``, in the same way or by their absolute paths."""
+    found: defaultdict[str, set[_Row]] = defaultdict(set)
     for _, line in predictions_of(run, None):
-        for name in (line.id,) if ids else (line.path, str(absolute(line))):
+        for name in {line.id} if ids else {line.path, str(absolute(line))}:
             if name in wanted:
-                found[name] = line.path
+                found[name].add((line.path, line.id))
     return found
 
 
@@ -152,11 +160,11 @@ def _read(file: Path, labels: LabelSet, columns: ColumnNames) -> list[Said]:
         if table is None:
             raise ValueError(f"the suffix {file.suffix!r} is unknown")
         return [*_of_table(table, changed, labels, columns)]
-    except (OSError, ValueError, RecursionError, csv.Error) as exc:  # errors of pydantic, Arrow and JSON are ValueErrors
+    except (OSError, ValueError, RecursionError) as exc:  # errors of pydantic, Arrow and JSON are ValueErrors
         why = exc.strerror if isinstance(exc, OSError) and exc.strerror else str(exc).partition("\n")[0].rstrip(".")
         if isinstance(exc, ValidationError):
             first = exc.errors()[0]
-            why = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+            why = f"it is not an export of Label Studio ({'.'.join(map(str, first['loc']))}: {first['msg']})"
         raise DataError(f"The corrections in {str(file)!r} cannot be read: {why}.", hint=f"Give {FORMS}.") from exc
 
 
@@ -203,14 +211,26 @@ def _of_table(table: Table, changed: datetime, labels: LabelSet, columns: Column
     read = dict.fromkeys([*places, label, *(name for name in ("by", "when") if name in table.columns)])
     for row in table.rows([*read]):
         cells = (row.cells.get(place) for place in places)
-        image = next((text for cell in cells if isinstance(cell, str | int | float) and (text := text_of(cell))), "")
+        image = next((text for cell in cells if not isinstance(cell, bytes | Mapping | list) and (text := text_of(cell))), "")
         if not image:
             raise ValueError(f"{table.where(row)} has no {'id' if columns.id else 'image'}; the columns are {few(table.columns)}")
-        when = row.cells.get("when")
-        at = changed if when in (None, "") else when if isinstance(when, datetime) else datetime.fromisoformat(str(when))
-        at = at if at.tzinfo else at.replace(tzinfo=UTC)
+        at = _time(row.cells.get("when"), table.where(row)) or changed
         said, by = (_without_apostrophe(text_of(row.cells.get(name))) for name in (label, "by"))
         yield _said(table.where(row), _without_apostrophe(image), said, by, at, labels)
+
+
+def _time(when: object, where: str) -> datetime | None:
+    """The time in a cell; None if the cell is empty. Numbers are refused, because they can be seconds, milliseconds or days."""
+    try:
+        if not isinstance(when, datetime):
+            if not (text := text_of(when)):
+                return None
+            if "-" not in text:
+                raise ValueError
+            when = datetime.fromisoformat(text)
+    except ValueError:
+        raise ValueError(f"{where} has {when!r} in the column 'when', which is not a time such as 2026-01-31T12:00:00Z") from None
+    return when if when.tzinfo else when.replace(tzinfo=UTC)
 
 
 def _without_apostrophe(text: str) -> str:

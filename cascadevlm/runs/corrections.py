@@ -31,6 +31,7 @@ class Correction(BaseModel):
 
     Attributes:
         image: name of the image, as in the run. The name of a file is its path.
+        id: the id of the image; None if the images of the run have no ids.
         label: name of the label; None if the image shows none of the labels, or was skipped.
         skipped: true if the person looked at the image and did not decide.
         by: the person; "" if unknown.
@@ -41,6 +42,7 @@ class Correction(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     image: InstanceOf[str]
+    id: InstanceOf[str] | None = None
     label: InstanceOf[str] | None
     skipped: bool = False
     by: InstanceOf[str] = ""
@@ -57,6 +59,11 @@ class Correction(BaseModel):
         return cls.model_validate(json.loads(text))  # pydantic's own JSON reader refuses invalid Unicode
 
     @property
+    def key(self) -> str:
+        """What names the image in the run, as `cascadevlm.runs.lines.Line.key`."""
+        return self.image if self.id is None else self.id
+
+    @property
     def line(self) -> bytes:
         """The line of the file."""
         return with_checksum(json.dumps({**dict(self), "at": self.at.isoformat()}).encode())
@@ -69,7 +76,7 @@ class Correction(BaseModel):
     @property
     def statement(self) -> tuple[object, ...]:
         """All fields but the source. The same statement can be in several files."""
-        return self.image, self.label, self.skipped, self.by, self.at
+        return self.image, self.id, self.label, self.skipped, self.by, self.at
 
 
 @dataclass(frozen=True)
@@ -84,11 +91,11 @@ class Corrections:
 
     @cached_property
     def standing(self) -> dict[str, list[Correction]]:
-        """For each image, the latest statement of each person, oldest first."""
+        """By the key of each image: the latest statement of each person, oldest first."""
         found: defaultdict[str, dict[str, Correction]] = defaultdict(dict)
         for each in sorted(self.all, key=lambda each: each.at):
-            found[each.image].pop(each.by, None)
-            found[each.image][each.by] = each
+            found[each.key].pop(each.by, None)
+            found[each.key][each.by] = each
         return {image: [*by_person.values()] for image, by_person in found.items()}
 
     @cached_property
@@ -99,12 +106,12 @@ class Corrections:
 
     @cached_property
     def counting(self) -> dict[str, Correction]:
-        """For each image with a label from a person, the correction that counts. Every truth that people gave comes from here."""
+        """By the key of each image with a label from a person: the correction that counts. Truths of people come from here."""
         return {image: said[-1] for image, said in self._decided.items()}
 
     @cached_property
     def conflicts(self) -> dict[str, list[Correction]]:
-        """For each image about which people disagree, their standing statements. The last one counts."""
+        """By the key of each image about which people disagree: their standing statements. The last one counts."""
         return {image: said for image, said in self._decided.items() if len({each.label for each in said}) > 1}
 
     @property
@@ -118,7 +125,7 @@ class Corrections:
 
     def applied(self, line: AnyLine) -> AnyLine:
         """The prediction with the label of a person, if a person gave one."""
-        found = self.counting.get(line.path)
+        found = self.counting.get(line.key)
         if found is None:
             return line
         return line.model_copy(update={"label": found.label, "probability": None, "decided_by": "person"})

@@ -46,6 +46,9 @@ T = TypeVar("T")
 COLUMNS = ("path", "id", "label", "probability", "decided_by", "escalated", "outcome", "dollars", "error")
 """The columns of tables. The column ``id`` exists only if the images have ids. Kept columns follow."""
 
+RESERVED = (*COLUMNS, "image", "by", "when")
+"""Names that kept columns do not have in a table: those of `COLUMNS`, and those that an import of corrections reads."""
+
 LEFT_OUT, UNLABELLED, LABELLED = range(3)
 """What becomes of a line: it is left out, or exported without or with a label."""
 
@@ -121,7 +124,7 @@ class Chosen:
         labelled = self.wanted.count(LABELLED)
         return labelled + self.wanted.count(UNLABELLED), labelled
 
-    def cells(self, line: Line, taken: Collection[str] = COLUMNS) -> dict[str, JsonValue]:
+    def cells(self, line: Line, taken: Collection[str] = RESERVED) -> dict[str, JsonValue]:
         """The row of a line in a table: the values of `columns`, and of the kept columns. ``taken`` as in `KeptTypes.names`."""
         return {name: getattr(line, name) for name in self.columns} | self.kept.cells(line, taken)
 
@@ -226,7 +229,7 @@ def _choose(run: Path, to: str, review: Review | None) -> tuple[Chosen, int]:
         remote = remote or (image if is_address(image) else "")
         wanted.append(LEFT_OUT if not readable else UNLABELLED if line.label is None else LABELLED)
         if review and readable and line.candidates:
-            review.add(number - 1, original, seen=line.path in corrections.standing)
+            review.add(number - 1, original, seen=line.key in corrections.standing)
     if not wanted:
         raise DataError(f"{str(said.file)!r} contains no predictions.", hint="Continue the run first.")
     if left_out == len(wanted):
@@ -309,7 +312,7 @@ def write_csv(chosen: Chosen, output: Path) -> str:
         return f"'{value}" if isinstance(value, str) and value.startswith(FORMULA) else value
 
     with output.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file:
-        names = [*chosen.columns, *chosen.kept.names(COLUMNS).values()]
+        names = [*chosen.columns, *chosen.kept.names(RESERVED).values()]
         table = csv.DictWriter(file, names)
         table.writerow({name: cell(name) for name in names})
         table.writerows({name: cell(value) for name, value in chosen.cells(line).items()} for _, line in chosen)
@@ -326,7 +329,7 @@ def write_parquet(chosen: Chosen, output: Path) -> str:
     import pyarrow.parquet
 
     kinds = {name: pyarrow.type_for_alias(_TYPES.get(name, "string")) for name in chosen.columns}
-    schema = pyarrow.schema(kinds | chosen.kept.schema(COLUMNS))
+    schema = pyarrow.schema(kinds | chosen.kept.schema(RESERVED))
     rows = (_valid(chosen.cells(line)) for _, line in chosen)
     with pyarrow.parquet.ParquetWriter(output, schema) as writer:
         while some := list(islice(rows, ROWS_AT_ONCE)):
@@ -352,14 +355,13 @@ def write_hf(chosen: Chosen, output: Path) -> str:
     except ModuleNotFoundError as exc:
         raise DataError("The format 'hf' needs the package 'datasets'.", hint="Install it: pip install datasets") from exc
     columns = {name: datasets.Value(_TYPES.get(name, "string")) for name in chosen.columns}
-    taken = (*COLUMNS, "image")
-    columns |= {name: datasets.Value(chosen.kept.type_of(column)) for column, name in chosen.kept.names(taken).items()}
+    columns |= {name: datasets.Value(chosen.kept.type_of(column)) for column, name in chosen.kept.names(RESERVED).items()}
     columns |= {"image": datasets.Image(), "label": datasets.ClassLabel(names=list(chosen.labels))}
 
     def examples() -> Iterator[dict[str, object]]:
         for _, line, content in chosen.reading(lambda image: image if isinstance(image, bytes) else read_bytes(image)):
             stored = {"bytes": content, "path": valid_text(Path(line.path).name)}
-            yield {**_valid(chosen.cells(line, taken)), "image": stored}
+            yield {**_valid(chosen.cells(line)), "image": stored}
 
     try:
         made = datasets.Dataset.from_generator(
@@ -414,7 +416,7 @@ def write_label_studio(chosen: Chosen, output: Path) -> str:
     output.mkdir()
     folders = (absolute(line).parent for _, line in chosen if not is_address(line.path))
     storage = reduce(_common, folders, None)
-    taken = (*COLUMNS, *TAKEN)
+    taken = (*RESERVED, *TAKEN)
 
     def task(line: Line) -> dict[str, JsonValue]:
         image = line.path
@@ -448,7 +450,8 @@ def write_fiftyone(chosen: Chosen, output: Path) -> str:
     of each image, the label, the confidence, who decided, the candidates with their probabilities, the last judge's reasoning,
     the id as ``input_id``, and the kept columns. Unlabelled images have null.
 
-    FiftyOne refuses points in the names of fields, so each point becomes "_".
+    FiftyOne refuses points in the names of fields, so each point becomes "_". If two fields have one name, "_" is added. Of a
+    file that occurs several times, FiftyOne keeps the last prediction.
     """
     number_of = {name: number for number, name in enumerate(chosen.labels)}
 
@@ -463,8 +466,12 @@ def write_fiftyone(chosen: Chosen, output: Path) -> str:
         }
         if line.id is not None:
             attributes["input.id"] = line.id
-        told = attributes | chosen.kept.cells(line, (*attributes, *_FIFTYONE))
-        fields: JsonValue = {name.replace(".", "_"): value for name, value in told.items()}
+        fields: dict[str, JsonValue] = {}
+        for name, value in (attributes | chosen.kept.cells(line, (*attributes, *_FIFTYONE))).items():
+            field = name.replace(".", "_")
+            while field in fields:
+                field += "_"
+            fields[field] = value
         return {"label": number_of[line.label], "confidence": line.probability, "attributes": fields}
 
     with output.open("w", encoding="utf-8") as file:

@@ -154,16 +154,20 @@ def test_a_skipped_image_of_the_sample_counts_as_wrong(run: Path) -> None:
 
 def test_without_a_random_sample_nothing_is_promised(run: Path) -> None:
     correct(run, lambda line: line.confidence < 0.3)
-    with pytest.raises(DataError, match="not of a random sample"):
+    with pytest.raises(DataError, match="are not a random sample, so they do not show"):
         read_corrected(run).surest(0.8, 0.95)
     correct(run, lambda _: True)
-    with pytest.raises(InputError, match="must be between 0 and 1"):
+    with pytest.raises(InputError, match=r"^accuracy must be between 0 and 1"):
         read_corrected(run).surest(1.0, 0.95)
 
 
 def test_a_small_beginning_of_the_random_order_is_no_sample(run: Path) -> None:
     correct(run, first(run, FEWEST - 1))
-    assert not read_corrected(run).random.any()
+    found = read_corrected(run)
+    assert not found.random.any()
+    assert "They are a random sample of fewer than 30 images, so the figures hold only" in found.describe()
+    with pytest.raises(DataError, match="are a random sample of fewer than 30 images, so they do not show"):
+        found.surest(0.8, 0.95)
     correct(run, first(run, FEWEST))
     assert read_corrected(run).random.all()
 
@@ -280,6 +284,8 @@ def test_labels_of_people_replace_the_truths_of_a_record(run: Path, tmp_path: Pa
     assert record.truths[:3].tolist() == [1, 2, 0]
     assert record.names == (before.names[0], *before.names[2:])
     assert record.digests[1] == before.digests[2]
+    shown = command("evaluate", tmp_path / "record").stdout
+    assert "People said that 1 other images show none of the labels. The figures are without these." in shown
 
 
 def test_the_report_shows_labels_of_people_and_who_disagrees(run: Path) -> None:
@@ -307,12 +313,28 @@ def test_the_report_shows_labels_of_people_and_who_disagrees(run: Path) -> None:
     assert case["name"] == Path(path).name
 
 
-def test_a_certificate_stands_beside_the_accuracy_of_its_labels(made: Path, tmp_path: Path) -> None:
+def certify(made: Path, folder: Path) -> None:
+    """A run with a certificate over the same images. Its folder contains the scores."""
     promised, config = AgreementConfig(agree=0.7), Config.parse(CONFIG).model_dump(mode="json")
     config["agreement"] = promised.model_dump(mode="json")
     stage = Stage(judge=Naturalist(right=0.8), prompt=load_prompt("select"))
     cascade = Cascade(Pixels(), [stage], labels=LABELS)
-    bulk.run(cascade, Inputs(made.parent / "images"), tmp_path / "run", config=config, promised=promised)
+    bulk.run(cascade, Inputs(made.parent / "images"), folder, config=config, promised=promised)
+
+
+def test_kept_scores_of_several_scorers_make_no_adapter(made: Path, tmp_path: Path) -> None:
+    certify(made, tmp_path / "run")
+    assert read_said(tmp_path / "run").scores is not None
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    manifest["config"]["scorer"]["use"] = [{"use": "open_clip:aviary"}, {"use": "open_clip:aviary"}]
+    (tmp_path / "run" / "manifest.json").write_text(json.dumps(manifest))
+    done = command("adapt", tmp_path / "run", "-o", tmp_path / "x.adapter", check=False)
+    assert done.returncode == 2
+    assert "An adapter is for one scorer, and scorer.use names 2." in done.stderr.replace("\n", " ")
+
+
+def test_a_certificate_stands_beside_the_accuracy_of_its_labels(made: Path, tmp_path: Path) -> None:
+    certify(made, tmp_path / "run")
     correct(tmp_path / "run", lambda line: True)
     found = read_corrected(tmp_path / "run").of_certificate()
     told = lines(tmp_path / "run")

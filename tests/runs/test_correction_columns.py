@@ -1,5 +1,6 @@
 """Corrections in tables with other columns, and corrections of images that are named by ids alone."""
 
+import io
 from pathlib import Path
 
 import pyarrow
@@ -9,6 +10,7 @@ import pytest
 from cascadevlm import Cascade
 from cascadevlm.base.errors import DataError
 from cascadevlm.base.tables import ColumnNames
+from cascadevlm.evaluation.corrected import read_corrected
 from cascadevlm.runs import bulk
 from cascadevlm.runs.correction_files import Imported, import_corrections
 from cascadevlm.runs.corrections import CORRECTIONS
@@ -23,7 +25,7 @@ from tests.runs.test_export import run as run  # a fixture
 
 
 def counting(done: Imported) -> dict[str, str | None]:
-    return {image: each.label for image, each in done.corrections.counting.items()}
+    return {each.image: each.label for each in done.corrections.counting.values()}
 
 
 @pytest.fixture
@@ -58,6 +60,42 @@ def test_a_review_comes_back_by_its_ids_alone(with_ids: Path, tmp_path: Path) ->
     assert "'=8" in [row["id"] for row in rows]  # protected from spreadsheets
     file = write_rows(tmp_path / "said.csv", rows)
     assert import_corrections(file, with_ids, columns=ColumnNames(id="id", label="answer")).added == 3
+
+
+def test_a_correction_by_id_is_of_one_row_although_images_have_one_name(tmp_path: Path) -> None:
+    """As in data sets of `datasets`, which keep only the last part of a path."""
+    contents = [io.BytesIO() for _ in range(3)]
+    for number, content in enumerate(contents):
+        noise(number, (8, 8)).save(content, "PNG")
+    stored = [{"bytes": each.getvalue(), "path": name} for each, name in zip(contents, ("0.png", "0.png", "1.png"), strict=True)]
+    pyarrow.parquet.write_table(pyarrow.table({"image": stored, "sku": ["a", "b", "c"]}), tmp_path / "birds.parquet")
+    run = tmp_path / "run"
+    inputs = Inputs(tmp_path / "birds.parquet", ColumnNames(id="sku"))
+    bulk.run(Cascade(FakeScorer(), [], labels=NAMES), inputs, run, config={})
+    said = write_rows(tmp_path / "said.csv", [{"id": "a", "label": WREN}, {"id": "b", "label": HERON}])
+    import_corrections(said, run, columns=ColumnNames(id="id"))
+    export(run, "csv", tmp_path / "out.csv")
+    rows = table(tmp_path / "out.csv")
+    assert [row["label"] for row in rows[:2]] == [WREN, HERON]
+    assert [row["decided_by"] for row in rows] == ["person", "person", "scorer"]
+    assert len(read_corrected(run).record) == 2
+    by_name = write_rows(tmp_path / "by name.csv", [{"image": row["path"], "label": WREN} for row in rows[1:]])
+    with pytest.raises(DataError, match=r"errors: 1 names belong to several ids of the run, so give the ids .*line 2'"):
+        import_corrections(by_name, run)
+
+
+def test_an_export_with_columns_of_those_who_made_the_images_comes_back(tmp_path: Path) -> None:
+    noise(0, (8, 8)).save(tmp_path / "0.png")
+    (tmp_path / "products.csv").write_text("photo,image,by,when,label,input.label\n0.png,x.png,maker,2020-01-01,X,Y\n")
+    columns = ColumnNames(image="photo", keep=("image", "by", "when", "label", "input.label"))
+    bulk.run(Cascade(FakeScorer(), [], labels=NAMES), Inputs(tmp_path / "products.csv", columns), tmp_path / "run", config={})
+    export(tmp_path / "run", "csv", tmp_path / "out.csv")
+    (row,) = table(tmp_path / "out.csv")
+    assert (row["input.image"], row["input.by"], row["input.when"]) == ("x.png", "maker", "2020-01-01")
+    assert (row["input.input.label"], row["input.label"]) == ("X", "Y")
+    (said,) = import_corrections(tmp_path / "out.csv", tmp_path / "run", by="ann").corrections.all
+    assert (said.image, said.by, said.at.year > 2020) == (str(tmp_path / "0.png"), "ann", True)
+    assert pyarrow.parquet.read_table(tmp_path / "run" / "predictions.parquet")["input.input.label"].to_pylist() == ["X"]
 
 
 def test_other_columns_of_images(images: list[str], run: Path, tmp_path: Path) -> None:

@@ -207,7 +207,11 @@ def test_all_errors_of_a_file_are_one_sentence_and_nothing_is_imported(run: Path
     [
         ([{"image": "a", "species": WREN}], "has no column 'label'. Its columns: 'image', 'species'."),
         ([{"image": "", "label": WREN}], "line 2 has no image; the columns are 'image', 'label'"),
-        ([{"image": "a", "label": WREN, "when": "yesterday"}], "Invalid isoformat string: 'yesterday'"),
+        (
+            [{"image": "a", "label": WREN, "when": "yesterday"}],
+            "line 2 has 'yesterday' in the column 'when', which is not a time",
+        ),
+        ([{"image": "a", "label": WREN, "when": "1712010412345"}], "'1712010412345' in the column 'when', which is not a time"),
     ],
 )
 def test_tables_of_another_form_are_told(
@@ -223,7 +227,7 @@ def test_tables_of_another_form_are_told(
         ("a.json", '{"a": 1}', "it is not an export of Label Studio or FiftyOne"),
         ("a.json", '[{"id": 1}]', "updated_at: Field required"),
         ("a.json", '{"classes": ["wren"], "labels": {"a": 7}}', "the label of 'a' is neither a name nor a class"),
-        ("a.csv", "image,label,label\na,b,c\n", "its header contains a column more than once: 'label'"),
+        ("a.csv", "image,label,label\na,b,c\n", "it contains a column more than once: 'label'"),
         ("a.jsonl", "[]\n", "has no column 'label'. Its columns: 'path'."),
         ("a.parquet", "x", "cannot be read"),
         ("a.xml", "x", "the suffix '.xml' is unknown"),
@@ -241,6 +245,8 @@ def test_files_of_another_form_are_told(
         import_corrections(tmp_path / "missing.csv", run)
     with pytest.raises(DataError, match="is not the manifest of a run"):
         import_corrections(tmp_path / name, tmp_path)
+    with pytest.raises(DataError, match=r"The folder '.*nowhere' does not exist\."):
+        import_corrections(tmp_path / name, tmp_path / "nowhere")
 
 
 def task(number: int, image: str, *annotations: JsonValue) -> JsonValue:

@@ -110,7 +110,7 @@ class BulkRun:
     def kinds_of(self, line: Line) -> list[str]:
         """The kinds of an image."""
         best = next((candidate.label for candidate in line.candidates if candidate.rank == 1), None)
-        said = self.corrections.counting.get(line.path)
+        said = self.corrections.counting.get(line.key)
         holds = {
             "abstained": line.abstained,
             "unanswered": line.asked and not line.answered,
@@ -234,7 +234,7 @@ def _case(run: BulkRun, line: Line, labels: dict[str, int]) -> dict[str, JsonVal
     def numbered(label: str | None) -> int:
         return -1 if label is None else labels.setdefault(label, len(labels))
 
-    said = run.corrections.counting.get(line.path)
+    said = run.corrections.counting.get(line.key)
     verdicts: list[JsonValue] = [
         {
             "judge": verdict.judge,
