@@ -335,11 +335,11 @@ class Prediction:
 
     @property
     def differing(self) -> bool:
-        """True if an audit asked the judge, and the judge did not give the scorer's label.
+        """True if the judge answered a question of an audit, and did not give the scorer's label.
 
         The scorer's label has rank 1. After the answer "none of these", the judge is shown later ranks only.
         """
-        if self.verdict is None or not (self.audited and self.asked):
+        if self.verdict is None or not (self.audited and self.answered):
             return False
         best = next((candidate.label.name for candidate in self.candidates if candidate.rank == 1), None)
         return best is None or self.verdict.label != best

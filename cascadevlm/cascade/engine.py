@@ -381,7 +381,9 @@ class Run:
         distrusted = np.zeros(len(items), dtype=bool)
         if self.watch is not None:
             distrusted = await self.watch.escalated(first, first + len(items))
-        asked = running.decide(items, scores, prices, left=left, remaining=remaining, distrusted=distrusted)
+        asked = running.decide(
+            items, scores, prices, left=left, remaining=remaining, distrusted=distrusted, accept=self.settings.accept
+        )
         return asked, list(compress(items, left))
 
     async def _better_later(

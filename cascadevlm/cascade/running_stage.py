@@ -90,9 +90,11 @@ class RunningStage:
         left: Selection,
         remaining: float | None,
         distrusted: Selection,
+        accept: float,
     ) -> list[Item]:
-        """The images that the policy escalates, and the images that the audit draws or distrusts. The limits of the policy do not
-        count questions of the audit. All images get the policy's reasons. In the first stage, all images get candidates.
+        """The images that the policy escalates, and the images that the audit draws or distrusts. The audit draws only
+        images that would get a label without a question. The limits of the policy do not count its questions. All images get the
+        policy's reasons. In the first stage, all images get candidates.
 
         Args:
             items: the next n images.
@@ -101,11 +103,13 @@ class RunningStage:
             left: ``(n,)`` booleans: the image is left to a later stage.
             remaining: expected number of images after these; None if the number is unknown.
             distrusted: ``(n,)`` booleans: the image must not be kept, because the audit shows a broken promise.
+            accept: minimum probability of a label.
         """
         spending = replace(self.spending, remaining=remaining, prices=prices, gain=self.stage.gain(scores))
         selected = self.policy.select(scores, spending) & ~left
         distrusted = distrusted & ~selected
-        audited = self._drawn(spending.images, len(items)) & ~selected & ~distrusted
+        labelled = scores.probabilities.max(axis=1) >= accept
+        audited = self._drawn(spending.images, len(items)) & labelled & ~selected & ~distrusted
         for item, reason, elsewhere in zip(items, self.policy.reasons(scores, spending), left, strict=True):
             item.reasons.append(f"{reason}; a later judge is worth more" if elsewhere else reason)
         for item in compress(items, audited):

@@ -46,11 +46,16 @@ def estimate(
             raise InputError("--agree estimates the prices of direct questions.", hint="Leave out --batch.")
         _certificates(paths, given, named, _shares(agree), confidence, yes=yes, as_json=as_json)
         return
+    if confidence is not None:
+        raise InputError("--confidence is that of certificates.", hint="Add --agree, or leave it out.")
     parsed = given.parse()
     cascade = given.build(parsed)
     options.tell(cascade.labels, paths)
     found = options.images_in(paths, named.columns())
     images, total = found.sample(sample) if isinstance(found, Inputs) else ([source for _, source in found], len(found))
+    if parsed.agreement or parsed.find:
+        told = "The run asks about a part of the images, to keep its promise. The estimate is of questions about all of them."
+        typer.echo(f"{told} For certificates, estimate the part: --agree 0.9.", err=True)
     estimates = estimated(at_batch_prices(cascade) if batch else cascade, images, total=total, sample=sample)
     if batch:
         estimates = [replace(each, minutes=LONGEST_MINUTES if each.dollars else each.minutes) for each in estimates]

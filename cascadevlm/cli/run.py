@@ -105,10 +105,14 @@ class PromiseOptions:
         """The configuration with these options.
 
         Raises:
-            InputError: if there is a confidence, but nothing is promised.
+            InputError: if there is a confidence or a precision without a promise that it belongs to, or a recall without a share.
         """
         from cascadevlm.base.errors import InputError
 
+        if self.recall is not None and "=" not in self.recall:
+            raise InputError(f"--recall {self.recall!r} has no share.", hint='For example: --recall "lynx=0.95".')
+        if self.precision is not None and self.recall is None and given.parse().find is None:
+            raise InputError("--precision belongs to a promise of recall.", hint='Add it, for example: --recall "lynx=0.95".')
         parsed = given.parse(self.keys())
         if self.confidence is None:
             return parsed
@@ -239,14 +243,12 @@ def _left(output: Path, total: int, config: "Config", dollars: float | None, *, 
 
 def _warn_if_untestable(config: "Config", total: int) -> None:
     """Say that the images are too few for the test of a certificate."""
-    from cascadevlm.decision.certifying import testable
+    from cascadevlm.decision.certifying import opening, testable
 
     if config.agreement is not None and not testable(total, promise := config.agreement.promise):
-        typer.echo(
-            f"{total} images are too few for the test of a certificate. The judge is asked about all images except "
-            f"{promise.allowed(total)}.",
-            err=True,
-        )
+        kept = min(promise.allowed(total), total - min(opening(total), total))
+        told = f"{total} images are too few for the test of a certificate. The judge is asked about all images except {kept}."
+        typer.echo(told, err=True)
 
 
 def _require_a_result(tally: "Tally", output: Path) -> None:
@@ -281,7 +283,8 @@ def _show(tally: "Tally", output: Path, *, as_json: bool) -> None:
             typer.echo(tally.audit.sentence)
     if skipped := tally.counts["skipped"]:
         hint = "To ask about them, run the same command with a higher budget: --set budget.usd=DOLLARS."
-        typer.echo(f"{skipped} images were escalated but not asked about, because the budget was used up. {hint}", err=True)
+        told = f"{skipped} images were escalated but not asked about, because the budget was used up. "
+        typer.echo(hint.replace("about them", "the missing questions") if tally.certificate else told + hint, err=True)
 
 
 @contextmanager

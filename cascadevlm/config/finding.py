@@ -38,8 +38,10 @@ class FindConfig(Section):
         """The column of the class.
 
         Raises:
-            ConfigError: if there is no such label.
+            ConfigError: if there is no such label, or no other one.
         """
         if self.label not in labels.columns:
             raise ConfigError(f"find.label: {self.label!r} is not a label.", hint="Use the exact name of a label.")
+        if len(labels) < 2:
+            raise ConfigError(f"find.label: {self.label!r} is the only label.", hint="Add a label for all other images.")
         return labels.columns[self.label]

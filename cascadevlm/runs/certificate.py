@@ -139,6 +139,10 @@ class Facts(Stated):
             none = f"It gave no label to {self.unanswered:,} of them; only the labels of the other {others:,} images count here."
             asked = f"{asked} {none}"
             claim = f"at least {least:,} of these {others:,} labels are the judge's."
+            if least < self.agree * others:
+                claim += (
+                    f" This is less than {percent(self.agree)} %, because the images without a label from the judge count too."
+                )
         else:
             claim = f"at least {percent(self.agree)} % of all labels are the judge's."
         if not self.kept:

@@ -33,8 +33,10 @@ class Estimate:
         judge: spec of the judge.
         images: number of images of the run.
         sample: number of images that were scored for the estimate.
-        deferral_rate: share of images that the policy escalates, within its limits. Images that cannot be read are not escalated.
-        deferral_range: 95 % confidence interval of the escalated share (Wilson 1927), capped by the policy's limits.
+        deferral_rate: share of images that the policy escalates, within its limits, or that an audit draws. Images that cannot be
+            read are not escalated.
+        deferral_range: 95 % confidence interval of the escalated share (Wilson 1927), capped by the policy's limits. If an audit
+            shows a broken promise, all later images are escalated: then the upper end is 1.
         calls: number of questions. Questions that are already in the cache are counted, too.
         dollars: usual cost of the calls. Images are counted by the provider's rule, a text has one token per four bytes, and an
             answer has a third of its maximum length.
@@ -137,23 +139,28 @@ def _of_stage(stage: Stage, sample: _Sample, reached: Selection, kept: float) ->
     escalated = reached & budgeted.policy.select(sample.scores, Spending(prices=prices, gain=stage.gain(sample.scores)))
     priced = escalated if escalated.any() else ~escalated  # if no image is escalated, the price is the mean over all images
     usual, worst, tokens = _means(list(compress(quotes, priced)))
-    rate = float(escalated.sum() / sample.size) * kept
+    found = float(escalated.sum() / sample.size)
     interval = binomtest(int(escalated.sum()), sample.size).proportion_ci(method="wilson")
     most = min((limit.most_calls(usual, sample.total) / sample.total for limit in budgeted.limits), default=1.0)
-    low, high = (min(float(end) * kept, most) for end in (interval.low, interval.high))
-    calls = round(min(rate, most) * sample.total)
-    found = Estimate(
+    drawn = 0.0 if stage.audit is None else stage.audit.share
+    share, low, high = (
+        end + drawn * (1 - end) for end in (min(end * kept, most) for end in (found, interval.low, interval.high))
+    )
+    if stage.audit is not None and stage.audit.agree is not None:
+        high = 1.0
+    calls = round(share * sample.total)
+    estimated = Estimate(
         judge=stage.judge.spec,
         images=sample.total,
         sample=sample.size,
-        deferral_rate=min(rate, most),
+        deferral_rate=share,
         deferral_range=(low, high),
         calls=calls,
         dollars=calls * usual,
         dollars_range=(low * sample.total * usual, math.ceil(high * sample.total) * worst * (1 + stage.widen)),
         minutes=_minutes(judge, calls, tokens) if worst else 0.0,
     )
-    return found, escalated, rate
+    return estimated, escalated, found * kept
 
 
 def _scored(cascade: Cascade, images: Sequence[ImageSource]) -> tuple[list[Prepared], Scores]:

@@ -128,7 +128,7 @@ class RunFolder(Observer):
         self._failures = failures
         self._labelled = inputs if isinstance(inputs, Labelled) else None
         self._scores = scores
-        self.finished = (folder / TABLE).exists() and (manifest.labelled or (folder / SUMMARY).exists())
+        self.finished = _is_written(folder, manifest.labelled)
         self._raised_from: float | None = None
         if self.finished and not manifest.labelled:
             self.tally.certificate = read_certificate(folder / SUMMARY)
@@ -442,6 +442,17 @@ class RunFolder(Observer):
             if not self.manifest.labelled:
                 write_whole(self.folder / SUMMARY, json.dumps(self.tally.to_dict(), indent=2) + "\n")
         self.finished = True
+
+
+def _is_written(folder: Path, labelled: bool) -> bool:
+    """Whether the table and, for images without labels, the summary can be read."""
+    import pyarrow.parquet
+
+    try:
+        pyarrow.parquet.read_metadata(folder / TABLE)
+        return labelled or isinstance(json.loads((folder / SUMMARY).read_bytes()), dict)
+    except (OSError, ValueError):  # errors of Arrow and JSON are ValueErrors
+        return False
 
 
 def digest_key(is_file: bool) -> Literal["digest", "content"]:

@@ -42,8 +42,8 @@ from cascadevlm.runs.inputs import Named, after, names
 from cascadevlm.runs.lines import checked, with_checksum
 from cascadevlm.runs.run_folder import has_changed
 from cascadevlm.runs.scores_file import EMBEDDINGS, SCORES, ScoresFile
-from cascadevlm.scorers.base import Prepared, WrapperScorer
-from cascadevlm.scorers.kept import note_digest
+from cascadevlm.scorers.base import EmbeddingScorer, Prepared, WrapperScorer, load_once
+from cascadevlm.scorers.kept import CachedEmbeddings, note_digest
 
 SCORED = "scored.jsonl"
 AT_ONCE = 1024
@@ -256,6 +256,11 @@ def score_first(
         if writer.images < len(inputs):
             run = alone.begin(Checkpoint(images=writer.images), stopping)
             loop.run(_score(run, inputs, writer, progress))
+        else:
+            scorer = cascade.scorer.wrapped if isinstance(cascade.scorer, CachedEmbeddings) else cascade.scorer
+            if isinstance(scorer, EmbeddingScorer):  # others tell their fingerprint only with scores
+                load_once(scorer)
+                writer.require_same(scorer.fingerprint(cascade.labels))
         return (
             ScoredImages(folder=folder, labels=cascade.labels, fingerprint=writer.fingerprint)
             if writer.images == len(inputs)
@@ -339,12 +344,7 @@ class _Writer(Observer):
             DataError: if earlier images were scored by another scorer.
         """
         self._lines.flush()  # of the batches before
-        self.fingerprint = self.fingerprint or scores.fingerprint
-        if scores.fingerprint != self.fingerprint:
-            raise DataError(
-                f"{str(self.folder)!r} has scores of {self.fingerprint!r}; the scorer is now {scores.fingerprint!r}.",
-                hint="Give another folder.",
-            )
+        self.require_same(scores.fingerprint)
         embeddings = repeat(None) if scores.embeddings is None else scores.embeddings
         for number, image, log_probs, embedding in zip(numbers, images, scores.log_probs, embeddings, strict=False):
             self._known[number] = {
@@ -354,6 +354,19 @@ class _Writer(Observer):
                 "fingerprint": scores.fingerprint,
                 **self._rows.write(number, log_probs, embedding),
             }
+
+    def require_same(self, fingerprint: str) -> None:
+        """Note the fingerprint of the scorer.
+
+        Raises:
+            DataError: if earlier images were scored by another scorer.
+        """
+        self.fingerprint = self.fingerprint or fingerprint
+        if fingerprint != self.fingerprint:
+            raise DataError(
+                f"{str(self.folder)!r} has scores of {self.fingerprint!r}; the scorer is now {fingerprint!r}.",
+                hint="Give another folder.",
+            )
 
     def append(self, path: str, error: str) -> None:
         """Write the line of the next image."""

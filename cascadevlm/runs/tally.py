@@ -76,5 +76,5 @@ class Tally:
         self.requests += cost.requests
         self.audited += prediction.audited and prediction.asked
         self.differing += prediction.differing
-        self.escalated_by_audit += PROMISE_BROKEN in prediction.reasons
+        self.escalated_by_audit += PROMISE_BROKEN in prediction.reasons and prediction.asked
         self.saved_dollars += cost.saved_dollars

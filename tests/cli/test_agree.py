@@ -110,7 +110,8 @@ def test_money_is_confirmed_first(tmp_path: Path, hosted: list[str | Path]) -> N
         (("--confidence", "1.5", "--audit", "0.1"), "audit.confidence: Input should be less"),
         (("--audit", "0.1", "--agree", "0.9"), "A certificate tests its kept labels itself"),
         (("--recall", "owl=0.9"), "'owl' is not a label"),
-        (("--recall", "owl"), "find.recall: Input should be a valid number"),
+        (("--recall", "owl"), "--recall 'owl' has no share. For example"),
+        (("--precision", "0.9"), "--precision belongs to a promise of recall"),
         (("--recall", "owl=0.9", "--agree", "0.9"), "both [agreement] and [find]"),
     ],
 )

@@ -16,19 +16,20 @@ import pytest
 from pydantic import JsonValue
 
 from cascadevlm import Cascade, Stage, load_prompt, parse_policy
-from cascadevlm.base.errors import ConfigError, InputError
+from cascadevlm.base.errors import ConfigError, InputError, PermanentError
 from cascadevlm.base.types import AUDITED, PROMISE_BROKEN, Prediction, Question, Verdict
 from cascadevlm.cascade.candidates import TopK
 from cascadevlm.config.audit import AuditConfig
 from cascadevlm.config.config import Config
 from cascadevlm.decision.auditing import Watch, Watched
+from cascadevlm.judges.budget import Ledger
 from cascadevlm.runs import bulk
 from cascadevlm.runs.lines import Line
 from cascadevlm.runs.run_folder import RunFolder
 from cascadevlm.runs.tally import Tally
 from cascadevlm.testing import FakeJudge, FakeScorer, noise
 from tests.learning import cascade, insects
-from tests.runs.test_certified import LABELS, Pictures, lines
+from tests.runs.test_certified import LABELS, PaidJudge, Pictures, lines
 
 AUDIT = AuditConfig(share=0.1, agree=0.9)
 
@@ -114,6 +115,34 @@ def test_a_broken_promise_is_told_once_and_nothing_is_kept_after_it(tmp_path: Pa
         tally = run(tmp_path, FakeJudge(reply=second), count=908, policy="never")
     assert tally.audit is not None
     assert tally.audit.escalated == 908 - 256
+
+
+def test_a_question_without_an_answer_shows_no_broken_promise(tmp_path: Path) -> None:
+    tally = run(tmp_path, FakeJudge(reply=lambda _: PermanentError("No answer.")), count=600, policy="never")
+    assert tally.audit is not None
+    assert (tally.audit.kept, tally.audit.disagreements, tally.audit.escalated) == (60, 0, 0)
+    assert tally.counts["failed"] == 60
+
+
+def test_images_without_a_label_are_not_audited() -> None:
+    stage = Stage(judge=FakeJudge(reply=second), prompt=load_prompt("select"), policy=parse_policy("never"))
+    images = [noise(number) for number in range(100)]
+    plain = Cascade(FakeScorer(), [stage], labels=LABELS, accept=0.6)
+    without = [each.label is None for each in plain.classify(images)]
+    assert 10 < sum(without) < 90
+    audited = AuditConfig(share=1).added_to(plain).classify(images)
+    assert [not each.audited for each in audited] == without
+
+
+@pytest.mark.filterwarnings("ignore:The audit asked:RuntimeWarning")
+def test_images_that_the_budget_left_out_are_not_told_as_asked(tmp_path: Path) -> None:
+    stage = Stage(judge=PaidJudge(), prompt=load_prompt("select"), policy=parse_policy("never"))
+    audited = AUDIT.added_to(Cascade(FakeScorer(), [stage], labels=LABELS, batch_size=8, ledger=Ledger(1.0)))
+    audited.stages[0].judge.reply = second  # type: ignore[attr-defined]
+    tally = bulk.run(audited, Pictures(900), tmp_path, config={}, audit=AUDIT)
+    assert tally.audit is not None
+    assert tally.asked == 100
+    assert tally.audit.escalated == 100 - AUDIT.sampling.count(256)
 
 
 @pytest.mark.filterwarnings("ignore:The audit asked:RuntimeWarning")

@@ -17,6 +17,7 @@ from typing import Any
 from unittest.mock import patch
 
 import markupsafe
+import pyarrow.parquet
 import pytest
 from PIL import Image
 from pydantic import JsonValue
@@ -233,6 +234,18 @@ def test_a_run_that_is_killed_in_any_phase_goes_on(tmp_path: Path) -> None:
     assert asked.total() == len(asked) + under_way
 
 
+@pytest.mark.parametrize(("name", "content"), [("summary.json", b""), ("predictions.parquet", b"PAR1")])
+def test_a_damaged_result_is_written_again(tmp_path: Path, name: str, content: bytes) -> None:
+    run(tmp_path)
+    before = facts(tmp_path)
+    (tmp_path / name).write_bytes(content)
+    judge = FakeJudge(reply=plausible)
+    run(tmp_path, judge)
+    assert judge.questions == []
+    assert (facts(tmp_path), verify(tmp_path)) == (before, [])
+    assert pyarrow.parquet.read_table(tmp_path / "predictions.parquet").num_rows == 300
+
+
 class PaidJudge(FakeJudge):
     """Costs a cent."""
 
@@ -323,7 +336,7 @@ def test_images_that_show_none_of_the_candidates_have_no_label_by_the_judge(tmp_
             {"kept": 20, "questions": 278, "unanswered": 3},
             "The judge was asked about 278 of 298 images. It gave no label to 3 of them; only the labels of the other 295 images "
             "count here. No label of the 20 images without a question needed a test: at least 275 of these 295 labels are the "
-            "judge's.",
+            "judge's. This is less than 99.995 %, because the images without a label from the judge count too.",
         ),
     ],
 )

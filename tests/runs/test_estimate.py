@@ -13,6 +13,7 @@ from cascadevlm.base.errors import BackendError, ImageError, InputError, Permane
 from cascadevlm.base.images import ImageSource, load_image
 from cascadevlm.base.labels import LabelSet
 from cascadevlm.base.types import NANODOLLARS, Exemplar, Question, Scores
+from cascadevlm.decision.auditing import Sampling
 from cascadevlm.decision.judge_model import JudgeModel
 from cascadevlm.judges.base import Judge, Quote
 from cascadevlm.judges.hosted.base import input_bytes
@@ -63,6 +64,18 @@ def test_the_share_escalated_and_its_interval() -> None:
     assert some.calls == round(some.deferral_rate * 1000)
     assert some == estimated(hosted(), mixture(700, 300), sample=50)
     assert some != estimated(hosted(), mixture(700, 300), sample=50, seed=3)
+
+
+def test_questions_of_an_audit_are_counted() -> None:
+    for agree, most in ((None, 0.25 + 0.75 * 0.3958), (0.9, 1.0)):
+        audited = replace(stage(hosted()), audit=Sampling(share=0.25, agree=agree))
+        (found,) = estimate(Cascade(SCORER, [audited], labels=LABELS), mixture(70, 30))
+        assert found.deferral_rate == pytest.approx(0.3 + 0.7 * 0.25)
+        assert found.calls == round(100 * found.deferral_rate)
+        assert found.deferral_range == pytest.approx((0.25 + 0.75 * 0.2189, most), abs=1e-4)
+    limited = replace(stage(hosted(), "entropy > 0.5 & calls <= 10"), audit=Sampling(share=0.5))
+    (found,) = estimate(Cascade(SCORER, [limited], labels=LABELS), mixture(70, 30))
+    assert found.calls == 10 + 45  # the limits of the policy are not those of the audit
 
 
 def test_the_interval_holds_the_truth_nineteen_times_of_twenty() -> None:

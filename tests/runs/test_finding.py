@@ -186,6 +186,8 @@ def test_every_edit_of_the_promise_is_found(searched: Path, tmp_path: Path, name
 
 
 def test_wrong_settings_are_refused() -> None:
+    with pytest.raises(ConfigError, match="'finch' is the only label"):
+        FindConfig(label="finch", recall=0.9).column(LabelSet.of(["finch"]))
     with pytest.raises(ConfigError, match="'lark' is not a label"):
         FindConfig(label="lark", recall=0.9).column(LabelSet.of(LABELS))
     plain = {"scorer": {"use": "open_clip:aviary"}, "stage": [{"judge": "hf_chat:aviary"}], "labels": LABELS}

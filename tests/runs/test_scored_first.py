@@ -11,12 +11,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from cascadevlm import Cascade, Stage, load_prompt
 from cascadevlm.base.errors import ConfigError, DataError
+from cascadevlm.config.agreement import AgreementConfig
 from cascadevlm.decision.teaching import transduced
+from cascadevlm.judges.budget import Ledger
 from cascadevlm.runs import bulk
 from cascadevlm.runs.inputs import Inputs, Named
 from cascadevlm.runs.scored_first import SCORED, ScoredImages
+from cascadevlm.runs.tally import Tally
+from cascadevlm.scorers.kept import CachedEmbeddings
 from tests.learning import LABELS, NAMES, Naturalist, Pixels, cascade, insects, made_calibration, truth_of
+from tests.runs.test_certified import PaidJudge
 
 FILES = ("predictions.jsonl", "scores.npy", "embeddings.npy", SCORED)
 
@@ -86,6 +92,24 @@ def test_an_image_is_decoded_once_and_again_only_if_a_judge_is_asked(tmp_path: P
     opened.clear()
     bulk.run(cascade(), Inputs(inputs.path, shuffled=True), tmp_path / "run", config={})
     assert len(opened) < 100  # those asked about since the last checkpoint
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_scores_of_another_scorer_are_refused_although_all_images_are_scored(tmp_path: Path, stored: bool) -> None:
+    class Other(Pixels):
+        def model_fingerprint(self) -> str:
+            return "other pixels"
+
+    def go_on(scorer: Pixels, dollars: float) -> Tally:
+        kept = CachedEmbeddings(scorer, tmp_path / "cache") if stored else scorer
+        stage = Stage(judge=PaidJudge(), prompt=load_prompt("select"))
+        running = Cascade(kept, [stage], labels=LABELS, ledger=Ledger(dollars))
+        return bulk.run(running, named(insects(100)), tmp_path / "run", config={}, promised=AgreementConfig(agree=0.8))
+
+    assert go_on(Pixels(), 0.0).counts["skipped"] == 98
+    with pytest.raises(DataError, match="the scorer is now 'other pixels"):
+        go_on(Other(), 1.0)
+    assert go_on(Pixels(), 1.0).certificate is not None
 
 
 DYING = """
