@@ -2,6 +2,7 @@
 
 import errno
 import sys
+import warnings
 from typing import Annotated
 
 import typer
@@ -79,8 +80,14 @@ app.add_typer(study.app, name="study")
 app.add_typer(cache.app, name="cache")
 
 
+def _in_words(message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None) -> str:
+    """A warning without a line of our code."""
+    return f"Warning: {visible(str(message))}\n"
+
+
 def main() -> None:
     """The ``cascadevlm`` program. An error of cascadevlm is shown as a message, without a traceback."""
+    warnings.formatwarning = _in_words
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]  # allowed at any position
     try:
         try:

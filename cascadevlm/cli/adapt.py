@@ -295,6 +295,7 @@ def _figures(result: "Adapted") -> dict[str, object]:
         "images": made.images,
         "labelled": made.labelled,
         "measured": result.measured,
+        "labels_without_images": result.unseen,
         "before": result.before,
         "after": result.after,
         "gain": result.gain,
@@ -309,6 +310,8 @@ def _rows(result: "Adapted") -> dict[str, str]:
     rows = {"method": made.method, "images": f"{made.images} ({made.labelled} with a known label)"}
     if result.before is not None and result.after is not None:
         rows["labelled images, near-duplicates counted once"] = str(result.measured)
+        if result.unseen:
+            rows["labels without a labelled image"] = f"{result.unseen} of {len(result.adapter.labels)}"
         rows["scorer, right"] = f"{result.before:.1%}"
         rows["adapted, right on images left out"] = f"{result.after:.1%}"
         low, high = result.gain_interval or (float("nan"),) * 2
@@ -322,6 +325,11 @@ def _conclusion(result: "Adapted") -> str:
         return (
             "No labelled images were left out of the learning, so the gain is unknown. To measure it, give labelled images, or a "
             "run with a calibration that holds some."
+        )
+    if result.unseen:
+        return (
+            f"{result.unseen} of {len(result.adapter.labels)} labels have no labelled image, and the adapter may make images of "
+            "these worse. Give labelled images of every label, or leave these labels out of the label set."
         )
     if not result.gains:
         return "These images show no gain: the interval reaches 0. Do not use the adapter, or try more images."

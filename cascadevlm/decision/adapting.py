@@ -30,6 +30,7 @@ from cascadevlm.decision.means import fit_strength
 from cascadevlm.decision.scorer_calibration import FOLDS, Floats, ScorerCalibration, floored, fold_of
 from cascadevlm.decision.teaching import Labelled, Linear, Scored, transduced
 from cascadevlm.scorers.adapters import (
+    METHODS,
     MOST_NUMBERS,
     Adapter,
     CacheAdapter,
@@ -40,6 +41,7 @@ from cascadevlm.scorers.adapters import (
     divergences,
     signatures,
 )
+from cascadevlm.scorers.base import ROUNDING
 
 Rows: TypeAlias = NDArray[np.intp]
 
@@ -81,10 +83,13 @@ def fit_adapter(scores: Scores, truths: Sequence[str] | None = None, *, method: 
         method: "means" is best on most data, and the only one that learns from images without labels.
 
     Raises:
-        InputError: if the scores have no embeddings, were made with an adapter, or the method needs the labels of all images.
+        InputError: if the method is unknown or needs the labels of all images, or the scores have no embeddings of length 1 or
+            were made with an adapter.
         DataError: if the truths do not fit the images, there are fewer than 10 images, the labels of 1 to 9 images are known, or
             there are too many labels times dimensions.
     """
+    if method not in METHODS:
+        raise InputError(f"There is no method {method!r}.", hint=f"Known: {', '.join(METHODS)}.")
     x, log_probs = embeddings_of(scores), floored(scores.log_probs)
     columns = columns_of([""] * len(x) if truths is None else truths, scores.labels)
     if len(columns) != len(x):
@@ -130,8 +135,9 @@ def columns_of(truths: Sequence[str], labels: LabelSet) -> Columns:
     Raises:
         DataError: if a truth is no label.
     """
-    if unknown := [truth for truth in truths if truth and truth not in labels.columns]:
-        raise DataError(f"{unknown[0]!r} is no label of the label set.")
+    if unknown := [truth for truth in truths if truth != "" and truth not in labels.columns]:
+        hint = 'Give names of labels, and "" where the label is not known.'
+        raise DataError(f"{unknown[0]!r} is no label of the label set.", hint=hint)
     return np.array([labels.columns[truth] if truth else NOBODY for truth in truths], dtype=np.int64)
 
 
@@ -270,7 +276,7 @@ def embeddings_of(scores: Scores) -> NDArray[np.float32]:
     """`(N, D)` embeddings that an adapter can be made from.
 
     Raises:
-        InputError: if there are none, or the scores were made with an adapter.
+        InputError: if there are none, their rows do not have length 1, or the scores were made with an adapter.
         DataError: if there are too many labels times dimensions.
     """
     if scores.embeddings is None:
@@ -282,4 +288,8 @@ def embeddings_of(scores: Scores) -> NDArray[np.float32]:
         raise DataError(
             f"{classes:,} labels times {dimensions:,} dimensions are more than {MOST_NUMBERS:,}.", hint="Learn for fewer labels."
         )
-    return scores.embeddings.astype(np.float32)
+    embeddings = scores.embeddings.astype(np.float32)
+    if not (np.abs(np.linalg.norm(embeddings, axis=1) - 1) <= ROUNDING).all():  # NaN, too
+        hint = "Make the scores with scorer.score_embeddings(embeddings, labels), which normalises them."
+        raise InputError("The rows of these scores' embeddings do not have length 1.", hint=hint)
+    return embeddings

@@ -34,6 +34,8 @@ class Adapted:
         gain: ``after`` less ``before``.
         gain_interval: 95 % interval of the gain. The images are resampled in pairs.
         changed: share of all images whose best label the adapter changes.
+        unseen: number of labels without a labelled image, if there are labelled images. The gain says nothing about images of
+            these labels.
     """
 
     adapter: Adapter
@@ -43,11 +45,12 @@ class Adapted:
     after: float | None = None
     gain: float | None = None
     gain_interval: Interval | None = None
+    unseen: int = 0
 
     @property
     def gains(self) -> bool:
-        """Whether the lower end of the interval of the gain is above 0."""
-        return self.gain_interval is not None and self.gain_interval[0] > 0
+        """Whether the lower end of the interval of the gain is above 0, and no label is unseen."""
+        return self.gain_interval is not None and self.gain_interval[0] > 0 and not self.unseen
 
 
 def adapt(scores: Scores, truths: Sequence[str], *, method: Method = "means") -> Adapted:
@@ -80,7 +83,8 @@ def adapt(scores: Scores, truths: Sequence[str], *, method: Method = "means") ->
         made = fit_adapter(scores.rows(outside), [truths[row] for row in outside.tolist()], method=method)
         after[folds == fold] = _best(made, scores.rows(rows[folds == fold]))
     before = (scores.log_probs[rows].argmax(axis=1) == columns[rows]).astype(np.float64)
-    return measured(adapter, before, (after == columns[rows]).astype(np.float64), changed)
+    found = measured(adapter, before, (after == columns[rows]).astype(np.float64), changed)
+    return replace(found, unseen=len(scores.labels) - len(np.unique(columns[rows])))
 
 
 def measured(adapter: Adapter, before: Floats, after: Floats, changed: float) -> Adapted:

@@ -59,14 +59,20 @@ def checked_arrays(
     size, columns = len(scored), _columns_of(labels)
     right = _column("truths", truths, columns, size, least=0)
     said = None if answers is None else _column("answers", answers, columns, size, least=NONE_CHOSEN)
-    if candidates is None or isinstance(candidates, int):
-        count = len(labels) if candidates is None else candidates
+    if candidates is None or isinstance(candidates, int | np.integer):
+        count = len(labels) if candidates is None else int(candidates)
+        if count < 1 or isinstance(candidates, bool):
+            raise DataError(f"candidates is {candidates}, not a number from 1 on.", hint="Give the number of candidates.")
         shown = np.argsort(-scored.log_probs, axis=1, kind="stable")[:, :count].astype(np.int64)
     else:
         listed = np.asarray(candidates)
         if listed.ndim != 2 or len(listed) != size:
             raise DataError(f"candidates has the shape {listed.shape}, not ({size}, K).", hint=SAME_LENGTH)
         shown = _column("candidates", listed.reshape(-1), columns, listed.size, least=NOBODY).reshape(listed.shape)
+        ordered = np.sort(shown, axis=1)
+        twice = ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] != NOBODY)).any(axis=1)
+        if twice.any():
+            raise DataError(f"candidates names a label twice for image {twice.argmax()}.", hint="Name each candidate once.")
     if said is not None and (strange := np.flatnonzero((said >= 0) & ~(shown == said[:, None]).any(axis=1))).size:
         told = f"The answer {labels.names[said[strange[0]]]!r} about image {strange[0]} is not one of its candidates"
         raise DataError(f"{told} ({strange.size} such answers).", hint="Give the candidates that the judge chose from.")
@@ -88,12 +94,32 @@ def _scores(given: NDArray[np.generic], labels: LabelSet) -> Scores:
         raise DataError(f"{found}: one row per image and one column per label.", hint="Check the order and number of labels.")
     if not np.isfinite(scores).all() and not (np.isneginf(scores) | np.isfinite(scores)).all():
         raise DataError("scores contains NaN or infinity.", hint="Leave out the images without scores.")
-    if (scores >= 0).all() and np.allclose(scores.sum(axis=1), 1, atol=SUM_ERROR):
-        with np.errstate(divide="ignore"):
-            scores = np.log(scores)
+    if (scores >= 0).all():
+        scores = _logs(scores)
     if np.isneginf(scores).all(axis=1).any():
         raise DataError("scores contains a row without any probability.", hint="Leave out the images without scores.")
     return Scores.from_logits(scores, labels, fingerprint=OWN_SCORES)
+
+
+def _logs(scores: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The logarithms of probabilities. Logits of at least 0 are returned as they are.
+
+    Raises:
+        DataError: if the scores are between 0 and 1, and their rows do not sum to 1; if they are percentages.
+    """
+    sums = scores.sum(axis=1)
+    if np.allclose(sums, 1, atol=SUM_ERROR):
+        with np.errstate(divide="ignore"):
+            return np.log(scores)
+    if np.allclose(sums, 100, atol=100 * SUM_ERROR):
+        raise DataError("scores contains percentages: each row sums to 100.", hint="Divide them by 100.")
+    if scores.max() <= 1:
+        row = int(np.abs(sums - 1).argmax())
+        raise DataError(
+            f"scores has only values from 0 to 1, but its rows are not probabilities: row {row} sums to {sums[row]:.3g}.",
+            hint="Divide each row by its sum. Similarities of CLIP become logits if they are multiplied by its scale, often 100.",
+        )
+    return scores
 
 
 def _columns_of(labels: LabelSet) -> dict[str, int]:

@@ -77,7 +77,7 @@ def _parser() -> Lark:
 
 
 def _pointing(text: str, column: int, message: str, hint: str = "") -> PolicyError:
-    return PolicyError(f"Policy, column {column + 1}: {message}.{hint and ' ' + hint}\n  {text}\n  {' ' * column}^")
+    return PolicyError(f"Policy {text!r:.200}, column {column + 1}: {message}.", hint=hint)
 
 
 def _value(token: Token) -> float:

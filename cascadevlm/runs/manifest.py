@@ -86,8 +86,10 @@ class Manifest(BaseModel):
         """The manifest in a folder.
 
         Raises:
-            DataError: if the manifest is missing or damaged.
+            DataError: if the folder does not exist, or the manifest is missing or damaged.
         """
+        if not folder.exists():
+            raise DataError(f"The folder {str(folder)!r} does not exist.", hint="Check the path.")
         try:
             return cls.model_validate_json((folder / NAME).read_bytes())
         except (OSError, ValidationError) as exc:

@@ -35,6 +35,9 @@ LABELS_AT_ONCE = 256
 SECONDS_UNTOLD = 5.0
 """Seconds between two messages on stderr about the progress of embedding labels."""
 
+ROUNDING = 0.005
+"""How far the length of a normalised embedding may be from 1, because a model may compute it in bfloat16."""
+
 OTHER_PRECISION = "Another precision may help, such as dtype = 'float32'."
 
 
@@ -423,16 +426,17 @@ class EmbeddingScorer(Scorer):
         too.
 
         Args:
-            embeddings: ``(N, D)`` embeddings of images.
+            embeddings: ``(N, D)`` embeddings of images. Rows whose length is not 1 are normalised.
             labels: the C labels.
 
         Raises:
-            ImageError: if an embedding is not finite.
+            InputError: if the embeddings are not an array of numbers with D columns.
+            ImageError: if an embedding is zero or not finite.
             ConfigError: if the adapter does not fit the scorer or the labels.
         """
-        if not np.isfinite(embeddings).all():
-            raise ImageError("The scorer's embedding of the image is not finite.", hint=OTHER_PRECISION)
-        logits = self.logits(embeddings @ self.label_embeddings(labels).T)
+        of_labels = self.label_embeddings(labels)
+        embeddings = _normalised(embeddings, of_labels.shape[1])
+        logits = self.logits(embeddings @ of_labels.T)
         if self.adapter is not None:
             logits = self.adapter.logits(embeddings, logits, self._columns(self.adapter, labels))
         return Scores.from_logits(logits, labels, self.fingerprint(labels), embeddings=embeddings.astype(np.float16))
@@ -442,3 +446,18 @@ class EmbeddingScorer(Scorer):
         if self._adapted is None or self._adapted[0] is not adapter or self._adapted[1] != labels:
             self._adapted = adapter, labels, adapter.columns_in(labels, self.bare_fingerprint)
         return self._adapted[2]
+
+
+def _normalised(embeddings: NDArray[np.float32], width: int) -> NDArray[np.float32]:
+    """The embeddings with rows of length 1. Rows that have this length already are not changed."""
+    is_array = isinstance(embeddings, np.ndarray)
+    if not is_array or embeddings.dtype.kind not in "fiu" or embeddings.shape[1:] != (width,):
+        given = f"{embeddings.dtype} {embeddings.shape}" if is_array else type(embeddings).__name__
+        hint = "Give one row per image, from the model of this scorer."
+        raise InputError(f"The embeddings are {given}, not a NumPy array of numbers with {width} columns.", hint=hint)
+    embeddings = embeddings.astype(np.float32, copy=False)
+    lengths = np.linalg.norm(embeddings, axis=1, keepdims=True)
+    if not (np.isfinite(lengths) & (lengths > 0)).all():
+        raise ImageError("The scorer's embedding of the image is zero or not finite.", hint=OTHER_PRECISION)
+    off = np.abs(lengths - 1) > ROUNDING
+    return np.divide(embeddings, lengths, out=embeddings.copy(), where=off) if off.any() else embeddings

@@ -98,6 +98,15 @@ def test_images_without_labels_teach_too(birds: Path) -> None:
     assert (figures["images"], figures["labelled"]) == (96, 48)
 
 
+def test_labels_without_an_image_are_told(birds: Path) -> None:
+    labels = json.dumps([*(family.name for family in (birds / "families").iterdir()), "penguin"])
+    command = ("adapt", birds / "families", "--config", birds / "birds.toml", "--set", f"labels={labels}")
+    shown = run(*command, "-o", birds / "x.adapter").stdout
+    assert "1 of 7 labels have no labelled image" in shown
+    assert "The adapter gains" not in shown
+    assert json.loads(run(*command, "-o", birds / "x.adapter", "--json").stdout)["labels_without_images"] == 1
+
+
 def test_images_that_cannot_be_read_are_left_out(birds: Path, tmp_path: Path) -> None:
     shutil.copytree(birds / "families", tmp_path / "families")
     (tmp_path / "families" / "owl" / "broken.png").write_bytes(b"no image")

@@ -155,12 +155,19 @@ def test_what_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         fit_adapter(replace(scores, embeddings=None), given)
     with pytest.raises(InputError, match=r"made with an adapter\. Score the images without it"):
         fit_adapter(replace(scores, fingerprint="toy|adapter=abc"), given)
+    assert scores.embeddings is not None
+    with pytest.raises(InputError, match=r"do not have length 1\. Make the scores with scorer\.score_embeddings"):
+        fit_adapter(replace(scores, embeddings=2 * scores.embeddings), given)
+    with pytest.raises(InputError, match=r"There is no method 'liner'\. Known: means, cache, linear\."):
+        fit_adapter(scores, given, method="liner")  # type: ignore[arg-type]
     for method in ("cache", "linear"):
         for some in (None, ["", *given[1:]]):
             with pytest.raises(InputError, match=f"The method '{method}' needs the labels of all images"):
                 fit_adapter(scores, some, method=METHODS[method])
     with pytest.raises(DataError, match="'robin' is no label"):
         fit_adapter(scores, ["robin", *given[1:]])
+    with pytest.raises(DataError, match=r"^0 is no label of the label set"):  # not "the label is not known"
+        fit_adapter(scores, [0] * 40)  # type: ignore[list-item]
     with pytest.raises(DataError, match="There are 39 truths for 40 images"):
         fit_adapter(scores, given[1:])
     with pytest.raises(DataError, match="9 images are too few"):

@@ -54,6 +54,16 @@ def test_some_labels_among_many_images_measure_the_gain() -> None:
         adapt(scores, [*names(truths[:19]), *[""] * 281])
 
 
+def test_labels_without_an_image_are_counted_and_no_gain_is_claimed() -> None:
+    scores, truths = toy(300)
+    rows = np.flatnonzero(truths != 3)
+    result = adapt(scores.rows(rows), names(truths[rows]))
+    assert result.gain_interval is not None
+    assert result.gain_interval[0] > 0
+    assert (result.unseen, result.gains) == (1, False)
+    assert adapt(scores, names(truths)).unseen == adapt(scores, [""] * 300).unseen == 0
+
+
 def by_heart(scores: Scores, truths: list[str], *, method: Method) -> LinearAdapter:
     """The means of the images at full strength, which knows its own images far better than others; quick."""
     assert scores.embeddings is not None

@@ -53,6 +53,27 @@ def test_a_record_of_arrays_is_swept_calibrated_and_compared(tmp_path: Path) -> 
         write_record(record, tmp_path / "record")
 
 
+def test_numbers_that_are_neither_logits_nor_probabilities_are_refused() -> None:
+    arrays = made(200)
+    probabilities = Record.from_arrays(arrays["scores"], LABELS, arrays["truths"]).scores.probabilities
+    rounded = probabilities.round(1)
+    assert (np.abs(rounded.sum(axis=1) - 1) > 0.05).any()
+    for scores, told in (
+        (rounded, r"only values from 0 to 1, but its rows are not probabilities: row \d+ sums to"),
+        (100 * probabilities, "contains percentages"),
+    ):
+        with pytest.raises(DataError, match=told):
+            Record.from_arrays(scores, LABELS, arrays["truths"])
+
+
+@pytest.mark.parametrize("candidates", [0, -1, True, np.array([[0, 0]] * 200)])
+def test_candidates_are_at_least_one_and_different(candidates: int) -> None:
+    arrays = made()
+    with pytest.raises(DataError, match=r"candidates is .*, not a number from 1 on|candidates names a label twice for image 0"):
+        Record.from_arrays(arrays["scores"], LABELS, arrays["truths"], candidates=candidates)
+    assert Record.from_arrays(arrays["scores"], LABELS, arrays["truths"], candidates=np.int64(2))  # type: ignore[arg-type]
+
+
 def test_labels_are_names_or_columns_and_scores_logits_or_probabilities() -> None:
     arrays = made(20)
     by_column = Record.from_arrays(arrays["scores"], LABELS, arrays["truths"], answers=arrays["answers"])

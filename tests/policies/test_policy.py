@@ -479,13 +479,13 @@ def test_a_policy_says_itself_in_the_string_form(policy: Policy) -> None:
         ("", 1, "expected"),
     ],
 )
-def test_mistakes_are_pointed_at(text: str, column: int, sentence: str) -> None:
+def test_the_column_of_a_mistake_is_named(text: str, column: int, sentence: str) -> None:
     with pytest.raises(PolicyError) as caught:
         parse_policy(text)
     message = str(caught.value)
     assert sentence in message
     assert f"column {column}:" in message
-    assert message.splitlines()[-1].index("^") == column + 1
+    assert "\n" not in message
 
 
 @given(scores, st.floats(0.01, 1), st.integers(1, 3), st.integers(3, 8))

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from cascadevlm import Cascade
-from cascadevlm.base.errors import BackendError
+from cascadevlm.base.errors import BackendError, ImageError, InputError
 from cascadevlm.base.labels import Label, LabelSet
 from cascadevlm.base.types import Prediction
 from cascadevlm.scorers import base as scorer
@@ -318,6 +318,34 @@ def test_an_embedding_that_is_not_finite_fails_its_image_alone(files: list[Path]
     assert len(Cascade(TinyTowers(), [], labels=LABELS).classify(files[:2] + files[3:7])) == 6
     if kept:
         assert len(CachedEmbeddings(model, tmp_path / "kept").store) == 8
+
+
+def test_embeddings_of_any_length_give_the_scores_of_length_1() -> None:
+    scorer = TinyTowers()
+    unit = scorer.embed_images([noise(1), noise(2)])
+    expected = scorer.score_embeddings(unit, LABELS)
+    mixed = scorer.score_embeddings(unit * np.array([[5], [1]], dtype=np.float32), LABELS)
+    np.testing.assert_allclose(mixed.log_probs, expected.log_probs, rtol=1e-5)
+    assert mixed.log_probs[1].tolist() == expected.log_probs[1].tolist()  # a row of length 1 is not changed at all
+    assert mixed.embeddings is not None
+    assert np.linalg.norm(mixed.embeddings, axis=1) == pytest.approx(1, abs=1e-3)
+    with pytest.raises(ImageError, match="is zero or not finite"):
+        scorer.score_embeddings(unit * np.array([[0], [1]], dtype=np.float32), LABELS)
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (np.ones((2, 47)), r"float64 \(2, 47\)"),
+        (np.ones(48), r"float64 \(48,\)"),
+        (np.ones((2, 48), dtype=object), r"object \(2, 48\)"),
+        (np.full((2, 48), "1"), r"<U1 \(2, 48\)"),
+        ([[1.0] * 48], "list"),
+    ],
+)
+def test_what_is_no_array_of_embeddings_is_refused(given: NDArray[np.float32], told: str) -> None:
+    with pytest.raises(InputError, match=f"The embeddings are {told}, not a NumPy array of numbers with 48 columns"):
+        TinyTowers().score_embeddings(given, LABELS)
 
 
 def test_labels_without_a_finite_embedding_are_said() -> None:

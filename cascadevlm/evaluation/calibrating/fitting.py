@@ -78,7 +78,8 @@ def fit_calibration(record: Record, recipe: Recipe, beside: Unlabelled | None = 
     answered = min(int(heard(judged).sum()) for judged in (record.judged, *record.stages))
     if answered < FEWEST:
         raise DataError(
-            f"A judge answered only {answered} images; a calibration needs at least {FEWEST}.", hint="Record more images."
+            f"A judge answered only {answered} images; a calibration needs at least {FEWEST}.",
+            hint=f"Record or label more images. {len(record):,} are used to calibrate: by default half of all, see --size.",
         )
     if beside is not None and not recipe.labelled:
         raise InputError("A calibration without labels uses the record alone.", hint="Leave the images without labels out.")
