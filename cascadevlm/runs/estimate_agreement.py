@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from cascadevlm.base.errors import ConfigError, ImageError
+from cascadevlm.base.errors import ConfigError, ImageError, RunError
 from cascadevlm.cascade.cascade import Cascade
 from cascadevlm.config.agreement import AgreementConfig
 from cascadevlm.decision.certifying import first_rows, opening, planned
@@ -65,6 +65,7 @@ def estimate_agreement(
     Raises:
         ConfigError: if the cascade has no store, or if the budget is too small for the first questions.
         ImageError: if no image can be read.
+        RunError: if the judge gives no label to any of the first questions.
     """
     if cascade.store is None:
         raise ConfigError(
@@ -88,6 +89,9 @@ def estimate_agreement(
                     raise ConfigError(
                         f"The budget is too small for the first {len(rows)} questions of the run.", hint="Raise budget.usd."
                     )
+                if (found < 0).all():
+                    hint = "To see the reason, classify one of the images: cascadevlm classify IMAGE."
+                    raise RunError(f"None of the first {len(rows)} questions got a label from the judge.", hint=hint)
                 price = answers.dollars / answers.asked
                 plans = planned(asking.scored, rows, found, [agreement.promise for agreement in agreements])
     return [

@@ -12,6 +12,7 @@ from itertools import repeat
 from pathlib import Path
 from unittest.mock import patch
 
+import markupsafe
 import pytest
 from pydantic import JsonValue
 
@@ -22,6 +23,7 @@ from cascadevlm.cascade.candidates import TopK
 from cascadevlm.config.audit import AuditConfig
 from cascadevlm.config.config import Config
 from cascadevlm.decision.auditing import Watch, Watched
+from cascadevlm.evaluation.report import read_bulk_run, render_bulk
 from cascadevlm.judges.budget import Ledger
 from cascadevlm.runs import bulk
 from cascadevlm.runs.lines import Line
@@ -108,6 +110,7 @@ def test_a_broken_promise_is_told_once_and_nothing_is_kept_after_it(tmp_path: Pa
     assert tally.audit.disagreements == tally.audit.kept == AUDIT.sampling.count(256)
     assert 0.1 < tally.audit.least < 0.9 * 256 / 900
     assert "So the judge was asked about 644 more images." in tally.audit.sentence
+    assert f"<p>{markupsafe.escape(tally.audit.sentence)}</p>" in render_bulk({"run": read_bulk_run(tmp_path)})
     share = re.search(r"at least ([\d.]+) % of all labels are not", tally.audit.sentence)
     assert share is not None
     assert 0 <= tally.audit.least - float(share[1]) / 100 < 0.001

@@ -27,7 +27,7 @@ from scipy.stats import binomtest
 from benchmarks.kills import predictions as without_usage
 from cascadevlm import Cascade, Stage, load_prompt
 from cascadevlm.base import loop
-from cascadevlm.base.errors import ConfigError, DataError, PermanentError
+from cascadevlm.base.errors import ConfigError, DataError, PermanentError, RunError
 from cascadevlm.base.images import pixel_digest
 from cascadevlm.base.labels import Label, LabelSet
 from cascadevlm.base.types import Candidate, Prediction, Question
@@ -38,9 +38,11 @@ from cascadevlm.decision.judge_model import JudgeModel
 from cascadevlm.evaluation.report import read_bulk_run, render_bulk
 from cascadevlm.judges.base import Quote
 from cascadevlm.judges.budget import Ledger
+from cascadevlm.judges.cache import MemoryStore
 from cascadevlm.runs import bulk
 from cascadevlm.runs.certificate import Facts, Missing
 from cascadevlm.runs.certified import questions_left
+from cascadevlm.runs.estimate_agreement import estimate_agreement
 from cascadevlm.runs.inputs import Inputs, Named
 from cascadevlm.runs.lines import Line, with_checksum
 from cascadevlm.runs.run_folder import RunFolder
@@ -528,6 +530,14 @@ def test_every_edit_of_a_line_is_found(
     assert verify(tmp_path / "run") == []
     altered(tmp_path / "run", change)
     assert message in " ".join(verify(tmp_path / "run"))
+
+
+def test_an_estimate_without_any_answer_is_refused(tmp_path: Path) -> None:
+    for number in range(30):
+        noise(number, (8, 8)).save(tmp_path / f"{number}.png")
+    failing = cascade(FakeJudge(reply=lambda _: PermanentError("No answer.")), store=MemoryStore())
+    with pytest.raises(RunError, match=r"None of the first \d+ questions got a label"):
+        estimate_agreement(failing, Inputs(tmp_path), [AGREEMENT])
 
 
 def test_the_report_page_shows_the_certificate(certified: Path) -> None:

@@ -20,6 +20,7 @@ from cascadevlm.base.types import DecidedBy, Outcome
 from cascadevlm.evaluation import plots
 from cascadevlm.evaluation.report.cases import MOST_CASES, MOST_IN_ALL
 from cascadevlm.evaluation.report.page import Drawing, rendered
+from cascadevlm.runs.audit import AuditFigures
 from cascadevlm.runs.certificate import read_certificate
 from cascadevlm.runs.corrections import Corrections, read_corrections
 from cascadevlm.runs.lines import Line
@@ -143,6 +144,7 @@ class BulkRun:
 
 class _Summary(BaseModel):
     spent_dollars: float
+    audit: AuditFigures | None = None
 
 
 def is_bulk_run(folder: Path) -> bool:
@@ -172,7 +174,7 @@ def read_bulk_run(folder: Path) -> BulkRun:
     run.doubtful = [(number, line) for _, number, line in nsmallest(MOST_CASES, doubted())]
     if summary is not None:
         run.tally.spent_dollars = summary.spent_dollars
-        run.tally.certificate = read_certificate(folder / SUMMARY)
+        run.tally.certificate, run.tally.audit = read_certificate(folder / SUMMARY), summary.audit
     return run
 
 
