@@ -33,8 +33,8 @@ is the label.
 FORMS = "Label Studio's or FiftyOne's JSON, or a CSV, TSV, JSON lines or Parquet file with the columns image and label"
 
 
-_Row: TypeAlias = tuple[str, str | None]
-"""The path of an image of the run, and its id."""
+_Row: TypeAlias = tuple[str, str | None, str]
+"""The path of an image of the run, its id, and its digest."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +97,7 @@ def import_corrections(file: str | Path, run: str | Path, *, by: str = "", colum
             source=source,
         )
         for each in stated
-        for image, id in rows[each.image]
+        for image, id, _ in rows[each.image]
     ]
     added = add_corrections(run, found)
     return Imported(
@@ -118,13 +118,15 @@ def _require_no_faults(file: Path, stated: list[Said], rows: Mapping[str, set[_R
     shared = {each.image: each.where for each in stated if len(rows.get(each.image, ())) > 1}
     named = {name: each.where for each in stated for name in each.labels if name is not None}
     unknown = {name: where for name, where in named.items() if _label(name, labels) is None}
-    twice = Counter((row, each.by, each.at) for each in stated for row in rows.get(each.image, {(each.image, None)}))
+    twice = Counter((row, each.by, each.at) for each in stated for row in rows.get(each.image, {(each.image, None, "")}))
     problems = {
         f"{'ids' if ids else 'images'} are not in the run": [f"{image}, {where}" for image, where in missing.items()],
         "labels are not in the label set": [f"{name}, {where}" for name, where in unknown.items()],
-        "names belong to several ids of the run, so give the ids": [f"{image}, {where}" for image, where in shared.items()],
+        "names belong to several images of the run, which only ids can tell apart": [
+            f"{image}, {where}" for image, where in shared.items()
+        ],
         "statements name several labels": [each.where for each in stated if len(each.labels) > 1],
-        "images occur more than once": [id or image for ((image, id), *_), count in twice.items() if count > 1],
+        "images occur more than once": [id or image for ((image, id, _), *_), count in twice.items() if count > 1],
     }
     found = [f"{len(cases)} {what} ({few(cases)})" for what, cases in problems.items() if cases]
     if found:
@@ -142,7 +144,7 @@ def _rows_in(run: Path, wanted: set[str], *, ids: bool) -> Mapping[str, set[_Row
     for _, line in predictions_of(run, None):
         for name in {line.id} if ids else {line.path, str(absolute(line))}:
             if name in wanted:
-                found[name].add((line.path, line.id))
+                found[name].add((line.path, line.id, line.digest or line.content))
     return found
 
 

@@ -80,8 +80,14 @@ def test_a_correction_by_id_is_of_one_row_although_images_have_one_name(tmp_path
     assert [row["decided_by"] for row in rows] == ["person", "person", "scorer"]
     assert len(read_corrected(run).record) == 2
     by_name = write_rows(tmp_path / "by name.csv", [{"image": row["path"], "label": WREN} for row in rows[1:]])
-    with pytest.raises(DataError, match=r"errors: 1 names belong to several ids of the run, so give the ids .*line 2'"):
+    with pytest.raises(
+        DataError, match=r"errors: 1 names belong to several images of the run, which only ids can tell apart .*line 2'"
+    ):
         import_corrections(by_name, run)
+    without_ids = Inputs(tmp_path / "birds.parquet")
+    bulk.run(Cascade(FakeScorer(), [], labels=NAMES), without_ids, tmp_path / "without", config={})
+    with pytest.raises(DataError, match="1 names belong to several images"):
+        import_corrections(by_name, tmp_path / "without")
 
 
 def test_an_export_with_columns_of_those_who_made_the_images_comes_back(tmp_path: Path) -> None:
