@@ -1,6 +1,7 @@
 """Finds plug-ins (backends, policies, prompts) through entry points, and imports each plug-in when it is first used."""
 
 import difflib
+import sys
 from collections.abc import Iterable, Mapping
 from functools import cache
 from importlib.metadata import EntryPoint, PackageNotFoundError, entry_points, version
@@ -18,9 +19,14 @@ Option = JsonValue
 _BROKEN = "Correct the entry point of the package, or install the package again."
 
 
-@cache
 def installed(kind: Kind) -> Mapping[str, EntryPoint]:
     """All entry points of a kind, sorted by name. Packages that are installed later are found by the next process only."""
+    return _installed(kind, tuple(sys.path))
+
+
+@cache
+def _installed(kind: Kind, path: tuple[str, ...]) -> Mapping[str, EntryPoint]:
+    """The entry points of the packages on the path."""
     found = entry_points(group=f"cascadevlm.{kind}")
     return {point.name: point for point in sorted(found, key=lambda point: point.name)}
 

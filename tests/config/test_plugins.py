@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from cascadevlm.base.entry_points import installed
 from cascadevlm.testing import picture
 
 PLUGIN = Path(__file__).parents[2] / "examples" / "plugin"
@@ -92,3 +93,14 @@ def test_mistakes_are_one_sentence_with_the_fix(environment: dict[str, str], fol
     assert done.returncode == 2
     assert sentence in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_packages_on_a_longer_path_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = installed("scorers")
+    (tmp_path / "slow-1.dist-info").mkdir()
+    (tmp_path / "slow-1.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: slow\nVersion: 1\n")
+    (tmp_path / "slow-1.dist-info" / "entry_points.txt").write_text("[cascadevlm.scorers]\nslow = slow:Slow\n")
+    with monkeypatch.context() as patch:
+        patch.syspath_prepend(tmp_path)
+        assert set(installed("scorers")) == {*before, "slow"}
+    assert installed("scorers") == before
