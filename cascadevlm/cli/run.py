@@ -282,9 +282,10 @@ def _show(tally: "Tally", output: Path, *, as_json: bool) -> None:
         if tally.audit:
             typer.echo(tally.audit.sentence)
     if skipped := tally.counts["skipped"]:
-        hint = "To ask about them, run the same command with a higher budget: --set budget.usd=DOLLARS."
-        told = f"{skipped} images were escalated but not asked about, because the budget was used up. "
-        typer.echo(hint.replace("about them", "the missing questions") if tally.certificate else told + hint, err=True)
+        what = "To ask the missing questions"
+        if tally.certificate is None:
+            what = f"{skipped} images were escalated but not asked about, because the budget was used up. To ask about them"
+        typer.echo(f"{what}, run the same command with a higher budget: --set budget.usd=DOLLARS.", err=True)
 
 
 @contextmanager

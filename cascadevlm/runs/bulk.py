@@ -224,6 +224,8 @@ def _scored_first(
     )
     if images is None:
         return None
+    if not folder.finished:
+        images.require_of(cascade.scorer)
     if cascade.learns_from is not None:
         cascade = cascade.altered(unlabelled=transduced(require_support(cascade.learns_from), images.blocks))
     return images.given_to(cascade)

@@ -99,6 +99,7 @@ def run_certified(
     )
     if images is None:
         return False
+    images.require_of(cascade.scorer)
     folder.fingerprinted(images.fingerprint)
     with closing(AnswersFile(folder, cascade.labels, len(inputs), retry_failed=retry_failed)) as answers:
         asking = Asking(cascade, images, inputs, answers, batches=batches, stopping=stopping, asked=asked)

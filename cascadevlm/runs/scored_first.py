@@ -42,7 +42,7 @@ from cascadevlm.runs.inputs import Named, after, names
 from cascadevlm.runs.lines import checked, with_checksum
 from cascadevlm.runs.run_folder import has_changed
 from cascadevlm.runs.scores_file import EMBEDDINGS, SCORES, ScoresFile
-from cascadevlm.scorers.base import EmbeddingScorer, Prepared, WrapperScorer, load_once
+from cascadevlm.scorers.base import EmbeddingScorer, Prepared, Scorer, WrapperScorer, load_once
 from cascadevlm.scorers.kept import CachedEmbeddings, note_digest
 
 SCORED = "scored.jsonl"
@@ -131,6 +131,18 @@ class ScoredImages:
         readable = ~np.isnan(log_probs[:, 0])
         embeddings = None if self.embeddings is None else self.embeddings[numbers][readable]
         return Scores(log_probs=log_probs[readable], labels=self.labels, fingerprint=self.fingerprint, embeddings=embeddings)
+
+    def require_of(self, scorer: Scorer) -> None:
+        """Refuse another scorer, although no image is left to score. A scorer without embeddings tells its fingerprint only with
+        scores, so it is not checked.
+
+        Raises:
+            DataError: if the images were scored by another scorer.
+        """
+        scorer = scorer.wrapped if isinstance(scorer, CachedEmbeddings) else scorer
+        if self.fingerprint and isinstance(scorer, EmbeddingScorer):  # "" if no image could be read
+            load_once(scorer)
+            _require_same(self.folder, self.fingerprint, scorer.fingerprint(self.labels))
 
     @cached_property
     def distinct(self) -> Bools:
@@ -256,11 +268,6 @@ def score_first(
         if writer.images < len(inputs):
             run = alone.begin(Checkpoint(images=writer.images), stopping)
             loop.run(_score(run, inputs, writer, progress))
-        else:
-            scorer = cascade.scorer.wrapped if isinstance(cascade.scorer, CachedEmbeddings) else cascade.scorer
-            if isinstance(scorer, EmbeddingScorer):  # others tell their fingerprint only with scores
-                load_once(scorer)
-                writer.require_same(scorer.fingerprint(cascade.labels))
         return (
             ScoredImages(folder=folder, labels=cascade.labels, fingerprint=writer.fingerprint)
             if writer.images == len(inputs)
@@ -344,7 +351,8 @@ class _Writer(Observer):
             DataError: if earlier images were scored by another scorer.
         """
         self._lines.flush()  # of the batches before
-        self.require_same(scores.fingerprint)
+        self.fingerprint = self.fingerprint or scores.fingerprint
+        _require_same(self.folder, self.fingerprint, scores.fingerprint)
         embeddings = repeat(None) if scores.embeddings is None else scores.embeddings
         for number, image, log_probs, embedding in zip(numbers, images, scores.log_probs, embeddings, strict=False):
             self._known[number] = {
@@ -354,19 +362,6 @@ class _Writer(Observer):
                 "fingerprint": scores.fingerprint,
                 **self._rows.write(number, log_probs, embedding),
             }
-
-    def require_same(self, fingerprint: str) -> None:
-        """Note the fingerprint of the scorer.
-
-        Raises:
-            DataError: if earlier images were scored by another scorer.
-        """
-        self.fingerprint = self.fingerprint or fingerprint
-        if fingerprint != self.fingerprint:
-            raise DataError(
-                f"{str(self.folder)!r} has scores of {self.fingerprint!r}; the scorer is now {fingerprint!r}.",
-                hint="Give another folder.",
-            )
 
     def append(self, path: str, error: str) -> None:
         """Write the line of the next image."""
@@ -381,6 +376,12 @@ class _Writer(Observer):
         self._lines.flush()
         os.fsync(self._lines.fileno())
         self._lines.close()
+
+
+def _require_same(folder: Path, before: str, now: str) -> None:
+    """Raises: DataError: if the fingerprint of the scorer is another one than before."""
+    if now != before:
+        raise DataError(f"{str(folder)!r} has scores of {before!r}; the scorer is now {now!r}.", hint="Give another folder.")
 
 
 def _lines(folder: Path) -> Iterator[tuple[ScoredLine, int]]:

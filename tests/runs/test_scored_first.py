@@ -112,6 +112,22 @@ def test_scores_of_another_scorer_are_refused_although_all_images_are_scored(tmp
     assert go_on(Pixels(), 1.0).certificate is not None
 
 
+def test_a_run_in_which_no_image_can_be_read_ends(tmp_path: Path) -> None:
+    tally = bulk.run(cascade(), [(str(number), b"no image") for number in range(5)], tmp_path, config={})
+    assert tally.counts == {"unreadable": 5}
+
+
+def test_a_finished_run_loads_no_scorer(tmp_path: Path) -> None:
+    class Gone(Pixels):
+        def load(self) -> None:
+            pytest.fail("the scorer is loaded")
+
+    bulk.run(cascade(), named(insects(100)), tmp_path, config={})
+    before = lines(tmp_path)
+    bulk.run(cascade().altered(scorer=Gone()), named(insects(100)), tmp_path, config={})
+    assert lines(tmp_path) == before
+
+
 DYING = """
 import os, signal, sys
 from pathlib import Path
